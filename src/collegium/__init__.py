@@ -1,0 +1,1 @@
+"""Distill several frozen language-model teachers into one small student."""

@@ -1,0 +1,1 @@
+"""The offline example: real text from packages, specialist teachers, one recipe."""

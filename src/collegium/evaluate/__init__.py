@@ -1,0 +1,1 @@
+"""Teacher-forced scoring of models against text and against the fused target."""

@@ -1,0 +1,1 @@
+"""From K teachers' distributions to one target per token: weights, pools, calibration."""

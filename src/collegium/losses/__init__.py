@@ -1,0 +1,1 @@
+"""Losses per row, and the block driver that forms their gradients without holding the logits."""

@@ -1,0 +1,1 @@
+"""The objective, the trainer and its checkpoints."""

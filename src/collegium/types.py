@@ -1,0 +1,190 @@
+"""The records that flow through one training step, and the protocols of the exchangeable parts.
+
+Shapes: B batch, T time, N rows (the trained positions of a batch), n block of rows, V vocabulary,
+K teachers, D width of a model's hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a token that is not trained on, as in Hugging Face datasets."""
+
+STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+"""Configuration of every option class: `@dataclass(frozen=True, kw_only=True, config=STRICT)` of pydantic."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The N trained positions of a batch, chosen once; every later tensor is (N, ...).
+
+    Rows stand in document order, and the rows of one document are contiguous.
+    """
+
+    index: Tensor
+    """(N,) int64: position, in the flattened B*T, whose hidden state predicts the label."""
+    labels: Tensor
+    """(N,) int64: the token to predict."""
+    documents: Tensor
+    """(N,) int64: which stretch of one document inside one window the row belongs to."""
+    samples: Tensor
+    """(N,) int64: the number of the document in its dataset, for messages and statistics per domain."""
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A collated batch. Documents are kept apart by `position_ids`, which restart at 0 at each of them."""
+
+    input_ids: Tensor
+    """(B, T) int64."""
+    position_ids: Tensor
+    """(B, T) int64; padding is one more document at the end of a window."""
+    labels: Tensor
+    """(B, T) int64, not shifted: the token's own id where it is a target, `IGNORE` elsewhere."""
+    sample_ids: Tensor
+    """(B, T) int64: number of the document in its dataset, -1 for padding."""
+
+    @classmethod
+    def from_inputs(cls, inputs: Mapping[str, Tensor]) -> Batch:
+        """Read the four tensors out of what a data loader yields; other keys are ignored."""
+        return cls(
+            inputs["input_ids"], inputs["position_ids"], inputs["labels"], inputs["sample_ids"]
+        )
+
+    def rows(self) -> Rows:
+        """Choose the trained positions: token t is predicted from t - 1 of the same document, never a first token."""
+        batch_size, length = self.input_ids.shape
+        is_target = (self.labels[:, 1:] != IGNORE) & (self.position_ids[:, 1:] > 0)
+        starts = self.position_ids == 0
+        starts[:, 0] = True
+        document_BT = starts.flatten().cumsum(0).view(batch_size, length) - 1
+        row, column = is_target.nonzero(as_tuple=True)
+        return Rows(
+            index=row * length + column,
+            labels=self.labels[row, column + 1],
+            documents=document_BT[row, column + 1],
+            samples=self.sample_ids[row, column + 1],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last layer of a language model: hidden states to logits over the V tokens of the shared vocabulary.
+
+    logits = cap * tanh(scale * (h W^T + b) / cap), without the tanh where `softcap` is None.
+    """
+
+    weight: Tensor
+    """(V, D), pad rows already cut off."""
+    bias: Tensor | None = None
+    """(V,)"""
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_nD: Tensor) -> Tensor:
+        """(n, D) -> (n, V), in float32 or wider."""
+        logits_nV = torch.nn.functional.linear(
+            hidden_nD.to(self.weight.dtype), self.weight, self.bias
+        )
+        logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits_nV = logits_nV * self.scale
+        if self.softcap is not None:
+            logits_nV = self.softcap * torch.tanh(logits_nV / self.softcap)
+        return logits_nV
+
+
+class RowLogits(Protocol):
+    """Anything that gives the logits of a block of rows; what it keeps in memory is its own affair."""
+
+    def logits(self, block: slice) -> Tensor:
+        """(n, V) logits of the rows in `block`, in float32 or wider."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenRows:
+    """Hidden states of N rows and the head that turns them into logits."""
+
+    hidden: Tensor
+    """(N, D) after the final norm: what the head reads."""
+    head: Head
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tapped hidden states by name (`embed`, `layer_0` ..., `final_prenorm`, `final_postnorm`), each (N, D)."""
+
+    def logits(self, block: slice) -> Tensor:
+        return self.head.logits(self.hidden[block])
+
+
+@dataclass(frozen=True, slots=True)
+class DenseRows:
+    """Logits of N rows, held whole; for small vocabularies and tests."""
+
+    logits_NV: Tensor
+
+    def logits(self, block: slice) -> Tensor:
+        logits_nV = self.logits_NV[block]
+        return logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
+
+
+StudentRows = HiddenRows
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherRows:
+    """What one teacher says about N rows, in the student's vocabulary."""
+
+    name: str
+    scores: RowLogits
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Teacher(Protocol):
+    """A frozen model, or anything that answers in its place."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Of `dense` (full distributions) and `features` (hidden states); asked before a run starts."""
+        ...
+
+    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
+        """Score the rows without gradient; `taps` names the hidden states to return."""
+        ...
+
+
+class Divergence(Protocol):
+    """A distance between two distributions per row."""
+
+    def __call__(self, target_logp_nV: Tensor, student_logp_nV: Tensor) -> Tensor:
+        """(n, V), (n, V) log-probabilities -> (n,) in nats."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LossSum:
+    """A loss summed over N rows; nobody but the trainer divides it."""
+
+    total: Tensor
+    """Scalar with a graph: the sum over terms of weight times value."""
+    terms: Mapping[str, Tensor]
+    """Unweighted sum over the rows of each term, detached."""
+    weights: Mapping[str, float]
+    """The factor of each term in `total`."""
+    grad_norms: Mapping[str, Tensor]
+    """Norm of each weighted term's gradient at the hidden states it reads; empty unless asked for."""
+    num_rows: int
+    teacher_weights_KN: Tensor | None = None
+    """(K, N) fusion weights, detached; None without teachers."""
