@@ -1,1 +1,1 @@
-"""What a person reads: preflight and report."""
+"""Questions asked over many runs."""
