@@ -93,10 +93,14 @@ class Head:
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """(n, D) -> (n, V), in float32 or wider."""
-        logits_nV = torch.nn.functional.linear(
+        raw_nV = torch.nn.functional.linear(
             hidden_nD.to(self.weight.dtype), self.weight, self.bias
         )
-        logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
+        return self.finish(raw_nV)
+
+    def finish(self, raw_nV: Tensor) -> Tensor:
+        """Scale and cap what the linear map gave: (n, V) -> (n, V), in float32 or wider."""
+        logits_nV = raw_nV.to(torch.promote_types(raw_nV.dtype, torch.float32))
         if self.scale != 1.0:
             logits_nV = logits_nV * self.scale
         if self.softcap is not None:

@@ -1,0 +1,233 @@
+"""The block driver: losses over the vocabulary whose gradients are formed in the forward pass.
+
+Shapes: N rows, n rows of one block, V vocabulary, D width of the hidden states.
+
+Rows go through the head a block at a time. While a block's logits are hot, its losses are differentiated with respect to
+them, and the gradients of the hidden states (n, D), of the head's weight (V, D) and of its bias (V,) are formed at once. So no
+(N, V) tensor ever exists, nothing is computed twice, and a teacher's head inside `row_losses` is applied once per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from collegium.types import Head
+
+RowLosses = Callable[[Tensor, slice], Mapping[str, Tensor]]
+"""(logits_nV, block) -> the (n,) losses of the rows in `block` by name; asked once per block, in increasing order."""
+
+CPU_BLOCK_BYTES = 8 * 10**6
+GPU_BLOCK_BYTES = 512 * 10**6
+"""Memory of one (n, V) float32 buffer; a loss holds a handful of them. A CPU is fastest while they stay in its caches,
+a GPU needs many rows to be busy."""
+
+LEAST_BLOCK = 128
+MOST_BLOCK = 4096
+"""Bounds of the default block: each block reads and writes the whole (V, D) gradient of the head, so a few rows per block
+would spend the time there."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSums:
+    """Sums over the N rows."""
+
+    total: Tensor
+    """Scalar with a graph (when gradients are on): the weighted sum of the terms."""
+    terms: dict[str, Tensor]
+    """Unweighted sum of each term, detached."""
+    grad_norms: dict[str, Tensor]
+    """Norm of d(weight * term) / d(hidden) over all rows; empty unless measured."""
+
+
+def block_losses(
+    hidden_ND: Tensor,
+    head: Head,
+    row_losses: RowLosses,
+    weights: Mapping[str, float],
+    *,
+    block_size: int | None = None,
+    measure: bool = False,
+) -> BlockSums:
+    """Sum weighted row losses over blocks of rows: total = sum_n sum_i weight_i loss_i(logits_n).
+
+    The gradients reach `hidden_ND`, `head.weight` and `head.bias`, and nothing else that `row_losses` may read. Second
+    derivatives are not supported. Losses and accumulated gradients are in float32, or in float64 for float64 inputs.
+
+    Args:
+        hidden_ND: (N, D), what the head reads; N may be 0.
+        head: the student's head; its weight may be a view of a parameter.
+        row_losses: the losses of one block; their names are those of `weights`.
+        weights: the factor of each loss.
+        block_size: rows per block; None takes `default_block_size`.
+        measure: also measure the gradient norm of each weighted term, at the price of one more backward pass per term.
+    """
+    vocab_size = head.weight.shape[0]
+    inputs = (hidden_ND, head.weight, head.bias)
+    grads_on = torch.is_grad_enabled()
+    plan = _Plan(
+        head=head,
+        row_losses=row_losses,
+        weights=dict(weights),
+        block_size=block_size or default_block_size(vocab_size, hidden_ND.device),
+        needs=tuple(grads_on and x is not None and x.requires_grad for x in inputs),
+        measure=measure,
+    )
+    total, terms_K, norms_K = _BlockLosses.apply(*inputs, plan)
+    names = list(plan.weights)
+    return BlockSums(
+        total=total,
+        terms=dict(zip(names, terms_K.unbind(), strict=True)),
+        grad_norms=dict(zip(names, norms_K.unbind(), strict=True)) if measure else {},
+    )
+
+
+def default_block_size(vocab_size: int, device: torch.device) -> int:
+    """Rows per block such that one (n, V) float32 buffer fits the budget of the device, within the bounds above."""
+    budget = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+    return max(LEAST_BLOCK, min(MOST_BLOCK, budget // (4 * vocab_size)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Everything that is not an input of the autograd function."""
+
+    head: Head
+    row_losses: RowLosses
+    weights: dict[str, float]
+    block_size: int
+    needs: tuple[bool, ...]
+    """Which of hidden, weight and bias need a gradient."""
+    measure: bool
+
+    def blocks(self, num_rows: int) -> Iterator[slice]:
+        for start in range(0, num_rows, self.block_size):
+            yield slice(start, min(start + self.block_size, num_rows))
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What grows from block to block."""
+
+    dtype: torch.dtype
+    device: torch.device
+    dhidden_ND: Tensor | None
+    dweight_VD: Tensor | None
+    dbias_V: Tensor | None
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    square_norms: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def zeros(cls, hidden_ND: Tensor, plan: _Plan) -> _Sums:
+        weight_VD, bias_V = plan.head.weight, plan.head.bias
+        # The sums over the vocabulary or over many rows lose too much in half precision.
+        dtype = torch.promote_types(
+            torch.promote_types(weight_VD.dtype, hidden_ND.dtype), torch.float32
+        )
+        is_needed = plan.needs
+        sums = cls(
+            dtype=dtype,
+            device=hidden_ND.device,
+            dhidden_ND=torch.zeros_like(hidden_ND, dtype=dtype) if is_needed[0] else None,
+            dweight_VD=torch.zeros_like(weight_VD, dtype=dtype) if is_needed[1] else None,
+            dbias_V=torch.zeros_like(bias_V, dtype=dtype)
+            if bias_V is not None and is_needed[2]
+            else None,
+        )
+        for name in plan.weights:
+            sums.terms[name] = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+            sums.square_norms[name] = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+        return sums
+
+    def add_gradient(
+        self, draw_nV: Tensor, hidden_nD: Tensor, weight_VD: Tensor, block: slice
+    ) -> None:
+        """Send the gradient of the head's output on to the three inputs."""
+        if self.dhidden_ND is not None:
+            self.dhidden_ND[block] = draw_nV @ weight_VD
+        if self.dweight_VD is not None:
+            if draw_nV.dtype == self.dtype:
+                self.dweight_VD.addmm_(draw_nV.T, hidden_nD)
+            else:
+                self.dweight_VD += draw_nV.T @ hidden_nD
+        if self.dbias_V is not None:
+            self.dbias_V += draw_nV.sum(0, dtype=self.dtype)
+
+
+class _BlockLosses(torch.autograd.Function):
+    """(hidden, weight, bias, plan) -> (total, sums of the terms, gradient norms); see `block_losses`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, plan: _Plan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sums = _Sums.zeros(hidden_ND, plan)
+        # Autocast would run the losses in half precision.
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for block in plan.blocks(hidden_ND.shape[0]):
+                _add_block(sums, plan, hidden_ND[block].to(weight_VD.dtype), block)
+        ctx.save_for_backward(sums.dhidden_ND, sums.dweight_VD, sums.dbias_V)
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        total = torch.zeros((), dtype=sums.dtype, device=sums.device)
+        for name, weight in plan.weights.items():
+            total = total + weight * sums.terms[name]
+        terms_K = _stack(sums.terms, sums)
+        norms_K = _stack(sums.square_norms, sums).sqrt()
+        ctx.mark_non_differentiable(terms_K, norms_K)
+        return total, terms_K, norms_K
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_total = grad_outputs[0]
+        # Scaled before the cast: a sum over many rows may not fit float16, its mean does.
+        grads = [
+            None if grad is None else (grad * grad_total).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None)
+
+
+def _stack(values: Mapping[str, Tensor], sums: _Sums) -> Tensor:
+    if not values:
+        return torch.zeros(0, dtype=sums.dtype, device=sums.device)
+    return torch.stack(list(values.values()))
+
+
+def _add_block(sums: _Sums, plan: _Plan, hidden_nD: Tensor, block: slice) -> None:
+    """Evaluate one block, add its losses, and form its gradients while its logits exist."""
+    head = plan.head
+    weight_VD = head.weight.detach()
+    bias_V = None if head.bias is None else head.bias.detach()
+    raw_nV = torch.nn.functional.linear(hidden_nD, weight_VD, bias_V)
+    is_trained = any(plan.needs)
+    with torch.set_grad_enabled(is_trained):
+        raw_nV.requires_grad_(is_trained)
+        losses = plan.row_losses(head.finish(raw_nV), block)
+        summed = {name: losses[name].sum(dtype=sums.dtype) for name in plan.weights}
+        for name, value in summed.items():
+            sums.terms[name] += value.detach()
+        if not is_trained:
+            return
+        weighted = {name: plan.weights[name] * value for name, value in summed.items()}
+        if plan.measure:
+            for name, value in weighted.items():
+                draw_nV = _gradient(value, raw_nV, keep=True)
+                if draw_nV is not None:
+                    norm = torch.linalg.vector_norm(draw_nV @ weight_VD, dtype=sums.dtype)
+                    sums.square_norms[name] += norm.square()
+        draw_nV = _gradient(sum(weighted.values(), start=raw_nV.new_zeros(())), raw_nV)
+    if draw_nV is not None:
+        sums.add_gradient(draw_nV, hidden_nD, weight_VD, block)
+
+
+def _gradient(value: Tensor, raw_nV: Tensor, *, keep: bool = False) -> Tensor | None:
+    """d(value) / d(raw), or None for a value that does not depend on it."""
+    if not value.requires_grad:
+        return None
+    return torch.autograd.grad(value, raw_nV, retain_graph=keep, allow_unused=True)[0]

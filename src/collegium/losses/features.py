@@ -1,0 +1,241 @@
+"""Feature terms: the student's hidden states, through one trained adapter per teacher and layer, against the teachers'.
+
+Shapes: N rows, D width of the teacher's hidden states, K teachers with a feature term.
+
+One adapter per teacher is not a luxury: in one shared space the sum of the K terms would be one term against the mean of K
+unrelated spaces. Both sides are normalised, for raw norms differ by orders of magnitude between model families.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Annotated, Literal, cast
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from collegium.errors import RecipeError, TrainingError, nearest
+from collegium.types import STRICT, TeacherRows
+
+EPSILON = 1e-6
+"""Added to a mean square before the root, so that a zero state has a finite gradient."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FeatureOptions:
+    """How hidden states of the student are drawn to those of the teachers; the adapters are not part of the student."""
+
+    loss: Literal["mse", "cosine"] = "mse"
+    """`mse`: mean over the width of the squared difference of RMS-normalised states; `cosine`: 1 - cos."""
+    layers: Literal["uniform", "last"] | dict[str, str] = "uniform"
+    """Which layers are paired: spread evenly, the last ones only, or tap of the student -> tap of the teacher."""
+    num_layers: Annotated[int, Field(ge=1)] = 1
+    """Number of pairs for `uniform`."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of all feature terms."""
+    teacher_weights: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
+    """Factor per teacher, 1 where not named; 0 turns a teacher's term off."""
+    dynamic_scale: bool = True
+    """Scale each term by (distribution loss / feature term) of the previous optimizer step, so that `weight` means a share."""
+
+    def teacher_weight(self, teacher: str) -> float:
+        """Factor of one teacher's term, before any dynamic scale."""
+        return self.weight * self.teacher_weights.get(teacher, 1.0)
+
+
+def feature_map(
+    options: FeatureOptions, student_layers: Sequence[str], teacher_layers: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Pair taps of the student with taps of one teacher.
+
+    `uniform` with m pairs takes layers ceil(i L / m) of L for i = 1 ... m on both sides, so the last two always meet.
+
+    Args:
+        options: what to pair.
+        student_layers: all tap names of the student, in order of depth.
+        teacher_layers: all tap names of the teacher, in order of depth.
+
+    Raises:
+        RecipeError: a named tap does not exist, or there are fewer layers than pairs.
+    """
+    if isinstance(options.layers, dict):
+        for tap, known in (
+            *((tap, student_layers) for tap in options.layers),
+            *((tap, teacher_layers) for tap in options.layers.values()),
+        ):
+            if tap not in known:
+                raise RecipeError(
+                    f"features.layers: got `{tap}`; must be a tap of the model{nearest(tap, known)}"
+                )
+        return list(options.layers.items())
+    num_pairs = 1 if options.layers == "last" else options.num_layers
+    return list(
+        zip(_spread(student_layers, num_pairs), _spread(teacher_layers, num_pairs), strict=True)
+    )
+
+
+def _spread(taps: Sequence[str], num_pairs: int) -> list[str]:
+    """`num_pairs` of the layers among the taps, evenly spaced, the last one included."""
+    layers = [tap for tap in taps if tap.startswith("layer_")]
+    if num_pairs > len(layers):
+        raise RecipeError(
+            f"features.num_layers: got {num_pairs}; must be at most {len(layers)}, the layers of the smallest model; lower it"
+        )
+    return [layers[math.ceil(i * len(layers) / num_pairs) - 1] for i in range(1, num_pairs + 1)]
+
+
+class FeatureLoss(nn.Module):
+    """One feature term per teacher, with its trained adapters and its dynamic scale.
+
+    F_k(n) = mean over the pairs of mean_d (norm(W f_student)_d - norm(f_teacher)_d)^2 with norm(x) = x / rms(x), or of
+    1 - cos(W f_student, f_teacher). The mean over the width keeps the size of a term from growing with the model.
+
+    Source: FitNets, arXiv 1412.6550, with normalised states; the scale as in the loss balancing of NVIDIA ModelOpt.
+    """
+
+    scale_K: Tensor
+
+    def __init__(
+        self,
+        options: FeatureOptions,
+        student_widths: Mapping[str, int],
+        teacher_widths: Mapping[str, Mapping[str, int]],
+        *,
+        seed: int = 0,
+    ) -> None:
+        """Build the adapters.
+
+        Args:
+            options: the choices of the recipe.
+            student_widths: width of each tap of the student, in order of depth.
+            teacher_widths: the same for each teacher.
+            seed: the adapters' initial weights follow from it alone.
+
+        Raises:
+            RecipeError: a named teacher or tap does not exist.
+        """
+        super().__init__()
+        for name in options.teacher_weights:
+            if name not in teacher_widths:
+                raise RecipeError(
+                    f"features.teacher_weights: got `{name}`; must be a teacher{nearest(name, teacher_widths)}"
+                )
+        self.options = options
+        self.pairs = {
+            name: feature_map(options, list(student_widths), list(widths))
+            for name, widths in teacher_widths.items()
+            if options.teacher_weight(name) > 0
+        }
+        generator = torch.Generator().manual_seed(seed)
+        # Lists, not dictionaries: names of teachers may hold dots, which names of modules may not.
+        self.adapters = nn.ModuleList(
+            nn.ModuleList(
+                _adapter(student_widths[ours], teacher_widths[name][theirs], generator)
+                for ours, theirs in pairs
+            )
+            for name, pairs in self.pairs.items()
+        )
+        self.register_buffer("scale_K", torch.ones(len(self.pairs)))
+        self._sums_K: Tensor | None = None
+        self._reference: Tensor | None = None
+
+    @property
+    def student_taps(self) -> list[str]:
+        """The taps that all terms read of the student, each once."""
+        return list(dict.fromkeys(ours for pairs in self.pairs.values() for ours, _ in pairs))
+
+    def teacher_taps(self, name: str) -> list[str]:
+        """The taps that the term of one teacher reads; none for a teacher without a term."""
+        return list(dict.fromkeys(theirs for _, theirs in self.pairs.get(name, [])))
+
+    def weights(self) -> dict[str, float]:
+        """The present factor of each term: weight * teacher weight * dynamic scale."""
+        return {
+            f"feature/{name}": self.options.teacher_weight(name) * scale
+            for name, scale in zip(self.pairs, self.scale_K.tolist(), strict=True)
+        }
+
+    def forward(
+        self, student_features: Mapping[str, Tensor], teachers: Sequence[TeacherRows]
+    ) -> dict[str, Tensor]:
+        """Compare: taps of the student (N, D_s), taps of the teachers (N, D) -> `feature/NAME`: (N,) in float32 or wider.
+
+        Raises:
+            TrainingError: a teacher with a term is missing.
+        """
+        by_name = {teacher.name: teacher for teacher in teachers}
+        losses: dict[str, Tensor] = {}
+        for (name, pairs), adapters in zip(self.pairs.items(), self.adapters, strict=True):
+            if name not in by_name:
+                raise TrainingError(f"feature/{name}: teacher not scored; every term needs it")
+            theirs = by_name[name].features
+            values = [
+                _distance(
+                    cast(nn.Linear, adapter),
+                    student_features[our_tap],
+                    theirs[their_tap].detach(),
+                    self.options.loss,
+                )
+                for (our_tap, their_tap), adapter in zip(
+                    pairs, cast(nn.ModuleList, adapters), strict=True
+                )
+            ]
+            losses[f"feature/{name}"] = torch.stack(values).mean(0)
+        return losses
+
+    def record(self, reference: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Add one micro-batch's sums, over its rows, of the distribution loss and of the feature terms."""
+        sums_K = torch.stack([sums[f"feature/{name}"].detach() for name in self.pairs])
+        reference = reference.detach()
+        if self._sums_K is not None and self._reference is not None:
+            sums_K, reference = sums_K + self._sums_K, reference + self._reference
+        self._sums_K, self._reference = sums_K, reference
+
+    def end_step(self) -> None:
+        """Turn the sums of the optimizer step that just ended into the scales of the next.
+
+        The scale is constant within a step and made of sums over the whole step and all processes: any split of a batch
+        gives the same gradient. A scale taken from each micro-batch would weigh small ones as much as large ones. The first step has
+        scale 1, for nothing was measured before it.
+        """
+        sums_K, reference = self._sums_K, self._reference
+        self._sums_K = self._reference = None
+        if sums_K is None or reference is None or not self.options.dynamic_scale:
+            return
+        sums = torch.cat([reference[None].to(sums_K.dtype), sums_K])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        ratio_K = sums[0] / sums[1:]
+        # A step without rows, or one where a loss vanished, says nothing of the next.
+        is_usable_K = ratio_K.isfinite() & (ratio_K > 0)
+        self.scale_K.copy_(torch.where(is_usable_K, ratio_K.to(self.scale_K.dtype), self.scale_K))
+
+
+def _adapter(student_width: int, teacher_width: int, generator: torch.Generator) -> nn.Linear:
+    """A linear map without bias whose outputs start with the size of its inputs; the global generator stays untouched."""
+    adapter = cast(
+        nn.Linear, nn.utils.skip_init(nn.Linear, student_width, teacher_width, bias=False)
+    )
+    nn.init.normal_(adapter.weight, std=student_width**-0.5, generator=generator)
+    return adapter
+
+
+def _distance(adapter: nn.Linear, student_ND: Tensor, teacher_ND: Tensor, loss: str) -> Tensor:
+    """(N, D_s), (N, D) -> (N,)."""
+    # Autocast would run the map and the norms in half precision.
+    with torch.autocast(student_ND.device.type, enabled=False):
+        ours_ND = _normalize(adapter(student_ND.to(adapter.weight.dtype)))
+        theirs_ND = _normalize(teacher_ND).to(ours_ND.dtype)
+        if loss == "cosine":
+            return 1 - (ours_ND * theirs_ND).mean(-1)
+        return (ours_ND - theirs_ND).square().mean(-1)
+
+
+def _normalize(x_ND: Tensor) -> Tensor:
+    """x / rms(x) in float32 or wider; the mean over D of the product of two such states is their cosine."""
+    x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+    return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + EPSILON)

@@ -1,0 +1,258 @@
+"""The objective: from what student and teachers say about N rows to one sum with a graph.
+
+Shapes: N rows, n rows of one block, V vocabulary, K teachers.
+
+The only place where losses are summed, and the only place that knows of the temperature and of the factors of the terms. Nothing
+is divided here: the trainer divides once, by the number of target tokens of the whole optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field, field_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from collegium.errors import RecipeError, TrainingError
+from collegium.fusion.pooling import FusedTarget, Fusion
+from collegium.losses.chunked import block_losses
+from collegium.losses.divergences import DivergenceOption, ForwardKL
+from collegium.losses.features import FeatureLoss, FeatureOptions
+from collegium.types import STRICT, LossSum, Rows, StudentRows, TeacherRows
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ObjectiveOptions:
+    """What the student is trained on: teachers, labels and hidden states, and how much of each."""
+
+    kd_ratio: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of the fused target; the labels have the rest. 0 trains on the labels alone."""
+    temperature: float = 1.0
+    """Softens target and student alike; the divergence is multiplied by its square to keep the size of the gradient."""
+    divergence: DivergenceOption = ForwardKL()
+    """Distance between fused target and student."""
+    block_size: Annotated[int, Field(ge=1)] | None = None
+    """Rows whose logits exist at a time; none fits it to a memory budget. Changes speed and memory, never the result."""
+    features: FeatureOptions | None = None
+    """Feature terms; none leaves hidden states alone."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _positive(cls, value: float) -> float:
+        if value <= 0:
+            raise ValueError("must be > 0; for hard labels use kd_ratio: 0")
+        return value
+
+
+class Objective(nn.Module):
+    """The sum over rows that a training step minimises.
+
+    L = sum_n [kd_ratio T^2 D(P^(1/T), Q_T) + (1 - kd_ratio) CE_n] + sum_k weight_k scale_k sum_n F_k(n), with P the fused
+    target, P^(1/T) renormalised, Q_T = softmax(z / T) and CE at temperature 1. Without teachers, L = sum_n CE_n.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, with a fused target in the place of one teacher.
+    """
+
+    def __init__(
+        self,
+        options: ObjectiveOptions,
+        fusion: Fusion | None,
+        *,
+        features: FeatureLoss | None = None,
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            options: the choices of the recipe.
+            fusion: how teachers become one target; None for training on labels alone.
+            features: the feature terms with their adapters; their parameters train with the student's.
+        """
+        super().__init__()
+        self.options = options
+        self.fusion = fusion
+        self.features = features
+
+    @property
+    def needs_teachers(self) -> bool:
+        """Whether any term reads the teachers; where not, they need not be scored."""
+        return self.features is not None or (self.fusion is not None and self.options.kd_ratio > 0)
+
+    @property
+    def student_taps(self) -> list[str]:
+        """Which hidden states of the student to give."""
+        return [] if self.features is None else self.features.student_taps
+
+    def teacher_taps(self, name: str) -> list[str]:
+        """Which hidden states of one teacher to give."""
+        return [] if self.features is None else self.features.teacher_taps(name)
+
+    def forward(
+        self,
+        student: StudentRows,
+        teachers: Sequence[TeacherRows],
+        rows: Rows,
+        *,
+        measure: bool = False,
+    ) -> LossSum:
+        """Sum all terms over the rows.
+
+        Args:
+            student: hidden states and head of the student, with the taps asked for.
+            teachers: the scored teachers; empty for training on labels alone.
+            rows: the labels of the rows.
+            measure: also measure the gradient norm of each term.
+
+        Raises:
+            RecipeError: there are teachers and a share for them, but no fusion.
+        """
+        weights = self._row_weights(has_teachers=len(teachers) > 0)
+        row_losses = _RowLosses(self.options, rows, self._target(weights, teachers, rows), weights)
+        sums = block_losses(
+            student.hidden,
+            student.head,
+            row_losses,
+            weights,
+            block_size=self.options.block_size,
+            measure=measure,
+        )
+        total, terms, norms = sums.total, dict(sums.terms), dict(sums.grad_norms)
+        if self.features is not None and teachers:
+            feature_weights = self.features.weights()
+            values = self.features(student.features, teachers)
+            summed = {name: value.sum() for name, value in values.items()}
+            if total.requires_grad and summed:
+                reference = "kd" if "kd" in terms else "ce"
+                self.features.record(weights[reference] * terms[reference], summed)
+            for name, value in summed.items():
+                weighted = feature_weights[name] * value
+                total = total + weighted
+                terms[name] = value.detach()
+                if measure and total.requires_grad:
+                    norms[name] = _grad_norm(weighted, student.features)
+            weights |= feature_weights
+        return LossSum(
+            total=total,
+            terms=terms,
+            weights=weights,
+            grad_norms=norms,
+            num_rows=len(rows),
+            teacher_weights_KN=row_losses.teacher_weights(),
+        )
+
+    def end_step(self) -> None:
+        """Say that an optimizer step has ended; until then all factors stay as they are."""
+        if self.features is not None:
+            self.features.end_step()
+
+    def _row_weights(self, *, has_teachers: bool) -> dict[str, float]:
+        """Factors of the terms over the vocabulary; a term without weight is left out, not multiplied by 0."""
+        if not has_teachers:
+            return {"ce": 1.0}
+        kd_ratio = self.options.kd_ratio
+        weights = {"kd": kd_ratio * self.options.temperature**2, "ce": 1 - kd_ratio}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def _target(
+        self, weights: Mapping[str, float], teachers: Sequence[TeacherRows], rows: Rows
+    ) -> FusedTarget | None:
+        if "kd" not in weights:
+            return None
+        if self.fusion is None:
+            raise RecipeError(
+                f"fusion: got none for {len(teachers)} teachers; must be given where kd_ratio > 0; add it or use kd_ratio: 0"
+            )
+        return FusedTarget(self.fusion, teachers, rows)
+
+
+class _RowLosses:
+    """The terms over the vocabulary for one block of rows; remembers the fusion weights it met."""
+
+    def __init__(
+        self,
+        options: ObjectiveOptions,
+        rows: Rows,
+        target: FusedTarget | None,
+        weights: Mapping[str, float],
+    ) -> None:
+        self._options = options
+        self._labels_N = rows.labels
+        self._target = target
+        self._has_ce = "ce" in weights
+        self._weights: list[Tensor] = []
+
+    def __call__(self, logits_nV: Tensor, block: slice) -> dict[str, Tensor]:
+        temperature = self._options.temperature
+        losses: dict[str, Tensor] = {}
+        student_logp_nV: Tensor | None = None
+        if self._has_ce or temperature == 1.0:
+            # One pass over the vocabulary serves both terms.
+            student_logp_nV = logits_nV.log_softmax(-1)
+        if self._has_ce and student_logp_nV is not None:
+            labels_n1 = self._labels_N[block, None]
+            losses["ce"] = -student_logp_nV.gather(1, labels_n1).squeeze(1)
+        if self._target is not None:
+            target_logp_nV = self._tempered(self._target, block).to(logits_nV.dtype)
+            if temperature != 1.0 or student_logp_nV is None:
+                student_logp_nV = (logits_nV / temperature).log_softmax(-1)
+            losses["kd"] = self._options.divergence(target_logp_nV, student_logp_nV)
+        return losses
+
+    def _tempered(self, target: FusedTarget, block: slice) -> Tensor:
+        """log P^(1/T), renormalised, of one block."""
+        with torch.no_grad():
+            fused = target.block(block)
+            self._weights.append(fused.weights_Kn)
+            if self._options.temperature == 1.0:
+                return fused.logp_nV
+            return (fused.logp_nV / self._options.temperature).log_softmax(-1)
+
+    def teacher_weights(self) -> Tensor | None:
+        """(K, N) fusion weights of all rows met so far; None without a target."""
+        return torch.cat(self._weights, dim=1).detach() if self._weights else None
+
+
+def _grad_norm(weighted: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+    """Norm of a term's gradient at all tapped hidden states together."""
+    square = torch.zeros((), dtype=weighted.dtype, device=weighted.device)
+    taps = [tap for tap in features.values() if tap.requires_grad]
+    if not taps:
+        return square
+    grads = torch.autograd.grad(weighted, taps, retain_graph=True, allow_unused=True)
+    for grad in grads:
+        if grad is not None:
+            square += torch.linalg.vector_norm(grad, dtype=weighted.dtype).square()
+    return square.sqrt()
+
+
+class InertTermCheck:
+    """Watch the first measured steps for a term that has a weight but never any gradient."""
+
+    def __init__(self, num_steps: int = 3) -> None:
+        """Watch `num_steps` measured steps, then rest."""
+        self._num_steps = num_steps
+        self._seen = 0
+        self._moved: dict[str, bool] = {}
+
+    def __call__(self, loss: LossSum) -> None:
+        """Look at one measured step.
+
+        Raises:
+            TrainingError: a term had no gradient at all in any of the steps.
+        """
+        if self._seen >= self._num_steps or loss.num_rows == 0 or not loss.grad_norms:
+            return
+        self._seen += 1
+        for name, norm in loss.grad_norms.items():
+            has_moved = loss.weights[name] == 0 or bool(norm != 0)
+            self._moved[name] = self._moved.get(name, False) or has_moved
+        if self._seen < self._num_steps:
+            return
+        for name, has_moved in self._moved.items():
+            if not has_moved:
+                raise TrainingError(
+                    f"term `{name}`: contributes no gradient in the first {self._num_steps} steps; must move the student; "
+                    "give it weight 0, or see whether what it reads is frozen"
+                )
