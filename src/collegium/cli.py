@@ -1,0 +1,277 @@
+"""The command line: one command per stage; what is heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from collegium.errors import CollegiumError, Interrupted, RecipeError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from collegium.recipe import Recipe
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+TEMPLATE = """\
+# A recipe of Collegium: several frozen teachers, one student.
+# `collegium check collegium.yaml` tells what is wrong with it before anything heavy is loaded.
+# Relative paths are relative to the folder in which you run the command.
+name: my-run
+output_dir: runs/my-run
+seed: 0
+
+# The model that learns: a Hugging Face folder or the name of a model on the hub.
+student:
+  model: models/student
+  dtype: float32
+
+# The frozen models that it learns from, as many as you like, each under a name of your own.
+# All must share the student's vocabulary.
+teachers:
+  general:
+    model: models/teacher-general
+    dtype: bfloat16
+  code:
+    model: models/teacher-code
+    dtype: bfloat16
+
+# Text to learn from; `domain` groups the rows of the results.
+data:
+  train:
+    - path: corpus/web/*.jsonl
+      domain: web
+    - path: corpus/code/*.jsonl
+      domain: code
+  max_length: 512
+
+# How the teachers become one target: `auto` takes what preflight measures to be best. By hand, for example:
+# fusion: {weighting: {name: prefix_likelihood, eta: 0.3}, pool: linear, temperatures: {code: 1.2}}
+fusion: auto
+
+# kd_ratio * divergence(fused teachers, student) + (1 - kd_ratio) * cross-entropy
+objective:
+  kd_ratio: 0.9
+  temperature: 1.0
+  divergence: forward_kl
+
+# Names of Hugging Face training arguments.
+train:
+  learning_rate: 1e-4
+  max_steps: 1000
+  per_device_train_batch_size: 16
+
+# What is measured before training, on held-out text.
+preflight:
+  max_tokens: 20000
+
+# Students trained for comparison: ce_only, ce_only_equal_compute, best_single, uniform, entropy.
+evaluate:
+  controls: [ce_only]
+"""
+
+
+class _Group(TyperGroup):
+    """Turns our errors into exit codes, and takes `--debug` at any place of the line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        debug = [arg for arg in args if arg == "--debug"]
+        return super().parse_args(ctx, debug[:1] + [arg for arg in args if arg != "--debug"])
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (Interrupted, KeyboardInterrupt) as error:
+            text = str(error) or "interrupted"
+            typer.echo(f"{text}; saved; resume with the same command", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+        except CollegiumError as error:
+            _fail(ctx, str(error), error)
+        except ValueError as error:
+            # An option class refused a value while it was built in Python, not by the recipe reader.
+            from pydantic import ValidationError
+
+            if not isinstance(error, ValidationError):
+                raise
+            _fail(ctx, str(recipe_error(error)), error)
+
+
+def _fail(ctx: Any, text: str, error: Exception) -> None:
+    if ctx.params.get("debug"):
+        import traceback
+
+        typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    typer.echo(f"error: {text}", err=True)
+    raise typer.Exit(USER_ERROR) from error
+
+
+def recipe_error(error: ValidationError) -> RecipeError:
+    """The problems of options built in Python, one per line, as the recipe reader words them."""
+    from collegium.decode import message
+
+    lines = [
+        ": ".join((".".join([error.title, *map(str, item["loc"])]), message(item, item["input"])))
+        for item in error.errors()
+    ]
+    return RecipeError("\n".join(lines))
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distill several frozen language models into one small student.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes, for example train.max_steps=10."),
+]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from collegium import __version__
+
+        typer.echo(f"collegium {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    del debug, version
+
+
+def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
+    from collegium.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or [])
+
+
+@app.command()
+def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Do everything: check, preflight, train, evaluate, report; finished stages are skipped."""
+    loaded = _load(recipe, overrides)
+    from collegium import pipeline
+
+    typer.echo(str(pipeline.run(loaded)))
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Find what is wrong before anything heavy is loaded."""
+    loaded = _load(recipe, overrides)
+    from collegium import pipeline
+
+    for line in pipeline.check(loaded).lines:
+        typer.echo(line)
+
+
+@app.command()
+def preflight(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Write the chosen fusion into the recipe file.")
+    ] = False,
+) -> None:
+    """Measure the teachers on held-out text and choose how to fuse them."""
+    loaded = _load(recipe, overrides)
+    from collegium import pipeline
+
+    pipeline.preflight(loaded)
+    if apply:
+        _apply_fusion(recipe, loaded.output_dir / "preflight.json")
+
+
+def _apply_fusion(recipe: Path, measured: Path) -> None:
+    import json
+
+    from collegium.recipe import write_fusion
+
+    chosen = json.loads(measured.read_text(encoding="utf-8"))["chosen"]
+    write_fusion(recipe, chosen["fusion"])
+    typer.echo(f"{recipe}: fusion set to {chosen['name']}")
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train the student, or go on where an interrupted run stopped."""
+    loaded = _load(recipe, overrides)
+    from collegium import pipeline
+
+    pipeline.train(loaded)
+
+
+@app.command()
+def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Compare the student with its teachers, the fused target and the controls."""
+    loaded = _load(recipe, overrides)
+    from collegium import pipeline
+
+    pipeline.evaluate(loaded)
+
+
+@app.command()
+def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Write the run's report as one HTML file."""
+    loaded = _load(recipe, overrides)
+    from collegium import pipeline
+
+    typer.echo(str(pipeline.report(loaded)))
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="A few minutes instead of many.")] = False,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Run folder; runs/demo or runs/demo-quick by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
+    controls: Annotated[
+        str | None, typer.Option(help="Names of controls, separated by commas.")
+    ] = None,
+) -> None:
+    """Train three small teachers on public-domain text, offline, and distill them into one student."""
+    names = None if controls is None else [name for name in controls.split(",") if name]
+    from collegium.demo.run import run_demo
+
+    typer.echo(str(run_demo(quick=quick, output_dir=output_dir, seed=seed, controls=names)))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("collegium.yaml"),
+) -> None:
+    """Write a commented recipe to start from; never over an existing file."""
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(TEMPLATE)
+    except FileExistsError as error:
+        raise RecipeError(f"{path}: exists already; choose another name, or delete it") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
+    typer.echo(f"wrote {path}; edit it, then run `collegium check {path}`")
+
+
+def main() -> None:
+    """Entry point of the `collegium` command."""
+    app(prog_name="collegium")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

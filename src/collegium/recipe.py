@@ -1,0 +1,370 @@
+"""The recipe: one YAML file that is the sum of the option classes of all rooms."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from collegium.data.pack import DataOptions
+from collegium.decode import FAILED, decode
+from collegium.errors import RecipeError, nearest
+from collegium.fusion.pooling import Fusion
+from collegium.fusion.weights import WEIGHTINGS, BestSingle, Fixed
+from collegium.losses.divergences import DIVERGENCES
+from collegium.student import StudentOptions
+from collegium.teachers.local import TeacherOptions
+from collegium.train.objective import ObjectiveOptions
+from collegium.train.options import TrainOptions
+from collegium.types import STRICT
+from collegium.yaml12 import Document, KeyPath, dotted, read_yaml, scalar
+
+ControlName = Literal["ce_only", "ce_only_equal_compute", "best_single", "uniform", "entropy"]
+FORMS = {(Fusion, "weighting"): WEIGHTINGS, (ObjectiveOptions, "divergence"): DIVERGENCES}
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_SECRET_KEY = re.compile(
+    r"(.*_)?(api_?key|password|secret|hf_token|access_token|auth_token)|token", re.I
+)
+_SECRET_VALUE = re.compile(r"(hf_|sk-|ghp_|github_pat_|AKIA)[A-Za-z0-9_-]{16,}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PreflightOptions:
+    """How much is measured before training."""
+
+    max_tokens: Annotated[int, Field(ge=1)] = 20_000
+    """Tokens of the calibration split that each teacher reads."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Windows per forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateOptions:
+    """What the table of results compares."""
+
+    controls: list[ControlName] = field(default_factory=lambda: ["ce_only"])
+    """Further students, trained from the same start, that show what the teachers are worth."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Windows per forward pass."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of the validation split that are scored; all of them by default."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    """Everything that a run needs to know.
+
+    Relative paths are relative to the current directory, not to the recipe's folder.
+    """
+
+    student: StudentOptions
+    """The model that learns."""
+    data: DataOptions
+    """What it learns from."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "run"
+    """Name of the run; the name of the recipe file when it is left out there."""
+    output_dir: Path = Path()
+    """Run folder; `runs/NAME` by default."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of all that is random."""
+    teachers: dict[str, TeacherOptions] = field(default_factory=dict)
+    """The frozen models by name; none for plain cross-entropy training."""
+    fusion: Literal["auto"] | Fusion = "auto"
+    """How the teachers become one target; `auto` takes what preflight measured to be best."""
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    """What is minimized."""
+    train: TrainOptions = field(default_factory=TrainOptions)
+    """How it is minimized."""
+    preflight: PreflightOptions = field(default_factory=PreflightOptions)
+    """What is measured before training."""
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    """What is measured after it."""
+
+    def __post_init__(self) -> None:
+        if self.output_dir == Path():
+            object.__setattr__(self, "output_dir", Path("runs") / self.name)
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and change it by `train.max_steps=10` and the like.
+
+    Raises:
+        RecipeError: with every problem found, one per line, as `recipe.yaml:12: key.path: what; what to do`.
+    """
+    file = Path(path)
+    document = read_yaml(_read_text(file), file.name)
+    _stop_at(document)
+    if document.data is None:
+        raise RecipeError(
+            f"{file.name}: the recipe is empty; `collegium init` writes a commented one"
+        )
+    if not isinstance(document.data, dict):
+        raise RecipeError(
+            f"{file.name}: got {type(document.data).__name__}; must be a mapping of keys"
+        )
+    document.data.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "-", file.stem))
+    for override in overrides:
+        _apply(document, override)
+    _check_names(document)
+    recipe = decode(Recipe, document.data, (), document=document, forms=FORMS)
+    if recipe is not FAILED:
+        _check_together(recipe, document)
+    _stop_at(document)
+    return recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """The checks across sections, for a recipe built in Python.
+
+    Raises:
+        RecipeError: parts that do not fit together, one per line.
+    """
+    document = Document("recipe")
+    _check_together(recipe, document)
+    _stop_at(document)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe with every default written out, as YAML that loads back to an equal recipe."""
+    return _to_yaml(plain(recipe))
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 (hex) of everything that shapes the result: all but the run's name and folder."""
+    data = plain(recipe)
+    kept = {key: value for key, value in data.items() if key not in ("name", "output_dir")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def decode_fusion(snippet: Any, where: str = "fusion") -> Fusion:
+    """Build a fusion from the snippet of a recipe, as `preflight.json` holds it.
+
+    Raises:
+        RecipeError: the snippet does not decode.
+    """
+    document = Document(where)
+    fusion = decode(Fusion, snippet, (), document=document, forms=FORMS)
+    _stop_at(document)
+    return fusion
+
+
+def write_fusion(path: str | os.PathLike[str], snippet: Mapping[str, Any]) -> None:
+    """Set `fusion` in a recipe file, keeping its comments; whole or not at all.
+
+    Raises:
+        RecipeError: the file is not YAML any more, or cannot be written.
+    """
+    file = Path(path)
+    yaml = YAML(typ="rt")
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    try:
+        data = yaml.load(_read_text(file))
+        data["fusion"] = _quoted(dict(snippet))
+        stream = io.StringIO()
+        yaml.dump(data, stream)
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text(stream.getvalue(), encoding="utf-8")
+        os.replace(partial, file)
+    except (YAMLError, TypeError, OSError) as error:
+        raise RecipeError(f"{file.name}: cannot write `fusion`: {error}") from error
+
+
+def plain(value: Any) -> Any:
+    """Options to plain data; an option with several forms gets its `name`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        result: dict[str, Any] = {}
+        for item in dataclasses.fields(value):
+            if not item.init:
+                continue
+            result[item.name] = plain(getattr(value, item.name))
+            table = FORMS.get((type(value), item.name))
+            if table is not None:
+                name = next(
+                    n for n, form in table.items() if form is type(getattr(value, item.name))
+                )
+                result[item.name] = {"name": name, **result[item.name]}
+        return result
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Enum):
+        return plain(value.value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _to_yaml(data: Any) -> str:
+    yaml = YAML(typ="rt")
+    yaml.width = 4096
+    stream = io.StringIO()
+    yaml.dump(_quoted(data), stream)
+    return stream.getvalue()
+
+
+def _quoted(value: Any) -> Any:
+    """Quote the texts that would be read back as something else."""
+    if isinstance(value, Mapping):
+        return {_quoted(key): _quoted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_quoted(item) for item in value]
+    if isinstance(value, str):
+        try:
+            is_text = scalar(value) == value and value.isprintable() and value == value.strip()
+        except ValueError:
+            is_text = False
+        return value if is_text else DoubleQuotedScalarString(value)
+    return value
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        folder = file.parent
+        found = sorted(p.name for p in folder.glob("*.y*ml")) if folder.is_dir() else []
+        names = ", ".join(found[:10]) or "none"
+        raise RecipeError(f"{file}: not found; recipes in {folder}/: {names}") from error
+    except IsADirectoryError as error:
+        raise RecipeError(f"{file}: is a folder; give the YAML file of a recipe") from error
+    except UnicodeDecodeError as error:
+        text = f"byte 0x{error.object[error.start]:02X} at offset {error.start} is not UTF-8"
+        raise RecipeError(f"{file.name}: {text}; save the file as UTF-8") from error
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _stop_at(document: Document) -> None:
+    problems = sorted(document.problems, key=lambda problem: problem.line)
+    if problems:
+        raise RecipeError("\n".join(dict.fromkeys(str(problem) for problem in problems)))
+
+
+def _apply(document: Document, override: str) -> None:
+    """Set one value from the command line; the path is checked when the whole is decoded."""
+    label = f"override `{override}`"
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"{label}: must be KEY=VALUE, for example train.max_steps=10")
+    value = read_yaml(text, label)
+    if value.problems:
+        raise RecipeError(f"{label}: {value.problems[0].text}")
+    target: Any = document.data
+    path: KeyPath = ()
+    for part in parts[:-1]:
+        step = _step(target, part, path, label)
+        path = (*path, step)
+        if isinstance(target, dict) and target.get(step) is None:
+            target[step] = {}
+            document.origins[path] = (0, label)
+        target = target[step]
+    last = _step(target, parts[-1], path, label)
+    target[last] = value.data
+    path = (*path, last)
+    for old in [o for o in document.origins if o[: len(path)] == path]:
+        del document.origins[old]
+    document.origins[path] = (0, label)
+
+
+def _step(target: Any, part: str, path: KeyPath, label: str) -> Any:
+    if isinstance(target, dict):
+        return part
+    if isinstance(target, list):
+        if part.isdecimal() and int(part) < len(target):
+            return int(part)
+        raise RecipeError(
+            f"{label}: {dotted(path)} has {len(target)} items; the next key must be the number of one, from 0"
+        )
+    raise RecipeError(f"{label}: {dotted(path)} is `{target}`, not a mapping; set it as a whole")
+
+
+def _check_names(document: Document) -> None:
+    """What must be refused before anything is decoded: secrets, and names that break paths."""
+    for path in list(_secrets(document.data, ())):
+        text = "holds a secret; keep it in the environment (HF_TOKEN for the model hub); value not shown"
+        document.add(path, text)
+        _remove(document.data, path)
+    teachers = document.data.get("teachers")
+    for name in teachers if isinstance(teachers, dict) else ():
+        if not _NAME.fullmatch(name):
+            text = "a teacher's name must consist of letters, digits, `_` and `-`"
+            document.add(("teachers", name), text)
+
+
+def _secrets(data: Any, path: KeyPath) -> Any:
+    if isinstance(data, (dict, list)):
+        for key, item in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _secrets(item, (*path, key))
+    elif isinstance(data, str) and data and path:
+        key = path[-1]
+        is_secret_key = isinstance(key, str) and _SECRET_KEY.fullmatch(key) is not None
+        if is_secret_key or _SECRET_VALUE.search(data):
+            yield path
+
+
+def _remove(data: Any, path: KeyPath) -> None:
+    for part in path[:-1]:
+        data = data[part]
+    if isinstance(data, dict):
+        del data[path[-1]]
+    else:
+        data[path[-1]] = ""
+
+
+def _check_together(recipe: Recipe, document: Document) -> None:
+    """The checks that no single section can make."""
+    if not recipe.teachers and recipe.objective.kd_ratio > 0:
+        text = "give at least one teacher under `teachers:`, or set objective.kd_ratio: 0 for plain cross-entropy"
+        document.add(("teachers",), text)
+    if isinstance(recipe.fusion, Fusion):
+        _check_fusion(recipe.fusion, recipe.teachers, document)
+    _check_folders(recipe, document)
+
+
+def _check_fusion(fusion: Fusion, teachers: Mapping[str, Any], document: Document) -> None:
+    names: dict[KeyPath, list[str]] = {("temperatures",): list(fusion.temperatures)}
+    weighting = fusion.weighting
+    if isinstance(weighting, Fixed):
+        names["weighting", "weights"] = list(weighting.weights)
+        for missing in sorted(set(teachers) - set(weighting.weights)):
+            text = f"no weight for teacher `{missing}`; give one, 0 to leave it out"
+            document.add(("fusion", "weighting", "weights"), text)
+    if isinstance(weighting, BestSingle):
+        names["weighting", "teacher"] = [weighting.teacher]
+    for path, given in names.items():
+        for name in given:
+            if name not in teachers:
+                text = f"got `{name}`; unknown teacher{nearest(name, teachers)}"
+                document.add(("fusion", *path), text)
+
+
+def _check_folders(recipe: Recipe, document: Document) -> None:
+    """The run folder must not be a folder that the run reads."""
+    output = _resolved(recipe.output_dir)
+    inputs = {"student": recipe.student.model}
+    inputs.update({f"teacher `{name}`": options.model for name, options in recipe.teachers.items()})
+    for whose, model in inputs.items():
+        if model is not None and _resolved(model) == output:
+            text = (
+                f"got {recipe.output_dir}, which is also the folder of the {whose}; choose another"
+            )
+            document.add(("output_dir",), text)
+
+
+def _resolved(path: str | Path) -> Path:
+    return Path(path).expanduser().resolve()
