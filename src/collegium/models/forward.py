@@ -1,0 +1,320 @@
+"""The only place that calls a Hugging Face model: token ids in, hidden states of chosen rows and a head out.
+
+Shapes: B batch, T time, N rows (the trained positions of a batch), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from collegium.errors import ModelError, nearest
+from collegium.types import IGNORE, Batch, Head, HiddenRows, Rows
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISOR = "logits_scaling"
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+MULTIPLIES_BY_DIVISOR = ("hyperclovax",)
+UNUSED_FACTOR = ("mpt",)
+LAYER = re.compile(r"^layer_(\d+)$")
+
+
+def model_head(model: PreTrainedModel, vocab_size: int) -> Head:
+    """The last layer of a model cut to V rows: views of its parameters, so gradients reach them.
+
+    Raises:
+        ModelError: the head is not a plain linear layer, or has fewer than V rows.
+    """
+    layer, config = head_layer(model), model.config.get_text_config()
+    rows = layer.weight.shape[0]
+    if rows < vocab_size:
+        raise ModelError(
+            f"{config.model_type}: the head has {rows} rows; must be at least {vocab_size}, the "
+            f"largest token id + 1; use the model's own tokenizer"
+        )
+    bias: Tensor | None = layer.bias
+    return Head(
+        weight=layer.weight[:vocab_size],
+        bias=None if bias is None else bias[:vocab_size],
+        scale=_head_scale(config),
+        softcap=next((float(c) for n in SOFTCAPS if (c := getattr(config, n, None))), None),
+    )
+
+
+def head_layer(model: PreTrainedModel) -> nn.Linear:
+    """The linear layer that makes the logits, pad rows included.
+
+    Raises:
+        ModelError: the model has none, or one with an adapter on it.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(
+            f"{model.config.model_type}: the head is {type(layer).__name__}; must be a linear layer; "
+            f"choose a causal language model without an adapter on its head"
+        )
+    return layer
+
+
+def input_layer(model: PreTrainedModel) -> nn.Embedding:
+    """The embedding of the token ids, pad rows included.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    layer = model.get_input_embeddings()
+    if not isinstance(layer, nn.Embedding):
+        raise ModelError(
+            f"{model.config.model_type}: the input is {type(layer).__name__}; must be an embedding; "
+            f"choose a causal language model"
+        )
+    return layer
+
+
+def forward_rows(
+    model: PreTrainedModel,
+    batch: Batch,
+    rows: Rows,
+    *,
+    vocab_size: int,
+    taps: Sequence[str] = (),
+) -> HiddenRows:
+    """Run the body of a model, never its head, and gather the chosen rows: (B, T) -> (N, D).
+
+    No attention mask is passed: documents are kept apart by `position_ids`.
+
+    Raises:
+        ModelError: a tap that the model does not have.
+    """
+    input_ids, position_ids = batch.input_ids, batch.position_ids
+    if "flash" in str(model.config._attn_implementation):
+        # flash kernels see documents only in a single flat window
+        input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
+    with _captured(model, taps) as found:
+        output = _body(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    hidden_ND = _gather(output.last_hidden_state, rows)
+    features = {
+        tap: hidden_ND if tap == "final_postnorm" else _gather(found[tap], rows) for tap in taps
+    }
+    return HiddenRows(hidden=hidden_ND, head=model_head(model, vocab_size), features=features)
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    """Number of blocks of a model."""
+    return len(_blocks(model))
+
+
+def tap_names(model: PreTrainedModel) -> list[str]:
+    """Names of the hidden states that `forward_rows` can return, from the input on.
+
+    `embed` is the output of the input embedding, `layer_i` that of block i, `final_prenorm` that of the last
+    block (the same tensor as the last `layer_i`), `final_postnorm` what the head reads.
+    """
+    layers = [f"layer_{i}" for i in range(num_layers(model))]
+    return ["embed", *layers, "final_prenorm", "final_postnorm"]
+
+
+def tap_width(model: PreTrainedModel, tap: str) -> int:
+    """Width D of a tapped hidden state.
+
+    Raises:
+        ModelError: a tap that the model does not have.
+    """
+    _check_taps(model, [tap])
+    if tap == "embed":
+        return input_layer(model).weight.shape[1]
+    if tap == "final_postnorm":
+        return head_layer(model).weight.shape[1]
+    return int(model.config.get_text_config().hidden_size)
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
+    """Try a short random input: our logits equal the model's own, and packed documents do not see each other.
+
+    Raises:
+        ModelError: the model computes its logits in an unknown way, or mixes packed documents.
+    """
+    model_type = model.config.model_type
+    if "position_ids" not in inspect.signature(_body(model).forward).parameters:
+        raise ModelError(
+            f"{where}: {model_type} takes no position_ids, so packed documents would see each "
+            f"other; choose another model family"
+        )
+    device = head_layer(model).weight.device
+    first, second = _random_windows(vocab_size, device)
+    with _eval_mode(model):
+        ours = forward_rows(model, first, _all_rows(first), vocab_size=vocab_size)
+        own_BTV = model(
+            input_ids=first.input_ids, position_ids=first.position_ids, use_cache=False
+        ).logits
+        other = forward_rows(model, second, _all_rows(second), vocab_size=vocab_size)
+        alone = [_alone(model, first, span, vocab_size) for span in _SPANS]
+    dtype = ours.hidden.dtype
+    own_NV = own_BTV[..., :vocab_size].flatten(0, 1)
+    if not _close(ours.logits(slice(None)), own_NV, dtype, factor=64):
+        raise ModelError(
+            f"{where}: {model_type} computes its logits in a way that is not known here (largest "
+            f"difference {_gap(ours.logits(slice(None)), own_NV):.3g}); choose another model family"
+        )
+    hidden_BTD = ours.hidden.view(*first.input_ids.shape, -1)
+    start = _SPANS[1].start
+    changed_BTD = other.hidden.view_as(hidden_BTD)
+    leaks = not _close(hidden_BTD[:, start:], changed_BTD[:, start:], dtype, factor=8)
+    differs = not _close(hidden_BTD, torch.cat(alone, dim=1), dtype, factor=64)
+    if leaks or differs:
+        raise ModelError(
+            f"{where}: {model_type} lets packed documents see each other (hidden states "
+            f"{'change with the document before' if leaks else 'differ from those of each alone'}); "
+            f"must keep documents apart by position_ids; choose another model family or attention"
+        )
+
+
+_SPANS = (slice(0, 5), slice(5, 12))
+"""The two documents of each window of the probe."""
+
+
+def _random_windows(vocab_size: int, device: torch.device) -> tuple[Batch, Batch]:
+    """Two batches that differ in the first document of each window only."""
+    generator = torch.Generator().manual_seed(0)
+    length = _SPANS[-1].stop
+    ids = torch.randint(vocab_size, (2, length), generator=generator)
+    changed = ids.clone()
+    changed[:, _SPANS[0]] = (changed[:, _SPANS[0]] + 1) % vocab_size
+    position = torch.cat([torch.arange(span.stop - span.start) for span in _SPANS]).expand(2, -1)
+    labels = torch.full_like(ids, IGNORE)
+    batches = [
+        Batch(*(t.contiguous().to(device) for t in (window, position, labels, labels)))
+        for window in (ids, changed)
+    ]
+    return batches[0], batches[1]
+
+
+def _alone(model: PreTrainedModel, batch: Batch, span: slice, vocab_size: int) -> Tensor:
+    part = Batch(
+        batch.input_ids[:, span].contiguous(),
+        batch.position_ids[:, span].contiguous(),
+        batch.labels[:, span],
+        batch.sample_ids[:, span],
+    )
+    hidden_ND = forward_rows(model, part, _all_rows(part), vocab_size=vocab_size).hidden
+    return hidden_ND.view(*part.input_ids.shape, -1)
+
+
+def _all_rows(batch: Batch) -> Rows:
+    index = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device)
+    return Rows(index=index, labels=index, documents=index, samples=index)
+
+
+def _gap(left: Tensor, right: Tensor) -> float:
+    return float((left.float() - right.float()).abs().max())
+
+
+def _close(left: Tensor, right: Tensor, dtype: torch.dtype, *, factor: float) -> bool:
+    """Within `factor` roundings of the largest value; not a number is never close."""
+    largest = max(1.0, float(right.float().abs().max()))
+    return _gap(left, right) <= factor * torch.finfo(dtype).eps * largest
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _captured(model: PreTrainedModel, taps: Sequence[str]) -> Iterator[Mapping[str, Tensor]]:
+    """Collect the outputs of the tapped modules while the model runs.
+
+    The hook only keeps a reference: an operation in it would run inside gradient checkpointing.
+    """
+    found: dict[str, Tensor] = {}
+    handles = []
+    if taps:
+        _check_taps(model, taps)
+    for tap in taps:
+        if tap == "final_postnorm":
+            continue
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any, tap: str = tap) -> None:
+            found[tap] = output[0] if isinstance(output, tuple) else output
+
+        handles.append(_tapped(model, tap).register_forward_hook(keep))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tapped(model: PreTrainedModel, tap: str) -> nn.Module:
+    if tap == "embed":
+        return input_layer(model)
+    layer = LAYER.match(tap)
+    return _blocks(model)[int(layer.group(1)) if layer else -1]
+
+
+def _check_taps(model: PreTrainedModel, taps: Sequence[str]) -> None:
+    known = tap_names(model)
+    for tap in taps:
+        if tap not in known:
+            raise ModelError(
+                f"{model.config.model_type}: no hidden state `{tap}`{nearest(tap, known)}"
+            )
+
+
+def _gather(hidden_BTD: Tensor, rows: Rows) -> Tensor:
+    return hidden_BTD.flatten(0, 1).index_select(0, rows.index)
+
+
+def _body(model: PreTrainedModel) -> nn.Module:
+    body = model.base_model
+    if body is model:
+        raise ModelError(
+            f"{model.config.model_type}: has no body apart from its head; must be a causal "
+            f"language model"
+        )
+    return body
+
+
+def _blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of blocks: the outermost list as long as the config says there are layers."""
+    count = int(model.config.get_text_config().num_hidden_layers)
+    lists = [
+        (name.count("."), module)
+        for name, module in _body(model).named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise ModelError(
+            f"{model.config.model_type}: no list of {count} blocks was found, so its layers "
+            f"cannot be tapped; remove `features`"
+        )
+    return min(lists, key=lambda found: found[0])[1]
+
+
+def _head_scale(config: PretrainedConfig) -> float:
+    """What the logits are multiplied with: Cohere, Falcon-H1 multiply, Granite divides."""
+    scale = 1.0
+    for name in FACTORS:
+        factor = getattr(config, name, None)
+        if isinstance(factor, (int, float)) and config.model_type not in UNUSED_FACTOR:
+            scale *= float(factor)
+    divisor = getattr(config, DIVISOR, None)
+    if isinstance(divisor, (int, float)):
+        scale *= divisor if config.model_type in MULTIPLIES_BY_DIVISOR else 1.0 / divisor
+    return scale

@@ -1,0 +1,305 @@
+"""Make models and tokenizers, from folders or from a config, and prove that every weight is there and finite."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from collegium.errors import ModelError, nearest
+from collegium.models.folder import ModelOptions, read_headers, resolve_folder
+from collegium.models.forward import head_layer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+MAX_NAMES = 5
+
+
+class HasVocabulary(Protocol):
+    """What `vocab_size_of` asks of a tokenizer."""
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on its device, with its weights checked."""
+
+    model: PreTrainedModel
+    head_size: int
+    """Rows of the head, pad rows included."""
+    name: str
+
+
+def load_model(options: ModelOptions, *, where: str) -> LoadedModel:
+    """Load a causal language model whose weights fit its config one to one and are finite.
+
+    Raises:
+        ModelError: a missing, superfluous, misshapen or non-finite tensor, or an unusable folder.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    resolve_folder(options.model, where=where)
+    source = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(options.model, **source)
+        # always said aloud, so that a config cannot choose a kernel of its own
+        config._attn_implementation_internal = None
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            options.model,
+            config=config,
+            dtype=options.dtype,
+            attn_implementation=_attention(config, options.attention),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **source,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"{where}: {options.model} cannot be loaded; {error}") from error
+    model, info = loaded
+    _check_loading(info, where=where)
+    scan_weights(model, where=where)
+    model.to(choose_device(options.device))
+    head_size = head_layer(model).weight.shape[0]
+    return LoadedModel(model.eval(), head_size, Path(options.model).name)
+
+
+def check_weights(options: ModelOptions, *, where: str) -> None:
+    """Compare names and shapes of the saved tensors with the model of the config, without reading one.
+
+    Model types whose tensors are renamed on loading are left to `load_model`, as are hub ids.
+
+    Raises:
+        ModelError: a tensor is missing, fits nothing, or has another shape.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    folder = resolve_folder(options.model, where=where)
+    if folder is None or options.trust_remote_code:
+        return
+    config = AutoConfig.from_pretrained(folder)
+    if get_checkpoint_conversion_mapping(config.model_type):
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    saved = {
+        name: tuple(entry["shape"]) for name, entry in read_headers(folder, where=where).items()
+    }
+    known = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    saved = {_full_name(name, known, model.base_model_prefix): s for name, s in saved.items()}
+    tied = set(model.all_tied_weights_keys)
+    _check_loading(
+        {
+            "missing_keys": set(known) - set(saved) - tied,
+            "unexpected_keys": {
+                name for name in set(saved) - set(known) if not _is_ignored(model, name)
+            },
+            "mismatched_keys": {
+                (name, saved[name], known[name])
+                for name in set(saved) & set(known)
+                if saved[name] != known[name]
+            },
+        },
+        where=where,
+    )
+
+
+def scan_weights(model: nn.Module, where: str) -> None:
+    """Look at every parameter and buffer: attention can hide a non-finite weight from a forward pass.
+
+    Raises:
+        ModelError: a weight is not finite.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        is_bad = ~torch.isfinite(tensor.detach())
+        count = int(is_bad.sum())
+        if count:
+            first = is_bad.nonzero()[0].tolist()
+            raise ModelError(
+                f"{where}: {name} has {count} non-finite values, first at {first}; must be finite; "
+                f"save the model again from an earlier checkpoint"
+            )
+        if tensor.dim() == 2 and not bool(tensor.detach().any()):
+            logger.warning("%s: %s is all zeros", where, name)
+
+
+def load_tokenizer(
+    path: str, *, revision: str | None = None, where: str
+) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer, which alone knows the bytes of its tokens.
+
+    Raises:
+        ModelError: no tokenizer there, or only a slow one.
+    """
+    from transformers import AutoTokenizer
+
+    resolve_folder(path, where=where)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{where}: no tokenizer can be loaded from {path}; {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{where}: {path} holds a slow tokenizer; must have tokenizer.json; convert it once with "
+            f"`AutoTokenizer.from_pretrained(...).save_pretrained(...)`"
+        )
+    return tokenizer
+
+
+def build_model(
+    config: Mapping[str, Any], *, vocab_size: int, seed: int, attention: str = "auto"
+) -> PreTrainedModel:
+    """A fresh random model in float32 from a transformers config; the global generators stay as they are.
+
+    Raises:
+        ModelError: unknown model type or key, or a `vocab_size` other than the tokenizer's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings = check_config(config, vocab_size=vocab_size)
+    full = _make_config(settings)
+    for name in SPECIAL_IDS:
+        value = getattr(full, name, None)
+        if name not in settings and isinstance(value, int) and value >= vocab_size:
+            setattr(full, name, None)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(
+                full, dtype=torch.float32, attn_implementation=_attention(full, attention)
+            )
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise ModelError(f"config: {settings['model_type']} cannot be built; {error}") from error
+
+
+def check_config(config: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:
+    """The config with its `vocab_size`, once every key is known to its model type.
+
+    Raises:
+        ModelError: as `build_model`.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    settings = dict(config)
+    model_type = settings.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        hint = nearest(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        hint = hint if hint.startswith("; did") else ""
+        raise ModelError(
+            f"config.model_type: got {model_type!r}; must be a causal language model of "
+            f"transformers, such as `llama` or `qwen3`{hint}"
+        )
+    known = _config_keys(model_type)
+    for key in settings:
+        if key not in known:
+            raise ModelError(f"config.{key}: no such key of {model_type}{nearest(key, known)}")
+    given = settings.setdefault("vocab_size", vocab_size)
+    if given != vocab_size:
+        raise ModelError(
+            f"config.vocab_size: got {given}; must be {vocab_size}, the number of ids of the "
+            f"tokenizer; leave it out"
+        )
+    return settings
+
+
+def vocab_size_of(tokenizer: HasVocabulary) -> int:
+    """V, the largest token id + 1: added tokens count, holes too."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _config_keys(model_type: str) -> set[str]:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type)
+    internal = {"transformers_version", "_name_or_path"}
+    return (set(config.to_dict()) | set(vars(config)) | set(config.attribute_map)) - internal
+
+
+def _make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    arguments = {key: value for key, value in settings.items() if key != "model_type"}
+    try:
+        return AutoConfig.for_model(settings["model_type"], **arguments)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"config: {settings['model_type']} does not take these values; {error}"
+        ) from error
+
+
+def _attention(config: PretrainedConfig, choice: str) -> str:
+    """The implementation to ask for by name; a model without `sdpa` gets `eager`."""
+    from transformers import AutoModelForCausalLM
+
+    if choice != "auto":
+        return choice
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    known = type(config) in mapping
+    return "sdpa" if not known or mapping[type(config)]._supports_sdpa else "eager"
+
+
+def choose_device(choice: str) -> torch.device:
+    """The device that `auto` stands for: the first CUDA device, else Apple's, else the CPU."""
+    if choice != "auto":
+        return torch.device(choice)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _check_loading(info: Mapping[str, Iterable[Any]], *, where: str) -> None:
+    """Refuse what `from_pretrained` would only report, and then train on invented weights."""
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, saved, wanted = mismatched[0]
+        raise ModelError(
+            f"{where}: {len(mismatched)} tensors have another shape than config.json says: {name} "
+            f"is {list(saved)}, must be {list(wanted)}; use the config of these weights"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{where}: {len(missing)} tensors are missing: {_some(missing)}; must fit config.json "
+            f"one to one; copy the model again"
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        raise ModelError(
+            f"{where}: {len(unexpected)} tensors fit nothing in the model of config.json: "
+            f"{_some(unexpected)}; use the config of these weights"
+        )
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f", and {rest} more" if rest > 0 else "")
+
+
+def _full_name(name: str, known: Mapping[str, Any], prefix: str) -> str:
+    """Old files name the tensors of the body without its prefix."""
+    return f"{prefix}.{name}" if name not in known and f"{prefix}.{name}" in known else name
+
+
+def _is_ignored(model: PreTrainedModel, name: str) -> bool:
+    import re
+
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq"]
+    return name in model.all_tied_weights_keys or any(re.search(p, name) for p in patterns)

@@ -1,0 +1,171 @@
+"""The one model that learns: from a folder, or fresh from a config and a tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from collegium.errors import ModelError
+from collegium.models import (
+    ModelOptions,
+    build_model,
+    check_model_folder,
+    load_model,
+    load_tokenizer,
+    vocab_size_of,
+)
+from collegium.models.folder import Attention, Device, check_device, check_tokenizer_folder
+from collegium.models.forward import head_layer, input_layer
+from collegium.models.loading import check_config, choose_device
+from collegium.types import STRICT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StudentOptions:
+    """The student: `model` to start from trained weights, or `config` and `tokenizer` to start fresh."""
+
+    model: str | None = None
+    """A Hugging Face model folder, or a hub id `owner/name`."""
+    config: dict[str, Any] | None = None
+    """A transformers config with its `model_type`; `vocab_size` is the tokenizer's and may be left out."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer; with `config` it must be given."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number type of the trained weights."""
+    device: Device = "auto"
+    """`auto` is the first CUDA device, else Apple's, else the CPU."""
+    attention: Attention = "auto"
+    """`auto` is `sdpa` where the model has it, else `eager`."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with the model; review them first."""
+    gradient_checkpointing: bool = False
+    """Recompute the hidden states of each block in the backward pass, to save memory."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> StudentOptions:
+        if (self.model is None) == (self.config is None):
+            raise ValueError(
+                "got both or neither of `model` and `config`; must be one of them: "
+                "`model` for trained weights, `config` for a fresh student"
+            )
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("got `config` without `tokenizer`; must name a tokenizer folder")
+        return self
+
+
+def check_student(options: StudentOptions, *, where: str) -> None:
+    """Check everything that can be known about the student without loading a weight.
+
+    Raises:
+        ModelError: the folder, the config, the tokenizer or the device cannot be used.
+    """
+    if options.model is not None:
+        check_model_folder(_model_options(options), where=where)
+        return
+    check_device(options.device, where=where)
+    check_tokenizer_folder(_tokenizer_path(options), where=where)
+    tokenizer = load_student_tokenizer(options, where=where)
+    _fresh_config(options, tokenizer, where=where)
+
+
+def load_student_tokenizer(options: StudentOptions, *, where: str) -> PreTrainedTokenizerFast:
+    """Load the tokenizer whose ids are the vocabulary of the whole run.
+
+    Raises:
+        ModelError: no fast tokenizer there, or one without an end-of-text token.
+    """
+    path = _tokenizer_path(options)
+    revision = options.revision if path == options.model else None
+    tokenizer = load_tokenizer(path, revision=revision, where=where)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{where}: the tokenizer of {path} has no eos token, so a student could not learn to "
+            f"stop; must name one; set `eos_token` in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def build_student(options: StudentOptions, *, seed: int, where: str) -> PreTrainedModel:
+    """Load or make the student; its embeddings are never resized.
+
+    Raises:
+        ModelError: the model cannot be loaded, or has fewer rows than the tokenizer has ids.
+    """
+    tokenizer = load_student_tokenizer(options, where=where)
+    if options.model is not None:
+        model = load_model(_model_options(options), where=where).model
+    else:
+        model = build_model(
+            _fresh_config(options, tokenizer, where=where),
+            vocab_size=vocab_size_of(tokenizer),
+            seed=seed,
+            attention=options.attention,
+        )
+        nn.Module.to(model, choose_device(options.device), DTYPES[options.dtype])
+    _check_rows(model, tokenizer, where=where)
+    _set_stop_token(model, tokenizer)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _tokenizer_path(options: StudentOptions) -> str:
+    return str(options.tokenizer or options.model)
+
+
+def _model_options(options: StudentOptions) -> ModelOptions:
+    fields = asdict(options)
+    for name in ("config", "gradient_checkpointing"):
+        del fields[name]
+    return ModelOptions(**fields)
+
+
+def _fresh_config(
+    options: StudentOptions, tokenizer: PreTrainedTokenizerFast, *, where: str
+) -> dict[str, Any]:
+    """The config of a fresh student, with the special tokens of its tokenizer where it names none."""
+    config = dict(options.config or {})
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config.setdefault(name, {"bos_token_id": tokenizer.bos_token_id}.get(name))
+    config["eos_token_id"] = config["eos_token_id"] or tokenizer.eos_token_id
+    try:
+        return check_config(config, vocab_size=vocab_size_of(tokenizer))
+    except ModelError as error:
+        raise ModelError(f"{where}.{error}") from error
+
+
+def _check_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, where: str) -> None:
+    vocab = tokenizer.get_vocab()
+    token = max(vocab, key=vocab.__getitem__)
+    rows = min(input_layer(model).num_embeddings, head_layer(model).out_features)
+    if vocab[token] >= rows:
+        raise ModelError(
+            f"{where}: token `{token}` has id {vocab[token]}, the model has {rows} rows; must have "
+            f"a row for every id; use the model's own tokenizer"
+        )
+
+
+def _set_stop_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let generation stop at the token that training teaches, beside those the model knew."""
+    config = model.generation_config
+    if config is None:
+        return
+    known: Any = config.eos_token_id
+    stops: list[Any] = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if tokenizer.eos_token_id not in stops:
+        stops.append(tokenizer.eos_token_id)
+    config.eos_token_id = stops[0] if len(stops) == 1 else stops
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,161 @@
+"""A frozen Hugging Face model as a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic.dataclasses import dataclass as option_class
+from torch import Tensor, nn
+
+from collegium.errors import ModelError, TrainingError
+from collegium.models import ModelOptions, count_parameters, forward_rows, load_model
+from collegium.models.forward import head_layer
+from collegium.types import STRICT, Batch, HiddenRows, Rows, TeacherRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_NAMES = 5
+
+
+@option_class(frozen=True, kw_only=True, config=STRICT)
+class TeacherOptions(ModelOptions):
+    """One teacher: a model of its own, with its own number type and device."""
+
+    offload: bool = False
+    """Keep the teacher on the CPU between its turns; slower, but memory holds one teacher at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class MovedRows:
+    """Hidden states that stay where their head is; only the logits of a block travel."""
+
+    rows: HiddenRows
+    device: torch.device
+
+    def logits(self, block: slice) -> Tensor:
+        """(n, V) logits on the device of the batch."""
+        return self.rows.logits(block).to(self.device)
+
+
+class LocalTeacher:
+    """A model that only answers: without gradient, without dropout, in its own number type."""
+
+    provides = frozenset({"dense", "features"})
+
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        *,
+        vocab_size: int,
+        offload: bool = False,
+        student: nn.Module | None = None,
+    ) -> None:
+        """Freeze `model`, which must share no parameter with `student`.
+
+        Raises:
+            ModelError: teacher and student share a parameter, so freezing one would freeze the other.
+        """
+        if student is not None:
+            _check_apart(name, model, student)
+        self.name = name
+        self.model = model.requires_grad_(False).eval()
+        self.vocab_size = vocab_size
+        self.num_parameters = count_parameters(model)
+        self._device = head_layer(model).weight.device
+        self._is_offloaded = offload and self._device.type != "cpu"
+        if self._is_offloaded:
+            nn.Module.to(model, "cpu")
+
+    @classmethod
+    def load(
+        cls, name: str, options: TeacherOptions, *, vocab_size: int, where: str
+    ) -> LocalTeacher:
+        """Load a teacher from its folder.
+
+        Raises:
+            ModelError: the folder or its weights cannot be used.
+        """
+        loaded = load_model(options, where=where)
+        return cls(name, loaded.model, vocab_size=vocab_size, offload=options.offload)
+
+    @torch.no_grad()
+    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
+        """Score the rows without gradient; `taps` names the hidden states to return.
+
+        Raises:
+            TrainingError: a hidden state is not finite.
+            ModelError: the model has no such tap, or too small a head.
+        """
+        home = batch.input_ids.device
+        self.model.eval()  # pinned: someone may have called train() on a parent module
+        if self._is_offloaded:
+            nn.Module.to(self.model, self._device)
+        found = _detached(
+            forward_rows(
+                self.model,
+                _batch_to(batch, self._device),
+                _rows_to(rows, self._device),
+                vocab_size=self.vocab_size,
+                taps=taps,
+            )
+        )
+        if self._is_offloaded:
+            nn.Module.to(self.model, "cpu")
+        self._check_finite({"the last layer": found.hidden, **found.features}, rows)
+        features = {tap: hidden_ND.to(home) for tap, hidden_ND in found.features.items()}
+        scores = found if home == self._device else MovedRows(found, home)
+        return TeacherRows(self.name, scores, features)
+
+    def _check_finite(self, states: Mapping[str, Tensor], rows: Rows) -> None:
+        for place, hidden_ND in states.items():
+            is_bad_N = ~torch.isfinite(hidden_ND).all(-1)
+            if not bool(is_bad_N.any()):
+                continue
+            samples = rows.samples[is_bad_N.to(rows.samples.device)].unique().tolist()
+            more = ", ..." if len(samples) > MAX_NAMES else ""
+            raise TrainingError(
+                f"teacher {self.name}: non-finite hidden states at {place} in "
+                f"{int(is_bad_N.sum())} of {len(rows)} rows (samples "
+                f"{', '.join(map(str, samples[:MAX_NAMES]))}{more}); must be finite; "
+                f"try `dtype: float32` for this teacher"
+            )
+
+
+def _check_apart(name: str, model: nn.Module, student: nn.Module) -> None:
+    theirs = {id(parameter) for parameter in student.parameters()}
+    shared = [n for n, parameter in model.named_parameters() if id(parameter) in theirs]
+    if shared:
+        raise ModelError(
+            f"teacher {name}: shares {len(shared)} parameters with the student ({shared[0]}); must be "
+            f"a model of its own, since teachers are frozen; use copy.deepcopy(model)"
+        )
+
+
+def _detached(rows: HiddenRows) -> HiddenRows:
+    """The same values, cut off from the model: its parameters may move to another device."""
+    head, bias = rows.head, rows.head.bias
+    bias = None if bias is None else bias.detach()
+    return replace(rows, head=replace(head, weight=head.weight.detach(), bias=bias))
+
+
+def _batch_to(batch: Batch, device: torch.device) -> Batch:
+    return Batch(
+        input_ids=batch.input_ids.to(device),
+        position_ids=batch.position_ids.to(device),
+        labels=batch.labels.to(device),
+        sample_ids=batch.sample_ids.to(device),
+    )
+
+
+def _rows_to(rows: Rows, device: torch.device) -> Rows:
+    return Rows(
+        index=rows.index.to(device),
+        labels=rows.labels.to(device),
+        documents=rows.documents.to(device),
+        samples=rows.samples.to(device),
+    )
