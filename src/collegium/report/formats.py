@@ -1,0 +1,87 @@
+"""How numbers are written for people."""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "–"
+MINUS = "\N{MINUS SIGN}"
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    """`4.768`; a real minus sign, and a dash for what is not known."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    text = f"{value:,.{digits}f}"
+    return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("-")
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """`+0.120` or `−0.120`."""
+    text = fixed(value, digits)
+    return f"+{text}" if value is not None and value > 0 and text != MISSING else text
+
+
+def perplexity(value: float | None) -> str:
+    """Three to four digits that matter: `8.42`, `118.0`, `4,211`."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return fixed(value, 2 if value < 10 else 1 if value < 1000 else 0)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share of 1 as `38.2 %`."""
+    text = fixed(None if share is None else 100 * share, digits)
+    return text if text == MISSING else f"{text} %"
+
+
+def signed_percent(share: float | None, digits: int = 1) -> str:
+    """A change of 1 as `−8.0 %`."""
+    text = signed(None if share is None else 100 * share, digits)
+    return text if text == MISSING else f"{text} %"
+
+
+def amount(value: float | None) -> str:
+    """A count in three digits: `1.10 M`, `307 k`, `900`."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    for size, unit in UNITS:
+        if abs(value) >= size:
+            scaled = value / size
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
+    return f"{value:.0f}"
+
+
+def whole(value: float | None) -> str:
+    """A count in full: `12,800`."""
+    return fixed(value, 0)
+
+
+def ratio(value: float | None) -> str:
+    """A factor: `9.3 ×`."""
+    text = fixed(value, 1 if value is not None and value >= 10 else 2)
+    return text if text == MISSING else f"{text} ×"
+
+
+def duration(seconds: float | None) -> str:
+    """`0.4 s`, `42 s`, `2 min 35 s`, `3 h 07 min`."""
+    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+        return MISSING
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole_s = round(seconds)
+    if whole_s < 60:
+        return f"{whole_s} s"
+    if whole_s < 3600:
+        return f"{whole_s // 60} min {whole_s % 60:02d} s"
+    return f"{whole_s // 3600} h {whole_s % 3600 // 60:02d} min"
+
+
+def perplexity_of(nll: float | None, given: float | None = None) -> float | None:
+    """The given perplexity, or exp(NLL) where none is given; None when it would overflow."""
+    if given is not None:
+        return given
+    return math.exp(nll) if nll is not None and nll < 700 else None

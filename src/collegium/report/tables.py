@@ -1,0 +1,308 @@
+"""The tables of the report as plain values: the template only lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from collegium.report.canvas import FUSED, STUDENT, UNTOUCHED, teacher_color
+from collegium.report.files import DomainScore, ResultRow, RunFiles
+from collegium.report.formats import (
+    amount,
+    duration,
+    fixed,
+    percent,
+    perplexity,
+    perplexity_of,
+    ratio,
+    signed,
+    signed_percent,
+    whole,
+)
+from collegium.report.verdict import best, score
+
+GROUPS = (
+    ("student", "Distilled"),
+    ("control", "Controls"),
+    ("fused", "Fused target"),
+    ("teacher", "Teachers"),
+    ("untouched", "Before training"),
+)
+TRAINED = ("student", "control")
+KIND_COLORS = {"student": STUDENT, "fused": FUSED, "untouched": UNTOUCHED}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One value as text; `strong` marks the best of its column."""
+
+    text: str
+    strong: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row: a name with a swatch of its color, then its values; `group` opens a new block of rows."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    color: str = ""
+    group: str = ""
+    mark: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table whose first column is text and whose others are numbers."""
+
+    first: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """How one column reads a row, writes it, and which value is the best (`None`: no best)."""
+
+    title: str
+    read: Callable[[ResultRow], float | None]
+    write: Callable[[float | None], str]
+    rank: Callable[[float], float] | None = None
+
+
+def _low(value: float) -> float:
+    return value
+
+
+def _high(value: float) -> float:
+    return -value
+
+
+METRICS = (
+    Column("Perplexity", score, perplexity, _low),
+    Column("NLL", lambda row: row.nll, fixed, _low),
+    Column("Bits / byte", lambda row: row.bits_per_byte, fixed, _low),
+    Column("Top-1", lambda row: row.top1, percent, _high),
+    Column("ECE", lambda row: row.ece, percent, _low),
+    Column("NLL − H", lambda row: row.overconfidence, signed, abs),
+    Column("KL to target", lambda row: row.kl_to_fused, fixed, _low),
+    Column("Agreement", lambda row: row.agreement_fused, percent, _high),
+    Column("Steps", lambda row: row.steps, whole),
+    Column("Tokens", lambda row: row.train_tokens, amount),
+)
+
+
+def evaluation_table(run: RunFiles) -> Table:
+    """All rows of `results.json`, the student first; bold is the best among the student and its controls."""
+    columns = [
+        column
+        for column in METRICS
+        if any(column.read(row) is not None for row in run.results or ())
+    ]
+    return _result_table(run, columns, "Model")
+
+
+def domain_table(run: RunFiles) -> Table:
+    """Perplexity of every row on every domain; bold is the best among the student and its controls."""
+
+    def reader(domain: str) -> Callable[[ResultRow], float | None]:
+        def read(row: ResultRow) -> float | None:
+            found = row.domains.get(domain, DomainScore())
+            return perplexity_of(found.nll, found.perplexity)
+
+        return read
+
+    columns = [Column(name, reader(name), perplexity, _low) for name in run.domains()]
+    return _result_table(run, columns, "Model")
+
+
+def agreement_table(run: RunFiles) -> Table:
+    """Share of tokens on which the top-1 of a trained model is that of a teacher."""
+    rows = [
+        row
+        for row in run.rows(*TRAINED, "fused")
+        if any(v is not None for v in row.agreement.values())
+    ]
+    names = tuple(dict.fromkeys(name for row in rows for name in row.agreement))
+    lines = []
+    for row in rows:
+        values = [row.agreement.get(name) for name in names]
+        top = max(value for value in values if value is not None)
+        cells = tuple(Cell(percent(value), value == top and len(names) > 1) for value in values)
+        lines.append(Line(row.name, cells, _color(row, run), mark=row.kind == "student"))
+    return Table("Model", names, tuple(lines))
+
+
+def _result_table(run: RunFiles, columns: Sequence[Column], first: str) -> Table:
+    trained = run.rows(*TRAINED)
+    marks = [_best_of(column, trained) for column in columns]
+    lines = []
+    for kind, group in GROUPS:
+        for i, row in enumerate(run.rows(kind)):
+            cells = []
+            for column, mark in zip(columns, marks, strict=True):
+                value = column.read(row)
+                text = column.write(value)
+                # Equal as written is equal: two values that look the same are both the best.
+                cells.append(Cell(text, kind in TRAINED and mark is not None and text == mark))
+            lines.append(
+                Line(
+                    row.name, tuple(cells), _color(row, run), "" if i else group, kind == "student"
+                )
+            )
+    return Table(first, tuple(column.title for column in columns), tuple(lines))
+
+
+def _best_of(column: Column, rows: Iterable[ResultRow]) -> str | None:
+    values = [value for row in rows if (value := column.read(row)) is not None]
+    if column.rank is None or len(values) < 2:
+        return None
+    return column.write(min(values, key=column.rank))
+
+
+def _color(row: ResultRow, run: RunFiles) -> str:
+    if row.kind == "teacher":
+        return teacher_color(row.name, run.teachers())
+    return KIND_COLORS.get(row.kind, "")
+
+
+def teacher_table(run: RunFiles) -> Table:
+    """What the preflight measured of each teacher alone; the lowest NLL of each column in bold."""
+    if run.preflight is None:
+        return Table("Teacher", (), ())
+    teachers = run.preflight.teachers
+    domains = tuple(
+        dict.fromkeys(name for measure in teachers.values() for name in measure.domains)
+    )
+    best_nll = _lowest(measure.nll for measure in teachers.values())
+    best_in = {name: _lowest(m.domains.get(name) for m in teachers.values()) for name in domains}
+    lines = []
+    for name, measure in teachers.items():
+        cells = [
+            Cell(fixed(measure.nll), measure.nll is not None and measure.nll == best_nll),
+            Cell(perplexity(perplexity_of(measure.nll, measure.perplexity))),
+            Cell(fixed(measure.entropy)),
+            Cell(signed(measure.overconfidence)),
+            Cell(percent(measure.ece)),
+            Cell(fixed(measure.temperature, 2)),
+            Cell(percent(measure.top1)),
+        ]
+        for domain in domains:
+            value = measure.domains.get(domain)
+            cells.append(Cell(fixed(value), value is not None and value == best_in[domain]))
+        lines.append(Line(name, tuple(cells), teacher_color(name, run.teachers())))
+    titles = ("NLL", "Perplexity", "Entropy", "NLL − H", "ECE", "T", "Top-1")
+    return Table("Teacher", titles + tuple(f"NLL {name}" for name in domains), tuple(lines))
+
+
+def fusion_table(run: RunFiles) -> Table:
+    """The candidate fusions, best first, against the best single teacher; the chosen one is marked."""
+    preflight = run.preflight
+    if preflight is None or not preflight.fusions:
+        return Table("Fusion", (), ())
+    single = preflight.best_single.nll if preflight.best_single else None
+    ranked = sorted(preflight.fusions, key=lambda one: float("inf") if one.nll is None else one.nll)
+    lines = []
+    for fusion in ranked:
+        chosen = preflight.chosen is not None and fusion.name == preflight.chosen.name
+        change = None if single is None or fusion.nll is None else fusion.nll - single
+        cells = (
+            Cell(fusion.calibration or "raw"),
+            Cell(fixed(fusion.nll)),
+            Cell(perplexity(perplexity_of(fusion.nll))),
+            Cell(signed(change)),
+            Cell("chosen" if chosen else "", chosen),
+        )
+        lines.append(Line(fusion.name, cells, mark=chosen))
+    columns = ("Calibration", "NLL", "Perplexity", "NLL against best single", "")
+    return Table("Fusion", columns, tuple(lines))
+
+
+def size_table(run: RunFiles) -> Table:
+    """Parameters of each model and how many times the student they are."""
+    rows = [row for row in run.rows("student", "teacher") if row.num_parameters]
+    student = best(run.rows("student"))
+    base = student.num_parameters if student else None
+    lines = [
+        _size_line(row.name, row.num_parameters, base, _color(row, run), row.kind) for row in rows
+    ]
+    together = [row.num_parameters or 0.0 for row in run.rows("teacher")]
+    if len(together) > 1 and sum(together):
+        lines.append(_size_line("all teachers together", sum(together), base, "", "sum"))
+    return Table("Model", ("Parameters", "Exact", "Relative to student"), tuple(lines))
+
+
+def _size_line(name: str, size: float | None, base: float | None, color: str, kind: str) -> Line:
+    relative = size / base if size and base else None
+    cells = (Cell(amount(size)), Cell(whole(size)), Cell(ratio(relative)))
+    return Line(name, cells, color, mark=kind == "student")
+
+
+def cost_table(run: RunFiles) -> Table:
+    """Training cost of the student and of each control."""
+    rows = [
+        row for row in run.rows(*TRAINED) if row.steps is not None or row.train_seconds is not None
+    ]
+    student = best(run.rows("student"))
+    base = student.train_seconds if student else None
+    lines = []
+    for row in rows:
+        speed = (
+            row.train_tokens / row.train_seconds if row.train_tokens and row.train_seconds else None
+        )
+        relative = row.train_seconds / base - 1 if row.train_seconds is not None and base else None
+        texts = (
+            whole(row.steps),
+            amount(row.train_tokens),
+            duration(row.train_seconds),
+            "–" if speed is None else f"{amount(speed)}/s",
+            signed_percent(relative) if row.kind == "control" else "",
+        )
+        lines.append(
+            Line(row.name, tuple(map(Cell, texts)), _color(row, run), mark=row.kind == "student")
+        )
+    return Table(
+        "Model", ("Steps", "Tokens", "Time", "Tokens/s", "Time against student"), tuple(lines)
+    )
+
+
+def stage_table(run: RunFiles) -> Table:
+    """Status and wall time of each stage, and its share of the whole."""
+    stages = run.stages or {}
+    total = sum(stage.seconds or 0.0 for stage in stages.values())
+    lines = []
+    for name, stage in stages.items():
+        share = stage.seconds / total if stage.seconds is not None and total > 0 else None
+        texts = (
+            stage.status or "–",
+            stage.started or "–",
+            duration(stage.seconds),
+            percent(share),
+            stage.note or "",
+        )
+        lines.append(Line(name, tuple(map(Cell, texts))))
+    if lines:
+        texts = ("", "", duration(total), "", "")
+        lines.append(Line("together", tuple(map(Cell, texts)), mark=True))
+    return Table("Stage", ("Status", "Started", "Time", "Share", "Note"), tuple(lines))
+
+
+def environment_table(run: RunFiles) -> Table:
+    """Versions and machine, nested keys joined by dots."""
+    lines = [Line(key, (Cell(text),)) for key, text in _flat("", run.environment or {})]
+    return Table("Key", ("Value",), tuple(lines))
+
+
+def _flat(prefix: str, value: object) -> Iterable[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif isinstance(value, list):
+        yield prefix, ", ".join(map(str, value)) or "–"
+    elif prefix:
+        yield prefix, "–" if value is None or value == {} else str(value)
+
+
+def _lowest(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return min(known, default=None)

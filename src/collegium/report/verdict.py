@@ -1,0 +1,186 @@
+"""What the evaluation says, in one sentence, and the key figures under it; honest also when the student loses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from collegium.report.files import ResultRow, RunFiles
+from collegium.report.formats import (
+    amount,
+    duration,
+    fixed,
+    percent,
+    perplexity,
+    perplexity_of,
+    ratio,
+    signed_percent,
+)
+
+TIE = 0.01
+"""Relative difference of perplexity below which one seed cannot tell two students apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The headline, what stands beside it, and how it went."""
+
+    headline: str
+    facts: tuple[str, ...] = ()
+    tone: Literal["good", "bad", "even", "open"] = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One key figure."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def score(row: ResultRow) -> float | None:
+    """Perplexity of a row."""
+    return perplexity_of(row.nll, row.perplexity)
+
+
+def best(rows: tuple[ResultRow, ...]) -> ResultRow | None:
+    """The row of the lowest perplexity, or None when none has one."""
+    scored = [(value, i) for i, row in enumerate(rows) if (value := score(row)) is not None]
+    return rows[min(scored)[1]] if scored else None
+
+
+def judge(run: RunFiles) -> Verdict:
+    """Compare the student with its best control, and name the other marks to measure it by."""
+    student = best(run.rows("student"))
+    if student is None:
+        return _without_student(run)
+    reached = score(student) or 0.0
+    facts = tuple(_facts(run, reached))
+    control = best(run.rows("control"))
+    start = f"The distilled student reaches perplexity {perplexity(reached)}"
+    if control is None:
+        return Verdict(
+            f"{start}; there is no control to compare it with, so nothing shows that distillation helped.",
+            facts,
+        )
+    limit = score(control) or 0.0
+    against = f"the best control, {control.name} ({perplexity(limit)}{_effort(control, student)})"
+    if limit <= 0 or reached <= 0:
+        return Verdict(f"{start}; it cannot be compared with {against}.", facts)
+    change = reached / limit - 1
+    if abs(change) < TIE:
+        return Verdict(
+            f"{start}, level with {against}: a difference of {signed_percent(change)} is too small for one seed.",
+            facts,
+            "even",
+        )
+    if change > 0:
+        return Verdict(
+            f"{start}, {percent(change)} above {against}: distillation did not pay in this run.",
+            facts,
+            "bad",
+        )
+    return Verdict(f"{start}, {percent(-change)} below {against}.", facts, "good")
+
+
+def _effort(control: ResultRow, student: ResultRow) -> str:
+    if control.steps is None or student.steps is None:
+        return ""
+    if control.steps == student.steps:
+        return ", equal steps"
+    return f", {fixed(control.steps, 0)} steps against {fixed(student.steps, 0)}"
+
+
+def _without_student(run: RunFiles) -> Verdict:
+    if run.results is not None:
+        return Verdict("The evaluation has no distilled student yet.", tuple(_facts(run, None)))
+    if run.log:
+        return Verdict(
+            f"Training has logged step {run.log[-1].step}; the student is not evaluated yet."
+        )
+    return Verdict("The student is not trained yet.")
+
+
+def _facts(run: RunFiles, reached: float | None) -> list[str]:
+    marks = [("Best single teacher", best(run.rows("teacher")))]
+    marks.append(("Fused target itself", best(run.rows("fused"))))
+    marks.append(("Student before training", best(run.rows("untouched"))))
+    facts = []
+    leader = best(run.rows("control"))
+    for row in run.rows("control"):
+        if row is not leader:
+            marks.insert(0, ("Control", row))
+    for label, row in marks:
+        value = None if row is None else score(row)
+        if row is None or value is None:
+            continue
+        name = "" if row.kind in ("fused", "untouched") else f" {row.name}"
+        change = ""
+        if reached and value > 0 and row.kind in ("control", "teacher"):
+            change = f" (student {signed_percent(reached / value - 1)})"
+        facts.append(f"{label}{name}: {perplexity(value)}{change}")
+    return facts
+
+
+def key_figures(run: RunFiles) -> list[Tile]:
+    """The tiles under the headline; only those that can be known."""
+    student = best(run.rows("student"))
+    if student is None:
+        return []
+    tiles = [Tile("Student perplexity", perplexity(score(student)), _held_out(student))]
+    closed = gap_closed(run)
+    if closed is not None:
+        tiles.append(
+            Tile(
+                "Gap closed",
+                percent(closed, 0),
+                "from the best control to the fused target, in NLL",
+            )
+        )
+    if student.bits_per_byte is not None:
+        tiles.append(
+            Tile("Bits per byte", fixed(student.bits_per_byte), "independent of the vocabulary")
+        )
+    if student.agreement_fused is not None:
+        tiles.append(
+            Tile(
+                "Agreement with the target",
+                percent(student.agreement_fused),
+                "same top-1 token as the fused target",
+            )
+        )
+    teachers = [row.num_parameters for row in run.rows("teacher") if row.num_parameters]
+    if student.num_parameters and teachers:
+        tiles.append(
+            Tile(
+                "Smaller than its teachers",
+                ratio(sum(teachers) / student.num_parameters),
+                f"{amount(student.num_parameters)} parameters for {amount(sum(teachers))} in {len(teachers)}",
+            )
+        )
+    if student.train_seconds is not None:
+        tiles.append(
+            Tile(
+                "Training",
+                duration(student.train_seconds),
+                f"{amount(student.train_tokens)} tokens",
+            )
+        )
+    return tiles
+
+
+def _held_out(row: ResultRow) -> str:
+    return (
+        "held-out text" if row.num_tokens is None else f"{amount(row.num_tokens)} held-out tokens"
+    )
+
+
+def gap_closed(run: RunFiles) -> float | None:
+    """(NLL control - NLL student) / (NLL control - NLL fused): 1 is the fused target, 0 the best control."""
+    rows = [best(run.rows(kind)) for kind in ("student", "control", "fused")]
+    values = [None if row is None else row.nll for row in rows]
+    student, control, fused = values
+    if student is None or control is None or fused is None or control - fused <= 1e-6:
+        return None
+    return (control - student) / (control - fused)
