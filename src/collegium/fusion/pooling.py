@@ -133,11 +133,11 @@ class FusedTarget:
         for number in range(len(self._teachers)):
             logp_nV = self._logp(number, slice(start, stop))
             prob_nV = self._probabilities(logp_nV)
-            stats.append(_stats(logp_nV, prob_nV, self._rows.labels[start:stop]))
+            stats.append(row_stats(logp_nV, prob_nV, self._rows.labels[start:stop]))
             scores.append(self._scores(number, stats[-1], slice(start, stop)))
             if not self._is_excluded[number]:
                 pool.add(logp_nV, prob_nV, scores[-1])
-        return self._fused(pool, _stacked(stats), torch.stack(scores))
+        return self._fused(pool, RowStats.stack(stats), torch.stack(scores))
 
     def _fused(self, pool: _Pool, stats: RowStats, score_Kn: Tensor) -> FusedBlock:
         logp_nV, log_normalizer_n = pool.result()
@@ -157,14 +157,8 @@ class FusedTarget:
     def _logp(self, number: int, block: slice) -> Tensor:
         """(n, V) calibrated log-probabilities of one teacher, finite, in memory of our own."""
         teacher = self._teachers[number]
-        logits_nV = teacher.scores.logits(block)
         temperature = self._fusion.temperatures.get(teacher.name, 1.0)
-        if temperature != 1.0:
-            logits_nV = logits_nV / temperature
-        logp_nV = torch.log_softmax(logits_nV, dim=-1)
-        # A token that a model rules out (-inf) must not turn 0 * log 0 into NaN further on; the floor leaves
-        # room to be divided by a temperature.
-        return logp_nV.clamp_(min=FLOOR_SHARE * torch.finfo(logp_nV.dtype).min)
+        return calibrated_logp(teacher.scores.logits(block), temperature)
 
     def _probabilities(self, logp_nV: Tensor) -> Tensor:
         """(n, V) exp of log-probabilities, in a buffer that the next teacher overwrites."""
@@ -179,8 +173,8 @@ class FusedTarget:
             score_n = self._swept_KN[number, block]
         else:
             score_1n, self._carries[number] = self._fusion.weighting.log_scores(
-                _stacked([stats]),
-                _rows_of(self._rows, block),
+                RowStats.stack([stats]),
+                rows_of(self._rows, block),
                 self._names[number : number + 1],
                 self._carries[number],
             )
@@ -199,9 +193,9 @@ class FusedTarget:
                 block = slice(start, min(start + block_size, num_rows))
                 logp_nV = self._logp(number, block)
                 prob_nV = self._probabilities(logp_nV)
-                blocks.append(_stats(logp_nV, prob_nV, self._rows.labels[block]))
-            per_teacher.append(_concatenated(blocks))
-        stats = _stacked(per_teacher)
+                blocks.append(row_stats(logp_nV, prob_nV, self._rows.labels[block]))
+            per_teacher.append(RowStats.cat(blocks))
+        stats = RowStats.stack(per_teacher)
         return self._fusion.weighting.log_scores(stats, self._rows, self._names)[0]
 
 
@@ -292,8 +286,18 @@ def _entropy(logp_nV: Tensor, prob_nV: Tensor) -> Tensor:
     return -torch.linalg.vecdot(prob_nV, logp_nV)
 
 
-def _stats(logp_nV: Tensor, prob_nV: Tensor, labels_n: Tensor) -> RowStats:
-    """(n,) statistics of one teacher."""
+def calibrated_logp(logits_nV: Tensor, temperature: float) -> Tensor:
+    """log_softmax(z / T), finite everywhere, in memory of its own: (n, V) -> (n, V)."""
+    if temperature != 1.0:
+        logits_nV = logits_nV / temperature
+    logp_nV = torch.log_softmax(logits_nV, dim=-1)
+    # A token that a model rules out (-inf) must not turn 0 * log 0 into NaN further on; the floor leaves
+    # room to be divided by a temperature.
+    return logp_nV.clamp_(min=FLOOR_SHARE * torch.finfo(logp_nV.dtype).min)
+
+
+def row_stats(logp_nV: Tensor, prob_nV: Tensor, labels_n: Tensor) -> RowStats:
+    """(n,) statistics of one teacher from its (n, V) log-probabilities and probabilities."""
     return RowStats(
         entropy_KN=_entropy(logp_nV, prob_nV),
         label_logp_KN=logp_nV.gather(1, labels_n[:, None])[:, 0],
@@ -301,23 +305,6 @@ def _stats(logp_nV: Tensor, prob_nV: Tensor, labels_n: Tensor) -> RowStats:
     )
 
 
-def _stacked(stats: Sequence[RowStats]) -> RowStats:
-    """(n,) statistics of each teacher -> (K, n)."""
-    return RowStats(
-        torch.stack([item.entropy_KN for item in stats]),
-        torch.stack([item.label_logp_KN for item in stats]),
-        torch.stack([item.max_logp_KN for item in stats]),
-    )
-
-
-def _concatenated(stats: Sequence[RowStats]) -> RowStats:
-    """(n,) statistics of consecutive blocks -> (N,)."""
-    return RowStats(
-        torch.cat([item.entropy_KN for item in stats]),
-        torch.cat([item.label_logp_KN for item in stats]),
-        torch.cat([item.max_logp_KN for item in stats]),
-    )
-
-
-def _rows_of(rows: Rows, block: slice) -> Rows:
+def rows_of(rows: Rows, block: slice) -> Rows:
+    """The rows of one block."""
     return Rows(rows.index[block], rows.labels[block], rows.documents[block], rows.samples[block])

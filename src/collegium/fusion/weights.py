@@ -38,6 +38,24 @@ class RowStats:
     max_logp_KN: Tensor
     """(K, N) log-probability of the most likely token."""
 
+    @classmethod
+    def stack(cls, parts: Sequence[RowStats]) -> RowStats:
+        """Statistics (N,) of each teacher -> (K, N)."""
+        return cls(
+            torch.stack([part.entropy_KN for part in parts]),
+            torch.stack([part.label_logp_KN for part in parts]),
+            torch.stack([part.max_logp_KN for part in parts]),
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[RowStats]) -> RowStats:
+        """Statistics of consecutive rows -> those of all these rows."""
+        return cls(
+            torch.cat([part.entropy_KN for part in parts], dim=-1),
+            torch.cat([part.label_logp_KN for part in parts], dim=-1),
+            torch.cat([part.max_logp_KN for part in parts], dim=-1),
+        )
+
 
 @plain_dataclass(frozen=True, slots=True)
 class Carry:

@@ -1,0 +1,308 @@
+"""How far stated confidence is from the truth, and the temperatures that bring it closer.
+
+Shapes: N rows, n rows of one block, V vocabulary, K teachers, G temperatures of a grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collegium.fusion.pooling import FusedTarget, Fusion, calibrated_logp, row_stats
+from collegium.fusion.weights import RowStats, Weighting
+from collegium.types import Rows, TeacherRows
+
+TEMPERATURES: tuple[float, ...] = tuple(2.0 ** ((step - 6) / 6) for step in range(19))
+"""Six temperatures per octave from 1/2 to 4; 1, the raw teacher, is one of them."""
+MIN_GAIN = 1e-7
+"""Nats per token that a temperature other than the current one must gain."""
+
+
+def expected_calibration_error(
+    confidence_N: Tensor | np.ndarray, is_correct_N: Tensor | np.ndarray, bins: int = 15
+) -> float:
+    """ECE = sum_m |B_m| / N * |accuracy_m - confidence_m| over bins of equal mass.
+
+    Args:
+        confidence_N: probability of the most likely token.
+        is_correct_N: whether that token was the label.
+        bins: number of bins; equal confidences share a bin, so there may be fewer.
+    """
+    binned = reliability_bins(confidence_N, is_correct_N, bins)
+    confidence, accuracy, count = (
+        np.asarray(binned[key]) for key in ("confidence", "accuracy", "count")
+    )
+    return float((count * np.abs(accuracy - confidence)).sum() / count.sum())
+
+
+def reliability_bins(
+    confidence_N: Tensor | np.ndarray, is_correct_N: Tensor | np.ndarray, bins: int = 15
+) -> dict[str, list[float]]:
+    """Mean `confidence`, `accuracy` and `count` per bin of equal mass, in order of confidence."""
+    columns = {"confidence": confidence_N, "accuracy": is_correct_N}
+    return _binned("confidence", columns, bins)
+
+
+def entropy_bins(
+    entropy_N: Tensor | np.ndarray,
+    is_correct_N: Tensor | np.ndarray,
+    nll_N: Tensor | np.ndarray,
+    bins: int = 15,
+) -> dict[str, list[float]]:
+    """Mean `entropy`, `accuracy`, `nll` and `count` per bin of equal mass, in order of entropy."""
+    columns = {"entropy": entropy_N, "accuracy": is_correct_N, "nll": nll_N}
+    return _binned("entropy", columns, bins)
+
+
+def _binned(
+    key: str, columns: Mapping[str, Tensor | np.ndarray], bins: int
+) -> dict[str, list[float]]:
+    """Sort by one column, cut into bins of equal mass, and average every column in each."""
+    arrays = {name: _float64(column) for name, column in columns.items()}
+    order = np.argsort(arrays[key], kind="stable")
+    if order.size == 0:
+        return {**{name: [] for name in arrays}, "count": []}
+    sorted_key = arrays[key][order]
+    edges = np.linspace(0, order.size, min(bins, order.size) + 1).round().astype(int)[:-1]
+    # Equal values go to one bin: otherwise the result would depend on the order of the rows.
+    starts = np.unique(np.searchsorted(sorted_key, sorted_key[edges], side="left"))
+    count = np.diff(starts, append=order.size)
+    result = {
+        name: (np.add.reduceat(column[order], starts) / count).tolist()
+        for name, column in arrays.items()
+    }
+    return {**result, "count": count.tolist()}
+
+
+def _float64(values: Tensor | np.ndarray) -> np.ndarray[Any, np.dtype[np.float64]]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+@torch.no_grad()
+def temperature_table(
+    teacher: TeacherRows,
+    rows: Rows,
+    *,
+    grid: Sequence[float] = TEMPERATURES,
+    block_size: int = 256,
+) -> RowStats:
+    """Read a teacher's scalars at every temperature of the grid; its head is applied once per row.
+
+    Returns:
+        Statistics (G, N) on the CPU: the first axis is the temperature, not the teacher.
+    """
+    blocks = []
+    for start in range(0, len(rows), block_size):
+        block = slice(start, min(start + block_size, len(rows)))
+        logits_nV = teacher.scores.logits(block)
+        at_grid = []
+        for temperature in grid:
+            logp_nV = calibrated_logp(logits_nV, temperature)
+            at_grid.append(row_stats(logp_nV, logp_nV.exp(), rows.labels[block]))
+        blocks.append(RowStats.stack(at_grid))
+    table = RowStats.cat(blocks)
+    return RowStats(table.entropy_KN.cpu(), table.label_logp_KN.cpu(), table.max_logp_KN.cpu())
+
+
+class TemperatureTables:
+    """The temperature tables of all teachers over many batches: K * G * N scalars, no distribution.
+
+    Documents of different batches are kept apart, so every weighting can be asked about all rows at once.
+    """
+
+    def __init__(self, *, grid: Sequence[float] = TEMPERATURES, block_size: int = 256) -> None:
+        self.grid = tuple(grid)
+        self._block_size = block_size
+        self._names: list[str] = []
+        self._batches: list[list[RowStats]] = []
+        self._rows: list[Rows] = []
+        self._next_document = 0
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The teachers, in the order of every batch."""
+        return self._names
+
+    def add(self, teachers: Sequence[TeacherRows], rows: Rows) -> None:
+        """Take in one batch; one application of each head.
+
+        Raises:
+            ValueError: the teachers are not those of the batches before.
+        """
+        names = [teacher.name for teacher in teachers]
+        if self._batches and names != self._names:
+            raise ValueError(
+                f"TemperatureTables.add: got teachers {names}; must be {self._names}, as in the first batch"
+            )
+        self._names = names
+        if len(rows) == 0:
+            return
+        self._batches.append(
+            [
+                temperature_table(teacher, rows, grid=self.grid, block_size=self._block_size)
+                for teacher in teachers
+            ]
+        )
+        documents = rows.documents.cpu()
+        documents = documents - documents.min() + self._next_document
+        self._next_document = int(documents.max()) + 1
+        self._rows.append(Rows(rows.index.cpu(), rows.labels.cpu(), documents, rows.samples.cpu()))
+
+    def rows(self) -> Rows:
+        """The rows of all batches, one after the other, with document numbers that are unique among them."""
+        return Rows(
+            index=torch.cat([rows.index for rows in self._rows]),
+            labels=torch.cat([rows.labels for rows in self._rows]),
+            documents=torch.cat([rows.documents for rows in self._rows]),
+            samples=torch.cat([rows.samples for rows in self._rows]),
+        )
+
+    def teacher(self, name: str) -> RowStats:
+        """Statistics (G, N) of one teacher over all batches."""
+        number = self._names.index(name)
+        return RowStats.cat([batch[number] for batch in self._batches])
+
+
+def fit_temperature(tables: TemperatureTables, teacher: str) -> float:
+    """T* = argmin_T mean NLL of softmax(z / T) for one teacher alone, inside the grid.
+
+    The grid's best temperature is refined by the parabola through it and its neighbors.
+    """
+    label_logp_GN = tables.teacher(teacher).label_logp_KN
+    return _minimum(tables.grid, -label_logp_GN.double().mean(1))
+
+
+def fit_joint_temperatures(
+    tables: TemperatureTables, weighting: Weighting, *, num_rounds: int = 5
+) -> dict[str, float]:
+    """Temperatures of all teachers that minimize the NLL of their linear pool, weights included.
+
+    Coordinate descent on the grid from T = 1, hence never worse than the raw teachers. In the gradient of
+    -log sum_k w_k P_k(y) each token of a teacher counts by its responsibility, so that a specialist is calibrated
+    on what it is asked about: one temperature fitted alone would soften it for its mistakes elsewhere.
+
+    Args:
+        tables: what `TemperatureTables.add` gathered.
+        weighting: the rule whose weights are to be used; its own statistics change with the temperatures.
+        num_rounds: most passes over the teachers.
+    """
+    pool = _PoolOnGrid(tables, weighting)
+    raw = min(range(len(tables.grid)), key=lambda g: abs(np.log(tables.grid[g])))
+    chosen = [raw] * len(tables.names)
+    best = pool.nll(chosen)
+    for _ in range(num_rounds):
+        before = best
+        for number in range(len(chosen)):
+            for column in range(len(tables.grid)):
+                trial = [*chosen[:number], column, *chosen[number + 1 :]]
+                nll = pool.nll(trial) if column != chosen[number] else best
+                if nll < best - MIN_GAIN:
+                    best, chosen = nll, trial
+        if best == before:
+            break
+    return {name: tables.grid[g] for name, g in zip(tables.names, chosen, strict=True)}
+
+
+class _PoolOnGrid:
+    """The mean NLL of the linear pool as a function of one grid column per teacher."""
+
+    def __init__(self, tables: TemperatureTables, weighting: Weighting) -> None:
+        self._names = tables.names
+        self._weighting = weighting
+        self._rows = tables.rows()
+        self._tables = [tables.teacher(name) for name in self._names]
+        self._score_KGN = [
+            self._streamed(name, table)
+            for name, table in zip(self._names, self._tables, strict=True)
+            if weighting.streams
+        ]
+
+    def _streamed(self, name: str, table: RowStats) -> Tensor:
+        """(G, N) scores of a streaming rule: each depends on one teacher, so a grid has only K * G of them."""
+        return self._weighting.log_scores(table, self._rows, [name] * len(table.entropy_KN))[0]
+
+    def nll(self, columns: Sequence[int]) -> float:
+        """Mean nats per row with temperature `columns[k]` of the grid for teacher k."""
+        stats = RowStats.stack(
+            [
+                RowStats(table.entropy_KN[g], table.label_logp_KN[g], table.max_logp_KN[g])
+                for table, g in zip(self._tables, columns, strict=True)
+            ]
+        )
+        if not self._weighting.streams:
+            return float(linear_pool_nll(stats, self._weighting, self._rows, self._names).mean())
+        score_KN = torch.stack(
+            [score_GN[g] for score_GN, g in zip(self._score_KGN, columns, strict=True)]
+        )
+        return float(_pool_nll(score_KN, stats.label_logp_KN).mean())
+
+
+def linear_pool_nll(
+    stats: RowStats, weighting: Weighting, rows: Rows, teachers: Sequence[str]
+) -> Tensor:
+    """-log sum_k w_k P_k(y) at every row from scalars alone: (N,) float64 nats.
+
+    Args:
+        stats: (K, N) each, of the calibrated teachers.
+        weighting: the rule that weighs them.
+        rows: all N rows; documents must be unique over everything that was concatenated.
+        teachers: names in the order of `stats`.
+    """
+    score_KN, _ = weighting.log_scores(stats, rows, teachers)
+    return _pool_nll(score_KN, stats.label_logp_KN)
+
+
+def _pool_nll(score_KN: Tensor, label_logp_KN: Tensor) -> Tensor:
+    total_N = torch.logsumexp(score_KN, dim=0)
+    return total_N - torch.logsumexp(score_KN + label_logp_KN.double(), dim=0)
+
+
+@torch.no_grad()
+def fit_pooled_temperature(
+    fusion: Fusion,
+    batches: Iterable[tuple[Sequence[TeacherRows], Rows]],
+    *,
+    grid: Sequence[float] = TEMPERATURES,
+    block_size: int = 256,
+) -> float:
+    """T = argmin mean NLL of pool^(1/T), renormalized, with the fusion's own weights, pool and teachers' temperatures.
+
+    A pool of calibrated teachers is under-confident, since pooling adds their disagreement to its entropy; this
+    temperature is therefore fitted after fusing. Batches are read once, one at a time.
+
+    Source: Rahaman and Thiery, NeurIPS 2021.
+    """
+    raw = dataclasses.replace(fusion, pooled_temperature=1.0)
+    nll_G = torch.zeros(len(grid), dtype=torch.float64)
+    num_rows = 0
+    for teachers, rows in batches:
+        target = FusedTarget(raw, teachers, rows)
+        for start in range(0, len(rows), block_size):
+            block = slice(start, min(start + block_size, len(rows)))
+            logp_nV = target.block(block).logp_nV
+            for g, temperature in enumerate(grid):
+                scaled_nV = calibrated_logp(logp_nV, temperature)
+                label_logp_n = scaled_nV.gather(1, rows.labels[block, None])
+                nll_G[g] -= label_logp_n.sum(dtype=torch.float64).cpu()
+        num_rows += len(rows)
+    return _minimum(grid, nll_G / max(num_rows, 1))
+
+
+def _minimum(grid: Sequence[float], nll_G: Tensor) -> float:
+    """The temperature of least NLL: the vertex of a parabola in log T through the best three points."""
+    best = int(nll_G.argmin())
+    if best in (0, len(grid) - 1):
+        return grid[best]
+    log_grid = np.log(np.asarray(grid[best - 1 : best + 2]))
+    square, linear, _ = np.polyfit(log_grid - log_grid[1], nll_G[best - 1 : best + 2].numpy(), 2)
+    if square <= 0:
+        return grid[best]
+    vertex = log_grid[1] - linear / (2 * square)
+    return float(np.exp(np.clip(vertex, log_grid[0], log_grid[2])))
