@@ -1,0 +1,55 @@
+"""One byte-level BPE tokenizer for all models of the demo, trained on an even mixture of its domains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..run_folder import write_json
+
+END = "<|endoftext|>"
+PAD = "<|pad|>"
+
+
+def train_tokenizer(
+    corpora: Sequence[Path],
+    folder: Path,
+    *,
+    vocab_size: int,
+    characters_per_domain: int = 1_000_000,
+) -> Path:
+    """Train and save a Hugging Face tokenizer folder; one that is there already is kept."""
+    if (folder / "demo.json").is_file():
+        return folder
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(corpora, characters_per_domain), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+    fast.save_pretrained(folder)
+    write_json(
+        folder / "demo.json", {"corpora": [path.name for path in corpora], "vocab_size": vocab_size}
+    )
+    return folder
+
+
+def _texts(corpora: Sequence[Path], limit: int) -> Iterator[str]:
+    for path in corpora:
+        left = limit
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                text = json.loads(line)["text"]
+                yield text[:left]
+                left -= len(text)
+                if left <= 0:
+                    break

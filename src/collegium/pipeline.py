@@ -1,0 +1,212 @@
+"""The composition root: one function per stage; the only file that knows all parts.
+
+    check ─▶ preflight ─▶ train (student, then controls) ─▶ evaluate ─▶ report
+
+Every stage reads and writes the run folder alone, is skipped when it is done with the same inputs, and goes on
+from its last checkpoint when it was interrupted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from collegium.checks import CheckReport, check_run
+from collegium.errors import CollegiumError
+from collegium.evaluate.preflight import run_preflight
+from collegium.evaluate.scoring import score_models
+from collegium.evaluate.table import About, results_rows
+from collegium.fusion.pooling import Fusion
+from collegium.models import count_parameters
+from collegium.recipe import Recipe, decode_fusion, load_recipe, write_fusion
+from collegium.report.page import write_report
+from collegium.run_folder import fingerprint, read_json, write_json
+from collegium.teachers.local import LocalTeacher, TeacherOptions
+from collegium.variants import Variant, control, main_variant
+from collegium.workspace import Workspace
+
+
+def check(recipe: Recipe) -> CheckReport:
+    """Look at recipe, data, models, vocabularies and disk: nothing expensive, nothing written.
+
+    Raises:
+        CollegiumError: the run could not work.
+    """
+    return check_run(Workspace(recipe))
+
+
+def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> dict[str, Any]:
+    """Measure teachers and fusions on the calibration split; no training.
+
+    Args:
+        recipe: the run.
+        apply_to: a recipe file whose `fusion` is set to the chosen one.
+
+    Returns: the content of preflight.json (docs/design/spine.md).
+    """
+    workspace = _open(recipe)
+    with workspace.folder.lock():
+        check_run(workspace)
+        found = _preflight(workspace)
+    if apply_to is not None:
+        write_fusion(apply_to, found["chosen"]["fusion"])
+    return found
+
+
+def train(recipe: Recipe) -> Path:
+    """Train the student, without controls; returns its Hugging Face folder."""
+    workspace = _open(recipe)
+    with workspace.folder.lock():
+        check_run(workspace)
+        return _train(workspace, main_variant(recipe, _fusion(workspace)))
+
+
+def evaluate(recipe: Recipe) -> list[dict[str, Any]]:
+    """Train the controls that the recipe lists, score every model, write results.json."""
+    workspace = _open(recipe)
+    with workspace.folder.lock():
+        check_run(workspace)
+        return _evaluate(workspace)
+
+
+def report(recipe: Recipe) -> Path:
+    """Write report.html from the run folder alone."""
+    return write_report(recipe.output_dir)
+
+
+def run(recipe: Recipe) -> Path:
+    """All stages in order; returns the run folder."""
+    workspace = _open(recipe)
+    with workspace.folder.lock():
+        check_run(workspace)
+        _train(workspace, main_variant(recipe, _fusion(workspace)))
+        _evaluate(workspace)
+    write_report(workspace.folder.path)
+    return workspace.folder.path
+
+
+def distill(recipe: Recipe | str | Path, *overrides: str) -> Path:
+    """Run a recipe, given as an object or as a file with `key=value` overrides; returns the run folder.
+
+    Raises:
+        CollegiumError: the recipe, the data or a model cannot be used.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise CollegiumError(
+                "distill: overrides go with a recipe file; change the object instead"
+            )
+        return run(recipe)
+    return run(load_recipe(recipe, overrides))
+
+
+def _open(recipe: Recipe) -> Workspace:
+    workspace = Workspace(recipe)
+    workspace.folder.claim(workspace.values, workspace.recipe_text)
+    return workspace
+
+
+def _preflight(workspace: Workspace) -> dict[str, Any]:
+    folder, recipe = workspace.folder, workspace.recipe
+    key = workspace.key("student", "teachers", "data", "preflight")
+    path = folder.path / "preflight.json"
+    if folder.is_done("preflight", key) and path.is_file():
+        return read_json(path)
+    if not recipe.teachers:
+        raise CollegiumError("teachers: none given; preflight compares teachers, name at least one")
+    with folder.stage("preflight", key):
+        found = run_preflight(
+            workspace.teachers,
+            workspace.datasets["calibration"],
+            batch_size=recipe.preflight.batch_size,
+            max_tokens=recipe.preflight.max_tokens,
+        )
+        write_json(path, found.to_dict())
+    return read_json(path)
+
+
+def _fusion(workspace: Workspace) -> Fusion | None:
+    """The recipe's fusion, or the one that preflight chose; None without teachers."""
+    recipe = workspace.recipe
+    if not recipe.teachers:
+        return None
+    if isinstance(recipe.fusion, Fusion):
+        return recipe.fusion
+    return decode_fusion(_preflight(workspace)["chosen"]["fusion"])
+
+
+def _train(workspace: Workspace, variant: Variant) -> Path:
+    """Train one student unless it is there; returns its Hugging Face folder."""
+    folder = workspace.folder
+    place = folder.path / variant.folder
+    key = fingerprint(
+        [workspace.key("student", "teachers", "data", "train", "seed"), variant.identity()]
+    )
+    if folder.is_done(variant.stage, key) and (place / "train" / "summary.json").is_file():
+        return place / "student"
+    with folder.stage(variant.stage, key):
+        trainer = workspace.trainer(variant, place / "train")
+        trainer.train(resume_from_checkpoint=True)
+        trainer.save_student(place / "student")
+    summary = {
+        "steps": trainer.state.global_step,
+        "train_tokens": trainer.num_trained_tokens,
+        "train_seconds": folder.stages()[variant.stage]["seconds"],
+    }
+    write_json(place / "train" / "summary.json", summary)
+    return place / "student"
+
+
+def _evaluate(workspace: Workspace) -> list[dict[str, Any]]:
+    folder, recipe = workspace.folder, workspace.recipe
+    fusion = _fusion(workspace)
+    variants = [main_variant(recipe, fusion), *_controls(workspace, fusion)]
+    students = [(variant, _train(workspace, variant)) for variant in variants]
+    key = fingerprint([workspace.key(*workspace.values), [v.identity() for v in variants]])
+    path = folder.path / "results.json"
+    if folder.is_done("evaluate", key) and path.is_file():
+        return read_json(path)
+    with folder.stage("evaluate", key):
+        models, about = _models_to_score(workspace, students)
+        scored = score_models(
+            models,
+            workspace.teachers,
+            fusion,
+            workspace.datasets["validation"],
+            batch_size=recipe.evaluate.batch_size,
+        )
+        write_json(path, results_rows(scored, about))
+    return read_json(path)
+
+
+def _controls(workspace: Workspace, fusion: Fusion | None) -> list[Variant]:
+    recipe = workspace.recipe
+    if fusion is None or not recipe.evaluate.controls:
+        return []
+    best = _preflight(workspace)["best_single"]["teacher"]
+    ratio = workspace.compute_ratio
+    return [
+        control(name, recipe, best_teacher=best, compute_ratio=ratio)
+        for name in recipe.evaluate.controls
+    ]
+
+
+def _models_to_score(
+    workspace: Workspace, students: list[tuple[Variant, Path]]
+) -> tuple[list[LocalTeacher], dict[str, About]]:
+    """The untouched student, each teacher and every trained student, wrapped alike, and what is known of them."""
+    vocab_size = workspace.vocab_size
+    untouched = workspace.new_student()
+    models = [LocalTeacher("student (untouched)", untouched, vocab_size=vocab_size)]
+    about = {models[0].name: About(kind="untouched", num_parameters=count_parameters(untouched))}
+    for teacher in workspace.teachers:
+        models.append(teacher)
+        about[teacher.name] = About(kind="teacher", num_parameters=teacher.num_parameters)
+    for variant, place in students:
+        options = TeacherOptions(model=str(place), device=workspace.recipe.student.device)
+        model = LocalTeacher.load(variant.label, options, vocab_size=vocab_size, where=str(place))
+        models.append(model)
+        summary = read_json(place.parent / "train" / "summary.json")
+        kind = "student" if variant.name == "student" else "control"
+        about[variant.label] = About(kind=kind, num_parameters=model.num_parameters, **summary)
+    return models, about

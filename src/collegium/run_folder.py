@@ -1,0 +1,197 @@
+"""A run's folder: stages with their state and time, files that are whole or absent, one writer at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import CollegiumError, Interrupted, RecipeError
+
+PACKAGES = ("collegium", "torch", "transformers", "tokenizers", "datasets", "numpy")
+FREE_SECTIONS = frozenset({"evaluate", "preflight"})
+"""Sections of a recipe that may change between two calls on one folder; their stages run again."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole or absent: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON (no NaN) that is whole or absent."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, or None where the file does not exist.
+
+    Raises:
+        CollegiumError: the file is no JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CollegiumError(
+            f"{path}: not valid JSON ({error}); delete it to make it again"
+        ) from error
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of a JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, default=str).encode("utf-8")
+    ).hexdigest()
+
+
+def differing_fields(old: Any, new: Any, where: str = "") -> list[str]:
+    """`field: old value -> new value` for every leaf in which two recipes differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines: list[str] = []
+        for key in sorted({*old, *new}, key=str):
+            path = f"{where}.{key}" if where else str(key)
+            lines += differing_fields(old.get(key), new.get(key), path)
+        return lines
+    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run; see the layout in docs/design/spine.md."""
+
+    path: Path
+
+    def claim(self, recipe: Mapping[str, Any], text: str) -> None:
+        """Make the folder this recipe's own, or refuse when it holds another recipe's run.
+
+        Raises:
+            RecipeError: the folder holds a run of a recipe that differs in a part that cannot change.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "environment.json", environment())
+        except OSError as error:
+            raise CollegiumError(
+                f"output_dir: cannot write {self.path} ({error.strerror}); choose another folder"
+            ) from error
+        old = read_json(self.path / "recipe.json")
+        if old is not None:
+            kept = {key: value for key, value in old.items() if key not in FREE_SECTIONS}
+            now = {key: value for key, value in recipe.items() if key not in FREE_SECTIONS}
+            fields = differing_fields(kept, now)
+            if fields:
+                raise RecipeError(
+                    f"output_dir: {self.path} holds a run of another recipe ({'; '.join(fields[:5])}); "
+                    "choose another output_dir, or delete that folder"
+                )
+        write_json(self.path / "recipe.json", recipe)
+        write_text(self.path / "recipe.yaml", text)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder: a second run on it says so and stops.
+
+        Raises:
+            CollegiumError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            _lock_or_refuse(file, self.path)
+            yield
+
+    def stages(self) -> dict[str, Any]:
+        """State of every stage so far."""
+        return read_json(self.path / "stages.json") or {}
+
+    def is_done(self, stage: str, key: str) -> bool:
+        """Whether the stage was finished with the same inputs."""
+        state = self.stages().get(stage, {})
+        return state.get("status") == "done" and state.get("key") == key
+
+    @contextmanager
+    def stage(self, name: str, key: str) -> Iterator[None]:
+        """Record a stage's start, end, seconds (added up over interruptions) and outcome."""
+        started = time.monotonic()
+        before = self.stages().get(name, {})
+        spent = before.get("seconds", 0.0) if before.get("key") == key else 0.0
+        state = {
+            "status": "running",
+            "key": key,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": spent,
+        }
+        self._record(name, state)
+        try:
+            yield
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+            state["status"] = "interrupted" if stopped else "failed"
+            state["note"] = str(error)[:500]
+            raise
+        else:
+            state["status"] = "done"
+        finally:
+            state["seconds"] = round(spent + time.monotonic() - started, 2)
+            self._record(name, state)
+
+    def _record(self, name: str, state: Mapping[str, Any]) -> None:
+        stages = self.stages()
+        stages[name] = dict(state)
+        write_json(self.path / "stages.json", stages)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the report."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "packages": versions,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _lock_or_refuse(file: Any, path: Path) -> None:
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise CollegiumError(
+            f"{path}: another process is running on this folder; wait for it, or choose another output_dir"
+        ) from error

@@ -1,0 +1,131 @@
+"""What the stages of one run share, each made when it is first asked for: tokenizer, data, teachers, students."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collegium.data.pack import PackedDataset, build_datasets
+from collegium.losses.features import FeatureLoss
+from collegium.models import count_parameters, tap_names, tap_width, vocab_size_of
+from collegium.recipe import Recipe, dump_recipe, plain
+from collegium.run_folder import RunFolder, fingerprint
+from collegium.student import build_student, load_student_tokenizer
+from collegium.teachers.local import LocalTeacher
+from collegium.train.objective import Objective
+from collegium.train.options import training_arguments
+from collegium.train.trainer import DistillTrainer
+from collegium.variants import Variant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Workspace:
+    """The parts of one run."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.folder = RunFolder(Path(recipe.output_dir))
+        self.values: Mapping[str, Any] = plain(recipe)
+        """The resolved recipe as plain data."""
+
+    @property
+    def recipe_text(self) -> str:
+        """The resolved recipe as YAML."""
+        return dump_recipe(self.recipe)
+
+    def key(self, *sections: str) -> str:
+        """Fingerprint of the named sections of the recipe."""
+        return fingerprint({section: self.values[section] for section in sections})
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer."""
+        return load_student_tokenizer(self.recipe.student, where="student")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """V: the largest token id + 1."""
+        return vocab_size_of(self.tokenizer)
+
+    @cached_property
+    def datasets(self) -> dict[str, PackedDataset]:
+        """`train`, `calibration` and `validation`, disjoint by document."""
+        return build_datasets(self.recipe.data, self.tokenizer, where="data")
+
+    @cached_property
+    def teachers(self) -> list[LocalTeacher]:
+        """All teachers, loaded, in the order of the recipe."""
+        return [
+            LocalTeacher.load(name, options, vocab_size=self.vocab_size, where=f"teachers.{name}")
+            for name, options in self.recipe.teachers.items()
+        ]
+
+    def new_student(self) -> PreTrainedModel:
+        """The untrained student: the same weights at every call."""
+        return build_student(self.recipe.student, seed=self.recipe.seed, where="student")
+
+    @cached_property
+    def num_steps(self) -> int:
+        """Optimizer steps of the student."""
+        options = self.recipe.train
+        if options.max_steps > 0:
+            return options.max_steps
+        batch = options.per_device_train_batch_size * options.gradient_accumulation_steps
+        per_epoch = max(1, math.ceil(len(self.datasets["train"]) / batch))
+        return math.ceil(per_epoch * options.num_train_epochs)
+
+    @cached_property
+    def compute_ratio(self) -> float:
+        """Operations of a step with all teachers over those of a step without: 1 + sum_k 2 N_k / (6 N_S).
+
+        A forward pass costs 2 operations per parameter and token, forward and backward together 6.
+        """
+        student = count_parameters(self.new_student())
+        return 1 + sum(2 * teacher.num_parameters for teacher in self.teachers) / (6 * student)
+
+    def trainer(self, variant: Variant, folder: Path) -> DistillTrainer:
+        """The trainer of one student, writing to `folder`."""
+        student = self.new_student()
+        teachers = [teacher for teacher in self.teachers_of(variant)]
+        options = dataclasses.replace(
+            self.recipe.train, max_steps=round(self.num_steps * variant.steps_factor)
+        )
+        return DistillTrainer(
+            model=student,
+            teachers=teachers,
+            args=training_arguments(options, output_dir=folder, seed=self.recipe.seed),
+            train_dataset=self.datasets["train"],
+            objective=self._objective(variant, student, teachers),
+            processing_class=self.tokenizer,
+        )
+
+    def teachers_of(self, variant: Variant) -> list[LocalTeacher]:
+        """The teachers that a variant listens to; none is loaded for a variant without."""
+        if not variant.teachers:
+            return []
+        return [teacher for teacher in self.teachers if teacher.name in variant.teachers]
+
+    def _objective(
+        self, variant: Variant, student: PreTrainedModel, teachers: list[LocalTeacher]
+    ) -> Objective:
+        options = variant.objective
+        features = None
+        if options.features is not None and teachers:
+            features = FeatureLoss(
+                options.features,
+                {tap: tap_width(student, tap) for tap in tap_names(student)},
+                {
+                    teacher.name: {
+                        tap: tap_width(teacher.model, tap) for tap in tap_names(teacher.model)
+                    }
+                    for teacher in teachers
+                },
+                seed=self.recipe.seed,
+            )
+        return Objective(options, variant.fusion, features=features)
