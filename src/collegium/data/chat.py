@@ -1,0 +1,143 @@
+"""Which tokens of a chat the assistant said, by the tokenizer's own template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from collegium.data.records import Document, at
+from collegium.data.tokens import Tokens, bytes_of_tokens, encode_offsets
+from collegium.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
+
+
+def encode_chat(
+    document: Document, tokenizer: PreTrainedTokenizerFast, *, where: str = ""
+) -> Tokens:
+    """Render and encode a chat; targets are the assistant's words and the stop token of each of its turns.
+
+    The spans come from the template's `{% generation %}` blocks, or from rendering the chat up to each turn. Bytes
+    are those of the rendered text; special tokens stand for none.
+
+    Raises:
+        DataError: there is no chat template, it fails, it rewrites earlier turns, or it ends an assistant turn
+            without a stop token.
+    """
+    place = at(where, document.id)
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{place}: `messages` given and the tokenizer has no chat template; must have one; use a "
+            "tokenizer with a template, or rows of `prompt` and `completion`"
+        )
+    messages = [dict(message) for message in document.messages or ()]
+    text = _render(messages, tokenizer, place)
+    ((ids, offsets),) = encode_offsets([text], tokenizer)
+    if _GENERATION.search(_template(tokenizer)):
+        is_target = _generation_mask(messages, tokenizer, ids, place)
+    else:
+        is_target = np.zeros(len(ids), bool)
+        for start, end in _turn_spans(messages, text, tokenizer, place):
+            is_target |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
+    is_special = np.isin(ids, _special_ids(tokenizer))
+    _end_turns_at_stop(text, offsets, is_target, is_special & ~_never_stops(ids, tokenizer), place)
+    num_bytes = np.where(is_special, 0, bytes_of_tokens(text, offsets[:, 1]))
+    return Tokens(ids, is_target, num_bytes)
+
+
+def _template(tokenizer: PreTrainedTokenizerFast) -> str:
+    return tokenizer.get_chat_template()
+
+
+def _render(
+    messages: Sequence[dict[str, str]],
+    tokenizer: PreTrainedTokenizerFast,
+    place: str,
+    *,
+    is_prompt: bool = False,
+) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=is_prompt
+            )
+        )
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise DataError(
+            f"{place}: the chat template fails ({type(error).__name__}: {reason}); must render every "
+            "row; mend the row or the template"
+        ) from error
+
+
+def _generation_mask(
+    messages: Sequence[dict[str, str]],
+    tokenizer: PreTrainedTokenizerFast,
+    ids: np.ndarray,
+    place: str,
+) -> np.ndarray:
+    encoding = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    if list(encoding["input_ids"]) != ids.tolist():
+        raise DataError(f"{place}: the chat template renders two texts for one chat; must be fixed")
+    return np.array(encoding["assistant_masks"], bool)
+
+
+def _turn_spans(
+    messages: Sequence[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerFast, place: str
+) -> list[tuple[int, int]]:
+    """Characters [start, end) of every assistant turn, found by rendering the chat up to and with it."""
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        end_text = _render(messages[: number + 1], tokenizer, place)
+        start_text = _render(messages[:number], tokenizer, place, is_prompt=True) if number else ""
+        if not end_text.startswith(start_text):
+            start_text = _render(messages[:number], tokenizer, place)
+        if not (text.startswith(end_text) and end_text.startswith(start_text)):
+            raise DataError(
+                f"{place}: the chat template rewrites earlier turns (messages[{number}]); must render "
+                "a chat as a continuation of its beginning; mark the assistant's words with "
+                "{% generation %} ... {% endgeneration %} in the template"
+            )
+        spans.append((len(start_text), len(end_text)))
+    return spans
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    return [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+
+
+def _never_stops(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """Beginning, padding and unknown tokens, unless one of them is the stop token as well."""
+    others = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    others -= {None, tokenizer.eos_token_id}
+    return np.isin(ids, [number for number in others if isinstance(number, int)])
+
+
+def _end_turns_at_stop(
+    text: str, offsets: np.ndarray, is_target: np.ndarray, is_stop: np.ndarray, place: str
+) -> None:
+    """Take white space after the stop token out of the targets, in place; refuse turns without one."""
+    edges = np.diff(is_target.astype(np.int8), prepend=0, append=0)
+    for start, end in zip((edges == 1).nonzero()[0], (edges == -1).nonzero()[0], strict=True):
+        last = end - 1
+        while last > start and not is_stop[last] and not text[slice(*offsets[last])].strip():
+            last -= 1
+        if not is_stop[last]:
+            tail = text[offsets[start, 0] : offsets[end - 1, 1]][-20:]
+            raise DataError(
+                f"{place}: the stop token is never supervised: an assistant turn ends with {tail!r}; "
+                "must end with the eos token or the template's end-of-turn token, or the student "
+                "never learns to stop; put that token inside the template's assistant turn (before "
+                "{% endgeneration %})"
+            )
+        is_target[last + 1 : end] = False

@@ -1,0 +1,254 @@
+"""From the options of a recipe to the windows of the train, calibration and validation parts."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from collegium.data.encode import Encoded, Encoder, hash_order, split_of
+from collegium.data.sources import Document, SourceOptions, read_documents
+from collegium.data.windows import Collator, PackedDataset
+from collegium.errors import DataError
+from collegium.types import STRICT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["Collator", "DataOptions", "PackedDataset", "build_datasets"]
+
+_PARTS = ("train", "calibration", "validation")
+_CHUNK_DOCUMENTS = 512
+_CHUNK_CHARACTERS = 1_000_000
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataOptions:
+    """The corpora, and how they become windows of tokens."""
+
+    train: Annotated[list[SourceOptions], Field(min_length=1)]
+    """Sources to train on."""
+    calibration: list[SourceOptions] = Field(default_factory=list)
+    """Sources for calibration; by default documents held out of `train`."""
+    validation: list[SourceOptions] = Field(default_factory=list)
+    """Sources for evaluation; by default documents held out of `train`."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens of a window."""
+    packing: bool = True
+    """Put several documents into one window, kept apart; otherwise one document, or part of one, each."""
+    calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents of `train` held out for calibration, where it has no sources of its own."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents of `train` held out for evaluation, where it has no sources of its own."""
+    split_seed: int = 0
+    """Seed of which documents are held out and of the order of all."""
+    truncate: Literal["right", "left", "drop", "error"] = "right"
+    """What to do with prompts and chats longer than a window; texts are never cut off."""
+    max_train_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Train on at most this many tokens, taken evenly from the domains."""
+    max_calibration_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Calibrate on at most this many tokens, taken evenly from the domains."""
+    max_validation_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Evaluate on at most this many tokens, taken evenly from the domains."""
+
+    @model_validator(mode="after")
+    def _leaves_a_train_part(self) -> DataOptions:
+        if self.calibration_fraction + self.validation_fraction >= 1:
+            raise ValueError("calibration_fraction + validation_fraction must be less than 1")
+        return self
+
+
+def build_datasets(
+    options: DataOptions, tokenizer: PreTrainedTokenizerFast, *, where: str
+) -> dict[str, PackedDataset]:
+    """Read, split, encode and pack: `train`, `calibration` and `validation`, disjoint by content.
+
+    Documents stand in an order drawn from their content and the seed, and so do the windows: any first part of a
+    data set is a fair mixture.
+
+    Raises:
+        DataError: a source cannot be read, a part is empty, parts share documents, or nothing can be learned.
+    """
+    parts = _split(options, where)
+    _check_disjoint(parts, where)
+    limits = {
+        "train": options.max_train_tokens,
+        "calibration": options.max_calibration_tokens,
+        "validation": options.max_validation_tokens,
+    }
+    return {
+        part: _build(parts[part], limits[part], options, tokenizer, where=f"{where}.{part}")
+        for part in _PARTS
+    }
+
+
+def _split(options: DataOptions, where: str) -> dict[str, list[Document]]:
+    parts: dict[str, list[Document]] = {part: [] for part in _PARTS}
+    shares = {
+        "calibration": 0.0 if options.calibration else options.calibration_fraction,
+        "validation": 0.0 if options.validation else options.validation_fraction,
+    }
+    for document in _read_sources(options.train, f"{where}.train"):
+        parts[split_of(document, seed=options.split_seed, **shares)].append(document)
+    parts["calibration"] += _read_sources(options.calibration, f"{where}.calibration")
+    parts["validation"] += _read_sources(options.validation, f"{where}.validation")
+    num_documents = sum(map(len, parts.values()))
+    for part in _PARTS:
+        if not parts[part]:
+            remedy = (
+                "lower the fractions"
+                if part == "train"
+                else f"raise `{part}_fraction`, give `{part}` sources"
+            )
+            raise DataError(
+                f"{where}.{part}: none of {num_documents:,} documents fell into this part; must hold "
+                f"at least one; {remedy}, or cut the texts finer with `split_on: blank_line`"
+            )
+    return parts
+
+
+def _read_sources(sources: Sequence[SourceOptions], where: str) -> Iterator[Document]:
+    for number, source in enumerate(sources):
+        yield from read_documents(source, where=f"{where}[{number}]")
+
+
+def _check_disjoint(parts: dict[str, list[Document]], where: str) -> None:
+    for later, earlier in (
+        ("validation", "train"),
+        ("calibration", "train"),
+        ("validation", "calibration"),
+    ):
+        known = {document.content_hash() for document in parts[earlier]}
+        shared = [d.id for d in parts[later] if d.content_hash() in known]
+        if shared:
+            raise DataError(
+                f"{where}.{later}: {len(shared):,} of {len(parts[later]):,} {later} documents also occur "
+                f"in {earlier} (first: {shared[0]}); must be disjoint; remove them from one of the two"
+            )
+
+
+def _build(
+    documents: list[Document],
+    max_tokens: int | None,
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    where: str,
+) -> PackedDataset:
+    seed = options.split_seed
+    keyed = [(hash_order(document, seed, "order"), document) for document in documents]
+    keyed.sort(key=lambda pair: (pair[0], pair[1].id))
+    encoder = Encoder(
+        tokenizer, max_length=options.max_length, truncate=options.truncate, where=where
+    )
+    chosen = _choose(keyed, max_tokens, encoder)
+    encoder.check()
+    if not chosen:
+        raise DataError(
+            f"{where}: no document left after dropping {len(encoder.too_long):,} that are too long; "
+            "must hold at least one; raise `max_length` or set `truncate: right`"
+        )
+    _report(encoder, where)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return PackedDataset.from_encoded(
+        [encoded for _, encoded in chosen],
+        max_length=options.max_length,
+        packing=options.packing,
+        domains=[document.domain for document, _ in chosen],
+        names=[document.id for document, _ in chosen],
+        pad_token_id=pad if isinstance(pad, int) else 0,
+        order_seed=seed,
+    )
+
+
+def _choose(
+    keyed: list[tuple[int, Document]], max_tokens: int | None, encoder: Encoder
+) -> list[tuple[Document, Encoded]]:
+    """Encode documents in order of their keys, always of the domain with the fewest tokens, up to the limit.
+
+    The last text is cut to fit the limit exactly; a prompt or chat that passes it is left out.
+    """
+    domains = sorted({document.domain for _, document in keyed})
+    streams = {
+        name: _encode_stream([pair for pair in keyed if pair[1].domain == name], encoder)
+        for name in domains
+    }
+    if max_tokens is None:
+        every = [item for stream in streams.values() for item in stream]
+        return [(d, e) for _, d, e in sorted(every, key=lambda item: (item[0], item[1].id))]
+    used: Counter[str] = Counter(dict.fromkeys(domains, 0))
+    chosen: list[tuple[int, Document, Encoded]] = []
+    room = max_tokens
+    while streams and room >= 2:
+        name = min(streams, key=lambda domain: (used[domain], domain))
+        item = next(streams[name], None)
+        if item is None:
+            del streams[name]
+            continue
+        key, document, encoded = item
+        share = room
+        if encoded.can_split:
+            share = min(room, max(2, _fair_share(used, name, streams, room)))
+        encoded = _cut(encoded, share)
+        if encoded is None:
+            del streams[name]
+            continue
+        chosen.append((key, document, encoded))
+        used[name] += len(encoded)
+        room -= len(encoded)
+    return [(d, e) for _, d, e in sorted(chosen, key=lambda item: (item[0], item[1].id))]
+
+
+def _fair_share(used: Counter[str], name: str, streams: dict[str, object], room: int) -> int:
+    """Most tokens the next text of a domain may take so that the others can still catch up."""
+    level = (room + sum(used[domain] for domain in streams)) // len(streams)
+    return level - used[name]
+
+
+def _cut(encoded: Encoded, room: int) -> Encoded | None:
+    if len(encoded) <= room:
+        return encoded
+    if not encoded.can_split:
+        return None
+    return Encoded(
+        encoded.ids[:room], encoded.is_target[:room], encoded.num_bytes[:room], can_split=True
+    )
+
+
+def _encode_stream(
+    keyed: list[tuple[int, Document]], encoder: Encoder
+) -> Iterator[tuple[int, Document, Encoded]]:
+    start = 0
+    while start < len(keyed):
+        stop, characters = start, 0
+        while (
+            stop < len(keyed) and stop - start < _CHUNK_DOCUMENTS and characters < _CHUNK_CHARACTERS
+        ):
+            document = keyed[stop][1]
+            characters += len(document.text or "") + len(document.prompt or "")
+            stop += 1
+        encoded = encoder.encode([document for _, document in keyed[start:stop]])
+        for (key, document), one in zip(keyed[start:stop], encoded, strict=True):
+            if one is not None:
+                yield key, document, one
+        start = stop
+
+
+def _report(encoder: Encoder, where: str) -> None:
+    if encoder.too_long:
+        longest = max(length for _, length in encoder.too_long)
+        done = "dropped" if encoder.truncate == "drop" else f"cut ({encoder.truncate})"
+        _LOG.warning(
+            "%s: %d samples exceed %d tokens (longest %d) and were %s",
+            where, len(encoder.too_long), encoder.max_length, longest, done,
+        )  # fmt: skip
+    if encoder.untrained:
+        _LOG.warning(
+            "%s: %d of %d samples have no token to learn from (first: id %s) and were left out",
+            where, len(encoder.untrained), encoder.num_seen, encoder.untrained[0],
+        )  # fmt: skip
