@@ -1,0 +1,168 @@
+"""Sums over the target tokens since the last row of the log, and that log.
+
+Shapes: N rows, K teachers, M domains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collegium.types import LossSum, Rows
+
+
+class StepMeter:
+    """Adds up what the objective says; nothing leaves the device before a row is due."""
+
+    def __init__(
+        self,
+        teachers: Sequence[str],
+        *,
+        domains: Sequence[str] = (),
+        sample_domains: Tensor | None = None,
+    ) -> None:
+        self.num_tokens = 0
+        self._teachers = list(teachers)
+        self._domains = list(domains)
+        self._sample_domains = sample_domains
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows = 0
+        self._sums: dict[str, Tensor] = {}
+        self._term_weights: dict[str, float] = {}
+        self._fresh_rows = 0
+        self._started = time.monotonic()
+
+    def add(self, loss: LossSum, rows: Rows) -> None:
+        """Count one micro-batch."""
+        self.num_tokens += loss.num_rows
+        self._rows += loss.num_rows
+        self._fresh_rows += loss.num_rows
+        self._term_weights = dict(loss.weights)
+        self._add("loss", loss.total.detach())
+        for name, value in loss.terms.items():
+            self._add(f"terms/{name}", value)
+        for name, norm in loss.grad_norms.items():
+            self._add(f"grad_norms/{name}", norm)
+        if loss.teacher_weights_KN is not None:
+            self._add("teachers", loss.teacher_weights_KN.sum(1))
+            self._add_domains(loss.teacher_weights_KN, rows.samples)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        known = self._sums.get(name)
+        value = value.detach().float()
+        self._sums[name] = value.clone() if known is None else known + value
+
+    def _add_domains(self, weights_KN: Tensor, samples_N: Tensor) -> None:
+        if self._sample_domains is None:
+            return
+        self._sample_domains = self._sample_domains.to(samples_N.device)
+        domain_N = self._sample_domains[samples_N]
+        sums_KM = weights_KN.new_zeros(weights_KN.shape[0], len(self._domains))
+        self._add("domains", sums_KM.index_add(1, domain_N, weights_KN))
+        self._add("domain_rows", torch.bincount(domain_N, minlength=len(self._domains)))
+
+    def row(self) -> dict[str, Any]:
+        """The means since the last row, and a new start."""
+        rows = max(self._rows, 1)
+        norms = self._named("grad_norms/")
+        total_norm = sum(norms.values())
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        loss = self._sums.get("loss")
+        row = {
+            "loss": 0.0 if loss is None else loss.item() / rows,
+            "tokens_per_s": self._fresh_rows / seconds,
+            "num_tokens": self.num_tokens,
+            "terms": {name: value / rows for name, value in self._named("terms/").items()},
+            "term_weights": self._term_weights,
+            "grad_shares": {name: norm / total_norm for name, norm in norms.items()}
+            if total_norm > 0
+            else {},
+            "teacher_weights": self._teacher_weights(rows),
+            "domain_weights": self._domain_weights(),
+        }
+        self._clear()
+        return row
+
+    def _named(self, prefix: str) -> dict[str, float]:
+        found = {n: v for n, v in self._sums.items() if n.startswith(prefix)}
+        return {name.removeprefix(prefix): value.item() for name, value in found.items()}
+
+    def _teacher_weights(self, rows: int) -> dict[str, float]:
+        if "teachers" not in self._sums:
+            return {}
+        sums = self._sums["teachers"].tolist()
+        return {name: value / rows for name, value in zip(self._teachers, sums, strict=True)}
+
+    def _domain_weights(self) -> dict[str, dict[str, float]]:
+        if "domains" not in self._sums:
+            return {}
+        counts = self._sums["domain_rows"].tolist()
+        columns = self._sums["domains"].t().tolist()
+        return {
+            domain: {name: v / count for name, v in zip(self._teachers, column, strict=True)}
+            for domain, count, column in zip(self._domains, counts, columns, strict=True)
+            if count > 0
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to write the next row as if nothing had happened."""
+        return {
+            "num_tokens": self.num_tokens,
+            "rows": self._rows,
+            "term_weights": self._term_weights,
+            "sums": {name: value.tolist() for name, value in self._sums.items()},
+        }
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Put back what `state` returned."""
+        self._clear()
+        self.num_tokens = int(state["num_tokens"])
+        self._rows = int(state["rows"])
+        self._term_weights = dict(state["term_weights"])
+        self._sums = {
+            name: torch.tensor(value, dtype=torch.float32, device=device)
+            for name, value in state["sums"].items()
+        }
+
+
+class RunLog:
+    """`log.jsonl`: one object per logged step, never two for the same step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Read the rows; a last line that was cut short is left out."""
+        if not self.path.exists():
+            return []
+        rows: list[dict[str, Any]] = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def truncate(self, step: int) -> None:
+        """Drop the rows after `step`, which a resumed run writes anew."""
+        if not self.path.exists():
+            return
+        kept = [row for row in self.rows() if row["step"] <= step]
+        temporary = self.path.with_name(f".tmp-{self.path.name}")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
