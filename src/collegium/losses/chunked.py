@@ -183,7 +183,9 @@ class _BlockLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         grad_total = grad_outputs[0]
         # Scaled before the cast: a sum over many rows may not fit float16, its mean does.
         grads = [

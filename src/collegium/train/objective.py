@@ -109,7 +109,8 @@ class Objective(nn.Module):
             RecipeError: there are teachers and a share for them, but no fusion.
         """
         weights = self._row_weights(has_teachers=len(teachers) > 0)
-        row_losses = _RowLosses(self.options, rows, self._target(weights, teachers, rows), weights)
+        target = self._target(weights, teachers, rows)
+        row_losses = _RowLosses(self.options, rows.labels, target, has_ce="ce" in weights)
         sums = block_losses(
             student.hidden,
             student.head,
@@ -173,14 +174,15 @@ class _RowLosses:
     def __init__(
         self,
         options: ObjectiveOptions,
-        rows: Rows,
+        labels_N: Tensor,
         target: FusedTarget | None,
-        weights: Mapping[str, float],
+        *,
+        has_ce: bool,
     ) -> None:
         self._options = options
-        self._labels_N = rows.labels
+        self._labels_N = labels_N
         self._target = target
-        self._has_ce = "ce" in weights
+        self._has_ce = has_ce
         self._weights: list[Tensor] = []
 
     def __call__(self, logits_nV: Tensor, block: slice) -> dict[str, Tensor]:
@@ -210,7 +212,7 @@ class _RowLosses:
             return (fused.logp_nV / self._options.temperature).log_softmax(-1)
 
     def teacher_weights(self) -> Tensor | None:
-        """(K, N) fusion weights of all rows met so far; None without a target."""
+        """(K, N) fusion weights of all rows met so far; None where there were none."""
         return torch.cat(self._weights, dim=1).detach() if self._weights else None
 
 

@@ -1,0 +1,251 @@
+"""Layer maps, adapters and feature terms against the naive truth."""
+
+import copy
+
+import pydantic
+import pytest
+import torch
+from torch import nn
+
+import reference_losses
+from collegium.errors import RecipeError, TrainingError
+from collegium.losses.features import FeatureLoss, FeatureOptions, feature_map
+from collegium.types import DenseRows, TeacherRows
+
+N = 6
+STUDENT = {"embed": 4, "layer_0": 4, "layer_1": 4, "final_prenorm": 4, "final_postnorm": 4}
+TEACHERS = {
+    "big.v1": {"embed": 7, **{f"layer_{i}": 7 for i in range(6)}, "final_postnorm": 7},
+    "small": {"embed": 3, "layer_0": 3, "layer_1": 3, "layer_2": 3, "final_postnorm": 3},
+}
+
+
+def taps(count: int) -> list[str]:
+    return ["embed", *(f"layer_{i}" for i in range(count)), "final_prenorm", "final_postnorm"]
+
+
+def features_of(widths, seed, *, grad=False):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        tap: torch.randn(N, width, generator=generator).requires_grad_(grad)
+        for tap, width in widths.items()
+    }
+
+
+def teacher_rows(dtype=torch.float32):
+    return [
+        TeacherRows(
+            name,
+            DenseRows(torch.zeros(N, 2)),
+            {tap: x.to(dtype) for tap, x in features_of(widths, i + 1).items()},
+        )
+        for i, (name, widths) in enumerate(TEACHERS.items())
+    ]
+
+
+def build(seed=0, **options):
+    return FeatureLoss(FeatureOptions(**options), STUDENT, TEACHERS, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("options", "ours", "theirs", "expected"),
+    [
+        ({}, 4, 12, [(3, 11)]),
+        ({"num_layers": 2}, 4, 12, [(1, 5), (3, 11)]),
+        ({"num_layers": 4}, 4, 12, [(0, 2), (1, 5), (2, 8), (3, 11)]),
+        ({"num_layers": 3}, 4, 7, [(1, 2), (2, 4), (3, 6)]),
+        ({"num_layers": 2}, 2, 2, [(0, 0), (1, 1)]),
+        ({"layers": "last", "num_layers": 9}, 4, 12, [(3, 11)]),
+    ],
+)
+def test_feature_map(options, ours, theirs, expected):
+    pairs = feature_map(FeatureOptions(**options), taps(ours), taps(theirs))
+    assert pairs == [(f"layer_{i}", f"layer_{j}") for i, j in expected]
+
+
+def test_explicit_pairs():
+    options = FeatureOptions(layers={"final_postnorm": "layer_3", "embed": "embed"})
+    assert feature_map(options, taps(2), taps(5)) == [("final_postnorm", "layer_3"), ("embed", "embed")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": {"layer_2": "layer_0"}}, "`layer_2`.*did you mean"),
+        ({"layers": {"layer_0": "layer_9"}}, "`layer_9`"),
+        ({"num_layers": 3}, "got 3; must be at most 2"),
+    ],
+)
+def test_impossible_maps(options, message):
+    with pytest.raises(RecipeError, match=message):
+        feature_map(FeatureOptions(**options), taps(2), taps(3))
+
+
+def test_wrong_options():
+    with pytest.raises(RecipeError, match=r"teacher_weights: got `smal`.*did you mean `small`"):
+        build(teacher_weights={"smal": 1.0})
+    for wrong in ({"num_layers": 0}, {"weight": -1.0}, {"loss": "l1"}, {"teacher_weights": {"a": -1.0}}):  # fmt: skip
+        with pytest.raises(pydantic.ValidationError):
+            FeatureOptions(**wrong)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_equals_the_formula(loss):
+    terms = build(loss=loss, num_layers=2)
+    student, teachers = features_of(STUDENT, 0), teacher_rows()
+    values = terms(student, teachers)
+    assert list(values) == ["feature/big.v1", "feature/small"]
+    formula = reference_losses.feature_mse if loss == "mse" else reference_losses.feature_cosine
+    pairs = [("layer_0", "layer_2"), ("layer_1", "layer_5")]
+    expected = sum(
+        formula(
+            student[ours].double(), teachers[0].features[theirs].double(), adapter.weight.double()
+        )
+        for (ours, theirs), adapter in zip(pairs, terms.adapters[0], strict=True)
+    )
+    assert terms.pairs["big.v1"] == pairs
+    torch.testing.assert_close(
+        values["feature/big.v1"].double(), expected / 2, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_size_of_the_states_does_not_matter():
+    terms, student, teachers = build(), features_of(STUDENT, 0), teacher_rows()
+    huge = [TeacherRows(t.name, t.scores, {k: 1000 * x for k, x in t.features.items()}) for t in teachers]  # fmt: skip
+    small = {tap: 10 * x for tap, x in student.items()}
+    for name, value in terms(student, teachers).items():
+        torch.testing.assert_close(terms(small, huge)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_one_adapter_per_teacher_and_pair_of_the_right_width():
+    terms = build(num_layers=2)
+    shapes = [[tuple(a.weight.shape) for a in group] for group in terms.adapters]
+    assert shapes == [[(7, 4), (7, 4)], [(3, 4), (3, 4)]]
+    assert len(list(terms.parameters())) == 4
+    assert terms.student_taps == ["layer_0", "layer_1"]
+    assert terms.teacher_taps("small") == ["layer_1", "layer_2"]
+    assert terms.teacher_taps("unknown") == []
+
+
+def test_initial_adapters_follow_from_the_seed_alone():
+    state = torch.get_rng_state()
+    one = build(seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    two, other = build(seed=3), build(seed=4)
+    for a, b, c in zip(one.parameters(), two.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+def test_a_teacher_with_weight_0_has_no_adapter():
+    terms = build(weight=0.5, teacher_weights={"big.v1": 0.0, "small": 3.0})
+    assert list(terms.pairs) == ["small"]
+    assert terms.weights() == {"feature/small": 1.5}
+    assert list(terms(features_of(STUDENT, 0), teacher_rows())) == ["feature/small"]
+    assert list(terms(features_of(STUDENT, 0), teacher_rows()[1:])) == ["feature/small"]
+    with pytest.raises(TrainingError, match="feature/small"):
+        terms(features_of(STUDENT, 0), teacher_rows()[:1])
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_gradient_reaches_adapters_and_student_but_no_teacher(loss):
+    terms = build(loss=loss, num_layers=2)
+    student = features_of(STUDENT, 0, grad=True)
+    teachers = [
+        TeacherRows(name, DenseRows(torch.zeros(N, 2)), features_of(widths, 5, grad=True))
+        for name, widths in TEACHERS.items()
+    ]
+    before = [p.detach().clone() for p in terms.parameters()]
+    optimizer = torch.optim.SGD(terms.parameters(), lr=0.1)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        total = sum(x.sum() for x in terms(student, teachers).values())
+        total.backward()
+        optimizer.step()
+        losses.append(total.item())
+    assert losses[-1] < losses[0]
+    for p, old in zip(terms.parameters(), before, strict=True):
+        assert not torch.equal(p, old)
+    for tap, x in student.items():
+        assert (x.grad is not None) == (tap in terms.student_taps)
+    assert all(x.grad is None for t in teachers for x in t.features.values())
+
+
+def test_half_precision_states_and_autocast():
+    terms, student = build(), features_of(STUDENT, 0)
+    truth = terms(student, teacher_rows())
+    half = {tap: x.bfloat16() for tap, x in student.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        exact = terms(student, teacher_rows())
+        rounded = terms(half, teacher_rows(torch.bfloat16))
+    for name, value in truth.items():
+        assert rounded[name].dtype == torch.float32
+        torch.testing.assert_close(exact[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(rounded[name], value, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_zero_states_have_a_finite_gradient(loss):
+    terms = build(loss=loss)
+    student = {tap: torch.zeros(N, width, requires_grad=True) for tap, width in STUDENT.items()}
+    sum(x.sum() for x in terms(student, teacher_rows()).values()).backward()
+    assert student["layer_1"].grad is not None
+    assert student["layer_1"].grad.isfinite().all()
+
+
+def record(terms, reference, big, small):
+    sums = {"feature/big.v1": torch.tensor(big), "feature/small": torch.tensor(small)}
+    terms.record(torch.tensor(reference), sums)
+
+
+def test_the_scale_is_the_ratio_of_the_previous_step():
+    terms = build(weight=0.1, teacher_weights={"small": 2.0})
+    assert terms.weights() == pytest.approx({"feature/big.v1": 0.1, "feature/small": 0.2})
+    record(terms, 6.0, 2.0, 20.0)
+    record(terms, 2.0, 2.0, 20.0)
+    assert terms.weights() == pytest.approx({"feature/big.v1": 0.1, "feature/small": 0.2})
+    terms.end_step()
+    assert terms.weights() == pytest.approx({"feature/big.v1": 0.2, "feature/small": 0.04})
+    record(terms, 8.0, 1.0, 8.0)
+    terms.end_step()
+    assert terms.weights() == pytest.approx({"feature/big.v1": 0.8, "feature/small": 0.2})
+
+
+def test_a_step_that_says_nothing_keeps_the_scale():
+    terms = build()
+    record(terms, 6.0, 2.0, 3.0)
+    terms.end_step()
+    kept = terms.weights()
+    terms.end_step()
+    for sums in [(0.0, 0.0, 0.0), (float("nan"), 1.0, 1.0), (0.0, 1.0, 1.0), (1.0, 0.0, 0.0)]:
+        record(terms, *sums)
+        terms.end_step()
+        assert terms.weights() == kept
+
+
+def test_the_scale_is_saved_and_can_be_turned_off():
+    terms = build()
+    record(terms, 6.0, 2.0, 3.0)
+    terms.end_step()
+    other = build(seed=1)
+    other.load_state_dict(copy.deepcopy(terms.state_dict()))
+    assert other.weights() == terms.weights() != build().weights()
+    off = build(dynamic_scale=False)
+    record(off, 6.0, 2.0, 3.0)
+    off.end_step()
+    assert off.weights() == {"feature/big.v1": 1.0, "feature/small": 1.0}
+
+
+def test_all_processes_count(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.add_(1.0))
+    terms = build()
+    record(terms, 6.0, 0.0, 3.0)
+    terms.end_step()
+    assert terms.weights() == pytest.approx({"feature/big.v1": 7.0, "feature/small": 7 / 4})
+
+
+def test_adapters_are_plain_linear_maps():
+    assert all(isinstance(a, nn.Linear) and a.bias is None for group in build().adapters for a in group)  # fmt: skip

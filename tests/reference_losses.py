@@ -1,0 +1,69 @@
+"""The naive truth of the losses: probabilities in float64, written as on paper."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """sum p log(p / q) over the last axis, 0 log 0 = 0."""
+    return torch.where(p > 0, p * (p.clamp(min=1e-300) / q).log(), torch.zeros_like(p)).sum(-1)
+
+
+def forward_kl(p: Tensor, q: Tensor) -> Tensor:
+    return kl(p, q)
+
+
+def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
+    return kl(q, p)
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    m = 0.5 * p + 0.5 * q
+    return 0.5 * kl(p, m) + 0.5 * kl(q, m)
+
+
+def skewed_forward_kl(p: Tensor, q: Tensor, skew: float = 0.1) -> Tensor:
+    return kl(p, skew * p + (1 - skew) * q)
+
+
+def skewed_reverse_kl(p: Tensor, q: Tensor, skew: float = 0.1) -> Tensor:
+    return kl(q, (1 - skew) * p + skew * q)
+
+
+DIVERGENCES = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "skewed_forward_kl": skewed_forward_kl,
+    "skewed_reverse_kl": skewed_reverse_kl,
+}
+
+
+def logits(hidden, weight, bias=None, scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    z = hidden @ weight.T
+    z = z if bias is None else z + bias
+    z = scale * z
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def objective(z, p, labels, *, kd_ratio: float, temperature: float, divergence: str) -> Tensor:
+    """sum_n kd_ratio T^2 D(p^(1/T) / Z, softmax(z / T)) + (1 - kd_ratio) CE, p the fused target."""
+    tempered = p ** (1 / temperature)
+    tempered = tempered / tempered.sum(-1, keepdim=True)
+    kd = DIVERGENCES[divergence](tempered, (z / temperature).softmax(-1)).sum()
+    ce = -z.softmax(-1).log()[torch.arange(len(labels)), labels].sum()
+    return kd_ratio * temperature**2 * kd + (1 - kd_ratio) * ce
+
+
+def feature_mse(ours, theirs, adapter) -> Tensor:
+    """Mean over the width of the squared difference of RMS-normalised states, per row."""
+    a = ours @ adapter.T
+    a = a / a.square().mean(-1, keepdim=True).sqrt()
+    b = theirs / theirs.square().mean(-1, keepdim=True).sqrt()
+    return ((a - b) ** 2).mean(-1)
+
+
+def feature_cosine(ours, theirs, adapter) -> Tensor:
+    return 1 - torch.cosine_similarity(ours @ adapter.T, theirs, dim=-1)
