@@ -78,7 +78,8 @@ class Objective(nn.Module):
     @property
     def needs_teachers(self) -> bool:
         """Whether any term reads the teachers; where not, they need not be scored."""
-        return self.features is not None or (self.fusion is not None and self.options.kd_ratio > 0)
+        has_features = self.features is not None and len(self.features.pairs) > 0
+        return has_features or (self.fusion is not None and self.options.kd_ratio > 0)
 
     @property
     def student_taps(self) -> list[str]:

@@ -1,0 +1,393 @@
+"""The objective against the naive truth: its sum, its gradient, and what must not change them."""
+
+import math
+import re
+
+import pydantic
+import pytest
+import torch
+
+import reference_losses
+from collegium.errors import RecipeError, TrainingError
+from collegium.fusion.pooling import Fusion
+from collegium.fusion.weights import Fixed, Uniform
+from collegium.losses.divergences import DIVERGENCES, JensenShannon, ReverseKL
+from collegium.losses.features import FeatureLoss, FeatureOptions
+from collegium.train.objective import InertTermCheck, Objective, ObjectiveOptions
+from collegium.types import DenseRows, Head, HiddenRows, LossSum, Rows, TeacherRows
+
+N, V, D = 13, 17, 4
+WIDTHS = {"a": 6, "b": 3}
+MIX = Fusion(weighting=Fixed(weights={"a": 0.3, "b": 0.7}))
+
+
+class Step:
+    """A student and two teachers on N rows, in float64."""
+
+    def __init__(self, *, head_scale=1.0, softcap=None, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.hidden = draw(N, D).requires_grad_()
+        self.tap = draw(N, D).requires_grad_()
+        self.weight = draw(V, D).requires_grad_()
+        self.head_scale, self.softcap = head_scale, softcap
+        self.teacher_logits = {name: 2 * draw(N, V) for name in WIDTHS}
+        self.teacher_taps = {name: draw(N, width) for name, width in WIDTHS.items()}
+        self.labels = torch.randint(V, (N,), generator=generator)
+
+    def student(self, block=slice(None)):
+        head = Head(self.weight, None, self.head_scale, self.softcap)
+        return HiddenRows(self.hidden[block], head, {"layer_0": self.tap[block]})
+
+    def teachers(self, block=slice(None)):
+        return [
+            TeacherRows(
+                name,
+                DenseRows(self.teacher_logits[name][block]),
+                {"layer_0": self.teacher_taps[name][block]},
+            )
+            for name in WIDTHS
+        ]
+
+    def rows(self, block=slice(None)):
+        number = torch.arange(N)[block]
+        return Rows(number, self.labels[block], number // 4, number // 4)
+
+    def parts(self, block=slice(None)):
+        return self.student(block), self.teachers(block), self.rows(block)
+
+    def logits(self):
+        return reference_losses.logits(
+            self.hidden, self.weight, None, self.head_scale, self.softcap
+        )
+
+    def fused(self):
+        p = {name: z.softmax(-1) for name, z in self.teacher_logits.items()}
+        return 0.3 * p["a"] + 0.7 * p["b"]
+
+    def grads(self, total, *more):
+        return torch.autograd.grad(total, [self.hidden, self.weight, *more], retain_graph=True)
+
+
+def objective(fusion: Fusion | None = MIX, *, features: FeatureOptions | None = None, **options):
+    terms = None
+    if features is not None:
+        teachers = {name: {"layer_0": width} for name, width in WIDTHS.items()}
+        terms = FeatureLoss(features, {"layer_0": D}, teachers).double()
+    return Objective(ObjectiveOptions(features=features, **options), fusion, features=terms)
+
+
+def assert_same(ours, theirs, tolerance=1e-12):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("kd_ratio", [0.4, 1.0])
+def test_equals_the_formula(divergence, temperature, kd_ratio):
+    step = Step(head_scale=0.7, softcap=5.0)
+    part = objective(
+        kd_ratio=kd_ratio, temperature=temperature, divergence=DIVERGENCES[divergence](), block_size=5
+    )  # fmt: skip
+    loss = part(*step.parts())
+    truth = reference_losses.objective(
+        step.logits(),
+        step.fused(),
+        step.labels,
+        kd_ratio=kd_ratio,
+        temperature=temperature,
+        divergence=divergence,
+    )
+    torch.testing.assert_close(loss.total, truth, rtol=1e-10, atol=1e-10)
+    assert_same(step.grads(loss.total), step.grads(truth), 1e-10)
+    assert loss.num_rows == N
+    expected = {"kd": kd_ratio * temperature**2, "ce": 1 - kd_ratio}
+    assert loss.weights == {name: weight for name, weight in expected.items() if weight > 0}
+    assert set(loss.terms) == set(loss.weights)
+    summed = sum(loss.weights[name] * value for name, value in loss.terms.items())
+    torch.testing.assert_close(summed, loss.total.detach())
+
+
+def test_the_temperature_keeps_the_size_of_the_gradient():
+    """T^2 exactly undoes the 1/T of each side for warm targets, where the loss is half the squared logit distance."""
+    norms = []
+    for temperature in (50.0, 100.0):
+        step = Step()
+        loss = objective(kd_ratio=1.0, temperature=temperature)(*step.parts())
+        norms.append(step.grads(loss.total)[0].norm().item())
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+    assert norms[0] > 0.01
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 7, 16, N])
+@pytest.mark.parametrize("divergence", [JensenShannon(), ReverseKL()])
+def test_blocks_change_nothing(block_size, divergence):
+    step = Step()
+    options = {"kd_ratio": 0.6, "temperature": 2.0, "divergence": divergence}
+    whole = objective(**options)(*step.parts())
+    blocks = objective(block_size=block_size, **options)(*step.parts())
+    torch.testing.assert_close(blocks.total, whole.total, rtol=1e-12, atol=1e-12)
+    assert_same(step.grads(blocks.total), step.grads(whole.total))
+    torch.testing.assert_close(blocks.teacher_weights_KN, whole.teacher_weights_KN)
+
+
+def test_fusion_weights_are_kept():
+    loss = objective(block_size=5)(*Step().parts())
+    assert loss.teacher_weights_KN is not None
+    expected = torch.tensor([[0.3], [0.7]], dtype=torch.float64).expand(2, N)
+    torch.testing.assert_close(loss.teacher_weights_KN, expected)
+    assert not loss.teacher_weights_KN.requires_grad
+
+
+@pytest.mark.parametrize("cuts", [(4, 13), (1, 2, 8, 13), (0, 13)])
+def test_micro_batches_change_nothing(cuts):
+    """Two optimizer steps, so that the second runs with scales measured in the first."""
+    step = Step()
+    whole = objective(kd_ratio=0.6, features=FeatureOptions(weight=0.5))
+    split = objective(kd_ratio=0.6, features=FeatureOptions(weight=0.5))
+    for _ in range(2):
+        a = whole(*step.parts()).total
+        ends = zip((0, *cuts), cuts, strict=False)
+        b = sum(split(*step.parts(slice(start, end))).total for start, end in ends)
+        grads_a = step.grads(a, step.tap, *whole.parameters())
+        grads_b = step.grads(b, step.tap, *split.parameters())
+        assert_same(grads_a, grads_b, 1e-11)
+        whole.end_step()
+        split.end_step()
+        assert whole.features is not None
+        assert split.features is not None
+        assert whole.features.weights() == pytest.approx(split.features.weights(), rel=1e-12)
+        assert whole.features.weights()["feature/a"] != 0.5
+
+
+def test_a_scale_holds_until_the_step_ends():
+    step = Step()
+    part = objective(features=FeatureOptions(weight=0.5))
+    first = part(*step.parts())
+    assert part(*step.parts()).weights == first.weights
+    assert first.weights["feature/a"] == 0.5
+    part.end_step()
+    after = part(*step.parts())
+    ratio = 0.9 * first.terms["kd"] / first.terms["feature/a"]
+    assert after.weights["feature/a"] == pytest.approx(0.5 * ratio.item())
+    # Each feature term is now worth half of the distribution loss.
+    share = after.weights["feature/a"] * after.terms["feature/a"]
+    assert share.item() == pytest.approx(0.5 * 0.9 * after.terms["kd"].item())
+
+
+def test_evaluation_does_not_move_the_scale():
+    part = objective(features=FeatureOptions())
+    with torch.no_grad():
+        loss = part(*Step().parts(), measure=True)
+    part.end_step()
+    assert not loss.total.requires_grad
+    assert part(*Step().parts()).weights["feature/a"] == 1.0
+
+
+def test_features_with_labels_alone_are_scaled_by_the_cross_entropy():
+    part = objective(None, kd_ratio=0.0, features=FeatureOptions())
+    assert part.needs_teachers
+    first = part(*Step().parts())
+    assert set(first.terms) == {"ce", "feature/a", "feature/b"}
+    part.end_step()
+    ratio = first.terms["ce"] / first.terms["feature/b"]
+    assert part(*Step().parts()).weights["feature/b"] == pytest.approx(ratio.item())
+
+
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_student_equal_to_its_teacher_is_at_rest(divergence, temperature):
+    step = Step()
+    step.teacher_logits = dict.fromkeys(WIDTHS, step.logits().detach())
+    part = objective(
+        kd_ratio=1.0, temperature=temperature, divergence=DIVERGENCES[divergence](), block_size=4
+    )
+    loss = part(*step.parts())
+    assert loss.total.abs().item() < 1e-12
+    for grad in step.grads(loss.total):
+        torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-12)
+
+
+def test_clones_of_one_teacher_are_that_teacher():
+    step = Step()
+    student, (teacher, _), rows = step.parts()
+    clones = [TeacherRows(f"c{i}", teacher.scores) for i in range(3)]
+    part = objective(Fusion(weighting=Uniform()), temperature=2.0)
+    one, many = part(student, [teacher], rows), part(student, clones, rows)
+    torch.testing.assert_close(many.total, one.total, rtol=1e-12, atol=0)
+    assert_same(step.grads(many.total), step.grads(one.total))
+
+
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0, 20.0])
+def test_gradients_stay_finite(divergence, temperature):
+    """Sharp float32 logits, and tokens that the teachers rule out."""
+    step = Step()
+    step.teacher_logits = {name: (10 * z).float() for name, z in step.teacher_logits.items()}
+    for z in step.teacher_logits.values():
+        z[:, 3] = -math.inf
+        z[2, 5:] = -math.inf
+    step.hidden = (5 * step.hidden.detach()).float().requires_grad_()
+    step.weight = step.weight.detach().float().requires_grad_()
+    part = objective(temperature=temperature, divergence=DIVERGENCES[divergence](), block_size=4)
+    loss = part(*step.parts())
+    assert loss.total.isfinite()
+    assert loss.total.dtype == torch.float32
+    assert all(grad.isfinite().all() for grad in step.grads(loss.total))
+
+
+def test_positions_outside_the_rows_do_not_exist():
+    """NaN in the states of untrained positions reaches neither the loss nor any gradient."""
+    step, index = Step(), torch.arange(0, 2 * N, 2)
+    everything = torch.full((2 * N, D), math.nan, dtype=torch.float64)
+    everything[index] = step.hidden.detach()
+    everything.requires_grad_()
+    part = objective(block_size=4)
+    student, teachers, rows = step.parts()
+    expected = part(student, teachers, rows).total
+    loss = part(HiddenRows(everything[index], student.head), teachers, rows).total
+    assert loss == expected
+    loss.backward()
+    assert everything.grad is not None
+    assert everything.grad.isfinite().all()
+    assert (everything.grad[1::2] == 0).all()
+
+
+def test_labels_alone():
+    step = Step()
+    student, _, rows = step.parts()
+    truth = torch.nn.functional.cross_entropy(step.logits(), step.labels, reduction="sum")
+    for part in (objective(None), objective(None, kd_ratio=1.0), objective(MIX, kd_ratio=0.0)):
+        assert not part.needs_teachers
+        loss = part(student, [], rows)
+        torch.testing.assert_close(loss.total, truth)
+        assert loss.weights == {"ce": 1.0}
+        assert loss.teacher_weights_KN is None
+        assert part.student_taps == part.teacher_taps("a") == []
+        part.end_step()
+
+
+class Silent:
+    """Scores that nobody may ask for."""
+
+    def logits(self, block: slice) -> torch.Tensor:
+        raise AssertionError("scored")
+
+
+def test_a_term_without_weight_is_not_computed():
+    step = Step()
+    student, _, rows = step.parts()
+    loss = objective(kd_ratio=0.0)(student, [TeacherRows("a", Silent())], rows)
+    assert set(loss.terms) == {"ce"}
+    wrong_labels = Rows(
+        rows.index, torch.full_like(rows.labels, V + 5), rows.documents, rows.samples
+    )
+    part = objective(Fusion(weighting=Uniform()), kd_ratio=1.0)
+    scores = DenseRows(step.teacher_logits["a"])
+    assert set(part(student, [TeacherRows("a", scores)], rows).terms) == {"kd"}
+    with pytest.raises(RuntimeError):
+        objective(None)(student, [], wrong_labels)
+
+
+def test_no_rows():
+    step = Step()
+    loss = objective(features=FeatureOptions())(*step.parts(slice(0, 0)), measure=True)
+    assert loss.total.item() == 0
+    assert loss.num_rows == 0
+    for grad in step.grads(loss.total):
+        assert (grad == 0).all()
+
+
+def test_taps_are_those_of_the_feature_terms():
+    part = objective(features=FeatureOptions(teacher_weights={"b": 0.0}))
+    assert part.needs_teachers
+    assert part.student_taps == ["layer_0"]
+    assert part.teacher_taps("a") == ["layer_0"]
+    assert part.teacher_taps("b") == []
+    assert len(list(part.parameters())) == 1
+    off = objective(None, kd_ratio=0.0, features=FeatureOptions(weight=0.0))
+    assert not off.needs_teachers
+    assert set(off(*Step().parts()).terms) == {"ce"}
+
+
+def test_feature_terms_add_up():
+    step = Step()
+    part = objective(kd_ratio=0.6, features=FeatureOptions(weight=0.5, teacher_weights={"b": 3.0}))
+    loss, plain = part(*step.parts()), objective(kd_ratio=0.6)(*step.parts())
+    assert part.features is not None
+    values = {
+        name: reference_losses.feature_mse(step.tap, step.teacher_taps[name], group[0].weight).sum()
+        for name, group in zip(WIDTHS, part.features.adapters, strict=True)
+    }
+    torch.testing.assert_close(loss.total, plain.total + 0.5 * values["a"] + 1.5 * values["b"], rtol=1e-4, atol=1e-4)  # fmt: skip
+    assert loss.weights["feature/b"] == 1.5
+    assert not loss.terms["feature/a"].requires_grad
+
+
+def test_measured_norms():
+    step = Step()
+    part = objective(kd_ratio=0.6, temperature=2.0, features=FeatureOptions(weight=0.5))
+    loss, plain = part(*step.parts(), measure=True), part(*step.parts())
+    assert plain.grad_norms == {}
+    assert loss.total == plain.total
+    assert set(loss.grad_norms) == {"kd", "ce", "feature/a", "feature/b"}
+    kd = objective(kd_ratio=1.0, temperature=2.0)(*step.parts()).total * 0.6
+    torch.testing.assert_close(loss.grad_norms["kd"], step.grads(kd)[0].norm())
+    only_b = objective(None, kd_ratio=0.0, features=FeatureOptions(weight=0.5, teacher_weights={"a": 0.0}))  # fmt: skip
+    assert part.features is not None
+    assert only_b.features is not None
+    only_b.features.adapters[0].load_state_dict(part.features.adapters[1].state_dict())
+    (grad,) = torch.autograd.grad(only_b(*step.parts()).total, step.tap)
+    torch.testing.assert_close(loss.grad_norms["feature/b"], grad.norm())
+    step.tap = step.tap.detach()
+    frozen = part(*step.parts(), measure=True).grad_norms
+    assert frozen["feature/b"] == 0
+    assert frozen["kd"] == loss.grad_norms["kd"]
+
+
+def test_teachers_need_a_fusion():
+    with pytest.raises(RecipeError, match="fusion: got none for 2 teachers"):
+        objective(None)(*Step().parts())
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_no_temperature_of_zero(temperature):
+    message = re.escape("must be > 0; for hard labels use kd_ratio: 0")
+    with pytest.raises(pydantic.ValidationError, match=message):
+        ObjectiveOptions(temperature=temperature)
+
+
+@pytest.mark.parametrize("wrong", [{"kd_ratio": 1.1}, {"kd_ratio": -0.1}, {"block_size": 0}, {"beta": 1}])  # fmt: skip
+def test_wrong_options(wrong):
+    with pytest.raises(pydantic.ValidationError):
+        ObjectiveOptions(**wrong)
+
+
+def measured(num_rows=5, **norms: float) -> LossSum:
+    return LossSum(
+        total=torch.zeros(()),
+        terms={name: torch.ones(()) for name in norms},
+        weights={name: 0.0 if name == "off" else 0.5 for name in norms},
+        grad_norms={name: torch.tensor(norm) for name, norm in norms.items()},
+        num_rows=num_rows,
+    )
+
+
+def test_an_inert_term_is_named():
+    check = InertTermCheck()
+    check(measured(kd=0.0, ce=1.0, off=0.0))
+    check(measured(0, kd=0.0, ce=0.0))
+    check(measured())
+    check(measured(kd=0.0, ce=0.0, off=0.0))
+    with pytest.raises(TrainingError, match=r"term `kd`: contributes no gradient in the first 3"):
+        check(measured(kd=0.0, ce=0.0, off=0.0))
+
+
+def test_terms_that_move_once_are_alive():
+    check = InertTermCheck()
+    for norm in (0.0, 1e-30, 0.0, 0.0, 0.0, 0.0):
+        check(measured(kd=norm, ce=math.nan))
