@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,7 +82,7 @@ def _generation_mask(
     ids: np.ndarray,
     place: str,
 ) -> np.ndarray:
-    encoding = tokenizer.apply_chat_template(
+    encoding: Any = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     if list(encoding["input_ids"]) != ids.tolist():
@@ -117,10 +117,10 @@ def _special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def _never_stops(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Beginning, padding and unknown tokens, unless one of them is the stop token as well."""
-    others = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    others -= {None, tokenizer.eos_token_id}
-    return np.isin(ids, [number for number in others if isinstance(number, int)])
+    """Beginning and unknown tokens, unless one of them is the stop token as well."""
+    others = [tokenizer.bos_token_id, tokenizer.unk_token_id]
+    eos = tokenizer.eos_token_id
+    return np.isin(ids, [n for n in others if isinstance(n, int) and n != eos])
 
 
 def _end_turns_at_stop(

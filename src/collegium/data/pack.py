@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +23,7 @@ __all__ = ["Collator", "DataOptions", "PackedDataset", "build_datasets"]
 _PARTS = ("train", "calibration", "validation")
 _CHUNK_DOCUMENTS = 512
 _CHUNK_CHARACTERS = 1_000_000
+_Keyed = tuple[int, Document, Encoded]
 _LOG = logging.getLogger(__name__)
 
 
@@ -150,8 +150,9 @@ def _build(
     encoder.check()
     if not chosen:
         raise DataError(
-            f"{where}: no document left after dropping {len(encoder.too_long):,} that are too long; "
-            "must hold at least one; raise `max_length` or set `truncate: right`"
+            f"{where}: no document left ({len(encoder.too_long):,} too long for {options.max_length:,} "
+            "tokens); must hold at least one; raise `max_length` or the limit of tokens, or set "
+            "`truncate: right`"
         )
     _report(encoder, where)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -169,20 +170,25 @@ def _build(
 def _choose(
     keyed: list[tuple[int, Document]], max_tokens: int | None, encoder: Encoder
 ) -> list[tuple[Document, Encoded]]:
-    """Encode documents in order of their keys, always of the domain with the fewest tokens, up to the limit.
-
-    The last text is cut to fit the limit exactly; a prompt or chat that passes it is left out.
-    """
+    """Encode documents in order of their keys, always of the domain with the fewest tokens, up to the limit."""
     domains = sorted({document.domain for _, document in keyed})
     streams = {
         name: _encode_stream([pair for pair in keyed if pair[1].domain == name], encoder)
         for name in domains
     }
     if max_tokens is None:
-        every = [item for stream in streams.values() for item in stream]
-        return [(d, e) for _, d, e in sorted(every, key=lambda item: (item[0], item[1].id))]
-    used: Counter[str] = Counter(dict.fromkeys(domains, 0))
-    chosen: list[tuple[int, Document, Encoded]] = []
+        chosen = [item for stream in streams.values() for item in stream]
+    else:
+        chosen = list(_take_evenly(streams, max_tokens))
+    return [(d, e) for _, d, e in sorted(chosen, key=lambda item: (item[0], item[1].id))]
+
+
+def _take_evenly(streams: dict[str, Iterator[_Keyed]], max_tokens: int) -> Iterator[_Keyed]:
+    """Take from the domain with the fewest tokens until `max_tokens` are reached or all is taken.
+
+    A text too long for what its domain may still take is cut; a prompt or chat that passes the limit ends its domain.
+    """
+    used = dict.fromkeys(streams, 0)
     room = max_tokens
     while streams and room >= 2:
         name = min(streams, key=lambda domain: (used[domain], domain))
@@ -191,23 +197,15 @@ def _choose(
             del streams[name]
             continue
         key, document, encoded = item
-        share = room
-        if encoded.can_split:
-            share = min(room, max(2, _fair_share(used, name, streams, room)))
+        level = (room + sum(used[domain] for domain in streams)) // len(streams)
+        share = min(room, max(2, level - used[name])) if encoded.can_split else room
         encoded = _cut(encoded, share)
         if encoded is None:
             del streams[name]
             continue
-        chosen.append((key, document, encoded))
+        yield key, document, encoded
         used[name] += len(encoded)
         room -= len(encoded)
-    return [(d, e) for _, d, e in sorted(chosen, key=lambda item: (item[0], item[1].id))]
-
-
-def _fair_share(used: Counter[str], name: str, streams: dict[str, object], room: int) -> int:
-    """Most tokens the next text of a domain may take so that the others can still catch up."""
-    level = (room + sum(used[domain] for domain in streams)) // len(streams)
-    return level - used[name]
 
 
 def _cut(encoded: Encoded, room: int) -> Encoded | None:
@@ -220,9 +218,7 @@ def _cut(encoded: Encoded, room: int) -> Encoded | None:
     )
 
 
-def _encode_stream(
-    keyed: list[tuple[int, Document]], encoder: Encoder
-) -> Iterator[tuple[int, Document, Encoded]]:
+def _encode_stream(keyed: list[tuple[int, Document]], encoder: Encoder) -> Iterator[_Keyed]:
     start = 0
     while start < len(keyed):
         stop, characters = start, 0
