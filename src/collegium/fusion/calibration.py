@@ -32,8 +32,13 @@ def expected_calibration_error(
         confidence_N: probability of the most likely token.
         is_correct_N: whether that token was the label.
         bins: number of bins; equal confidences share a bin, so there may be fewer.
+
+    Returns:
+        A share in [0, 1]; NaN without rows.
     """
     binned = reliability_bins(confidence_N, is_correct_N, bins)
+    if not binned["count"]:
+        return float("nan")
     confidence, accuracy, count = (
         np.asarray(binned[key]) for key in ("confidence", "accuracy", "count")
     )
@@ -156,7 +161,15 @@ class TemperatureTables:
         self._rows.append(Rows(rows.index.cpu(), rows.labels.cpu(), documents, rows.samples.cpu()))
 
     def rows(self) -> Rows:
-        """The rows of all batches, one after the other, with document numbers that are unique among them."""
+        """The rows of all batches, one after the other, with document numbers that are unique among them.
+
+        Raises:
+            ValueError: no batch had a row.
+        """
+        if not self._rows:
+            raise ValueError(
+                "TemperatureTables.rows: got no rows; must have some; add a batch first"
+            )
         return Rows(
             index=torch.cat([rows.index for rows in self._rows]),
             labels=torch.cat([rows.labels for rows in self._rows]),
@@ -277,6 +290,9 @@ def fit_pooled_temperature(
     A pool of calibrated teachers is under-confident, since pooling adds their disagreement to its entropy; this
     temperature is therefore fitted after fusing. Batches are read once, one at a time.
 
+    Raises:
+        ValueError: no batch had a row.
+
     Source: Rahaman and Thiery, NeurIPS 2021.
     """
     raw = dataclasses.replace(fusion, pooled_temperature=1.0)
@@ -292,7 +308,9 @@ def fit_pooled_temperature(
                 label_logp_n = scaled_nV.gather(1, rows.labels[block, None])
                 nll_G[g] -= label_logp_n.sum(dtype=torch.float64).cpu()
         num_rows += len(rows)
-    return _minimum(grid, nll_G / max(num_rows, 1))
+    if num_rows == 0:
+        raise ValueError("fit_pooled_temperature: got no rows; must have some; give it a batch")
+    return _minimum(grid, nll_G / num_rows)
 
 
 def _minimum(grid: Sequence[float], nll_G: Tensor) -> float:

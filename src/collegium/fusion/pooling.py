@@ -7,7 +7,7 @@ Order: logits / T_k -> log-softmax -> statistics -> weights -> pool -> pooled te
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from typing import Annotated, Literal
@@ -93,7 +93,8 @@ class FusedBlock:
 class FusedTarget:
     """The target distribution of the rows of one batch, block by block, without gradient.
 
-    Whatever K is, one (n, V) accumulator and the current teacher's two (n, V) tensors are alive.
+    Whatever K is, four (n, V) tensors are alive at most: the pool, a buffer, the current teacher's logits and their
+    log-softmax.
 
     Raises:
         RecipeError: the fusion names a teacher that is not there.
@@ -128,16 +129,21 @@ class FusedTarget:
         if not self._fusion.weighting.streams and self._swept_KN is None:
             self._swept_KN = self._sweep(stop - start)
         pool = _Pool(self._fusion.pool, num_teachers=self._is_excluded.count(False))
-        stats: list[RowStats] = []
-        scores: list[Tensor] = []
-        for number in range(len(self._teachers)):
-            logp_nV = self._logp(number, slice(start, stop))
-            prob_nV = self._probabilities(logp_nV)
-            stats.append(row_stats(logp_nV, prob_nV, self._rows.labels[start:stop]))
-            scores.append(self._scores(number, stats[-1], slice(start, stop)))
-            if not self._is_excluded[number]:
-                pool.add(logp_nV, prob_nV, scores[-1])
-        return self._fused(pool, RowStats.stack(stats), torch.stack(scores))
+        members = [
+            self._add(number, slice(start, stop), pool) for number in range(len(self._teachers))
+        ]
+        stats = RowStats.stack([member[0] for member in members])
+        return self._fused(pool, stats, torch.stack([member[1] for member in members]))
+
+    def _add(self, number: int, block: slice, pool: _Pool) -> tuple[RowStats, Tensor]:
+        """Pool one teacher's distribution; its statistics and (n,) scores are all that stays of it."""
+        logp_nV = self._logp(number, block)
+        prob_nV = self._probabilities(logp_nV)
+        stats = row_stats(logp_nV, prob_nV, self._rows.labels[block])
+        score_n = self._scores(number, stats, block)
+        if not self._is_excluded[number]:
+            pool.add(logp_nV, prob_nV, score_n)
+        return stats, score_n
 
     def _fused(self, pool: _Pool, stats: RowStats, score_Kn: Tensor) -> FusedBlock:
         logp_nV, log_normalizer_n = pool.result()
@@ -186,17 +192,19 @@ class FusedTarget:
     def _sweep(self, block_size: int) -> Tensor:
         """(K, N) scores of all rows, for rules that need every statistic before the first row is fused."""
         num_rows = len(self._rows)
-        per_teacher = []
-        for number in range(len(self._teachers)):
-            blocks = []
-            for start in range(0, num_rows, block_size):
-                block = slice(start, min(start + block_size, num_rows))
-                logp_nV = self._logp(number, block)
-                prob_nV = self._probabilities(logp_nV)
-                blocks.append(row_stats(logp_nV, prob_nV, self._rows.labels[block]))
-            per_teacher.append(RowStats.cat(blocks))
+        starts = range(0, num_rows, block_size)
+        blocks = [slice(start, min(start + block_size, num_rows)) for start in starts]
+        per_teacher = [
+            RowStats.cat([self._read(number, block) for block in blocks])
+            for number in range(len(self._teachers))
+        ]
         stats = RowStats.stack(per_teacher)
         return self._fusion.weighting.log_scores(stats, self._rows, self._names)[0]
+
+    def _read(self, number: int, block: slice) -> RowStats:
+        """(n,) statistics of one teacher."""
+        logp_nV = self._logp(number, block)
+        return row_stats(logp_nV, self._probabilities(logp_nV), self._rows.labels[block])
 
 
 class _Pool:
@@ -270,15 +278,16 @@ def _options_of(weighting: Weighting) -> dict[str, object]:
     return dataclasses.asdict(weighting) if dataclasses.is_dataclass(weighting) else {}
 
 
-def _call(name: str, options: dict[str, object] | dict[str, float]) -> str:
-    inner = ", ".join(f"{key}={_short(value)}" for key, value in options.items())
+def _call(name: str, options: Mapping[str, object]) -> str:
+    """`name(key=value, ...)`; a dict among the values is written out in its place."""
+    flat: dict[str, object] = {}
+    for key, value in options.items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    inner = ", ".join(
+        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in flat.items()
+    )
     return f"{name}({inner})" if inner else name
-
-
-def _short(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={_short(item)}" for key, item in value.items())
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _entropy(logp_nV: Tensor, prob_nV: Tensor) -> Tensor:

@@ -1,0 +1,261 @@
+"""Calibration error, and temperatures that reach the minimum they promise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import reference
+from collegium.fusion.calibration import (
+    TEMPERATURES,
+    TemperatureTables,
+    entropy_bins,
+    expected_calibration_error,
+    fit_joint_temperatures,
+    fit_pooled_temperature,
+    fit_temperature,
+    linear_pool_nll,
+    reliability_bins,
+    temperature_table,
+)
+from collegium.fusion.pooling import Fusion
+from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood, RowStats, Uniform
+from collegium.types import Rows, TeacherRows
+from fusion_cases import NAMES, WEIGHTING_CASES, CountedRows, fuse, make_rows, make_teachers
+
+K, V = 3, 8
+
+
+def _sampled(num_rows: int, sharpness: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, Rows]:
+    """Logits whose softmax at temperature `sharpness` is the law of the labels, in documents of ten rows."""
+    generator = torch.Generator().manual_seed(seed)
+    truth_NV = 1.5 * torch.randn(num_rows, V, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(truth_NV.softmax(-1), 1, generator=generator)[:, 0]
+    return sharpness * truth_NV, make_rows(labels, [t // 10 for t in range(num_rows)])
+
+
+def _noisy(
+    num_rows: int, noise: float = 1.0, seed: int = 0
+) -> tuple[list[TeacherRows], Rows, torch.Tensor]:
+    """Three teachers that know the truth up to noise, the first of them overconfident."""
+    truth_NV, rows = _sampled(num_rows, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    shape = (K, num_rows, V)
+    logits_KNV = truth_NV + noise * torch.randn(shape, generator=generator, dtype=torch.float64)
+    logits_KNV[0] *= 2.5
+    return make_teachers(logits_KNV), rows, logits_KNV
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 15, 100, 1003])
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_ece_equals_reference(num_rows, as_tensor):
+    generator = np.random.default_rng(0)
+    confidence = generator.random(num_rows)
+    is_correct = generator.random(num_rows) < confidence**2
+    expected = reference.expected_calibration_error(confidence.tolist(), is_correct.tolist(), 15)
+    if as_tensor:
+        confidence, is_correct = torch.tensor(confidence), torch.tensor(is_correct)
+    assert expected_calibration_error(confidence, is_correct) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ece_of_constant_confidence_does_not_depend_on_order():
+    is_correct = torch.arange(100) < 70
+    confidence = torch.full((100,), 0.9, dtype=torch.float64)
+    assert expected_calibration_error(confidence, is_correct) == pytest.approx(0.2)
+    assert expected_calibration_error(confidence, is_correct.flip(0)) == pytest.approx(0.2)
+
+
+def test_reliability_bins_have_equal_mass():
+    confidence = torch.linspace(0, 1, 300, dtype=torch.float64)
+    is_correct = confidence > 0.5
+    binned = reliability_bins(confidence, is_correct)
+    assert binned["count"] == [20] * 15
+    assert binned["confidence"] == sorted(binned["confidence"])
+    assert binned["accuracy"][:7] == [0.0] * 7
+    assert binned["accuracy"][8:] == [1.0] * 7
+    assert set(binned) == {"confidence", "accuracy", "count"}
+    assert reliability_bins(confidence[:0], is_correct[:0])["count"] == []
+    assert math.isnan(expected_calibration_error(confidence[:0], is_correct[:0]))
+
+
+def test_entropy_bins_average_each_column():
+    entropy = torch.tensor([3.0, 1.0, 2.0, 4.0])
+    binned = entropy_bins(entropy, torch.tensor([1, 1, 0, 0]), 2 * entropy, bins=2)
+    assert binned == {
+        "entropy": [1.5, 3.5],
+        "accuracy": [0.5, 0.5],
+        "nll": [3.0, 7.0],
+        "count": [2, 2],
+    }
+
+
+def test_table_holds_the_scalars_of_tempered_logits():
+    logits_NV, rows = _sampled(9)
+    counted = CountedRows(logits_NV)
+    table = temperature_table(TeacherRows("law", counted), rows, grid=(0.5, 1.7), block_size=4)
+    assert counted.asked == [(0, 4), (4, 8), (8, 9)]
+    for g, temperature in enumerate((0.5, 1.7)):
+        for t in range(9):
+            logp = reference.log_softmax(logits_NV[t].tolist(), temperature)
+            assert table.label_logp_KN[g, t].item() == pytest.approx(logp[rows.labels[t]])
+            assert table.entropy_KN[g, t].item() == pytest.approx(reference.entropy(logp))
+            assert table.max_logp_KN[g, t].item() == pytest.approx(max(logp))
+
+
+@pytest.mark.parametrize("sharpness", [0.7, 1.0, 1.6, 2.9])
+def test_temperature_undoes_overconfidence(sharpness):
+    logits_NV, rows = _sampled(4000, sharpness)
+    tables = TemperatureTables()
+    tables.add(make_teachers(logits_NV[None]), rows)
+    fitted = fit_temperature(tables, "law")
+    fine = np.linspace(0.9 * sharpness, 1.1 * sharpness, 101)
+    gather = rows.labels[:, None]
+    nll = [-(logits_NV / t).log_softmax(-1).gather(1, gather).mean().item() for t in fine]
+    assert fitted == pytest.approx(fine[int(np.argmin(nll))], rel=0.01)
+    assert fitted == pytest.approx(sharpness, rel=0.08)
+
+
+@pytest.mark.parametrize(("sharpness", "edge"), [(20.0, 4.0), (0.05, 0.5)])
+def test_temperature_stays_inside_the_grid(sharpness, edge):
+    logits_NV, rows = _sampled(300, sharpness)
+    tables = TemperatureTables()
+    tables.add(make_teachers(logits_NV[None]), rows)
+    assert fit_temperature(tables, "law") == edge
+
+
+def test_flat_teacher_has_some_temperature():
+    rows = make_rows(torch.zeros(5, dtype=torch.long), [0] * 5)
+    tables = TemperatureTables()
+    tables.add(make_teachers(torch.zeros(1, 5, V)), rows)
+    assert fit_temperature(tables, "law") in TEMPERATURES
+
+
+def test_batches_add_up_and_documents_stay_apart():
+    teachers, rows, logits_KNV = _noisy(30)
+    whole, parts = TemperatureTables(block_size=7), TemperatureTables(block_size=7)
+    whole.add(teachers, rows)
+    for start in (0, 20, 30):
+        end = min(start + 20, 30)
+        documents = (rows.documents[start:end] - (rows.documents[start] if end > start else 0)) * 3
+        here = make_rows(rows.labels[start:end], documents.tolist())
+        parts.add(make_teachers(logits_KNV[:, start:end]), here)
+    assert parts.names == NAMES
+    assert len(parts.rows()) == 30
+    changes = parts.rows().documents.diff() != 0
+    assert torch.equal(changes, rows.documents.diff() != 0)
+    assert parts.rows().documents.unique().shape == (3,)
+    for name in NAMES:
+        torch.testing.assert_close(
+            parts.teacher(name).entropy_KN, whole.teacher(name).entropy_KN, rtol=0, atol=1e-12
+        )
+    one, other = (fit_joint_temperatures(t, PrefixLikelihood()) for t in (whole, parts))
+    assert one == other
+
+
+def test_batches_must_have_the_same_teachers():
+    teachers, rows, _ = _noisy(10)
+    tables = TemperatureTables()
+    tables.add(teachers, rows)
+    with pytest.raises(ValueError, match="as in the first batch"):
+        tables.add(teachers[::-1], rows)
+
+
+def test_a_fit_without_rows_says_so():
+    with pytest.raises(ValueError, match="no rows"):
+        TemperatureTables().rows()
+    with pytest.raises(ValueError, match="no rows"):
+        fit_pooled_temperature(Fusion(), [])
+
+
+@pytest.mark.parametrize("weighting", WEIGHTING_CASES, ids=str)
+def test_pool_nll_from_scalars_is_that_of_the_fused_target(weighting):
+    teachers, rows, _ = _noisy(30)
+    block = fuse(Fusion(weighting=weighting), teachers, rows)
+    stats = RowStats(block.entropy_Kn, block.label_logp_Kn, block.max_logp_Kn)
+    nll_N = linear_pool_nll(stats, weighting, rows, NAMES)
+    expected_N = -block.logp_nV.gather(1, rows.labels[:, None])[:, 0]
+    torch.testing.assert_close(nll_N, expected_N, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTING_CASES, ids=str)
+def test_joint_temperatures_are_a_minimum_along_each_axis(weighting):
+    teachers, rows, _ = _noisy(200)
+    grid = (0.5, 0.8, 1.0, 1.3, 2.0, 3.0)
+    tables = TemperatureTables(grid=grid)
+    tables.add(teachers, rows)
+    fitted = fit_joint_temperatures(tables, weighting, num_rounds=10)
+
+    def nll(temperatures: dict[str, float]) -> float:
+        fusion = Fusion(weighting=weighting, temperatures=temperatures)
+        logp_nV = fuse(fusion, teachers, rows, 50).logp_nV
+        return -logp_nV.gather(1, rows.labels[:, None]).mean().item()
+
+    best = nll(fitted)
+    assert best <= nll({}) + 1e-9
+    for name in NAMES:
+        for temperature in grid:
+            assert nll({**fitted, name: temperature}) >= best - 1e-6
+        if weighting.excludes(name):
+            assert fitted[name] == 1.0
+
+
+def test_joint_fit_cools_the_overconfident_teacher():
+    teachers, rows, _ = _noisy(600)
+    tables = TemperatureTables()
+    tables.add(teachers, rows)
+    fitted = fit_joint_temperatures(tables, Entropy())
+    assert fitted["law"] > 1.5 * max(fitted["medicine"], fitted["prose"])
+
+
+@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("weighting", [Uniform(), PrefixLikelihood()], ids=str)
+def test_pooled_temperature_is_the_minimum(pool, weighting):
+    teachers, rows, _ = _noisy(400, noise=2.0)
+    # A pooled temperature of the given fusion is not to be applied on top.
+    fusion = Fusion(weighting=weighting, pool=pool, pooled_temperature=3.0)
+    fitted = fit_pooled_temperature(fusion, [(teachers, rows)], block_size=64)
+
+    def nll(temperature: float) -> float:
+        tempered = Fusion(weighting=weighting, pool=pool, pooled_temperature=temperature)
+        logp_nV = fuse(tempered, teachers, rows, 64).logp_nV
+        return -logp_nV.gather(1, rows.labels[:, None]).mean().item()
+
+    assert all(nll(fitted) <= nll(t) + 1e-5 for t in TEMPERATURES)
+    assert nll(fitted) <= min(nll(0.97 * fitted), nll(1.03 * fitted)) + 1e-6
+
+
+def test_pool_of_calibrated_teachers_wants_sharpening():
+    """Teachers that each see part of the truth are calibrated alone and under-confident together."""
+    generator = torch.Generator().manual_seed(0)
+    clues_KNV = torch.randn(K, 3000, V, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(clues_KNV.sum(0).softmax(-1), 1, generator=generator)[:, 0]
+    rows = make_rows(labels, [t // 10 for t in range(3000)])
+    teachers = make_teachers(clues_KNV)
+    tables = TemperatureTables()
+    tables.add(teachers, rows)
+    calibrated = {name: fit_temperature(tables, name) for name in NAMES}
+    fusion = Fusion(weighting=Uniform(), temperatures=calibrated)
+    assert fit_pooled_temperature(fusion, [(teachers, rows)]) < 0.8
+
+
+def test_pooled_fit_reads_batches_one_at_a_time_and_heads_once():
+    counted: list[CountedRows] = []
+
+    def batches():
+        for seed in range(3):
+            _, rows, logits_KNV = _noisy(20, seed=seed)
+            counted.extend(CountedRows(logits_NV) for logits_NV in logits_KNV)
+            pairs = zip(NAMES, counted[-K:], strict=True)
+            yield [TeacherRows(name, scores) for name, scores in pairs], rows
+
+    fusion = Fusion(weighting=Fixed(weights=dict.fromkeys(NAMES, 1 / 3)))
+    fit_pooled_temperature(fusion, batches(), block_size=15)
+    assert [scores.asked for scores in counted] == [[(0, 15), (15, 20)]] * 9
+
+
+def test_raw_is_on_the_grid():
+    assert 1.0 in TEMPERATURES
+    assert (TEMPERATURES[0], TEMPERATURES[-1]) == (0.5, 4.0)
