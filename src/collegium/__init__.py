@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import os
-
     from collegium.fusion.pooling import Fusion
+    from collegium.pipeline import distill
     from collegium.recipe import Recipe, load_recipe
     from collegium.teachers.local import LocalTeacher
     from collegium.train.objective import Objective, ObjectiveOptions
@@ -34,24 +33,10 @@ _HOMES = {
     "Objective": "collegium.train.objective",
     "ObjectiveOptions": "collegium.train.objective",
     "Recipe": "collegium.recipe",
+    "distill": "collegium.pipeline",
     "load_recipe": "collegium.recipe",
 }
 """Where each public name lives; it is imported when it is first asked for."""
-
-
-def distill(recipe: Recipe | str | os.PathLike[str]) -> Any:
-    """Run every stage of a recipe (or of a recipe file) and return the path of its report.
-
-    Raises:
-        CollegiumError: what the user can mend: the recipe, the data, a model, a vocabulary.
-    """
-    from collegium.pipeline import run
-    from collegium.recipe import Recipe, check_recipe, load_recipe
-
-    if isinstance(recipe, Recipe):
-        check_recipe(recipe)
-        return run(recipe)
-    return run(load_recipe(recipe))
 
 
 def __getattr__(name: str) -> Any:

@@ -89,7 +89,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except (Interrupted, KeyboardInterrupt) as error:
             text = str(error) or "interrupted"
-            typer.echo(f"{text}; saved; resume with the same command", err=True)
+            typer.echo(f"{text}; resume with the same command", err=True)
             raise typer.Exit(INTERRUPTED) from error
         except CollegiumError as error:
             _fail(ctx, str(error), error)
@@ -168,7 +168,9 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
-    typer.echo(str(pipeline.run(loaded)))
+    folder = pipeline.run(loaded)
+    _print_results(folder / "results.json")
+    typer.echo(f"report: {folder / 'report.html'}")
 
 
 @app.command()
@@ -177,8 +179,11 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
-    for line in pipeline.check(loaded).lines:
+    found = pipeline.check(loaded)
+    for line in found.lines:
         typer.echo(line)
+    for line in found.warnings:
+        typer.echo(f"warning: {line}")
 
 
 @app.command()
@@ -193,19 +198,32 @@ def preflight(
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
-    pipeline.preflight(loaded)
+    from collegium.evaluate.table import preflight_tables
+
+    measured = pipeline.preflight(loaded)
+    _print(*preflight_tables(measured))
     if apply:
-        _apply_fusion(recipe, loaded.output_dir / "preflight.json")
+        from collegium.recipe import write_fusion
+
+        chosen = measured["chosen"]
+        write_fusion(recipe, chosen["fusion"])
+        typer.echo(f"{recipe}: fusion set to {chosen['name']}")
 
 
-def _apply_fusion(recipe: Path, measured: Path) -> None:
+def _print(*tables: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for table in tables:
+        console.print(table)
+
+
+def _print_results(path: Path) -> None:
     import json
 
-    from collegium.recipe import write_fusion
+    from collegium.evaluate.table import render_table
 
-    chosen = json.loads(measured.read_text(encoding="utf-8"))["chosen"]
-    write_fusion(recipe, chosen["fusion"])
-    typer.echo(f"{recipe}: fusion set to {chosen['name']}")
+    _print(render_table(json.loads(path.read_text(encoding="utf-8"))))
 
 
 @app.command()
@@ -214,7 +232,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
-    pipeline.train(loaded)
+    typer.echo(f"student: {pipeline.train(loaded)}")
 
 
 @app.command()
@@ -224,6 +242,7 @@ def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from collegium import pipeline
 
     pipeline.evaluate(loaded)
+    _print_results(loaded.output_dir / "results.json")
 
 
 @app.command()
@@ -232,7 +251,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
-    typer.echo(str(pipeline.report(loaded)))
+    typer.echo(f"report: {pipeline.report(loaded)}")
 
 
 @app.command()
@@ -250,7 +269,9 @@ def demo(
     names = None if controls is None else [name for name in controls.split(",") if name]
     from collegium.demo.run import run_demo
 
-    typer.echo(str(run_demo(quick=quick, output_dir=output_dir, seed=seed, controls=names)))
+    folder = run_demo(quick=quick, output_dir=output_dir, seed=seed, controls=names)
+    _print_results(folder / "results.json")
+    typer.echo(f"report: {folder / 'report.html'}")
 
 
 @app.command()

@@ -43,7 +43,8 @@ def decode(cls: type, value: Any, path: KeyPath, *, document: Document, forms: F
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def hints(cls: type) -> dict[str, Any]:
+    """The type hints of an option class."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
@@ -80,7 +81,7 @@ class _Decoder:
 
     def option(self, cls: type, value: Any, path: KeyPath, *, skip: str = "") -> Any:
         """Decode a mapping into `cls`; `skip` is a key that the caller has read already."""
-        hints = _hints(cls)
+        kinds = hints(cls)
         names = [f.name for f in dataclasses.fields(cls) if f.init]
         value = {} if value is None else value
         if not isinstance(value, Mapping):
@@ -96,7 +97,7 @@ class _Decoder:
                 self.document.add((*path, key), unknown_key(key, names))
                 failed.add(key)
                 continue
-            decoded = self._field(cls, key, hints[key], item, (*path, key))
+            decoded = self._field(cls, key, kinds[key], item, (*path, key))
             if decoded is FAILED:
                 failed.add(key)
             else:
@@ -104,6 +105,8 @@ class _Decoder:
         return self._build(cls, given, failed, path)
 
     def _field(self, cls: type, key: str, hint: Any, value: Any, path: KeyPath) -> Any:
+        if path in self.document.bad:
+            return FAILED
         table = self.forms.get((cls, key))
         if table is not None:
             return self._form(table, value, path)
@@ -123,6 +126,8 @@ class _Decoder:
         return self.option(table[name], rest, path, skip="name")
 
     def _value(self, hint: Any, value: Any, path: KeyPath) -> Any:
+        if path in self.document.bad:
+            return FAILED
         kinds = members(hint)
         if value is None and type(None) in kinds:
             return None
@@ -157,8 +162,8 @@ class _Decoder:
         try:
             built = _adapter(cls).validate_python(given)
         except ValidationError as error:
-            for item in error.errors():
-                self._note(item, given, failed, path, names=_hints(cls))
+            for item in _told_once(error.errors()):
+                self._note(item, given, failed, path, names=hints(cls))
             return FAILED
         except CollegiumError as error:
             if not failed:
@@ -189,6 +194,12 @@ class _Decoder:
         if not keys and colon and field in names:
             keys, text = [field], rest
         self.document.add((*path, *keys), text)
+
+
+def _told_once(items: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of `a name or a mapping`, keep what is said of the name; a mapping would have been decoded before."""
+    told = {item["loc"][:1] for item in items if item["type"] != "dataclass_type"}
+    return [i for i in items if i["type"] != "dataclass_type" or i["loc"][:1] not in told]
 
 
 def unknown_key(key: str, names: Sequence[str]) -> str:
@@ -253,7 +264,10 @@ _TEXTS = {
 
 def message(item: Mapping[str, Any], value: Any) -> str:
     """One pydantic error as `got value; must be ...`."""
-    context = item.get("ctx", {})
+    context = {
+        key: f"{limit:g}" if isinstance(limit, float) else limit
+        for key, limit in item.get("ctx", {}).items()
+    }
     if item["type"] in ("value_error", "assertion_error"):
         text = str(context["error"])
         return text if "got " in text or not item["loc"] else f"got {shown(value)}; {text}"

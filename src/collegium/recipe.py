@@ -21,7 +21,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from collegium.data.pack import DataOptions
-from collegium.decode import FAILED, decode
+from collegium.decode import FAILED, decode, hints, members, shown
 from collegium.errors import RecipeError, nearest
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import WEIGHTINGS, BestSingle, Fixed
@@ -107,15 +107,14 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     file = Path(path)
     document = read_yaml(_read_text(file), file.name)
-    _stop_at(document)
+    if not document.is_readable:
+        _stop_at(document)
     if document.data is None:
         raise RecipeError(
             f"{file.name}: the recipe is empty; `collegium init` writes a commented one"
         )
     if not isinstance(document.data, dict):
-        raise RecipeError(
-            f"{file.name}: got {type(document.data).__name__}; must be a mapping of keys"
-        )
+        raise RecipeError(f"{file.name}: got {shown(document.data)}; must be a mapping of keys")
     document.data.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "-", file.stem))
     for override in overrides:
         _apply(document, override)
@@ -191,7 +190,7 @@ def plain(value: Any) -> Any:
         for item in dataclasses.fields(value):
             if not item.init:
                 continue
-            result[item.name] = plain(getattr(value, item.name))
+            result[item.name] = plain(_number(value, item.name))
             table = FORMS.get((type(value), item.name))
             if table is not None:
                 name = next(
@@ -206,6 +205,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return plain(value.value)
     return str(value) if isinstance(value, Path) else value
+
+
+def _number(option: Any, name: str) -> Any:
+    """A field's value; a whole number that stands for a float (a default of 0) is made one."""
+    value = getattr(option, name)
+    kinds = members(hints(type(option))[name])
+    return float(value) if type(value) is int and float in kinds and int not in kinds else value
 
 
 def _to_yaml(data: Any) -> str:
@@ -278,6 +284,7 @@ def _apply(document: Document, override: str) -> None:
     path = (*path, last)
     for old in [o for o in document.origins if o[: len(path)] == path]:
         del document.origins[old]
+    document.forget(path)
     document.origins[path] = (0, label)
 
 

@@ -51,11 +51,25 @@ class Document:
     data: Any = None
     origins: dict[KeyPath, tuple[int, str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    bad: set[KeyPath] = field(default_factory=set)
+    """Keys whose value could not be read; there is nothing more to say about them."""
+    is_readable: bool = False
+    """Whether there is data to go on with, in spite of any problems."""
 
     def add(self, path: KeyPath, text: str, *, line: int | None = None) -> None:
         """Note a problem at `path`; its place is that of the nearest enclosing key that is known."""
         place = self._origin(path) if line is None else (line, f"{self.name}:{line}")
         self.problems.append(Problem(place[0], place[1], dotted(path), text))
+
+    def forget(self, path: KeyPath) -> None:
+        """Drop what is wrong at `path` and below, because another value takes its place."""
+        self.bad = {bad for bad in self.bad if bad[: len(path)] != path}
+        prefix = dotted(path)
+        self.problems = [
+            problem
+            for problem in self.problems
+            if problem.path != prefix and not problem.path.startswith(f"{prefix}.")
+        ]
 
     def _origin(self, path: KeyPath) -> tuple[int, str]:
         for end in range(len(path), -1, -1):
@@ -90,6 +104,8 @@ def read_yaml(text: str, name: str) -> Document:
         document.data = walker.value(root, ())
         if walker.is_over:
             document.problems = document.problems[-1:]
+            return document
+    document.is_readable = not document.problems or root is not None
     return document
 
 
@@ -163,6 +179,7 @@ class _Walker:
             return scalar(node.value)
         except ValueError as error:
             self._document.add(path, str(error), line=node.start_mark.line + 1)
+            self._document.bad.add(path)
             return None
 
     def _child(self, node: Node, path: KeyPath) -> Any:

@@ -1,0 +1,262 @@
+"""The command line: exit codes, what it prints, and how little it imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from recipes_for_tests import MINIMAL
+from typer.testing import CliRunner, Result
+
+import collegium
+from collegium.cli import TEMPLATE, app
+from collegium.errors import CollegiumError, DataError, Interrupted
+from collegium.recipe import Recipe, load_recipe
+
+COMMANDS = ("run", "check", "preflight", "train", "evaluate", "report", "demo", "init")
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stands for `collegium.pipeline`: what each stage does is set by the test."""
+    stand_in = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "collegium.pipeline", stand_in)
+    monkeypatch.setattr(collegium, "pipeline", stand_in, raising=False)
+    return vars(stand_in)
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def failing(error: BaseException) -> Callable[[Recipe], Any]:
+    def stage(recipe: Recipe) -> Any:
+        raise error
+
+    return stage
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "run --help"])
+def test_help_imports_nothing_heavy(argument: str) -> None:
+    program = (
+        "import sys\n"
+        "from collegium.cli import app\n"
+        f"try: app({argument.split()!r})\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'matplotlib', 'datasets'}\n"
+        "print('heavy:', sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_help_names_every_command() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert f" {command} " in result.stdout
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"collegium {collegium.__version__}\n")
+
+
+def test_init_writes_a_recipe_that_decodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke("init").exit_code == 0
+    recipe = load_recipe("collegium.yaml")
+    assert list(recipe.teachers) == ["general", "code"]
+    assert Path("collegium.yaml").read_text() == TEMPLATE
+
+
+def test_init_does_not_overwrite(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("precious")
+    result = invoke("init", path)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {path}: exists already; choose another name, or delete it\n"
+    assert path.read_text() == "precious"
+    assert invoke("init", tmp_path / "no" / "folder.yaml").exit_code == 2
+
+
+def test_check_prints_lines_and_warnings(recipe_file: Path, stages: dict[str, Any]) -> None:
+    asked: list[Recipe] = []
+
+    def check(recipe: Recipe) -> Any:
+        asked.append(recipe)
+        return SimpleNamespace(lines=["vocabulary: 400 tokens"], warnings=["little text"])
+
+    stages["check"] = check
+    result = invoke("check", recipe_file, "train.max_steps=7", "seed=3")
+    assert result.exit_code == 0
+    assert result.stdout == "vocabulary: 400 tokens\nwarning: little text\n"
+    assert (asked[0].train.max_steps, asked[0].seed) == (7, 3)
+
+
+def test_train_and_report_print_where_the_result_is(
+    recipe_file: Path, stages: dict[str, Any]
+) -> None:
+    stages["train"] = lambda recipe: recipe.output_dir / "student"
+    stages["report"] = lambda recipe: recipe.output_dir / "report.html"
+    assert invoke("train", recipe_file).stdout == "student: runs/run/student\n"
+    assert invoke("report", recipe_file).stdout == "report: runs/run/report.html\n"
+
+
+def test_preflight_applies_its_choice(recipe_file: Path, stages: dict[str, Any]) -> None:
+    fusion = {"weighting": {"name": "entropy", "tau": 0.5}, "pool": "linear"}
+    stages["preflight"] = lambda recipe: measured(fusion)
+    before = recipe_file.read_text()
+    assert invoke("preflight", recipe_file).exit_code == 0
+    assert recipe_file.read_text() == before
+    result = invoke("preflight", recipe_file, "--apply")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.replace("\n", "").endswith("fusion set to entropy")
+    assert plain_fusion(load_recipe(recipe_file)) == ("entropy", 0.5)
+
+
+def plain_fusion(recipe: Recipe) -> tuple[str, float]:
+    from collegium.recipe import plain
+
+    weighting = plain(recipe.fusion)["weighting"]
+    return weighting["name"], weighting["tau"]
+
+
+def measured(fusion: dict[str, Any]) -> dict[str, Any]:
+    """The smallest preflight.json that can be printed."""
+    teacher = {
+        "nll": 2.0,
+        "perplexity": 7.4,
+        "entropy": 1.9,
+        "ece": 0.1,
+        "overconfidence": 0.1,
+        "temperature": 1.1,
+        "top1": 0.4,
+        "domains": {"web": 2.0},
+    }
+    chosen = {
+        "name": "entropy",
+        "nll": 1.9,
+        "fusion": fusion,
+        "calibration": "raw",
+        "domains": {"web": 1.9},
+    }
+    names = ["code", "prose"]
+    zeros = [[0.0, 0.1], [0.1, 0.0]]
+    return {
+        "num_tokens": 100,
+        "seconds": 1.0,
+        "teachers": dict.fromkeys(names, teacher),
+        "disagreement": {"teachers": names, "jsd": zeros, "top1": zeros},
+        "fusions": [chosen],
+        "chosen": chosen,
+        "best_single": {"teacher": "code", "nll": 2.0},
+    }
+
+
+def test_user_errors_exit_with_2(recipe_file: Path, stages: dict[str, Any]) -> None:
+    stages["run"] = failing(DataError("a.jsonl:7: got 5; must be text"))
+    result = invoke("run", recipe_file)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: a.jsonl:7: got 5; must be text\n"
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_debug_shows_the_traceback(place: int, recipe_file: Path, stages: dict[str, Any]) -> None:
+    stages["run"] = failing(CollegiumError("broken"))
+    arguments: list[str | Path] = ["run", recipe_file, "seed=1"]
+    arguments.insert(place, "--debug")
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.endswith("\nerror: broken\n")
+
+
+@pytest.mark.parametrize("error", [Interrupted("stopped at step 12"), KeyboardInterrupt()])
+def test_an_interrupted_run_exits_with_130(
+    error: BaseException, recipe_file: Path, stages: dict[str, Any]
+) -> None:
+    stages["train"] = failing(error)
+    result = invoke("train", recipe_file)
+    assert result.exit_code == 130
+    text = str(error) or "interrupted"
+    assert result.stderr == f"{text}; resume with the same command\n"
+
+
+def test_our_own_bugs_keep_their_traceback(recipe_file: Path, stages: dict[str, Any]) -> None:
+    stages["evaluate"] = failing(ZeroDivisionError("ours"))
+    result = invoke("evaluate", recipe_file)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_a_plain_value_error_is_our_bug(recipe_file: Path, stages: dict[str, Any]) -> None:
+    stages["evaluate"] = failing(ValueError("ours"))
+    assert isinstance(invoke("evaluate", recipe_file).exception, ValueError)
+
+
+def test_an_option_refused_while_it_is_built_is_a_user_error(
+    recipe_file: Path, stages: dict[str, Any]
+) -> None:
+    from collegium.train.options import TrainOptions
+
+    def run(recipe: Recipe) -> Any:
+        return TrainOptions(learning_rate=-1, save_steps=0)
+
+    stages["run"] = run
+    result = invoke("run", recipe_file)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: TrainOptions.learning_rate: got -1; must be greater than 0\n"
+        "TrainOptions.save_steps: got 0; must be at least 1\n"
+    )
+
+
+def test_demo_hands_on_its_options(
+    tmp_path: Path, stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def run_demo(**options: Any) -> Path:
+        asked.update(options)
+        raise CollegiumError("enough")
+
+    monkeypatch.setattr("collegium.demo.run.run_demo", run_demo)
+    result = invoke(
+        "demo", "--quick", "--output-dir", tmp_path, "--seed", "3", "--controls", "ce_only,uniform"
+    )
+    assert result.stderr == "error: enough\n"
+    expected = {
+        "quick": True,
+        "output_dir": tmp_path,
+        "seed": 3,
+        "controls": ["ce_only", "uniform"],
+    }
+    assert asked == expected
+
+
+def test_the_installed_command_exits_with_2(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "collegium.cli", "check", "none.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: none.yaml: not found; recipes in ./: none\n"

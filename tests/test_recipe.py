@@ -1,0 +1,304 @@
+"""Recipes: reading, overriding, writing back, and what each scalar means."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recipes_for_tests import MINIMAL, minimal
+
+from collegium.data.pack import DataOptions
+from collegium.data.sources import SourceOptions
+from collegium.errors import RecipeError
+from collegium.fusion.pooling import Fusion
+from collegium.fusion.weights import WEIGHTINGS, Entropy, Fixed, PrefixLikelihood
+from collegium.losses.divergences import DIVERGENCES, ForwardKL, SkewedForwardKL
+from collegium.recipe import (
+    Recipe,
+    check_recipe,
+    decode_fusion,
+    dump_recipe,
+    load_recipe,
+    plain,
+    recipe_hash,
+    write_fusion,
+)
+from collegium.student import StudentOptions
+from collegium.teachers.local import TeacherOptions
+from collegium.train.objective import ObjectiveOptions
+from collegium.yaml12 import read_yaml, scalar
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "my-run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def changed(path: Path, **sections: str) -> Recipe:
+    path.write_text(minimal(**sections))
+    return load_recipe(path)
+
+
+def test_what_is_left_out_has_a_default(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    assert recipe.name == "my-run"
+    assert recipe.output_dir == Path("runs/my-run")
+    assert recipe.fusion == "auto"
+    assert recipe.evaluate.controls == ["ce_only"]
+    assert list(recipe.teachers) == ["code", "prose"]
+    assert recipe.teachers["code"] == TeacherOptions(model="models/code")
+    assert list(recipe.data.train) == [SourceOptions(path="corpus/*.jsonl", domain="web")]
+    assert recipe.train.max_steps == 10
+    assert recipe.objective == ObjectiveOptions()
+
+
+def test_forms_are_looked_up_by_name(recipe_file: Path) -> None:
+    short = changed(recipe_file, objective="{divergence: forward_kl}")
+    assert short.objective.divergence == ForwardKL()
+    long = changed(recipe_file, objective="{divergence: {name: skewed_forward_kl, skew: 0.2}}")
+    assert long.objective.divergence == SkewedForwardKL(skew=0.2)
+    fused = changed(
+        recipe_file,
+        fusion="{weighting: {name: prefix_likelihood, eta: 0.5}, temperatures: {code: 1.2}}",
+    )
+    expected = Fusion(weighting=PrefixLikelihood(eta=0.5), temperatures={"code": 1.2})
+    assert fused.fusion == expected
+
+
+def test_numbers_are_those_of_yaml_1_2(recipe_file: Path) -> None:
+    recipe = changed(recipe_file, train="{learning_rate: 1e-4, max_steps: 0x10}")
+    assert recipe.train.learning_rate == 1e-4
+    assert recipe.train.max_steps == 16
+
+
+def test_plain_training_needs_no_teacher(recipe_file: Path) -> None:
+    recipe = changed(recipe_file, teachers="{}", objective="{kd_ratio: 0}")
+    assert recipe.teachers == {}
+
+
+def test_an_empty_section_is_its_defaults(recipe_file: Path) -> None:
+    recipe_file.write_text(MINIMAL + "evaluate:\npreflight:\n")
+    assert load_recipe(recipe_file) == load_recipe(recipe_file, ["evaluate={}"])
+
+
+def test_overrides(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        recipe_file,
+        [
+            "train.max_steps=20",
+            "teachers.code.dtype=float32",
+            "data.train.0.domain=books",
+            "evaluate.controls=[uniform, entropy]",
+            "objective.divergence={name: jensen_shannon}",
+            "preflight.max_tokens=7",
+            "name=other",
+            "teachers.new.model=models/new",
+        ],
+    )
+    assert recipe.train.max_steps == 20
+    assert recipe.teachers["code"].dtype == "float32"
+    assert recipe.data.train[0].domain == "books"
+    assert recipe.evaluate.controls == ["uniform", "entropy"]
+    assert type(recipe.objective.divergence) is DIVERGENCES["jensen_shannon"]
+    assert recipe.preflight.max_tokens == 7
+    assert recipe.output_dir == Path("runs/other")
+    assert list(recipe.teachers) == ["code", "prose", "new"]
+
+
+def test_an_override_mends_a_bad_value(recipe_file: Path) -> None:
+    recipe_file.write_text(minimal(train="{max_steps: 010, learning_rate: 7}"))
+    with pytest.raises(RecipeError, match="leading zero"):
+        load_recipe(recipe_file)
+    recipe = load_recipe(recipe_file, ["train.max_steps=10", "train.learning_rate=1e-3"])
+    assert (recipe.train.max_steps, recipe.train.learning_rate) == (10, 1e-3)
+
+
+VARIETY: dict[str, dict[str, str]] = {
+    "minimal": {},
+    "texts that look like numbers": {"student": "{model: '1e-4', revision: '010'}"},
+    "texts that look like nothing": {"student": "{model: 'null', revision: 'no: # x'}"},
+    "unicode": {"student": '{model: "d\\u00e9j\\u00e0/\\u6570 \\t\\n"}'},
+    "small numbers": {"train": "{learning_rate: 1e-05, weight_decay: 0, warmup_steps: 0.1}"},
+    "no teachers": {"teachers": "{}", "objective": "{kd_ratio: 0}"},
+    "features": {"objective": "{kd_ratio: 1, temperature: 2, block_size: 64}"},
+    "fixed": {
+        "fusion": "{weighting: {name: fixed, weights: {code: 0.25, prose: 0.75}}, pool: log_linear}"
+    },
+    "config": {"student": "{config: {model_type: llama, rope: {a: [1, 2.5, null]}}, tokenizer: t}"},
+    **{f"divergence {name}": {"objective": f"{{divergence: {name}}}"} for name in DIVERGENCES},
+    **{
+        f"weighting {name}": {"fusion": f"{{weighting: {name}}}"}
+        for name in WEIGHTINGS
+        if name not in ("fixed", "best_single")
+    },
+}
+
+
+@pytest.mark.parametrize("case", VARIETY, ids=str)
+def test_what_is_written_reads_back_equal(case: str, recipe_file: Path) -> None:
+    recipe = changed(recipe_file, **VARIETY[case])
+    text = dump_recipe(recipe)
+    recipe_file.write_text(text)
+    again = load_recipe(recipe_file)
+    assert again == recipe
+    assert dump_recipe(again) == text
+    assert recipe_hash(again) == recipe_hash(recipe)
+
+
+@given(
+    model=st.text(min_size=1),
+    domain=st.text(min_size=1),
+    rate=st.floats(min_value=1e-300, max_value=1, exclude_min=True),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_text_and_number_survives(
+    tmp_path_factory: pytest.TempPathFactory, model: str, domain: str, rate: float, seed: int
+) -> None:
+    recipe = Recipe(
+        student=StudentOptions(model="s"),
+        data=DataOptions(train=[SourceOptions(path=model, domain=domain)]),  # type: ignore[arg-type]
+        seed=seed,
+        fusion=Fusion(weighting=Entropy(tau=rate)),
+        teachers={"a": TeacherOptions(model="t")},
+    )
+    path = tmp_path_factory.getbasetemp() / "survives.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8", newline="")
+    assert load_recipe(path) == recipe
+
+
+def test_the_hash_follows_what_shapes_the_result(recipe_file: Path) -> None:
+    base = recipe_hash(load_recipe(recipe_file))
+    assert recipe_hash(load_recipe(recipe_file, ["output_dir=elsewhere", "name=x"])) == base
+    assert recipe_hash(load_recipe(recipe_file, ["seed=1"])) != base
+    assert recipe_hash(load_recipe(recipe_file, ["train.learning_rate=1e-5"])) != base
+    assert len(base) == 64
+
+
+def test_write_fusion_keeps_comments(recipe_file: Path) -> None:
+    comment = "# why\n"
+    recipe_file.write_text(comment + MINIMAL + "fusion: auto  # measured\nseed: 3  # lucky\n")
+    fusion = Fusion(weighting=Entropy(tau=0.5), temperatures={"code": 1.25})
+    write_fusion(recipe_file, plain(fusion))
+    text = recipe_file.read_text()
+    assert text.startswith(comment)
+    assert "seed: 3  # lucky" in text
+    recipe = load_recipe(recipe_file)
+    assert recipe.fusion == fusion
+    assert recipe.seed == 3
+    assert [path.name for path in recipe_file.parent.iterdir()] == [recipe_file.name]
+
+
+def test_write_fusion_needs_a_mapping(recipe_file: Path) -> None:
+    recipe_file.write_text("- 1\n")
+    with pytest.raises(RecipeError, match="my-run.yaml: cannot write `fusion`"):
+        write_fusion(recipe_file, {"weighting": "uniform"})
+    assert recipe_file.read_text() == "- 1\n"
+
+
+def test_a_fusion_snippet_decodes_alone() -> None:
+    fusion = Fusion(weighting=Fixed(weights={"a": 0.5, "b": 0.5}), pooled_temperature=1.5)
+    assert decode_fusion(plain(fusion)) == fusion
+    with pytest.raises(
+        RecipeError, match=r"^preflight.json: pol: unknown key; did you mean `pool`\?$"
+    ):
+        decode_fusion({"weighting": "uniform", "pol": "linear"}, where="preflight.json")
+
+
+def test_a_recipe_built_in_python_is_checked_across_sections() -> None:
+    recipe = Recipe(
+        student=StudentOptions(model="s"),
+        data=DataOptions(train=[SourceOptions(path="x")]),  # type: ignore[arg-type]
+        output_dir=Path("s"),
+    )
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(recipe)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("recipe: teachers: give at least one teacher")
+    assert lines[1].startswith("recipe: output_dir: got s, which is also the folder of the student")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_decodes(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    copy = tmp_path / path.name
+    copy.write_text(dump_recipe(recipe))
+    assert load_recipe(copy) == recipe
+
+
+def test_there_are_recipes() -> None:
+    assert {path.name for path in RECIPES} >= {"demo.yaml", "demo-quick.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1e4", 1e4),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("-0.5", -0.5),
+        ("0", 0),
+        ("+7", 7),
+        ("0o17", 15),
+        ("0xff", 255),
+        ("~", None),
+        ("", None),
+        ("True", True),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("1:30", "1:30"),
+        ("1_000", "1_000"),
+        ("2024-01-01", "2024-01-01"),
+        ("e5", "e5"),
+        ("nan", "nan"),
+    ],
+)
+def test_scalars(text: str, value: Any) -> None:
+    assert scalar(text) == value
+    assert type(scalar(text)) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["010", "-010", "00", "007.5", "01e3", ".inf", "-.INF", ".NaN", "1e999"]
+)
+def test_scalars_that_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"got"):
+        scalar(text)
+
+
+def test_lines_are_remembered() -> None:
+    document = read_yaml("a:\n  - b: 1\n  -\n    c: 2\n", "x.yaml")
+    assert document.data == {"a": [{"b": 1}, {"c": 2}]}
+    assert document.origins["a", 1, "c"] == (4, "x.yaml:4")
+    document.add(("a", 1, "c", "deeper"), "wrong")
+    assert str(document.problems[0]) == "x.yaml:4: a.1.c.deeper: wrong"
+
+
+def test_aliases_and_a_byte_order_mark_are_fine(recipe_file: Path) -> None:
+    recipe_file.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode().replace(b"\n", b"\r\n"))
+    assert load_recipe(recipe_file).train.max_steps == 10
+    assert read_yaml("a: &x {b: 1}\nc: *x\n", "x").data == {"a": {"b": 1}, "c": {"b": 1}}
+
+
+def test_decoding_is_quick_and_light(recipe_file: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from collegium.recipe import load_recipe\n"
+        f"load_recipe({str(recipe_file)!r})\n"
+        "print(time.process_time(), 'transformers' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    seconds, has_transformers = result.stdout.split()
+    assert has_transformers == "False"
+    assert float(seconds) < 2.5
