@@ -47,10 +47,11 @@ def bad_gradients(named: Iterator[tuple[str, nn.Parameter]]) -> list[str]:
     ]
 
 
-def sample_list(samples: Tensor, names: Sequence[str] | None) -> str:
+def sample_list(samples: Tensor, names: list[str] | None) -> str:
     """`samples 3, 7, ...`, by name where there are names."""
-    numbers = samples.unique().tolist()
-    shown = [names[n] if names is not None and 0 <= n < len(names) else str(n) for n in numbers]
+    numbers: list[int] = samples.unique().tolist()
+    known = names or []
+    shown = [known[n] if 0 <= n < len(known) else str(n) for n in numbers]
     more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
     return f"samples {', '.join(shown[:_SHOWN])}{more}"
 

@@ -18,39 +18,42 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput
 
 from collegium.data.pack import Collator, PackedDataset
-from collegium.errors import Interrupted, TrainingError
-from collegium.fusion.pooling import Fusion
+from collegium.errors import TrainingError
 from collegium.models import forward_rows
-from collegium.teachers.local import LocalTeacher
-from collegium.train import checkpoint, state
 from collegium.train.blame import bad_gradients, find_bad_rows, sample_list
 from collegium.train.meter import RunLog, StepMeter
-from collegium.train.objective import InertTermCheck, Objective, ObjectiveOptions
+from collegium.train.objective import InertTermCheck, Objective
 from collegium.train.options import TrainOptions, training_arguments
+from collegium.train.parts import (
+    LiveTeachers,
+    adopt_arguments,
+    default_objective,
+    named_teachers,
+    vocabulary_size,
+)
 from collegium.train.progress import Flow, Progress
+from collegium.train.resume import ResumableTrainer
 from collegium.types import IGNORE, Batch, LossSum, Rows, StudentRows, Teacher, TeacherRows
 
 __all__ = ["DistillTrainer", "TrainOptions", "training_arguments"]
 
-LiveTeachers = Sequence[Teacher | PreTrainedModel] | Mapping[str, Teacher | PreTrainedModel]
 _MEASURED_STEPS = 3
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(ResumableTrainer):
     """Trains one student on the fused target of its teachers, or on labels alone where there are none.
 
     L = (1 / M) sum over all rows of the optimizer step, with M their number over all micro-batches: the gradient does
     not depend on how a step is split.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (the arguments of a Hugging Face trainer)
         self,
         model: PreTrainedModel,
         teachers: LiveTeachers = (),
@@ -84,8 +87,10 @@ class DistillTrainer(Trainer):
             TrainingError: the arguments ask for what this trainer does not do.
         """
         args = args or training_arguments(TrainOptions(), output_dir="runs/student", seed=42)
-        _adopt(args)
-        self.vocab_size = _vocab_size(model, processing_class)
+        adopt_arguments(args)
+        self.student = model
+        self.run_folder = Path(args.output_dir or "runs/student")
+        self.vocab_size = vocabulary_size(model, processing_class)
         self._use_cache = model.config.use_cache
         self._flow = Flow()
         shown = [callback for callback in callbacks or () if isinstance(callback, Progress)]
@@ -105,11 +110,11 @@ class DistillTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.teachers = _named(teachers, model, self.vocab_size, args.device)
-        self.objective = (objective or _default_objective(self.teachers)).to(args.device)
+        self.teachers = named_teachers(teachers, model, self.vocab_size, args.device)
+        self.objective = (objective or default_objective(self.teachers)).to(args.device)
         self._identity = dict(identity or {})
-        self._log = RunLog(Path(args.output_dir) / "log.jsonl")
-        self._meter = self._new_meter()
+        self._log = RunLog(self.run_folder / "log.jsonl")
+        self._meter = self.new_meter()
         self._inert = InertTermCheck(_MEASURED_STEPS)
         self._micro_batches: list[Mapping[str, Tensor]] = []
         self._step_loss = torch.zeros((), device=args.device)
@@ -143,7 +148,7 @@ class DistillTrainer(Trainer):
         rows = batch.rows()
         with self._autocast():
             student = forward_rows(
-                self.model,
+                self.student,
                 batch,
                 rows,
                 vocab_size=self.vocab_size,
@@ -191,10 +196,12 @@ class DistillTrainer(Trainer):
         loss = super().training_step(model, dict(inputs), num_items_in_batch)
         self._step_loss = self._step_loss + loss
         if self.accelerator.sync_gradients:
-            self._check_finite()
+            try:
+                self._check_finite()
+            finally:
+                self._micro_batches = []
+                self._step_loss = torch.zeros_like(self._step_loss)
             self.objective.end_step()
-            self._micro_batches = []
-            self._step_loss = torch.zeros_like(self._step_loss)
         return loss
 
     def _check_finite(self) -> None:
@@ -226,7 +233,7 @@ class DistillTrainer(Trainer):
         return part, torch.cat(samples)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [*self.model.named_parameters(), *self.objective.named_parameters()]
+        return [*self.student.named_parameters(), *self.objective.named_parameters()]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of the arguments, with the objective's adapters as one more group, without decay."""
@@ -258,7 +265,7 @@ class DistillTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The loss and its terms per target token, reduced exactly as in training."""
-        self.model.eval()
+        self.student.eval()
         self.objective.eval()
         sums: dict[str, float] = {"loss": 0.0}
         num_rows = num_samples = 0
@@ -294,160 +301,23 @@ class DistillTrainer(Trainer):
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
-    # Checkpoints
+    # What the checkpoints ask for
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train, from the start or from the newest checkpoint that verifies (`True`) or a given one.
-
-        Raises:
-            TrainingError: a step is not finite, or there is nothing sound to resume from.
-            Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
-        """
-        folder = Path(self.args.output_dir)
-        checkpoint.remove_temporary(folder)
-        source = self._source(resume_from_checkpoint, folder)
-        step = 0 if source is None else checkpoint.step_of(source)
-        checkpoint.set_aside_after(folder, step)
-        self._log.truncate(step)
-        self._meter = self._new_meter()
-        self._micro_batches = []
-        try:
-            with self._flow.fresh_signals() as signals:
-                resume = None if source is None else str(source)
-                result = super().train(resume, trial, ignore_keys_for_eval)
-        finally:
-            self._progress.close()
-        if signals.received and self.state.global_step < self.state.max_steps:
-            raise Interrupted(
-                f"{signals.received}: stopped after step {self.state.global_step} of {self.state.max_steps}; "
-                f"a checkpoint was saved in {folder}; resume to go on"
-            )
-        return result
-
-    def _source(self, resume: str | Path | bool | None, folder: Path) -> Path | None:
-        if resume is None or resume is False:
-            found = checkpoint.checkpoints(folder)
-            if found:
-                raise TrainingError(
-                    f"{folder}: holds {found[0].name} of an earlier run; must hold no checkpoints for a new one; "
-                    "resume with resume_from_checkpoint=True, or give another output_dir"
-                )
-            return None
-        if resume is True:
-            source, failures = checkpoint.survey(folder)
-            if source is None:
-                why = "; ".join(failures) or "it holds no folder named checkpoint-N"
-                raise TrainingError(f"{folder}: no usable checkpoint to resume from: {why}")
-        else:
-            source = Path(resume)
-            checkpoint.verify(source)
-        saved = state.read(source)["identity"]
-        different = state.differences(saved, self._fingerprint())
-        if different:
-            raise TrainingError(
-                f"{source.name}: belongs to another run; must be resumed unchanged; {'; '.join(different)}"
-            )
-        return source
-
-    def _fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes it must have in common."""
         dataset = self.train_dataset
+        num_windows = None if dataset is None else len(dataset)
         return {
             **self._identity,
             "seed": self.args.seed,
             "teachers": [teacher.name for teacher in self.teachers],
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "windows": None if dataset is None else len(dataset),
+            "data": dataset.fingerprint if isinstance(dataset, PackedDataset) else num_windows,
         }
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
-        final = folder / f"checkpoint-{self.state.global_step}"
-        if final.exists():
-            return
-        self.store_flos()
-        temporary = checkpoint.temporary_folder(folder, self.state.global_step)
-        try:
-            self._write_student(temporary / state.STUDENT)
-            self._write_state(temporary)
-            checkpoint.commit(temporary, final)
-        except OSError as error:
-            checkpoint.remove_temporary(folder)
-            raise TrainingError(
-                f"{final}: cannot be saved ({error}); earlier checkpoints are whole; free space, then resume"
-            ) from error
-        checkpoint.prune(folder, keep=self.args.save_total_limit or 2)
-
-    def _write_state(self, folder: Path) -> None:
-        record, tensors = state.optimizer_state(self.optimizer)
-        state.save_tensors(tensors, folder / state.OPTIMIZER)
-        state.save_objective(self.objective, folder)
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-        state.write(
-            folder,
-            {
-                "step": self.state.global_step,
-                "identity": self._fingerprint(),
-                "optimizer": record,
-                "scheduler": self.lr_scheduler.state_dict(),
-                "rng": state.rng_state(),
-                "meter": self._meter.state(),
-            },
-        )
-
-    def _write_student(self, folder: Path) -> None:
-        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        # The base trainer turns the cache off for training; whoever loads the student wants it as it was.
-        training_value, student.config.use_cache = student.config.use_cache, self._use_cache
-        with state.no_shard_bars():
-            student.save_pretrained(folder)
-        student.config.use_cache = training_value
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-
-    def save_student(self, path: str | Path) -> None:
-        """Write the student as a plain Hugging Face folder, whole or not at all.
-
-        Raises:
-            TrainingError: `path` holds something that this trainer did not write.
-        """
-        final = Path(path)
-        if final.exists() and any(final.iterdir()) and not (final / checkpoint.MANIFEST).exists():
-            raise TrainingError(f"{final}: is in use; must be free for the student; give another")
-        temporary = checkpoint.temporary_folder(final.parent, final.name)
-        self._write_student(temporary)
-        checkpoint.replace(temporary, final)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`save_student` under the name that users of Hugging Face trainers know."""
-        self.save_student(output_dir or Path(self.args.output_dir) / state.STUDENT)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        folder = Path(resume_from_checkpoint)
-        state.load_student(self.model, folder / state.STUDENT)
-        state.load_objective(self.objective, folder)
-        self._meter.load(state.read(folder)["meter"], self.args.device)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        record = state.read(Path(checkpoint))
-        tensors = state.load_tensors(Path(checkpoint) / state.OPTIMIZER)
-        state.load_optimizer_state(self.optimizer, record["optimizer"], tensors)
-        self.lr_scheduler.load_state_dict(record["scheduler"])
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            state.load_rng_state(state.read(Path(checkpoint))["rng"])
-
-    def _new_meter(self) -> StepMeter:
+    def new_meter(self) -> StepMeter:
+        """An empty meter that knows the names of teachers and domains."""
         names = [teacher.name for teacher in self.teachers]
         dataset = self.train_dataset
         if not isinstance(dataset, PackedDataset):
@@ -455,65 +325,6 @@ class DistillTrainer(Trainer):
         return StepMeter(
             names, domains=dataset.domains, sample_domains=torch.as_tensor(dataset.sample_domains)
         )
-
-
-def _adopt(args: TrainingArguments) -> None:
-    """Refuse what would go wrong without a word, and set what this trainer cannot do without."""
-    problems = [
-        (args.world_size > 1, "world_size", args.world_size, "1; start a single process"),
-        (args.n_gpu > 1, "n_gpu", args.n_gpu, "at most 1; set CUDA_VISIBLE_DEVICES to one device"),
-        (args.fp16, "fp16", args.fp16, "False; use bf16"),
-        (
-            args.label_smoothing_factor != 0,
-            "label_smoothing_factor",
-            args.label_smoothing_factor,
-            "0",
-        ),
-        (args.load_best_model_at_end, "load_best_model_at_end", True, "False; use the checkpoints"),
-        (args.save_total_limit == 1, "save_total_limit", 1, "at least 2, in case one is damaged"),
-    ]
-    for is_wrong, name, value, wanted in problems:
-        if is_wrong:
-            raise TrainingError(f"{name}: got {value}; must be {wanted}")
-    args.remove_unused_columns = False
-    args.logging_nan_inf_filter = False
-    if args.data_seed is None:
-        # The order of the data must not depend on who drew random numbers before.
-        args.data_seed = args.seed
-
-
-def _vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    if tokenizer is not None:
-        return max(tokenizer.get_vocab().values()) + 1
-    return model.get_output_embeddings().weight.shape[0]
-
-
-def _named(
-    teachers: LiveTeachers, student: PreTrainedModel, vocab_size: int, device: torch.device
-) -> list[Teacher]:
-    """Wrap live models; everything else already answers for itself."""
-    if isinstance(teachers, Mapping):
-        pairs = list(teachers.items())
-    else:
-        pairs = [
-            (f"teacher_{i}" if isinstance(teacher, PreTrainedModel) else teacher.name, teacher)
-            for i, teacher in enumerate(teachers)
-        ]
-    found: list[Teacher] = []
-    for name, teacher in pairs:
-        if isinstance(teacher, PreTrainedModel):
-            teacher.to(device)  # type: ignore[arg-type]
-            teacher = LocalTeacher(name, teacher, vocab_size=vocab_size, student=student)
-        if teacher.name != name or name in [known.name for known in found]:
-            raise TrainingError(
-                f"teachers: got the name `{name}` for {teacher.name}; must be one name for each; rename it"
-            )
-        found.append(teacher)
-    return found
-
-
-def _default_objective(teachers: Sequence[Teacher]) -> Objective:
-    return Objective(ObjectiveOptions(), Fusion() if teachers else None)
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
