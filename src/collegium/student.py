@@ -21,7 +21,7 @@ from collegium.models import (
 )
 from collegium.models.folder import Attention, Device, check_device, check_tokenizer_folder
 from collegium.models.forward import head_layer, input_layer
-from collegium.models.loading import check_config, choose_device
+from collegium.models.loading import check_config, choose_device, enable_checkpointing
 from collegium.types import STRICT
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def build_student(options: StudentOptions, *, seed: int, where: str) -> PreTrain
     _check_rows(model, tokenizer, where=where)
     _set_stop_token(model, tokenizer)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from collegium.errors import ModelError, nearest
@@ -22,6 +23,15 @@ logger = logging.getLogger(__name__)
 
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 MAX_NAMES = 5
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError)
+BUILDING_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    AssertionError,
+    StrictDataclassError,
+)
 
 
 class HasVocabulary(Protocol):
@@ -64,7 +74,7 @@ def load_model(options: ModelOptions, *, where: str) -> LoadedModel:
             output_loading_info=True,
             **source,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{where}: {options.model} cannot be loaded; {error}") from error
     model, info = loaded
     _check_loading(info, where=where)
@@ -88,11 +98,14 @@ def check_weights(options: ModelOptions, *, where: str) -> None:
     folder = resolve_folder(options.model, where=where)
     if folder is None or options.trust_remote_code:
         return
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (*LOADING_ERRORS, *BUILDING_ERRORS) as error:
+        raise ModelError(f"{where}: {folder}/config.json makes no model; {error}") from error
     if get_checkpoint_conversion_mapping(config.model_type):
         return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     saved = {
         name: tuple(entry["shape"]) for name, entry in read_headers(folder, where=where).items()
     }
@@ -149,7 +162,7 @@ def load_tokenizer(
     resolve_folder(path, where=where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{where}: no tokenizer can be loaded from {path}; {error}") from error
     if not tokenizer.is_fast:
         raise ModelError(
@@ -181,7 +194,7 @@ def build_model(
             return AutoModelForCausalLM.from_config(
                 full, dtype=torch.float32, attn_implementation=_attention(full, attention)
             )
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+    except BUILDING_ERRORS as error:
         raise ModelError(f"config: {settings['model_type']} cannot be built; {error}") from error
 
 
@@ -220,6 +233,13 @@ def vocab_size_of(tokenizer: HasVocabulary) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each block in the backward pass instead of keeping what it made."""
+    # the older name warns from transformers 5.23 on, and the newer does not exist before
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -239,7 +259,7 @@ def _make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
     arguments = {key: value for key, value in settings.items() if key != "model_type"}
     try:
         return AutoConfig.for_model(settings["model_type"], **arguments)
-    except (ValueError, TypeError, KeyError) as error:
+    except BUILDING_ERRORS as error:
         raise ModelError(
             f"config: {settings['model_type']} does not take these values; {error}"
         ) from error

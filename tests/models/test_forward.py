@@ -1,0 +1,223 @@
+"""`forward_rows` and its head say exactly what the model says, for every family we name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from collegium.errors import ModelError
+from collegium.models import forward_rows, model_head, num_layers, probe, tap_names, tap_width
+from collegium.models.loading import enable_checkpointing
+from collegium.types import IGNORE, Batch, Rows
+from tiny import tiny_model
+
+V, ROWS = 90, 96
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 3}
+FAMILIES = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("qwen2", {}),
+    ("qwen3", {"head_dim": 8}),
+    ("gemma2", {**GEMMA, "final_logit_softcapping": 0.05}),
+    ("gemma3_text", {**GEMMA, "final_logit_softcapping": 0.05}),
+    ("gpt2", {}),
+    ("gpt_neox", {}),
+    ("phi", {}),
+    ("phi3", {}),
+    ("mistral", {"sliding_window": 3}),
+    ("olmo2", {}),
+    ("cohere", {"logit_scale": 0.25}),
+    ("granite", {"logits_scaling": 4.0}),
+    ("hyperclovax", {"logits_scaling": 3.0}),
+    ("starcoder2", {}),
+    ("stablelm", {}),
+    ("mixtral", {}),
+]
+IDS = [f"{name}-{i}" for i, (name, _) in enumerate(FAMILIES)]
+LEAKY = [("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}), ("biogpt", {})]
+
+
+def windows(lengths: list[list[int]]) -> Batch:
+    """Random ids, one window per list, documents of the given lengths; labels everywhere."""
+    generator = torch.Generator().manual_seed(3)
+    size = (len(lengths), sum(lengths[0]))
+    ids = torch.randint(V, size, generator=generator)
+    position = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    return Batch(ids, position, ids.clone(), torch.zeros_like(ids))
+
+
+def every_row(batch: Batch) -> Rows:
+    index = torch.arange(batch.input_ids.numel())
+    return Rows(index=index, labels=index, documents=index, samples=index)
+
+
+@pytest.mark.parametrize(("model_type", "config"), FAMILIES, ids=IDS)
+def test_rows_equal_the_logits_of_the_model(model_type: str, config: dict[str, object]) -> None:
+    model = tiny_model(ROWS, model_type=model_type, **config)
+    batch = windows([[9], [9]])
+    rows = batch.rows()
+    found = forward_rows(model, batch, rows, vocab_size=V)
+    own_BTV = model(input_ids=batch.input_ids).logits
+    expected_NV = own_BTV[:, :-1, :V].reshape(-1, V)
+    assert len(rows) == 16
+    torch.testing.assert_close(found.logits(slice(None)), expected_NV, atol=1e-5, rtol=1e-5)
+    assert found.logits(slice(2, 5)).shape == (3, V)
+
+
+@pytest.mark.parametrize(("model_type", "config"), FAMILIES, ids=IDS)
+def test_packed_documents_equal_documents_alone(model_type: str, config: dict[str, object]) -> None:
+    model = tiny_model(ROWS, model_type=model_type, **config)
+    packed = windows([[1, 6, 5], [5, 4, 3]])
+    together = forward_rows(model, packed, every_row(packed), vocab_size=V).hidden.view(2, 12, -1)
+    for window, start, stop in [(0, 0, 1), (0, 1, 7), (0, 7, 12), (1, 0, 5), (1, 5, 9), (1, 9, 12)]:
+        ids = packed.input_ids[window : window + 1, start:stop]
+        alone = model.base_model(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(together[window, start:stop], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("model_type", "config"), FAMILIES, ids=IDS)
+def test_probe_accepts(model_type: str, config: dict[str, object]) -> None:
+    probe(tiny_model(ROWS, model_type=model_type, **config), vocab_size=V, where="student")
+
+
+@pytest.mark.parametrize(("model_type", "config"), LEAKY)
+def test_probe_refuses_models_that_mix_documents(
+    model_type: str, config: dict[str, object]
+) -> None:
+    model = tiny_model(ROWS, model_type=model_type, **config)
+    with pytest.raises(ModelError, match=rf"teachers\[0\]: {model_type} lets packed documents see"):
+        probe(model, vocab_size=V, where="teachers[0]")
+
+
+def test_probe_refuses_models_without_positions() -> None:
+    with pytest.raises(ModelError, match="student: bloom takes no position_ids"):
+        probe(tiny_model(ROWS, model_type="bloom"), vocab_size=V, where="student")
+
+
+def test_probe_refuses_an_unknown_head() -> None:
+    model = tiny_model(ROWS, model_type="granite", logits_scaling=4.0)
+    model.config.model_type = "hyperclovax"  # would multiply where the model divides
+    with pytest.raises(ModelError, match="computes its logits in a way that is not known"):
+        probe(model, vocab_size=V, where="student")
+
+
+def test_probe_leaves_the_modes_of_the_modules() -> None:
+    model = tiny_model(ROWS, model_type="gpt2").train()
+    model.transformer.h[0].eval()
+    probe(model, vocab_size=V, where="student")
+    assert model.training
+    assert model.transformer.h[1].training
+    assert not model.transformer.h[0].training
+
+
+def test_head_of_padded_model_is_cut() -> None:
+    model = tiny_model(ROWS)
+    head = model_head(model, V)
+    assert head.weight.shape == (V, 32)
+    assert head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+def test_head_with_too_few_rows() -> None:
+    with pytest.raises(ModelError, match="llama: the head has 96 rows; must be at least 97"):
+        model_head(tiny_model(ROWS), 97)
+
+
+def test_head_that_is_no_linear_layer() -> None:
+    model = tiny_model(ROWS)
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(ModelError, match="the head is Sequential; must be a linear layer"):
+        model_head(model, V)
+
+
+def test_head_carries_bias_scale_and_softcap() -> None:
+    phi = tiny_model(ROWS, model_type="phi")
+    nn.init.normal_(phi.lm_head.bias)
+    bias = model_head(phi, V).bias
+    assert bias is not None
+    torch.testing.assert_close(bias, phi.lm_head.bias[:V])
+    probe(phi, vocab_size=V, where="student")
+    assert model_head(tiny_model(ROWS, model_type="cohere", logit_scale=0.25), V).scale == 0.25
+    assert model_head(tiny_model(ROWS, model_type="granite", logits_scaling=4.0), V).scale == 0.25
+    gemma = tiny_model(ROWS, model_type="gemma2", **GEMMA, final_logit_softcapping=2.0)
+    assert model_head(gemma, V).softcap == 2.0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradient_reaches_the_parameters(tied: bool) -> None:
+    model = tiny_model(ROWS, tie_word_embeddings=tied)
+    batch = windows([[9], [9]])
+    rows = batch.rows()
+    forward_rows(model, batch, rows, vocab_size=V).logits(slice(None))[:, 7].sum().backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(input_ids=batch.input_ids).logits[:, :-1, 7].sum().backward()
+    assert set(ours) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, atol=1e-6, rtol=1e-4)
+    assert ours["model.embed_tokens.weight"][V:].count_nonzero() == 0
+    if not tied:
+        assert ours["lm_head.weight"][7].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_taps_are_what_their_names_say(model_type: str) -> None:
+    model = tiny_model(ROWS, model_type=model_type, **(GEMMA if model_type == "gemma2" else {}))
+    assert tap_names(model) == ["embed", "layer_0", "layer_1", "final_prenorm", "final_postnorm"]
+    batch = windows([[4, 5], [9]])
+    rows = every_row(batch)
+    found = forward_rows(model, batch, rows, vocab_size=V, taps=tap_names(model))
+    for name, state in found.features.items():
+        assert state.shape == (18, tap_width(model, name))
+    torch.testing.assert_close(found.features["final_postnorm"], found.hidden)
+    torch.testing.assert_close(found.features["final_prenorm"], found.features["layer_1"])
+    embedding = model.get_input_embeddings()(batch.input_ids).flatten(0, 1)
+    torch.testing.assert_close(found.features["embed"], embedding)
+    norm = next(
+        module
+        for name, module in model.base_model.named_children()
+        if name in ("norm", "ln_f", "final_layer_norm")
+    )
+    torch.testing.assert_close(norm(found.features["final_prenorm"]), found.hidden)
+    assert not torch.allclose(found.features["layer_0"], found.features["layer_1"])
+
+
+def test_no_hook_stays_behind() -> None:
+    model = tiny_model(ROWS)
+    batch = windows([[9]])
+    with pytest.raises(ModelError, match="no hidden state `layer_2`; did you mean"):
+        forward_rows(model, batch, batch.rows(), vocab_size=V, taps=["layer_0", "layer_2"])
+    forward_rows(model, batch, batch.rows(), vocab_size=V, taps=["layer_0"])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_taps_carry_gradient_under_checkpointing() -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_model(ROWS).train()
+        if checkpointing:
+            enable_checkpointing(model)
+        batch = windows([[4, 5], [9]])
+        found = forward_rows(model, batch, batch.rows(), vocab_size=V, taps=["layer_0", "embed"])
+        loss = found.logits(slice(None))[:, 3].sum()
+        (loss + sum(state.square().sum() for state in found.features.values())).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for plain, again in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_widths_where_they_differ() -> None:
+    model = tiny_model(ROWS, model_type="opt", ffn_dim=64, word_embed_proj_dim=16)
+    widths = {tap: tap_width(model, tap) for tap in ("embed", "layer_0", "final_postnorm")}
+    assert widths == {"embed": 16, "layer_0": 32, "final_postnorm": 16}
+    assert num_layers(model) == 2
+
+
+def test_ignored_labels_make_no_rows() -> None:
+    model, batch = tiny_model(ROWS), windows([[4, 5]])
+    batch.labels[:, 4:] = IGNORE
+    rows = batch.rows()
+    found = forward_rows(model, batch, rows, vocab_size=V)
+    whole = forward_rows(model, batch, every_row(batch), vocab_size=V)
+    assert rows.index.tolist() == [0, 1, 2]
+    torch.testing.assert_close(found.hidden, whole.hidden[:3])

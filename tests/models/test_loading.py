@@ -1,0 +1,222 @@
+"""Weights fit their config one to one and are finite, or nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from collegium.errors import ModelError
+from collegium.models import (
+    ModelOptions,
+    build_model,
+    check_weights,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    probe,
+    scan_weights,
+    vocab_size_of,
+)
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+
+HERE = "teachers[0]"
+Check = Callable[..., object]
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("original") / "m")
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    shutil.copytree(original, tmp_path / "m")
+    return tmp_path / "m"
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(params=[load_model, check_weights], ids=["load_model", "check_weights"])
+def check(request: pytest.FixtureRequest) -> Check:
+    return request.param
+
+
+def refused(check: Check, folder: Path, message: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+        check(ModelOptions(model=str(folder), device="cpu"), where=HERE)
+    assert str(caught.value).startswith(HERE)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_round_trip(tmp_path: Path, model_type: str, tied: bool) -> None:
+    folder = save_tiny(tmp_path / "m", model_type=model_type, tie_word_embeddings=tied)
+    options = ModelOptions(model=str(folder), device="cpu")
+    check_weights(options, where=HERE)
+    loaded = load_model(options, where=HERE)
+    assert (loaded.name, loaded.head_size) == ("m", len(tiny_tokenizer()))
+    assert not loaded.model.training
+    expected = tiny_model(
+        len(tiny_tokenizer()), model_type=model_type, tie_word_embeddings=tied
+    ).state_dict()
+    for name, tensor in loaded.model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=0, rtol=0)
+    probe(loaded.model, vocab_size=loaded.head_size, where=HERE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype(folder: Path, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    options = ModelOptions(model=str(folder), dtype=name, device="cpu")  # type: ignore[arg-type]
+    model = load_model(options, where=HERE).model
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    probe(model, vocab_size=300, where=HERE)
+
+
+def test_missing_tensor(folder: Path, check: Check) -> None:
+    change(folder, lambda t: t.pop("model.layers.1.mlp.down_proj.weight"))
+    refused(check, folder, "1 tensors are missing: model.layers.1.mlp.down_proj.weight; must fit")
+
+
+def test_unexpected_tensor(folder: Path, check: Check) -> None:
+    change(folder, lambda t: t.update({"foo.bar": torch.zeros(2)}))
+    refused(check, folder, "1 tensors fit nothing in the model of config.json: foo.bar")
+
+
+def test_wrong_shape(folder: Path, check: Check) -> None:
+    change(folder, lambda t: t.update({"model.norm.weight": torch.ones(31)}))
+    refused(
+        check,
+        folder,
+        "1 tensors have another shape than config.json says: model.norm.weight is [31], must be [32]",
+    )
+
+
+def test_fewer_layers_in_the_config(folder: Path, check: Check) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    refused(check, folder, "9 tensors fit nothing in the model of config.json: model.layers.1.")
+
+
+def test_non_finite_weight_that_attention_would_hide(folder: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change(folder, lambda t: t[name].fill_(float("nan")))
+    refused(load_model, folder, f"{name} has 1024 non-finite values, first at [0, 0]")
+
+
+def test_scan_finds_one_infinite_value() -> None:
+    model = tiny_model(96)
+    scan_weights(model, HERE)
+    model.lm_head.weight.data[5, 7] = float("-inf")
+    with pytest.raises(
+        ModelError, match=r"lm_head.weight has 1 non-finite values, first at \[5, 7\]"
+    ):
+        scan_weights(model, HERE)
+
+
+def test_all_zero_head_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(96)
+    model.lm_head.weight.data.zero_()
+    with caplog.at_level(logging.WARNING, logger="collegium"):
+        scan_weights(model, HERE)
+    assert [record.getMessage() for record in caplog.records] == [
+        "teachers[0]: lm_head.weight is all zeros"
+    ]
+
+
+def test_config_cannot_choose_an_attention_kernel(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("_attn_implementation", "_attn_implementation_internal", "attn_implementation"):
+        config[key] = "someone/kernel"
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_model(ModelOptions(model=str(folder), device="cpu"), where=HERE)
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_pickles_are_never_read(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(load_model, folder, f"{folder} cannot be loaded; ")
+
+
+def test_load_tokenizer(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(folder), where=HERE)
+    assert tokenizer("café").input_ids == tiny_tokenizer()("café").input_ids
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ModelError, match=r"teachers\[0\]: no tokenizer can be loaded from"):
+        load_tokenizer(str(empty), where=HERE)
+    with pytest.raises(ModelError, match="does not exist"):
+        load_tokenizer(str(tmp_path / "none"), where=HERE)
+
+
+def test_vocab_size_counts_holes_and_added_tokens() -> None:
+    class Holes:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "b": 9}
+
+    assert vocab_size_of(Holes()) == 10
+    assert vocab_size_of(tiny_tokenizer()) == len(tiny_tokenizer())
+
+
+def test_build_is_a_function_of_the_seed_alone() -> None:
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    models = [build_model(CONFIG, vocab_size=96, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    first, again, other = (model.lm_head.weight for model in models)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (96, 32)
+    assert first.dtype == torch.float32
+
+
+def test_build_drops_special_tokens_outside_the_vocabulary() -> None:
+    model = build_model({**CONFIG, "model_type": "phi3"}, vocab_size=96, seed=0)
+    assert model.config.pad_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 3}, "config.hiden_size: no such key of llama; did you mean `hidden_size`?"),
+        ({"model_type": "lama"}, "config.model_type: got 'lama'; must be a causal language model"),
+        ({"model_type": None}, "config.model_type: got None; must be"),
+        ({"model_type": "bert_generation_x"}, "config.model_type: got 'bert_generation_x'"),
+        ({"vocab_size": 97}, "config.vocab_size: got 97; must be 96"),
+        ({"num_hidden_layers": "two"}, "config: llama does not take these values"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "config: llama "),
+    ],
+)
+def test_build_refuses(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(message)):
+        build_model({**CONFIG, **change}, vocab_size=96, seed=0)
+
+
+def test_aliases_of_keys_are_known() -> None:
+    config = {"model_type": "gpt2", "hidden_size": 32, "num_hidden_layers": 2, "n_head": 4}
+    model = build_model(config, vocab_size=96, seed=0)
+    assert model.config.n_embd == 32
+
+
+def test_tied_parameters_count_once() -> None:
+    untied, tied = tiny_model(96), tiny_model(96, tie_word_embeddings=True)
+    assert count_parameters(untied) - count_parameters(tied) == 96 * 32

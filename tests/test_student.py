@@ -1,0 +1,160 @@
+"""The student: fresh or from a folder, never resized, able to stop."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from collegium.errors import ModelError
+from collegium.models import probe
+from collegium.student import StudentOptions, build_student, check_student, load_student_tokenizer
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+def fresh(tokenizer: str, changes: dict[str, object] | None = None) -> StudentOptions:
+    return StudentOptions(config={**CONFIG, **(changes or {})}, tokenizer=tokenizer, device="cpu")
+
+
+def test_fresh_student_has_the_ids_of_its_tokenizer(tokenizer: str) -> None:
+    options = fresh(tokenizer)
+    check_student(options, where="student")
+    student = build_student(options, seed=3, where="student")
+    ids = tiny_tokenizer()
+    assert student.get_input_embeddings().weight.shape == (len(ids), 32)
+    assert student.config.eos_token_id == ids.eos_token_id
+    assert student.generation_config.eos_token_id == ids.eos_token_id
+    assert student.generation_config.pad_token_id == ids.pad_token_id
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in student.parameters())
+    again = build_student(options, seed=3, where="student")
+    other = build_student(options, seed=4, where="student")
+    assert torch.equal(student.lm_head.weight, again.lm_head.weight)
+    assert not torch.equal(student.lm_head.weight, other.lm_head.weight)
+    probe(student, vocab_size=len(ids), where="student")
+
+
+def test_student_from_a_folder(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", seed=6)
+    options = StudentOptions(model=str(folder), device="cpu")
+    check_student(options, where="student")
+    student = build_student(options, seed=0, where="student")
+    expected = tiny_model(len(tiny_tokenizer()), seed=6).state_dict()
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    assert (
+        load_student_tokenizer(options, where="student").get_vocab() == tiny_tokenizer().get_vocab()
+    )
+
+
+def test_padded_student_keeps_its_rows(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    tiny_model(512).save_pretrained(tmp_path / "m")
+    options = StudentOptions(model=str(tmp_path / "m"), device="cpu")
+    student = build_student(options, seed=0, where="student")
+    assert student.get_input_embeddings().weight.shape[0] == 512
+
+
+def test_token_without_a_row(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    tiny_model(300).save_pretrained(tmp_path / "m")
+    options = StudentOptions(model=str(tmp_path / "m"), device="cpu")
+    last = len(tiny_tokenizer()) - 1
+    with pytest.raises(
+        ModelError, match=rf"has id {last}, the model has 300 rows; must have a row"
+    ):
+        build_student(options, seed=0, where="student")
+
+
+def test_stop_tokens_of_the_model_are_kept(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", eos_token_id=[5, 6])
+    student = build_student(
+        StudentOptions(model=str(folder), device="cpu"), seed=0, where="student"
+    )
+    assert student.generation_config.eos_token_id == [5, 6, tiny_tokenizer().eos_token_id]
+
+
+def test_tokenizer_without_eos(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer).save_pretrained(
+        tmp_path / "t"
+    )
+    for call in (load_student_tokenizer, check_student):
+        with pytest.raises(ModelError, match="has no eos token, so a student could not learn"):
+            call(fresh(str(tmp_path / "t")), where="student")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dtype(tokenizer: str, tmp_path: Path, dtype: str) -> None:
+    folder = save_tiny(tmp_path / "m")
+    for origin in ({"model": str(folder)}, {"config": CONFIG, "tokenizer": tokenizer}):
+        options = StudentOptions(**origin, dtype=dtype, device="cpu")  # type: ignore[arg-type]
+        student = build_student(options, seed=0, where="student")
+        assert {str(p.dtype) for p in student.parameters()} == {f"torch.{dtype}"}
+
+
+def test_gradient_checkpointing(tokenizer: str) -> None:
+    options = StudentOptions(
+        config=CONFIG, tokenizer=tokenizer, device="cpu", gradient_checkpointing=True
+    )
+    student = build_student(options, seed=0, where="student")
+    assert all(layer.gradient_checkpointing for layer in student.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hiden_size": 8}, "student.config.hiden_size: no such key of llama; did you mean"),
+        ({"vocab_size": 7}, "student.config.vocab_size: got 7; must be "),
+        ({"model_type": "lama"}, "student.config.model_type: got 'lama'"),
+    ],
+)
+def test_config_is_checked_before_anything_is_made(
+    tokenizer: str, changes: dict[str, object], message: str
+) -> None:
+    for call in (
+        lambda options: check_student(options, where="student"),
+        lambda options: build_student(options, seed=0, where="student"),
+    ):
+        with pytest.raises(ModelError, match=re.escape(message)):
+            call(fresh(tokenizer, changes))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "got both or neither of `model` and `config`"),
+        ({"model": "m", "config": CONFIG, "tokenizer": "t"}, "got both or neither"),
+        ({"config": CONFIG}, "got `config` without `tokenizer`"),
+        ({"model": "m", "dtype": "auto"}, "dtype"),
+        ({"model": "m", "vocab": 3}, "vocab"),
+    ],
+)
+def test_options_are_strict(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        StudentOptions(**options)  # type: ignore[arg-type]
+
+
+def test_missing_folders(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none")
+    for options in (StudentOptions(model=missing), fresh(missing)):
+        with pytest.raises(ModelError, match=r"student: got .*none, which does not exist"):
+            check_student(options, where="student")
