@@ -1,0 +1,209 @@
+"""What one model scored on a dataset, row by row, and every figure that is read from it.
+
+Shapes: N rows (target tokens) of the dataset, D documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from collegium.errors import CollegiumError
+from collegium.fusion.calibration import (
+    entropy_bins,
+    expected_calibration_error,
+    reliability_bins,
+)
+
+NUM_BINS = 15
+"""Bins of equal mass, for the calibration error and both curves."""
+
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+
+
+def finite(value: float | None) -> float | None:
+    """The value itself, or None where strict JSON has no way to write it."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def perplexity(nll: float) -> float:
+    """exp(mean NLL in nats), infinite where float64 ends."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The N target tokens of a dataset, shared by all models scored on it."""
+
+    samples_N: Ints
+    """Number of the document in its dataset."""
+    domains_N: Ints
+    """Index into `domains`."""
+    num_bytes_N: Ints
+    """Bytes of text behind each target token."""
+    domains: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples_N)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Metrics:
+    """One model on N target tokens; means are per token and in nats."""
+
+    name: str
+    targets: Targets
+    nll_N: Floats
+    entropy_N: Floats
+    confidence_N: Floats
+    """Probability of the most likely token."""
+    is_correct_N: Bools
+    """Whether the most likely token is the target."""
+    kl_to_fused_N: Floats | None = None
+    """KL(fused || model) of each row; None without a fused target."""
+    agrees_fused_N: Bools | None = None
+    """Whether the most likely token is that of the fused target."""
+    agrees_N: Mapping[str, Bools] = field(default_factory=dict)
+    """Teacher -> whether the most likely token is the teacher's."""
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood in nats per target token."""
+        return _mean(self.nll_N)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean NLL)."""
+        return perplexity(self.nll)
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the predicted distribution."""
+        return _mean(self.entropy_N)
+
+    @property
+    def overconfidence(self) -> float:
+        """Mean NLL minus mean entropy: 0 when calibrated, above 0 when the model trusts itself too much."""
+        return self.nll - self.entropy
+
+    @property
+    def top1(self) -> float:
+        """Share of rows whose most likely token is the target."""
+        return _mean(self.is_correct_N)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Total NLL / ln 2 / bytes of the target tokens; None when the bytes are not known."""
+        return _bits_per_byte(self.nll_N, self.targets.num_bytes_N)
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error of the top-1 prediction over 15 bins of equal mass."""
+        confidence_N = torch.from_numpy(self.confidence_N)
+        is_correct_N = torch.from_numpy(self.is_correct_N)
+        return float(expected_calibration_error(confidence_N, is_correct_N, bins=NUM_BINS))
+
+    def document_sums(self) -> tuple[Ints, NDArray[np.float64], Ints]:
+        """Per document: its number (D,), total NLL (D,) in nats, and number of target tokens (D,)."""
+        numbers_D, which_N = np.unique(self.targets.samples_N, return_inverse=True)
+        size = len(numbers_D)
+        total_D = np.zeros(size, np.float64)
+        np.add.at(total_D, which_N, self.nll_N)
+        return numbers_D, total_D, np.bincount(which_N, minlength=size)
+
+    def by_domain(self) -> dict[str, dict[str, float | int | None]]:
+        """Domain -> its NLL, perplexity, bits per byte and number of tokens, for domains with any target."""
+        figures: dict[str, dict[str, float | int | None]] = {}
+        for number, domain in enumerate(self.targets.domains):
+            of_domain_N = self.targets.domains_N == number
+            if not of_domain_N.any():
+                continue
+            nll = _mean(self.nll_N[of_domain_N])
+            bytes_n = self.targets.num_bytes_N[of_domain_N]
+            figures[domain] = {
+                "nll": finite(nll),
+                "perplexity": finite(perplexity(nll)),
+                "bits_per_byte": finite(_bits_per_byte(self.nll_N[of_domain_N], bytes_n)),
+                "num_tokens": int(of_domain_N.sum()),
+            }
+        return figures
+
+    def to_dict(self) -> dict[str, object]:
+        """The figures with the keys of results.json; values that do not exist are None, never NaN."""
+        confidence_N = torch.from_numpy(self.confidence_N)
+        is_correct_N = torch.from_numpy(self.is_correct_N)
+        entropy_N, nll_N = torch.from_numpy(self.entropy_N), torch.from_numpy(self.nll_N)
+        return {
+            "nll": finite(self.nll),
+            "perplexity": finite(self.perplexity),
+            "bits_per_byte": finite(self.bits_per_byte),
+            "entropy": finite(self.entropy),
+            "overconfidence": finite(self.overconfidence),
+            "ece": finite(self.ece),
+            "top1": finite(self.top1),
+            "kl_to_fused": None
+            if self.kl_to_fused_N is None
+            else finite(_mean(self.kl_to_fused_N)),
+            "agreement_fused": None if self.agrees_fused_N is None else _mean(self.agrees_fused_N),
+            "agreement": {name: _mean(agrees_N) for name, agrees_N in self.agrees_N.items()},
+            "num_tokens": len(self.targets),
+            "num_bytes": int(self.targets.num_bytes_N.sum()),
+            "domains": self.by_domain(),
+            "reliability": _strict(reliability_bins(confidence_N, is_correct_N, bins=NUM_BINS)),
+            "entropy_bins": _strict(entropy_bins(entropy_N, is_correct_N, nll_N, bins=NUM_BINS)),
+        }
+
+
+def paired_bootstrap(
+    a: Metrics, b: Metrics, *, seed: int, draws: int = 1000
+) -> tuple[float, float]:
+    """95 % interval of NLL(a) - NLL(b) in nats per token, by drawing documents with replacement.
+
+    Each draw takes the same documents for both models, so what is hard for both cancels out. The interval covers the choice of
+    documents alone, not the seed of a training run.
+
+    Raises:
+        CollegiumError: the two were scored on different documents, or on fewer than two.
+
+    Source: Koehn 2004, "Statistical significance tests for machine translation evaluation".
+    """
+    numbers_D, total_a_D, count_D = a.document_sums()
+    numbers_b_D, total_b_D, count_b_D = b.document_sums()
+    if not (np.array_equal(numbers_D, numbers_b_D) and np.array_equal(count_D, count_b_D)):
+        raise CollegiumError(
+            f"paired_bootstrap: got `{a.name}` and `{b.name}` scored on different documents; must be the same "
+            "dataset; score both in one call of score_models"
+        )
+    size = len(numbers_D)
+    if size < 2:
+        raise CollegiumError(
+            f"paired_bootstrap: got {size} document(s); must be at least 2; evaluate on more documents"
+        )
+    generator = np.random.default_rng(seed)
+    difference_D = total_a_D - total_b_D
+    differences = np.empty(draws)
+    for draw in range(draws):
+        drawn_D = generator.integers(size, size=size)
+        differences[draw] = difference_D[drawn_D].sum() / count_D[drawn_D].sum()
+    low, high = np.quantile(differences, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _mean(values_N: Floats | Bools) -> float:
+    return float(values_N.mean(dtype=np.float64))
+
+
+def _bits_per_byte(nll_N: Floats, num_bytes_N: Ints) -> float | None:
+    num_bytes = int(num_bytes_N.sum())
+    return float(nll_N.sum(dtype=np.float64)) / math.log(2) / num_bytes if num_bytes else None
+
+
+def _strict(bins: Mapping[str, list[float]]) -> dict[str, list[float | None]]:
+    return {key: [finite(value) for value in values] for key, values in bins.items()}

@@ -1,0 +1,194 @@
+"""What a pre-flight reads off the teachers: scalars per row and temperature, disagreement, and fused targets.
+
+Shapes: N rows of the calibration split, n block of rows, V vocabulary, K teachers, G temperatures, F fusions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from collegium.data.pack import PackedDataset
+from collegium.evaluate.metrics import Metrics, Targets
+from collegium.evaluate.scoring import (
+    Chunk,
+    Progress,
+    Scorer,
+    blocks_of,
+    gather_targets,
+    iterate_chunks,
+    window_counts,
+)
+from collegium.fusion.calibration import TemperatureTables, linear_pool_nll
+from collegium.fusion.pooling import FusedTarget, Fusion
+from collegium.fusion.weights import RowStats, Weighting
+from collegium.types import Rows, TeacherRows
+
+JSD_ROWS = 4096
+"""About how many rows the disagreement of the teachers is measured on."""
+
+PAIR_ELEMENTS = 2**22
+"""Elements of one (K, n, V) buffer of that measurement."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The chosen windows of the calibration split."""
+
+    dataset: PackedDataset
+    windows: Sequence[int]
+    batch_size: int
+    progress: Progress | None = None
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The batches of these windows, in order."""
+        return iterate_chunks(
+            self.dataset,
+            batch_size=self.batch_size,
+            windows=self.windows,
+            progress=self.progress,
+        )
+
+    def answers(self, teachers: Sequence[Scorer]) -> Iterator[tuple[list[TeacherRows], Rows]]:
+        """What all teachers say about each batch, and its rows."""
+        for chunk in self.chunks():
+            yield [teacher.score(chunk.batch, chunk.rows) for teacher in teachers], chunk.rows
+
+
+@dataclass(frozen=True, eq=False)
+class Scalars:
+    """What each teacher says about each row at each temperature: enough for every linear pool."""
+
+    tables: TemperatureTables
+    targets: Targets
+    jsd_KK: Tensor
+    """Mean Jensen-Shannon divergence of each pair in nats, float64."""
+    differs_KK: Tensor
+    """Share of rows on which the pair's most likely tokens differ, float64."""
+
+    @property
+    def teachers(self) -> list[str]:
+        """Names in the order of K."""
+        return list(self.tables.names)
+
+    def stats(self, temperatures: Mapping[str, float], teachers: Sequence[str]) -> RowStats:
+        """(K, N) statistics of these teachers at temperatures of the grid, 1 where none is given."""
+        picked = []
+        for name in teachers:
+            table, at = self.tables.teacher(name), self._column(temperatures.get(name, 1.0))
+            picked.append((table.entropy_KN[at], table.label_logp_KN[at], table.max_logp_KN[at]))
+        return RowStats(*(torch.stack(columns) for columns in zip(*picked, strict=True)))
+
+    def linear_nll(
+        self,
+        weighting: Weighting,
+        temperatures: Mapping[str, float],
+        teachers: Sequence[str] | None = None,
+    ) -> Tensor:
+        """NLL of the linear pool at every row: (N,) float64 nats; temperatures must be on the grid."""
+        names = self.teachers if teachers is None else list(teachers)
+        stats = self.stats(temperatures, names)
+        return linear_pool_nll(stats, weighting, self.tables.rows(), names)
+
+    def shares(self, weighting: Weighting, temperatures: Mapping[str, float]) -> dict[str, float]:
+        """Mean weight of each teacher."""
+        names = self.teachers
+        stats = self.stats(temperatures, names)
+        score_KN, _ = weighting.log_scores(stats, self.tables.rows(), names)
+        return dict(zip(names, score_KN.softmax(0).mean(1).tolist(), strict=True))
+
+    def metrics(self, teacher: str) -> Metrics:
+        """The raw teacher on its own."""
+        stats = self.stats({}, [teacher])
+        label_logp_N, max_logp_N = stats.label_logp_KN[0], stats.max_logp_KN[0]
+        return Metrics(
+            name=teacher,
+            targets=self.targets,
+            nll_N=-label_logp_N.float().numpy(),
+            entropy_N=stats.entropy_KN[0].float().numpy(),
+            confidence_N=max_logp_N.exp().float().numpy(),
+            is_correct_N=(label_logp_N == max_logp_N).numpy(),
+        )
+
+    def _column(self, temperature: float) -> int:
+        """The nearest temperature of the grid."""
+        grid = self.tables.grid
+        return min(range(len(grid)), key=lambda at: abs(grid[at] - temperature))
+
+
+def sweep_teachers(teachers: Sequence[Scorer], split: Calibration) -> Scalars:
+    """Score each teacher once on the chosen windows and keep scalars alone.
+
+    Raises:
+        DataError: the windows hold no target token.
+    """
+    tables = TemperatureTables()
+    chunks: list[Chunk] = []
+    pairs = _Pairs(len(teachers))
+    step = max(1, sum(window_counts(split.dataset, split.windows)) // JSD_ROWS)
+    with torch.no_grad():
+        for chunk in split.chunks():
+            answers = [teacher.score(chunk.batch, chunk.rows) for teacher in teachers]
+            tables.add(answers, chunk.rows)
+            pairs.add(answers, len(chunk.rows), step)
+            chunks.append(chunk)
+    targets = gather_targets(chunks, split.dataset)
+    jsd_KK, differs_KK = pairs.means()
+    return Scalars(tables, targets, jsd_KK, differs_KK)
+
+
+def sweep_fusions(
+    teachers: Sequence[Scorer], split: Calibration, fusions: Sequence[Fusion]
+) -> Tensor:
+    """NLL of each fused target at every row, (F, N) float64: each head is applied once per fusion."""
+    parts: list[Tensor] = []
+    with torch.no_grad():
+        for answers, all_rows in split.answers(teachers):
+            rows, blocks = blocks_of(all_rows, answers[0].scores, None)
+            targets = [FusedTarget(fusion, answers, rows) for fusion in fusions]
+            for block in blocks:
+                labels_n1 = rows.labels[block, None]
+                logps = [target.block(block).logp_nV.gather(1, labels_n1) for target in targets]
+                parts.append(-torch.cat(logps, 1).T.double().cpu())
+    return torch.cat(parts, 1)
+
+
+class _Pairs:
+    """How far each pair of teachers is apart, on every step-th row of each batch."""
+
+    def __init__(self, num_teachers: int) -> None:
+        self._jsd_KK = torch.zeros(num_teachers, num_teachers, dtype=torch.float64)
+        self._differs_KK = torch.zeros_like(self._jsd_KK)
+        self._num_rows = 0
+
+    def add(self, answers: Sequence[TeacherRows], num_rows: int, step: int) -> None:
+        vocab_size = answers[0].scores.logits(slice(0, 1)).shape[1]
+        size = step * max(1, PAIR_ELEMENTS // (vocab_size * len(answers)))
+        for start in range(0, num_rows, size):
+            block = slice(start, min(start + size, num_rows), step)
+            logits = [answer.scores.logits(block) for answer in answers]
+            logp_KnV = torch.stack([x.to(logits[0].device) for x in logits]).log_softmax(-1)
+            top1_Kn = logp_KnV.argmax(-1)
+            self._jsd_KK += pairwise_jsd(logp_KnV).sum(-1).double().cpu()
+            self._differs_KK += (top1_Kn[:, None] != top1_Kn[None]).sum(-1).double().cpu()
+            self._num_rows += top1_Kn.shape[1]
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """(K, K) mean divergence in nats, and (K, K) share of different most likely tokens."""
+        return self._jsd_KK / self._num_rows, self._differs_KK / self._num_rows
+
+
+def pairwise_jsd(logp_KnV: Tensor) -> Tensor:
+    """JSD(P, Q) = H((P + Q) / 2) - (H(P) + H(Q)) / 2 of each pair, (K, n, V) -> (K, K, n) in nats."""
+    prob_KnV = logp_KnV.exp()
+    entropy_Kn = torch.special.entr(prob_KnV).sum(-1)
+    jsd_KKn = entropy_Kn.new_zeros(len(entropy_Kn), *entropy_Kn.shape)
+    for one in range(len(prob_KnV)):
+        for other in range(one):
+            middle_n = torch.special.entr((prob_KnV[one] + prob_KnV[other]) / 2).sum(-1)
+            jsd_n = middle_n - (entropy_Kn[one] + entropy_Kn[other]) / 2
+            jsd_KKn[one, other] = jsd_KKn[other, one] = jsd_n.clamp(min=0.0)
+    return jsd_KKn

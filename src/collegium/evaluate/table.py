@@ -1,0 +1,178 @@
+"""The rows of results.json, and the tables of an evaluation and of a pre-flight for terminal and documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from collegium.errors import CollegiumError
+from collegium.evaluate.metrics import Metrics
+from collegium.evaluate.preflight import Preflight
+from collegium.evaluate.scoring import FUSED
+
+Kind = Literal["untouched", "teacher", "fused", "student", "control"]
+Row = Mapping[str, Any]
+"""One object of results.json."""
+
+KINDS: tuple[Kind, ...] = ("untouched", "teacher", "fused", "control", "student")
+"""Kinds of rows in the order of the table."""
+
+COLUMNS = (
+    "model",
+    "params",
+    "perplexity",
+    "bits/byte",
+    "NLL-H",
+    "ECE",
+    "KL to fused",
+    "agreement",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What is known of a scored model besides its metrics; None where it does not apply."""
+
+    kind: Kind
+    num_parameters: int | None = None
+    steps: int | None = None
+    train_tokens: int | None = None
+    train_seconds: float | None = None
+    note: str | None = None
+
+
+def results_rows(
+    metrics: Mapping[str, Metrics], about: Mapping[str, About]
+) -> list[dict[str, Any]]:
+    """The rows of results.json: what is known of each model, and what it scored.
+
+    Rows come in the order untouched, teacher, fused, control, student, and within one kind in the order of `metrics`. The fused target
+    needs no entry in `about`.
+
+    Raises:
+        CollegiumError: a scored model is missing in `about`.
+    """
+    rows = []
+    for name, scored in metrics.items():
+        known = about.get(name, About(kind="fused") if name == FUSED else None)
+        if known is None:
+            raise CollegiumError(
+                f"results: got metrics of `{name}`; must be described too; add it to `about`"
+            )
+        row: dict[str, Any] = {
+            "name": name,
+            "kind": known.kind,
+            "num_parameters": known.num_parameters,
+            "steps": known.steps,
+            "train_tokens": known.train_tokens,
+            "train_seconds": known.train_seconds,
+            "note": known.note,
+        }
+        rows.append(row | scored.to_dict())
+    return sorted(rows, key=lambda row: KINDS.index(row["kind"]))
+
+
+def render_table(rows: Sequence[Row], *, title: str = "Held-out evaluation") -> Table:
+    """The evaluation as a table for the terminal; the best student or control is bold."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    best = _best_trained(rows)
+    for number, row in enumerate(rows):
+        style = "bold" if row["name"] == best else ""
+        ends = number + 1 < len(rows) and rows[number + 1]["kind"] != row["kind"]
+        table.add_row(*(Text(cell) for cell in _cells(row)), style=style, end_section=ends)
+    return table
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The evaluation as a Markdown table, one line per row and no line break at the end."""
+    lines = [" | ".join(COLUMNS), " | ".join(["---"] + ["---:"] * (len(COLUMNS) - 1))]
+    lines += [" | ".join(cell.replace("|", "\\|") for cell in _cells(row)) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def preflight_tables(preflight: Preflight | Mapping[str, Any]) -> list[Table]:
+    """Three tables of a pre-flight: the teachers, the fusions, and how much the teachers disagree."""
+    report = preflight.to_dict() if isinstance(preflight, Preflight) else preflight
+    return [_teacher_table(report), _fusion_table(report), _disagreement_table(report)]
+
+
+def _teacher_table(report: Mapping[str, Any]) -> Table:
+    domains = list(dict.fromkeys(d for t in report["teachers"].values() for d in t["domains"]))
+    table = Table(title="Teachers on the calibration split", title_justify="left")
+    table.add_column("teacher", no_wrap=True)
+    for column in ("perplexity", "NLL", "NLL-H", "ECE", "T", "top-1", *domains):
+        table.add_column(Text(column), justify="right")
+    for name, teacher in report["teachers"].items():
+        cells = [_number(teacher["perplexity"], ".2f"), _number(teacher["nll"], ".3f")]
+        cells += [_number(teacher["overconfidence"], "+.3f"), _number(teacher["ece"], ".3f")]
+        cells += [_number(teacher["temperature"], ".2f"), _number(teacher["top1"], ".1%")]
+        cells += [_number(teacher["domains"].get(domain), ".3f") for domain in domains]
+        table.add_row(Text(name), *cells)
+    return table
+
+
+def _fusion_table(report: Mapping[str, Any]) -> Table:
+    table = Table(title="Fused targets on the calibration split", title_justify="left")
+    for column, justify in (("fusion", "left"), ("calibration", "left"), ("NLL", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("tokens", justify="right")
+    for entry in report["fusions"]:
+        is_chosen = entry["name"] == report["chosen"]["name"]
+        cells = [Text(entry["name"]), Text(entry["calibration"]), _number(entry["nll"], ".4f")]
+        table.add_row(*cells, f"{entry['num_tokens']:,}", style="bold" if is_chosen else "")
+    return table
+
+
+def _disagreement_table(report: Mapping[str, Any]) -> Table:
+    names = report["disagreement"]["teachers"]
+    table = Table(
+        title="Disagreement: Jensen-Shannon divergence in nats / share of different top-1 tokens",
+        title_justify="left",
+    )
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(Text(name), justify="right")
+    pairs = zip(names, report["disagreement"]["jsd"], report["disagreement"]["top1"], strict=True)
+    for name, jsd, top1 in pairs:
+        cells = [
+            f"{_number(a, '.3f')} / {_number(b, '.0%')}" for a, b in zip(jsd, top1, strict=True)
+        ]
+        table.add_row(Text(name), *cells)
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        str(row["name"]),
+        _count(row["num_parameters"]),
+        _number(row["perplexity"], ".2f"),
+        _number(row["bits_per_byte"], ".3f"),
+        _number(row["overconfidence"], "+.3f"),
+        _number(row["ece"], ".3f"),
+        _number(row["kl_to_fused"], ".3f"),
+        _number(row["agreement_fused"], ".1%"),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _count(value: int | None) -> str:
+    if value is None:
+        return "–"
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.2f}{unit}"
+    return str(value)
+
+
+def _best_trained(rows: Sequence[Row]) -> str | None:
+    trained = [r for r in rows if r["kind"] in ("student", "control") and r["nll"] is not None]
+    return min(trained, key=lambda row: row["nll"])["name"] if trained else None

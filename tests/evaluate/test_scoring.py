@@ -1,0 +1,225 @@
+"""Metrics against naive loops in float64, and what must not change them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from collegium.data.windows import PackedDataset
+from collegium.errors import CollegiumError, DataError, ModelError
+from collegium.evaluate.metrics import Metrics, Targets
+from collegium.evaluate.scoring import FUSED, paired_bootstrap, score_models
+from collegium.fusion.pooling import Fusion
+from collegium.fusion.weights import PrefixLikelihood, Uniform
+from collegium.teachers.local import LocalTeacher
+from evaluation_cases import TEXTS, BigramTeacher, bigram_logits, id_dataset, text_dataset
+
+VOCAB = len(tiny.tiny_tokenizer())
+
+
+def local(name: str, seed: int, dtype: torch.dtype = torch.float64) -> LocalTeacher:
+    model = tiny.tiny_model(VOCAB, seed=seed, initializer_range=0.4).to(dtype)
+    return LocalTeacher(name, model, vocab_size=VOCAB)
+
+
+def document_probabilities(teacher: LocalTeacher, ids: list[int]) -> np.ndarray:
+    """(L - 1, V) next-token probabilities of one document alone."""
+    with torch.no_grad():
+        logits = teacher.model(input_ids=torch.tensor([ids])).logits[0, :-1]
+    return logits.double().softmax(-1).numpy()
+
+
+def naive_ece(confidence: list[float], correct: list[bool]) -> float:
+    order = np.argsort(confidence, kind="stable")
+    edges = np.linspace(0, len(order), min(15, len(order)) + 1).round().astype(int)
+    total = 0.0
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        chosen = order[low:high]
+        gap = np.mean([correct[i] for i in chosen]) - np.mean([confidence[i] for i in chosen])
+        total += len(chosen) / len(order) * abs(gap)
+    return total
+
+
+def naive_figures(student: LocalTeacher, teachers: list[LocalTeacher]) -> dict[str, float]:
+    """Everything with loops, one document at a time, for uniform weights and the linear pool."""
+    sums = {"nll": 0.0, "entropy": 0.0, "kl": 0.0, "fused": 0, "first": 0, "top1": 0, "bytes": 0}
+    confidence, correct = [], []
+    for texts in TEXTS.values():
+        for text in texts:
+            # A text is followed by the stop token, which has no bytes.
+            ids = tiny.tiny_tokenizer()(text)["input_ids"] + [tiny.tiny_tokenizer().eos_token_id]
+            first = tiny.tiny_tokenizer().decode(ids[:1])
+            sums["bytes"] += len(text.encode()) - len(first.encode())
+            q = document_probabilities(student, ids)
+            answers = [document_probabilities(teacher, ids) for teacher in teachers]
+            for t, label in enumerate(ids[1:]):
+                p = sum(answer[t] for answer in answers) / len(answers)
+                sums["nll"] -= math.log(q[t, label])
+                sums["entropy"] -= sum(x * math.log(x) for x in q[t])
+                sums["kl"] += sum(a * math.log(a / b) for a, b in zip(p, q[t], strict=True))
+                sums["fused"] += int(p.argmax() == q[t].argmax())
+                sums["first"] += int(answers[0][t].argmax() == q[t].argmax())
+                correct.append(bool(q[t].argmax() == label))
+                confidence.append(float(q[t].max()))
+    size = len(correct)
+    nll = sums["nll"] / size
+    return {
+        "nll": nll,
+        "perplexity": math.exp(nll),
+        "bits_per_byte": sums["nll"] / math.log(2) / sums["bytes"],
+        "entropy": sums["entropy"] / size,
+        "overconfidence": nll - sums["entropy"] / size,
+        "ece": naive_ece(confidence, correct),
+        "top1": sum(correct) / size,
+        "kl_to_fused": sums["kl"] / size,
+        "agreement_fused": sums["fused"] / size,
+        "agreement": sums["first"] / size,
+        "num_tokens": size,
+    }
+
+
+def test_figures_equal_naive_loops() -> None:
+    student, teachers = local("student", 0), [local("a", 1), local("b", 2)]
+    expected = naive_figures(student, teachers)
+    fusion, data = Fusion(weighting=Uniform()), text_dataset(packing=False)
+    found = score_models([student], teachers, fusion, data, batch_size=2)["student"]
+    figures = found.to_dict()
+    figures["agreement"] = figures["agreement"]["a"]  # type: ignore[index]
+    for key, value in expected.items():
+        assert figures[key] == pytest.approx(value, rel=2e-5, abs=1e-6), key
+
+
+def test_fused_target_agrees_with_itself() -> None:
+    teachers = [local("a", 1), local("b", 2)]
+    scored = score_models(teachers, teachers, Fusion(), text_dataset(), batch_size=2)
+    assert list(scored) == ["a", "b", FUSED]
+    fused = scored[FUSED].to_dict()
+    assert fused["kl_to_fused"] == 0.0
+    assert fused["agreement_fused"] == 1.0
+    assert fused["agreement"]["a"] == scored["a"].to_dict()["agreement_fused"]  # type: ignore[index]
+    assert scored["a"].to_dict()["agreement"]["a"] == 1.0  # type: ignore[index]
+    assert scored["a"].to_dict()["agreement"]["b"] < 1.0  # type: ignore[index]
+
+
+def test_a_single_teacher_is_its_fused_target() -> None:
+    teacher = local("a", 1)
+    scored = score_models([teacher], [teacher], Fusion(), text_dataset(), batch_size=2)
+    figures = scored["a"].to_dict()
+    assert figures["kl_to_fused"] == pytest.approx(0.0, abs=1e-7)
+    assert figures["agreement_fused"] == 1.0
+    assert figures["nll"] == pytest.approx(scored[FUSED].nll, rel=1e-6)
+
+
+def assert_same(one: dict[str, Metrics], other: dict[str, Metrics]) -> None:
+    assert list(one) == list(other)
+    for name in one:
+        a, b = one[name].to_dict(), other[name].to_dict()
+        for key in ("nll", "bits_per_byte", "entropy", "ece", "top1", "kl_to_fused"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), (name, key)
+        assert a["num_tokens"] == b["num_tokens"]
+        assert a["num_bytes"] == b["num_bytes"]
+        assert a["agreement"] == b["agreement"]
+
+
+@pytest.mark.parametrize(
+    ("packing", "batch_size", "block_size"), [(False, 2, None), (True, 1, None), (True, 4, 7)]
+)
+def test_layout_and_block_size_do_not_matter(
+    packing: bool, batch_size: int, block_size: int | None
+) -> None:
+    models, fusion = [local("a", 1), local("b", 2)], Fusion(weighting=PrefixLikelihood(eta=0.5))
+    base = score_models(models, models, fusion, text_dataset(max_length=64), batch_size=2)
+    data = text_dataset(packing=packing, max_length=64)
+    other = score_models(models, models, fusion, data, batch_size=batch_size, block_size=block_size)
+    assert_same(base, other)
+
+
+def test_each_scorer_is_asked_once_per_batch() -> None:
+    dataset = id_dataset([[1, 2, 3, 4]] * 4, ["x"] * 4, max_length=8)
+    teacher = BigramTeacher("a", bigram_logits(vocab_size=8, step=1, sharpness=2.0))
+    score_models([teacher], [teacher], Fusion(), dataset, batch_size=1)
+    assert teacher.num_calls == len(dataset) == 2
+
+
+def test_domains_add_up() -> None:
+    scored = score_models([local("a", 1)], [], None, text_dataset(), batch_size=2)["a"]
+    figures = scored.to_dict()
+    domains = figures["domains"]
+    assert list(domains) == ["code", "prose"]  # type: ignore[call-overload]
+    rows = list(domains.values())  # type: ignore[attr-defined]
+    assert sum(row["num_tokens"] for row in rows) == figures["num_tokens"]
+    total = sum(row["nll"] * row["num_tokens"] for row in rows)
+    assert total == pytest.approx(scored.nll * len(scored.targets))
+    is_prose_N = scored.targets.samples_N < len(TEXTS["prose"])
+    assert rows[1]["num_tokens"] == is_prose_N.sum()
+    assert rows[1]["nll"] == pytest.approx(float(scored.nll_N[is_prose_N].mean()))
+    assert figures["kl_to_fused"] is None
+    assert figures["agreement"] == {}
+
+
+def test_max_tokens_reads_a_part() -> None:
+    dataset = id_dataset([[1, 2, 3, 4] * 4] * 20, ["x"] * 20, max_length=16)
+    teacher = BigramTeacher("a", bigram_logits(vocab_size=8, step=1, sharpness=2.0))
+    found = score_models([teacher], [], None, dataset, batch_size=3, max_tokens=60)["a"]
+    assert len(found.targets) == 60
+    assert sorted(set(found.targets.samples_N)) == [0, 5, 10, 15]
+
+
+def test_two_models_of_one_name() -> None:
+    models = [local("a", 1), local("a", 2)]
+    with pytest.raises(CollegiumError, match="`a` twice; must be unique"):
+        score_models(models, [], None, text_dataset(), batch_size=2)
+
+
+def test_nothing_to_score() -> None:
+    empty: PackedDataset = id_dataset([[1]], ["x"])
+    with pytest.raises(DataError, match="got no target token"):
+        score_models([local("a", 1)], [], None, empty, batch_size=2)
+
+
+def test_not_a_number_is_named() -> None:
+    broken = BigramTeacher("broken", torch.full((8, 8), math.nan))
+    with pytest.raises(ModelError, match="`broken`: got log-probabilities that are not numbers"):
+        score_models([broken], [], None, id_dataset([[1, 2, 3]], ["x"]), batch_size=1)
+
+
+def metrics_of(nll: list[float], samples: list[int], name: str = "a") -> Metrics:
+    size = len(nll)
+    targets = Targets(np.array(samples), np.zeros(size, int), np.ones(size, int), ("x",))
+    ones = np.ones(size, np.float32)
+    values = np.array(nll, np.float32)
+    return Metrics(
+        name=name,
+        targets=targets,
+        nll_N=values,
+        entropy_N=ones,
+        confidence_N=ones,
+        is_correct_N=ones > 0,
+    )
+
+
+def test_bootstrap_covers_the_difference() -> None:
+    generator = np.random.default_rng(0)
+    samples = np.repeat(np.arange(60), 5).tolist()
+    hard = np.repeat(generator.normal(3.0, 1.0, 60), 5)
+    a = metrics_of((hard + generator.normal(0.1, 0.05, 300)).tolist(), samples)
+    b = metrics_of(hard.tolist(), samples, "b")
+    low, high = paired_bootstrap(a, b, seed=1)
+    assert low < a.nll - b.nll < high
+    # Paired: documents differ by 1 nat, yet the interval is narrow.
+    assert 0.08 < low < high < 0.12
+    assert paired_bootstrap(b, a, seed=1) == pytest.approx((-high, -low))
+    assert paired_bootstrap(a, b, seed=1) == (low, high)
+    assert paired_bootstrap(a, a, seed=1) == (0.0, 0.0)
+
+
+def test_bootstrap_needs_the_same_documents() -> None:
+    a, b = metrics_of([1.0, 2.0], [0, 1]), metrics_of([1.0, 2.0], [0, 2], "b")
+    with pytest.raises(CollegiumError, match="different documents"):
+        paired_bootstrap(a, b, seed=0)
+    with pytest.raises(CollegiumError, match="got 1 document"):
+        paired_bootstrap(metrics_of([1.0], [0]), metrics_of([2.0], [0]), seed=0)
