@@ -1,0 +1,235 @@
+"""What is trained on: targets, stop tokens and bytes per token."""
+
+import copy
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import tiny
+from collegium.data.encode import Encoder, encode, split_of
+from collegium.data.sources import Document
+from collegium.errors import DataError
+
+EOS, USER, ASSISTANT = 0, 2, 3
+TURNS = (
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo all"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "no"},
+)
+BLOCKS = tiny.CHAT_TEMPLATE
+PLAIN = BLOCKS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def document(**content):
+    return Document(id="17", domain="d", **content)
+
+
+def with_template(template):
+    tokenizer = copy.copy(tiny.tiny_tokenizer(400, chat=True))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def targets(encoded, tokenizer):
+    return tokenizer.decode(encoded.ids[encoded.is_target])
+
+
+def test_text_every_token_but_the_first_and_the_stop_token():
+    tokenizer = tiny.tiny_tokenizer()
+    encoded = encode(document(text=tiny.TEXT[0]), tokenizer, max_length=4)
+    assert encoded.ids.tolist() == [*tokenizer(tiny.TEXT[0])["input_ids"], EOS]
+    assert encoded.ids.dtype == encoded.num_bytes.dtype == np.int64
+    assert encoded.is_target.tolist() == [False] + [True] * (len(encoded) - 1)
+    assert encoded.num_bytes[-1] == 0
+    assert encoded.can_split
+
+
+def test_beginning_token_only_where_the_tokenizer_adds_one():
+    plain = tiny.tiny_tokenizer()
+    backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A <|end|>", special_tokens=[("<|user|>", USER), ("<|end|>", EOS)]
+    )
+    adds = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|user|>", eos_token="<|end|>"
+    )
+    silent = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(plain.backend_tokenizer.to_str()),
+        bos_token="<|user|>",
+        eos_token="<|end|>",
+    )
+    body = plain("to be")["input_ids"]
+    assert encode(document(text="to be"), adds, max_length=9).ids.tolist() == [USER, *body, EOS]
+    assert encode(document(text="to be"), silent, max_length=9).ids.tolist() == [*body, EOS]
+    asked = encode(document(prompt="to be", completion="or"), adds, max_length=99)
+    assert asked.ids[0] == USER
+    assert not asked.is_target[: 1 + len(body)].any()
+
+
+def test_prompt_is_no_target_and_the_boundary_is_clean():
+    tokenizer = tiny.tiny_tokenizer()
+    encoded = encode(document(prompt="the que", completion="stion"), tokenizer, max_length=99)
+    size = len(tokenizer("the que")["input_ids"])
+    assert tokenizer.decode(encoded.ids[:size]) == "the que"
+    assert encoded.is_target.tolist() == [False] * size + [True] * (len(encoded) - size)
+    assert encoded.ids[-1] == EOS
+    assert not encoded.can_split
+    assert encoded.num_bytes.sum() == len("the question")
+
+
+@pytest.mark.parametrize("template", [BLOCKS, PLAIN, CHATML], ids=["blocks", "plain", "chatml"])
+def test_only_assistant_turns_with_their_stop_token(template):
+    tokenizer = with_template(template)
+    encoded = encode(document(messages=TURNS), tokenizer, max_length=99)
+    assert tokenizer.decode(encoded.ids) == tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert targets(encoded, tokenizer) == "yo all<|end|>no<|end|>"
+    spoken = encoded.num_bytes[encoded.is_target]
+    assert spoken.sum() == len("yo all" + "no")
+    assert (encoded.num_bytes[encoded.ids == EOS] == 0).all()
+
+
+def test_an_end_of_turn_token_other_than_eos_counts_as_stop():
+    tokenizer = copy.copy(with_template(PLAIN.replace("<|end|>", "<|pad|>")))
+    encoded = encode(document(messages=TURNS), tokenizer, max_length=99)
+    assert targets(encoded, tokenizer) == "yo all<|pad|>no<|pad|>"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        BLOCKS.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>"),
+        PLAIN.replace("<|end|>", "\n"),
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}",
+    ],
+    ids=["outside the block", "newline", "nothing"],
+)
+def test_stop_token_outside_the_targets_is_refused(template):
+    with pytest.raises(DataError, match="17: the stop token is never supervised: an assistant"):
+        encode(document(messages=TURNS), with_template(template), max_length=99)
+
+
+def test_template_that_rewrites_earlier_turns_is_refused():
+    rewrites = (
+        "{% for m in messages %}{% if loop.last %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"rewrites earlier turns \(messages\[2\]\)"):
+        encode(document(messages=TURNS), with_template(rewrites), max_length=99)
+
+
+def test_missing_and_broken_templates():
+    with pytest.raises(DataError, match="has no chat template; must have one"):
+        encode(document(messages=TURNS), tiny.tiny_tokenizer(), max_length=99)
+    broken = with_template("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match=r"17: the chat template fails \(.*roles must alternate"):
+        encode(document(messages=TURNS), broken, max_length=99)
+
+
+def test_no_eos_token_names_candidates():
+    backend = tiny.tiny_tokenizer().backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    with pytest.raises(DataError, match=r"has no eos token; .*\(candidates: `<\|end\|>`\)"):
+        encode(document(text="a"), tokenizer, max_length=9)
+
+
+def test_truncation_happens_after_the_targets_are_decided():
+    tokenizer = tiny.tiny_tokenizer()
+    asked = document(prompt="abc", completion="xyz")
+    whole = encode(asked, tokenizer, max_length=99)
+    right = encode(asked, tokenizer, max_length=5, truncate="right")
+    left = encode(asked, tokenizer, max_length=5, truncate="left")
+    assert right.ids.tolist() == whole.ids[:5].tolist()
+    assert right.is_target.tolist() == [False, False, False, True, True]
+    assert left.ids.tolist() == whole.ids[2:].tolist()
+    assert left.is_target.tolist() == [False, True, True, True, True]
+    assert encode(asked, tokenizer, max_length=6, truncate="drop") is None
+    with pytest.raises(DataError, match=r"1 samples exceed 6 tokens \(longest 7: 17\)"):
+        encode(asked, tokenizer, max_length=6, truncate="error")
+    assert len(encode(asked, tokenizer, max_length=7, truncate="error")) == 7
+
+
+def test_samples_without_targets():
+    tokenizer = with_template(PLAIN)
+    silent = document(messages=TURNS[:2])
+    with pytest.raises(DataError, match=r"1 samples have no token to learn from \(first: id 17\)"):
+        encode(silent, tokenizer, max_length=99)
+    with pytest.raises(DataError, match="have no token to learn from"):
+        encode(document(prompt="abc", completion="x"), tokenizer, max_length=3)
+    encoder = Encoder(tokenizer, max_length=99)
+    first, second = encoder.encode([silent, document(text="ab")])
+    encoder.check()
+    assert (first, encoder.untrained) == (None, ["17"])
+    assert second is not None
+
+
+def test_batches_equal_single_documents():
+    tokenizer = with_template(BLOCKS)
+    documents = [
+        document(text=tiny.TEXT[3]),
+        document(messages=TURNS),
+        document(prompt="a", completion="b"),
+        document(text="x"),
+    ]
+    together = Encoder(tokenizer, max_length=64).encode(documents)
+    for one, encoded in zip(documents, together, strict=True):
+        alone = encode(one, tokenizer, max_length=64)
+        for name in ("ids", "is_target", "num_bytes"):
+            assert getattr(alone, name).tolist() == getattr(encoded, name).tolist()
+
+
+@lru_cache
+def sentencepiece():
+    vocabulary = {"<unk>": 0, "</s>": 1, **{f"<0x{byte:02X}>": 2 + byte for byte in range(256)}}
+    vocabulary |= {piece: 300 + i for i, piece in enumerate(["▁", "a", "b", "▁a", "é"])}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS, TEXTS, st.booleans())
+def test_bytes_sum_to_the_text(text, other, is_piece):
+    tokenizer = sentencepiece() if is_piece else tiny.tiny_tokenizer()
+    (encoded,) = Encoder(tokenizer, max_length=999).encode([document(text=text)])
+    assert encoded.num_bytes.sum() == len(text.encode())
+    assert (encoded.num_bytes >= 0).all()
+    (encoded,) = Encoder(tokenizer, max_length=999).encode(
+        [document(prompt=text, completion=other)]
+    )
+    assert encoded.num_bytes[encoded.is_target].sum() == len(other.encode())
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXTS, st.integers(0, 2**31))
+def test_split_is_a_function_of_content_and_seed(text, seed):
+    def part(name, domain):
+        one = Document(id=name, domain=domain, text=text)
+        return split_of(one, seed=seed, calibration=0.3, validation=0.3)
+
+    assert part("a", "d") == part("b", "e")
+
+
+def test_split_keeps_its_shares_and_follows_the_seed():
+    documents = [document(text=f"text {i}") for i in range(2000)]
+    parts = [split_of(d, seed=3, calibration=0.1, validation=0.2) for d in documents]
+    assert parts.count("calibration") == pytest.approx(200, abs=45)
+    assert parts.count("validation") == pytest.approx(400, abs=60)
+    assert parts != [split_of(d, seed=4, calibration=0.1, validation=0.2) for d in documents]
+    wider = [split_of(d, seed=3, calibration=0.0, validation=0.2) for d in documents]
+    assert [p == "validation" for p in wider] == [p == "validation" for p in parts]
