@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from recipes_for_tests import MINIMAL, minimal
 
 from collegium.data.pack import DataOptions
 from collegium.data.sources import SourceOptions
@@ -32,6 +31,7 @@ from collegium.student import StudentOptions
 from collegium.teachers.local import TeacherOptions
 from collegium.train.objective import ObjectiveOptions
 from collegium.yaml12 import read_yaml, scalar
+from recipes_for_tests import MINIMAL, minimal
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -199,7 +199,7 @@ def test_write_fusion_keeps_comments(recipe_file: Path) -> None:
 
 def test_write_fusion_needs_a_mapping(recipe_file: Path) -> None:
     recipe_file.write_text("- 1\n")
-    with pytest.raises(RecipeError, match="my-run.yaml: cannot write `fusion`"):
+    with pytest.raises(RecipeError, match=r"^my-run\.yaml: cannot write `fusion`"):
         write_fusion(recipe_file, {"weighting": "uniform"})
     assert recipe_file.read_text() == "- 1\n"
 

@@ -197,7 +197,6 @@ def preflight(
     """Measure the teachers on held-out text and choose how to fuse them."""
     loaded = _load(recipe, overrides)
     from collegium import pipeline
-
     from collegium.evaluate.table import preflight_tables
 
     measured = pipeline.preflight(loaded)

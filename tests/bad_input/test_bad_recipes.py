@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from recipes_for_tests import minimal
 from typer.testing import CliRunner
 
 from collegium.cli import app
+from recipes_for_tests import minimal
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
@@ -365,9 +364,9 @@ def test_in_a_process_of_its_own(case: str, tmp_path: Path) -> None:
     text, expected = CASES[case]
     (tmp_path / "run.yaml").write_text(text)
     command = [sys.executable, "-m", "collegium.cli", "run", "run.yaml"]
-    before = time.process_time_ns()
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert time.process_time_ns() - before < 1e9  # the parent does nothing itself
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
     assert result.stderr == f"error: {expected}\n"
     assert result.returncode == 2
     assert result.stdout == ""
