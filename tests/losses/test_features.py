@@ -65,7 +65,10 @@ def test_feature_map(options, ours, theirs, expected):
 
 def test_explicit_pairs():
     options = FeatureOptions(layers={"final_postnorm": "layer_3", "embed": "embed"})
-    assert feature_map(options, taps(2), taps(5)) == [("final_postnorm", "layer_3"), ("embed", "embed")]  # fmt: skip
+    assert feature_map(options, taps(2), taps(5)) == [
+        ("final_postnorm", "layer_3"),
+        ("embed", "embed"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,12 @@ def test_impossible_maps(options, message):
 def test_wrong_options():
     with pytest.raises(RecipeError, match=r"teacher_weights: got `smal`.*did you mean `small`"):
         build(teacher_weights={"smal": 1.0})
-    for wrong in ({"num_layers": 0}, {"weight": -1.0}, {"loss": "l1"}, {"teacher_weights": {"a": -1.0}}):  # fmt: skip
+    for wrong in (
+        {"num_layers": 0},
+        {"weight": -1.0},
+        {"loss": "l1"},
+        {"teacher_weights": {"a": -1.0}},
+    ):
         with pytest.raises(pydantic.ValidationError):
             FeatureOptions(**wrong)
 
@@ -111,7 +119,10 @@ def test_equals_the_formula(loss):
 
 def test_size_of_the_states_does_not_matter():
     terms, student, teachers = build(), features_of(STUDENT, 0), teacher_rows()
-    huge = [TeacherRows(t.name, t.scores, {k: 1000 * x for k, x in t.features.items()}) for t in teachers]  # fmt: skip
+    huge = [
+        TeacherRows(t.name, t.scores, {k: 1000 * x for k, x in t.features.items()})
+        for t in teachers
+    ]
     small = {tap: 10 * x for tap, x in student.items()}
     for name, value in terms(student, teachers).items():
         torch.testing.assert_close(terms(small, huge)[name], value, rtol=1e-4, atol=1e-5)
@@ -248,4 +259,6 @@ def test_all_processes_count(monkeypatch):
 
 
 def test_adapters_are_plain_linear_maps():
-    assert all(isinstance(a, nn.Linear) and a.bias is None for group in build().adapters for a in group)  # fmt: skip
+    assert all(
+        isinstance(a, nn.Linear) and a.bias is None for group in build().adapters for a in group
+    )

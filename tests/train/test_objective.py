@@ -91,8 +91,11 @@ def assert_same(ours, theirs, tolerance=1e-12):
 def test_equals_the_formula(divergence, temperature, kd_ratio):
     step = Step(head_scale=0.7, softcap=5.0)
     part = objective(
-        kd_ratio=kd_ratio, temperature=temperature, divergence=DIVERGENCES[divergence](), block_size=5
-    )  # fmt: skip
+        kd_ratio=kd_ratio,
+        temperature=temperature,
+        divergence=DIVERGENCES[divergence](),
+        block_size=5,
+    )
     loss = part(*step.parts())
     truth = reference_losses.objective(
         step.logits(),
@@ -323,7 +326,9 @@ def test_feature_terms_add_up():
         name: reference_losses.feature_mse(step.tap, step.teacher_taps[name], group[0].weight).sum()
         for name, group in zip(WIDTHS, part.features.adapters, strict=True)
     }
-    torch.testing.assert_close(loss.total, plain.total + 0.5 * values["a"] + 1.5 * values["b"], rtol=1e-4, atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        loss.total, plain.total + 0.5 * values["a"] + 1.5 * values["b"], rtol=1e-4, atol=1e-4
+    )
     assert loss.weights["feature/b"] == 1.5
     assert not loss.terms["feature/a"].requires_grad
 
@@ -337,7 +342,9 @@ def test_measured_norms():
     assert set(loss.grad_norms) == {"kd", "ce", "feature/a", "feature/b"}
     kd = objective(kd_ratio=1.0, temperature=2.0)(*step.parts()).total * 0.6
     torch.testing.assert_close(loss.grad_norms["kd"], step.grads(kd)[0].norm())
-    only_b = objective(None, kd_ratio=0.0, features=FeatureOptions(weight=0.5, teacher_weights={"a": 0.0}))  # fmt: skip
+    only_b = objective(
+        None, kd_ratio=0.0, features=FeatureOptions(weight=0.5, teacher_weights={"a": 0.0})
+    )
     assert part.features is not None
     assert only_b.features is not None
     only_b.features.adapters[0].load_state_dict(part.features.adapters[1].state_dict())
@@ -361,7 +368,9 @@ def test_no_temperature_of_zero(temperature):
         ObjectiveOptions(temperature=temperature)
 
 
-@pytest.mark.parametrize("wrong", [{"kd_ratio": 1.1}, {"kd_ratio": -0.1}, {"block_size": 0}, {"beta": 1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong", [{"kd_ratio": 1.1}, {"kd_ratio": -0.1}, {"block_size": 0}, {"beta": 1}]
+)
 def test_wrong_options(wrong):
     with pytest.raises(pydantic.ValidationError):
         ObjectiveOptions(**wrong)
