@@ -20,7 +20,7 @@ GRID = "#e4e8ee"
 STUDENT = "#1d4fa3"
 FUSED = "#111111"
 UNTOUCHED = "#c3c9d2"
-CONTROLS = ("#7d8794", "#a3854f", "#8a6f9e", "#5f8f8b")
+CONTROLS = ("#7d8794", "#b08d57", "#8a6f9e", "#5f8f8b", "#b0726c", "#4d5563")
 TEACHERS = (
     "#e69f00",
     "#009e73",
@@ -90,6 +90,15 @@ def render(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """One legend for all panels, under them, in as many columns as the names leave room for."""
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        fitting = int(figure.get_figwidth() * 12.5) // (max(map(len, names)) + 9)
+        columns = max(1, min(len(names), fitting))
+        figure.legend(handles, names, loc="outside lower center", ncols=columns)
+
+
 def teacher_color(name: str, teachers: Sequence[str]) -> str:
     """The color of a teacher: its place in the run, the same in every plot and table."""
     return TEACHERS[teachers.index(name) % len(TEACHERS)] if name in teachers else MUTED
@@ -109,7 +118,10 @@ def label(name: str, length: int = LABEL_LENGTH) -> str:
     """A name as it can be drawn: one line, no control characters, no glyph that the font lacks, not too long."""
     text = " ".join(name.split()) or "(no name)"
     text = "".join(_drawn(letter) for letter in text)
-    text = text if len(text) <= length else text[: length - 1] + "…"
+    if len(text) > length:
+        # Names of models often differ at the end.
+        tail = length // 3
+        text = f"{text[: length - tail - 1]}…{text[-tail:]}"
     # A leading underscore would hide the label from the legend.
     return f" {text}" if text.startswith("_") else text
 

@@ -79,6 +79,7 @@ class ResultRow(Record):
 
     name: str
     kind: Literal["untouched", "teacher", "fused", "student", "control"]
+    note: str | None = None
     num_parameters: Number = None
     nll: Number = None
     perplexity: Number = None
@@ -98,6 +99,11 @@ class ResultRow(Record):
     domains: Annotated[dict[str, DomainScore], BeforeValidator(_empty_if_null)] = {}
     reliability: Reliability | None = None
     entropy_bins: EntropyBins | None = None
+
+    @property
+    def title(self) -> str:
+        """The name where the kind is plain from its place."""
+        return self.name.removeprefix(f"{self.kind}: ")
 
 
 class TeacherMeasure(Record):
@@ -147,6 +153,7 @@ class Preflight(Record):
     fusions: list[FusionMeasure] = []
     chosen: FusionMeasure | None = None
     best_single: BestSingle | None = None
+    verdict: list[str] = []
 
 
 class Stage(Record):
@@ -204,21 +211,33 @@ def read_run(run_folder: Path) -> RunFiles:
         raise CollegiumError(
             f"{run_folder}: no such run folder; must be the folder of a run; do `collegium run RECIPE`"
         )
+    stages = _read_json(run_folder / "stages.json", dict[str, Stage])
     controls: dict[str, tuple[LogStep, ...]] = {}
-    for folder in sorted(run_folder.glob("controls/*/")):
-        log = _read_log(folder / "train" / "log.jsonl")
+    for name in _control_names(run_folder, stages or {}):
+        log = _read_log(run_folder / "controls" / name / "train" / "log.jsonl")
         if log is not None:
-            controls[folder.name] = log
+            controls[name] = log
     results = _read_json(run_folder / "results.json", list[ResultRow])
     return RunFiles(
         name=run_folder.resolve().name,
         recipe=_read_text(run_folder / "recipe.yaml"),
         environment=_read_json(run_folder / "environment.json", dict[str, Any]),
-        stages=_read_json(run_folder / "stages.json", dict[str, Stage]),
+        stages=stages,
         preflight=_read_json(run_folder / "preflight.json", Preflight),
         results=None if results is None else tuple(results),
         log=_read_log(run_folder / "train" / "log.jsonl"),
         controls=controls,
+    )
+
+
+def _control_names(run_folder: Path, stages: Mapping[str, Stage]) -> list[str]:
+    """In the order in which they were trained, which is the order of their rows in the evaluation."""
+    order = list(stages)
+    names = sorted(folder.name for folder in run_folder.glob("controls/*/"))
+    stage_of = {name: f"control {name}" for name in names}
+    return sorted(
+        names,
+        key=lambda name: order.index(stage_of[name]) if stage_of[name] in order else len(order),
     )
 
 

@@ -14,13 +14,15 @@ def fixed(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return MISSING
     text = f"{value:,.{digits}f}"
+    # A value that is zero as written has no sign.
     return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("-")
 
 
 def signed(value: float | None, digits: int = 3) -> str:
     """`+0.120` or `−0.120`."""
     text = fixed(value, digits)
-    return f"+{text}" if value is not None and value > 0 and text != MISSING else text
+    is_positive = value is not None and value > 0 and any(digit in text for digit in "123456789")
+    return f"+{text}" if is_positive else text
 
 
 def perplexity(value: float | None) -> str:
@@ -49,9 +51,11 @@ def amount(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return MISSING
     for size, unit in UNITS:
-        if abs(value) >= size:
+        # From 999.5 k on, three digits round to the next unit.
+        if (abs(value) >= 0.9995 * size and size > 1e3) or abs(value) >= size:
             scaled = value / size
-            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
+            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+            return f"{scaled:.{digits}f} {unit}"
     return f"{value:.0f}"
 
 

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from collegium.report import canvas
 from collegium.report.canvas import (
-    CONTROLS,
-    FUSED,
     MUTED,
     STUDENT,
     house_style,
     label,
+    legend_below,
     new_figure,
     render,
     teacher_color,
     teacher_dash,
 )
+from collegium.report.colors import control_color, row_color
 from collegium.report.files import LogStep, Number, ResultRow, RunFiles
 from collegium.report.formats import perplexity
+from collegium.report.marks import LARGEST, curve, heat_map, keys, legend, stack, steps_axis
 from collegium.report.verdict import score
 
 WIDE = 10.4
 """Width of a figure in inches; the page is as wide."""
-SMOOTH_FROM = 60
-"""Curves with more points than this are drawn as a running mean over a faint line."""
-MAX_ANNOTATED = 14
-"""Heat maps with more rows or columns than this carry no numbers."""
 TERM_COLORS = {"kd": STUDENT, "ce": "#e0a030"}
 FEATURE_COLORS = ("#44aa99", "#aa4499", "#999933", "#88ccee", "#cc6677", "#117733")
 GROUP_ORDER = ("student", "control", "fused", "teacher", "untouched")
@@ -73,10 +69,10 @@ def perplexity_plot(run: RunFiles) -> bytes | None:
     ]
     if not rows:
         return None
-    values = [value for _, value in rows]
+    values = [min(value, LARGEST) for _, value in rows]
     figure, (axes,) = new_figure(WIDE, 0.9 + 0.3 * len(rows))
     is_wide = max(values) / min(values) > 8
-    colors = [_row_color(row, run) for row, _ in rows]
+    colors = [row_color(row, run) for row, _ in rows]
     places = np.arange(len(rows))
     if is_wide:
         floor = min(values) / 1.6
@@ -84,16 +80,17 @@ def perplexity_plot(run: RunFiles) -> bytes | None:
         axes.hlines(places, floor, values, colors=colors, linewidth=2.5, alpha=0.55)
         axes.scatter(values, places, c=colors, s=46, zorder=3)
         axes.set_xlim(floor, max(values) * 1.8)
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.barh(places, values, color=colors, height=0.66)
         axes.set_xlim(0, max(values) * 1.12)
-    for place, value in zip(places, values, strict=True):
+    for place, value, (_, exact) in zip(places, values, rows, strict=True):
         axes.annotate(
-            perplexity(value), (value, place), (7, 0), textcoords="offset points", va="center"
+            perplexity(exact), (value, place), (7, 0), textcoords="offset points", va="center"
         )
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-    axes.set_yticks(places, [label(row.name) for row, _ in rows])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.set_yticks(places, [label(row.title, 44) for row, _ in rows])
     axes.get_yticklabels()[0].set_fontweight("bold")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -102,91 +99,38 @@ def perplexity_plot(run: RunFiles) -> bytes | None:
     return render(figure)
 
 
-def _row_color(row: ResultRow, run: RunFiles) -> str:
-    if row.kind == "teacher":
-        return teacher_color(row.name, run.teachers())
-    if row.kind == "control":
-        names = [control.name for control in run.rows("control")]
-        return CONTROLS[names.index(row.name) % len(CONTROLS)]
-    return {"student": STUDENT, "fused": FUSED}.get(row.kind, canvas.UNTOUCHED)
-
-
 def loss_plot(run: RunFiles) -> bytes | None:
     """Cross-entropy of the student and its controls, and the terms of the student."""
-    curves = [("student", run.log or (), STUDENT, "-")]
-    for i, (name, log) in enumerate(run.controls.items()):
-        curves.append((name, log, CONTROLS[i % len(CONTROLS)], "--"))
-    terms = _keys(run.log or (), lambda line: line.terms)
-    has_ce = any("ce" in line.terms for line in run.log or ())
-    if not any(log for _, log, _, _ in curves):
+    log = run.log or ()
+    figure, panels = new_figure(WIDE, 3.5, 2 if log else 1)
+    has_ce = any("ce" in line.terms for line in log)
+    panels[0].set_title("Cross-entropy" if has_ce or not log else "Loss")
+    curve(panels[0], log, lambda line: line.terms.get("ce", line.loss), "student", STUDENT, "-")
+    for i, (name, steps) in enumerate(run.controls.items()):
+        color = control_color(i)
+        curve(panels[0], steps, lambda line: line.terms.get("ce", line.loss), name, color, "--")
+    if log:
+        panels[1].set_title("Terms of the student's loss")
+        curve(panels[1], log, lambda line: line.loss, "total", canvas.INK, ":")
+        for i, term in enumerate(keys(log, lambda line: line.terms)):
+            color = _term_color(term, i)
+            curve(panels[1], log, lambda line, term=term: line.terms.get(term), term, color, "-")
+    if not any(axes.lines for axes in panels):
         return None
-    figure, (left, right) = new_figure(WIDE, 3.5, 2)
-    for name, log, color, dash in curves:
-        _curve(left, log, lambda line: line.terms.get("ce", line.loss), name, color, dash)
-    left.set_title("Cross-entropy" if has_ce else "Loss")
-    right.set_title("Terms of the student's loss")
-    _curve(right, run.log or (), lambda line: line.loss, "total", canvas.INK, ":")
-    for i, term in enumerate(terms):
-        color = _term_color(term, i)
-        _curve(right, run.log or (), lambda line, term=term: line.terms.get(term), term, color, "-")
-    for axes in (left, right):
-        _steps_axis(axes)
+    for axes in panels:
+        _finish_curves(axes, run)
         axes.set_ylabel("nats per token")
-        _legend(axes)
     return render(figure)
+
+
+def _finish_curves(axes: Axes, run: RunFiles) -> None:
+    logs = (run.log or (), *run.controls.values())
+    steps_axis(axes, [line.step for log in logs for line in log])
+    legend(axes)
 
 
 def _term_color(term: str, place: int) -> str:
     return TERM_COLORS.get(term, FEATURE_COLORS[place % len(FEATURE_COLORS)])
-
-
-def _curve(
-    axes: Axes,
-    log: Sequence[LogStep],
-    read: Callable[[LogStep], Number],
-    name: str,
-    color: str,
-    dash: str,
-) -> None:
-    steps = np.array([line.step for line in log], dtype=float)
-    values = _array([read(line) for line in log])
-    if not np.isfinite(values).any():
-        return
-    if len(values) > SMOOTH_FROM:
-        axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.25)
-        values = _running_mean(values, max(3, len(values) // 40))
-    marker = "o" if len(values) <= 3 else None
-    axes.plot(steps, values, color=color, linestyle=dash, marker=marker, label=label(name))
-
-
-def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    known = np.isfinite(values)
-    kernel = np.ones(width)
-    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
-    count = np.convolve(known.astype(float), kernel, mode="same")
-    mean = np.full_like(values, np.nan)
-    return np.divide(total, count, out=mean, where=known & (count > 0))
-
-
-def _array(values: Sequence[Number]) -> NDArray[np.float64]:
-    return np.array([math.nan if value is None else value for value in values], dtype=float)
-
-
-def _keys(log: Sequence[LogStep], read: Callable[[LogStep], Mapping[str, Number]]) -> list[str]:
-    return list(
-        dict.fromkeys(key for line in log for key, value in read(line).items() if value is not None)
-    )
-
-
-def _steps_axis(axes: Axes) -> None:
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-
-
-def _legend(axes: Axes, columns: int = 1) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(handles, names, loc="best", ncols=columns)
 
 
 def weights_plot(run: RunFiles) -> bytes | None:
@@ -196,24 +140,23 @@ def weights_plot(run: RunFiles) -> bytes | None:
     ]
     if not log:
         return None
-    names = _keys(log, lambda line: line.teacher_weights)
+    names = keys(log, lambda line: line.teacher_weights)
     domains, table = _domain_weights(log, names)
     figure, panels = new_figure(WIDE, max(3.7, 1.6 + 0.3 * len(domains)), 2 if domains else 1)
     shares = {name: [line.teacher_weights.get(name) for line in log] for name in names}
     colors = [teacher_color(name, run.teachers()) for name in names]
-    _stack(panels[0], [line.step for line in log], shares, colors)
+    stack(panels[0], [line.step for line in log], shares, colors)
     panels[0].set_title("Mean weight over the steps")
     if domains:
         panels[1].set_title("Mean weight on each domain")
-        _heat_map(
+        heat_map(
             panels[1],
             table,
             [label(d, 18) for d in domains],
             [label(n, 14) for n in names],
             "{:.2f}",
         )
-    handles, texts = panels[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=min(5, len(names)))
+    legend_below(figure, panels[0])
     return render(figure)
 
 
@@ -230,48 +173,6 @@ def _domain_weights(
             if known:
                 table[i, j] = sum(known) / len(known)
     return domains, table
-
-
-def _stack(
-    axes: Axes, steps: Sequence[int], shares: Mapping[str, Sequence[Number]], colors: Sequence[str]
-) -> None:
-    values = np.nan_to_num(np.stack([_array(column) for column in shares.values()]), nan=0.0)
-    places = np.array(steps, dtype=float)
-    if len(steps) == 1:
-        # One logged step has no width: draw it as a bar.
-        places, values = np.array([places[0] - 0.5, places[0] + 0.5]), np.repeat(values, 2, axis=1)
-    polygons = axes.stackplot(places, values, colors=colors, edgecolor="white", linewidth=0.4)
-    for polygon, name in zip(polygons, shares, strict=True):
-        polygon.set_label(label(name))
-    axes.set_xlim(places[0], places[-1])
-    axes.set_ylim(0, max(1.0, float(values.sum(axis=0).max())))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.grid(visible=False)
-    _steps_axis(axes)
-
-
-def _heat_map(
-    axes: Axes, table: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], form: str
-) -> None:
-    known = table[np.isfinite(table)]
-    top = float(known.max()) if known.size else 1.0
-    axes.imshow(np.ma.masked_invalid(table), cmap="Blues", vmin=0.0, vmax=top or 1.0, aspect="auto")
-    is_crowded = max(len(columns), max(map(len, columns)) * len(columns) // 10) > 5
-    axes.set_xticks(np.arange(len(columns)), columns)
-    if is_crowded:
-        for text in axes.get_xticklabels():
-            text.set(rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(np.arange(len(rows)), rows)
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    if max(table.shape) > MAX_ANNOTATED:
-        return
-    for (i, j), value in np.ndenumerate(table):
-        if math.isfinite(value):
-            color = "white" if value > 0.6 * top else canvas.INK
-            axes.text(j, i, form.format(value), ha="center", va="center", color=color, fontsize=8.5)
 
 
 def trust_plot(run: RunFiles) -> bytes | None:
@@ -304,9 +205,9 @@ def trust_plot(run: RunFiles) -> bytes | None:
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     source = left if left.get_legend_handles_labels()[0] else right
-    handles, names = source.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)))
+    if not source.get_legend_handles_labels()[0]:
+        return None
+    legend_below(figure, source)
     return render(figure)
 
 
@@ -331,12 +232,12 @@ def _bins(
     axes.plot(
         x,
         y,
-        color=_row_color(row, run),
+        color=row_color(row, run),
         linestyle=dash,
         linewidth=1.4 if is_teacher else 2.0,
         marker="o" if is_teacher else "D",
         markersize=3.5,
-        label=label(row.name),
+        label=label(row.title),
     )
 
 
@@ -357,7 +258,7 @@ def disagreement_plot(run: RunFiles) -> bytes | None:
     figure, panels = new_figure(WIDE, max(2.8, 1.3 + 0.38 * size), len(tables))
     for axes, (title, table, form) in zip(panels, tables, strict=True):
         axes.set_title(title)
-        _heat_map(axes, table, names, names, form)
+        heat_map(axes, table, names, names, form)
     return render(figure)
 
 
@@ -376,27 +277,25 @@ def gradient_plot(run: RunFiles) -> bytes | None:
     log = [line for line in run.log or () if any(v is not None for v in line.grad_shares.values())]
     logs = [("student", run.log or (), STUDENT, "-")]
     for i, (name, steps) in enumerate(run.controls.items()):
-        logs.append((name, steps, CONTROLS[i % len(CONTROLS)], "--"))
+        logs.append((name, steps, control_color(i), "--"))
     has_speed = any(line.tokens_per_s is not None for _, steps, _, _ in logs for line in steps)
     num_panels = bool(log) + has_speed
     if not num_panels:
         return None
     figure, panels = new_figure(WIDE, 3.3, num_panels)
     if log:
-        terms = _keys(log, lambda line: line.grad_shares)
+        terms = keys(log, lambda line: line.grad_shares)
         shares = {term: [line.grad_shares.get(term) for line in log] for term in terms}
         colors = [_term_color(term, i) for i, term in enumerate(terms)]
-        _stack(panels[0], [line.step for line in log], shares, colors)
+        stack(panels[0], [line.step for line in log], shares, colors)
         panels[0].set_title("Gradient share of each term")
-        handles, names = panels[0].get_legend_handles_labels()
-        panels[0].legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4)
+        legend_below(figure, panels[0])
     if has_speed:
         axes = panels[-1]
         axes.set_title("Target tokens per second")
         for name, steps, color, dash in logs:
-            _curve(axes, steps, lambda line: line.tokens_per_s, name, color, dash)
+            curve(axes, steps, lambda line: line.tokens_per_s, name, color, dash)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        _steps_axis(axes)
-        _legend(axes)
+        _finish_curves(axes, run)
     return render(figure)

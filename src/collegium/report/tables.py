@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from collegium.report.canvas import FUSED, STUDENT, UNTOUCHED, teacher_color
+from collegium.report.canvas import teacher_color
+from collegium.report.colors import row_color
 from collegium.report.files import DomainScore, ResultRow, RunFiles
 from collegium.report.formats import (
     amount,
@@ -29,7 +30,6 @@ GROUPS = (
     ("untouched", "Before training"),
 )
 TRAINED = ("student", "control")
-KIND_COLORS = {"student": STUDENT, "fused": FUSED, "untouched": UNTOUCHED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def agreement_table(run: RunFiles) -> Table:
         values = [row.agreement.get(name) for name in names]
         top = max(value for value in values if value is not None)
         cells = tuple(Cell(percent(value), value == top and len(names) > 1) for value in values)
-        lines.append(Line(row.name, cells, _color(row, run), mark=row.kind == "student"))
+        lines.append(Line(row.title, cells, row_color(row, run), mark=row.kind == "student"))
     return Table("Model", names, tuple(lines))
 
 
@@ -147,7 +147,11 @@ def _result_table(run: RunFiles, columns: Sequence[Column], first: str) -> Table
                 cells.append(Cell(text, kind in TRAINED and mark is not None and text == mark))
             lines.append(
                 Line(
-                    row.name, tuple(cells), _color(row, run), "" if i else group, kind == "student"
+                    row.title,
+                    tuple(cells),
+                    row_color(row, run),
+                    "" if i else group,
+                    kind == "student",
                 )
             )
     return Table(first, tuple(column.title for column in columns), tuple(lines))
@@ -158,12 +162,6 @@ def _best_of(column: Column, rows: Iterable[ResultRow]) -> str | None:
     if column.rank is None or len(values) < 2:
         return None
     return column.write(min(values, key=column.rank))
-
-
-def _color(row: ResultRow, run: RunFiles) -> str:
-    if row.kind == "teacher":
-        return teacher_color(row.name, run.teachers())
-    return KIND_COLORS.get(row.kind, "")
 
 
 def teacher_table(run: RunFiles) -> Table:
@@ -204,7 +202,11 @@ def fusion_table(run: RunFiles) -> Table:
     ranked = sorted(preflight.fusions, key=lambda one: float("inf") if one.nll is None else one.nll)
     lines = []
     for fusion in ranked:
-        chosen = preflight.chosen is not None and fusion.name == preflight.chosen.name
+        # One name may stand for several calibrations: the chosen one has the chosen NLL as well.
+        chosen = preflight.chosen is not None and (fusion.name, fusion.nll) == (
+            preflight.chosen.name,
+            preflight.chosen.nll,
+        )
         change = None if single is None or fusion.nll is None else fusion.nll - single
         cells = (
             Cell(fusion.calibration or "raw"),
@@ -224,7 +226,8 @@ def size_table(run: RunFiles) -> Table:
     student = best(run.rows("student"))
     base = student.num_parameters if student else None
     lines = [
-        _size_line(row.name, row.num_parameters, base, _color(row, run), row.kind) for row in rows
+        _size_line(row.title, row.num_parameters, base, row_color(row, run), row.kind)
+        for row in rows
     ]
     together = [row.num_parameters or 0.0 for row in run.rows("teacher")]
     if len(together) > 1 and sum(together):
@@ -259,7 +262,9 @@ def cost_table(run: RunFiles) -> Table:
             signed_percent(relative) if row.kind == "control" else "",
         )
         lines.append(
-            Line(row.name, tuple(map(Cell, texts)), _color(row, run), mark=row.kind == "student")
+            Line(
+                row.title, tuple(map(Cell, texts)), row_color(row, run), mark=row.kind == "student"
+            )
         )
     return Table(
         "Model", ("Steps", "Tokens", "Time", "Tokens/s", "Time against student"), tuple(lines)

@@ -65,7 +65,9 @@ def judge(run: RunFiles) -> Verdict:
             facts,
         )
     limit = score(control) or 0.0
-    against = f"the best control, {control.name} ({perplexity(limit)}{_effort(control, student)})"
+    against = (
+        f"the best control, “{control.title}” ({perplexity(limit)}{_effort(control, student)})"
+    )
     if limit <= 0 or reached <= 0:
         return Verdict(f"{start}; it cannot be compared with {against}.", facts)
     change = reached / limit - 1
@@ -77,7 +79,7 @@ def judge(run: RunFiles) -> Verdict:
         )
     if change > 0:
         return Verdict(
-            f"{start}, {percent(change)} above {against}: distillation did not pay in this run.",
+            f"{start}, {percent(change)} above {against}: a simpler way did better in this run.",
             facts,
             "bad",
         )
@@ -88,7 +90,7 @@ def _effort(control: ResultRow, student: ResultRow) -> str:
     if control.steps is None or student.steps is None:
         return ""
     if control.steps == student.steps:
-        return ", equal steps"
+        return f", {fixed(student.steps, 0)} steps each"
     return f", {fixed(control.steps, 0)} steps against {fixed(student.steps, 0)}"
 
 
@@ -115,7 +117,7 @@ def _facts(run: RunFiles, reached: float | None) -> list[str]:
         value = None if row is None else score(row)
         if row is None or value is None:
             continue
-        name = "" if row.kind in ("fused", "untouched") else f" {row.name}"
+        name = "" if row.kind in ("fused", "untouched") else f" {row.title}"
         change = ""
         if reached and value > 0 and row.kind in ("control", "teacher"):
             change = f" (student {signed_percent(reached / value - 1)})"

@@ -1,0 +1,274 @@
+import itertools
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import run_fixture
+from collegium.report import page, plots
+
+MARKS = (
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<svg onload=alert(1)>",
+    "<svg><script>alert(1)</script></svg>",
+    "<iframe src=javascript:alert(1)>",
+    "<body onload=alert(1)>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "<math><mtext></mtext><script>alert(1)</script></math>",
+    "<style>@import 'http://evil.example/x.css';</style>",
+    "<link rel=stylesheet href=http://evil.example/x.css>",
+    "<meta http-equiv=refresh content='0;url=http://evil.example'>",
+    "<base href='http://evil.example/'>",
+    "<object data=http://evil.example></object>",
+    "<embed src=http://evil.example>",
+    "<form action=http://evil.example><button>x</button></form>",
+    "<input autofocus onfocus=alert(1)>",
+    "<details open ontoggle=alert(1)>",
+    "<video><source onerror=alert(1)>",
+    "<marquee onstart=alert(1)>",
+    "\" onmouseover=\"alert(1)",
+    "' onmouseover='alert(1)",
+    "\"><script>alert(1)</script>",
+    "'><script>alert(1)</script>",
+    "</title><script>alert(1)</script>",
+    "</style><script>alert(1)</script>",
+    "</pre><script>alert(1)</script>",
+    "</textarea><script>alert(1)</script>",
+    "</table><script>alert(1)</script>",
+    "--><script>alert(1)</script>",
+    "<!--<script>alert(1)</script>",
+    "<![CDATA[<script>alert(1)</script>]]>",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "&#60;script&#62;alert(1)",
+    "{{ 7 * 7 }}",
+    "{% include '/etc/passwd' %}",
+    "{{ ''.__class__.__mro__ }}",
+    "<scr\u0000ipt>alert(1)</scr\u0000ipt>",
+    "<ScRiPt>alert(1)</ScRiPt>",
+    "red;background:url(http://evil.example/x)",
+)  # fmt: skip
+FILES = (
+    "recipe.yaml",
+    "environment.json",
+    "stages.json",
+    "preflight.json",
+    "results.json",
+    "train/log.jsonl",
+    "controls",
+)
+ALLOWED_TAGS = frozenset(
+    [
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "main",
+        "header",
+        "p",
+        "strong",
+        "h1",
+        "ul",
+        "li",
+        "nav",
+        "a",
+        "section",
+        "div",
+        "h2",
+        "h3",
+        "figure",
+        "img",
+        "figcaption",
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "span",
+        "b",
+        "code",
+        "pre",
+        "footer",
+    ]
+)
+SVG_TAGS = frozenset(["svg", "metadata", "defs", "style", "g", "path", "use", "rect", "image", "clipPath"])
+
+
+class _Tags(HTMLParser):
+    """Every tag and attribute that a browser would see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def _tags(text: str) -> list[tuple[str, dict[str, str | None]]]:
+    parser = _Tags()
+    parser.feed(text)
+    return parser.found
+
+
+def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "draw_all", lambda run: [])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = run_fixture.write_run(tmp_path_factory.mktemp("report") / "specialists")
+    return page.write_report(folder).read_text(encoding="utf-8")
+
+
+def test_says_who_won_and_by_how_much(report: str) -> None:
+    assert (
+        "reaches perplexity 118.0, 7.9 % below the best control, “CE only, equal steps” (128.2, 900 steps each)."
+        in report
+    )
+
+
+def test_has_every_section_and_all_six_plots(report: str) -> None:
+    assert re.findall(r'<h2 id="(\w+)"', report) == [
+        "plots",
+        "evaluation",
+        "preflight",
+        "cost",
+        "recipe",
+        "environment",
+    ]
+    assert report.count("<figure>") == 6
+    assert "is missing" not in report
+
+
+def test_marks_the_student_and_the_best_of_each_column(report: str) -> None:
+    table = report[report.index('id="evaluation"') :]
+    student = re.search(r'<tr class="mark">.*?</tr>', table, re.S)
+    assert student is not None
+    assert "<b>118.0</b>" in student.group()
+    assert "<b>97.1</b>" not in table  # the fused target is no student
+
+
+def test_the_compression_is_all_teachers_against_the_student(report: str) -> None:
+    assert "9.29 ×" in report  # 4 * 2,561,280 / 1,102,464
+
+
+def test_loads_nothing_and_runs_nothing(report: str) -> None:
+    tags = _tags(report)
+    assert {tag for tag, _ in tags} <= ALLOWED_TAGS
+    sources = [
+        value or "" for _, attrs in tags for key, value in attrs.items() if key in ("src", "href")
+    ]
+    assert sources
+    assert all(value.startswith(("data:image/svg+xml;base64,", "#")) for value in sources)
+    assert not [key for _, attrs in tags for key in attrs if key.startswith("on")]
+    assert "http://" not in report
+    assert "https://" not in report
+    assert "url(" not in report
+    policy = [a["content"] for t, a in tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_the_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:
+    folder = run_fixture.write_run(tmp_path / "run", steps=12)
+    first = page.write_report(folder).read_bytes()
+    assert page.write_report(folder).read_bytes() == first
+
+
+@pytest.mark.parametrize("absent", [c for n in range(8) for c in itertools.combinations(FILES, n)])
+def test_any_file_may_be_missing(
+    absent: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_plots(monkeypatch)
+    folder = run_fixture.write_run(tmp_path / "run", steps=2)
+    for name in absent:
+        path = folder / name
+        path.rename(tmp_path / name.replace("/", "_"))
+    text = page.write_report(folder).read_text(encoding="utf-8")
+    for name in FILES[:-1]:
+        assert (f"<code>{name}</code> is missing" in text) == (name in absent)
+    assert ("collegium evaluate" in text) == ("results.json" in absent)
+
+
+@pytest.mark.parametrize("absent", [*((name,) for name in FILES), FILES])
+def test_plots_are_drawn_from_what_is_there(absent: tuple[str, ...], tmp_path: Path) -> None:
+    folder = run_fixture.write_run(tmp_path / "run", steps=3)
+    for name in absent:
+        (folder / name).rename(tmp_path / name.replace("/", "_"))
+    text = page.write_report(folder).read_text(encoding="utf-8")
+    assert ("<figure>" in text) == (absent != FILES)
+
+
+@pytest.mark.parametrize("payload", MARKS)
+def test_names_are_shown_and_never_run(
+    payload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_plots(monkeypatch)
+    folder = run_fixture.write_run(
+        tmp_path / "run",
+        teachers=[payload, "other"],
+        domains=[payload],
+        controls=[payload.replace("\u0000", "")],
+        steps=2,
+        recipe=f"name: {payload}\n",
+    )
+    run_fixture.write_json(folder / "environment.json", {payload: {payload: [payload]}})
+    stage = {"status": payload, "started": payload, "seconds": 1.0, "note": payload}
+    run_fixture.write_json(folder / "stages.json", {payload: stage})
+    text = page.write_report(folder).read_text(encoding="utf-8")
+    tags = _tags(text)
+    assert {tag for tag, _ in tags} <= ALLOWED_TAGS
+    assert "<script" not in text.lower()
+    known = {"class", "id", "href", "src", "alt", "style", "scope", "colspan", "lang", "charset", "http-equiv", "content", "name"}  # fmt: skip
+    assert {key for _, attrs in tags for key in attrs} <= known
+    styles = [value or "" for _, attrs in tags for key, value in attrs.items() if key == "style"]
+    assert all(re.fullmatch(r"background:#[0-9a-f]{6}", value) for value in styles)
+    if "{{ 7" in payload:
+        assert payload in text  # shown, not computed
+    if payload.startswith("<ScR"):
+        assert "&lt;ScRiPt&gt;" in text
+
+
+def test_hostile_names_in_plots_are_paths_and_not_text(tmp_path: Path) -> None:
+    names = list(MARKS[:10])
+    folder = run_fixture.write_run(tmp_path / "run", teachers=names, domains=names, steps=3)
+    for plot in plots.draw_all(page.read_run(folder)):
+        for element in ET.fromstring(plot.svg).iter():
+            tag = element.tag.rpartition("}")[2]
+            assert tag in SVG_TAGS
+            for key, value in element.attrib.items():
+                assert not key.lower().startswith("on")
+                assert not key.endswith("href") or value.startswith(("#", "data:image/png;base64,"))
+
+
+def test_the_template_never_switches_escaping_off() -> None:
+    text = Path(page.__file__).with_name("page.html").read_text(encoding="utf-8")
+    assert "|safe" not in text.replace(" ", "")
+    assert "autoescape" not in text
+    assert "<script" not in text
+
+
+def test_a_failed_write_leaves_the_old_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_plots(monkeypatch)
+    folder = run_fixture.write_run(tmp_path / "run", steps=2)
+    (folder / "report.html").write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(page.os, "fsync", full)
+    with pytest.raises(
+        page.CollegiumError, match=r"report\.html: cannot be written .*No space left"
+    ):
+        page.write_report(folder)
+    assert (folder / "report.html").read_text() == "old"
+    assert not list(folder.glob(".report.html*"))

@@ -1,0 +1,135 @@
+import dataclasses
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+import run_fixture
+from collegium.report import canvas, files, marks, plots
+
+KEYS = ["perplexity", "loss", "weights", "trust", "disagreement", "gradients"]
+
+
+def _run(tmp_path: Path, **options: object) -> files.RunFiles:
+    return files.read_run(run_fixture.write_run(tmp_path / "run", **options))  # type: ignore[arg-type]
+
+
+def _keys(run: files.RunFiles) -> list[str]:
+    drawn = plots.draw_all(run)
+    for plot in drawn:
+        assert ET.fromstring(plot.svg).tag.endswith("svg")
+    return [plot.key for plot in drawn]
+
+
+@pytest.mark.parametrize("num_teachers", [2, 10, 23])
+def test_draws_every_plot_for_any_number_of_teachers(num_teachers: int, tmp_path: Path) -> None:
+    names = [f"teacher {i} with quite a long name" for i in range(num_teachers)]
+    assert _keys(_run(tmp_path, teachers=names, steps=5)) == KEYS
+
+
+def test_one_teacher_disagrees_with_nobody(tmp_path: Path) -> None:
+    assert _keys(_run(tmp_path, teachers=["only"], steps=5)) == [
+        k for k in KEYS if k != "disagreement"
+    ]
+
+
+def test_without_teachers_nobody_teaches(tmp_path: Path) -> None:
+    run = _run(tmp_path, teachers=[], controls=[], steps=5)
+    assert _keys(run) == [k for k in KEYS if k not in ("weights", "disagreement")]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 400])
+def test_draws_any_number_of_logged_steps(steps: int, tmp_path: Path) -> None:
+    assert _keys(_run(tmp_path, steps=steps)) == KEYS
+
+
+def test_draws_nothing_from_nothing() -> None:
+    assert plots.draw_all(files.RunFiles("empty")) == []
+    assert (
+        plots.draw_all(files.RunFiles("empty", log=(), results=(), preflight=files.Preflight()))
+        == []
+    )
+
+
+def test_values_that_are_null_everywhere_leave_no_plot() -> None:
+    line = files.LogStep(
+        step=3, terms={"ce": None}, teacher_weights={"a": None}, grad_shares={"ce": None}
+    )
+    row = files.ResultRow(name="student", kind="student", reliability=None)
+    assert _keys(files.RunFiles("nulls", log=(line,), results=(row,))) == []
+
+
+def test_gaps_and_absurd_values_are_left_out(tmp_path: Path) -> None:
+    run = _run(tmp_path, steps=70)
+    assert run.log is not None
+    assert run.results is not None
+    broken = [
+        line.model_copy(update={"loss": None, "terms": {"kd": None, "ce": 1e300}})
+        for line in run.log[:9]
+    ]
+    results = [row.model_copy(update={"perplexity": 1e250}) for row in run.results]
+    run = dataclasses.replace(run, log=(*broken, *run.log[9:]), results=tuple(results))
+    assert _keys(run) == KEYS
+
+
+def test_empty_bins_are_skipped(tmp_path: Path) -> None:
+    nothing = files.Reliability(confidence=[None] * 3, accuracy=[None] * 3, count=[0.0] * 3)
+    row = files.ResultRow(name="a", kind="teacher", nll=1.0, reliability=nothing)
+    assert _keys(files.RunFiles("bins", results=(row,))) == ["perplexity"]
+
+
+def test_the_same_data_give_the_same_bytes(tmp_path: Path) -> None:
+    run = _run(tmp_path, steps=4)
+    assert [p.svg for p in plots.draw_all(run)] == [p.svg for p in plots.draw_all(run)]
+
+
+def test_plots_ignore_the_settings_of_the_reader(tmp_path: Path) -> None:
+    import matplotlib
+
+    run = _run(tmp_path, steps=4)
+    expected = [plot.svg for plot in plots.draw_all(run)]
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
+        assert [plot.svg for plot in plots.draw_all(run)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("_hidden", " _hidden"),
+        ("$x^2$", "$x^2$"),
+        ("$broken{", "$broken{"),
+        ("two\nlines\tand\x00nul", "two lines andnul"),
+        ("数学", "□□"),
+        ("", "(no name)"),
+        ("a" * 60 + "-7b", "a" * 17 + "…" + "aaaaa-7b"),
+    ],
+)
+def test_labels_can_always_be_drawn(name: str, drawn: str, tmp_path: Path) -> None:
+    assert canvas.label(name) == drawn
+    assert len(_keys(_run(tmp_path, teachers=[name, "b"], domains=[name], steps=2))) == 6
+
+
+def test_a_teacher_keeps_its_color_and_the_second_ten_get_dashes() -> None:
+    names = [str(i) for i in range(12)]
+    assert len({canvas.teacher_color(name, names) for name in names[:10]}) == 10
+    assert canvas.teacher_color("1", names) == canvas.teacher_color("11", names)
+    assert canvas.teacher_dash("1", names) != canvas.teacher_dash("11", names)
+
+
+def test_domain_weights_are_the_mean_of_the_logged_ones() -> None:
+    log = [
+        files.LogStep(step=1, domain_weights={"news": {"a": 0.2, "b": 0.8}}),
+        files.LogStep(step=2, domain_weights={"news": {"a": 0.6, "b": None}}),
+        files.LogStep(step=3),
+    ]
+    domains, table = plots._domain_weights(log, ["a", "b"])
+    assert domains == ["news"]
+    assert table.tolist() == [[pytest.approx(0.4), pytest.approx(0.8)]]
+
+
+def test_running_mean_keeps_gaps_and_levels() -> None:
+    values = marks.array([1.0, 1.0, None, 1.0, 1.0, 7.0])
+    smooth = marks._running_mean(values, 3)
+    assert smooth[:2].tolist() == [1.0, 1.0]
+    assert smooth[2] != smooth[2]
+    assert smooth[4] == pytest.approx(3.0)

@@ -1,0 +1,120 @@
+import math
+
+import pytest
+
+from collegium.report import formats
+from collegium.report.files import LogStep, ResultRow, RunFiles
+from collegium.report.verdict import gap_closed, judge, key_figures
+
+
+def _row(name: str, kind: str, perplexity: float | None, **more: float) -> ResultRow:
+    nll = None if perplexity is None else math.log(perplexity)
+    return ResultRow.model_validate(
+        {"name": name, "kind": kind, "nll": nll, "perplexity": perplexity, **more}
+    )
+
+
+def _run(*rows: ResultRow) -> RunFiles:
+    return RunFiles("run", results=rows)
+
+
+STUDENT = _row("student", "student", 118.0, steps=900.0)
+
+
+def test_a_student_that_wins() -> None:
+    verdict = judge(
+        _run(STUDENT, _row("ce", "control", 128.2, steps=900.0), _row("u", "control", 190.0))
+    )
+    assert verdict.tone == "good"
+    assert verdict.headline == (
+        "The distilled student reaches perplexity 118.0, 8.0 % below the best control, “ce” (128.2, 900 steps each)."
+    )
+    assert verdict.facts == ("Control u: 190.0 (student −37.9 %)",)
+
+
+def test_a_student_that_loses_is_told_so() -> None:
+    verdict = judge(_run(STUDENT, _row("ce", "control", 100.0, steps=700.0)))
+    assert verdict.tone == "bad"
+    assert "18.0 % above the best control, “ce” (100.0, 700 steps against 900)" in verdict.headline
+    assert "a simpler way did better" in verdict.headline
+
+
+@pytest.mark.parametrize("limit", [117.2, 118.0, 118.9])
+def test_a_hair_is_no_victory(limit: float) -> None:
+    verdict = judge(_run(STUDENT, _row("ce", "control", limit)))
+    assert verdict.tone == "even"
+    assert "too small for one seed" in verdict.headline
+
+
+def test_without_a_control_nothing_is_claimed() -> None:
+    verdict = judge(
+        _run(
+            STUDENT,
+            _row("a", "teacher", 90.0),
+            _row("b", "teacher", 80.0),
+            _row("f", "fused", 70.0),
+        )
+    )
+    assert verdict.tone == "open"
+    assert "no control" in verdict.headline
+    assert verdict.facts == (
+        "Best single teacher b: 80.0 (student +47.5 %)",
+        "Fused target itself: 70.0",
+    )
+
+
+def test_what_is_not_evaluated_is_not_judged() -> None:
+    assert judge(RunFiles("run")).headline == "The student is not trained yet."
+    trained = RunFiles("run", log=(LogStep(step=40),))
+    assert (
+        judge(trained).headline == "Training has logged step 40; the student is not evaluated yet."
+    )
+    assert "no distilled student" in judge(_run(_row("a", "teacher", 9.0))).headline
+    assert "no distilled student" in judge(_run(_row("student", "student", None))).headline
+    assert key_figures(_run()) == []
+
+
+def test_gap_closed_runs_from_the_control_to_the_fused_target() -> None:
+    rows = [
+        _row("s", "student", math.e**2),
+        _row("c", "control", math.e**3),
+        _row("f", "fused", math.e),
+    ]
+    assert gap_closed(_run(*rows)) == pytest.approx(0.5)
+    assert gap_closed(_run(rows[0], rows[1], _row("f", "fused", math.e**4))) is None
+    assert gap_closed(_run(rows[0], rows[2])) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (formats.fixed(4.76849), "4.768"),
+        (formats.fixed(-0.0001), "0.000"),
+        (formats.fixed(-1234.5, 1), "−1,234.5"),
+        (formats.fixed(math.nan), "–"),
+        (formats.signed(0.12), "+0.120"),
+        (formats.signed(-0.12), "−0.120"),
+        (formats.signed(0.00001), "0.000"),
+        (formats.perplexity(8.416), "8.42"),
+        (formats.perplexity(118.02), "118.0"),
+        (formats.perplexity(4211.4), "4,211"),
+        (formats.perplexity(3.2e9), "3.2e+09"),
+        (formats.percent(0.3821), "38.2 %"),
+        (formats.percent(None), "–"),
+        (formats.signed_percent(-0.0796), "−8.0 %"),
+        (formats.amount(1_102_464), "1.10 M"),
+        (formats.amount(999_999), "1.00 M"),
+        (formats.amount(307_200), "307 k"),
+        (formats.amount(900), "900"),
+        (formats.ratio(23.24), "23.2 ×"),
+        (formats.duration(0.44), "0.4 s"),
+        (formats.duration(59.7), "1 min 00 s"),
+        (formats.duration(155.2), "2 min 35 s"),
+        (formats.duration(11_260), "3 h 07 min"),
+        (formats.duration(None), "–"),
+        (formats.perplexity_of(math.log(50)), pytest.approx(50)),
+        (formats.perplexity_of(1e4), None),
+    ],
+)
+def test_numbers_are_written_for_people(written: object, expected: object) -> None:
+    assert written == expected
