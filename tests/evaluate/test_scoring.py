@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -37,7 +38,7 @@ def naive_ece(confidence: list[float], correct: list[bool]) -> float:
     order = np.argsort(confidence, kind="stable")
     edges = np.linspace(0, len(order), min(15, len(order)) + 1).round().astype(int)
     total = 0.0
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         chosen = order[low:high]
         gap = np.mean([correct[i] for i in chosen]) - np.mean([confidence[i] for i in chosen])
         total += len(chosen) / len(order) * abs(gap)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,9 +54,10 @@ class Calibration:
         )
 
     def answers(self, teachers: Sequence[Scorer]) -> Iterator[tuple[list[TeacherRows], Rows]]:
-        """What all teachers say about each batch, and its rows."""
+        """What all teachers say about each batch, and its rows on the device of the answers."""
         for chunk in self.chunks():
-            yield [teacher.score(chunk.batch, chunk.rows) for teacher in teachers], chunk.rows
+            found = [teacher.score(chunk.batch, chunk.rows) for teacher in teachers]
+            yield found, blocks_of(chunk.rows, found[0].scores, None)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ class Scalars:
         """(K, N) statistics of these teachers at temperatures of the grid, 1 where none is given."""
         picked = []
         for name in teachers:
-            table, at = self.tables.teacher(name), self._column(temperatures.get(name, 1.0))
+            table, at = self._by_teacher[name], self._column(temperatures.get(name, 1.0))
             picked.append((table.entropy_KN[at], table.label_logp_KN[at], table.max_logp_KN[at]))
         return RowStats(*(torch.stack(columns) for columns in zip(*picked, strict=True)))
 
@@ -91,13 +93,13 @@ class Scalars:
         """NLL of the linear pool at every row: (N,) float64 nats; temperatures must be on the grid."""
         names = self.teachers if teachers is None else list(teachers)
         stats = self.stats(temperatures, names)
-        return linear_pool_nll(stats, weighting, self.tables.rows(), names)
+        return linear_pool_nll(stats, weighting, self._rows, names)
 
     def shares(self, weighting: Weighting, temperatures: Mapping[str, float]) -> dict[str, float]:
         """Mean weight of each teacher."""
         names = self.teachers
         stats = self.stats(temperatures, names)
-        score_KN, _ = weighting.log_scores(stats, self.tables.rows(), names)
+        score_KN, _ = weighting.log_scores(stats, self._rows, names)
         return dict(zip(names, score_KN.softmax(0).mean(1).tolist(), strict=True))
 
     def metrics(self, teacher: str) -> Metrics:
@@ -112,6 +114,14 @@ class Scalars:
             confidence_N=max_logp_N.exp().float().numpy(),
             is_correct_N=(label_logp_N == max_logp_N).numpy(),
         )
+
+    @cached_property
+    def _by_teacher(self) -> dict[str, RowStats]:
+        return {name: self.tables.teacher(name) for name in self.tables.names}
+
+    @cached_property
+    def _rows(self) -> Rows:
+        return self.tables.rows()
 
     def _column(self, temperature: float) -> int:
         """The nearest temperature of the grid."""
@@ -132,7 +142,7 @@ def sweep_teachers(teachers: Sequence[Scorer], split: Calibration) -> Scalars:
     with torch.no_grad():
         for chunk in split.chunks():
             answers = [teacher.score(chunk.batch, chunk.rows) for teacher in teachers]
-            tables.add(answers, chunk.rows)
+            tables.add(answers, blocks_of(chunk.rows, answers[0].scores, None)[0])
             pairs.add(answers, len(chunk.rows), step)
             chunks.append(chunk)
     targets = gather_targets(chunks, split.dataset)

@@ -1,0 +1,256 @@
+"""A pre-flight on teachers that are written down: what it measures, what it chooses, what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+
+from collegium.data.windows import PackedDataset
+from collegium.errors import CollegiumError
+from collegium.evaluate import preflight as preflight_module
+from collegium.evaluate.advice import Findings, verdict_sentences
+from collegium.evaluate.preflight import Candidate, Preflight, choose, run_preflight
+from collegium.evaluate.scoring import FUSED, score_models
+from collegium.evaluate.sweeps import pairwise_jsd
+from collegium.fusion.pooling import Fusion, describe
+from collegium.fusion.weights import BestSingle, PrefixLikelihood, Uniform
+from collegium.recipe import decode_fusion
+from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
+
+VOCAB = 24
+
+
+@lru_cache(maxsize=1)
+def two_domains() -> PackedDataset:
+    """In `ones` the next token is mostly v + 1, in `fives` mostly v + 5."""
+    documents, domains = [], []
+    for domain, step, seed in (("ones", 1, 0), ("fives", 5, 1)):
+        found = walks(vocab_size=VOCAB, step=step, noise=0.3, number=16, length=25, seed=seed)
+        documents += found
+        domains += [domain] * len(found)
+    return id_dataset(documents, domains, max_length=25)
+
+
+def specialist(name: str, step: int, sharpness: float = 4.0) -> BigramTeacher:
+    return BigramTeacher(name, bigram_logits(vocab_size=VOCAB, step=step, sharpness=sharpness))
+
+
+@lru_cache(maxsize=1)
+def two_specialists() -> Preflight:
+    teachers = [specialist("one", 1), specialist("five", 5)]
+    return run_preflight(teachers, two_domains(), batch_size=8)
+
+
+def entry(report: dict, name: str) -> dict:
+    (found,) = [one for one in report["fusions"] if one["name"] == name]
+    return found
+
+
+def test_specialists_call_for_prefix_likelihood() -> None:
+    found = two_specialists()
+    assert isinstance(found.fusion.weighting, PrefixLikelihood)
+    report = found.to_dict()
+    assert (
+        report["chosen"]["nll"] < entry(report, describe(Fusion(weighting=Uniform())))["nll"] - 0.1
+    )
+    assert report["chosen"]["nll"] < report["best_single"]["nll"] - 0.1
+    assert decode_fusion(report["chosen"]["fusion"]) == found.fusion
+    names = [one["name"] for one in report["fusions"]]
+    assert len(names) == len(set(names))
+    assert [one["nll"] for one in report["fusions"]] == sorted(o["nll"] for o in report["fusions"])
+
+
+def test_every_calibration_is_tried() -> None:
+    teachers = [specialist("one", 1, 9.0), specialist("five", 5, 9.0)]
+    report = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
+    tried = {(one["fusion"]["pool"], one["calibration"]) for one in report["fusions"]}
+    calibrations = {"raw", "temperatures", "pooled", "temperatures+pooled"}
+    assert tried == {(pool, c) for pool in ("linear", "log_linear") for c in calibrations}
+
+
+def test_every_nll_is_that_of_the_fused_target() -> None:
+    """Scalars, sweeps and the evaluation agree, whatever the pool and the temperatures."""
+    teachers = [specialist("one", 1, 9.0), specialist("five", 5)]
+    report = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
+    chosen = {one["fusion"]["pool"] + one["calibration"]: one for one in report["fusions"]}
+    for one in chosen.values():
+        fusion = decode_fusion(one["fusion"])
+        scored = score_models([], teachers, fusion, two_domains(), batch_size=5)[FUSED]
+        assert one["nll"] == pytest.approx(scored.nll, rel=1e-5), one["name"]
+        assert one["num_tokens"] == len(scored.targets)
+        for domain, figures in scored.by_domain().items():
+            assert one["domains"][domain] == pytest.approx(figures["nll"], rel=1e-5)
+
+
+def test_teachers_are_measured_like_models() -> None:
+    teachers = [specialist("one", 1), specialist("five", 5)]
+    scored = score_models(teachers, [], None, two_domains(), batch_size=8)
+    report = two_specialists().to_dict()
+    assert list(report["teachers"]) == ["one", "five"]
+    for name, figures in report["teachers"].items():
+        expected = scored[name].to_dict()
+        for key in ("nll", "perplexity", "entropy", "ece", "overconfidence", "top1"):
+            assert figures[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key
+    assert (
+        report["teachers"]["one"]["domains"]["ones"] < report["teachers"]["one"]["domains"]["fives"]
+    )
+    assert report["num_tokens"] == 32 * 24
+
+
+def test_disagreement_matrices() -> None:
+    found = two_specialists().to_dict()["disagreement"]
+    p = torch.softmax(bigram_logits(vocab_size=VOCAB, step=1, sharpness=4.0)[0].double(), 0)
+    q = torch.softmax(bigram_logits(vocab_size=VOCAB, step=5, sharpness=4.0)[0].double(), 0)
+    jsd = sum(
+        0.5 * float(x) * math.log(2 * float(x) / float(x + y))
+        for a, b in ((p, q), (q, p))
+        for x, y in zip(a, b, strict=True)
+    )
+    assert found["teachers"] == ["one", "five"]
+    assert found["jsd"][0][1] == found["jsd"][1][0] == pytest.approx(jsd, rel=1e-4)
+    assert found["jsd"][0][0] == 0.0
+    assert found["top1"] == [[0.0, 1.0], [1.0, 0.0]]
+
+
+def test_divergence_is_bounded_and_symmetric() -> None:
+    apart = torch.tensor([[[0.0, -1e4]], [[-1e4, 0.0]]])
+    jsd_KKn = pairwise_jsd(apart)
+    assert jsd_KKn[:, :, 0].flatten().tolist() == pytest.approx([0, math.log(2), math.log(2), 0])
+
+
+def test_an_overconfident_teacher_is_named() -> None:
+    teachers = [specialist("one", 1), specialist("loud", 5, sharpness=14.0)]
+    found = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
+    assert found["teachers"]["loud"]["overconfidence"] > 1.0
+    assert found["teachers"]["loud"]["temperature"] > 1.5
+    assert "over-confident: " in found["verdict"][1]
+    assert "`loud` (NLL - H = " in found["verdict"][1]
+
+
+def test_a_useless_teacher_is_named_and_one_twin_stays() -> None:
+    noise = BigramTeacher("noise", torch.zeros(VOCAB, VOCAB))
+    twins = [specialist("one", 1, 3.0), specialist("twin", 1, 3.0)]
+    teachers = [*twins, specialist("five", 5, 3.0), noise]
+    fusion = Fusion(weighting=PrefixLikelihood(eta=0.5, decay=0.9))
+    found = run_preflight(teachers, two_domains(), batch_size=8, candidates=[fusion]).to_dict()
+    assert found["chosen"]["name"] == describe(fusion)
+    idle = found["verdict"][1].partition(";")[0]
+    assert "add nothing" in idle
+    assert "`noise`" in idle
+    assert ("`one`" in idle) != ("`twin`" in idle)
+    assert "`five`" not in idle
+    assert sum(found["chosen"]["weights"].values()) == pytest.approx(1.0)
+
+
+def test_a_single_teacher() -> None:
+    found = run_preflight([specialist("one", 1)], two_domains(), batch_size=8)
+    assert isinstance(found.fusion.weighting, BestSingle)
+    verdict = found.to_dict()["verdict"]
+    assert verdict[2] == "There is only one teacher, `one`, so there is nothing to fuse."
+
+
+def test_candidates_are_taken_as_they_are() -> None:
+    wanted = Fusion(weighting=Uniform(), pool="log_linear", pooled_temperature=1.3)
+    teachers = [specialist("one", 1), specialist("five", 5)]
+    found = run_preflight(teachers, two_domains(), batch_size=8, candidates=[wanted, Fusion()])
+    names = {one["name"] for one in found.to_dict()["fusions"]}
+    baselines = [Fusion(weighting=Uniform()), Fusion(weighting=BestSingle(teacher="five"))]
+    best = found.to_dict()["best_single"]["teacher"]
+    baselines[1] = Fusion(weighting=BestSingle(teacher=best))
+    assert names == {describe(one) for one in (wanted, Fusion(), *baselines)}
+
+
+def test_same_numbers_twice_and_strict_json() -> None:
+    teachers = [specialist("one", 1), specialist("five", 5)]
+    again = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
+    first = two_specialists().to_dict()
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    text = json.dumps(first, allow_nan=False)
+    assert json.loads(text) == first
+
+
+def test_infinite_nll_is_null() -> None:
+    sure = torch.full((VOCAB, VOCAB), -math.inf)
+    sure.fill_diagonal_(0.0)
+    teachers = [specialist("one", 1), BigramTeacher("sure", sure)]
+    found = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
+    json.dumps(found, allow_nan=False)
+    assert found["best_single"]["teacher"] == "one"
+
+
+def test_fewer_tokens_for_whole_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight_module, "FULL_TOKENS", 240)
+    monkeypatch.setattr(preflight_module, "FIT_TOKENS", 120)
+    teachers = [specialist("one", 1), specialist("five", 5)]
+    found = run_preflight(teachers, two_domains(), batch_size=8, max_tokens=480).to_dict()
+    assert found["num_tokens"] == 480
+    assert {one["num_tokens"] for one in found["fusions"]} == {240}
+    raw = entry(found, describe(Fusion(weighting=Uniform())))
+    assert raw["nll_all_tokens"] is not None
+    assert raw["nll_all_tokens"] != raw["nll"]
+    assert set(raw["domains"]) == {"ones", "fives"}
+
+
+def test_no_teacher() -> None:
+    with pytest.raises(CollegiumError, match="preflight: got no teacher"):
+        run_preflight([], two_domains(), batch_size=8)
+
+
+def candidate(nll: float, **fusion: object) -> Candidate:
+    return Candidate(Fusion(weighting=Uniform(), **fusion), torch.tensor([nll]).double())  # type: ignore[arg-type]
+
+
+def test_simpler_wins_a_tie() -> None:
+    raw = candidate(2.0015)
+    pooled = candidate(2.0, pooled_temperature=1.1)
+    product = candidate(2.0005, pool="log_linear")
+    assert choose([pooled, product, raw]) is raw
+    assert choose([pooled, product]) is product
+    assert choose([pooled, candidate(2.01)]) is pooled
+
+
+FINDINGS = Findings(
+    fusion_name="uniform, linear",
+    num_tokens=12345,
+    nll=2.0,
+    uniform_nll=2.0,
+    best_single="a",
+    best_single_nll=2.25,
+    best_several_nll=2.0,
+    shares={"a": 0.6, "b": 0.39, "c": 0.01},
+    rises={},
+    overconfidence={"a": 0.0, "b": 0.1, "c": 0.2},
+)
+
+
+def test_verdict_of_several_good_teachers() -> None:
+    assert verdict_sentences(FINDINGS) == [
+        "Use uniform, linear: its fused target has an NLL of 2.000 nats per token on 12,345 tokens, "
+        "level with uniform weights and 0.250 below the best single teacher.",
+        "Every teacher adds something.",
+        "Several teachers beat the best single one, `a`: NLL 2.000 against 2.250, perplexity 7.4 against 9.5.",
+    ]
+
+
+def test_verdict_against_several_teachers() -> None:
+    findings = replace(
+        FINDINGS,
+        fusion_name="best_single(teacher=a), linear",
+        nll=2.25,
+        uniform_nll=2.5,
+        best_several_nll=2.25,
+        rises={"c": 0.0, "b": -0.0315},
+        overconfidence={"a": 0.0, "b": 1.204, "c": 0.2},
+    )
+    assert verdict_sentences(findings) == [
+        "Use best_single(teacher=a), linear: its fused target has an NLL of 2.250 nats per token on 12,345 tokens, "
+        "0.250 below uniform weights and level with the best single teacher.",
+        "`c` (weight 1.0%, NLL +0.000 without it) and `b` (weight 39.0%, NLL -0.032 without it) add nothing; "
+        "over-confident: `b` (NLL - H = +1.20 nats).",
+        "Several teachers do not beat the best single one, `a`: NLL 2.250 against 2.250, perplexity 9.5 against 9.5.",
+    ]

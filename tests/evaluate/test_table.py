@@ -1,0 +1,153 @@
+"""Rows of results.json and how they are printed."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from collegium.errors import CollegiumError
+from collegium.evaluate.metrics import Metrics, Targets
+from collegium.evaluate.preflight import run_preflight
+from collegium.evaluate.scoring import FUSED, score_models
+from collegium.evaluate.table import (
+    About,
+    markdown_table,
+    preflight_tables,
+    render_table,
+    results_rows,
+)
+from collegium.fusion.pooling import Fusion
+from collegium.report.files import ResultRow
+from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
+
+DATASET = id_dataset(
+    walks(vocab_size=8, step=1, noise=0.2, number=6, length=12, seed=0), ["x"] * 6, max_length=12
+)
+
+
+def model(name: str, sharpness: float) -> BigramTeacher:
+    return BigramTeacher(name, bigram_logits(vocab_size=8, step=1, sharpness=sharpness))
+
+
+def rows() -> list[dict]:
+    teachers = [model("a", 3.0), model("b", 2.0)]
+    models = [model("distilled", 2.5), model("untouched", 0.1), *teachers, model("ce_only", 1.0)]
+    scored = score_models(models, teachers, Fusion(), DATASET, batch_size=4)
+    about = {
+        "distilled": About(kind="student", num_parameters=1_100_000, steps=10, train_tokens=99),
+        "untouched": About(kind="untouched", num_parameters=1_100_000),
+        "ce_only": About(kind="control", num_parameters=1_100_000, note="equal steps"),
+        "a": About(kind="teacher", num_parameters=2_560_000_000),
+        "b": About(kind="teacher", num_parameters=999),
+    }
+    return results_rows(scored, about)
+
+
+def printed(table: Table) -> str:
+    console = Console(width=160, color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_rows_have_the_keys_of_the_file_format() -> None:
+    found = rows()
+    assert [row["kind"] for row in found] == [
+        "untouched", "teacher", "teacher", "fused", "control", "student",
+    ]  # fmt: skip
+    wanted = set(ResultRow.model_fields)
+    for row in found:
+        assert wanted <= set(row)
+        ResultRow.model_validate(row)
+        assert len(row["reliability"]["count"]) == len(row["reliability"]["accuracy"])
+        assert sum(row["entropy_bins"]["count"]) == row["num_tokens"] == 66
+        assert row["num_bytes"] == 132
+    assert found[3]["name"] == FUSED
+    assert found[3]["num_parameters"] is None
+    assert found[4]["note"] == "equal steps"
+    assert found[5]["steps"] == 10
+    json.dumps(found, allow_nan=False)
+
+
+def test_infinite_values_become_null() -> None:
+    ones = np.ones(2, np.float32)
+    endless = Metrics(
+        name="a",
+        targets=Targets(np.zeros(2, int), np.zeros(2, int), np.zeros(2, int), ("x",)),
+        nll_N=np.array([math.inf, 1.0], np.float32),
+        entropy_N=ones,
+        confidence_N=ones,
+        is_correct_N=ones > 0,
+    )
+    (row,) = results_rows({"a": endless}, {"a": About(kind="teacher")})
+    json.dumps(row, allow_nan=False)
+    assert row["nll"] is row["perplexity"] is row["bits_per_byte"] is row["overconfidence"] is None
+    assert row["domains"] == {
+        "x": {"nll": None, "perplexity": None, "bits_per_byte": None, "num_tokens": 2}
+    }
+    assert markdown_table([row]).splitlines()[2].startswith("| a | – | – | – |")
+
+
+def test_a_huge_nll_has_no_perplexity() -> None:
+    huge = score_models([model("a", 0.1)], [], None, DATASET, batch_size=4)["a"]
+    big = Metrics(
+        name="a",
+        targets=huge.targets,
+        nll_N=huge.nll_N + np.float32(5000),
+        entropy_N=huge.entropy_N,
+        confidence_N=huge.confidence_N,
+        is_correct_N=huge.is_correct_N,
+    )
+    assert big.perplexity == math.inf
+    assert big.to_dict()["perplexity"] is None
+
+
+def test_a_model_without_description() -> None:
+    scored = score_models([model("a", 3.0)], [], None, DATASET, batch_size=4)
+    with pytest.raises(CollegiumError, match="got metrics of `a`; must be described"):
+        results_rows(scored, {})
+
+
+def test_terminal_table() -> None:
+    text = printed(render_table(rows()))
+    for column in ("params", "perplexity", "bits/byte", "NLL-H", "ECE", "KL to fused", "agreement"):
+        assert column in text
+    lines = text.splitlines()
+    (distilled,) = [line for line in lines if "distilled" in line]
+    assert "1.10M" in distilled
+    assert f"{rows()[5]['perplexity']:.2f}" in distilled
+    assert "100.0%" in distilled
+    (teacher,) = [line for line in lines if "2.56B" in line]
+    assert " a " in teacher
+
+
+def test_markup_in_a_name_is_text() -> None:
+    scored = score_models([model("[red]a", 3.0)], [], None, DATASET, batch_size=4)
+    found = results_rows(scored, {"[red]a": About(kind="teacher")})
+    assert "[red]a" in printed(render_table(found))
+
+
+def test_markdown_table() -> None:
+    lines = markdown_table(rows()).splitlines()
+    assert lines[0].startswith("| model | params | perplexity | bits/byte |")
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    assert len(lines) == 2 + 6
+    assert lines[5].startswith("| fused target | – | ")
+    assert {line.count("|") for line in lines} == {9}
+
+
+def test_preflight_tables() -> None:
+    teachers = [model("a", 3.0), model("b", 1.0)]
+    found = run_preflight(teachers, DATASET, batch_size=4)
+    tables = preflight_tables(found)
+    text = "".join(printed(table) for table in tables)
+    assert [printed(t) for t in tables] == [printed(t) for t in preflight_tables(found.to_dict())]
+    assert len(tables) == 3
+    assert f"{found.to_dict()['teachers']['a']['perplexity']:.2f}" in text
+    assert f"{found.to_dict()['chosen']['nll']:.4f}" in text
+    assert "0.000 / 0%" in text
