@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collegium.fusion.pooling import FusedTarget, Fusion, calibrated_logp, row_stats
+from collegium.fusion.pooling import FusedTarget, Fusion, RowReader
 from collegium.fusion.weights import RowStats, Weighting
 from collegium.types import Rows, TeacherRows
 
@@ -103,14 +103,12 @@ def temperature_table(
     Returns:
         Statistics (G, N) on the CPU: the first axis is the temperature, not the teacher.
     """
+    reader = RowReader()
     blocks = []
     for start in range(0, len(rows), block_size):
         block = slice(start, min(start + block_size, len(rows)))
-        logits_nV = teacher.scores.logits(block)
-        at_grid = []
-        for temperature in grid:
-            logp_nV = calibrated_logp(logits_nV, temperature)
-            at_grid.append(row_stats(logp_nV, logp_nV.exp(), rows.labels[block]))
+        logits_nV, labels_n = teacher.scores.logits(block), rows.labels[block]
+        at_grid = [reader.read(logits_nV, labels_n, temperature=value)[0] for value in grid]
         blocks.append(RowStats.stack(at_grid))
     table = RowStats.cat(blocks)
     return RowStats(table.entropy_KN.cpu(), table.label_logp_KN.cpu(), table.max_logp_KN.cpu())
@@ -298,15 +296,15 @@ def fit_pooled_temperature(
     raw = dataclasses.replace(fusion, pooled_temperature=1.0)
     nll_G = torch.zeros(len(grid), dtype=torch.float64)
     num_rows = 0
+    reader = RowReader()
     for teachers, rows in batches:
         target = FusedTarget(raw, teachers, rows)
         for start in range(0, len(rows), block_size):
             block = slice(start, min(start + block_size, len(rows)))
             logp_nV = target.block(block).logp_nV
             for g, temperature in enumerate(grid):
-                scaled_nV = calibrated_logp(logp_nV, temperature)
-                label_logp_n = scaled_nV.gather(1, rows.labels[block, None])
-                nll_G[g] -= label_logp_n.sum(dtype=torch.float64).cpu()
+                stats, _ = reader.read(logp_nV, rows.labels[block], temperature=temperature)
+                nll_G[g] -= stats.label_logp_KN.sum(dtype=torch.float64).cpu()
         num_rows += len(rows)
     if num_rows == 0:
         raise ValueError("fit_pooled_temperature: got no rows; must have some; give it a batch")

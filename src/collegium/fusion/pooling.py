@@ -87,14 +87,14 @@ class FusedBlock:
         if self.pooled_temperature != 1.0:
             logp_nV = torch.log_softmax(logp_nV * self.pooled_temperature, dim=-1)
         within_n = (self.weights_Kn * self.entropy_Kn).sum(0)
-        return (_entropy(logp_nV, logp_nV.exp()) - within_n).clamp(min=0.0)
+        entropy_n = -logp_nV.exp().mul_(logp_nV).sum(-1)
+        return (entropy_n - within_n).clamp(min=0.0)
 
 
 class FusedTarget:
     """The target distribution of the rows of one batch, block by block, without gradient.
 
-    Whatever K is, four (n, V) tensors are alive at most: the pool, a buffer, the current teacher's logits and their
-    log-softmax.
+    Whatever K is, four (n, V) tensors are alive at most: the pool, two buffers and the current teacher's logits.
 
     Raises:
         RecipeError: the fusion names a teacher that is not there.
@@ -110,7 +110,7 @@ class FusedTarget:
         self._next_row = 0
         self._carries: list[Carry | None] = [None] * len(teachers)
         self._swept_KN: Tensor | None = None
-        self._scratch: Tensor | None = None
+        self._reader = RowReader()
 
     @torch.no_grad()
     def block(self, block: slice) -> FusedBlock:
@@ -137,12 +137,10 @@ class FusedTarget:
 
     def _add(self, number: int, block: slice, pool: _Pool) -> tuple[RowStats, Tensor]:
         """Pool one teacher's distribution; its statistics and (n,) scores are all that stays of it."""
-        logp_nV = self._logp(number, block)
-        prob_nV = self._probabilities(logp_nV)
-        stats = row_stats(logp_nV, prob_nV, self._rows.labels[block])
+        stats, member_nV = self._read(number, block, keep=pool.space)
         score_n = self._scores(number, stats, block)
         if not self._is_excluded[number]:
-            pool.add(logp_nV, prob_nV, score_n)
+            pool.add(member_nV, score_n)
         return stats, score_n
 
     def _fused(self, pool: _Pool, stats: RowStats, score_Kn: Tensor) -> FusedBlock:
@@ -160,18 +158,16 @@ class FusedTarget:
             pooled_temperature=temperature,
         )
 
-    def _logp(self, number: int, block: slice) -> Tensor:
-        """(n, V) calibrated log-probabilities of one teacher, finite, in memory of our own."""
+    def _read(
+        self, number: int, block: slice, *, keep: Literal["prob", "logp"]
+    ) -> tuple[RowStats, Tensor]:
         teacher = self._teachers[number]
-        temperature = self._fusion.temperatures.get(teacher.name, 1.0)
-        return calibrated_logp(teacher.scores.logits(block), temperature)
-
-    def _probabilities(self, logp_nV: Tensor) -> Tensor:
-        """(n, V) exp of log-probabilities, in a buffer that the next teacher overwrites."""
-        scratch = self._scratch
-        if scratch is None or scratch.shape[0] < logp_nV.shape[0] or scratch.dtype != logp_nV.dtype:
-            self._scratch = scratch = torch.empty_like(logp_nV)
-        return torch.exp(logp_nV, out=scratch[: logp_nV.shape[0]])
+        return self._reader.read(
+            teacher.scores.logits(block),
+            self._rows.labels[block],
+            temperature=self._fusion.temperatures.get(teacher.name, 1.0),
+            keep=keep,
+        )
 
     def _scores(self, number: int, stats: RowStats, block: slice) -> Tensor:
         """(n,) unnormalized log-weights of one teacher."""
@@ -195,16 +191,52 @@ class FusedTarget:
         starts = range(0, num_rows, block_size)
         blocks = [slice(start, min(start + block_size, num_rows)) for start in starts]
         per_teacher = [
-            RowStats.cat([self._read(number, block) for block in blocks])
+            RowStats.cat([self._read(number, block, keep="logp")[0] for block in blocks])
             for number in range(len(self._teachers))
         ]
         stats = RowStats.stack(per_teacher)
         return self._fusion.weighting.log_scores(stats, self._rows, self._names)[0]
 
-    def _read(self, number: int, block: slice) -> RowStats:
-        """(n,) statistics of one teacher."""
-        logp_nV = self._logp(number, block)
-        return row_stats(logp_nV, self._probabilities(logp_nV), self._rows.labels[block])
+
+class RowReader:
+    """Reads one teacher's statistics and distribution in two (n, V) buffers that the next reading overwrites.
+
+    Fresh memory of this size costs more than the arithmetic: every page of it is faulted in and cleared.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def read(
+        self,
+        logits_nV: Tensor,
+        labels_n: Tensor,
+        *,
+        temperature: float = 1.0,
+        keep: Literal["prob", "logp"] = "logp",
+    ) -> tuple[RowStats, Tensor]:
+        """Calibrate n rows: (n,) statistics, and (n, V) log-probabilities or probabilities.
+
+        The second is valid until the next reading. Log-probabilities are finite everywhere.
+        """
+        logp_nV, prob_nV = self._buffers_like(logits_nV)
+        if temperature != 1.0:
+            logits_nV = torch.div(logits_nV, temperature, out=prob_nV)
+        torch.log_softmax(logits_nV, -1, out=logp_nV)
+        _floor_(logp_nV)
+        torch.exp(logp_nV, out=prob_nV)
+        label_logp_n = logp_nV.gather(1, labels_n[:, None])[:, 0]
+        max_logp_n = logp_nV.amax(-1)
+        kept_nV, product_nV = (prob_nV, logp_nV) if keep == "prob" else (logp_nV, prob_nV)
+        entropy_n = -torch.mul(prob_nV, logp_nV, out=product_nV).sum(-1)
+        return RowStats(entropy_n, label_logp_n, max_logp_n), kept_nV
+
+    def _buffers_like(self, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
+        num_rows = logits_nV.shape[0]
+        old = self._buffers
+        if old is None or old[0].shape[0] < num_rows or old[0].dtype != logits_nV.dtype:
+            old = self._buffers = (torch.empty_like(logits_nV), torch.empty_like(logits_nV))
+        return old[0][:num_rows], old[1][:num_rows]
 
 
 class _Pool:
@@ -216,27 +248,28 @@ class _Pool:
 
     def __init__(self, kind: Literal["linear", "log_linear"], num_teachers: int) -> None:
         # A single member is its own pool: no way through exp and log, which would round.
-        self._is_linear = kind == "linear" and num_teachers > 1
+        self.space: Literal["prob", "logp"] = (
+            "prob" if kind == "linear" and num_teachers > 1 else "logp"
+        )
         self._kind = kind
         self._num_teachers = num_teachers
         self._mean_nV: Tensor | None = None
         self._total_n: Tensor | None = None
 
-    def add(self, logp_nV: Tensor, prob_nV: Tensor, score_n: Tensor) -> None:
-        """Take in one member; `logp_nV` may be kept, `prob_nV` is read only."""
+    def add(self, member_nV: Tensor, score_n: Tensor) -> None:
+        """Take in one member, given in the pool's `space`; it is copied, not kept."""
         if self._mean_nV is None or self._total_n is None:
-            self._mean_nV = prob_nV.clone() if self._is_linear else logp_nV
-            self._total_n = score_n
+            self._mean_nV, self._total_n = member_nV.clone(), score_n
             return
         self._total_n = torch.logaddexp(self._total_n, score_n)
-        share_n1 = (score_n - self._total_n).exp().to(logp_nV.dtype)[:, None]
-        self._mean_nV.lerp_(prob_nV if self._is_linear else logp_nV, share_n1)
+        share_n1 = (score_n - self._total_n).exp().to(member_nV.dtype)[:, None]
+        self._mean_nV.lerp_(member_nV, share_n1)
 
     def result(self) -> tuple[Tensor, Tensor | None]:
         """(n, V) log-probabilities of the pool, and log Z (n,) of the log-linear one."""
         assert self._mean_nV is not None
         mean_nV = self._mean_nV
-        if self._is_linear:
+        if self.space == "prob":
             return mean_nV.clamp_(min=torch.finfo(mean_nV.dtype).tiny).log_(), None
         if self._kind == "linear":
             return mean_nV, None
@@ -290,28 +323,12 @@ def _call(name: str, options: Mapping[str, object]) -> str:
     return f"{name}({inner})" if inner else name
 
 
-def _entropy(logp_nV: Tensor, prob_nV: Tensor) -> Tensor:
-    """H = -sum_v p log p as one dot product per row: no third (n, V) tensor."""
-    return -torch.linalg.vecdot(prob_nV, logp_nV)
+def _floor_(logp_nV: Tensor) -> Tensor:
+    """Make -inf finite in place: a token that a model rules out must not turn 0 * log 0 into NaN.
 
-
-def calibrated_logp(logits_nV: Tensor, temperature: float) -> Tensor:
-    """log_softmax(z / T), finite everywhere, in memory of its own: (n, V) -> (n, V)."""
-    if temperature != 1.0:
-        logits_nV = logits_nV / temperature
-    logp_nV = torch.log_softmax(logits_nV, dim=-1)
-    # A token that a model rules out (-inf) must not turn 0 * log 0 into NaN further on; the floor leaves
-    # room to be divided by a temperature.
+    The floor leaves room to be divided by a temperature.
+    """
     return logp_nV.clamp_(min=FLOOR_SHARE * torch.finfo(logp_nV.dtype).min)
-
-
-def row_stats(logp_nV: Tensor, prob_nV: Tensor, labels_n: Tensor) -> RowStats:
-    """(n,) statistics of one teacher from its (n, V) log-probabilities and probabilities."""
-    return RowStats(
-        entropy_KN=_entropy(logp_nV, prob_nV),
-        label_logp_KN=logp_nV.gather(1, labels_n[:, None])[:, 0],
-        max_logp_KN=logp_nV.amax(-1),
-    )
 
 
 def rows_of(rows: Rows, block: slice) -> Rows:
