@@ -153,7 +153,7 @@ def weights_plot(run: RunFiles) -> bytes | None:
             panels[1],
             table,
             [label(d, 18) for d in domains],
-            [label(n, 14) for n in names],
+            [label(n, 18) for n in names],
             "{:.2f}",
         )
     legend_below(figure, panels[0])
@@ -254,7 +254,7 @@ def disagreement_plot(run: RunFiles) -> bytes | None:
     tables = [one for one in tables if np.isfinite(one[1]).any()]
     if not tables:
         return None
-    names = [label(name, 14) for name in found.teachers]
+    names = [label(name, 18) for name in found.teachers]
     figure, panels = new_figure(WIDE, max(2.8, 1.3 + 0.38 * size), len(tables))
     for axes, (title, table, form) in zip(panels, tables, strict=True):
         axes.set_title(title)
@@ -295,7 +295,7 @@ def gradient_plot(run: RunFiles) -> bytes | None:
         axes.set_title("Target tokens per second")
         for name, steps, color, dash in logs:
             curve(axes, steps, lambda line: line.tokens_per_s, name, color, dash)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         _finish_curves(axes, run)
     return render(figure)
