@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,10 +11,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from collegium.data.records import Document, Row, RowParser, at, check_text
-from collegium.data.records import read_jsonl as _read_jsonl
-from collegium.data.records import read_parquet as _read_parquet
-from collegium.data.records import read_text_file as _read_text_file
+from collegium.data.records import (
+    Document,
+    Row,
+    RowParser,
+    at,
+    check_text,
+    read_jsonl,
+    read_parquet,
+    read_text_file,
+)
 from collegium.errors import DataError
 from collegium.types import STRICT
 
@@ -108,9 +113,8 @@ def check_sources(options_list: Sequence[SourceOptions], *, where: str) -> None:
         if options.hub is not None:
             continue
         for file in _find_files(options, place):
-            one = replace(options, path=glob.escape(str(file)), limit=_FIRST_ROWS)
             _first_bytes_readable(file, place)
-            list(islice(_parse_file(file, one, "", place), _FIRST_ROWS))
+            list(islice(_parse_file(file, options, "", place), _FIRST_ROWS))
         next(read_documents(options, where=place))
 
 
@@ -129,16 +133,16 @@ def _parse_file(
 ) -> Iterator[Document | None]:
     kind = _format_of(file, options, where)
     if kind == "text":
-        for line, text in _read_text_file(file, options.split_on, where):
+        for line, text in read_text_file(file, options.split_on, where):
             name = str(file) if line is None else f"{file}:{line}"
             check_text(text, "the text", place=at(where, name))
             yield Document(id=name, domain=domain, text=text) if text.strip() else None
         return
     rows: Iterable[Row]
     if kind == "jsonl":
-        rows = _read_jsonl(file, options.max_line_bytes, where)
+        rows = read_jsonl(file, options.max_line_bytes, where)
     else:
-        rows = _read_parquet(file, where)
+        rows = read_parquet(file, where)
     yield from _parse_rows(rows, str(file), domain, options, where)
 
 
