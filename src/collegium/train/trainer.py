@@ -5,7 +5,7 @@ Shapes: B batch, T time, N rows, K teachers, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -306,7 +306,7 @@ class DistillTrainer(ResumableTrainer):
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes it must have in common."""
         dataset = self.train_dataset
-        num_windows = None if dataset is None else len(dataset)
+        num_windows = len(dataset) if isinstance(dataset, Sized) else None
         return {
             **self._identity,
             "seed": self.args.seed,

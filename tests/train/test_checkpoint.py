@@ -1,0 +1,165 @@
+"""Folders that are whole or invisible."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from collegium.errors import TrainingError
+from collegium.train import checkpoint
+
+
+def make(folder: Path, step: int, text: str = "x") -> Path:
+    temporary = checkpoint.temporary_folder(folder, step)
+    (temporary / "student").mkdir()
+    (temporary / "student" / "weights").write_text(text * 100)
+    (temporary / "state.json").write_text("{}")
+    final = folder / f"checkpoint-{step}"
+    checkpoint.commit(temporary, final)
+    return final
+
+
+def test_a_committed_folder_verifies_and_lists_every_file(tmp_path: Path) -> None:
+    final = make(tmp_path, 3)
+    checkpoint.verify(final)
+    manifest = json.loads((final / "MANIFEST.json").read_text())
+    assert [entry["name"] for entry in manifest["files"]] == ["state.json", "student/weights"]
+    assert checkpoint.newest_verified(tmp_path) == final
+    assert checkpoint.newest_verified(tmp_path / "none") is None
+
+
+def test_newest_is_by_number_not_by_name_or_time(tmp_path: Path) -> None:
+    made = [make(tmp_path, step) for step in (200, 9, 30)]
+    assert checkpoint.newest_verified(tmp_path) == made[0]
+    assert checkpoint.checkpoints(tmp_path) == [made[0], made[2], made[1]]
+
+
+def test_every_kind_of_damage_is_found(tmp_path: Path) -> None:
+    def flip(final: Path) -> None:
+        path = final / "student" / "weights"
+        data = bytearray(path.read_bytes())
+        data[50] ^= 1
+        path.write_bytes(bytes(data))
+
+    damages = {
+        "sha256": flip,
+        "bytes": lambda final: (final / "student" / "weights").write_text("x"),
+        "missing": lambda final: (final / "state.json").unlink(),
+        "no readable": lambda final: (final / "MANIFEST.json").unlink(),
+        "no readable MANIFEST": lambda final: (final / "MANIFEST.json").write_text('{"format"'),
+    }
+    for number, (message, damage) in enumerate(damages.items()):
+        final = make(tmp_path, number)
+        damage(final)
+        with pytest.raises(TrainingError, match=message):
+            checkpoint.verify(final)
+
+
+def test_a_damaged_newest_is_set_aside_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = make(tmp_path, 1), make(tmp_path, 2)
+    (second / "state.json").write_text("[]")
+    assert checkpoint.newest_verified(tmp_path) == first
+    assert not second.exists()
+    assert [path.name[:10] for path in tmp_path.glob("corrupt-*")] == ["corrupt-2-"]
+    assert "state.json fails its sha256" in caplog.text
+    (first / "state.json").unlink()
+    found, failures = checkpoint.survey(tmp_path)
+    assert found is None
+    assert failures == ["checkpoint-1: state.json is missing"]
+
+
+def test_a_newer_format_is_neither_used_nor_set_aside(tmp_path: Path) -> None:
+    final = make(tmp_path, 1)
+    manifest = json.loads((final / "MANIFEST.json").read_text())
+    (final / "MANIFEST.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(TrainingError, match=r"format 99; must be at most 1; upgrade"):
+        checkpoint.newest_verified(tmp_path)
+    assert final.exists()
+
+
+def test_the_order_on_disk_survives_a_crash_at_any_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor: int) -> None:
+        events.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        real_fsync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        events.append("rename")
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    make(tmp_path, 4)
+    names = [event.split(" ")[1] if " " in event else event for event in events]
+    assert names[:4] == ["state.json", "weights", "MANIFEST.json", "student"]
+    assert names[4].startswith(".tmp-4-")
+    assert names[5:] == ["rename", tmp_path.name]
+
+
+def test_a_failing_fsync_leaves_nothing_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for count in range(1, 6):
+        calls: list[int] = []
+
+        def fsync(descriptor: int, count: int = count, calls: list[int] = calls) -> None:
+            calls.append(descriptor)
+            if len(calls) == count:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space"):
+            make(tmp_path, count)
+    assert checkpoint.checkpoints(tmp_path) == []
+    assert len(list(tmp_path.glob(".tmp-*"))) == 5
+    checkpoint.remove_temporary(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_committed_folder_is_never_overwritten(tmp_path: Path) -> None:
+    final = make(tmp_path, 1, "a")
+    with pytest.raises(TrainingError, match="never overwritten"):
+        make(tmp_path, 1, "b")
+    assert (final / "student" / "weights").read_text() == "a" * 100
+
+
+def test_replace_swaps_whole_folders(tmp_path: Path) -> None:
+    final = make(tmp_path, 1, "a")
+    temporary = checkpoint.temporary_folder(tmp_path, "new")
+    (temporary / "file").write_text("b")
+    checkpoint.replace(temporary, final)
+    checkpoint.verify(final)
+    assert sorted(path.name for path in final.iterdir()) == ["MANIFEST.json", "file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_pruning_keeps_at_least_two(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        make(tmp_path, step)
+    checkpoint.prune(tmp_path, keep=3)
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [5, 4, 3]
+    checkpoint.prune(tmp_path, keep=1)
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [5, 4]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_later_checkpoints_are_kept_under_another_name(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    checkpoint.set_aside_after(tmp_path, 1)
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [1]
+    assert len(list(tmp_path.glob("replaced-*"))) == 2
+
+
+def test_a_folder_of_another_name_has_no_step(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="must be named checkpoint-N"):
+        checkpoint.step_of(tmp_path / "best")

@@ -1,0 +1,387 @@
+"""The step, its denominator, its log and its refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from training_runs import VOCAB, FakeTeacher, Windows, objective, small_model, trainer
+from transformers import TrainerCallback
+
+from collegium.data.encode import Encoded
+from collegium.data.pack import Collator, PackedDataset
+from collegium.errors import ModelError, TrainingError
+from collegium.train.meter import RunLog
+from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
+from collegium.types import LossSum, TeacherRows
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients that each optimizer step is about to use."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters()})
+
+
+def split_run(folder: Path, batch: int, accumulate: int) -> tuple[Gradients, Any]:
+    kept = Gradients()
+    model = small_model().double()
+    made = trainer(
+        folder,
+        model=model,
+        teachers=[small_model(1).double(), small_model(2).double()],
+        options={
+            "max_steps": 3,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulate,
+            "optim": "sgd",
+            "max_grad_norm": 0,
+        },
+        callbacks=[kept],
+    )
+    made.train()
+    return kept, model
+
+
+def test_any_split_of_a_step_gives_the_same_gradient_and_weights(tmp_path: Path) -> None:
+    whole, reference = split_run(tmp_path / "a", 6, 1)
+    assert len(whole.steps) == 3
+    for number, (batch, accumulate) in enumerate([(3, 2), (2, 3), (1, 6)]):
+        parts, model = split_run(tmp_path / str(number), batch, accumulate)
+        for ours, theirs in zip(parts.steps, whole.steps, strict=True):
+            for name, grad in theirs.items():
+                scale = grad.abs().max()
+                assert scale > 0
+                assert (ours[name] - grad).abs().max() <= 1e-12 * scale + 1e-15
+        for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_without_teachers_the_loss_is_the_cross_entropy_of_transformers(tmp_path: Path) -> None:
+    rows = [{"input_ids": [n, 5, 7, 3 + n], "labels": [n, -100, 7, 3 + n]} for n in range(4)]
+    model = small_model()
+    made = trainer(
+        tmp_path,
+        model=model,
+        teachers=[],
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=Collator(),
+        options={
+            "max_steps": 1,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+        },
+    )
+    batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+    expected = model(**batch).loss.item()
+    assert made.compute_loss(model, Collator()(rows)).item() == pytest.approx(expected, rel=1e-6)
+    metrics = made.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["eval_ce"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["eval_num_tokens"] == 8
+    made.train()
+    row = RunLog(tmp_path / "log.jsonl").rows()[0]
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+    assert row["terms"].keys() == {"ce"}
+
+
+def test_evaluation_weighs_tokens_not_batches(tmp_path: Path) -> None:
+    results = []
+    for number, size in enumerate((1, 5)):
+        made = trainer(
+            tmp_path / str(number),
+            eval_dataset=Windows(),
+            options={"per_device_eval_batch_size": size},
+        )
+        results.append(made.evaluate())
+    for name in ("eval_loss", "eval_kd", "eval_ce"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-5)
+    assert results[0]["eval_loss"] == pytest.approx(
+        0.9 * results[0]["eval_kd"] + 0.1 * results[0]["eval_ce"], rel=1e-5
+    )
+    predicted = made.predict(Windows()).metrics
+    assert predicted["test_loss"] == pytest.approx(results[0]["eval_loss"], rel=1e-5)
+    loss, logits, labels = made.prediction_step(
+        made.model, made.data_collator([Windows()[0]]), prediction_loss_only=True
+    )
+    assert math.isfinite(float(loss))
+    assert logits is labels is None
+
+
+def test_the_log_has_a_row_per_logged_step_with_every_number(tmp_path: Path) -> None:
+    encoded = [
+        Encoded(np.arange(3, 11), np.ones(8, bool), np.ones(8, np.int64), can_split=True)
+        for _ in range(6)
+    ]
+    data = PackedDataset.from_encoded(
+        encoded, max_length=8, domains=["law", "code"] * 3, names=[f"doc {n}" for n in range(6)]
+    )
+    made = trainer(
+        tmp_path,
+        teachers={"big": small_model(1), "old": small_model(2)},
+        train_dataset=data,
+        data_collator=Collator(),
+        options={"max_steps": 5, "logging_steps": 2},
+    )
+    made.train()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    for row in rows:
+        assert set(row) == {
+            "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_s", "num_tokens",
+            "terms", "term_weights", "grad_shares", "teacher_weights", "domain_weights",
+        }  # fmt: skip
+        assert row["loss"] == pytest.approx(
+            sum(row["term_weights"][k] * row["terms"][k] for k in ("kd", "ce")), rel=1e-5
+        )
+        assert sum(row["grad_shares"].values()) == pytest.approx(1)
+        assert row["teacher_weights"] == pytest.approx({"big": 0.5, "old": 0.5}, abs=0.1)
+        assert set(row["domain_weights"]) <= {"law", "code"}
+        for weights in row["domain_weights"].values():
+            assert sum(weights.values()) == pytest.approx(1, rel=1e-5)
+        assert row["tokens_per_s"] > 0
+    # 6 windows of 7 targets make one epoch of two steps.
+    assert [row["num_tokens"] for row in rows] == [42, 84, 112]
+    assert "teacher_weights/big" in made.state.log_history[0]
+
+
+def test_teachers_are_never_trained(tmp_path: Path) -> None:
+    teacher = small_model(1, attention_dropout=0.5)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    made = trainer(tmp_path, teachers=[teacher], options={"max_steps": 2})
+    made.train()
+    assert not teacher.training
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    known = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
+    assert known == {id(parameter) for parameter in made.student.parameters()}
+
+
+def test_a_teacher_that_shares_weights_with_the_student_is_refused(tmp_path: Path) -> None:
+    model = small_model()
+    with pytest.raises(ModelError, match="shares"):
+        trainer(tmp_path, model=model, teachers=[model])
+
+
+def test_two_teachers_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="one name for each"):
+        trainer(tmp_path, teachers=[FakeTeacher("a"), FakeTeacher("a")])
+    with pytest.raises(TrainingError, match="`b` for a"):
+        trainer(tmp_path, teachers={"b": FakeTeacher("a")})
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def stopped(made: DistillTrainer, step: int) -> str:
+    """The message of a run that fails in `step`, after checking that the step left no trace."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+            seen.append(weights(made.student))
+
+    made.add_callback(Keep())
+    with pytest.raises(TrainingError) as caught:
+        made.train()
+    assert len(seen) == step - 1
+    now = weights(made.student)
+    assert all(torch.equal(seen[-1][name], value) for name, value in now.items())
+    assert all(torch.isfinite(value).all() for value in now.values())
+    assert len(list(made.run_folder.glob("checkpoint-*"))) == (step - 1) // 2
+    return str(caught.value)
+
+
+FAST = {"max_steps": 6, "save_steps": 2, "gradient_accumulation_steps": 2}
+
+
+def test_a_nan_of_one_teacher_names_step_teacher_and_samples(tmp_path: Path) -> None:
+    bad = FakeTeacher("broken", bad_call=5, bad_sample=6)
+    one = trainer(
+        tmp_path,
+        teachers=[FakeTeacher("fine"), bad],
+        options=FAST | {"per_device_train_batch_size": 6},
+    )
+    message = stopped(one, 3)
+    assert "step 3" in message
+    assert "teacher `broken`" in message
+    assert "samples 6;" in message
+    assert "nothing was updated or saved" in message
+
+
+def test_a_teacher_that_checks_itself_is_reported_with_the_step(tmp_path: Path) -> None:
+    class Strict(FakeTeacher):
+        def score(self, batch: Any, rows: Any, taps: Any = ()) -> TeacherRows:
+            if self.num_calls == 4:
+                raise TrainingError("teacher strict: non-finite")
+            return super().score(batch, rows, taps)
+
+    message = stopped(trainer(tmp_path, teachers=[Strict("strict")], options=FAST), 3)
+    assert message.startswith("step 3: teacher strict: non-finite")
+
+
+class BadLoss(Objective):
+    """A cross-entropy that is not a number from the third step on."""
+
+    calls = 0
+
+    def forward(self, *arguments: Any, **named: Any) -> LossSum:
+        self.calls += 1
+        found = super().forward(*arguments, **named)
+        if self.calls < 5:
+            return found
+        nan = found.total * float("nan")
+        return LossSum(nan, {"ce": nan.detach()}, found.weights, found.grad_norms, found.num_rows)
+
+
+def test_a_nan_in_the_loss_names_the_term(tmp_path: Path) -> None:
+    made = trainer(tmp_path, teachers=[], objective=BadLoss(ObjectiveOptions(), None), options=FAST)
+    message = stopped(made, 3)
+    assert "step 3: got loss nan" in message
+    assert "loss term `ce`" in message
+
+
+def test_a_nan_in_the_gradient_names_the_parameter(tmp_path: Path) -> None:
+    model = small_model()
+    calls = []
+
+    def poison(grad: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return grad * float("nan") if len(calls) >= 6 else grad
+
+    model.model.norm.weight.register_hook(poison)
+    message = stopped(trainer(tmp_path, model=model, options=FAST), 3)
+    assert "gradient of model.norm.weight" in message
+    assert "gradient norm nan" in message
+
+
+def test_nan_weights_of_the_student_are_named(tmp_path: Path) -> None:
+    made = trainer(tmp_path, options=FAST | {"max_steps": 1})
+    with torch.no_grad():
+        made.student.model.norm.weight[0] = float("inf")
+    with pytest.raises(TrainingError, match="the student's logits"):
+        made.train()
+
+
+def test_the_step_has_one_denominator_and_no_first_token_in_it(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    batch = made.data_collator([Windows()[0], Windows()[3]])
+    expected = 2 * (10 - 2)
+    assert int(made._get_num_items_in_batch([batch], torch.device("cpu"))) == expected
+    assert int(made._get_num_items_in_batch([batch, batch], torch.device("cpu"))) == 2 * expected
+    loss, sums = made.compute_loss(made.student.eval(), batch, return_outputs=True)
+    halved = made.compute_loss(made.student, batch, num_items_in_batch=2 * expected)
+    assert sums.num_rows == expected
+    assert halved.item() == pytest.approx(loss.item() / 2)
+
+
+def test_an_inert_term_stops_the_run(tmp_path: Path) -> None:
+    class Inert(Objective):
+        def forward(self, *arguments: Any, **named: Any) -> LossSum:
+            found = super().forward(*arguments, **named)
+            norms = {name: torch.zeros(()) for name in found.grad_norms}
+            return LossSum(found.total, found.terms, found.weights, norms, found.num_rows)
+
+    made = trainer(tmp_path, teachers=[], objective=Inert(ObjectiveOptions(), None))
+    with pytest.raises(TrainingError, match="contributes no gradient"):
+        made.train()
+
+
+def test_bfloat16_runs_the_layers_and_leaves_the_losses(tmp_path: Path) -> None:
+    made = trainer(tmp_path, options={"max_steps": 2, "bf16": True, "logging_steps": 1})
+    inner = made.student.model
+    kinds = []
+    inner.layers[0].mlp.register_forward_hook(lambda m, i, output: kinds.append(output.dtype))
+    made.train()
+    assert set(kinds) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in made.student.parameters()} == {torch.float32}
+    plain = trainer(tmp_path / "plain", options={"max_steps": 2, "logging_steps": 1})
+    plain.train()
+    first = [RunLog(m.run_folder / "log.jsonl").rows()[0]["loss"] for m in (made, plain)]
+    assert first[0] != first[1]
+    assert first[0] == pytest.approx(first[1], rel=1e-2)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:
+    results = []
+    for flag in (False, True):
+        made = trainer(
+            tmp_path / str(flag),
+            model=small_model(),
+            options={"max_steps": 2, "gradient_checkpointing": flag},
+        )
+        made.train()
+        results.append(weights(made.student))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value)
+
+
+def test_what_the_trainer_cannot_do_is_refused(tmp_path: Path) -> None:
+    for name, value in [
+        ("save_total_limit", 1),
+        ("label_smoothing_factor", 0.1),
+        ("load_best_model_at_end", True),
+        ("fp16", True),
+    ]:
+        args = training_arguments(TrainOptions(), output_dir=tmp_path, seed=0)
+        setattr(args, name, value)
+        with pytest.raises(TrainingError, match=name):
+            DistillTrainer(small_model(), args=args, train_dataset=Windows())
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValidationError, match="max_steps"):
+        TrainOptions(max_steps=0)
+    with pytest.raises(ValidationError, match="warmup_steps"):
+        TrainOptions(max_steps=10, warmup_steps=20)
+    for name, value in [
+        ("learning_rate", 0),
+        ("learning_rate", 2),
+        ("save_total_limit", 1),
+        ("gradient_accumulation_steps", 0),
+        ("optim", "nonsense"),
+        ("unknown", 1),
+    ]:
+        with pytest.raises(ValidationError):
+            TrainOptions(**{name: value})
+    assert TrainOptions(max_steps=5).save_steps > 5
+
+
+def test_arguments_are_those_of_the_options(tmp_path: Path) -> None:
+    options = TrainOptions(warmup_steps=0.1, learning_rate=1e-3, weight_decay=0.2, adam_beta2=0.9)
+    args = training_arguments(options, output_dir=tmp_path, seed=11)
+    assert args.get_warmup_steps(50) == 5
+    assert (args.learning_rate, args.weight_decay, args.adam_beta2) == (1e-3, 0.2, 0.9)
+    assert (args.seed, args.data_seed) == (11, 11)
+    assert args.report_to == []
+    assert not args.logging_nan_inf_filter
+
+
+def test_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
+    from tiny import tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer(300)
+    made = DistillTrainer(
+        tiny_model(320, width=8),
+        args=training_arguments(TrainOptions(max_steps=1), output_dir=tmp_path, seed=0),
+        processing_class=tokenizer,
+        train_dataset=[{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}],
+    )
+    assert made.vocab_size == len(tokenizer)
+    assert trainer(tmp_path / "b").vocab_size == VOCAB
+    made.train()
+    made.save_model()
+    assert (tmp_path / "student" / "tokenizer.json").exists()
+    assert objective().needs_teachers
