@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,6 +131,31 @@ def test_preflight_applies_its_choice(recipe_file: Path, stages: dict[str, Any])
     assert plain_fusion(load_recipe(recipe_file)) == ("entropy", 0.5)
 
 
+def test_run_and_evaluate_print_the_table(
+    tmp_path: Path, recipe_file: Path, stages: dict[str, Any]
+) -> None:
+    numbers = ("nll", "perplexity", "bits_per_byte", "entropy", "overconfidence", "ece", "top1")
+    more = ("kl_to_fused", "agreement_fused", "steps", "train_tokens", "train_seconds")
+    row: dict[str, Any] = {"name": "student", "kind": "student", "num_parameters": 1000}
+    row.update(dict.fromkeys((*numbers, *more), 0.25), num_tokens=10, num_bytes=40)
+    row.update(domains={}, agreement={}, reliability=None, entropy_bins=None)
+
+    def finish(recipe: Recipe) -> Path:
+        recipe.output_dir.mkdir(exist_ok=True)
+        (recipe.output_dir / "results.json").write_text(json.dumps([row]))
+        return recipe.output_dir
+
+    stages["run"] = stages["evaluate"] = finish
+    folder = tmp_path / "out"
+    ran = invoke("run", recipe_file, f"output_dir={folder}")
+    assert ran.exit_code == 0, ran.exception
+    assert "student" in ran.stdout
+    assert ran.stdout.replace("\n", "").endswith(f"report: {folder / 'report.html'}")
+    evaluated = invoke("evaluate", recipe_file, f"output_dir={folder}")
+    assert evaluated.exit_code == 0
+    assert "Held-out evaluation" in evaluated.stdout
+
+
 def plain_fusion(recipe: Recipe) -> tuple[str, float]:
     from collegium.recipe import plain
 
@@ -196,8 +222,9 @@ def test_an_interrupted_run_exits_with_130(
     stages["train"] = failing(error)
     result = invoke("train", recipe_file)
     assert result.exit_code == 130
-    text = str(error) or "interrupted"
-    assert result.stderr == f"{text}; resume with the same command\n"
+    first, second = result.stderr.splitlines()
+    assert first == (str(error) or "interrupted")
+    assert second == "run the same command again to go on from the last checkpoint"
 
 
 def test_our_own_bugs_keep_their_traceback(recipe_file: Path, stages: dict[str, Any]) -> None:

@@ -88,8 +88,8 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except (Interrupted, KeyboardInterrupt) as error:
-            text = str(error) or "interrupted"
-            typer.echo(f"{text}; resume with the same command", err=True)
+            typer.echo(str(error) or "interrupted", err=True)
+            typer.echo("run the same command again to go on from the last checkpoint", err=True)
             raise typer.Exit(INTERRUPTED) from error
         except CollegiumError as error:
             _fail(ctx, str(error), error)
