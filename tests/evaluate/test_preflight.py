@@ -196,6 +196,23 @@ def test_fewer_tokens_for_whole_distributions(monkeypatch: pytest.MonkeyPatch) -
     assert set(raw["domains"]) == {"ones", "fives"}
 
 
+def test_scalars_and_sweeps_speak_of_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One teacher alone is the same target in both pools: one comes from scalars, the other from a sweep."""
+    monkeypatch.setattr(preflight_module, "FULL_TOKENS", 240)
+    teachers = [specialist("one", 1), specialist("five", 5)]
+    alone = [Fusion(weighting=BestSingle(teacher=t.name), pool="log_linear") for t in teachers]
+    found = run_preflight(teachers, two_domains(), batch_size=8, candidates=alone).to_dict()
+    best = found["best_single"]["teacher"]
+    by_pool = {
+        one["fusion"]["pool"]: one
+        for one in found["fusions"]
+        if one["fusion"]["weighting"] == {"name": "best_single", "teacher": best}
+    }
+    assert by_pool["linear"]["nll"] == pytest.approx(by_pool["log_linear"]["nll"], rel=1e-6)
+    assert by_pool["linear"]["domains"] == pytest.approx(by_pool["log_linear"]["domains"])
+    assert by_pool["linear"]["nll_all_tokens"] != pytest.approx(by_pool["linear"]["nll"], rel=1e-6)
+
+
 def test_no_teacher() -> None:
     with pytest.raises(CollegiumError, match="preflight: got no teacher"):
         run_preflight([], two_domains(), batch_size=8)
