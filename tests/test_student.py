@@ -125,6 +125,7 @@ def test_gradient_checkpointing(tokenizer: str) -> None:
         ({"hiden_size": 8}, "student.config.hiden_size: no such key of llama; did you mean"),
         ({"vocab_size": 7}, "student.config.vocab_size: got 7; must be "),
         ({"model_type": "lama"}, "student.config.model_type: got 'lama'"),
+        ({"hidden_size": 30}, "student.config: llama does not take these values"),
     ],
 )
 def test_config_is_checked_before_anything_is_made(

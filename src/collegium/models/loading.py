@@ -199,7 +199,7 @@ def build_model(
 
 
 def check_config(config: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:
-    """The config with its `vocab_size`, once every key is known to its model type.
+    """The config with its `vocab_size`, once its model type knows every key and takes every value.
 
     Raises:
         ModelError: as `build_model`.
@@ -225,6 +225,7 @@ def check_config(config: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any
             f"config.vocab_size: got {given}; must be {vocab_size}, the number of ids of the "
             f"tokenizer; leave it out"
         )
+    _make_config(settings)
     return settings
 
 
