@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 import collegium
 from collegium.cli import TEMPLATE, app
 from collegium.errors import CollegiumError, DataError, Interrupted
-from collegium.recipe import Recipe, load_recipe
+from collegium.recipe import Recipe, load_recipe, write_fusion
 from recipes_for_tests import MINIMAL
 
 COMMANDS = ("run", "check", "preflight", "train", "evaluate", "report", "demo", "init")
@@ -121,7 +121,13 @@ def test_train_and_report_print_where_the_result_is(
 
 def test_preflight_applies_its_choice(recipe_file: Path, stages: dict[str, Any]) -> None:
     fusion = {"weighting": {"name": "entropy", "tau": 0.5}, "pool": "linear"}
-    stages["preflight"] = lambda recipe: measured(fusion)
+
+    def measure(recipe: Recipe, *, apply_to: Path | None) -> dict[str, Any]:
+        if apply_to is not None:
+            write_fusion(apply_to, fusion)
+        return measured(fusion)
+
+    stages["preflight"] = measure
     before = recipe_file.read_text()
     assert invoke("preflight", recipe_file).exit_code == 0
     assert recipe_file.read_text() == before

@@ -199,14 +199,10 @@ def preflight(
     from collegium import pipeline
     from collegium.evaluate.table import preflight_tables
 
-    measured = pipeline.preflight(loaded)
+    measured = pipeline.preflight(loaded, apply_to=recipe if apply else None)
     _print(*preflight_tables(measured))
     if apply:
-        from collegium.recipe import write_fusion
-
-        chosen = measured["chosen"]
-        write_fusion(recipe, chosen["fusion"])
-        typer.echo(f"{recipe}: fusion set to {chosen['name']}")
+        typer.echo(f"{recipe}: fusion set to {measured['chosen']['name']}")
 
 
 def _print(*tables: Any) -> None:
