@@ -42,7 +42,7 @@ FIT_TOKENS = 4096
 """Tokens on which a pooled temperature is fitted."""
 
 NUM_SWEPT = 3
-"""How many weightings, the best by scalars, are tried with a log-linear pool and a pooled temperature."""
+"""How many weightings, the best by scalars, are tried with a log-linear pool."""
 
 SAME_NLL = 0.002
 """Nats per token within which two fusions count as equally good."""
@@ -120,8 +120,8 @@ def run_preflight(
 ) -> Preflight:
     """Measure the teachers and their fusions on the calibration split, and choose the fusion of lowest NLL.
 
-    Linear pools come from one sweep of scalars; log-linear pools and pooled temperatures are tried for the best three
-    weightings. All fusions are ranked on the same (at most about 8192) tokens. Of those within 0.002 nats of the best, the
+    Linear pools come from one sweep of scalars; log-linear pools are tried for the best three weightings, and a pooled
+    temperature for the best of each kind of pool, with and without temperatures of its teachers. All fusions are ranked on the same (at most about 8192) tokens. Of those within 0.002 nats of the best, the
     simplest is chosen: fewer fitted temperatures, then linear before log-linear.
 
     Args:
@@ -223,30 +223,37 @@ class _Search:
             if temperatures:
                 pair.append(self.linear(weighting, temperatures))
             scored.append(pair)
+        linear = [one for pair in scored for one in pair]
         mixing = [pair for pair in scored if not isinstance(pair[0].fusion.weighting, BestSingle)]
         mixing.sort(key=lambda pair: min(one.nll for one in pair))
-        linear = [one for pair in scored for one in pair]
-        return linear + self._swept(self._full_fusions(mixing[:NUM_SWEPT]))
+        best = mixing[:NUM_SWEPT]
+        log_linear = self._swept(self._log_linear([pair[0].fusion for pair in best]))
+        swept = log_linear + self._swept(self._pooled([*log_linear, *(c for p in best for c in p)]))
+        return linear + swept
 
-    def _full_fusions(self, pairs: Sequence[Sequence[Candidate]]) -> list[Fusion]:
-        """What needs whole distributions: log-linear pools, and pooled temperatures of both kinds of pools."""
-        if not pairs:
+    def _log_linear(self, fusions: Sequence[Fusion]) -> list[Fusion]:
+        """The log-linear pools of the same weightings, raw and with temperatures."""
+        # In a product every teacher answers for every token, so each is calibrated on its own.
+        tables = self.scalars.tables
+        alone = {name: fit_temperature(tables, name) for name in self.scalars.teachers}
+        raw = [dataclasses.replace(fusion, pool="log_linear") for fusion in fusions]
+        return raw + [dataclasses.replace(fusion, temperatures=alone) for fusion in raw]
+
+    def _pooled(self, candidates: Sequence[Candidate]) -> list[Fusion]:
+        """A fitted pooled temperature for the best candidate of each pool, with and without temperatures."""
+        best: dict[tuple[str, str], Candidate] = {}
+        for one in sorted(candidates, key=lambda one: one.nll):
+            best.setdefault((one.fusion.pool, one.calibration), one)
+        if not best:
             return []
-        alone = {name: fit_temperature(self.scalars.tables, name) for name in self.scalars.teachers}
-        bases = [one.fusion for pair in pairs for one in pair]
-        log_linear = []
-        for pair in pairs:
-            # In a product every teacher answers for every token, so each is calibrated on its own.
-            raw = dataclasses.replace(pair[0].fusion, pool="log_linear")
-            log_linear += [raw, dataclasses.replace(raw, temperatures=alone)]
         with torch.no_grad():
             batches = list(self._fit.answers(self.teachers))
         pooled = []
-        for base in bases + log_linear:
-            temperature = fit_pooled_temperature(base, batches, grid=POOLED_GRID)
+        for base in best.values():
+            temperature = fit_pooled_temperature(base.fusion, batches, grid=POOLED_GRID)
             if temperature != 1.0:
-                pooled.append(dataclasses.replace(base, pooled_temperature=temperature))
-        return log_linear + pooled
+                pooled.append(dataclasses.replace(base.fusion, pooled_temperature=temperature))
+        return pooled
 
     def _swept(self, fusions: Sequence[Fusion]) -> list[Candidate]:
         if not fusions:
