@@ -97,7 +97,7 @@ def test_plots_ignore_the_settings_of_the_reader(tmp_path: Path) -> None:
     [
         ("_hidden", " _hidden"),
         ("$x^2$", "$x^2$"),
-        ("$broken{", "$broken{"),
+        (r"$\frac{$", r"$\frac{$"),
         ("two\nlines\tand\x00nul", "two lines andnul"),
         ("数学", "□□"),
         ("", "(no name)"),
