@@ -329,7 +329,7 @@ def test_a_rule_of_ones_own_fits_in(logits_KNV, rows):
         streams = True
 
         def log_scores(self, stats, rows, teachers, carry=None):
-            value = 0.0 if teachers == ["prose"] else -1e6
+            value = 0.0 if teachers == ["prose"] else -torch.inf
             return torch.full_like(stats.entropy_KN, value, dtype=torch.float64), None
 
     fusion = Fusion(weighting=LastTeacher())

@@ -235,6 +235,14 @@ def test_certain_teachers_have_finite_scores():
         assert weights[0, 1] > 0.8
 
 
+@pytest.mark.parametrize("form", ["softmax", "inverse", "complement"])
+def test_a_lone_teacher_has_a_finite_score(form):
+    """The complement of all the entropy there is would be zero, and its logarithm infinite."""
+    rows = make_rows(torch.zeros(4, dtype=torch.long), [0] * 4)
+    score_KN, _ = Entropy(form=form).log_scores(_stats(0, 4, 1), rows, NAMES[:1])
+    assert score_KN.isfinite().all()
+
+
 def test_eta_zero_is_uniform():
     stats = _stats(0, 4)
     rows = make_rows(torch.zeros(4, dtype=torch.long), [0] * 4)
