@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from collegium.data.encode import Encoder, encode, split_of
 from collegium.data.sources import Document
+from collegium.data.tokens import bytes_of_tokens
 from collegium.errors import DataError
 
 EOS, USER, ASSISTANT = 0, 2, 3
@@ -213,6 +214,13 @@ def test_bytes_sum_to_the_text(text, other, is_piece):
         [document(prompt=text, completion=other)]
     )
     assert encoded.num_bytes[encoded.is_target].sum() == len(other.encode())
+
+
+def test_bytes_of_shared_skipped_and_trailing_characters():
+    # a | é is shared by two tokens | a space belongs to no token | 数 | trailing space | an empty token
+    ends = np.array([1, 2, 2, 4, 0])
+    assert bytes_of_tokens("aé 数 ", ends).tolist() == [1, 2, 0, 4, 1]
+    assert bytes_of_tokens("", np.zeros(0, np.int64)).tolist() == []
 
 
 @settings(max_examples=100, deadline=None)
