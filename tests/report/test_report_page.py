@@ -98,7 +98,9 @@ ALLOWED_TAGS = frozenset(
         "footer",
     ]
 )
-SVG_TAGS = frozenset(["svg", "metadata", "defs", "style", "g", "path", "use", "rect", "image", "clipPath"])
+SVG_TAGS = frozenset(
+    ["svg", "metadata", "defs", "style", "g", "path", "use", "rect", "image", "clipPath"]
+)
 
 
 class _Tags(HTMLParser):
