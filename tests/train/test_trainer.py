@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from training_runs import VOCAB, FakeTeacher, Windows, objective, small_model, trainer
 from transformers import TrainerCallback
 
 from collegium.data.encode import Encoded
@@ -21,6 +20,7 @@ from collegium.train.meter import RunLog
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
 from collegium.types import LossSum, TeacherRows
+from training_runs import VOCAB, FakeTeacher, Windows, objective, small_model, trainer
 
 
 class Gradients(TrainerCallback):

@@ -57,6 +57,8 @@ class ResumableTrainer(Trainer):
         source = self._source(resume_from_checkpoint, folder)
         step = 0 if source is None else checkpoint.step_of(source)
         checkpoint.set_aside_after(folder, step)
+        # A run that was killed between a save and its pruning has one too many.
+        checkpoint.prune(folder, keep=self.args.save_total_limit or 2)
         self._log.truncate(step)
         self._meter = self.new_meter()
         if source is not None and step >= self._last_step():

@@ -192,6 +192,9 @@ class DistillTrainer(ResumableTrainer):
     ) -> Tensor:
         """Forward and backward of one micro-batch; after the last one of a step, refuse what is not finite."""
         self.objective.train()
+        if not self._micro_batches:
+            # The base trainer clears the gradients of its model alone.
+            self.objective.zero_grad()
         self._micro_batches.append(inputs)
         loss = super().training_step(model, dict(inputs), num_items_in_batch)
         self._step_loss = self._step_loss + loss

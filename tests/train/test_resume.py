@@ -1,0 +1,365 @@
+"""Runs that are killed, stopped or damaged go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from collegium.errors import Interrupted, TrainingError
+from collegium.losses.features import FeatureLoss, FeatureOptions
+from collegium.models import tap_names, tap_width
+from collegium.train import checkpoint, state
+from collegium.train.meter import RunLog
+from collegium.train.objective import Objective, ObjectiveOptions
+from training_runs import (
+    FakeTeacher,
+    Windows,
+    objective,
+    run,
+    run_until_killed,
+    run_until_signal,
+    small_model,
+    trainer,
+)
+
+KILLED = -9
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Child processes are forked from a clean server that has everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_runs"])
+    with pytest.MonkeyPatch.context() as patch:
+        # The server reads nothing but this variable to find what it preloads.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        first = context.Process(target=time.sleep, args=(0,))
+        first.start()
+        first.join()
+    return context
+
+
+def in_child(processes: Any, function: Callable[..., None], *arguments: Any) -> int:
+    child = processes.Process(target=function, args=arguments)
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def digest(folder: Path) -> dict[str, Any]:
+    """Everything of a finished run that must not depend on how often it was stopped."""
+    last = folder / "checkpoint-8"
+    record = state.read(last)
+    record["meter"].pop("sums")
+    logged = RunLog(folder / "log.jsonl").rows()
+    for row in logged:
+        row.pop("tokens_per_s")
+    return {
+        "student": hashlib.sha256((folder / "final" / "model.safetensors").read_bytes()).digest(),
+        "optimizer": hashlib.sha256((last / state.OPTIMIZER).read_bytes()).digest(),
+        "state": record,
+        "log": logged,
+        "checkpoints": [path.name for path in checkpoint.checkpoints(folder)],
+    }
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    run(folder, resume=False)
+    found = digest(folder)
+    assert [row["step"] for row in found["log"]] == [2, 4, 6, 8]
+    return found
+
+
+def finish(folder: Path) -> dict[str, Any]:
+    run(folder, resume=bool(checkpoint.checkpoints(folder)))
+    return digest(folder)
+
+
+# Every fsync and rename of a save has a number: eight files and folders, then the rename, then the parent.
+POINTS = [("step", 9), ("step", 14)] + [
+    (site, count)
+    for site, counts in {"fsync": (1, 7, 10, 13, 30), "rename": (2, 4)}.items()
+    for count in counts
+]
+
+
+@pytest.mark.parametrize(("site", "count"), POINTS)
+def test_a_killed_run_resumes_bit_by_bit(
+    processes: Any, unbroken: dict[str, Any], tmp_path: Path, site: str, count: int
+) -> None:
+    assert in_child(processes, run_until_killed, tmp_path, False, site, count) == KILLED
+    for folder in checkpoint.checkpoints(tmp_path):
+        checkpoint.verify(folder)
+    assert finish(tmp_path) == unbroken
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert not list(tmp_path.glob("corrupt-*"))
+
+
+def test_a_run_killed_again_and_again_resumes_bit_by_bit(
+    processes: Any, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    kills = random.Random(7)
+    assert in_child(processes, run_until_killed, tmp_path, False, "step", 8) == KILLED
+    for _ in range(2):
+        count = kills.randrange(2, 6)
+        assert in_child(processes, run_until_killed, tmp_path, True, "step", count) == KILLED
+    assert finish(tmp_path) == unbroken
+
+
+def test_an_interrupted_run_saves_and_resumes_bit_by_bit(
+    unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted, match=r"SIGINT: stopped after step 5 of 8; .* resume"):
+        run_until_signal(tmp_path, 5)
+    assert next(path.name for path in checkpoint.checkpoints(tmp_path)) == "checkpoint-5"
+    found = finish(tmp_path)
+    assert found == unbroken
+
+
+def test_a_second_signal_ends_the_process_at_once(processes: Any, tmp_path: Path) -> None:
+    assert in_child(processes, run_until_second_signal, tmp_path) == -2
+    assert checkpoint.checkpoints(tmp_path) == []
+
+
+def run_until_second_signal(folder: Path) -> None:
+    made = trainer(folder)
+    made.add_callback(Twice())
+    made.train()
+
+
+class Twice(TrainerCallback):
+    """Presses Ctrl-C twice within one step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_damaged_newest_checkpoint_falls_back(unbroken: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, resume=False)
+    path = tmp_path / "checkpoint-8" / state.OPTIMIZER
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    assert finish(tmp_path) == unbroken
+    assert [path.name[:10] for path in tmp_path.glob("corrupt-*")] == ["corrupt-8-"]
+
+
+def test_a_finished_run_takes_no_step_more(unbroken: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, resume=False)
+    shutil.rmtree(tmp_path / "final")
+    assert finish(tmp_path) == unbroken
+    by_epochs = trainer(
+        tmp_path / "epochs",
+        options={"max_steps": -1, "num_train_epochs": 1.5, "save_steps": 1},
+    )
+    by_epochs.train()
+    assert by_epochs.state.global_step == 5
+    again = trainer(
+        tmp_path / "epochs",
+        options={"max_steps": -1, "num_train_epochs": 1.5, "save_steps": 1},
+    )
+    assert again.train(resume_from_checkpoint=True).global_step == 5
+
+
+def test_an_older_checkpoint_can_be_chosen(unbroken: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, resume=False)
+    made = trainer(tmp_path)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    made.save_student(tmp_path / "final")
+    assert digest(tmp_path) == unbroken
+    assert [path.name[:11] for path in tmp_path.glob("replaced-*")] == ["replaced-8-"]
+
+
+def test_an_epoch_that_ends_at_a_checkpoint_resumes_bit_by_bit(tmp_path: Path) -> None:
+    def options(steps: int) -> dict[str, Any]:
+        return {"max_steps": steps, "save_steps": 3, "lr_scheduler_type": "constant"}
+
+    whole = trainer(tmp_path / "a", options=options(5))
+    whole.train()
+    trainer(tmp_path / "b", options=options(3)).train()
+    rest = trainer(tmp_path / "b", options=options(5))
+    rest.train(resume_from_checkpoint=True)
+    for ours, theirs in zip(rest.student.parameters(), whole.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_belongs_to_another_run_is_refused_with_the_differences(tmp_path: Path) -> None:
+    trainer(tmp_path, options={"max_steps": 3}, identity={"recipe": "aa"}).train()
+    other = trainer(
+        tmp_path, teachers=[FakeTeacher("new")], seed=4, identity={"recipe": "bb"},
+        train_dataset=Windows(8),
+    )  # fmt: skip
+    with pytest.raises(TrainingError) as caught:
+        other.train(resume_from_checkpoint=True)
+    message = str(caught.value)
+    assert (
+        "teachers: the checkpoint has ['teacher_0', 'teacher_1'], this run has ['new']" in message
+    )
+    assert "seed: the checkpoint has 3, this run has 4" in message
+    assert "recipe: the checkpoint has 'aa', this run has 'bb'" in message
+    assert "data: the checkpoint has 12, this run has 8" in message
+    assert "gradient_accumulation" not in message
+
+
+def test_nothing_to_resume_from_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"no usable checkpoint.*no folder named checkpoint-N"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+    trainer(tmp_path, options={"max_steps": 2, "save_steps": 1}).train()
+    (tmp_path / "checkpoint-1" / "state.json").unlink()
+    (tmp_path / "checkpoint-2" / "MANIFEST.json").unlink()
+    with pytest.raises(TrainingError) as caught:
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+    assert "checkpoint-2: has no readable MANIFEST.json" in str(caught.value)
+    assert "checkpoint-1: state.json is missing" in str(caught.value)
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
+    trainer(tmp_path, options={"max_steps": 1}).train()
+    with pytest.raises(TrainingError, match="holds checkpoint-1 of an earlier run"):
+        trainer(tmp_path).train()
+
+
+def test_another_student_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, options={"max_steps": 2}).train()
+    other = trainer(tmp_path, model=small_model(num_hidden_layers=1))
+    with pytest.raises(TrainingError, match="saved from another student"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(tmp_path, options={"save_steps": 2})
+    real = checkpoint.commit
+
+    def commit(temporary: Path, final: Path) -> None:
+        if final.name == "checkpoint-4":
+            raise OSError(28, "No space left on device")
+        real(temporary, final)
+
+    monkeypatch.setattr(checkpoint, "commit", commit)
+    with pytest.raises(TrainingError, match=r"cannot be saved.*No space left"):
+        made.train()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def with_features() -> Objective:
+    model = small_model()
+    widths = {tap: tap_width(model, tap) for tap in tap_names(model)}
+    options = FeatureOptions()
+    features = FeatureLoss(options, widths, {"teacher_0": widths, "teacher_1": widths}, seed=0)
+    return Objective(ObjectiveOptions(features=options), objective().fusion, features=features)
+
+
+def test_adapters_are_trained_saved_and_not_in_the_student(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "a", objective=with_features())
+    start = {name: p.detach().clone() for name, p in whole.objective.named_parameters()}
+    assert start
+    whole.train()
+    assert all(not torch.equal(start[name], p) for name, p in whole.objective.named_parameters())
+    broken = trainer(tmp_path / "b", objective=with_features())
+
+    class StopAt3(FakeStop):
+        step = 3
+
+    broken.add_callback(StopAt3(broken))
+    with pytest.raises(Interrupted):
+        broken.train()
+    saved = load_file(str(tmp_path / "b" / "checkpoint-3" / state.OBJECTIVE))
+    assert set(saved) >= set(start)
+    weights = load_file(str(tmp_path / "b" / "checkpoint-3" / "student" / "model.safetensors"))
+    assert set(weights) <= set(small_model().state_dict())
+    rest = trainer(tmp_path / "b", objective=with_features())
+    rest.train(resume_from_checkpoint=True)
+    for name, tensor in whole.objective.state_dict().items():
+        assert torch.equal(rest.objective.state_dict()[name], tensor)
+    for ours, theirs in zip(rest.student.parameters(), whole.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    without = trainer(tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoint-8")
+    with pytest.raises(TrainingError, match="saved with other loss terms"):
+        without.train(resume_from_checkpoint=True)
+
+
+class FakeStop(TrainerCallback):
+    """Does what a signal does, at one step."""
+
+    step = 0
+
+    def __init__(self, made: Any) -> None:
+        self.made = made
+
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step + 1 == self.step:
+            self.made._flow.signals.received = "SIGTERM"
+
+
+def test_every_checkpoint_is_a_plain_student_without_pickle(tmp_path: Path) -> None:
+    made = trainer(tmp_path, options={"max_steps": 4})
+    made.train()
+    made.save_student(tmp_path / "student")
+    made.save_student(tmp_path / "student")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors"}
+    for folder in (tmp_path / "student", tmp_path / "checkpoint-4" / "student"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert loaded.config.use_cache
+        for ours, theirs in zip(loaded.parameters(), made.student.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(TrainingError, match="is in use"):
+        made.save_student(tmp_path / "mine")
+
+
+def test_generators_come_back_without_pickle() -> None:
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    np.random.normal()
+    saved = json.loads(json.dumps(state.rng_state()))
+    first = (random.gauss(0, 1), np.random.normal(), torch.rand(3).tolist())
+    state.load_rng_state(saved)
+    assert (random.gauss(0, 1), np.random.normal(), torch.rand(3).tolist()) == first
+
+
+def test_an_optimizer_that_needs_pickle_is_refused() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer.state[parameter]["odd"] = object()
+    with pytest.raises(TrainingError, match="without pickle"):
+        state.optimizer_state(optimizer)
+
+
+def test_the_log_never_holds_a_step_twice(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "log.jsonl")
+    assert log.rows() == []
+    for step in (1, 2, 3):
+        log.append({"step": step, "loss": 0.5})
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    log.truncate(2)
+    assert log.rows() == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
+    log.append({"step": 3, "loss": 0.25})
+    assert len(log.rows()) == 3
