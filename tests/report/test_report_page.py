@@ -162,6 +162,21 @@ def test_the_compression_is_all_teachers_against_the_student(report: str) -> Non
     assert "9.29 ×" in report  # 4 * 2,561,280 / 1,102,464
 
 
+def test_a_long_ranking_of_fusions_is_folded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_plots(monkeypatch)
+    folder = run_fixture.write_run(tmp_path / "run", steps=2)
+    fusions = [{"name": f"candidate-{i:02}", "nll": 9.0 - i / 10} for i in range(13)]
+    chosen = {"name": "candidate-12", "nll": 9.0 - 12 / 10}
+    run_fixture.write_json(folder / "preflight.json", {"fusions": fusions, "chosen": chosen})
+    text = page.write_report(folder).read_text(encoding="utf-8")
+    shown, _, folded = text.partition("<details><summary>3 more</summary>")
+    assert re.findall(r"candidate-\d\d", shown) == [f"candidate-{i:02}" for i in range(12, 2, -1)]
+    assert re.findall(r"candidate-\d\d", folded) == ["candidate-02", "candidate-01", "candidate-00"]
+    assert text.count("<b>chosen</b>") == 1
+
+
 def test_loads_nothing_and_runs_nothing(report: str) -> None:
     tags = _tags(report)
     assert {tag for tag, _ in tags} <= ALLOWED_TAGS

@@ -19,6 +19,8 @@ from collegium.report.verdict import gap_closed, judge, key_figures
 __all__ = ["RunFiles", "read_run", "render_page", "write_report"]
 
 REPORT = "report.html"
+SHOWN_FUSIONS = 10
+"""Candidates of a preflight beyond these are folded away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,8 @@ def render_page(run: RunFiles) -> str:
         domains=tables.domain_table(run),
         agreement=tables.agreement_table(run),
         teachers=tables.teacher_table(run),
-        fusions=tables.fusion_table(run),
+        fusions=tables.fusion_table(run, slice(SHOWN_FUSIONS)),
+        more_fusions=tables.fusion_table(run, slice(SHOWN_FUSIONS, None)),
         sizes=tables.size_table(run),
         costs=tables.cost_table(run),
         stages=tables.stage_table(run),

@@ -193,15 +193,15 @@ def teacher_table(run: RunFiles) -> Table:
     return Table("Teacher", titles + tuple(f"NLL {name}" for name in domains), tuple(lines))
 
 
-def fusion_table(run: RunFiles) -> Table:
-    """The candidate fusions, best first, against the best single teacher; the chosen one is marked."""
+def fusion_table(run: RunFiles, places: slice) -> Table:
+    """The candidate fusions at these places of the ranking, best first, against the best single teacher; the chosen one is marked."""
     preflight = run.preflight
     if preflight is None or not preflight.fusions:
         return Table("Fusion", (), ())
     single = preflight.best_single.nll if preflight.best_single else None
     ranked = sorted(preflight.fusions, key=lambda one: float("inf") if one.nll is None else one.nll)
     lines = []
-    for fusion in ranked:
+    for fusion in ranked[places]:
         # One name may stand for several calibrations: the chosen one has the chosen NLL as well.
         chosen = preflight.chosen is not None and (fusion.name, fusion.nll) == (
             preflight.chosen.name,
