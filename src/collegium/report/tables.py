@@ -280,7 +280,7 @@ def stage_table(run: RunFiles) -> Table:
         share = stage.seconds / total if stage.seconds is not None and total > 0 else None
         texts = (
             stage.status or "–",
-            stage.started or "–",
+            (stage.started or "–")[: len("2026-01-31T12:00:00")].replace("T", " "),
             duration(stage.seconds),
             percent(share),
             stage.note or "",
