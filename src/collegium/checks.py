@@ -11,7 +11,8 @@ from pathlib import Path
 
 from collegium.data.sources import check_sources
 from collegium.errors import DataError, RecipeError
-from collegium.models import check_model_folder, load_config, load_tokenizer, weights_digest
+from collegium.models import check_model_folder, check_weights, load_tokenizer, weights_digest
+from collegium.models.config import head_rows
 from collegium.recipe import Recipe, check_recipe
 from collegium.student import check_student
 from collegium.vocabulary.verdict import compare, require_same
@@ -42,6 +43,7 @@ def check_run(workspace: Workspace) -> CheckReport:
     check_student(recipe.student, where="student")
     for name, options in recipe.teachers.items():
         check_model_folder(options, where=f"teachers.{name}")
+        check_weights(options, where=f"teachers.{name}")
     _check_distinct(recipe, report)
     _check_vocabularies(workspace, report)
     _check_datasets(workspace, report)
@@ -83,7 +85,7 @@ def _check_vocabularies(workspace: Workspace, report: CheckReport) -> None:
             workspace.tokenizer,
             load_tokenizer(options.tokenizer_path, revision=options.revision, where=where),
             student_head_size=workspace.vocab_size,
-            teacher_head_size=load_config(options, where=where).get_text_config().vocab_size,
+            teacher_head_size=head_rows(options, where=where),
             where=where,
         )
         require_same(verdict)

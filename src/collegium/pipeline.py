@@ -20,8 +20,9 @@ from collegium.fusion.pooling import Fusion
 from collegium.models import count_parameters
 from collegium.recipe import Recipe, decode_fusion, load_recipe, write_fusion
 from collegium.report.page import write_report
-from collegium.run_folder import fingerprint, read_json, write_json
+from collegium.run_folder import fingerprint, last_row, read_json, write_json
 from collegium.teachers.local import LocalTeacher, TeacherOptions
+from collegium.train.checkpoint import checkpoints
 from collegium.variants import Variant, control, main_variant
 from collegium.workspace import Workspace
 
@@ -146,11 +147,11 @@ def _train(workspace: Workspace, variant: Variant) -> Path:
         return place / "student"
     with folder.stage(variant.stage, key):
         trainer = workspace.trainer(variant, place / "train")
-        trainer.train(resume_from_checkpoint=True)
+        trainer.train(resume_from_checkpoint=bool(checkpoints(place / "train")))
         trainer.save_student(place / "student")
     summary = {
         "steps": trainer.state.global_step,
-        "train_tokens": trainer.num_trained_tokens,
+        "train_tokens": last_row(place / "train" / "log.jsonl")["num_tokens"],
         "train_seconds": folder.stages()[variant.stage]["seconds"],
     }
     write_json(place / "train" / "summary.json", summary)
@@ -174,6 +175,7 @@ def _evaluate(workspace: Workspace) -> list[dict[str, Any]]:
             fusion,
             workspace.datasets["validation"],
             batch_size=recipe.evaluate.batch_size,
+            max_tokens=recipe.evaluate.max_tokens,
         )
         write_json(path, results_rows(scored, about))
     return read_json(path)

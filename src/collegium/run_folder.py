@@ -55,6 +55,11 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def last_row(path: Path) -> dict[str, Any]:
+    """The last object of a JSON-lines file."""
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+
+
 def fingerprint(value: Any) -> str:
     """sha256 of a JSON-able value, independent of the order of keys."""
     return hashlib.sha256(

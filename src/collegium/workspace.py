@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from collegium.data.pack import PackedDataset, build_datasets
 from collegium.losses.features import FeatureLoss
-from collegium.models import count_parameters, tap_names, tap_width, vocab_size_of
+from collegium.models import count_parameters, probe, tap_names, tap_width, vocab_size_of
 from collegium.recipe import Recipe, dump_recipe, plain
 from collegium.run_folder import RunFolder, fingerprint
 from collegium.student import build_student, load_student_tokenizer
@@ -60,15 +60,20 @@ class Workspace:
 
     @cached_property
     def teachers(self) -> list[LocalTeacher]:
-        """All teachers, loaded, in the order of the recipe."""
-        return [
-            LocalTeacher.load(name, options, vocab_size=self.vocab_size, where=f"teachers.{name}")
-            for name, options in self.recipe.teachers.items()
-        ]
+        """All teachers, loaded and probed, in the order of the recipe."""
+        teachers = []
+        for name, options in self.recipe.teachers.items():
+            where = f"teachers.{name}"
+            teacher = LocalTeacher.load(name, options, vocab_size=self.vocab_size, where=where)
+            probe(teacher.model, vocab_size=self.vocab_size, where=where)
+            teachers.append(teacher)
+        return teachers
 
     def new_student(self) -> PreTrainedModel:
-        """The untrained student: the same weights at every call."""
-        return build_student(self.recipe.student, seed=self.recipe.seed, where="student")
+        """The untrained student, probed: the same weights at every call."""
+        student = build_student(self.recipe.student, seed=self.recipe.seed, where="student")
+        probe(student, vocab_size=self.vocab_size, where="student")
+        return student
 
     @cached_property
     def num_steps(self) -> int:
@@ -92,7 +97,7 @@ class Workspace:
     def trainer(self, variant: Variant, folder: Path) -> DistillTrainer:
         """The trainer of one student, writing to `folder`."""
         student = self.new_student()
-        teachers = [teacher for teacher in self.teachers_of(variant)]
+        teachers = self.teachers_of(variant)
         options = dataclasses.replace(
             self.recipe.train, max_steps=round(self.num_steps * variant.steps_factor)
         )
@@ -103,6 +108,7 @@ class Workspace:
             train_dataset=self.datasets["train"],
             objective=self._objective(variant, student, teachers),
             processing_class=self.tokenizer,
+            identity={"variant": fingerprint(variant.identity())},
         )
 
     def teachers_of(self, variant: Variant) -> list[LocalTeacher]:
@@ -117,8 +123,14 @@ class Workspace:
         options = variant.objective
         features = None
         if options.features is not None and teachers:
+            names = {teacher.name for teacher in teachers}
+            factors = {
+                name: factor
+                for name, factor in options.features.teacher_weights.items()
+                if name in names
+            }
             features = FeatureLoss(
-                options.features,
+                dataclasses.replace(options.features, teacher_weights=factors),
                 {tap: tap_width(student, tap) for tap in tap_names(student)},
                 {
                     teacher.name: {

@@ -1,0 +1,265 @@
+"""The stages on a tiny run: from a recipe to a report, stopped, resumed, changed, refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import collegium
+from collegium import pipeline
+from collegium.errors import CollegiumError, DataError, RecipeError, VocabularyError
+from collegium.fusion.pooling import Fusion
+from collegium.fusion.weights import BestSingle, Entropy, Uniform
+from collegium.recipe import Recipe, dump_recipe, load_recipe
+from collegium.run_folder import read_json
+from collegium.variants import CONTROLS, control, main_variant
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+RECIPE = """
+name: tiny
+output_dir: {root}/run
+student:
+  config: {config}
+  tokenizer: {root}/scripture
+teachers:
+  scripture: {{model: {root}/scripture}}
+  code: {{model: {root}/code}}
+data:
+  train:
+    - {{path: {root}/scripture.jsonl}}
+    - {{path: {root}/code.jsonl}}
+  max_length: 32
+  calibration_fraction: 0.2
+  validation_fraction: 0.2
+objective: {{kd_ratio: 0.5}}
+train: {{learning_rate: 1e-2, max_steps: 4, per_device_train_batch_size: 4, logging_steps: 2, save_steps: 2}}
+preflight: {{max_tokens: 200, batch_size: 4}}
+evaluate: {{controls: [ce_only], batch_size: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two teachers with one tokenizer, and text of two domains."""
+    root = tmp_path_factory.mktemp("zoo")
+    tiny.save_tiny(root / "scripture", seed=1)
+    tiny.save_tiny(root / "code", seed=2, model_type="qwen3", head_dim=8)
+    for domain, text in (("scripture", tiny.TEXT[0]), ("code", tiny.TEXT[2])):
+        lines = [json.dumps({"text": f"{text} number {i}. " * 4}) for i in range(60)]
+        (root / f"{domain}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def _recipe(zoo: Path, tmp_path: Path, *overrides: str) -> Recipe:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(root=zoo, config=json.dumps(CONFIG)), encoding="utf-8")
+    return load_recipe(file, [f"output_dir={tmp_path / 'run'}", *overrides])
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    root = tmp_path_factory.mktemp("finished")
+    return collegium.distill(_recipe(zoo, root))
+
+
+def test_a_run_leaves_what_the_spine_promises(finished: Path) -> None:
+    for name in (
+        "recipe.yaml",
+        "environment.json",
+        "preflight.json",
+        "results.json",
+        "report.html",
+    ):
+        assert (finished / name).is_file(), name
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (finished / "student").iterdir()
+    }
+    kinds = [row["kind"] for row in json.loads((finished / "results.json").read_text())]
+    assert kinds == ["untouched", "teacher", "teacher", "fused", "control", "student"]
+    rows = json.loads((finished / "results.json").read_text())
+    assert rows[-1]["steps"] == rows[-2]["steps"] == 4
+    assert rows[-1]["train_tokens"] == rows[-2]["train_tokens"] > 0
+    stages = read_json(finished / "stages.json")
+    assert {state["status"] for state in stages.values()} == {"done"}
+    assert set(stages) == {"preflight", "train", "control ce_only", "evaluate"}
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(finished / "student")
+
+
+def test_the_resolved_recipe_of_a_run_loads_back(finished: Path, zoo: Path, tmp_path: Path) -> None:
+    kept = load_recipe(finished / "recipe.yaml")
+    fresh = _recipe(zoo, tmp_path)
+    assert dataclasses.replace(kept, output_dir=fresh.output_dir) == fresh
+
+
+def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("ran again")
+
+    for name in ("run_preflight", "score_models"):
+        monkeypatch.setattr(pipeline, name, refuse)
+    monkeypatch.setattr(pipeline.Workspace, "trainer", refuse)
+    assert pipeline.run(load_recipe(finished / "recipe.yaml")) == finished
+
+
+def test_another_control_trains_only_that_control(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    recipe = load_recipe(
+        run / "recipe.yaml", [f"output_dir={run}", "evaluate.controls=[ce_only, uniform]"]
+    )
+    old = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.json").write_text(json.dumps({**old, "output_dir": str(run)}))
+    before = _weights(run)
+    rows = pipeline.evaluate(recipe)
+    assert [row["name"] for row in rows if row["kind"] == "control"] == [
+        "control: CE only, equal steps",
+        "control: uniform weights",
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in _weights(run).items())
+
+
+def test_a_folder_with_another_recipe_is_refused(zoo: Path, finished: Path) -> None:
+    recipe = load_recipe(finished / "recipe.yaml", ["train.learning_rate=0.02"])
+    with pytest.raises(RecipeError, match=r"another recipe \(train.learning_rate: 0.01 -> 0.02\)"):
+        pipeline.run(recipe)
+
+
+def test_the_same_seed_gives_the_same_student(zoo: Path, finished: Path, tmp_path: Path) -> None:
+    place = pipeline.train(_recipe(zoo, tmp_path))
+    assert all(
+        torch.equal(value, _weights(finished)[name])
+        for name, value in _weights(place.parent).items()
+    )
+    assert not (place.parent / "controls").exists()
+
+
+def test_plain_cross_entropy_needs_no_teacher(zoo: Path, tmp_path: Path) -> None:
+    recipe = _recipe(zoo, tmp_path, "teachers={}", "objective.kd_ratio=0", "train.max_steps=2")
+    run = pipeline.run(recipe)
+    rows = json.loads((run / "results.json").read_text())
+    assert [row["name"] for row in rows] == ["student (untouched)", "student (trained)"]
+    with pytest.raises(CollegiumError, match="preflight compares teachers"):
+        pipeline.preflight(recipe)
+
+
+def test_feature_terms_and_a_control_with_fewer_teachers(zoo: Path, tmp_path: Path) -> None:
+    recipe = _recipe(
+        zoo,
+        tmp_path,
+        "objective.features={teacher_weights: {scripture: 1.0, code: 0.5}}",
+        "evaluate.controls=[best_single]",
+        "fusion={weighting: uniform}",
+        "train.max_steps=2",
+    )
+    pipeline.run(recipe)
+    log = (tmp_path / "run" / "train" / "log.jsonl").read_text().splitlines()
+    row = json.loads(log[-1])
+    assert set(row["terms"]) == {"kd", "ce", "feature/scripture", "feature/code"}
+    assert sum(row["grad_shares"].values()) == pytest.approx(1)
+    assert not any("adapter" in name for name in _weights(tmp_path / "run"))
+
+
+def test_preflight_can_write_its_choice_into_the_recipe(zoo: Path, tmp_path: Path) -> None:
+    recipe = _recipe(zoo, tmp_path)
+    found = pipeline.preflight(recipe, apply_to=tmp_path / "recipe.yaml")
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert isinstance(again.fusion, Fusion)
+    assert found["chosen"]["nll"] <= found["best_single"]["nll"] + 1e-6
+    assert len(found["verdict"]) == 3
+
+
+def test_check_writes_nothing_and_says_what_there_is(zoo: Path, tmp_path: Path) -> None:
+    report = pipeline.check(_recipe(zoo, tmp_path))
+    text = "\n".join(report.lines)
+    assert "teachers.code: vocabulary identical" in text
+    assert "data.train:" in text
+    assert "4 steps of 4 windows" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_refuses_the_same_weights_twice(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "code", tmp_path / "copy")
+    with pytest.raises(RecipeError, match=r"`code` and `again` are the same weights \(sha256"):
+        pipeline.check(_recipe(zoo, tmp_path, f"teachers.again.model={tmp_path / 'copy'}"))
+
+
+def test_check_warns_when_the_student_is_a_teacher(zoo: Path, tmp_path: Path) -> None:
+    report = pipeline.check(_recipe(zoo, tmp_path, f"student={{model: {zoo / 'code'}}}"))
+    assert report.warnings == ["student: equals teacher `code`; its distillation loss starts at 0"]
+
+
+def test_check_refuses_another_vocabulary(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "code", tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[-2:]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(VocabularyError, match=r"teachers\.code: 2 token ids mean other bytes"):
+        pipeline.check(_recipe(zoo, tmp_path, f"teachers.code.model={tmp_path / 'other'}"))
+
+
+def test_check_refuses_less_text_than_one_step_needs(zoo: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"one optimizer step needs 4096; give more text"):
+        pipeline.check(_recipe(zoo, tmp_path, "train.per_device_train_batch_size=4096"))
+
+
+def test_non_finite_weights_stop_the_run_before_training(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "code", tmp_path / "bad")
+    file = tmp_path / "bad" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CollegiumError, match=r"teachers\.code.*q_proj.*non-finite"):
+        pipeline.run(_recipe(zoo, tmp_path, f"teachers.code.model={tmp_path / 'bad'}"))
+    assert not (tmp_path / "run" / "train").exists()
+
+
+def test_controls_differ_from_the_student_in_one_thing(zoo: Path, tmp_path: Path) -> None:
+    recipe = _recipe(zoo, tmp_path)
+    main = main_variant(recipe, Fusion())
+    found = {
+        name: control(name, recipe, best_teacher="code", compute_ratio=2.5) for name in CONTROLS
+    }
+    assert (
+        found["ce_only"].objective.kd_ratio
+        == found["ce_only_equal_compute"].objective.kd_ratio
+        == 0
+    )
+    assert found["ce_only_equal_compute"].steps_factor == 2.5
+    assert found["best_single"].fusion == Fusion(weighting=BestSingle(teacher="code"))
+    assert found["best_single"].teachers == ("code",)
+    assert found["uniform"].fusion == Fusion(weighting=Uniform())
+    assert found["entropy"].fusion == Fusion(weighting=Entropy())
+    for name in ("best_single", "uniform", "entropy"):
+        assert found[name].objective == main.objective
+        assert found[name].steps_factor == 1
+    identities = [json.dumps(v.identity(), sort_keys=True) for v in (main, *found.values())]
+    assert len(set(identities)) == 6
+
+
+def test_distill_takes_overrides_with_a_file_only(zoo: Path, tmp_path: Path) -> None:
+    recipe = _recipe(zoo, tmp_path)
+    assert "max_steps: 4" in dump_recipe(recipe)
+    with pytest.raises(CollegiumError, match="overrides go with a recipe file"):
+        collegium.distill(recipe, "seed=1")

@@ -1,0 +1,108 @@
+"""The run folder: whole files, stages that remember, one recipe and one process at a time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from collegium.errors import CollegiumError, Interrupted, RecipeError
+from collegium.run_folder import (
+    RunFolder,
+    differing_fields,
+    fingerprint,
+    last_row,
+    read_json,
+    write_json,
+)
+
+RECIPE = {"seed": 0, "train": {"learning_rate": 0.1, "max_steps": 5}, "evaluate": {"controls": []}}
+
+
+def test_json_is_strict_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a" / "x.json", {"text": "é"})
+    assert read_json(tmp_path / "a" / "x.json") == {"text": "é"}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a" / "x.json", float("nan"))
+    assert read_json(tmp_path / "a" / "x.json") == {"text": "é"}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.json"]
+
+
+def test_absent_json_is_none_and_broken_json_names_its_file(tmp_path: Path) -> None:
+    assert read_json(tmp_path / "x.json") is None
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(CollegiumError, match=r"x\.json: not valid JSON"):
+        read_json(tmp_path / "x.json")
+
+
+def test_fingerprint_ignores_the_order_of_keys_alone() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint([1, 2]) != fingerprint([2, 1])
+
+
+def test_differing_fields_are_named_with_both_values() -> None:
+    new = {"seed": 1, "train": {"learning_rate": 0.1}, "evaluate": {"controls": []}}
+    assert differing_fields(RECIPE, new) == ["seed: 0 -> 1", "train.max_steps: 5 -> None"]
+
+
+def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(RECIPE, "seed: 0\n")
+    folder.claim({**RECIPE, "evaluate": {"controls": ["ce_only"]}}, "seed: 0\n")
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe \(seed: 0 -> 1\)"):
+        folder.claim({**RECIPE, "seed": 1}, "seed: 1\n")
+    assert read_json(folder.path / "recipe.json")["seed"] == 0
+    assert "torch" in read_json(folder.path / "environment.json")["packages"]
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(CollegiumError, match="output_dir: cannot write"):
+        RunFolder(tmp_path / "run").claim(RECIPE, "")
+
+
+def test_a_stage_remembers_its_key_its_outcome_and_all_its_seconds(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(Interrupted), folder.stage("train", "k1"):
+        raise Interrupted("stopped")
+    state = folder.stages()["train"]
+    assert (state["status"], state["note"]) == ("interrupted", "stopped")
+    assert not folder.is_done("train", "k1")
+    state["seconds"] = 100.0
+    write_json(tmp_path / "stages.json", {"train": state})
+    with folder.stage("train", "k1"):
+        assert folder.stages()["train"]["status"] == "running"
+    assert folder.is_done("train", "k1")
+    assert not folder.is_done("train", "k2")
+    assert folder.stages()["train"]["seconds"] >= 100.0
+    with folder.stage("train", "k2"):
+        pass
+    assert folder.stages()["train"]["seconds"] < 100.0
+
+
+def test_a_failed_stage_says_so(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="no"), folder.stage("train", "k"):
+        raise ValueError("no")
+    assert folder.stages()["train"]["status"] == "failed"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks of this kind there")
+def test_a_second_process_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from collegium.run_folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).lock(): pass"
+    )
+    with RunFolder(tmp_path).lock():
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert "another process is running on this folder" in done.stderr
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_last_row(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in (1, 2)))
+    assert last_row(tmp_path / "log.jsonl") == {"step": 2}
