@@ -217,9 +217,9 @@ def test_bytes_sum_to_the_text(text, other, is_piece):
 
 
 def test_bytes_of_shared_skipped_and_trailing_characters():
-    # a | é is shared by two tokens | a space belongs to no token | 数 | trailing space | an empty token
-    ends = np.array([1, 2, 2, 4, 0])
-    assert bytes_of_tokens("aé 数 ", ends).tolist() == [1, 2, 0, 4, 1]
+    # a | é is shared by two tokens | a space belongs to no token | 数 | trailing space | empty tokens (0)
+    ends = np.array([1, 2, 2, 0, 4, 0])
+    assert bytes_of_tokens("aé 数 ", ends).tolist() == [1, 2, 0, 0, 4, 1]
     assert bytes_of_tokens("", np.zeros(0, np.int64)).tolist() == []
 
 
