@@ -44,7 +44,12 @@ def tiny_tokenizer(vocab_size: int = 400, chat: bool = False) -> PreTrainedToken
 
 
 def tiny_model(
-    vocab_size: int = 400, *, seed: int = 0, model_type: str = "llama", width: int = 32, **config: object
+    vocab_size: int = 400,
+    *,
+    seed: int = 0,
+    model_type: str = "llama",
+    width: int = 32,
+    **config: object,
 ) -> PreTrainedModel:
     """A random causal LM of two layers in float32, on CPU, in eval mode."""
     import torch
@@ -68,7 +73,9 @@ def tiny_model(
     return model.eval()
 
 
-def save_tiny(folder: Path, *, vocab_size: int = 400, seed: int = 0, chat: bool = False, **config: object) -> Path:
+def save_tiny(
+    folder: Path, *, vocab_size: int = 400, seed: int = 0, chat: bool = False, **config: object
+) -> Path:
     """Write a tiny model and its tokenizer as a Hugging Face folder."""
     tokenizer = tiny_tokenizer(vocab_size, chat)
     tiny_model(len(tokenizer), seed=seed, **config).save_pretrained(folder)  # type: ignore[arg-type]

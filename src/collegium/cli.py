@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collegium.recipe import Recipe
 
 USER_ERROR = 2
+TABLE_WIDTH = 130
 INTERRUPTED = 130
 
 TEMPLATE = """\
@@ -201,6 +202,8 @@ def preflight(
 
     measured = pipeline.preflight(loaded, apply_to=recipe if apply else None)
     _print(*preflight_tables(measured))
+    for sentence in measured["verdict"]:
+        typer.echo(sentence)
     if apply:
         typer.echo(f"{recipe}: fusion set to {measured['chosen']['name']}")
 
@@ -209,6 +212,8 @@ def _print(*tables: Any) -> None:
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)  # a file has no width of its own; 80 would cut tables
     for table in tables:
         console.print(table)
 
@@ -251,7 +256,12 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="A few minutes instead of many.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Two minutes: three tiny teachers, text that comes with Python."
+        ),
+    ] = False,
     output_dir: Annotated[
         Path | None, typer.Option(help="Run folder; runs/demo or runs/demo-quick by default.")
     ] = None,
@@ -260,7 +270,7 @@ def demo(
         str | None, typer.Option(help="Names of controls, separated by commas.")
     ] = None,
 ) -> None:
-    """Train three small teachers on public-domain text, offline, and distill them into one student."""
+    """Train four specialists on real text out of packages and distill them into one small student."""
     names = None if controls is None else [name for name in controls.split(",") if name]
     from collegium.demo.run import run_demo
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from collegium.checks import CheckReport, check_run
+from collegium.console import progress
 from collegium.errors import CollegiumError
 from collegium.evaluate.preflight import run_preflight
 from collegium.evaluate.scoring import score_models
@@ -115,12 +116,13 @@ def _preflight(workspace: Workspace) -> dict[str, Any]:
         return read_json(path)
     if not recipe.teachers:
         raise CollegiumError("teachers: none given; preflight compares teachers, name at least one")
-    with folder.stage("preflight", key):
+    with folder.stage("preflight", key), progress("preflight") as advance:
         found = run_preflight(
             workspace.teachers,
             workspace.datasets["calibration"],
             batch_size=recipe.preflight.batch_size,
             max_tokens=recipe.preflight.max_tokens,
+            progress=advance,
         )
         write_json(path, found.to_dict())
     return read_json(path)
@@ -167,7 +169,7 @@ def _evaluate(workspace: Workspace) -> list[dict[str, Any]]:
     path = folder.path / "results.json"
     if folder.is_done("evaluate", key) and path.is_file():
         return read_json(path)
-    with folder.stage("evaluate", key):
+    with folder.stage("evaluate", key), progress("evaluate") as advance:
         models, about = _models_to_score(workspace, students)
         scored = score_models(
             models,
@@ -176,6 +178,7 @@ def _evaluate(workspace: Workspace) -> list[dict[str, Any]]:
             workspace.datasets["validation"],
             batch_size=recipe.evaluate.batch_size,
             max_tokens=recipe.evaluate.max_tokens,
+            progress=advance,
         )
         write_json(path, results_rows(scored, about))
     return read_json(path)

@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import CollegiumError, Interrupted, RecipeError
+from collegium.console import say
+from collegium.errors import CollegiumError, Interrupted, RecipeError
 
 PACKAGES = ("collegium", "torch", "transformers", "tokenizers", "datasets", "numpy")
 FREE_SECTIONS = frozenset({"evaluate", "preflight"})
@@ -144,6 +145,7 @@ class RunFolder:
             "seconds": spent,
         }
         self._record(name, state)
+        say(f"{name} ...")
         try:
             yield
         except BaseException as error:
@@ -156,6 +158,7 @@ class RunFolder:
         finally:
             state["seconds"] = round(spent + time.monotonic() - started, 2)
             self._record(name, state)
+            say(f"{name}: {state['status']}, {state['seconds']:.0f} s")
 
     def _record(self, name: str, state: Mapping[str, Any]) -> None:
         stages = self.stages()

@@ -93,9 +93,7 @@ class Head:
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """(n, D) -> (n, V), in float32 or wider."""
-        raw_nV = torch.nn.functional.linear(
-            hidden_nD.to(self.weight.dtype), self.weight, self.bias
-        )
+        raw_nV = torch.nn.functional.linear(hidden_nD.to(self.weight.dtype), self.weight, self.bias)
         return self.finish(raw_nV)
 
     def finish(self, raw_nV: Tensor) -> Tensor:

@@ -9,9 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from collegium.console import quiet_libraries
 from collegium.data.pack import PackedDataset, build_datasets
 from collegium.losses.features import FeatureLoss
-from collegium.models import count_parameters, probe, tap_names, tap_width, vocab_size_of
+from collegium.models import (
+    count_parameters,
+    probe,
+    tap_names,
+    tap_width,
+    vocab_size_of,
+    weights_digest,
+)
 from collegium.recipe import Recipe, dump_recipe, plain
 from collegium.run_folder import RunFolder, fingerprint
 from collegium.student import build_student, load_student_tokenizer
@@ -29,6 +37,7 @@ class Workspace:
     """The parts of one run."""
 
     def __init__(self, recipe: Recipe) -> None:
+        quiet_libraries()
         self.recipe = recipe
         self.folder = RunFolder(Path(recipe.output_dir))
         self.values: Mapping[str, Any] = plain(recipe)
@@ -108,7 +117,13 @@ class Workspace:
             train_dataset=self.datasets["train"],
             objective=self._objective(variant, student, teachers),
             processing_class=self.tokenizer,
-            identity={"variant": fingerprint(variant.identity())},
+            identity={
+                "variant": fingerprint(variant.identity()),
+                **{
+                    f"weights of {name}": weights_digest(self.recipe.teachers[name].model)
+                    for name in variant.teachers
+                },
+            },
         )
 
     def teachers_of(self, variant: Variant) -> list[LocalTeacher]:

@@ -22,7 +22,7 @@ from collegium.fusion.weights import (
     Uniform,
     Weighting,
 )
-from collegium.types import TeacherRows
+from collegium.types import DenseRows, TeacherRows
 from fusion_cases import NAMES, WEIGHTING_CASES, CountedRows, fuse, make_rows, make_teachers
 
 N, V, K = 11, 7, 3
@@ -336,3 +336,18 @@ def test_a_rule_of_ones_own_fits_in(logits_KNV, rows):
     block = fuse(fusion, make_teachers(logits_KNV), rows)
     torch.testing.assert_close(block.logp_nV, logits_KNV[2].log_softmax(-1))
     assert describe(fusion) == "LastTeacher, linear"
+
+
+@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_teachers_of_different_number_types_fuse(pool, order, logits_KNV, rows):
+    dtypes = (torch.float32, torch.float64)
+    logits = [logits_KNV[number].to(dtypes[number]) for number in order]
+    teachers = [TeacherRows(NAMES[i], DenseRows(member_NV)) for i, member_NV in enumerate(logits)]
+    mixed = fuse(Fusion(weighting=Uniform(), pool=pool), teachers, rows)
+    same = fuse(
+        Fusion(weighting=Uniform(), pool=pool),
+        make_teachers(torch.stack([member_NV.double() for member_NV in logits])),
+        rows,
+    )
+    torch.testing.assert_close(mixed.logp_nV.double(), same.logp_nV, rtol=0, atol=1e-5)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CollegiumError
+from collegium.errors import CollegiumError
 
 MIN_CHARACTERS = 200
 """Shorter documents (stubs, empty modules) teach nothing and are left out."""

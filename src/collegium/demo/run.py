@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CollegiumError
-from ..run_folder import RunFolder, fingerprint, write_text
-from .corpora import CORPORA, cache_folder, write_corpus
+from collegium.demo.corpora import CORPORA, cache_folder, write_corpus
+from collegium.errors import CollegiumError
+from collegium.run_folder import RunFolder, fingerprint, write_text
 
 HERE = Path(__file__).parent
 
@@ -67,7 +67,7 @@ FULL = Plan(
         },
         "python": {**_llama_like("qwen3", width=144, layers=5, heads=4), "head_dim": 36},
     },
-    max_steps=220,
+    max_steps=440,
 )
 QUICK = Plan(
     recipe="demo-quick.yaml",
@@ -78,7 +78,7 @@ QUICK = Plan(
         "reference": _llama_like("mistral", width=96, layers=3, heads=4),
         "tables": {**_llama_like("qwen3", width=112, layers=2, heads=4), "head_dim": 28},
     },
-    max_steps=60,
+    max_steps=100,
 )
 
 
@@ -97,8 +97,8 @@ def run_demo(
         seed: seed of teachers, student and data order; the corpora and their split stay the same.
         controls: control students to train instead of the recipe's.
     """
-    from .. import pipeline
-    from ..recipe import load_recipe
+    from collegium import pipeline
+    from collegium.recipe import load_recipe
 
     plan = QUICK if quick else FULL
     folder = output_dir or Path(plan.folder)
@@ -113,7 +113,7 @@ def run_demo(
 
 
 def _prepare_text(run: RunFolder, plan: Plan) -> None:
-    from .tokenizer import train_tokenizer
+    from collegium.demo.tokenizer import train_tokenizer
 
     with run.stage("text", fingerprint(list(plan.specialists))):
         corpora = [

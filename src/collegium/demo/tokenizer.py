@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..run_folder import write_json
+from collegium.run_folder import write_json
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"

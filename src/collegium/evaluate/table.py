@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -31,6 +32,13 @@ COLUMNS = (
     "KL to fused",
     "agreement",
 )
+SHORT = {
+    "perplexity": "ppl",
+    "bits/byte": "bits/\nbyte",
+    "KL to fused": "KL to\nfused",
+    "agreement": "agree",
+}
+"""Headings with which the table fits a terminal of 80 columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +86,11 @@ def results_rows(
 
 def render_table(rows: Sequence[Row], *, title: str = "Held-out evaluation") -> Table:
     """The evaluation as a table for the terminal; the best student or control is bold."""
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.collapse_padding, table.pad_edge = True, False
+    table.add_column("model", min_width=20)
+    for column in COLUMNS[1:]:
+        table.add_column(SHORT.get(column, column), justify="right", no_wrap=True)
     best = _best_trained(rows)
     for number, row in enumerate(rows):
         style = "bold" if row["name"] == best else ""
@@ -105,9 +115,9 @@ def preflight_tables(preflight: Preflight | Mapping[str, Any]) -> list[Table]:
 def _teacher_table(report: Mapping[str, Any]) -> Table:
     domains = list(dict.fromkeys(d for t in report["teachers"].values() for d in t["domains"]))
     table = Table(title="Teachers on the calibration split", title_justify="left")
-    table.add_column("teacher", no_wrap=True)
+    table.add_column("teacher")
     for column in ("perplexity", "NLL", "NLL-H", "ECE", "T", "top-1", *domains):
-        table.add_column(Text(column), justify="right")
+        table.add_column(Text(column), justify="right", no_wrap=True)
     for name, teacher in report["teachers"].items():
         cells = [_number(teacher["perplexity"], ".2f"), _number(teacher["nll"], ".3f")]
         cells += [_number(teacher["overconfidence"], "+.3f"), _number(teacher["ece"], ".3f")]
@@ -119,9 +129,10 @@ def _teacher_table(report: Mapping[str, Any]) -> Table:
 
 def _fusion_table(report: Mapping[str, Any]) -> Table:
     table = Table(title="Fused targets on the calibration split", title_justify="left")
-    for column, justify in (("fusion", "left"), ("calibration", "left"), ("NLL", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_column("tokens", justify="right")
+    table.add_column("fusion")
+    table.add_column("calibration")
+    for column in ("NLL", "tokens"):
+        table.add_column(column, justify="right", no_wrap=True)
     for entry in report["fusions"]:
         is_chosen = entry["name"] == report["chosen"]["name"]
         cells = [Text(entry["name"]), Text(entry["calibration"]), _number(entry["nll"], ".4f")]

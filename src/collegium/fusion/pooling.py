@@ -262,8 +262,9 @@ class _Pool:
             self._mean_nV, self._total_n = member_nV.clone(), score_n
             return
         self._total_n = torch.logaddexp(self._total_n, score_n)
-        share_n1 = (score_n - self._total_n).exp().to(member_nV.dtype)[:, None]
-        self._mean_nV.lerp_(member_nV, share_n1)
+        dtype = self._mean_nV.dtype  # of the first member, when a later one is wider or narrower
+        share_n1 = (score_n - self._total_n).exp().to(dtype)[:, None]
+        self._mean_nV.lerp_(member_nV.to(dtype), share_n1)
 
     def result(self) -> tuple[Tensor, Tensor | None]:
         """(n, V) log-probabilities of the pool, and log Z (n,) of the log-linear one."""
