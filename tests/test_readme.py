@@ -1,0 +1,38 @@
+"""What the README says is so: every file is in its map, every link leads somewhere, its recipe decodes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_map_names_every_source_file() -> None:
+    sources = (ROOT / "src" / "collegium").rglob("*")
+    names = {path.name for path in sources if path.suffix in (".py", ".html")} - {"__init__.py"}
+    missing = sorted(name for name in names if f"`{name}`" not in README)
+    assert not missing
+
+
+def test_every_link_leads_to_a_file() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_recipe_in_it_decodes(tmp_path: Path) -> None:
+    from collegium.recipe import load_recipe
+
+    blocks = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 1
+    (tmp_path / "recipe.yaml").write_text(blocks[0], encoding="utf-8")
+    assert list(load_recipe(tmp_path / "recipe.yaml").teachers) == ["code", "law"]
+
+
+@pytest.mark.parametrize("command", re.findall(r"^collegium (\w+)", README, flags=re.MULTILINE))
+def test_every_command_in_it_exists(command: str) -> None:
+    from collegium import cli
+
+    assert hasattr(cli, command)
