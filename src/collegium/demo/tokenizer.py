@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-
 END = "<|endoftext|>"
 PAD = "<|pad|>"
 
