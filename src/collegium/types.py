@@ -21,6 +21,11 @@ STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=
 """Configuration of every option class: `@dataclass(frozen=True, kw_only=True, config=STRICT)` of pydantic."""
 
 
+def is_row(labels: Tensor, position_ids: Tensor) -> Tensor:
+    """Which tokens but the first are predicted: targets that do not begin a document; (..., T) twice -> (..., T - 1) bool."""
+    return (labels[..., 1:] != IGNORE) & (position_ids[..., 1:] > 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The N trained positions of a batch, chosen once; every later tensor is (N, ...).
@@ -39,6 +44,15 @@ class Rows:
 
     def __len__(self) -> int:
         return self.labels.shape[0]
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on another device."""
+        return Rows(
+            self.index.to(device),
+            self.labels.to(device),
+            self.documents.to(device),
+            self.samples.to(device),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +75,19 @@ class Batch:
             inputs["input_ids"], inputs["position_ids"], inputs["labels"], inputs["sample_ids"]
         )
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.labels.to(device),
+            self.sample_ids.to(device),
+        )
+
     def rows(self) -> Rows:
         """Choose the trained positions: token t is predicted from t - 1 of the same document, never a first token."""
         batch_size, length = self.input_ids.shape
-        is_target = (self.labels[:, 1:] != IGNORE) & (self.position_ids[:, 1:] > 0)
+        is_target = is_row(self.labels, self.position_ids)
         starts = self.position_ids == 0
         starts[:, 0] = True
         document_BT = starts.flatten().cumsum(0).view(batch_size, length) - 1

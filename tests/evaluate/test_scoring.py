@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ import tiny
 from collegium.data.windows import PackedDataset
 from collegium.errors import CollegiumError, DataError, ModelError
 from collegium.evaluate.metrics import Metrics, Targets
-from collegium.evaluate.scoring import FUSED, paired_bootstrap, score_models
+from collegium.evaluate.preflight import run_preflight
+from collegium.evaluate.scoring import FUSED, iterate_chunks, paired_bootstrap, score_models
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import PrefixLikelihood, Uniform
 from collegium.teachers.local import LocalTeacher
+from collegium.types import Batch, Rows, TeacherRows
 from evaluation_cases import TEXTS, BigramTeacher, bigram_logits, id_dataset, text_dataset
 
 VOCAB = len(tiny.tiny_tokenizer())
@@ -144,6 +148,38 @@ def test_each_scorer_is_asked_once_per_batch() -> None:
     teacher = BigramTeacher("a", bigram_logits(vocab_size=8, step=1, sharpness=2.0))
     score_models([teacher], [teacher], Fusion(), dataset, batch_size=1)
     assert teacher.num_calls == len(dataset) == 2
+
+
+def test_batches_are_dropped_after_their_turn() -> None:
+    """What is kept of a batch are columns on the CPU: a whole dataset on the accelerator would be a leak."""
+    live: list[weakref.ref] = []
+    most = 0
+
+    class Watching(BigramTeacher):
+        def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
+            nonlocal most
+            live.append(weakref.ref(batch.input_ids))
+            most = max(most, sum(ref() is not None for ref in live))
+            return super().score(batch, rows, taps)
+
+    dataset = id_dataset([[1, 2, 3, 4]] * 12, ["x"] * 12, max_length=8)
+    teacher = Watching("a", bigram_logits(vocab_size=8, step=1, sharpness=2.0))
+    score_models([teacher], [teacher], Fusion(), dataset, batch_size=1)
+    run_preflight([teacher], dataset, batch_size=1)
+    assert len(live) >= 2 * len(dataset)
+    assert most <= 2, "the batch before may still be there, no other"
+
+
+def test_an_accelerator_that_is_not_there_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of torch for CUDA names CUDA as its accelerator on machines without one, too."""
+
+    def current(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    (chunk, *_) = iterate_chunks(id_dataset([[1, 2, 3]], ["x"]), batch_size=1)
+    assert chunk.batch.input_ids.device.type == chunk.rows.index.device.type
+    assert torch.cuda.is_available() or chunk.rows.index.device.type != "cuda"
 
 
 def test_domains_add_up() -> None:

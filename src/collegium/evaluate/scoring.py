@@ -20,7 +20,8 @@ from collegium.errors import CollegiumError, DataError, ModelError
 from collegium.evaluate.metrics import Metrics, Targets
 from collegium.evaluate.metrics import paired_bootstrap as paired_bootstrap
 from collegium.fusion.pooling import FusedTarget, Fusion
-from collegium.types import IGNORE, Batch, RowLogits, Rows, TeacherRows
+from collegium.models.loading import choose_device
+from collegium.types import Batch, RowLogits, Rows, TeacherRows, is_row
 
 FUSED = "fused target"
 """Name under which the fused target itself is scored."""
@@ -47,13 +48,21 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Origins:
+    """What the rows of one batch stand for, (N,) int64 each on the CPU: all of a batch that outlives its turn."""
+
+    samples_N: Tensor
+    domains_N: Tensor
+    num_bytes_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
-    """One batch of a dataset with its rows, and what each row stands for."""
+    """One batch of a dataset with its rows, on the device that scores, and what each row stands for."""
 
     batch: Batch
     rows: Rows
-    num_bytes_N: Tensor
-    domains_N: Tensor
+    origins: Origins
 
 
 def score_models(
@@ -95,7 +104,7 @@ def score_models(
             "score_models: got a fusion without teachers; must have at least one; pass fusion=None"
         )
     columns: dict[str, Columns] = {}
-    chunks: list[Chunk] = []
+    origins: list[Origins] = []
     windows = spread_windows(dataset, max_tokens)
     source = iterate_chunks(dataset, batch_size=batch_size, windows=windows, progress=progress)
     with torch.no_grad():
@@ -105,8 +114,8 @@ def score_models(
             if fusion is not None:
                 fused_of = partial(FusedTarget, fusion, [scores[t.name] for t in teachers])
             _measure_rows(columns, scores, fused_of, chunk.rows, block_size)
-            chunks.append(chunk)
-    targets = gather_targets(chunks, dataset)
+            origins.append(chunk.origins)
+    targets = gather_targets(origins, dataset)
     names = [model.name for model in models] + ([FUSED] if fusion is not None else [])
     teacher_names = [teacher.name for teacher in teachers]
     return {name: _metrics(name, columns, teacher_names, targets) for name in names}
@@ -142,44 +151,40 @@ def iterate_chunks(
         Subset(dataset, list(chosen)), batch_size=batch_size, shuffle=False, collate_fn=Collator()
     )
     # Teachers answer on the device of the batch: on the CPU, every block of logits would have to travel.
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = choose_device("auto")
     for step, inputs in enumerate(loader):
-        rows = Batch.from_inputs(inputs).rows()
+        batch = Batch.from_inputs(inputs)
+        rows = batch.rows()
         if len(rows):
             num_bytes_N = inputs["num_bytes"].flatten()[rows.index + 1]
-            domains_N = domain_of[rows.samples]
-            batch = Batch.from_inputs({key: value.to(device) for key, value in inputs.items()})
-            yield Chunk(batch, rows_to(rows, device), num_bytes_N, domains_N)
+            origins = Origins(rows.samples, domain_of[rows.samples], num_bytes_N)
+            yield Chunk(batch.to(device), rows.to(device), origins)
         if progress is not None:
             progress(step + 1, len(loader))
 
 
-def gather_targets(chunks: Sequence[Chunk], dataset: PackedDataset) -> Targets:
-    """What the rows of all chunks stand for.
+def gather_targets(origins: Sequence[Origins], dataset: PackedDataset) -> Targets:
+    """What the rows of all batches stand for.
 
     Raises:
-        DataError: there is no chunk.
+        DataError: there is no batch.
     """
-    if not chunks:
+    if not origins:
         raise DataError(
             "evaluation: got no target token; must be at least one; use a larger validation split"
         )
     return Targets(
-        samples_N=_numpy([chunk.rows.samples for chunk in chunks], np.int64),
-        domains_N=_numpy([chunk.domains_N for chunk in chunks], np.int64),
-        num_bytes_N=_numpy([chunk.num_bytes_N for chunk in chunks], np.int64),
+        samples_N=_numpy([one.samples_N for one in origins]),
+        domains_N=_numpy([one.domains_N for one in origins]),
+        num_bytes_N=_numpy([one.num_bytes_N for one in origins]),
         domains=tuple(dataset.domains),
     )
 
 
 def window_counts(dataset: PackedDataset, windows: Sequence[int]) -> list[int]:
     """Number of target tokens in each of the windows."""
-    counts = []
-    for window in windows:
-        item = dataset[window]
-        is_target = torch.as_tensor(item["labels"])[1:] != IGNORE
-        counts.append(int((is_target & (torch.as_tensor(item["position_ids"])[1:] > 0)).sum()))
-    return counts
+    items = (dataset[window] for window in windows)
+    return [int(is_row(item["labels"], item["position_ids"]).sum()) for item in items]
 
 
 def spread_windows(dataset: PackedDataset, max_tokens: int | None) -> list[int]:
@@ -192,22 +197,12 @@ def spread_windows(dataset: PackedDataset, max_tokens: int | None) -> list[int]:
     return [int(at) for at in np.linspace(0, size, wanted, endpoint=False)]
 
 
-def rows_to(rows: Rows, device: torch.device) -> Rows:
-    """The same rows on another device."""
-    return Rows(
-        index=rows.index.to(device),
-        labels=rows.labels.to(device),
-        documents=rows.documents.to(device),
-        samples=rows.samples.to(device),
-    )
-
-
 def blocks_of(rows: Rows, scores: RowLogits, block_size: int | None) -> tuple[Rows, list[slice]]:
     """The rows on the device of the scores, and the slices to read them in."""
     probe_1V = scores.logits(slice(0, 1))
     size = block_size or max(16, BLOCK_ELEMENTS // probe_1V.shape[1])
     device = probe_1V.device
-    return rows_to(rows, device), [
+    return rows.to(device), [
         slice(at, min(at + size, len(rows))) for at in range(0, len(rows), size)
     ]
 
@@ -302,5 +297,5 @@ def _domain_indices(dataset: PackedDataset) -> list[int]:
     ]
 
 
-def _numpy(parts: Sequence[Tensor], dtype: type) -> np.ndarray:
-    return torch.cat(list(parts)).cpu().numpy().astype(dtype)
+def _numpy(parts: Sequence[Tensor]) -> np.ndarray:
+    return torch.cat(list(parts)).numpy().astype(np.int64)

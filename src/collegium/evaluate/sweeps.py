@@ -16,6 +16,7 @@ from collegium.data.pack import PackedDataset
 from collegium.evaluate.metrics import Metrics, Targets
 from collegium.evaluate.scoring import (
     Chunk,
+    Origins,
     Progress,
     Scorer,
     blocks_of,
@@ -136,7 +137,7 @@ def sweep_teachers(teachers: Sequence[Scorer], split: Calibration) -> Scalars:
         DataError: the windows hold no target token.
     """
     tables = TemperatureTables()
-    chunks: list[Chunk] = []
+    origins: list[Origins] = []
     pairs = _Pairs(len(teachers))
     step = max(1, sum(window_counts(split.dataset, split.windows)) // JSD_ROWS)
     with torch.no_grad():
@@ -144,8 +145,8 @@ def sweep_teachers(teachers: Sequence[Scorer], split: Calibration) -> Scalars:
             answers = [teacher.score(chunk.batch, chunk.rows) for teacher in teachers]
             tables.add(answers, blocks_of(chunk.rows, answers[0].scores, None)[0])
             pairs.add(answers, len(chunk.rows), step)
-            chunks.append(chunk)
-    targets = gather_targets(chunks, split.dataset)
+            origins.append(chunk.origins)
+    targets = gather_targets(origins, split.dataset)
     jsd_KK, differs_KK = pairs.means()
     return Scalars(tables, targets, jsd_KK, differs_KK)
 

@@ -98,8 +98,8 @@ class LocalTeacher:
         found = _detached(
             forward_rows(
                 self.model,
-                _batch_to(batch, self._device),
-                _rows_to(rows, self._device),
+                batch.to(self._device),
+                rows.to(self._device),
                 vocab_size=self.vocab_size,
                 taps=taps,
             )
@@ -141,21 +141,3 @@ def _detached(rows: HiddenRows) -> HiddenRows:
     head, bias = rows.head, rows.head.bias
     bias = None if bias is None else bias.detach()
     return replace(rows, head=replace(head, weight=head.weight.detach(), bias=bias))
-
-
-def _batch_to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(
-        input_ids=batch.input_ids.to(device),
-        position_ids=batch.position_ids.to(device),
-        labels=batch.labels.to(device),
-        sample_ids=batch.sample_ids.to(device),
-    )
-
-
-def _rows_to(rows: Rows, device: torch.device) -> Rows:
-    return Rows(
-        index=rows.index.to(device),
-        labels=rows.labels.to(device),
-        documents=rows.documents.to(device),
-        samples=rows.samples.to(device),
-    )

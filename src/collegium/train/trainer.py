@@ -39,7 +39,7 @@ from collegium.train.parts import (
 )
 from collegium.train.progress import Flow, Progress
 from collegium.train.resume import ResumableTrainer
-from collegium.types import IGNORE, Batch, LossSum, Rows, StudentRows, Teacher, TeacherRows
+from collegium.types import Batch, LossSum, Rows, StudentRows, Teacher, TeacherRows, is_row
 
 __all__ = ["DistillTrainer", "TrainOptions", "training_arguments"]
 
@@ -180,8 +180,7 @@ class DistillTrainer(ResumableTrainer):
         """The number of rows over all micro-batches of a step, counted as `Batch.rows` chooses them."""
         total = torch.zeros((), dtype=torch.int64, device=device)
         for inputs in batch_samples:
-            is_target = (inputs["labels"][:, 1:] != IGNORE) & (inputs["position_ids"][:, 1:] > 0)
-            total += is_target.sum().to(device)
+            total += is_row(inputs["labels"], inputs["position_ids"]).sum().to(device)
         return total.clamp(min=1)
 
     def training_step(

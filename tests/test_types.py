@@ -1,0 +1,45 @@
+"""Which tokens are rows, and what a record is on another device."""
+
+from __future__ import annotations
+
+import torch
+
+from collegium.types import IGNORE, Batch, Rows, is_row
+
+
+def packed() -> Batch:
+    """Two windows: documents of 3, 1 and 2 tokens, then 4 and padding; some tokens are no targets."""
+    position = torch.tensor([[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 0, 1]])
+    samples = torch.tensor([[4, 4, 4, 5, 6, 6], [7, 7, 7, 7, -1, -1]])
+    ids = torch.arange(12).view(2, 6) + 20
+    labels = ids.clone()
+    labels[0, 1] = labels[1, 3] = IGNORE
+    labels[1, 4:] = IGNORE
+    return Batch(ids, position, labels, samples)
+
+
+def test_rows_are_the_targets_that_have_a_predecessor_in_their_document() -> None:
+    batch = packed()
+    rows = batch.rows()
+    flat = batch.input_ids.flatten()
+    # Token 20 + t is predicted from the position before it; 20, 23, 24 and 26 begin a document, 21 and 29 are no targets.
+    assert rows.labels.tolist() == [22, 25, 27, 28]
+    assert flat[rows.index].tolist() == [21, 24, 26, 27]
+    assert rows.samples.tolist() == [4, 6, 7, 7]
+    first, second, *rest = rows.documents.tolist()
+    assert first < second < rest[0] == rest[1]
+    assert len(rows) == 4
+    assert is_row(batch.labels, batch.position_ids).sum() == 4
+    assert is_row(batch.labels[0], batch.position_ids[0]).tolist() == [0, 1, 0, 0, 1]
+
+
+def test_records_move_as_a_whole() -> None:
+    batch = packed()
+    rows = batch.rows()
+    for record in (batch, rows):
+        moved = record.to(torch.device("meta"))
+        same = record.to(torch.device("cpu"))
+        for name in type(record).__dataclass_fields__:
+            assert getattr(moved, name).is_meta
+            assert torch.equal(getattr(same, name), getattr(record, name))
+    assert isinstance(rows.to(torch.device("cpu")), Rows)
