@@ -147,6 +147,23 @@ def test_a_useless_teacher_is_named_and_one_twin_stays() -> None:
     assert sum(found["chosen"]["weights"].values()) == pytest.approx(1.0)
 
 
+def test_the_specialist_of_a_rare_domain_is_not_called_idle() -> None:
+    """One document in a hundred gives it less than 2 % of the weight; without it that document is lost."""
+    documents, domains = [], []
+    for domain, step, number in (("ones", 1, 99), ("fives", 5, 1)):
+        documents += walks(
+            vocab_size=VOCAB, step=step, noise=0.1, number=number, length=65, seed=step
+        )
+        domains += [domain] * number
+    data = id_dataset(documents, domains, max_length=65)
+    fusion = Fusion(weighting=PrefixLikelihood(eta=2.0, decay=1.0))
+    teachers = [specialist("one", 1), specialist("five", 5)]
+    found = run_preflight(teachers, data, batch_size=50, candidates=[fusion]).to_dict()
+    assert found["chosen"]["name"] == describe(fusion)
+    assert found["chosen"]["weights"]["five"] < 0.02
+    assert found["verdict"][1].startswith("Every teacher adds something")
+
+
 def test_a_single_teacher() -> None:
     found = run_preflight([specialist("one", 1)], two_domains(), batch_size=8)
     assert isinstance(found.fusion.weighting, BestSingle)
