@@ -6,6 +6,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -96,6 +97,25 @@ def test_figures_equal_naive_loops() -> None:
     figures["agreement"] = figures["agreement"]["a"]  # type: ignore[index]
     for key, value in expected.items():
         assert figures[key] == pytest.approx(value, rel=2e-5, abs=1e-6), key
+
+
+def test_the_calibration_error_has_fifteen_bins_of_equal_mass() -> None:
+    """Accuracy falls below confidence in the odd fifteenths and rises above it in the even ones: fewer bins see less."""
+    size = 15 * 8
+    confidence_N = np.linspace(0.2, 0.8, size).astype(np.float32)
+    fifteenth_N = np.arange(size) // 8
+    scored = metrics_of([1.0] * size, [0] * size)
+    scored = replace(
+        scored, confidence_N=confidence_N, is_correct_N=fifteenth_N % 2 == 0, entropy_N=confidence_N
+    )
+    expected = naive_ece(confidence_N.tolist(), (fifteenth_N % 2 == 0).tolist())
+    assert scored.ece == pytest.approx(expected, rel=1e-6)
+    assert scored.ece == pytest.approx(
+        np.abs((fifteenth_N % 2 == 0) - confidence_N).mean(), rel=1e-6
+    )
+    bins = scored.to_dict()["reliability"]
+    assert bins["count"] == [8] * 15  # type: ignore[index]
+    assert scored.to_dict()["entropy_bins"]["count"] == [8] * 15  # type: ignore[index]
 
 
 def test_fused_target_agrees_with_itself() -> None:

@@ -16,8 +16,11 @@ from transformers import TrainerCallback
 from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
 from collegium.errors import ModelError, TrainingError
+from collegium.losses.features import FeatureLoss, FeatureOptions
+from collegium.models import tap_names, tap_width
 from collegium.train.meter import RunLog
 from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.progress import Progress
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
 from collegium.types import LossSum, TeacherRows
 from training_runs import VOCAB, FakeTeacher, Windows, objective, small_model, trainer
@@ -65,6 +68,50 @@ def test_any_split_of_a_step_gives_the_same_gradient_and_weights(tmp_path: Path)
                 assert (ours[name] - grad).abs().max() <= 1e-12 * scale + 1e-15
         for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def featured() -> Objective:
+    """Feature terms of two teachers, in float64."""
+    model, options = small_model(), FeatureOptions(weight=0.5)
+    widths = {tap: tap_width(model, tap) for tap in tap_names(model)}
+    terms = FeatureLoss(options, widths, {"teacher_0": widths, "teacher_1": widths}, seed=0)
+    return Objective(
+        ObjectiveOptions(features=options), objective().fusion, features=terms.double()
+    )
+
+
+def test_the_scale_of_feature_terms_is_renewed_by_every_step_and_by_no_micro_batch(
+    tmp_path: Path,
+) -> None:
+    scales, students = [], []
+    for batch, accumulate in ((6, 1), (2, 3)):
+        seen: list[torch.Tensor] = []
+
+        class Keep(TrainerCallback):
+            def on_step_end(self, args, state, control, seen=seen, **kwargs):  # type: ignore[no-untyped-def]
+                seen.append(made.objective.features.scale_K.clone())  # noqa: B023
+
+        made = trainer(
+            tmp_path / str(batch),
+            model=small_model().double(),
+            teachers=[small_model(1).double(), small_model(2).double()],
+            objective=featured(),
+            options={
+                "max_steps": 3,
+                "per_device_train_batch_size": batch,
+                "gradient_accumulation_steps": accumulate,
+                "optim": "sgd",
+            },
+            callbacks=[Keep(), Progress(quiet=True)],
+        )
+        made.train()
+        scales.append(torch.stack(seen))
+        students.append(weights(made.student))
+    assert (scales[0][0] != 1).all()
+    assert (scales[0][1:] != scales[0][:-1]).all()
+    torch.testing.assert_close(scales[0], scales[1], rtol=1e-12, atol=0)
+    for name, value in students[0].items():
+        torch.testing.assert_close(students[1][name], value, rtol=1e-9, atol=1e-12)
 
 
 def test_without_teachers_the_loss_is_the_cross_entropy_of_transformers(tmp_path: Path) -> None:
