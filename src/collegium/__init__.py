@@ -45,6 +45,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module `collegium` has no attribute `{name}`")
     import importlib
 
+    from collegium.errors import check_versions
+
+    check_versions()
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value

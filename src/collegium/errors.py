@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
+from importlib import metadata
 from types import ModuleType
+
+FLOORS = {
+    "torch": ("2.10", "CVE-2026-24747"),
+    "transformers": ("5.5", "CVE-2026-5241"),
+    "jinja2": ("3.1.6", "CVE-2025-27516"),
+}
+"""The packages that read files of others: the first version that is safe to use, and the flaw of those before."""
 
 
 class CollegiumError(Exception):
@@ -48,6 +57,30 @@ def require(package: str, extra: str) -> ModuleType:
         raise CollegiumError(
             f"{package}: not installed; run `pip install 'collegium[{extra}]'`"
         ) from error
+
+
+def check_versions() -> None:
+    """Refuse packages with a known flaw in how they read models; asked before any of them is imported.
+
+    Raises:
+        CollegiumError: a package is older than its entry in `FLOORS`, or missing.
+    """
+    for package, (floor, flaw) in FLOORS.items():
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            version = "none"
+        if _release(version) < _release(floor):
+            raise CollegiumError(
+                f"{package}: got version {version}; must be at least {floor} ({flaw}); "
+                f"run `pip install --upgrade {package}`"
+            )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """`2.10.1+cpu` -> (2, 10, 1); nothing of it but the leading numbers is compared."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match.group().split("."))) if match else ()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
