@@ -1,6 +1,8 @@
 """What is trained on: targets, stop tokens and bytes per token."""
 
 import copy
+import threading
+import time
 from functools import lru_cache
 
 import numpy as np
@@ -134,6 +136,33 @@ def test_missing_and_broken_templates():
     broken = with_template("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match=r"17: the chat template fails \(.*roles must alternate"):
         encode(document(messages=TURNS), broken, max_length=99)
+
+
+def test_a_template_that_does_not_end_is_refused_and_stopped(monkeypatch):
+    # ten thousand million steps, of which each is a bytecode or more
+    endless = with_template(
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    monkeypatch.setattr("collegium.data.chat.PROBE_SECONDS", 0.2)
+    before = set(threading.enumerate())
+    start = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        Encoder(endless, max_length=99, where="data.train").encode([document(messages=TURNS)])
+    assert str(caught.value) == (
+        "data.train: tokenizer: its chat template took more than 0.2 s for two short messages; must end; "
+        "refused (tokenizer_config.json or chat_template.jinja)"
+    )
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+    assert set(threading.enumerate()) == before
+    assert time.monotonic() - start < 5
+    Encoder(endless, max_length=99).encode([document(text="never rendered")])
+
+
+def test_a_template_cannot_reach_into_python():
+    escape = with_template("{{ messages.__class__.__mro__ }}")
+    with pytest.raises(DataError, match=r"17: the chat template fails \(SecurityError: access to"):
+        encode(document(messages=TURNS), escape, max_length=99)
 
 
 def test_no_eos_token_names_candidates():

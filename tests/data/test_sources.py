@@ -212,6 +212,16 @@ def test_long_line(tmp_path):
     assert len(read(path, max_line_bytes=len(row) - 1)) == 2
 
 
+def test_a_compressed_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(30):
+            file.write(b" " * 1_000_000)
+    monkeypatch.setattr("collegium.data.records._MAX_COUNTED", 12_000_000)
+    expected = "bomb.jsonl.gz:1: line of more than 12.2 MB; must be at most 8.0 MB; raise"
+    assert expected in message(path)
+
+
 def test_missing_file_names_what_is_there(tmp_path):
     write(tmp_path, "train.jsonl", "")
     (tmp_path / "old").mkdir()
@@ -219,6 +229,8 @@ def test_missing_file_names_what_is_there(tmp_path):
     assert f"trian.jsonl: no such file; {tmp_path} holds: old/, train.jsonl" in text
     assert f"no such file; {tmp_path} holds" in message(tmp_path / "deep" / "er" / "*.txt")
     assert "old: no .txt" in message(tmp_path / "old")
+    for odd in ("~nosuchuser/a", "a" * 5000, "a\0b"):
+        assert "no such file" in message(odd)
 
 
 def test_check_sources_looks_at_the_first_rows_of_every_file_only(tmp_path):

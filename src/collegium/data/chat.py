@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +18,38 @@ from collegium.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+PROBE_SECONDS = 2.0
+"""What a template may take for two short messages; an honest one takes a thousandth of that."""
+_PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
+
+
+def probe_template(tokenizer: PreTrainedTokenizerFast, *, where: str = "") -> None:
+    """Refuse a chat template that does not end: it is a program that came with the model's files.
+
+    It is rendered once in a thread of its own, which is stopped when the time is over. What a template raises is left
+    to the rows. One single operation of the interpreter cannot be stopped, nor is memory limited.
+
+    Raises:
+        DataError: two short messages take longer than `PROBE_SECONDS`.
+    """
+
+    def render() -> None:
+        with suppress(Exception, SystemExit):
+            tokenizer.apply_chat_template(list(_PROBE), tokenize=False)
+
+    if not tokenizer.chat_template:
+        return
+    worker = threading.Thread(target=render, daemon=True)
+    worker.start()
+    worker.join(PROBE_SECONDS)
+    if worker.is_alive():
+        stop = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        stop(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(SystemExit))
+        raise DataError(
+            f"{at(where, 'tokenizer')}: its chat template took more than {PROBE_SECONDS:g} s for two short "
+            "messages; must end; refused (tokenizer_config.json or chat_template.jinja)"
+        )
 
 
 def encode_chat(

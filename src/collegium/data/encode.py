@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from collegium.data.chat import encode_chat
+from collegium.data.chat import encode_chat, probe_template
 from collegium.data.records import Document, at
 from collegium.data.tokens import Tokens, concatenate, tokenize
 from collegium.errors import DataError
@@ -79,19 +79,22 @@ class Encoder:
         """(document, tokens) of every document that may not be cut over windows and is too long."""
         self.untrained: list[str] = []
         """Documents without a target."""
+        self._has_probed = False
         eos = tokenizer.eos_token_id
         if not isinstance(eos, int):
-            vocabulary = tokenizer.get_vocab()
-            found = ", ".join(f"`{name}`" for name in _USUAL_EOS if name in vocabulary)
             raise DataError(
                 f"{at(where, 'tokenizer')}: has no eos token; must have one, or the student never "
-                f"learns to stop; set eos_token in tokenizer_config.json (candidates: {found or 'none'})"
+                f"learns to stop; set eos_token in tokenizer_config.json "
+                f"(candidates: {eos_candidates(tokenizer)})"
             )
         self._prefix = Tokens.added(_bos(tokenizer), is_target=False)
         self._eos = Tokens.added([eos], is_target=True)
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded | None]:
         """Encode documents; None where one is dropped for its length or has no target."""
+        if not self._has_probed and any(d.messages is not None for d in documents):
+            probe_template(self.tokenizer, where=self.where)
+            self._has_probed = True
         pieces = [
             piece
             for d in documents
@@ -148,6 +151,12 @@ class Encoder:
             self.untrained.append(document.id)
             return None
         return Encoded(tokens.ids[kept], is_target, tokens.num_bytes[kept], can_split)
+
+
+def eos_candidates(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The usual names of a stop token that this tokenizer has, for a message."""
+    vocabulary = tokenizer.get_vocab()
+    return ", ".join(f"`{name}`" for name in _USUAL_EOS if name in vocabulary) or "none"
 
 
 def encode(

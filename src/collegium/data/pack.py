@@ -62,6 +62,15 @@ class DataOptions:
             raise ValueError("calibration_fraction + validation_fraction must be less than 1")
         return self
 
+    @property
+    def sources(self) -> dict[str, list[SourceOptions]]:
+        """The sources of each part."""
+        return {
+            "train": self.train,
+            "calibration": self.calibration,
+            "validation": self.validation,
+        }
+
 
 def build_datasets(
     options: DataOptions, tokenizer: PreTrainedTokenizerFast, *, where: str

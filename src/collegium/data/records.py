@@ -20,6 +20,7 @@ Row = tuple[int, object]
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TOOL_KEYS = ("tool_calls", "tool_call_id", "function_call")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_MAX_COUNTED = 100_000_000
 _GZIP_MAGIC = b"\x1f\x8b"
 _KINDS = {
     str: "text",
@@ -208,14 +209,18 @@ def _next_line(handle: BinaryIO, limit: int, place: str, label: str) -> bytes:
         if len(line.rstrip(b"\r\n")) <= limit:
             return line
         size = len(line)
-        while not line.endswith(b"\n") and (line := handle.readline(1 << 20)):
+        # A compressed file can hold a line without end, so counting its length has one.
+        while size < _MAX_COUNTED and not line.endswith(b"\n"):
+            line = handle.readline(1 << 20)
+            if not line:
+                break
             size += len(line)
     except EOFError:
         raise DataError(f"{label}: ends inside the gzip stream; was the copy cut short?") from None
     except (zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{label}: broken gzip stream ({error}); copy it again") from error
     raise DataError(
-        f"{place}: line of {size / 1e6:,.1f} MB; must be at most {limit / 1e6:,.1f} MB; "
+        f"{place}: line of {'more than ' * (size >= _MAX_COUNTED)}{size / 1e6:,.1f} MB; must be at most {limit / 1e6:,.1f} MB; "
         "raise `max_line_bytes`"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -181,10 +182,10 @@ def _parse_rows(
 
 def _find_files(options: SourceOptions, where: str) -> list[Path]:
     assert options.path is not None
-    path = Path(options.path).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(options.path))
+    if os.path.isfile(path):
         return [path]
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(f for f in path.rglob("*") if f.is_file() and _ending(f) in _FORMATS)
         if not files:
             raise DataError(
@@ -194,7 +195,7 @@ def _find_files(options: SourceOptions, where: str) -> list[Path]:
     files = [f for f in map(Path, sorted(glob.glob(str(path), recursive=True))) if f.is_file()]
     if not files:
         parent = path.parent
-        while not parent.is_dir() and parent != parent.parent:
+        while not os.path.isdir(parent) and parent != parent.parent:
             parent = parent.parent
         raise DataError(f"{at(where, options.path)}: no such file; {_contents(parent)}")
     return files
@@ -208,8 +209,8 @@ def _contents(folder: Path) -> str:
 
 def _default_domain(options: SourceOptions, files: Sequence[Path]) -> str:
     assert options.path is not None
-    path = Path(options.path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(options.path))
+    if os.path.isdir(path):
         return path.resolve().name
     if len(files) > 1:
         return files[0].resolve().parent.name
