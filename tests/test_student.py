@@ -11,7 +11,13 @@ from pydantic import ValidationError
 
 from collegium.errors import ModelError
 from collegium.models import probe
-from collegium.student import StudentOptions, build_student, check_student, load_student_tokenizer
+from collegium.student import (
+    StudentOptions,
+    build_student,
+    check_student,
+    load_student_tokenizer,
+    student_config,
+)
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 CONFIG = {
@@ -64,6 +70,21 @@ def test_student_from_a_folder(tmp_path: Path) -> None:
     )
 
 
+def test_weights_of_a_student_are_compared_with_its_config(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('_layers": 2', '_layers": 1'))
+    with pytest.raises(ModelError, match=r"^student: the weights hold 2 layers"):
+        check_student(StudentOptions(model=str(folder)), where="student")
+
+
+def test_the_config_of_a_student_is_known_before_it_is_made(tokenizer: str, tmp_path: Path) -> None:
+    changed = fresh(tokenizer, {"max_position_embeddings": 77})
+    assert student_config(changed, where="student").max_position_embeddings == 77
+    saved = StudentOptions(model=str(save_tiny(tmp_path / "m")))
+    assert student_config(saved, where="student").max_position_embeddings == 128
+
+
 def test_padded_student_keeps_its_rows(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     tiny_model(512).save_pretrained(tmp_path / "m")
@@ -77,10 +98,14 @@ def test_token_without_a_row(tmp_path: Path) -> None:
     tiny_model(300).save_pretrained(tmp_path / "m")
     options = StudentOptions(model=str(tmp_path / "m"), device="cpu")
     last = len(tiny_tokenizer()) - 1
-    with pytest.raises(
-        ModelError, match=rf"has id {last}, the model has 300 rows; must have a row"
+    for call in (
+        lambda: build_student(options, seed=0, where="student"),
+        lambda: check_student(options, where="student"),
     ):
-        build_student(options, seed=0, where="student")
+        with pytest.raises(
+            ModelError, match=rf"has id {last}, the model has 300 rows; must have a row"
+        ):
+            call()
 
 
 def test_stop_tokens_of_the_model_are_kept(tmp_path: Path) -> None:
@@ -98,7 +123,10 @@ def test_tokenizer_without_eos(tmp_path: Path) -> None:
         tmp_path / "t"
     )
     for call in (load_student_tokenizer, check_student):
-        with pytest.raises(ModelError, match="has no eos token, so a student could not learn"):
+        with pytest.raises(
+            ModelError,
+            match=r"has no eos token, so a student could not learn .*\(candidates: `<\|end\|>`\)",
+        ):
             call(fresh(str(tmp_path / "t")), where="student")
 
 
@@ -126,6 +154,8 @@ def test_gradient_checkpointing(tokenizer: str) -> None:
         ({"vocab_size": 7}, "student.config.vocab_size: got 7; must be "),
         ({"model_type": "lama"}, "student.config.model_type: got 'lama'"),
         ({"hidden_size": 30}, "student.config: llama does not take these values"),
+        ({"num_attention_heads": 0}, "student.config: llama does not take these values; integer"),
+        ({"hidden_size": -4}, "student.config: makes no llama model (Trying to create tensor"),
     ],
 )
 def test_config_is_checked_before_anything_is_made(

@@ -10,22 +10,36 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from collegium.data.encode import eos_candidates
 from collegium.errors import ModelError
 from collegium.models import (
     ModelOptions,
     build_model,
     check_model_folder,
+    check_weights,
     load_model,
     load_tokenizer,
     vocab_size_of,
 )
-from collegium.models.folder import Attention, Device, check_device, check_tokenizer_folder
+from collegium.models.config import head_rows, load_config
+from collegium.models.folder import (
+    Attention,
+    Device,
+    check_attention,
+    check_device,
+    check_tokenizer_folder,
+)
 from collegium.models.forward import head_layer, input_layer
-from collegium.models.loading import check_config, choose_device, enable_checkpointing
+from collegium.models.loading import (
+    check_config,
+    choose_device,
+    enable_checkpointing,
+    make_config,
+)
 from collegium.types import STRICT
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,12 +86,29 @@ def check_student(options: StudentOptions, *, where: str) -> None:
         ModelError: the folder, the config, the tokenizer or the device cannot be used.
     """
     if options.model is not None:
-        check_model_folder(_model_options(options), where=where)
+        model = _model_options(options)
+        check_model_folder(model, where=where)
+        tokenizer = load_student_tokenizer(options, where=where)
+        _check_rows(head_rows(model, where=where), tokenizer, where=where)
+        check_weights(model, where=where)
         return
     check_device(options.device, where=where)
+    check_attention(options.attention, where=where)
     check_tokenizer_folder(_tokenizer_path(options), where=where)
     tokenizer = load_student_tokenizer(options, where=where)
     _fresh_config(options, tokenizer, where=where)
+
+
+def student_config(options: StudentOptions, *, where: str) -> PretrainedConfig:
+    """The config of the student, trained or fresh, without a weight.
+
+    Raises:
+        ModelError: as `check_student`.
+    """
+    if options.model is not None:
+        return load_config(_model_options(options), where=where)
+    tokenizer = load_student_tokenizer(options, where=where)
+    return make_config(_fresh_config(options, tokenizer, where=where))
 
 
 def load_student_tokenizer(options: StudentOptions, *, where: str) -> PreTrainedTokenizerFast:
@@ -92,7 +123,8 @@ def load_student_tokenizer(options: StudentOptions, *, where: str) -> PreTrained
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{where}: the tokenizer of {path} has no eos token, so a student could not learn to "
-            f"stop; must name one; set `eos_token` in its tokenizer_config.json"
+            f"stop; must name one; set `eos_token` in its tokenizer_config.json "
+            f"(candidates: {eos_candidates(tokenizer)})"
         )
     return tokenizer
 
@@ -114,7 +146,8 @@ def build_student(options: StudentOptions, *, seed: int, where: str) -> PreTrain
             attention=options.attention,
         )
         nn.Module.to(model, choose_device(options.device), DTYPES[options.dtype])
-    _check_rows(model, tokenizer, where=where)
+    rows = min(input_layer(model).num_embeddings, head_layer(model).out_features)
+    _check_rows(rows, tokenizer, where=where)
     _set_stop_token(model, tokenizer)
     if options.gradient_checkpointing:
         enable_checkpointing(model)
@@ -146,10 +179,9 @@ def _fresh_config(
         raise ModelError(f"{where}.{error}") from error
 
 
-def _check_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, where: str) -> None:
+def _check_rows(rows: int, tokenizer: PreTrainedTokenizerFast, *, where: str) -> None:
     vocab = tokenizer.get_vocab()
     token = max(vocab, key=vocab.__getitem__)
-    rows = min(input_layer(model).num_embeddings, head_layer(model).out_features)
     if vocab[token] >= rows:
         raise ModelError(
             f"{where}: token `{token}` has id {vocab[token]}, the model has {rows} rows; must have "

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from collegium.errors import ModelError
 from collegium.models import ModelOptions, check_model_folder, weights_digest
+from collegium.models.folder import ignored_settings, weights_size
 from tiny import save_tiny
 
 HERE = "teachers[0]"
@@ -110,6 +111,44 @@ def test_unknown_model_type(folder: Path) -> None:
     refused(folder, "does not know; did you mean `")
     edit_config(folder, model_type="zzzz9999")
     refused(folder, "does not know; is it custom code, or of a newer release?")
+
+
+def test_a_model_that_does_not_predict_the_next_token(folder: Path) -> None:
+    edit_config(folder, model_type="t5")
+    refused(
+        folder,
+        f"{folder}/config.json has model_type `t5`, which is no causal language model; must predict "
+        f"the next token; give another model",
+    )
+
+
+def test_kernels_that_a_config_asks_for_are_told(folder: Path) -> None:
+    options = ModelOptions(model=str(folder))
+    assert ignored_settings(options, where=HERE) == []
+    assert ignored_settings(ModelOptions(model="some/model"), where=HERE) == []
+    edit_config(folder, _attn_implementation_internal="a/b")
+    assert ignored_settings(options, where=HERE) == [
+        f"{HERE}: config.json tries to choose an attention kernel, `a/b`; ignored"
+    ]
+
+
+def test_attention_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = "transformers.utils.import_utils.is_flash_attn_2_available"
+    monkeypatch.setattr(found, lambda: False)
+    refused(
+        folder,
+        ".attention: got flash_attention_2, and the package flash-attn is not installed or finds no "
+        "CUDA device; must be installed; set `attention: auto`",
+        attention="flash_attention_2",
+    )
+    monkeypatch.setattr(found, lambda: True)
+    check(folder, attention="flash_attention_2")
+
+
+def test_a_path_that_no_system_has_is_just_missing() -> None:
+    for path in ("~nosuchuser/m", "a" * 5000, "a\0b"):
+        with pytest.raises(ModelError, match="which does not exist"):
+            check_model_folder(ModelOptions(model=path), where=HERE)
 
 
 def test_custom_code_is_refused_unless_trusted(folder: Path) -> None:
@@ -246,3 +285,4 @@ def test_digest_tells_weights_apart(folder: Path, original: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert weights_digest(str(folder)) != weights_digest(str(original))
     assert weights_digest("someone/a") != weights_digest("someone/b")
+    assert weights_size(str(folder)) == weights_size(str(original)) > 0 == weights_size("someone/a")

@@ -22,6 +22,7 @@ from collegium.models import (
     load_model,
     load_tokenizer,
     probe,
+    scan_folder,
     scan_weights,
     vocab_size_of,
 )
@@ -114,7 +115,47 @@ def test_wrong_shape(folder: Path, check: Check) -> None:
 def test_fewer_layers_in_the_config(folder: Path, check: Check) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    refused(check, folder, "9 tensors fit nothing in the model of config.json: model.layers.1.")
+    messages = {
+        load_model: "9 tensors fit nothing in the model of config.json: model.layers.1.",
+        check_weights: "the weights hold 2 layers (model.layers), config.json says 1; must be the same;",
+    }
+    refused(check, folder, messages[check])
+
+
+def test_tensors_of_no_layer_are_no_layers(folder: Path) -> None:
+    change(folder, lambda t: t.update({"foo.9.bar": torch.zeros(2)}))
+    refused(check_weights, folder, "1 tensors fit nothing in the model of config.json: foo.9.bar")
+
+
+def test_the_files_are_scanned_without_a_model(folder: Path) -> None:
+    options = ModelOptions(model=str(folder))
+    assert scan_folder(options, where=HERE) == []
+    assert scan_folder(ModelOptions(model="someone/model"), where=HERE) == []
+    change(folder, lambda t: t["lm_head.weight"].zero_())
+    assert scan_folder(options, where=HERE) == [f"{HERE}: lm_head.weight is all zeros"]
+    change(folder, lambda t: t["model.norm.weight"].__setitem__(3, float("inf")))
+    refused(scan_folder, folder, "model.norm.weight has 1 non-finite values, first at [3]")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_attention_heads": 0},
+        {"num_attention_heads": "x"},
+        {"hidden_size": -4},
+        {"vocab_size": 2**70},
+        {"rope_parameters": {"rope_type": "none"}},
+        {"hidden_act": "nope"},
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_model(folder: Path, values: dict[str, object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    with pytest.raises(ModelError) as caught:
+        check_weights(ModelOptions(model=str(folder)), where=HERE)
+    assert str(caught.value).startswith(HERE)
+    assert "\n" not in str(caught.value)
 
 
 def test_non_finite_weight_that_attention_would_hide(folder: Path) -> None:
@@ -164,6 +205,12 @@ def test_load_tokenizer(folder: Path, tmp_path: Path) -> None:
     empty.mkdir()
     with pytest.raises(ModelError, match=r"teachers\[0\]: no tokenizer can be loaded from"):
         load_tokenizer(str(empty), where=HERE)
+    (empty / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(
+        ModelError, match=r"teachers\[0\]: no tokenizer can be loaded from"
+    ) as caught:
+        load_tokenizer(str(empty), where=HERE)
+    assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match="does not exist"):
         load_tokenizer(str(tmp_path / "none"), where=HERE)
 

@@ -19,6 +19,7 @@ from collegium.models.loading import (
     count_parameters,
     load_model,
     load_tokenizer,
+    scan_folder,
     scan_weights,
     vocab_size_of,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "model_head",
     "num_layers",
     "probe",
+    "scan_folder",
     "scan_weights",
     "tap_names",
     "tap_width",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100_000_000
+KERNEL_KEYS = ("_attn_implementation", "_attn_implementation_internal", "attn_implementation")
 LFS_MAGIC = b"version https://git-lfs"
 HUB_ID = re.compile(r"^[\w.\-]+/[\w.\-]+$")
 
@@ -64,14 +66,26 @@ def check_model_folder(options: ModelOptions, *, where: str) -> None:
         ModelError: the folder, a file in it, or the device cannot be used.
     """
     check_device(options.device, where=where)
+    check_attention(options.attention, where=where)
     folder = resolve_folder(options.model, where=where)
     if folder is not None:
         config = _read_json(folder / CONFIG, where=where)
         _check_model_type(config, folder, options.trust_remote_code, where=where)
-        for shard in _shards(folder, where=where):
+        for shard in shards(folder, where=where):
             _check_dtypes(read_header(shard, where=where), shard, where=where)
     if folder is not None or options.tokenizer is not None:
         check_tokenizer_folder(options.tokenizer_path, where=where)
+
+
+def ignored_settings(options: ModelOptions, *, where: str) -> list[str]:
+    """What a config asks for and does not get: kernels of its own choice, which are code from elsewhere."""
+    folder = resolve_folder(options.model, where=where)
+    config = {} if folder is None else _read_json(folder / CONFIG, where=where)
+    return [
+        f"{where}: {CONFIG} tries to choose an attention kernel, `{config[key]}`; ignored"
+        for key in KERNEL_KEYS
+        if config.get(key)
+    ]
 
 
 def check_device(device: str, *, where: str) -> None:
@@ -89,6 +103,22 @@ def check_device(device: str, *, where: str) -> None:
             )
     if device == "mps" and not torch.backends.mps.is_available():
         raise ModelError(f"{where}.device: got mps, which is not available; set `device: cpu`")
+
+
+def check_attention(attention: str, *, where: str) -> None:
+    """Refuse an implementation of attention that is not installed.
+
+    Raises:
+        ModelError: the package is missing.
+    """
+    if attention == "flash_attention_2":
+        from transformers.utils.import_utils import is_flash_attn_2_available
+
+        if not is_flash_attn_2_available():
+            raise ModelError(
+                f"{where}.attention: got {attention}, and the package flash-attn is not installed or "
+                "finds no CUDA device; must be installed; set `attention: auto`"
+            )
 
 
 def check_tokenizer_folder(path: str, *, where: str) -> None:
@@ -111,16 +141,16 @@ def resolve_folder(path: str, *, where: str) -> Path | None:
     Raises:
         ModelError: a file, or neither an existing path nor shaped like a hub id.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(path))
+    if os.path.isdir(folder):
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise ModelError(
             f"{where}: got {path}, which is a file; must be the folder that holds {CONFIG}"
         )
-    if HUB_ID.match(path) and not path.startswith(".") and not folder.parent.is_dir():
+    if HUB_ID.match(path) and not path.startswith(".") and not os.path.isdir(folder.parent):
         return None
-    parent = next((p for p in folder.parents if p.is_dir()), Path("."))
+    parent = next((p for p in folder.parents if os.path.isdir(p)), Path("."))
     raise ModelError(
         f"{where}: got {path}, which does not exist; must be a model folder or a hub id "
         f"`owner/name`; in {parent} there are: {_listing(parent)}"
@@ -165,9 +195,15 @@ def read_headers(folder: Path, *, where: str) -> dict[str, dict[str, Any]]:
         ModelError: no weights, or a shard that cannot be used.
     """
     headers: dict[str, dict[str, Any]] = {}
-    for shard in _shards(folder, where=where):
+    for shard in shards(folder, where=where):
         headers.update(read_header(shard, where=where))
     return headers
+
+
+def weights_size(path: str) -> int:
+    """Bytes of the safetensors files of a folder; 0 for a hub id."""
+    folder = Path(os.path.expanduser(path))
+    return sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
 
 
 def weights_digest(path: str) -> str:
@@ -175,7 +211,7 @@ def weights_digest(path: str) -> str:
 
     A hub id is not fetched; its digest is that of the name.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     digest = hashlib.sha256()
     if not folder.is_dir():
         digest.update(f"hub:{path}".encode())
@@ -228,16 +264,22 @@ def _check_model_type(
             f"{where}: {folder / CONFIG} has no `model_type`; must be a transformers config; "
             f"copy it again"
         )
-    # the table of names alone, which takes a second less than the models themselves
+    # the tables of names alone, which take a second less than the models themselves
     import transformers
     from transformers.models.auto.configuration_auto import (
         CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
     )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if model_type not in CONFIG_MAPPING_NAMES:
         raise ModelError(
             f"{where}: {folder / CONFIG} has model_type `{model_type}`, which transformers "
             f"{transformers.__version__} does not know{_did_you_mean(model_type, CONFIG_MAPPING_NAMES)}"
+        )
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{where}: {folder / CONFIG} has model_type `{model_type}`, which is no causal language "
+            f"model; must predict the next token; give another model"
         )
 
 
@@ -247,7 +289,7 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     return hint if hint.startswith("; did") else "; is it custom code, or of a newer release?"
 
 
-def _shards(folder: Path, *, where: str) -> list[Path]:
+def shards(folder: Path, *, where: str) -> list[Path]:
     """The files that hold the weights, in the order of the index; each exists inside the folder."""
     if (folder / INDEX).is_file():
         weight_map = _read_json(folder / INDEX, where=where).get("weight_map")

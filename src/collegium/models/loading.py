@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from collegium.errors import ModelError, nearest
-from collegium.models.folder import ModelOptions, read_headers, resolve_folder
+from collegium.models.config import load_config, one_line
+from collegium.models.folder import ModelOptions, read_headers, resolve_folder, shards
 from collegium.models.forward import head_layer
 
 if TYPE_CHECKING:
@@ -23,15 +26,8 @@ logger = logging.getLogger(__name__)
 
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 MAX_NAMES = 5
+LAYER = re.compile(r"(.*?)\.(\d+)\.")
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError)
-BUILDING_ERRORS = (
-    ValueError,
-    TypeError,
-    KeyError,
-    RuntimeError,
-    AssertionError,
-    StrictDataclassError,
-)
 
 
 class HasVocabulary(Protocol):
@@ -92,18 +88,13 @@ def check_weights(options: ModelOptions, *, where: str) -> None:
     Raises:
         ModelError: a tensor is missing, fits nothing, or has another shape.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     folder = resolve_folder(options.model, where=where)
     if folder is None or options.trust_remote_code:
         return
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (*LOADING_ERRORS, *BUILDING_ERRORS) as error:
-        raise ModelError(f"{where}: {folder}/config.json makes no model; {error}") from error
+    config = load_config(options, where=where)
+    model = empty_model(config, f"{where}: {folder}/config.json")
     if get_checkpoint_conversion_mapping(config.model_type):
         return
     saved = {
@@ -111,6 +102,7 @@ def check_weights(options: ModelOptions, *, where: str) -> None:
     }
     known = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     saved = {_full_name(name, known, model.base_model_prefix): s for name, s in saved.items()}
+    _check_layers(saved, known, where=where)
     tied = set(model.all_tied_weights_keys)
     _check_loading(
         {
@@ -135,18 +127,40 @@ def scan_weights(model: nn.Module, where: str) -> None:
         ModelError: a weight is not finite.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not tensor.is_floating_point():
-            continue
-        is_bad = ~torch.isfinite(tensor.detach())
-        count = int(is_bad.sum())
-        if count:
-            first = is_bad.nonzero()[0].tolist()
-            raise ModelError(
-                f"{where}: {name} has {count} non-finite values, first at {first}; must be finite; "
-                f"save the model again from an earlier checkpoint"
-            )
-        if tensor.dim() == 2 and not bool(tensor.detach().any()):
-            logger.warning("%s: %s is all zeros", where, name)
+        for line in _check_values(name, tensor.detach(), where=where):
+            logger.warning(line)
+
+
+def scan_folder(options: ModelOptions, *, where: str) -> list[str]:
+    """`scan_weights` over the files of a folder, one tensor at a time and without a model; a hub id passes.
+
+    Returns: one line for every matrix of zeros.
+
+    Raises:
+        ModelError: a weight is not finite.
+    """
+    folder = resolve_folder(options.model, where=where)
+    lines: list[str] = []
+    for shard in [] if folder is None else shards(folder, where=where):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (no mapping: it has no other way to list them)
+                lines += _check_values(name, file.get_tensor(name), where=where)
+    return lines
+
+
+def _check_values(name: str, tensor: Tensor, *, where: str) -> list[str]:
+    if not tensor.is_floating_point():
+        return []
+    is_bad = ~torch.isfinite(tensor)
+    count = int(is_bad.sum())
+    if count:
+        first = is_bad.nonzero()[0].tolist()
+        raise ModelError(
+            f"{where}: {name} has {count} non-finite values, first at {first}; must be finite; "
+            f"save the model again from an earlier checkpoint"
+        )
+    is_zero = tensor.dim() == 2 and not bool(tensor.any())
+    return [f"{where}: {name} is all zeros"] if is_zero else []
 
 
 def load_tokenizer(
@@ -162,14 +176,35 @@ def load_tokenizer(
     resolve_folder(path, where=where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        raise ModelError(f"{where}: no tokenizer can be loaded from {path}; {error}") from error
+    except Exception as error:  # a damaged tokenizer.json raises a plain one
+        reason = one_line(error)
+        raise ModelError(f"{where}: no tokenizer can be loaded from {path}; {reason}") from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"{where}: {path} holds a slow tokenizer; must have tokenizer.json; convert it once with "
             f"`AutoTokenizer.from_pretrained(...).save_pretrained(...)`"
         )
     return tokenizer
+
+
+def empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:
+    """The model of a config without memory for its weights: names and shapes alone.
+
+    Raises:
+        ModelError: the values of the config make no model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # always said aloud, so that a config cannot choose a kernel of its own
+    config._attn_implementation_internal = None
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except Exception as error:  # whatever the values of a file can do to a constructor
+        raise ModelError(
+            f"{where}: makes no {config.model_type} model ({one_line(error)}); must be a config that "
+            "transformers can build; correct its values"
+        ) from error
 
 
 def build_model(
@@ -183,19 +218,16 @@ def build_model(
     from transformers import AutoModelForCausalLM
 
     settings = check_config(config, vocab_size=vocab_size)
-    full = _make_config(settings)
-    for name in SPECIAL_IDS:
-        value = getattr(full, name, None)
-        if name not in settings and isinstance(value, int) and value >= vocab_size:
-            setattr(full, name, None)
+    full = _own_config(settings, vocab_size)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(
                 full, dtype=torch.float32, attn_implementation=_attention(full, attention)
             )
-    except BUILDING_ERRORS as error:
-        raise ModelError(f"config: {settings['model_type']} cannot be built; {error}") from error
+    except Exception as error:
+        reason = one_line(error)
+        raise ModelError(f"config: {settings['model_type']} cannot be built; {reason}") from error
 
 
 def check_config(config: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:
@@ -225,7 +257,7 @@ def check_config(config: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any
             f"config.vocab_size: got {given}; must be {vocab_size}, the number of ids of the "
             f"tokenizer; leave it out"
         )
-    _make_config(settings)
+    empty_model(_own_config(settings, vocab_size), "config")
     return settings
 
 
@@ -250,20 +282,36 @@ def _config_keys(model_type: str) -> set[str]:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(model_type)
-    internal = {"transformers_version", "_name_or_path"}
-    return (set(config.to_dict()) | set(vars(config)) | set(config.attribute_map)) - internal
+    internal = {"transformers_version"}
+    names = (set(config.to_dict()) | set(vars(config)) | set(config.attribute_map)) - internal
+    return {name for name in names if not name.startswith("_")}
 
 
-def _make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
+def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
+    """A config out of its keys and values.
+
+    Raises:
+        ModelError: its model type does not take these values.
+    """
     from transformers import AutoConfig
 
     arguments = {key: value for key, value in settings.items() if key != "model_type"}
     try:
         return AutoConfig.for_model(settings["model_type"], **arguments)
-    except BUILDING_ERRORS as error:
+    except Exception as error:  # whatever the values of a recipe can do to a constructor
         raise ModelError(
-            f"config: {settings['model_type']} does not take these values; {error}"
+            f"config: {settings['model_type']} does not take these values; {one_line(error)}"
         ) from error
+
+
+def _own_config(settings: Mapping[str, Any], vocab_size: int) -> PretrainedConfig:
+    """The config of a fresh model, without the special tokens of the vocabulary that its type usually has."""
+    config = make_config(settings)
+    for name in SPECIAL_IDS:
+        value = getattr(config, name, None)
+        if name not in settings and isinstance(value, int) and value >= vocab_size:
+            setattr(config, name, None)
+    return config
 
 
 def _attention(config: PretrainedConfig, choice: str) -> str:
@@ -309,6 +357,26 @@ def _check_loading(info: Mapping[str, Iterable[Any]], *, where: str) -> None:
         )
 
 
+def _check_layers(saved: Iterable[str], known: Iterable[str], *, where: str) -> None:
+    """Say it in one number where config and weights differ by whole layers."""
+    found, wanted = _depths(saved), _depths(known)
+    for place, depth in wanted.items():
+        if found.get(place, depth) != depth:
+            raise ModelError(
+                f"{where}: the weights hold {found[place]} layers ({place}), config.json says {depth}; "
+                f"must be the same; use the config of these weights"
+            )
+
+
+def _depths(names: Iterable[str]) -> dict[str, int]:
+    """`model.layers` -> number of layers there, by the names of their tensors."""
+    depths: dict[str, int] = {}
+    for match in filter(None, map(LAYER.match, names)):
+        place, number = match[1], int(match[2])
+        depths[place] = max(depths.get(place, 0), number + 1)
+    return depths
+
+
 def _some(names: list[str]) -> str:
     rest = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f", and {rest} more" if rest > 0 else "")
@@ -320,7 +388,5 @@ def _full_name(name: str, known: Mapping[str, Any], prefix: str) -> str:
 
 
 def _is_ignored(model: PreTrainedModel, name: str) -> bool:
-    import re
-
     patterns = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq"]
     return name in model.all_tied_weights_keys or any(re.search(p, name) for p in patterns)
