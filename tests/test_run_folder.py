@@ -56,10 +56,59 @@ def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
     assert "torch" in read_json(folder.path / "environment.json")["packages"]
 
 
-def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("")
-    with pytest.raises(CollegiumError, match="output_dir: cannot write"):
-        RunFolder(tmp_path / "run").claim(RECIPE, "")
+def test_a_folder_may_be_moved_and_renamed(tmp_path: Path) -> None:
+    recipe = {**RECIPE, "name": "a", "output_dir": "runs/a"}
+    RunFolder(tmp_path).claim(recipe, "")
+    RunFolder(tmp_path).claim({**recipe, "name": "b", "output_dir": "b"}, "")
+    assert read_json(tmp_path / "recipe.json")["name"] == "b"
+
+
+def test_an_output_dir_that_is_or_lies_below_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    file.write_text("")
+    for path in (file, file / "deep" / "er"):
+        with pytest.raises(CollegiumError) as caught:
+            RunFolder(path).claim(RECIPE, "")
+        expected = f"output_dir: cannot write {path} ({file} is a file); choose another folder"
+        assert str(caught.value) == expected
+
+
+def test_a_read_only_place_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collegium.run_folder.os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(CollegiumError, match=r"cannot write .*new \(.* is read-only\)"):
+        RunFolder(tmp_path / "deep" / "new").check_place()
+
+
+def test_a_disk_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mkdir(*args: object, **kwargs: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(CollegiumError, match=r"new \(Read-only file system\); choose another"):
+        RunFolder(tmp_path / "new").claim(RECIPE, "")
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").write_text("")
+    RunFolder(tmp_path).check_place()
+    for number in range(7):
+        (tmp_path / f"{number}.txt").write_text("")
+    with pytest.raises(RecipeError, match=r"\(0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 2 more\)"):
+        RunFolder(tmp_path).claim(RECIPE, "")
+    assert not (tmp_path / "recipe.json").exists()
+    write_json(tmp_path / "stages.json", {})
+    RunFolder(tmp_path).claim(RECIPE, "")
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "stages.json"])
+def test_state_that_is_no_object_is_refused(name: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.claim(RECIPE, "")
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(CollegiumError, match=rf"{name}: not a JSON object; delete it"):
+        folder.is_done("train", "") or folder.check(RECIPE)
 
 
 def test_a_stage_remembers_its_key_its_outcome_and_all_its_seconds(tmp_path: Path) -> None:
@@ -100,6 +149,9 @@ def test_a_second_process_on_the_same_folder_is_refused(tmp_path: Path) -> None:
         )
     assert done.returncode == 1
     assert "another process is running on this folder" in done.stderr
+    with RunFolder(tmp_path).lock(), pytest.raises(CollegiumError, match="another process"):
+        RunFolder(tmp_path).check_free()
+    RunFolder(tmp_path).check_free()
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 

@@ -1,25 +1,38 @@
 """What is looked at before anything expensive: files, models, vocabularies, data, disk. Nothing is written.
 
-Order: what costs least comes first, and no weight is loaded here.
+Order: what costs least comes first. No model is made here but on the `meta` device; the files of weights are read last.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from collegium.data.sources import check_sources
 from collegium.errors import DataError, RecipeError
-from collegium.models import check_model_folder, check_weights, load_tokenizer, weights_digest
-from collegium.models.config import head_rows
+from collegium.losses.features import feature_map
+from collegium.models import (
+    ModelOptions,
+    check_model_folder,
+    check_weights,
+    load_tokenizer,
+    scan_folder,
+    tap_names,
+    weights_digest,
+)
+from collegium.models.config import head_rows, load_config, position_limit
+from collegium.models.folder import ignored_settings, weights_size
+from collegium.models.loading import empty_model
 from collegium.recipe import Recipe, check_recipe
-from collegium.student import check_student
+from collegium.student import check_student, student_config
+from collegium.train.checkpoint import require_sound
 from collegium.vocabulary.verdict import compare, require_same
 from collegium.workspace import Workspace
-
-BYTES_PER_PARAMETER = 16
-"""A checkpoint in float32: weights twice (student folder, and safe to say the optimizer's two moments)."""
 
 
 @dataclass
@@ -39,42 +52,50 @@ def check_run(workspace: Workspace) -> CheckReport:
     report = CheckReport()
     recipe = workspace.recipe
     check_recipe(recipe)
-    _check_data_files(recipe)
-    check_student(recipe.student, where="student")
-    for name, options in recipe.teachers.items():
-        check_model_folder(options, where=f"teachers.{name}")
-        check_weights(options, where=f"teachers.{name}")
-    _check_distinct(recipe, report)
+    _check_machine(recipe)
+    workspace.folder.check(workspace.values)
+    for part, sources in recipe.data.sources.items():
+        check_sources(sources, where=f"data.{part}")
+    _check_models(recipe)
     _check_vocabularies(workspace, report)
+    _check_positions(recipe)
+    _check_features(recipe)
+    _check_checkpoints(workspace.folder.path)
+    _check_distinct(recipe, report)
     _check_datasets(workspace, report)
-    _check_disk(recipe.output_dir, report)
+    _check_values(recipe, report)
+    _note_disk(recipe.output_dir, report)
     return report
 
 
-def _check_data_files(recipe: Recipe) -> None:
-    for part in ("train", "calibration", "validation"):
-        sources = getattr(recipe.data, part)
-        if sources:
-            check_sources(sources, where=f"data.{part}")
+def _check_machine(recipe: Recipe) -> None:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        raise RecipeError(
+            f"WORLD_SIZE: got {processes}; must be 1; start a single process, without torchrun"
+        )
+    if recipe.train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise RecipeError(
+            "train.bf16: got true, and this CUDA device has no bfloat16; must be false here; remove it"
+        )
 
 
-def _check_distinct(recipe: Recipe, report: CheckReport) -> None:
-    """The same weights under two names are one teacher with a double vote."""
-    seen: dict[str, str] = {}
-    for name, options in recipe.teachers.items():
-        digest = weights_digest(options.model) + str(options.revision)
-        if digest in seen:
-            raise RecipeError(
-                f"teachers: `{seen[digest]}` and `{name}` are the same weights (sha256 {digest[:12]}...); "
-                "must differ; remove one"
-            )
-        seen[digest] = name
+def _models(recipe: Recipe) -> dict[str, ModelOptions]:
+    """Every model that the run reads, by its place in the recipe; a fresh student is none."""
+    models = {f"teachers.{name}": options for name, options in recipe.teachers.items()}
+    found: dict[str, ModelOptions] = dict(models)
     if recipe.student.model is not None:
-        digest = weights_digest(recipe.student.model) + str(recipe.student.revision)
-        if digest in seen:
-            report.warnings.append(
-                f"student: equals teacher `{seen[digest]}`; its distillation loss starts at 0"
-            )
+        student = recipe.student
+        found["student"] = ModelOptions(model=recipe.student.model, revision=student.revision)
+    return found
+
+
+def _check_models(recipe: Recipe) -> None:
+    for name, options in recipe.teachers.items():
+        check_model_folder(options, where=f"teachers.{name}")
+    check_student(recipe.student, where="student")
+    for name, options in recipe.teachers.items():
+        check_weights(options, where=f"teachers.{name}")
 
 
 def _check_vocabularies(workspace: Workspace, report: CheckReport) -> None:
@@ -90,6 +111,42 @@ def _check_vocabularies(workspace: Workspace, report: CheckReport) -> None:
         )
         require_same(verdict)
         report.lines.append(f"{where}: vocabulary {verdict.kind}; {verdict.message}")
+
+
+def _check_positions(recipe: Recipe) -> None:
+    """A position that a model never saw is noise at best, and beyond its table at worst."""
+    limits = {
+        f"teachers.{name}": position_limit(load_config(options, where=f"teachers.{name}"))
+        for name, options in recipe.teachers.items()
+    }
+    limits["student"] = position_limit(student_config(recipe.student, where="student"))
+    for where, limit in limits.items():
+        if limit is not None and recipe.data.max_length > limit:
+            raise RecipeError(
+                f"data.max_length: got {recipe.data.max_length}; must be at most {limit}, the "
+                f"max_position_embeddings of {where}; lower it"
+            )
+
+
+def _check_features(recipe: Recipe) -> None:
+    """The hidden states that feature terms compare must exist."""
+    options = recipe.objective.features
+    if options is None or recipe.student.trust_remote_code:
+        return
+    config = student_config(recipe.student, where="student")
+    taps = tap_names(empty_model(config, "student"))
+    for name, teacher in recipe.teachers.items():
+        if options.teacher_weight(name) > 0 and not teacher.trust_remote_code:
+            where = f"teachers.{name}"
+            config = load_config(teacher, where=where)
+            feature_map(options, taps, tap_names(empty_model(config, where)))
+
+
+def _check_checkpoints(folder: Path) -> None:
+    """An unfinished training must have something sound to go on from."""
+    for place in (folder / "train", *sorted(folder.glob("controls/*/train"))):
+        if not (place / "summary.json").is_file():
+            require_sound(place)
 
 
 def _check_datasets(workspace: Workspace, report: CheckReport) -> None:
@@ -112,9 +169,36 @@ def _check_datasets(workspace: Workspace, report: CheckReport) -> None:
     )
 
 
-def _check_disk(output_dir: Path, report: CheckReport) -> None:
-    place = next(
-        folder for folder in (output_dir, *output_dir.resolve().parents) if folder.is_dir()
-    )
+def _check_distinct(recipe: Recipe, report: CheckReport) -> None:
+    """The same weights under two names are one teacher with a double vote."""
+    models = _models(recipe)
+    sizes = {where: weights_size(options.model) for where, options in models.items()}
+    count = Counter(sizes.values())
+    seen: dict[str, str] = {}
+    for where, options in models.items():
+        if count[sizes[where]] == 1:
+            continue  # files of another size hold other weights; nothing need be read
+        digest = weights_digest(options.model)
+        key = digest if sizes[where] else f"{digest}@{options.revision}"
+        other = seen.setdefault(key, where)
+        if other != where and where == "student":
+            report.warnings.append(
+                f"student: equals {other}; its distillation loss to that teacher starts at 0"
+            )
+        elif other != where:
+            raise RecipeError(
+                f"{other} and {where} are the same weights (sha256 {digest[:12]}...); must differ; "
+                "remove one"
+            )
+
+
+def _check_values(recipe: Recipe, report: CheckReport) -> None:
+    for where, options in _models(recipe).items():
+        report.warnings += ignored_settings(options, where=where)
+        report.warnings += scan_folder(options, where=where)
+
+
+def _note_disk(output_dir: Path, report: CheckReport) -> None:
+    place = next(p for p in (output_dir, *output_dir.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(place).free
     report.lines.append(f"disk: {free / 1e9:.1f} GB free at {output_dir}")

@@ -8,6 +8,8 @@ from its last checkpoint when it was interrupted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from collegium.evaluate.table import About, results_rows
 from collegium.fusion.pooling import Fusion
 from collegium.models import count_parameters
 from collegium.recipe import Recipe, decode_fusion, load_recipe, write_fusion
-from collegium.report.page import write_report
 from collegium.run_folder import fingerprint, last_row, read_json, write_json
 from collegium.teachers.local import LocalTeacher, TeacherOptions
 from collegium.train.checkpoint import checkpoints
@@ -46,9 +47,9 @@ def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> dict[str, Any]
 
     Returns: the content of preflight.json (docs/design/spine.md).
     """
-    workspace = _open(recipe)
-    with workspace.folder.lock():
-        check_run(workspace)
+    if not recipe.teachers:
+        raise CollegiumError("teachers: none given; preflight compares teachers, name at least one")
+    with _opened(recipe) as workspace:
         found = _preflight(workspace)
     if apply_to is not None:
         write_fusion(apply_to, found["chosen"]["fusion"])
@@ -57,33 +58,30 @@ def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> dict[str, Any]
 
 def train(recipe: Recipe) -> Path:
     """Train the student, without controls; returns its Hugging Face folder."""
-    workspace = _open(recipe)
-    with workspace.folder.lock():
-        check_run(workspace)
+    with _opened(recipe) as workspace:
         return _train(workspace, main_variant(recipe, _fusion(workspace)))
 
 
 def evaluate(recipe: Recipe) -> list[dict[str, Any]]:
     """Train the controls that the recipe lists, score every model, write results.json."""
-    workspace = _open(recipe)
-    with workspace.folder.lock():
-        check_run(workspace)
+    with _opened(recipe) as workspace:
         return _evaluate(workspace)
 
 
 def report(recipe: Recipe) -> Path:
     """Write report.html from the run folder alone."""
+    # imported late: drawing takes longer to load than a whole check
+    from collegium.report.page import write_report
+
     return write_report(recipe.output_dir)
 
 
 def run(recipe: Recipe) -> Path:
     """All stages in order; returns the run folder."""
-    workspace = _open(recipe)
-    with workspace.folder.lock():
-        check_run(workspace)
+    with _opened(recipe) as workspace:
         _train(workspace, main_variant(recipe, _fusion(workspace)))
         _evaluate(workspace)
-    write_report(workspace.folder.path)
+    report(recipe)
     return workspace.folder.path
 
 
@@ -102,10 +100,20 @@ def distill(recipe: Recipe | str | Path, *overrides: str) -> Path:
     return run(load_recipe(recipe, overrides))
 
 
-def _open(recipe: Recipe) -> Workspace:
+@contextmanager
+def _opened(recipe: Recipe) -> Iterator[Workspace]:
+    """A checked run, alone in its folder; a run that could not work writes nothing.
+
+    Raises:
+        CollegiumError: as `check`, or another process is running on the folder.
+    """
     workspace = Workspace(recipe)
-    workspace.folder.claim(workspace.values, workspace.recipe_text)
-    return workspace
+    workspace.folder.check(workspace.values)
+    workspace.folder.check_free()
+    check_run(workspace)
+    with workspace.folder.lock():
+        workspace.folder.claim(workspace.values, workspace.recipe_text)
+        yield workspace
 
 
 def _preflight(workspace: Workspace) -> dict[str, Any]:
@@ -114,8 +122,6 @@ def _preflight(workspace: Workspace) -> dict[str, Any]:
     path = folder.path / "preflight.json"
     if folder.is_done("preflight", key) and path.is_file():
         return read_json(path)
-    if not recipe.teachers:
-        raise CollegiumError("teachers: none given; preflight compares teachers, name at least one")
     with folder.stage("preflight", key), progress("preflight") as advance:
         found = run_preflight(
             workspace.teachers,

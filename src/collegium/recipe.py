@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -31,15 +32,11 @@ from collegium.teachers.local import TeacherOptions
 from collegium.train.objective import ObjectiveOptions
 from collegium.train.options import TrainOptions
 from collegium.types import STRICT
-from collegium.yaml12 import Document, KeyPath, dotted, read_yaml, scalar
+from collegium.yaml12 import Document, KeyPath, dotted, read_yaml, refuse_secrets, scalar
 
 ControlName = Literal["ce_only", "ce_only_equal_compute", "best_single", "uniform", "entropy"]
 FORMS = {(Fusion, "weighting"): WEIGHTINGS, (ObjectiveOptions, "divergence"): DIVERGENCES}
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-_SECRET_KEY = re.compile(
-    r"(.*_)?(api_?key|password|secret|hf_token|access_token|auth_token)|token", re.I
-)
-_SECRET_VALUE = re.compile(r"(hf_|sk-|ghp_|github_pat_|AKIA)[A-Za-z0-9_-]{16,}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -302,35 +299,12 @@ def _step(target: Any, part: str, path: KeyPath, label: str) -> Any:
 
 def _check_names(document: Document) -> None:
     """What must be refused before anything is decoded: secrets, and names that break paths."""
-    for path in list(_secrets(document.data, ())):
-        text = "holds a secret; keep it in the environment (HF_TOKEN for the model hub); value not shown"
-        document.add(path, text)
-        _remove(document.data, path)
+    refuse_secrets(document)
     teachers = document.data.get("teachers")
     for name in teachers if isinstance(teachers, dict) else ():
         if not _NAME.fullmatch(name):
             text = "a teacher's name must consist of letters, digits, `_` and `-`"
             document.add(("teachers", name), text)
-
-
-def _secrets(data: Any, path: KeyPath) -> Any:
-    if isinstance(data, (dict, list)):
-        for key, item in data.items() if isinstance(data, dict) else enumerate(data):
-            yield from _secrets(item, (*path, key))
-    elif isinstance(data, str) and data and path:
-        key = path[-1]
-        is_secret_key = isinstance(key, str) and _SECRET_KEY.fullmatch(key) is not None
-        if is_secret_key or _SECRET_VALUE.search(data):
-            yield path
-
-
-def _remove(data: Any, path: KeyPath) -> None:
-    for part in path[:-1]:
-        data = data[part]
-    if isinstance(data, dict):
-        del data[path[-1]]
-    else:
-        data[path[-1]] = ""
 
 
 def _check_together(recipe: Recipe, document: Document) -> None:
@@ -340,6 +314,11 @@ def _check_together(recipe: Recipe, document: Document) -> None:
         document.add(("teachers",), text)
     if isinstance(recipe.fusion, Fusion):
         _check_fusion(recipe.fusion, recipe.teachers, document)
+    features = recipe.objective.features
+    for name in features.teacher_weights if features else ():
+        if name not in recipe.teachers:
+            text = f"got `{name}`; unknown teacher{nearest(name, recipe.teachers)}"
+            document.add(("objective", "features", "teacher_weights"), text)
     _check_folders(recipe, document)
 
 
@@ -361,17 +340,38 @@ def _check_fusion(fusion: Fusion, teachers: Mapping[str, Any], document: Documen
 
 
 def _check_folders(recipe: Recipe, document: Document) -> None:
-    """The run folder must not be a folder that the run reads."""
+    """The run folder, and what a run writes in it, must not be a folder that the run reads."""
     output = _resolved(recipe.output_dir)
-    inputs = {"student": recipe.student.model}
-    inputs.update({f"teacher `{name}`": options.model for name, options in recipe.teachers.items()})
-    for whose, model in inputs.items():
-        if model is not None and _resolved(model) == output:
+    if "\0" in str(output):
+        document.add(("output_dir",), "holds a NUL character; must be a path; remove it")
+    written = [output / name for name in ("student", "train", "controls")]
+    student = recipe.student
+    inputs = {"student": student.model, "student's tokenizer": student.tokenizer}
+    for name, options in recipe.teachers.items():
+        inputs[f"teacher `{name}`"] = options.model
+        inputs[f"tokenizer of teacher `{name}`"] = options.tokenizer
+    for whose, given in inputs.items():
+        if given is None:
+            continue
+        folder = _resolved(given)
+        if folder == output or any(folder.is_relative_to(place) for place in written):
+            where = "is also" if folder == output else "would overwrite"
             text = (
-                f"got {recipe.output_dir}, which is also the folder of the {whose}; choose another"
+                f"got {recipe.output_dir}, which {where} the folder of the {whose}; choose another"
+            )
+            document.add(("output_dir",), text)
+    for source in itertools.chain(*recipe.data.sources.values()):
+        if source.path is not None and output.is_relative_to(_resolved(source.path)):
+            text = (
+                f"got {recipe.output_dir}, which lies in the data folder {source.path}, so that the "
+                "run's own files would be read as text; choose another"
             )
             document.add(("output_dir",), text)
 
 
 def _resolved(path: str | Path) -> Path:
-    return Path(path).expanduser().resolve()
+    whole = os.path.expanduser(path)
+    try:
+        return Path(os.path.realpath(whole))
+    except ValueError:  # no path of this system
+        return Path(whole)

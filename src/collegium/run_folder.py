@@ -19,9 +19,13 @@ from typing import Any
 from collegium.console import say
 from collegium.errors import CollegiumError, Interrupted, RecipeError
 
+LOCK = ".lock"
+OWN_FILES = ("recipe.json", "stages.json")
+"""A folder that holds one of these is a run's."""
 PACKAGES = ("collegium", "torch", "transformers", "tokenizers", "datasets", "numpy")
-FREE_SECTIONS = frozenset({"evaluate", "preflight"})
-"""Sections of a recipe that may change between two calls on one folder; their stages run again."""
+FREE_SECTIONS = frozenset({"evaluate", "preflight", "name", "output_dir"})
+"""Parts of a recipe that may change between two calls on one folder: what is measured, which runs again, and the way to
+the folder, which may be moved."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,6 +60,14 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where the file does not exist."""
+    value = read_json(path)
+    if value is not None and not isinstance(value, dict):
+        raise CollegiumError(f"{path}: not a JSON object; delete it to make it again")
+    return value or {}
+
+
 def last_row(path: Path) -> dict[str, Any]:
     """The last object of a JSON-lines file."""
     return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
@@ -85,31 +97,85 @@ class RunFolder:
 
     path: Path
 
-    def claim(self, recipe: Mapping[str, Any], text: str) -> None:
-        """Make the folder this recipe's own, or refuse when it holds another recipe's run.
+    def check(self, recipe: Mapping[str, Any]) -> None:
+        """Refuse a folder that cannot be this recipe's; nothing is written.
 
         Raises:
-            RecipeError: the folder holds a run of a recipe that differs in a part that cannot change.
+            RecipeError: the folder holds a run of a recipe that differs in a part that cannot change, or something else.
+            CollegiumError: it cannot be written.
+        """
+        self.check_place()
+        old = _read_object(self.path / "recipe.json")
+        kept = {key: value for key, value in old.items() if key not in FREE_SECTIONS}
+        now = {key: value for key, value in recipe.items() if key not in FREE_SECTIONS}
+        fields = differing_fields(kept, now) if old else []
+        if fields:
+            raise RecipeError(
+                f"output_dir: {self.path} holds a run of another recipe ({'; '.join(fields[:5])}); "
+                "choose another output_dir, or delete that folder"
+            )
+
+    def check_place(self) -> None:
+        """Refuse a folder that cannot be written, or that holds something other than a run.
+
+        Raises:
+            CollegiumError: as said.
+        """
+        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise self._not_writable(f"{nearest} is a file")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise self._not_writable(f"{nearest} is read-only")
+        if nearest != self.path or any((self.path / name).is_file() for name in OWN_FILES):
+            return
+        found = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            raise RecipeError(
+                f"output_dir: {self.path} holds what is no run ({', '.join(found[:5])}{more}); must be "
+                "new, empty or the folder of this run; choose another output_dir"
+            )
+
+    def check_free(self) -> None:
+        """Refuse a folder that another process is running on.
+
+        Raises:
+            CollegiumError: as said.
+        """
+        if (self.path / LOCK).is_file():
+            with (self.path / LOCK).open("a+") as file:
+                _lock_or_refuse(file, self.path)
+
+    def make(self) -> None:
+        """Make the folder and those above it.
+
+        Raises:
+            CollegiumError: it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._not_writable(str(error.strerror)) from error
+
+    def claim(self, recipe: Mapping[str, Any], text: str) -> None:
+        """Make the folder this recipe's own.
+
+        Raises:
+            CollegiumError: as `check`.
+        """
+        self.check(recipe)
+        self.make()
+        try:
+            write_json(self.path / "recipe.json", recipe)
+            write_text(self.path / "recipe.yaml", text)
             write_json(self.path / "environment.json", environment())
         except OSError as error:
-            raise CollegiumError(
-                f"output_dir: cannot write {self.path} ({error.strerror}); choose another folder"
-            ) from error
-        old = read_json(self.path / "recipe.json")
-        if old is not None:
-            kept = {key: value for key, value in old.items() if key not in FREE_SECTIONS}
-            now = {key: value for key, value in recipe.items() if key not in FREE_SECTIONS}
-            fields = differing_fields(kept, now)
-            if fields:
-                raise RecipeError(
-                    f"output_dir: {self.path} holds a run of another recipe ({'; '.join(fields[:5])}); "
-                    "choose another output_dir, or delete that folder"
-                )
-        write_json(self.path / "recipe.json", recipe)
-        write_text(self.path / "recipe.yaml", text)
+            raise self._not_writable(str(error.strerror)) from error
+
+    def _not_writable(self, reason: str) -> CollegiumError:
+        return CollegiumError(
+            f"output_dir: cannot write {self.path} ({reason}); choose another folder"
+        )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -118,14 +184,14 @@ class RunFolder:
         Raises:
             CollegiumError: another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
+        self.make()
+        with (self.path / LOCK).open("a+") as file:
             _lock_or_refuse(file, self.path)
             yield
 
     def stages(self) -> dict[str, Any]:
         """State of every stage so far."""
-        return read_json(self.path / "stages.json") or {}
+        return _read_object(self.path / "stages.json")
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether the stage was finished with the same inputs."""

@@ -26,11 +26,12 @@ from collegium.student import build_student, load_student_tokenizer
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective
 from collegium.train.options import training_arguments
-from collegium.train.trainer import DistillTrainer
 from collegium.variants import Variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from collegium.train.trainer import DistillTrainer
 
 
 class Workspace:
@@ -42,6 +43,7 @@ class Workspace:
         self.folder = RunFolder(Path(recipe.output_dir))
         self.values: Mapping[str, Any] = plain(recipe)
         """The resolved recipe as plain data."""
+        self._digests: dict[str, str] = {}
 
     @property
     def recipe_text(self) -> str:
@@ -49,8 +51,30 @@ class Workspace:
         return dump_recipe(self.recipe)
 
     def key(self, *sections: str) -> str:
-        """Fingerprint of the named sections of the recipe."""
-        return fingerprint({section: self.values[section] for section in sections})
+        """Fingerprint of the named sections of the recipe and of the files behind them.
+
+        A stage that was done with other weights or other text under the same path is not done.
+        """
+        return fingerprint(
+            {section: [self.values[section], self._content(section)] for section in sections}
+        )
+
+    def _content(self, section: str) -> dict[str, str]:
+        """Digests of what a section names: weights, and the windows that texts and tokenizer gave."""
+        if section == "data":
+            return {part: dataset.fingerprint for part, dataset in self.datasets.items()}
+        if section == "teachers":
+            return {
+                name: self.digest(options.model) for name, options in self.recipe.teachers.items()
+            }
+        model = self.recipe.student.model if section == "student" else None
+        return {} if model is None else {"student": self.digest(model)}
+
+    def digest(self, model: str) -> str:
+        """SHA-256 of a model's weights, read once."""
+        if model not in self._digests:
+            self._digests[model] = weights_digest(model)
+        return self._digests[model]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -105,6 +129,9 @@ class Workspace:
 
     def trainer(self, variant: Variant, folder: Path) -> DistillTrainer:
         """The trainer of one student, writing to `folder`."""
+        # imported late: it takes longer than a whole check
+        from collegium.train.trainer import DistillTrainer
+
         student = self.new_student()
         teachers = self.teachers_of(variant)
         options = dataclasses.replace(
@@ -113,14 +140,19 @@ class Workspace:
         return DistillTrainer(
             model=student,
             teachers=teachers,
-            args=training_arguments(options, output_dir=folder, seed=self.recipe.seed),
+            args=training_arguments(
+                options,
+                output_dir=folder,
+                seed=self.recipe.seed,
+                on_cpu=student.device.type == "cpu",
+            ),
             train_dataset=self.datasets["train"],
             objective=self._objective(variant, student, teachers),
             processing_class=self.tokenizer,
             identity={
                 "variant": fingerprint(variant.identity()),
                 **{
-                    f"weights of {name}": weights_digest(self.recipe.teachers[name].model)
+                    f"weights of {name}": self.digest(self.recipe.teachers[name].model)
                     for name in variant.teachers
                 },
             },

@@ -1,9 +1,10 @@
-"""YAML 1.2 read as plain data that remembers its lines: no tags, no duplicate keys, no surprises in scalars."""
+"""YAML 1.2 read as plain data that remembers its lines: no tags, no duplicate keys, no secrets, no surprises in scalars."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,10 @@ _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fals
 _INT = re.compile(r"[-+]?[0-9]+")
 _RADIX = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_SECRET_KEY = re.compile(
+    r"(.*_)?(api_?key|password|secret|hf_token|access_token|auth_token)|token", re.I
+)
+_SECRET_VALUE = re.compile(r"(hf_|sk-|ghp_|github_pat_|AKIA)[A-Za-z0-9_-]{16,}")
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 _NON_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
@@ -132,6 +137,34 @@ def scalar(text: str) -> Any:
     if _NON_FINITE.fullmatch(text) or (is_float and not math.isfinite(float(text))):
         raise ValueError(f"got {text}; must be a finite number")
     return float(text) if is_float else text
+
+
+def refuse_secrets(document: Document) -> None:
+    """Note every secret of a document and drop its value, so that nothing can show it."""
+    for path in list(_secrets(document.data, ())):
+        text = "holds a secret; keep it in the environment (HF_TOKEN for the model hub); value not shown"
+        document.add(path, text)
+        _remove(document.data, path)
+
+
+def _secrets(data: Any, path: KeyPath) -> Iterator[KeyPath]:
+    if isinstance(data, (dict, list)):
+        for key, item in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _secrets(item, (*path, key))
+    elif isinstance(data, str) and data and path:
+        key = path[-1]
+        is_secret_key = isinstance(key, str) and _SECRET_KEY.fullmatch(key) is not None
+        if is_secret_key or _SECRET_VALUE.search(data):
+            yield path
+
+
+def _remove(data: Any, path: KeyPath) -> None:
+    for part in path[:-1]:
+        data = data[part]
+    if isinstance(data, dict):
+        del data[path[-1]]
+    else:
+        data[path[-1]] = ""
 
 
 def _refuse_tags(text: str, document: Document) -> None:

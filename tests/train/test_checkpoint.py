@@ -163,3 +163,27 @@ def test_later_checkpoints_are_kept_under_another_name(tmp_path: Path) -> None:
 def test_a_folder_of_another_name_has_no_step(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="must be named checkpoint-N"):
         checkpoint.step_of(tmp_path / "best")
+
+
+def test_a_run_of_damaged_checkpoints_is_refused_and_left_alone(tmp_path: Path) -> None:
+    checkpoint.require_sound(tmp_path)
+    for step in (8, 12):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-12" / "MANIFEST.json").unlink()
+    checkpoint.require_sound(tmp_path)
+    (tmp_path / "checkpoint-8" / "student" / "weights").write_text("y" * 100)
+    with pytest.raises(TrainingError) as caught:
+        checkpoint.require_sound(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: no usable checkpoint: checkpoint-12: has no readable MANIFEST.json (No such file or "
+        "directory); checkpoint-8: student/weights fails its sha256; put a sound one back, or delete "
+        f"{tmp_path} to train from the start"
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-8"]
+    make(tmp_path, 16)
+    manifest = tmp_path / "checkpoint-16" / "MANIFEST.json"
+    manifest.write_text(json.dumps({"format": 99, "files": []}))
+    with pytest.raises(
+        TrainingError, match="checkpoint-16: got checkpoint format 99; must be at most"
+    ):
+        checkpoint.require_sound(tmp_path)

@@ -20,6 +20,10 @@ _NAME = re.compile(r"checkpoint-(\d+)$")
 _log = logging.getLogger(__name__)
 
 
+class NewerFormat(TrainingError):
+    """A checkpoint that a newer version wrote; it is left alone."""
+
+
 def temporary_folder(parent: Path, label: int | str) -> Path:
     """A new folder, invisible to `newest_verified`, to write into what `commit` shall show."""
     folder = parent / f".tmp-{label}-{uuid.uuid4().hex[:8]}"
@@ -68,9 +72,10 @@ def verify(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
         version, entries = int(manifest["format"]), list(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{folder.name}: has no readable {MANIFEST} ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TrainingError(f"{folder.name}: has no readable {MANIFEST} ({reason})") from error
     if version > FORMAT:
-        raise TrainingError(
+        raise NewerFormat(
             f"{folder.name}: got checkpoint format {version}; must be at most {FORMAT}; upgrade collegium"
         )
     for entry in entries:
@@ -121,9 +126,9 @@ def survey(run_folder: Path) -> tuple[Path | None, list[str]]:
     for folder in checkpoints(run_folder):
         try:
             verify(folder)
+        except NewerFormat:
+            raise
         except TrainingError as error:
-            if "format" in str(error) and "upgrade" in str(error):
-                raise
             aside = folder.with_name(f"corrupt-{step_of(folder)}-{uuid.uuid4().hex[:8]}")
             os.rename(folder, aside)
             _log.warning("%s; set aside as %s", error, aside.name)
@@ -131,6 +136,29 @@ def survey(run_folder: Path) -> tuple[Path | None, list[str]]:
             continue
         return folder, failures
     return None, failures
+
+
+def require_sound(run_folder: Path) -> None:
+    """Refuse a run whose checkpoints are all damaged, before anything is loaded; nothing is renamed.
+
+    Raises:
+        TrainingError: there are checkpoints and none verifies, or the newest sound one is of a newer format.
+    """
+    failures: list[str] = []
+    for folder in checkpoints(run_folder):
+        try:
+            verify(folder)
+        except NewerFormat:
+            raise
+        except TrainingError as error:
+            failures.append(str(error))
+        else:
+            return
+    if failures:
+        raise TrainingError(
+            f"{run_folder}: no usable checkpoint: {'; '.join(failures)}; put a sound one back, or delete "
+            f"{run_folder} to train from the start"
+        )
 
 
 def remove_temporary(run_folder: Path) -> None:
