@@ -200,6 +200,7 @@ def measured(fusion: dict[str, Any]) -> dict[str, Any]:
         "fusions": [chosen],
         "chosen": chosen,
         "best_single": {"teacher": "code", "nll": 2.0},
+        "verdict": ["The chosen fusion knows more than any single teacher."],
     }
 
 
@@ -238,6 +239,21 @@ def test_our_own_bugs_keep_their_traceback(recipe_file: Path, stages: dict[str, 
     result = invoke("evaluate", recipe_file)
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device", "out/x"), "out/x: No space left on device"),
+        (OSError("odd"), "odd"),
+    ],
+)
+def test_what_the_disk_refuses_is_no_bug(
+    error: OSError, expected: str, recipe_file: Path, stages: dict[str, Any]
+) -> None:
+    stages["run"] = failing(error)
+    result = invoke("run", recipe_file)
+    assert (result.stderr, result.exit_code) == (f"error: {expected}\n", 2)
 
 
 def test_a_plain_value_error_is_our_bug(recipe_file: Path, stages: dict[str, Any]) -> None:

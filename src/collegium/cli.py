@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from collegium.errors import CollegiumError, Interrupted, RecipeError
+from collegium.errors import CollegiumError, Interrupted, RecipeError, check_versions
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -94,6 +94,10 @@ class _Group(TyperGroup):
             raise typer.Exit(INTERRUPTED) from error
         except CollegiumError as error:
             _fail(ctx, str(error), error)
+        except OSError as error:
+            # What a disk, a file or a permission refuses in the middle of a run is nothing we could have checked.
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(ctx, f"{place}{error.strerror or error}", error)
         except ValueError as error:
             # An option class refused a value while it was built in Python, not by the recipe reader.
             from pydantic import ValidationError
@@ -158,6 +162,7 @@ def _options(
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
+    check_versions()
     from collegium.recipe import load_recipe
 
     return load_recipe(recipe, overrides or [])
@@ -265,13 +270,14 @@ def demo(
     output_dir: Annotated[
         Path | None, typer.Option(help="Run folder; runs/demo or runs/demo-quick by default.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of all that is random.")] = 0,
     controls: Annotated[
         str | None, typer.Option(help="Names of controls, separated by commas.")
     ] = None,
 ) -> None:
     """Train four specialists on real text out of packages and distill them into one small student."""
     names = None if controls is None else [name for name in controls.split(",") if name]
+    check_versions()
     from collegium.demo.run import run_demo
 
     folder = run_demo(quick=quick, output_dir=output_dir, seed=seed, controls=names)

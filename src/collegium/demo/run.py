@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from collegium.demo.corpora import CORPORA, cache_folder, write_corpus
-from collegium.errors import CollegiumError
+from collegium.errors import CollegiumError, RecipeError, nearest
 from collegium.run_folder import RunFolder, fingerprint, write_text
 
 HERE = Path(__file__).parent
@@ -96,14 +96,19 @@ def run_demo(
         output_dir: where to put it instead of the recipe's own folder.
         seed: seed of teachers, student and data order; the corpora and their split stay the same.
         controls: control students to train instead of the recipe's.
+
+    Raises:
+        CollegiumError: there is no such control, or the folder cannot be used.
     """
     from collegium import pipeline
     from collegium.recipe import load_recipe
 
     plan = QUICK if quick else FULL
     folder = output_dir or Path(plan.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_controls(controls or ())
     run = RunFolder(folder)
+    run.check_place()
+    run.make()
     _prepare_text(run, plan)
     for domain, config in plan.specialists.items():
         stage, key = f"teacher {domain}", fingerprint([domain, config, seed, plan.max_steps])
@@ -113,6 +118,14 @@ def run_demo(
             pipeline.train(load_recipe(_teacher_recipe(plan, folder, domain, config, seed)))
     pipeline.run(load_recipe(_student_recipe(plan, folder, seed, controls)))
     return folder
+
+
+def _check_controls(names: Sequence[str]) -> None:
+    from collegium.variants import CONTROLS
+
+    for name in names:
+        if name not in CONTROLS:
+            raise RecipeError(f"controls: got `{name}`; unknown control{nearest(name, CONTROLS)}")
 
 
 def _prepare_text(run: RunFolder, plan: Plan) -> None:
