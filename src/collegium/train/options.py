@@ -86,13 +86,20 @@ class TrainOptions:
 
 
 def training_arguments(
-    options: TrainOptions, *, output_dir: str | Path, seed: int
+    options: TrainOptions, *, output_dir: str | Path, seed: int, on_cpu: bool | None = None
 ) -> TrainingArguments:
-    """Translate the options for transformers: nothing is reported elsewhere, nothing is filtered, all is seeded."""
+    """Translate the options for transformers: nothing is reported elsewhere, nothing is filtered, all is seeded.
+
+    Args:
+        options: the choices of the recipe.
+        output_dir: where log and checkpoints go.
+        seed: seed of dropout and of the order of the data.
+        on_cpu: stay on the CPU although there is an accelerator; None uses one where there is one.
+    """
     import torch
     from transformers import TrainingArguments
 
-    on_accelerator = torch.accelerator.is_available()
+    on_accelerator = torch.accelerator.is_available() if on_cpu is None else not on_cpu
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         seed=seed,

@@ -1,0 +1,244 @@
+"""Student and controls start alike, read alike and are scored alike, each split is used for what it is for, and nothing
+that was done with other files counts as done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from collegium import pipeline
+from collegium.errors import TrainingError
+from collegium.fusion.pooling import Fusion
+from collegium.losses.features import FeatureOptions
+from collegium.models import count_parameters
+from collegium.recipe import Recipe, load_recipe
+from collegium.train import options as options_module
+from collegium.train.options import TrainOptions, training_arguments
+from collegium.variants import CONTROLS, control, main_variant
+from collegium.workspace import Workspace
+
+CONTROL_NAMES = ["ce_only", "ce_only_equal_compute", "best_single"]
+RECIPE = """
+name: fair
+output_dir: {root}/run
+seed: 5
+student:
+  config: {{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2,
+    num_key_value_heads: 2, max_position_embeddings: 64, attention_dropout: 0.1}}
+  tokenizer: {root}/scripture
+teachers:
+  scripture: {{model: {root}/scripture}}
+  code: {{model: {root}/code}}
+data:
+  train:
+    - {{path: {root}/scripture.jsonl}}
+    - {{path: {root}/code.jsonl}}
+  max_length: 32
+  calibration_fraction: 0.2
+  validation_fraction: 0.2
+fusion: {{weighting: uniform}}
+objective: {{kd_ratio: 0.5}}
+train: {{learning_rate: 1e-2, max_steps: 2, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 2}}
+preflight: {{max_tokens: 200, batch_size: 4}}
+evaluate: {{controls: [{controls}], batch_size: 4}}
+"""
+
+
+def make_zoo(root: Path) -> Recipe:
+    """Two teachers with one tokenizer, text of two domains, and a recipe over them."""
+    tiny.save_tiny(root / "scripture", seed=1)
+    tiny.save_tiny(root / "code", seed=2, width=24, num_attention_heads=2)
+    for domain, text in (("scripture", tiny.TEXT[0]), ("code", tiny.TEXT[2])):
+        lines = [json.dumps({"text": f"{text} number {i}. " * 4}) for i in range(40)]
+        (root / f"{domain}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file = root / "recipe.yaml"
+    text = RECIPE.format(root=root, controls=", ".join(CONTROL_NAMES))
+    file.write_text(text, encoding="utf-8")
+    return load_recipe(file)
+
+
+@dataclasses.dataclass
+class Witness:
+    """What a run did, seen from outside."""
+
+    recipe: Recipe
+    workspace: Workspace
+    preflight_data: str
+    evaluate_data: str
+    trainers: dict[str, dict[str, Any]]
+    scored: dict[str, dict[str, torch.Tensor]]
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
+    """A whole run with three controls, watched."""
+    recipe = make_zoo(tmp_path_factory.mktemp("fair"))
+    found: dict[str, Any] = {"trainers": {}, "scored": {}}
+    real_preflight, real_score = pipeline.run_preflight, pipeline.score_models
+    real_trainer = Workspace.trainer
+
+    def run_preflight(teachers: Any, dataset: Any, **named: Any) -> Any:
+        found["preflight_data"] = dataset.fingerprint
+        return real_preflight(teachers, dataset, **named)
+
+    def score_models(models: Any, teachers: Any, fusion: Any, dataset: Any, **named: Any) -> Any:
+        found["evaluate_data"] = dataset.fingerprint
+        found["scored"] = {model.name: state(model.model) for model in models}
+        return real_score(models, teachers, fusion, dataset, **named)
+
+    def trainer(self: Workspace, variant: Any, folder: Path) -> Any:
+        made = real_trainer(self, variant, folder)
+        found["trainers"][variant.name] = {
+            "start": state(made.student),
+            "data": made.train_dataset.fingerprint,
+            "args": {**made.args.to_dict(), "output_dir": "", "logging_dir": ""},
+            "teachers": [teacher.name for teacher in made.teachers],
+            "terms": (made.objective.options, made.objective.features),
+        }
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_preflight", run_preflight)
+        patch.setattr(pipeline, "score_models", score_models)
+        patch.setattr(Workspace, "trainer", trainer)
+        pipeline.run(recipe)
+    return Witness(recipe=recipe, workspace=Workspace(recipe), **found)
+
+
+def test_each_split_is_used_for_what_it_is_for(seen: Witness) -> None:
+    """Teachers and fusions are chosen on calibration, students learn from train, the table is of validation alone."""
+    data = seen.workspace.datasets
+    assert len({dataset.fingerprint for dataset in data.values()}) == 3
+    assert seen.preflight_data == data["calibration"].fingerprint
+    assert seen.evaluate_data == data["validation"].fingerprint
+    for made in seen.trainers.values():
+        assert made["data"] == data["train"].fingerprint
+    rows = json.loads((seen.recipe.output_dir / "results.json").read_text())
+    assert {row["num_tokens"] for row in rows} == {data["validation"].num_target_tokens}
+
+
+def test_all_variants_start_from_the_same_weights_with_the_same_arguments(seen: Witness) -> None:
+    assert set(seen.trainers) == {"student", *CONTROL_NAMES}
+    student = seen.trainers["student"]
+    for name, made in seen.trainers.items():
+        for key, tensor in student["start"].items():
+            assert torch.equal(made["start"][key], tensor), (name, key)
+        steps = {"ce_only_equal_compute": made["args"]["max_steps"]}.get(name, 2)
+        assert made["args"] == {**student["args"], "max_steps": steps}
+    assert student["args"]["seed"] == student["args"]["data_seed"] == 5
+
+
+def test_equal_compute_counts_the_forward_passes_of_the_teachers(seen: Witness) -> None:
+    teachers = [count_parameters(teacher.model) for teacher in seen.workspace.teachers]
+    student = count_parameters(seen.workspace.new_student())
+    ratio = 1 + sum(teachers) / (3 * student)
+    assert ratio > 2
+    assert seen.workspace.compute_ratio == pytest.approx(ratio)
+    assert seen.trainers["ce_only_equal_compute"]["args"]["max_steps"] == round(2 * ratio)
+    rows = json.loads((seen.recipe.output_dir / "results.json").read_text())
+    steps = {row["name"]: row["steps"] for row in rows if row["steps"] is not None}
+    assert sorted(steps.values()) == [2, 2, 2, round(2 * ratio)]
+
+
+def test_every_row_is_scored_with_its_own_weights(seen: Witness) -> None:
+    """The untouched student is what training started from; each trained one is what its folder holds."""
+    run = seen.recipe.output_dir
+    start = seen.trainers["student"]["start"]
+    for key, tensor in seen.scored["student (untouched)"].items():
+        assert torch.equal(tensor, start[key])
+    folders = {"student (distilled)": run / "student"}
+    folders["control: CE only, equal steps"] = run / "controls" / "ce_only" / "student"
+    (best,) = [name for name in seen.scored if name.startswith("control: best single")]
+    folders[best] = run / "controls" / "best_single" / "student"
+    for name, folder in folders.items():
+        saved = load_file(folder / "model.safetensors")
+        scored = seen.scored[name]
+        assert all(torch.equal(scored[key], tensor) for key, tensor in saved.items()), name
+        assert not torch.equal(scored["lm_head.weight"], start["lm_head.weight"]), name
+
+
+def test_controls_on_labels_ask_no_teacher_and_read_no_hidden_state(seen: Witness) -> None:
+    recipe = dataclasses.replace(
+        seen.recipe,
+        objective=dataclasses.replace(seen.recipe.objective, features=FeatureOptions()),
+    )
+    for name in ("ce_only", "ce_only_equal_compute"):
+        made = control(name, recipe, best_teacher="code", compute_ratio=2.0)
+        assert made.objective == dataclasses.replace(recipe.objective, kd_ratio=0.0, features=None)
+        assert made.fusion is None
+        assert made.teachers == ()
+        assert seen.trainers[name]["teachers"] == []
+    for name in set(CONTROLS) - {"ce_only", "ce_only_equal_compute"}:
+        made = control(name, recipe, best_teacher="code", compute_ratio=2.0)
+        assert made.objective == main_variant(recipe, Fusion()).objective
+
+
+def test_other_weights_under_the_same_path_are_another_run(seen: Witness, tmp_path: Path) -> None:
+    root = seen.recipe.output_dir.parent
+    file = root / "code" / "model.safetensors"
+    kept = tmp_path / "kept"
+    shutil.copy(file, kept)
+    key = Workspace(seen.recipe).key("teachers")
+    assert key == Workspace(seen.recipe).key("teachers")
+    try:
+        weights = load_file(file)
+        weights["lm_head.weight"] = weights["lm_head.weight"] * 1.5
+        save_file(weights, file, metadata={"format": "pt"})
+        assert Workspace(seen.recipe).key("teachers") != key
+        with pytest.raises(TrainingError, match="weights of code: the checkpoint has"):
+            pipeline.run(seen.recipe)
+    finally:
+        shutil.copy(kept, file)
+    assert Workspace(seen.recipe).key("teachers") == key
+
+
+def test_keys_follow_text_and_the_weights_that_a_student_starts_from(tmp_path: Path) -> None:
+    recipe = make_zoo(tmp_path)
+    trained = dataclasses.replace(
+        recipe,
+        student=dataclasses.replace(recipe.student, config=None, model=str(tmp_path / "code")),
+    )
+    before = Workspace(recipe).key("data"), Workspace(trained).key("student")
+    assert before == (Workspace(recipe).key("data"), Workspace(trained).key("student"))
+    with (tmp_path / "code.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "one more document, " * 9}) + "\n")
+    tiny.save_tiny(tmp_path / "code", seed=3, width=24, num_attention_heads=2)
+    after = Workspace(recipe).key("data"), Workspace(trained).key("student")
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
+def test_a_student_on_the_cpu_is_trained_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever accelerator the machine has; the trainer would move the student to it without a word."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    options = TrainOptions(max_steps=1)
+    args = training_arguments(options, output_dir=tmp_path, seed=0, on_cpu=True)
+    assert args.use_cpu
+    assert not args.dataloader_pin_memory
+    asked: list[bool | None] = []
+    real = options_module.training_arguments
+
+    def arguments(options: Any, *, on_cpu: bool | None = None, **named: Any) -> Any:
+        asked.append(on_cpu)
+        return real(options, on_cpu=True, **named)
+
+    monkeypatch.setattr("collegium.workspace.training_arguments", arguments)
+    recipe = make_zoo(tmp_path)
+    recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, device="cpu"))
+    workspace = Workspace(recipe)
+    workspace.trainer(main_variant(recipe, Fusion()), tmp_path / "train")
+    assert asked == [True]
