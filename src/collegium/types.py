@@ -186,7 +186,10 @@ class Teacher(Protocol):
         ...
 
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
-        """Score the rows without gradient; `taps` names the hidden states to return."""
+        """Score the rows without gradient; `taps` names the hidden states to return.
+
+        Logits and features are on the device of the batch, wherever the teacher computes them.
+        """
         ...
 
 

@@ -18,12 +18,14 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.errors import ModelError, TrainingError
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.models import tap_names, tap_width
+from collegium.teachers.local import LocalTeacher
 from collegium.train.meter import RunLog
 from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.parts import named_teachers
 from collegium.train.progress import Progress
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
 from collegium.types import LossSum, TeacherRows
-from training_runs import VOCAB, FakeTeacher, Windows, objective, small_model, trainer
+from training_runs import VOCAB, FakeTeacher, Windows, objective, small_model, stack, trainer
 
 
 class Gradients(TrainerCallback):
@@ -226,6 +228,37 @@ def test_two_teachers_of_one_name_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, teachers=[FakeTeacher("a"), FakeTeacher("a")])
     with pytest.raises(TrainingError, match="`b` for a"):
         trainer(tmp_path, teachers={"b": FakeTeacher("a")})
+
+
+def test_live_models_move_to_the_device_of_the_run_and_nothing_else_does() -> None:
+    there = torch.device("meta")
+    placed, live = LocalTeacher("placed", small_model(1), vocab_size=VOCAB), small_model(2)
+    found = named_teachers([placed, live], small_model(), VOCAB, there)
+    assert [teacher.name for teacher in found] == ["placed", "teacher_1"]
+    assert found[0] is placed
+    assert {parameter.device.type for parameter in placed.model.parameters()} == {"cpu"}
+    assert {parameter.device for parameter in live.parameters()} == {there}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_teachers_on_both_devices_teach_a_student_on_the_gpu(tmp_path: Path) -> None:
+    losses = []
+    for on_cpu in (True, False):
+        args = training_arguments(
+            TrainOptions(max_steps=3, logging_steps=1),
+            output_dir=tmp_path / str(on_cpu),
+            seed=3,
+            on_cpu=on_cpu,
+        )
+        teachers = [LocalTeacher("placed", small_model(1), vocab_size=VOCAB), small_model(2)]
+        made = DistillTrainer(
+            small_model(), teachers, args, train_dataset=Windows(), data_collator=stack
+        )
+        made.train()
+        assert made.student.device.type == ("cpu" if on_cpu else "cuda")
+        losses.append([row["loss"] for row in RunLog(made.run_folder / "log.jsonl").rows()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

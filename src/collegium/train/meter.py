@@ -66,12 +66,27 @@ class StepMeter:
             return
         self._sample_domains = self._sample_domains.to(samples_N.device)
         domain_N = self._sample_domains[samples_N]
-        sums_KM = weights_KN.new_zeros(weights_KN.shape[0], len(self._domains))
-        self._add("domains", sums_KM.index_add(1, domain_N, weights_KN))
-        self._add("domain_rows", torch.bincount(domain_N, minlength=len(self._domains)))
+        zeros_KM = weights_KN.new_zeros(weights_KN.shape[0], len(self._domains))
+        self._add("domains", zeros_KM.index_add(1, domain_N, weights_KN))
+        # Not `bincount`, which waits for the device to learn how long its answer is.
+        ones_N = torch.ones_like(domain_N)
+        self._add(
+            "domain_rows", torch.zeros_like(zeros_KM[0]).index_add(0, domain_N, ones_N.to(zeros_KM))
+        )
 
     def row(self) -> dict[str, Any]:
-        """The means since the last row, and a new start."""
+        """The means since the last row, and a new start.
+
+        - `loss`: nats per target token, the weighted sum of the terms; `terms`: each term per target token, without its factor.
+        - `term_weights`: factor of each term in the last micro-batch, T^2 and dynamic scales included.
+        - `grad_shares`: the terms' gradient norms over their sum, of the measured steps since the last row; empty where none was.
+          The norm of a term is taken at the states that it reads: `kd` and `ce` at the final hidden states, `feature/NAME` at the
+          tapped ones, each (N, D) of the student. Gradients at different depths are not on one scale, so compare `kd` with `ce`,
+          one feature term with another, and any share with itself over time; a feature share of 0.5 is not half of the update.
+        - `teacher_weights`, `domain_weights`: mean fusion weight per target token, of all and of each domain that had any.
+        - `num_tokens`: target tokens since the start of the run; `tokens_per_s`: target tokens per second since the last row, or since
+          this process began to train, saving included.
+        """
         rows = max(self._rows, 1)
         norms = self._named("grad_norms/")
         total_norm = sum(norms.values())
@@ -135,7 +150,7 @@ class StepMeter:
 
 
 class RunLog:
-    """`log.jsonl`: one object per logged step, never two for the same step."""
+    """`log.jsonl`: one object per logged step, never two for the same step; `StepMeter.row` says what its numbers mean."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

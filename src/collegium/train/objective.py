@@ -231,10 +231,13 @@ def _grad_norm(weighted: Tensor, features: Mapping[str, Tensor]) -> Tensor:
 
 
 class InertTermCheck:
-    """Watch the first measured steps for a term that has a weight but never any gradient."""
+    """Watch the first measured micro-batches for a term that has a weight but never any gradient.
+
+    A resumed run watches anew: nothing of it is saved.
+    """
 
     def __init__(self, num_steps: int = 3) -> None:
-        """Watch `num_steps` measured steps, then rest."""
+        """Watch `num_steps` measured micro-batches with rows, then rest."""
         self._num_steps = num_steps
         self._seen = 0
         self._moved: dict[str, bool] = {}

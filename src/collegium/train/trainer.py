@@ -72,11 +72,13 @@ class DistillTrainer(ResumableTrainer):
 
         Args:
             model: the student.
-            teachers: frozen models, or anything with `score`; live models are named by their key or `teacher_0` ...
+            teachers: frozen models, or anything with `score`; live models are named by their key or `teacher_0` ..., and moved
+                to `args.device`. Others stay where they are and answer on the device of the batch, as `LocalTeacher` does. Token
+                ids must mean the same to all and to the student: a live model cannot tell, so compare tokenizers before.
             args: training arguments; see `training_arguments` for those of a recipe.
             train_dataset: windows of `PackedDataset`, or rows with `input_ids` and, where wanted, `labels`.
             eval_dataset: the same, or a mapping of names to such.
-            objective: the loss; a forward KL to the mean of the teachers by default.
+            objective: the loss; by default 0.9 forward KL to the linear pool of the teachers under prefix likelihood, and 0.1 CE.
             processing_class: the tokenizer, saved beside every student; gives V, else the student's head does.
             data_collator: makes a batch of examples; ours by default.
             callbacks: further callbacks; a `Progress` among them replaces the default one.
@@ -209,7 +211,7 @@ class DistillTrainer(ResumableTrainer):
     def _check_finite(self) -> None:
         grads = [p.grad for _, p in self._trained() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        # The only wait for the device in a step that is not logged.
+        # One wait for the device per step. Choosing the rows and a teacher's check of its own states are the others.
         if bool(torch.isfinite(self._step_loss) & torch.isfinite(norm)):
             return
         part, samples = self._blame()
