@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,6 +141,102 @@ def test_replace_swaps_whole_folders(tmp_path: Path) -> None:
     checkpoint.verify(final)
     assert sorted(path.name for path in final.iterdir()) == ["MANIFEST.json", "file"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def newer(folder: Path) -> Path:
+    temporary = checkpoint.temporary_folder(folder, "student")
+    (temporary / "file").write_text("new")
+    return temporary
+
+
+def older(folder: Path) -> Path:
+    final = folder / "student"
+    temporary = checkpoint.temporary_folder(folder, "student")
+    (temporary / "file").write_text("old")
+    checkpoint.replace(temporary, final)
+    return final
+
+
+@pytest.mark.parametrize(("name", "count"), [("fsync", 1), ("fsync", 2), ("rename", 2)])
+def test_a_replacement_that_fails_leaves_the_older_folder_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int
+) -> None:
+    final = older(tmp_path)
+    temporary = newer(tmp_path)
+    real, calls = getattr(os, name), []
+
+    def fails(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == count:
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, fails)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.replace(temporary, final)
+    checkpoint.verify(final)
+    assert (final / "file").read_text() == "old"
+
+
+def test_the_older_folder_is_there_until_the_new_one_is_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, real, seen = older(tmp_path), os.fsync, []
+    temporary = newer(tmp_path)
+
+    def fsync(descriptor: int) -> None:
+        seen.append((final / "file").read_text())
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.replace(temporary, final)
+    # File, manifest and folder of the new one; then, after the renames, the parent.
+    assert seen == ["old", "old", "old", "new"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_replacement_that_is_killed_between_its_renames_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cleaner in (checkpoint.recover, lambda final: checkpoint.remove_temporary(final.parent)):
+        folder = tmp_path / str(cleaner)
+        final = older(folder)
+        temporary = newer(folder)
+        real = os.rename
+
+        def rename(source: Path, target: Path, real: Any = real, final: Path = final) -> None:
+            if target == final:
+                raise Killed
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", rename)
+            with pytest.raises(Killed):
+                checkpoint.replace(temporary, final)
+        assert not final.exists()
+        cleaner(final)
+        checkpoint.verify(final)
+        assert (final / "file").read_text() == "old"
+        assert [path.name for path in folder.iterdir()] == ["student"]
+
+
+def test_recovery_touches_nothing_of_others(tmp_path: Path) -> None:
+    final = older(tmp_path)
+    (tmp_path / ".tmp-old-other-01234567").mkdir()
+    (tmp_path / ".tmp-notes").write_text("mine")
+    (tmp_path / ".tmp-student-notebook").mkdir()
+    newer(tmp_path)
+    checkpoint.recover(final)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".tmp-notes",
+        ".tmp-old-other-01234567",
+        ".tmp-student-notebook",
+        "student",
+    ]
 
 
 def test_pruning_keeps_at_least_two(tmp_path: Path) -> None:

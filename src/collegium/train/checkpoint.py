@@ -17,6 +17,7 @@ FORMAT = 1
 """Version of the checkpoint's layout; a newer one is refused, never guessed at."""
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
+_ASIDE = ".tmp-old-"
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +42,12 @@ def commit(temporary: Path, final: Path) -> None:
     """
     if final.exists():
         raise TrainingError(f"{final}: exists; a committed folder is never overwritten")
+    _seal(temporary)
+    os.rename(temporary, final)
+    _fsync(final.parent)
+
+
+def _seal(temporary: Path) -> None:
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     entries = [_entry(path, temporary) for path in files]
     manifest = temporary / MANIFEST
@@ -48,18 +55,40 @@ def commit(temporary: Path, final: Path) -> None:
     _fsync(manifest)
     for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
         _fsync(folder)
-    os.rename(temporary, final)
-    _fsync(final.parent)
 
 
 def replace(temporary: Path, final: Path) -> None:
-    """Commit `temporary` as `final`, where an older `final` is set aside until the new one stands."""
-    old = final.with_name(f".tmp-old-{uuid.uuid4().hex[:8]}") if final.exists() else None
-    if old is not None:
-        os.rename(final, old)
-    commit(temporary, final)
-    if old is not None:
-        shutil.rmtree(old)
+    """Put `temporary` in the place of an older `final`, which stays there until the new one is sealed.
+
+    Between the two lie two renames and nothing else. If the second fails, the older folder is back; if the process is killed
+    between them, `recover` brings it back.
+    """
+    if not final.exists():
+        commit(temporary, final)
+        return
+    _seal(temporary)
+    old = final.with_name(f"{_ASIDE}{final.name}-{uuid.uuid4().hex[:8]}")
+    os.rename(final, old)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        os.rename(old, final)
+        raise
+    _fsync(final.parent)
+    shutil.rmtree(old)
+
+
+def recover(final: Path) -> None:
+    """Undo a replacement of `final` that was killed half-way, and delete what saves of it left behind."""
+    for path in sorted(final.parent.glob(".tmp-*")):
+        name, _, end = path.name.rpartition("-")
+        if re.fullmatch("[0-9a-f]{8}", end) is None or not path.is_dir():
+            continue
+        if name == f"{_ASIDE}{final.name}" and not final.exists():
+            os.rename(path, final)
+            _fsync(final.parent)
+        elif name in (f"{_ASIDE}{final.name}", f".tmp-{final.name}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def verify(folder: Path) -> None:
@@ -162,7 +191,9 @@ def require_sound(run_folder: Path) -> None:
 
 
 def remove_temporary(run_folder: Path) -> None:
-    """Delete what an interrupted save, replacement or pruning left behind."""
+    """Delete what an interrupted save or pruning left behind, and undo a replacement that was killed half-way."""
+    for path in run_folder.glob(f"{_ASIDE}*"):
+        recover(path.with_name(path.name.removeprefix(_ASIDE).rpartition("-")[0]))
     for path in run_folder.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -161,12 +161,13 @@ class ResumableTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def save_student(self, path: str | Path) -> None:
-        """Write the student as a plain Hugging Face folder, whole or not at all.
+        """Write the student as a plain Hugging Face folder, whole or not at all; an older one stays until the new one is whole.
 
         Raises:
             TrainingError: `path` holds something that this trainer did not write.
         """
         final = Path(path)
+        checkpoint.recover(final)
         if final.exists() and any(final.iterdir()) and not (final / checkpoint.MANIFEST).exists():
             raise TrainingError(f"{final}: is in use; must be free for the student; give another")
         temporary = checkpoint.temporary_folder(final.parent, final.name)
