@@ -121,8 +121,14 @@ def run_preflight(
     """Measure the teachers and their fusions on the calibration split, and choose the fusion of lowest NLL.
 
     Linear pools come from one sweep of scalars; log-linear pools are tried for the best three weightings, and a pooled
-    temperature for the best of each kind of pool, with and without temperatures of its teachers. All fusions are ranked on the same (at most about 8192) tokens. Of those within 0.002 nats of the best, the
-    simplest is chosen: fewer fitted temperatures, then linear before log-linear.
+    temperature for the best of each kind of pool, with and without temperatures of its teachers. All fusions are ranked on
+    the same (at most about 8192) tokens. Of those within 0.002 nats of the best, the simplest is chosen: fewer fitted
+    temperatures, then linear before log-linear.
+
+    Temperatures are fitted on tokens that the ranking reads, too, and the chosen fusion is the best of many on them, so the
+    NLL of a fitted or chosen fusion is optimistic here: in the order of (fitted temperatures) / (tokens) nats for the fit,
+    were tokens independent, and by what the choice adds. The tie of 0.002 nats is there for that. What the fusion is worth
+    is said by the evaluation, which reads the validation split alone.
 
     Args:
         teachers: the frozen models.
