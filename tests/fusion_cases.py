@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from collegium.fusion.conflict import ConflictBlock
 from collegium.fusion.pooling import FusedBlock, FusedTarget, Fusion
+from collegium.fusion.rules import (
+    AvgCE,
+    ConfidenceAware,
+    Consensus,
+    DomainWeights,
+    Gate,
+    MinCE,
+)
+from collegium.fusion.stream import TeacherReader
 from collegium.fusion.weights import (
     BestSingle,
     Entropy,
     Fixed,
     PrefixLikelihood,
+    RowStats,
     Uniform,
     Weighting,
 )
-from collegium.types import DenseRows, Rows, TeacherRows
+from collegium.types import DenseRows, Rows, TeacherRows, domain_number
 
+DOMAINS = ["court", "clinic", "novel"]
 NAMES = ["law", "medicine", "prose"]
 WEIGHTING_CASES: list[Weighting] = [
     Uniform(),
@@ -31,6 +44,38 @@ WEIGHTING_CASES: list[Weighting] = [
         for form, tau in (("softmax", 0.7), ("inverse", 1.0), ("complement", 1.0))
         for granularity in ("token", "sequence", "batch")
     ],
+    DomainWeights(
+        weights={
+            "court": {"law": 0.7, "medicine": 0.1, "prose": 0.2},
+            "clinic": {"law": 0.2, "medicine": 0.5, "prose": 0.3},
+        },
+        default={"law": 0.25, "medicine": 0.35, "prose": 0.4},
+    ),
+    DomainWeights(
+        weights={"court": {"law": 0.0, "medicine": 0.9, "prose": 0.1}},
+        default={"law": 0.0, "medicine": 0.5, "prose": 0.5},
+    ),
+    Consensus(),
+    Gate(
+        offsets={"law": 0.0, "medicine": 0.0, "prose": 0.0},
+        entropy=-0.3,
+        max_logp=0.2,
+        consensus=-1.3,
+        prefix_nll=-0.4,
+        decay=0.8,
+    ),
+    ConfidenceAware(),
+    ConfidenceAware(granularity="sequence"),
+    MinCE(),
+    AvgCE(),
+    AvgCE(tau=0.5),
+]
+SCALAR_CASES = [weighting for weighting in WEIGHTING_CASES if not weighting.needs_consensus]
+"""Those that the scalars of each teacher alone are enough for."""
+POOL_CASES: list[dict[str, Any]] = [
+    {"pool": "linear"},
+    {"pool": "log_linear"},
+    {"pool": "power_mean", "exponent": 0.3},
 ]
 
 
@@ -47,9 +92,23 @@ class CountedRows:
 
 
 def make_rows(labels: Tensor, documents: Sequence[int]) -> Rows:
-    """Rows of the given documents."""
+    """Rows of the given documents; the domain of a document follows from its number."""
     numbers = torch.tensor(list(documents))
-    return Rows(torch.arange(len(labels)), labels, numbers, numbers)
+    domains = torch.tensor([domain_number(name) for name in domains_of(documents)])
+    return Rows(torch.arange(len(labels)), labels, numbers, numbers, domains)
+
+
+def domains_of(documents: Sequence[int]) -> list[str]:
+    """The domain of each row's document."""
+    return [DOMAINS[number % len(DOMAINS)] for number in documents]
+
+
+def stats_of(
+    teachers: Sequence[TeacherRows], rows: Rows, temperatures: dict[str, float] | None = None
+) -> RowStats:
+    """All statistics of all rows, with the divergence from the consensus."""
+    reader = TeacherReader(teachers, rows, temperatures or {})
+    return reader.stats(slice(0, len(rows)), consensus=True)
 
 
 def make_teachers(logits_KNV: Tensor, names: Sequence[str] = NAMES) -> list[TeacherRows]:
@@ -65,6 +124,7 @@ def fuse(
     target = FusedTarget(fusion, teachers, rows)
     starts = range(0, len(rows), block_size)
     blocks = [target.block(slice(s, min(s + block_size, len(rows)))) for s in starts]
+    conflicts = [b.conflict for b in blocks if b.conflict is not None]
     normalizers = [b.log_normalizer_n for b in blocks if b.log_normalizer_n is not None]
     return FusedBlock(
         logp_nV=torch.cat([b.logp_nV for b in blocks]),
@@ -74,4 +134,14 @@ def fuse(
         max_logp_Kn=torch.cat([b.max_logp_Kn for b in blocks], dim=1),
         log_normalizer_n=torch.cat(normalizers) if normalizers else None,
         pooled_temperature=fusion.pooled_temperature,
+        conflict=_glued(conflicts) if conflicts else None,
+    )
+
+
+def _glued(parts: Sequence[ConflictBlock]) -> ConflictBlock:
+    factors = [part.kd_factor_n for part in parts if part.kd_factor_n is not None]
+    return ConflictBlock(
+        torch.cat([part.disagreement_n for part in parts]),
+        torch.cat([part.applied_n for part in parts]),
+        torch.cat(factors) if factors else None,
     )

@@ -68,8 +68,96 @@ def prefix_weights(
     return result
 
 
-def pool(logps: list[list[float]], weights: list[float], kind: str) -> list[float]:
+def mean_distribution(logps: list[list[float]]) -> list[float]:
+    return [math.fsum(math.exp(lp[v]) for lp in logps) / len(logps) for v in range(len(logps[0]))]
+
+
+def consensus_kl(logps: list[list[float]]) -> list[float]:
+    """KL of each of K distributions to their plain mean, at one row."""
+    mean = mean_distribution(logps)
+    return [
+        math.fsum(math.exp(x) * (x - math.log(m)) for x, m in zip(lp, mean, strict=True))
+        for lp in logps
+    ]
+
+
+def gate_weights(
+    logps: list[list[list[float]]],
+    labels: list[int],
+    documents: list[int],
+    names: list[str],
+    options: dict,
+) -> list[list[float]]:
+    """weights[t][k] of the learned gate."""
+    result = []
+    for t in range(len(labels)):
+        kl = consensus_kl([rows[t] for rows in logps])
+        scores = [options["offsets"][name] for name in names]
+        columns = {
+            "entropy": [entropy(rows[t]) for rows in logps],
+            "max_logp": [max(rows[t]) for rows in logps],
+            "consensus": kl,
+            "prefix_nll": [
+                -math.fsum(
+                    options["decay"] ** (t - s) * rows[s][labels[s]]
+                    for s in range(t)
+                    if documents[s] == documents[t]
+                )
+                for rows in logps
+            ],
+        }
+        for name, values in columns.items():
+            mean = math.fsum(values) / len(values)
+            for k, value in enumerate(values):
+                scores[k] += options[name] * (value - mean)
+        result.append(softmax(scores))
+    return result
+
+
+def label_aware_weights(name: str, options: dict, ce: list[list[float]]) -> list[list[float]]:
+    """weights[t][k] from the (averaged) cross-entropies ce[k][t]."""
+    result = []
+    for t in range(len(ce[0])):
+        here = [values[t] for values in ce]
+        if name == "ca_mkd":
+            shares = softmax(here)
+            others = max(1, len(here) - 1)
+            result.append([(1 - share) / others for share in shares] if len(here) > 1 else [1.0])
+        elif name == "min_ce":
+            result.append(normalized([float(value == min(here)) for value in here]))
+        elif options["tau"] is None:
+            result.append(softmax([math.exp(-value) for value in here]))
+        else:
+            result.append(softmax([-value / options["tau"] for value in here]))
+    return result
+
+
+def disagreement(logps: list[list[float]], weights: list[float]) -> float:
+    """sum_k w_k KL(P_k || P) / H(w) at one row: the share of the most that K teachers of these weights can disagree."""
+    spread = -math.fsum(w * math.log(w) for w in weights if w > 0)
+    if spread < 1e-9:
+        return 0.0
+    mixture = [
+        math.fsum(w * math.exp(lp[v]) for w, lp in zip(weights, logps, strict=True))
+        for v in range(len(logps[0]))
+    ]
+    apart = [
+        math.fsum(math.exp(x) * (x - math.log(m)) for x, m in zip(lp, mixture, strict=True))
+        for lp in logps
+    ]
+    return math.fsum(w * kl for w, kl in zip(weights, apart, strict=True)) / spread
+
+
+def pool(
+    logps: list[list[float]], weights: list[float], kind: str, exponent: float = 0.5
+) -> list[float]:
     """Log-probabilities of the pool of K distributions at one row."""
+    if kind == "power_mean":
+        powers = [
+            math.fsum(w * math.exp(lp[v]) ** exponent for w, lp in zip(weights, logps, strict=True))
+            for v in range(len(logps[0]))
+        ]
+        return [math.log(p) for p in normalized([power ** (1 / exponent) for power in powers])]
     if kind == "linear":
         return [
             math.log(math.fsum(w * math.exp(lp[v]) for w, lp in zip(weights, logps, strict=True)))
@@ -89,6 +177,7 @@ def row_weights(
     labels: list[int],
     documents: list[int],
     names: list[str],
+    domains: list[str] | None = None,
 ) -> list[list[float]]:
     """weights[t][k] of the rule called `name`, from logps[k][t][v]."""
     num_teachers, num_rows = len(logps), len(labels)
@@ -101,6 +190,19 @@ def row_weights(
     if name == "prefix_likelihood":
         label_logp = [[rows[t][labels[t]] for t in range(num_rows)] for rows in logps]
         return prefix_weights(label_logp, documents, options["eta"], options["decay"])
+    if name == "domain_weights":
+        tables = [options["weights"].get(d, options["default"]) for d in domains or []]
+        return [normalized([table[n] for n in names]) for table in tables]
+    if name == "consensus":
+        divergences = [consensus_kl([rows[t] for rows in logps]) for t in range(num_rows)]
+        return [softmax([-kl / options["tau"] for kl in row]) for row in divergences]
+    if name == "gate":
+        return gate_weights(logps, labels, documents, names, options)
+    if name in ("ca_mkd", "min_ce", "avg_ce"):
+        granularity = options.get("granularity", "sequence")
+        ce = [[-rows[t][labels[t]] for t in range(num_rows)] for rows in logps]
+        means = [averaged(values, documents, granularity) for values in ce]
+        return label_aware_weights(name, options, means)
     means = [
         averaged([entropy(row) for row in rows], documents, options["granularity"])
         for rows in logps
@@ -117,20 +219,74 @@ def fuse(
     labels: list[int],
     documents: list[int],
     names: list[str],
+    domains: list[str] | None = None,
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """(logp[t][v], weights[t][k]) of a fusion given as the `fusion:` section of a recipe."""
+    """(logp[t][v], weights[t][k]) of a fusion given as the `fusion:` section of a recipe, without its conflict policy."""
     temperatures = [recipe["temperatures"].get(n, 1.0) for n in names]
     logps = [
         [log_softmax(row, temperature) for row in rows]
         for rows, temperature in zip(logits, temperatures, strict=True)
     ]
     options = dict(recipe["weighting"])
-    weights = row_weights(options.pop("name"), options, logps, labels, documents, names)
+    name = options.pop("name")
+    weights = row_weights(name, options, logps, labels, documents, names, domains)
+    exponent = recipe.get("exponent", 0.5)
     target = []
     for t in range(len(labels)):
-        pooled = pool([rows[t] for rows in logps], weights[t], recipe["pool"])
+        pooled = pool([rows[t] for rows in logps], weights[t], recipe["pool"], exponent)
         target.append(log_softmax(pooled, recipe["pooled_temperature"]))
     return target, weights
+
+
+def em_weights(label_logp: list[list[float]], num_iterations: int) -> list[float]:
+    """Weights of K teachers after some steps of EM from uniform ones, from label_logp[k][t]."""
+    weights = [1.0 / len(label_logp)] * len(label_logp)
+    num_rows = len(label_logp[0])
+    for _ in range(num_iterations):
+        explained = [0.0] * len(weights)
+        for t in range(num_rows):
+            joint = [w * math.exp(lp[t]) for w, lp in zip(weights, label_logp, strict=True)]
+            explained = [e + j for e, j in zip(explained, normalized(joint), strict=True)]
+        weights = [e / num_rows for e in explained]
+    return weights
+
+
+def gate_value(
+    columns: dict[str, list[list[float]]],
+    documents: list[int],
+    offsets: list[float],
+    coefficients: dict[str, float],
+    *,
+    decay: float,
+    ridge: float,
+) -> float:
+    """Mean log sum_k w_k P_k(y) minus ridge / 2 |(a, s b)|^2, s_f the root mean square of the centered feature f."""
+    num_teachers, num_rows = len(offsets), len(documents)
+    label_logp = columns["label_logp"]
+    features = {name: columns[name] for name in ("entropy", "max_logp", "consensus")}
+    features["prefix_nll"] = [
+        [
+            -math.fsum(decay ** (t - s) * lp[s] for s in range(t) if documents[s] == documents[t])
+            for t in range(num_rows)
+        ]
+        for lp in label_logp
+    ]
+    spread = dict.fromkeys(features, 0.0)
+    total = 0.0
+    for t in range(num_rows):
+        scores = list(offsets)
+        for name, values in features.items():
+            mean = math.fsum(value[t] for value in values) / num_teachers
+            for k in range(num_teachers):
+                scores[k] += coefficients[name] * (values[k][t] - mean)
+                spread[name] += (values[k][t] - mean) ** 2 / (num_rows * num_teachers)
+        weights = softmax(scores)
+        total += math.log(
+            math.fsum(w * math.exp(lp[t]) for w, lp in zip(weights, label_logp, strict=True))
+        )
+    penalty = math.fsum(a**2 for a in offsets)
+    penalty += math.fsum(spread[name] * b**2 for name, b in coefficients.items())
+    return total / num_rows - 0.5 * ridge * penalty
 
 
 def expected_calibration_error(confidence: list[float], is_correct: list[bool], bins: int) -> float:

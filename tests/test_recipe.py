@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from collegium.data.pack import DataOptions
 from collegium.data.sources import SourceOptions
 from collegium.errors import RecipeError
-from collegium.fusion.pooling import Fusion
-from collegium.fusion.weights import WEIGHTINGS, Entropy, Fixed, PrefixLikelihood
+from collegium.fusion.conflict import CONFLICTS, TruthFallback
+from collegium.fusion.pooling import Fusion, to_recipe
+from collegium.fusion.rules import WEIGHTINGS, DomainWeights, Gate
+from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood
 from collegium.losses.divergences import DIVERGENCES, ForwardKL, SkewedForwardKL
 from collegium.recipe import (
     Recipe,
@@ -138,7 +140,20 @@ VARIETY: dict[str, dict[str, str]] = {
     **{
         f"weighting {name}": {"fusion": f"{{weighting: {name}}}"}
         for name in WEIGHTINGS
-        if name not in ("fixed", "best_single")
+        if name not in ("fixed", "best_single", "domain_weights", "gate")
+    },
+    "domain weights": {
+        "fusion": "{weighting: {name: domain_weights, weights: {law: {code: 0, prose: 1}, '1e3': {code: 0.5, prose: 0.5}}, "
+        "default: {code: 0.5, prose: 0.5}}}"
+    },
+    "gate": {
+        "fusion": "{weighting: {name: gate, offsets: {code: 0, prose: -0.25}, consensus: -1.5, decay: 0.95}}"
+    },
+    "average cross-entropy": {"fusion": "{weighting: {name: avg_ce, tau: 0.1}}"},
+    "power mean": {"fusion": "{pool: power_mean, exponent: 0.25}"},
+    **{f"conflict {name}": {"fusion": f"{{conflict: {name}}}"} for name in CONFLICTS},
+    "conflict with options": {
+        "fusion": "{conflict: {name: consistent_subset, threshold: 0.5, share: 0.01}}"
     },
 }
 
@@ -211,6 +226,18 @@ def test_a_fusion_snippet_decodes_alone() -> None:
         RecipeError, match=r"^preflight.json: pol: unknown key; did you mean `pool`\?$"
     ):
         decode_fusion({"weighting": "uniform", "pol": "linear"}, where="preflight.json")
+
+
+def test_a_snippet_holds_all_of_a_fusion() -> None:
+    same = {"a": 0.5, "b": 0.5}
+    fusions = [
+        Fusion(pool="power_mean", exponent=0.25, conflict=TruthFallback(power=2.0)),
+        Fusion(weighting=DomainWeights(weights={"law": {"a": 1.0, "b": 0.0}}, default=same)),
+        Fusion(weighting=Gate(offsets={"a": 0.5, "b": -0.5}, consensus=-1.0, decay=0.5)),
+        *[Fusion(conflict=option()) for option in CONFLICTS.values()],
+    ]
+    for fusion in fusions:
+        assert decode_fusion(to_recipe(fusion)) == fusion
 
 
 def test_a_recipe_built_in_python_is_checked_across_sections() -> None:

@@ -24,8 +24,10 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from collegium.data.pack import DataOptions
 from collegium.decode import FAILED, decode, hints, members, shown
 from collegium.errors import RecipeError, nearest
+from collegium.fusion.conflict import CONFLICTS
 from collegium.fusion.pooling import Fusion
-from collegium.fusion.weights import WEIGHTINGS, BestSingle, Fixed
+from collegium.fusion.rules import WEIGHTINGS
+from collegium.fusion.weights import BestSingle
 from collegium.losses.divergences import DIVERGENCES
 from collegium.student import StudentOptions
 from collegium.teachers.local import TeacherOptions
@@ -35,7 +37,11 @@ from collegium.types import STRICT
 from collegium.yaml12 import Document, KeyPath, dotted, read_yaml, refuse_secrets, scalar
 
 ControlName = Literal["ce_only", "ce_only_equal_compute", "best_single", "uniform", "entropy"]
-FORMS = {(Fusion, "weighting"): WEIGHTINGS, (ObjectiveOptions, "divergence"): DIVERGENCES}
+FORMS = {
+    (Fusion, "weighting"): WEIGHTINGS,
+    (Fusion, "conflict"): CONFLICTS,
+    (ObjectiveOptions, "divergence"): DIVERGENCES,
+}
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -325,11 +331,12 @@ def _check_together(recipe: Recipe, document: Document) -> None:
 def _check_fusion(fusion: Fusion, teachers: Mapping[str, Any], document: Document) -> None:
     names: dict[KeyPath, list[str]] = {("temperatures",): list(fusion.temperatures)}
     weighting = fusion.weighting
-    if isinstance(weighting, Fixed):
-        names["weighting", "weights"] = list(weighting.weights)
-        for missing in sorted(set(teachers) - set(weighting.weights)):
-            text = f"no weight for teacher `{missing}`; give one, 0 to leave it out"
-            document.add(("fusion", "weighting", "weights"), text)
+    for path, table in weighting.teacher_tables().items():
+        names[("weighting", *path)] = list(table)
+        what = "number" if path == ("offsets",) else "weight"
+        for missing in sorted(set(teachers) - set(table)):
+            text = f"no {what} for teacher `{missing}`; give one, 0 to leave it out"
+            document.add(("fusion", "weighting", *path), text)
     if isinstance(weighting, BestSingle):
         names["weighting", "teacher"] = [weighting.teacher]
     for path, given in names.items():

@@ -6,6 +6,7 @@ K teachers, D width of a model's hidden states.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,6 +27,11 @@ def is_row(labels: Tensor, position_ids: Tensor) -> Tensor:
     return (labels[..., 1:] != IGNORE) & (position_ids[..., 1:] > 0)
 
 
+def domain_number(name: str) -> int:
+    """A domain as a number that every data set agrees on: 63 bits of the SHA-256 of its name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The N trained positions of a batch, chosen once; every later tensor is (N, ...).
@@ -41,6 +47,8 @@ class Rows:
     """(N,) int64: which stretch of one document inside one window the row belongs to."""
     samples: Tensor
     """(N,) int64: the number of the document in its dataset, for messages and statistics per domain."""
+    domains: Tensor | None = None
+    """(N,) int64: `domain_number` of the document's domain; None where the data says nothing of domains."""
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -52,6 +60,7 @@ class Rows:
             self.labels.to(device),
             self.documents.to(device),
             self.samples.to(device),
+            None if self.domains is None else self.domains.to(device),
         )
 
 
@@ -67,12 +76,18 @@ class Batch:
     """(B, T) int64, not shifted: the token's own id where it is a target, `IGNORE` elsewhere."""
     sample_ids: Tensor
     """(B, T) int64: number of the document in its dataset, -1 for padding."""
+    domain_ids: Tensor | None = None
+    """(B, T) int64: `domain_number` of the document's domain; None where the data says nothing of domains."""
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Tensor]) -> Batch:
         """Read the four tensors out of what a data loader yields; other keys are ignored."""
         return cls(
-            inputs["input_ids"], inputs["position_ids"], inputs["labels"], inputs["sample_ids"]
+            inputs["input_ids"],
+            inputs["position_ids"],
+            inputs["labels"],
+            inputs["sample_ids"],
+            inputs.get("domain_ids"),
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -82,6 +97,7 @@ class Batch:
             self.position_ids.to(device),
             self.labels.to(device),
             self.sample_ids.to(device),
+            None if self.domain_ids is None else self.domain_ids.to(device),
         )
 
     def rows(self) -> Rows:
@@ -97,6 +113,7 @@ class Batch:
             labels=self.labels[row, column + 1],
             documents=document_BT[row, column + 1],
             samples=self.sample_ids[row, column + 1],
+            domains=None if self.domain_ids is None else self.domain_ids[row, column + 1],
         )
 
 
@@ -216,3 +233,5 @@ class LossSum:
     num_rows: int
     teacher_weights_KN: Tensor | None = None
     """(K, N) fusion weights, detached; None without teachers."""
+    conflict: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a conflict policy saw and did, by name, each (N,) in [0, 1]; empty without a policy."""

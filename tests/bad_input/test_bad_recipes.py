@@ -154,6 +154,35 @@ CASES = {
         " give one, 0 to leave it out\n"
         "run.yaml:13: fusion.weighting.weights: got `pros`; unknown teacher; did you mean `prose`?",
     ),
+    "16 domain weights": (
+        minimal(
+            fusion="{weighting: {name: domain_weights, weights: {law: {code: 1}}, default: {cod: 1, prose: 0}}}"
+        ),
+        "run.yaml:13: fusion.weighting.default: no weight for teacher `code`; give one, 0 to leave it out\n"
+        "run.yaml:13: fusion.weighting.weights.law: no weight for teacher `prose`;"
+        " give one, 0 to leave it out\n"
+        "run.yaml:13: fusion.weighting.default: got `cod`; unknown teacher; did you mean `code`?",
+    ),
+    "16 domain sums": (
+        minimal(
+            fusion="{weighting: {name: domain_weights, weights: {}, default: {code: 1, prose: 1}}}"
+        ),
+        "run.yaml:13: fusion.weighting: teacher weights sum to 2.00 (1, 1); they must sum to 1;"
+        " divide each by their sum",
+    ),
+    "16 gate": (
+        minimal(fusion="{weighting: {name: gate, offsets: {code: 0.5}}}"),
+        "run.yaml:13: fusion.weighting.offsets: no number for teacher `prose`; give one, 0 to leave it out",
+    ),
+    "17 pool": (
+        minimal(fusion="{pool: log_linear, exponent: 0.3}"),
+        "run.yaml:13: fusion.exponent: got 0.3 with pool `log_linear`; must be left out unless the pool is `power_mean`;"
+        " leave it out",
+    ),
+    "17 conflict": (
+        minimal(fusion="{conflict: {name: truth_fallback, powr: 2}}"),
+        "run.yaml:13: fusion.conflict.powr: unknown key; did you mean `power`?",
+    ),
     "17 weighting": (
         minimal(fusion="{weighting: uniformly}"),
         "run.yaml:13: fusion.weighting: got `uniformly`; unknown name; did you mean `uniform`?",

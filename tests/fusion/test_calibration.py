@@ -24,7 +24,7 @@ from collegium.fusion.calibration import (
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood, RowStats, Uniform
 from collegium.types import Rows, TeacherRows
-from fusion_cases import NAMES, WEIGHTING_CASES, CountedRows, fuse, make_rows, make_teachers
+from fusion_cases import NAMES, SCALAR_CASES, CountedRows, fuse, make_rows, make_teachers
 
 K, V = 3, 8
 
@@ -170,7 +170,7 @@ def test_a_fit_without_rows_says_so():
         fit_pooled_temperature(Fusion(), [])
 
 
-@pytest.mark.parametrize("weighting", WEIGHTING_CASES, ids=str)
+@pytest.mark.parametrize("weighting", SCALAR_CASES, ids=str)
 def test_pool_nll_from_scalars_is_that_of_the_fused_target(weighting):
     teachers, rows, _ = _noisy(30)
     block = fuse(Fusion(weighting=weighting), teachers, rows)
@@ -180,7 +180,7 @@ def test_pool_nll_from_scalars_is_that_of_the_fused_target(weighting):
     torch.testing.assert_close(nll_N, expected_N, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTING_CASES, ids=str)
+@pytest.mark.parametrize("weighting", SCALAR_CASES, ids=str)
 def test_joint_temperatures_are_a_minimum_along_each_axis(weighting):
     teachers, rows, _ = _noisy(200)
     grid = (0.5, 0.8, 1.0, 1.3, 2.0, 3.0)

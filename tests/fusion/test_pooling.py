@@ -14,6 +14,14 @@ from torch.utils._pytree import tree_leaves
 import reference
 from collegium.errors import RecipeError
 from collegium.fusion.pooling import FusedTarget, Fusion, describe, to_recipe
+from collegium.fusion.rules import (
+    AvgCE,
+    ConfidenceAware,
+    Consensus,
+    DomainWeights,
+    Gate,
+    MinCE,
+)
 from collegium.fusion.weights import (
     BestSingle,
     Entropy,
@@ -23,7 +31,16 @@ from collegium.fusion.weights import (
     Weighting,
 )
 from collegium.types import DenseRows, TeacherRows
-from fusion_cases import NAMES, WEIGHTING_CASES, CountedRows, fuse, make_rows, make_teachers
+from fusion_cases import (
+    NAMES,
+    POOL_CASES,
+    WEIGHTING_CASES,
+    CountedRows,
+    domains_of,
+    fuse,
+    make_rows,
+    make_teachers,
+)
 
 N, V, K = 11, 7, 3
 DOCUMENTS = [0, 0, 0, 0, 0, 2, 2, 5, 5, 5, 5]
@@ -39,20 +56,21 @@ def rows():
     return make_rows(torch.randint(V, (N,)), DOCUMENTS)
 
 
-@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("pool", POOL_CASES, ids=str)
 @pytest.mark.parametrize("temperatures", [{}, {"law": 1.7, "prose": 0.6}], ids=["raw", "tempered"])
 @pytest.mark.parametrize("pooled_temperature", [1.0, 0.8])
 @pytest.mark.parametrize("weighting", WEIGHTING_CASES, ids=str)
 def test_equals_reference(weighting, pool, temperatures, pooled_temperature, logits_KNV, rows):
     fusion = Fusion(
         weighting=weighting,
-        pool=pool,
+        **pool,
         temperatures=temperatures,
         pooled_temperature=pooled_temperature,
     )
     block = fuse(fusion, make_teachers(logits_KNV), rows)
+    domains = domains_of(DOCUMENTS)
     logp, weights = reference.fuse(
-        to_recipe(fusion), logits_KNV.tolist(), rows.labels.tolist(), DOCUMENTS, NAMES
+        to_recipe(fusion), logits_KNV.tolist(), rows.labels.tolist(), DOCUMENTS, NAMES, domains
     )
     expected_logp = torch.tensor(logp, dtype=torch.float64)
     expected_weights = torch.tensor(weights, dtype=torch.float64).T
@@ -73,7 +91,7 @@ def test_statistics_are_those_of_the_tempered_teachers(logits_KNV, rows):
             assert block.max_logp_Kn[k, t].item() == pytest.approx(max(logp))
 
 
-@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("pool", ["linear", "log_linear", "power_mean"])
 @pytest.mark.parametrize("weighting", WEIGHTING_CASES, ids=str)
 @pytest.mark.parametrize("block_size", [1, 2, 3, N])
 def test_blocks_do_not_matter(weighting, pool, block_size, logits_KNV, rows):
@@ -85,11 +103,16 @@ def test_blocks_do_not_matter(weighting, pool, block_size, logits_KNV, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("pool", ["linear", "log_linear", "power_mean"])
 @pytest.mark.parametrize(
     "weighting",
-    [w for w in WEIGHTING_CASES if not isinstance(w, (Fixed, BestSingle))]
-    + [Fixed(weights={"law": 1.0}), BestSingle(teacher="law")],
+    [w for w in WEIGHTING_CASES if not isinstance(w, (Fixed, BestSingle, DomainWeights, Gate))]
+    + [
+        Fixed(weights={"law": 1.0}),
+        BestSingle(teacher="law"),
+        DomainWeights(weights={"court": {"law": 1.0}}, default={"law": 1.0}),
+        Gate(offsets={"law": 2.0}, entropy=1.0, consensus=1.0, prefix_nll=1.0),
+    ],
     ids=str,
 )
 def test_one_teacher_is_itself_bit_for_bit(weighting, pool, dtype, logits_KNV, rows):
@@ -100,7 +123,7 @@ def test_one_teacher_is_itself_bit_for_bit(weighting, pool, dtype, logits_KNV, r
     assert block.disagreement_n().abs().max() == 0
 
 
-@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("pool", ["linear", "log_linear", "power_mean"])
 @pytest.mark.parametrize(
     "weighting",
     [BestSingle(teacher="medicine"), Fixed(weights={"law": 0, "medicine": 1, "prose": 0})],
@@ -166,18 +189,24 @@ def test_log_linear_gain_is_its_diversity(weighting, logits_KNV, rows):
     torch.testing.assert_close(nll_n, mean_n - block.disagreement_n(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("pool", ["linear", "log_linear", "power_mean"])
 @pytest.mark.parametrize("weighting", WEIGHTING_CASES, ids=str)
 def test_each_head_is_applied_once_unless_the_rule_sees_all_rows(weighting, pool, logits_KNV, rows):
     counted = [CountedRows(logits_NV) for logits_NV in logits_KNV]
     teachers = [TeacherRows(name, scores) for name, scores in zip(NAMES, counted, strict=True)]
     fuse(Fusion(weighting=weighting, pool=pool), teachers, rows, 4)
     blocks = [(0, 4), (4, 8), (8, 11)]
-    needs_sweep = isinstance(weighting, Entropy) and (
-        weighting.granularity != "token" or weighting.form == "complement"
+    is_label_aware = isinstance(weighting, (ConfidenceAware, MinCE, AvgCE))
+    needs_sweep = is_label_aware or (
+        isinstance(weighting, Entropy)
+        and (weighting.granularity != "token" or weighting.form == "complement")
     )
+    times = 2 if needs_sweep else 1
+    if isinstance(weighting, (Consensus, Gate)):
+        times = 3
     for scores in counted:
-        assert scores.asked == blocks * (2 if needs_sweep else 1)
+        assert sorted(scores.asked) == sorted(blocks * times)
+        assert scores.asked[-3:] == blocks
 
 
 class _LiveTensors(TorchDispatchMode):
@@ -199,8 +228,10 @@ class _LiveTensors(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("pool", ["linear", "log_linear"])
-@pytest.mark.parametrize("weighting", [PrefixLikelihood(), Entropy(granularity="batch")], ids=str)
+@pytest.mark.parametrize("pool", ["linear", "log_linear", "power_mean"])
+@pytest.mark.parametrize(
+    "weighting", [PrefixLikelihood(), Entropy(granularity="batch"), Consensus()], ids=str
+)
 def test_memory_does_not_grow_with_teachers(weighting, pool):
     class FreshRows:
         def logits(self, block: slice) -> torch.Tensor:
@@ -229,7 +260,7 @@ def test_blocks_must_follow_one_another(logits_KNV, rows):
 
 
 def test_results_are_not_overwritten_by_later_blocks(logits_KNV, rows):
-    for pool in ("linear", "log_linear"):
+    for pool in ("linear", "log_linear", "power_mean"):
         for num_teachers in (1, K):
             teachers = make_teachers(logits_KNV[:num_teachers])
             target = FusedTarget(Fusion(pool=pool), teachers, rows)
@@ -243,14 +274,14 @@ def test_results_are_not_overwritten_by_later_blocks(logits_KNV, rows):
 def test_teachers_are_left_alone_and_gradient_free(weighting, logits_KNV, rows):
     before = logits_KNV.clone()
     logits_KNV.requires_grad_()
-    for pool in ("linear", "log_linear"):
+    for pool in ("linear", "log_linear", "power_mean"):
         block = fuse(Fusion(weighting=weighting, pool=pool), make_teachers(logits_KNV), rows)
         assert not block.logp_nV.requires_grad
         assert not block.weights_Kn.requires_grad
     assert torch.equal(before, logits_KNV.detach())
 
 
-@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("pool", ["linear", "log_linear", "power_mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("pooled_temperature", [1.0, 0.5, 2.0])
 def test_tokens_ruled_out_stay_finite(pool, dtype, pooled_temperature, rows):
@@ -265,7 +296,7 @@ def test_tokens_ruled_out_stay_finite(pool, dtype, pooled_temperature, rows):
     torch.testing.assert_close(block.logp_nV.exp().sum(-1), torch.ones(N, dtype=dtype))
 
 
-@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("pool", ["linear", "log_linear", "power_mean"])
 @pytest.mark.parametrize("scale", [300.0, 3e4])
 def test_extreme_logits_stay_finite_in_float32(pool, scale, rows):
     logits_KNV = scale * torch.randn(K, N, V)
@@ -338,7 +369,7 @@ def test_a_rule_of_ones_own_fits_in(logits_KNV, rows):
     assert describe(fusion) == "LastTeacher, linear"
 
 
-@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("pool", ["linear", "log_linear", "power_mean"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_teachers_of_different_number_types_fuse(pool, order, logits_KNV, rows):
     dtypes = (torch.float32, torch.float64)

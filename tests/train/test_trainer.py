@@ -189,8 +189,9 @@ def test_the_log_has_a_row_per_logged_step_with_every_number(tmp_path: Path) -> 
     for row in rows:
         assert set(row) == {
             "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_s", "num_tokens",
-            "terms", "term_weights", "grad_shares", "teacher_weights", "domain_weights",
+            "terms", "term_weights", "grad_shares", "teacher_weights", "domain_weights", "conflict",
         }  # fmt: skip
+        assert row["conflict"] == {}
         assert row["loss"] == pytest.approx(
             sum(row["term_weights"][k] * row["terms"][k] for k in ("kd", "ce")), rel=1e-5
         )

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from collegium.data.encode import Encoded
 from collegium.errors import DataError
-from collegium.types import IGNORE
+from collegium.types import IGNORE, domain_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,8 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
 
     `input_ids`; `position_ids`, from 0 in every piece of a document and in the padding; `labels`, not shifted: the
     token's id where it is a target, `IGNORE` elsewhere; `sample_ids`, the number of the document in this data set,
-    -1 in padding; `num_bytes`, UTF-8 bytes of text behind each token, counted once per document.
+    -1 in padding; `domain_ids`, `domain_number` of its domain, 0 in padding; `num_bytes`, UTF-8 bytes of text behind
+    each token, counted once per document.
     """
 
     def __init__(
@@ -53,6 +54,9 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         """Names of the domains."""
         self.sample_domains = sample_domains
         """(documents,) index into `domains`."""
+        numbers = np.array([domain_number(name) for name in domains], np.int64)
+        # One more entry, so that sample -1, which is padding, finds 0.
+        self._domain_numbers = np.append(numbers[sample_domains], 0)
         self.sample_names = sample_names
         """Id of each document."""
         is_document = columns["sample_ids"] >= 0
@@ -108,6 +112,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         labels = np.where(column["is_target"], column["input_ids"], IGNORE)
         arrays = {name: column[name] for name in ("input_ids", "position_ids", "sample_ids")}
         arrays |= {"labels": labels, "num_bytes": column["num_bytes"]}
+        arrays["domain_ids"] = self._domain_numbers[column["sample_ids"]]
         return {name: torch.from_numpy(a.astype(np.int64)) for name, a in arrays.items()}
 
     def require_windows(self, num_windows: int, *, where: str) -> None:
@@ -175,7 +180,8 @@ def _row(item: dict[str, object], number: int) -> dict[str, torch.Tensor]:
             f"item {number} of a batch: `{missing[0]}` is missing (has: {', '.join(item)}); must have "
             "`input_ids` and `labels`"
         )
-    names = ("input_ids", "labels", "position_ids", "sample_ids", "num_bytes", "attention_mask")
+    names = ("input_ids", "labels", "position_ids", "sample_ids", "domain_ids", "num_bytes")
+    names = (*names, "attention_mask")
     row = {n: torch.as_tensor(item[n], dtype=torch.int64) for n in names if n in item}
     size = len(row["input_ids"])
     if ragged := [name for name, values in row.items() if values.shape != (size,)]:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collegium.fusion.pooling import FusedTarget, Fusion, RowReader
+from collegium.fusion.pooling import FusedTarget, Fusion
+from collegium.fusion.stream import RowReader
 from collegium.fusion.weights import RowStats, Weighting
 from collegium.types import Rows, TeacherRows
 
@@ -153,10 +154,11 @@ class TemperatureTables:
                 for teacher in teachers
             ]
         )
-        documents = rows.documents.cpu()
+        rows = rows.to(torch.device("cpu"))
+        documents = rows.documents
         documents = documents - documents.min() + self._next_document
         self._next_document = int(documents.max()) + 1
-        self._rows.append(Rows(rows.index.cpu(), rows.labels.cpu(), documents, rows.samples.cpu()))
+        self._rows.append(dataclasses.replace(rows, documents=documents))
 
     def rows(self) -> Rows:
         """The rows of all batches, one after the other, with document numbers that are unique among them.
@@ -168,11 +170,13 @@ class TemperatureTables:
             raise ValueError(
                 "TemperatureTables.rows: got no rows; must have some; add a batch first"
             )
+        domains = [rows.domains for rows in self._rows if rows.domains is not None]
         return Rows(
             index=torch.cat([rows.index for rows in self._rows]),
             labels=torch.cat([rows.labels for rows in self._rows]),
             documents=torch.cat([rows.documents for rows in self._rows]),
             samples=torch.cat([rows.samples for rows in self._rows]),
+            domains=torch.cat(domains) if len(domains) == len(self._rows) else None,
         )
 
     def teacher(self, name: str) -> RowStats:

@@ -1,7 +1,7 @@
 """One target distribution per row out of K teachers, streamed: memory does not grow with K.
 
 Shapes: N rows of a batch, n rows of one block, V vocabulary, K teachers.
-Order: logits / T_k -> log-softmax -> statistics -> weights -> pool -> pooled temperature.
+Order: logits / T_k -> log-softmax -> statistics -> weights -> pool -> conflict policy -> pooled temperature.
 """
 
 from __future__ import annotations
@@ -10,15 +10,23 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
-from pydantic import Field, InstanceOf
+from pydantic import Field, InstanceOf, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from collegium.fusion.conflict import (
+    CONFLICTS,
+    Conflict,
+    ConflictBlock,
+    NoConflictPolicy,
+    disagreement,
+)
+from collegium.fusion.rules import WEIGHTINGS
+from collegium.fusion.stream import Pool, PoolKind, TeacherReader
 from collegium.fusion.weights import (
-    WEIGHTINGS,
     Carry,
     PrefixLikelihood,
     RowStats,
@@ -29,8 +37,6 @@ from collegium.types import STRICT, Rows, TeacherRows
 
 LOWEST_SCORE = -1e300
 """Stands for a log-weight of -inf where a rule may still change its mind, so that differences stay defined."""
-FLOOR_SHARE = 1e-8
-"""Log-probabilities of -inf become this share of the dtype's lowest value."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -39,12 +45,31 @@ class Fusion:
 
     weighting: InstanceOf[Weighting] = field(default_factory=PrefixLikelihood)
     """Which teacher to trust on which row."""
-    pool: Literal["linear", "log_linear"] = "linear"
-    """linear: sum_k w_k P_k, covers what any teacher believes. log_linear: prod_k P_k^w_k / Z, what all can agree on."""
+    pool: PoolKind = "linear"
+    """linear: sum_k w_k P_k, covers what any teacher believes. log_linear: prod_k P_k^w_k / Z, what all can agree on.
+    power_mean: (sum_k w_k P_k^r)^(1/r) / Z, between the two."""
+    exponent: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """r of power_mean, and of that pool only: near 1 it is the linear pool, near 0 the log-linear one."""
     temperatures: dict[str, Annotated[float, Field(gt=0)]] = field(default_factory=dict)
     """T_k by teacher name, applied to its logits before everything else; 1 where missing."""
     pooled_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of the pooled distribution: p^(1/T), renormalized."""
+    conflict: InstanceOf[Conflict] = field(default_factory=NoConflictPolicy)
+    """What to do at rows where the teachers contradict each other."""
+
+    @model_validator(mode="after")
+    def _exponent_has_effect(self) -> Fusion:
+        if self.pool != "power_mean" and self.exponent != 0.5:
+            raise ValueError(
+                f"exponent: got {self.exponent:g} with pool `{self.pool}`; must be left out unless the pool is "
+                "`power_mean`; leave it out"
+            )
+        return self
+
+    @property
+    def uses_label(self) -> bool:
+        """Whether the label of a row enters its own target; such a fusion cannot be judged by the NLL of its target."""
+        return self.weighting.uses_label or self.conflict.uses_label
 
     def check(self, teachers: Sequence[str]) -> None:
         """Hold every teacher name in the options against the teachers of the run.
@@ -71,15 +96,18 @@ class FusedBlock:
     max_logp_Kn: Tensor
     """(K, n) log-probability of the most likely token."""
     log_normalizer_n: Tensor | None
-    """(n,) log Z of the log-linear pool, None for the linear pool."""
+    """(n,) log Z of the log-linear pool, log Z / (1 - r) of the power mean, None for the linear pool."""
     pooled_temperature: float
     """What turned the pool into `logp_nV`."""
+    conflict: ConflictBlock | None = None
+    """What the conflict policy saw and did; None without one."""
 
     def disagreement_n(self) -> Tensor:
         """How far the teachers are apart at each row: (n,) nats, 0 where all agree.
 
-        Linear pool P: JSD_w = H(P) - sum_k w_k H_k. Log-linear pool: -log Z = sum_k w_k KL(P || P_k). Both are taken
-        before the pooled temperature.
+        Linear pool P: JSD_w = H(P) - sum_k w_k H_k. Log-linear pool: -log Z = sum_k w_k KL(P || P_k). Power mean:
+        -log Z / (1 - r), which is near JSD_w for r near 1 and near the other for r near 0. All are taken before the pooled
+        temperature, with the weights of this block; for a corrected target the linear pool's has no meaning.
         """
         if self.log_normalizer_n is not None:
             return -self.log_normalizer_n
@@ -94,7 +122,8 @@ class FusedBlock:
 class FusedTarget:
     """The target distribution of the rows of one batch, block by block, without gradient.
 
-    Whatever K is, four (n, V) tensors are alive at most: the pool, two buffers and the current teacher's logits.
+    Whatever K is, four (n, V) tensors are alive at most: the pool, two buffers and the current teacher's logits; one or two more under a
+    conflict policy, which compares the teachers by their linear pool. A policy that changes weights pools its blocks twice.
 
     Raises:
         RecipeError: the fusion names a teacher that is not there.
@@ -102,7 +131,6 @@ class FusedTarget:
 
     def __init__(self, fusion: Fusion, teachers: Sequence[TeacherRows], rows: Rows) -> None:
         self._fusion = fusion
-        self._teachers = teachers
         self._names = [teacher.name for teacher in teachers]
         fusion.check(self._names)
         self._is_excluded = [fusion.weighting.excludes(name) for name in self._names]
@@ -110,7 +138,7 @@ class FusedTarget:
         self._next_row = 0
         self._carries: list[Carry | None] = [None] * len(teachers)
         self._swept_KN: Tensor | None = None
-        self._reader = RowReader()
+        self._reader = TeacherReader(teachers, rows, fusion.temperatures)
 
     @torch.no_grad()
     def block(self, block: slice) -> FusedBlock:
@@ -128,26 +156,82 @@ class FusedTarget:
         self._next_row = stop
         if not self._fusion.weighting.streams and self._swept_KN is None:
             self._swept_KN = self._sweep(stop - start)
-        pool = _Pool(self._fusion.pool, num_teachers=self._is_excluded.count(False))
-        members = [
-            self._add(number, slice(start, stop), pool) for number in range(len(self._teachers))
-        ]
-        stats = RowStats.stack([member[0] for member in members])
-        return self._fused(pool, stats, torch.stack([member[1] for member in members]))
+        return self._fused(slice(start, stop))
 
-    def _add(self, number: int, block: slice, pool: _Pool) -> tuple[RowStats, Tensor]:
+    def _fused(self, block: slice) -> FusedBlock:
+        policy = self._fusion.conflict
+        pool = self._new_pool(self._fusion.pool)
+        # Only the linear pool tells how far the teachers are apart in units of their weights.
+        is_extra = policy.is_active and self._fusion.pool != "linear"
+        mixture = self._new_pool("linear") if is_extra else None
+        numbers = range(len(self._names))
+        members = [self._add(number, block, pool, mixture) for number in numbers]
+        stats = RowStats.stack([member[0] for member in members])
+        score_Kn = torch.stack([member[1] for member in members])
+        pooled = pool.result()
+        conflict = None
+        if policy.is_active:
+            mixture_nV = pooled[0] if mixture is None else mixture.result()[0]
+            weights_Kn = score_Kn.softmax(0).to(stats.entropy_KN.dtype)
+            disagreement_n = disagreement(mixture_nV, stats.entropy_KN, weights_Kn)
+            changed_Kn = policy.scores(score_Kn, stats.label_logp_KN, disagreement_n)
+            is_changed_n = (changed_Kn != score_Kn).any(0)
+            if is_changed_n.any():
+                score_Kn, pooled = changed_Kn, self._pooled_again(block, changed_Kn)
+            conflict = self._conflict(disagreement_n, is_changed_n)
+        return self._finished(block, stats, score_Kn, pooled=pooled, conflict=conflict)
+
+    def _add(
+        self, number: int, block: slice, pool: Pool, mixture: Pool | None
+    ) -> tuple[RowStats, Tensor]:
         """Pool one teacher's distribution; its statistics and (n,) scores are all that stays of it."""
-        stats, member_nV = self._read(number, block, keep=pool.space)
+        stats, member_nV = self._reader.read(number, block, keep=pool.space)
         score_n = self._scores(number, stats, block)
         if not self._is_excluded[number]:
+            if mixture is not None:
+                is_same = mixture.space == pool.space
+                mixture.add(member_nV if is_same else member_nV.exp(), score_n)
             pool.add(member_nV, score_n)
         return stats, score_n
 
-    def _fused(self, pool: _Pool, stats: RowStats, score_Kn: Tensor) -> FusedBlock:
-        logp_nV, log_normalizer_n = pool.result()
+    def _pooled_again(self, block: slice, score_Kn: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The pool with the weights that a conflict policy chose."""
+        pool = self._new_pool(self._fusion.pool)
+        for number, score_n in enumerate(score_Kn):
+            if not self._is_excluded[number]:
+                pool.add(self._reader.read(number, block, keep=pool.space)[1], _finite(score_n))
+        return pool.result()
+
+    def _new_pool(self, kind: PoolKind) -> Pool:
+        num_teachers = self._is_excluded.count(False)
+        return Pool(kind, num_teachers, exponent=self._fusion.exponent)
+
+    def _conflict(self, disagreement_n: Tensor, is_changed_n: Tensor) -> ConflictBlock:
+        policy = self._fusion.conflict
+        applied_n = is_changed_n.to(disagreement_n.dtype)
+        if not policy.yields_to_labels:
+            return ConflictBlock(disagreement_n, applied_n)
+        kd_factor_n = policy.kd_factor(disagreement_n)
+        return ConflictBlock(disagreement_n, 1.0 - kd_factor_n, kd_factor_n)
+
+    def _finished(
+        self,
+        block: slice,
+        stats: RowStats,
+        score_Kn: Tensor,
+        *,
+        pooled: tuple[Tensor, Tensor | None],
+        conflict: ConflictBlock | None,
+    ) -> FusedBlock:
+        logp_nV, log_normalizer_n = pooled
         temperature = self._fusion.pooled_temperature
         if temperature != 1.0:
             logp_nV = torch.log_softmax(logp_nV / temperature, dim=-1)
+        if conflict is not None:
+            corrected_n = self._fusion.conflict.correct_(logp_nV, self._rows.labels[block])
+            if corrected_n is not None:
+                applied_n = corrected_n.to(conflict.applied_n.dtype)
+                conflict = dataclasses.replace(conflict, applied_n=applied_n)
         return FusedBlock(
             logp_nV=logp_nV,
             weights_Kn=torch.softmax(score_Kn, dim=0).to(logp_nV.dtype),
@@ -156,17 +240,7 @@ class FusedTarget:
             max_logp_Kn=stats.max_logp_KN,
             log_normalizer_n=log_normalizer_n,
             pooled_temperature=temperature,
-        )
-
-    def _read(
-        self, number: int, block: slice, *, keep: Literal["prob", "logp"]
-    ) -> tuple[RowStats, Tensor]:
-        teacher = self._teachers[number]
-        return self._reader.read(
-            teacher.scores.logits(block),
-            self._rows.labels[block],
-            temperature=self._fusion.temperatures.get(teacher.name, 1.0),
-            keep=keep,
+            conflict=conflict,
         )
 
     def _scores(self, number: int, stats: RowStats, block: slice) -> Tensor:
@@ -183,155 +257,95 @@ class FusedTarget:
             score_n = score_1n[0]
         if self._is_excluded[number]:
             return torch.full_like(score_n, -torch.inf)
-        return score_n.clamp(min=LOWEST_SCORE)
+        return _finite(score_n)
 
     def _sweep(self, block_size: int) -> Tensor:
         """(K, N) scores of all rows, for rules that need every statistic before the first row is fused."""
-        num_rows = len(self._rows)
+        num_rows, weighting = len(self._rows), self._fusion.weighting
         starts = range(0, num_rows, block_size)
         blocks = [slice(start, min(start + block_size, num_rows)) for start in starts]
-        per_teacher = [
-            RowStats.cat([self._read(number, block, keep="logp")[0] for block in blocks])
-            for number in range(len(self._teachers))
-        ]
-        stats = RowStats.stack(per_teacher)
-        return self._fusion.weighting.log_scores(stats, self._rows, self._names)[0]
-
-
-class RowReader:
-    """Reads one teacher's statistics and distribution in two (n, V) buffers that the next reading overwrites.
-
-    Fresh memory of this size costs more than the arithmetic: every page of it is faulted in and cleared.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    def read(
-        self,
-        logits_nV: Tensor,
-        labels_n: Tensor,
-        *,
-        temperature: float = 1.0,
-        keep: Literal["prob", "logp"] = "logp",
-    ) -> tuple[RowStats, Tensor]:
-        """Calibrate n rows: (n,) statistics, and (n, V) log-probabilities or probabilities.
-
-        The second is valid until the next reading. Log-probabilities are finite everywhere.
-        """
-        logp_nV, prob_nV = self._buffers_like(logits_nV)
-        if temperature != 1.0:
-            logits_nV = torch.div(logits_nV, temperature, out=prob_nV)
-        torch.log_softmax(logits_nV, -1, out=logp_nV)
-        _floor_(logp_nV)
-        torch.exp(logp_nV, out=prob_nV)
-        label_logp_n = logp_nV.gather(1, labels_n[:, None])[:, 0]
-        max_logp_n = logp_nV.amax(-1)
-        kept_nV, product_nV = (prob_nV, logp_nV) if keep == "prob" else (logp_nV, prob_nV)
-        entropy_n = -torch.mul(prob_nV, logp_nV, out=product_nV).sum(-1)
-        return RowStats(entropy_n, label_logp_n, max_logp_n), kept_nV
-
-    def _buffers_like(self, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
-        num_rows = logits_nV.shape[0]
-        old = self._buffers
-        if old is None or old[0].shape[0] < num_rows or old[0].dtype != logits_nV.dtype:
-            old = self._buffers = (torch.empty_like(logits_nV), torch.empty_like(logits_nV))
-        return old[0][:num_rows], old[1][:num_rows]
-
-
-class _Pool:
-    """A weighted mean of distributions (or of their logarithms) that meets its members one by one.
-
-    After k members with log-weights s_1 ... s_k, the mean holds sum_j softmax_j(s) X_j; the next one enters with
-    the weight exp(s_k - logsumexp(s_1 ... s_k)), so nothing over- or underflows whatever the scale of the scores.
-    """
-
-    def __init__(self, kind: Literal["linear", "log_linear"], num_teachers: int) -> None:
-        # A single member is its own pool: no way through exp and log, which would round.
-        self.space: Literal["prob", "logp"] = (
-            "prob" if kind == "linear" and num_teachers > 1 else "logp"
+        stats = RowStats.cat(
+            [self._reader.stats(block, consensus=weighting.needs_consensus) for block in blocks]
         )
-        self._kind = kind
-        self._num_teachers = num_teachers
-        self._mean_nV: Tensor | None = None
-        self._total_n: Tensor | None = None
+        return weighting.log_scores(stats, self._rows, self._names)[0]
 
-    def add(self, member_nV: Tensor, score_n: Tensor) -> None:
-        """Take in one member, given in the pool's `space`; it is copied, not kept."""
-        if self._mean_nV is None or self._total_n is None:
-            self._mean_nV, self._total_n = member_nV.clone(), score_n
-            return
-        self._total_n = torch.logaddexp(self._total_n, score_n)
-        dtype = self._mean_nV.dtype  # of the first member, when a later one is wider or narrower
-        share_n1 = (score_n - self._total_n).exp().to(dtype)[:, None]
-        self._mean_nV.lerp_(member_nV.to(dtype), share_n1)
 
-    def result(self) -> tuple[Tensor, Tensor | None]:
-        """(n, V) log-probabilities of the pool, and log Z (n,) of the log-linear one."""
-        assert self._mean_nV is not None
-        mean_nV = self._mean_nV
-        if self.space == "prob":
-            return mean_nV.clamp_(min=torch.finfo(mean_nV.dtype).tiny).log_(), None
-        if self._kind == "linear":
-            return mean_nV, None
-        if self._num_teachers == 1:
-            return mean_nV, mean_nV.new_zeros(mean_nV.shape[0])
-        log_normalizer_n = torch.logsumexp(mean_nV, dim=-1)
-        return mean_nV.sub_(log_normalizer_n[:, None]), log_normalizer_n
+def _finite(score_n: Tensor) -> Tensor:
+    return score_n.clamp(min=LOWEST_SCORE)
 
 
 def describe(fusion: Fusion) -> str:
     """A short name, such as `prefix_likelihood(eta=0.3, decay=0.9), linear`."""
-    parts = [_call(_name_of(fusion.weighting), _options_of(fusion.weighting)), fusion.pool]
+    pool = f"power_mean(r={fusion.exponent:.3g})" if fusion.pool == "power_mean" else fusion.pool
+    parts = [_call(_name_of(fusion.weighting, WEIGHTINGS), _options_of(fusion.weighting)), pool]
     if fusion.temperatures:
         parts.append(_call("temperatures", fusion.temperatures))
     if fusion.pooled_temperature != 1.0:
         parts.append(f"pooled_temperature={fusion.pooled_temperature:.3g}")
+    if fusion.conflict.is_active:
+        parts.append(_call(_name_of(fusion.conflict, CONFLICTS), _options_of(fusion.conflict)))
     return ", ".join(parts)
 
 
 def to_recipe(fusion: Fusion) -> dict[str, object]:
     """The `fusion:` section of a recipe that gives this fusion: plain dicts, strings and numbers."""
-    weighting = {"name": _name_of(fusion.weighting), **_options_of(fusion.weighting)}
-    return {
-        "weighting": weighting,
+    snippet: dict[str, object] = {
+        "weighting": {
+            "name": _name_of(fusion.weighting, WEIGHTINGS),
+            **_options_of(fusion.weighting),
+        },
         "pool": fusion.pool,
         "temperatures": dict(fusion.temperatures),
         "pooled_temperature": fusion.pooled_temperature,
     }
+    if fusion.pool == "power_mean":
+        snippet["exponent"] = fusion.exponent
+    if fusion.conflict.is_active:
+        name = _name_of(fusion.conflict, CONFLICTS)
+        snippet["conflict"] = {"name": name, **_options_of(fusion.conflict)}
+    return snippet
 
 
-def _name_of(weighting: Weighting) -> str:
-    for name, option_class in WEIGHTINGS.items():
-        if type(weighting) is option_class:
+def _name_of(option: object, table: Mapping[str, type]) -> str:
+    for name, option_class in table.items():
+        if type(option) is option_class:
             return name
-    return type(weighting).__name__
+    return type(option).__name__
 
 
-def _options_of(weighting: Weighting) -> dict[str, object]:
-    return dataclasses.asdict(weighting) if dataclasses.is_dataclass(weighting) else {}
+def _options_of(option: Weighting | Conflict) -> dict[str, object]:
+    return dataclasses.asdict(option) if dataclasses.is_dataclass(option) else {}
 
 
 def _call(name: str, options: Mapping[str, object]) -> str:
     """`name(key=value, ...)`; a dict among the values is written out in its place."""
-    flat: dict[str, object] = {}
-    for key, value in options.items():
-        flat.update(value if isinstance(value, dict) else {key: value})
     inner = ", ".join(
         f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in flat.items()
+        for key, value in _flat(options).items()
+        if value is not None
     )
     return f"{name}({inner})" if inner else name
 
 
-def _floor_(logp_nV: Tensor) -> Tensor:
-    """Make -inf finite in place: a token that a model rules out must not turn 0 * log 0 into NaN.
-
-    The floor leaves room to be divided by a temperature.
-    """
-    return logp_nV.clamp_(min=FLOOR_SHARE * torch.finfo(logp_nV.dtype).min)
+def _flat(options: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Inner dicts lose their own key; what stands two levels deep keeps one, as in `domain/teacher`."""
+    flat: dict[str, object] = {}
+    for key, value in options.items():
+        if not isinstance(value, dict):
+            flat[f"{prefix}{key}"] = value
+            continue
+        for inner, item in value.items():
+            name = f"{prefix}{inner}"
+            flat.update(_flat(item, f"{name}/") if isinstance(item, dict) else {name: item})
+    return flat
 
 
 def rows_of(rows: Rows, block: slice) -> Rows:
     """The rows of one block."""
-    return Rows(rows.index[block], rows.labels[block], rows.documents[block], rows.samples[block])
+    return Rows(
+        rows.index[block],
+        rows.labels[block],
+        rows.documents[block],
+        rows.samples[block],
+        None if rows.domains is None else rows.domains[block],
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Literal
 
@@ -37,6 +37,8 @@ class RowStats:
     """(K, N) log-probability of the row's label; a rule may use it for later rows only."""
     max_logp_KN: Tensor
     """(K, N) log-probability of the most likely token."""
+    consensus_kl_KN: Tensor | None = None
+    """(K, N) nats, KL(P_k || mean of all P); None unless a rule asked for it."""
 
     @classmethod
     def stack(cls, parts: Sequence[RowStats]) -> RowStats:
@@ -50,11 +52,27 @@ class RowStats:
     @classmethod
     def cat(cls, parts: Sequence[RowStats]) -> RowStats:
         """Statistics of consecutive rows -> those of all these rows."""
+        kl = [part.consensus_kl_KN for part in parts]
+        known = [kl_Kn for kl_Kn in kl if kl_Kn is not None]
         return cls(
             torch.cat([part.entropy_KN for part in parts], dim=-1),
             torch.cat([part.label_logp_KN for part in parts], dim=-1),
             torch.cat([part.max_logp_KN for part in parts], dim=-1),
+            torch.cat(known, dim=-1) if len(known) == len(kl) else None,
         )
+
+    def consensus_kl(self) -> Tensor:
+        """`consensus_kl_KN`, for rules that cannot do without.
+
+        Raises:
+            ValueError: nobody measured it.
+        """
+        if self.consensus_kl_KN is None:
+            raise ValueError(
+                "RowStats.consensus_kl: got none; must be measured for rules with `needs_consensus`; "
+                "let a FusedTarget read the teachers, scalars of single teachers are not enough"
+            )
+        return self.consensus_kl_KN
 
 
 @plain_dataclass(frozen=True, slots=True)
@@ -108,9 +126,23 @@ class Weighting(ABC):
             (K, n) float64 scores, and the carry for the rows that follow.
         """
 
+    @property
+    def needs_consensus(self) -> bool:
+        """Whether the rule reads `RowStats.consensus_kl_KN`: two more applications of each head."""
+        return False
+
+    @property
+    def uses_label(self) -> bool:
+        """Whether the label of a row enters its own weight; such a rule cannot be judged by the NLL of its target."""
+        return False
+
+    def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
+        """The options that must hold an entry for each teacher: path inside the options -> table by teacher."""
+        return {}
+
     def names(self) -> frozenset[str]:
         """The teachers that the options of this rule mention."""
-        return frozenset()
+        return frozenset(name for table in self.teacher_tables().values() for name in table)
 
     def excludes(self, teacher: str) -> bool:
         """Whether the weight of this teacher is zero at every row, whatever it says."""
@@ -123,6 +155,14 @@ class Weighting(ABC):
             RecipeError: a name belongs to no teacher, or a teacher lacks a weight.
         """
         check_names("fusion.weighting", sorted(self.names()), teachers)
+        for path, table in self.teacher_tables().items():
+            what = path[0].removesuffix("s")
+            for teacher in teachers:
+                if teacher not in table:
+                    raise RecipeError(
+                        f"fusion.weighting: got no {what} for teacher `{teacher}`; must give one to each; "
+                        f"add `{teacher}: 0.0`" + ("" if what == "offset" else " to leave it out")
+                    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -148,39 +188,24 @@ class Fixed(Weighting):
 
     @model_validator(mode="after")
     def _sum_to_one(self) -> Fixed:
-        total = math.fsum(self.weights.values())
-        if abs(total - 1.0) > 1e-3:
-            values = ", ".join(f"{weight:g}" for weight in self.weights.values())
-            raise ValueError(
-                f"teacher weights sum to {total:.2f} ({values}); they must sum to 1; "
-                f"divide each by their sum"
-            )
+        check_sum(self.weights)
         return self
 
     @property
     def streams(self) -> bool:
         return True
 
-    def names(self) -> frozenset[str]:
-        return frozenset(self.weights)
+    def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
+        return {("weights",): self.weights}
 
     def excludes(self, teacher: str) -> bool:
         return self.weights[teacher] == 0.0
-
-    def check(self, teachers: Sequence[str]) -> None:
-        super().check(teachers)
-        for teacher in teachers:
-            if teacher not in self.weights:
-                raise RecipeError(
-                    f"fusion.weighting: got no weight for teacher `{teacher}`; must give one to each; "
-                    f"add `{teacher}: 0.0` to leave it out"
-                )
 
     def log_scores(
         self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
     ) -> tuple[Tensor, Carry | None]:
         weights = [self.weights[teacher] for teacher in teachers]
-        return _constant_scores(weights, stats), None
+        return constant_scores(weights, stats), None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -204,7 +229,7 @@ class BestSingle(Weighting):
         self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
     ) -> tuple[Tensor, Carry | None]:
         weights = [float(teacher == self.teacher) for teacher in teachers]
-        return _constant_scores(weights, stats), None
+        return constant_scores(weights, stats), None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -242,7 +267,7 @@ class Entropy(Weighting):
     def log_scores(
         self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
     ) -> tuple[Tensor, Carry | None]:
-        entropy_KN = self._averaged(stats.entropy_KN.double(), rows)
+        entropy_KN = averaged(stats.entropy_KN.double(), rows, self.granularity)
         if self.form == "softmax":
             return -entropy_KN / self.tau, None
         if self.form == "inverse":
@@ -251,18 +276,6 @@ class Entropy(Weighting):
             return torch.zeros_like(entropy_KN), None
         share_KN = entropy_KN / entropy_KN.sum(0).clamp(min=MIN_ENTROPY)
         return torch.log1p(-share_KN.clamp(max=1.0)), None
-
-    def _averaged(self, entropy_KN: Tensor, rows: Rows) -> Tensor:
-        if self.granularity == "token":
-            return entropy_KN
-        if self.granularity == "batch":
-            return entropy_KN.mean(1, keepdim=True).expand_as(entropy_KN)
-        _, place_N, count_D = torch.unique_consecutive(
-            rows.documents, return_inverse=True, return_counts=True
-        )
-        sum_KD = entropy_KN.new_zeros(entropy_KN.shape[0], count_D.shape[0])
-        sum_KD.index_add_(1, place_N, entropy_KN)
-        return (sum_KD / count_D)[:, place_N]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -315,17 +328,38 @@ class PrefixLikelihood(Weighting):
             distance *= 2
 
 
-def _constant_scores(weights: Sequence[float], stats: RowStats) -> Tensor:
+def averaged(
+    value_KN: Tensor, rows: Rows, granularity: Literal["token", "sequence", "batch"]
+) -> Tensor:
+    """(K, N) values, each replaced by the mean over its row, its document or all rows."""
+    if granularity == "token":
+        return value_KN
+    if granularity == "batch":
+        return value_KN.mean(1, keepdim=True).expand_as(value_KN)
+    _, place_N, count_D = torch.unique_consecutive(
+        rows.documents, return_inverse=True, return_counts=True
+    )
+    sum_KD = value_KN.new_zeros(value_KN.shape[0], count_D.shape[0])
+    sum_KD.index_add_(1, place_N, value_KN)
+    return (sum_KD / count_D)[:, place_N]
+
+
+def constant_scores(weights: Sequence[float], stats: RowStats) -> Tensor:
     """log w_k at every row; -inf where a weight is zero."""
     weight_K = torch.tensor(weights, dtype=torch.float64, device=stats.entropy_KN.device)
     return weight_K.log()[:, None].expand(stats.entropy_KN.shape)
 
 
-WEIGHTINGS: dict[str, type[Weighting]] = {
-    "uniform": Uniform,
-    "fixed": Fixed,
-    "best_single": BestSingle,
-    "entropy": Entropy,
-    "prefix_likelihood": PrefixLikelihood,
-}
-"""Name in a recipe -> option class."""
+def check_sum(weights: Mapping[str, float]) -> None:
+    """Hold weights against their sum.
+
+    Raises:
+        ValueError: they do not sum to 1.
+    """
+    total = math.fsum(weights.values())
+    if abs(total - 1.0) > 1e-3:
+        values = ", ".join(f"{weight:g}" for weight in weights.values())
+        raise ValueError(
+            f"teacher weights sum to {total:.2f} ({values}); they must sum to 1; "
+            f"divide each by their sum"
+        )

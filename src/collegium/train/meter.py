@@ -54,25 +54,35 @@ class StepMeter:
             self._add(f"grad_norms/{name}", norm)
         if loss.teacher_weights_KN is not None:
             self._add("teachers", loss.teacher_weights_KN.sum(1))
-            self._add_domains(loss.teacher_weights_KN, rows.samples)
+            self._add_domains("domains", loss.teacher_weights_KN, rows.samples)
+            self._count_domains(rows.samples)
+        for name, value_N in loss.conflict.items():
+            self._add(f"conflict/{name}", value_N.sum())
+            self._add_domains(f"conflict_domains/{name}", value_N[None], rows.samples)
 
     def _add(self, name: str, value: Tensor) -> None:
         known = self._sums.get(name)
         value = value.detach().float()
         self._sums[name] = value.clone() if known is None else known + value
 
-    def _add_domains(self, weights_KN: Tensor, samples_N: Tensor) -> None:
-        if self._sample_domains is None:
-            return
+    def _add_domains(self, name: str, values_KN: Tensor, samples_N: Tensor) -> None:
+        """Sum (K, N) values to (K, M)."""
+        if self._sample_domains is not None:
+            sums_KM = values_KN.new_zeros(values_KN.shape[0], len(self._domains))
+            self._add(name, sums_KM.index_add(1, self._domains_of(samples_N), values_KN))
+
+    def _count_domains(self, samples_N: Tensor) -> None:
+        if self._sample_domains is not None:
+            domain_N = self._domains_of(samples_N)
+            # Not `bincount`, which waits for the device to learn how long its answer is.
+            ones_N = torch.ones_like(domain_N, dtype=torch.float32)
+            zeros_M = ones_N.new_zeros(len(self._domains))
+            self._add("domain_rows", zeros_M.index_add(0, domain_N, ones_N))
+
+    def _domains_of(self, samples_N: Tensor) -> Tensor:
+        assert self._sample_domains is not None
         self._sample_domains = self._sample_domains.to(samples_N.device)
-        domain_N = self._sample_domains[samples_N]
-        zeros_KM = weights_KN.new_zeros(weights_KN.shape[0], len(self._domains))
-        self._add("domains", zeros_KM.index_add(1, domain_N, weights_KN))
-        # Not `bincount`, which waits for the device to learn how long its answer is.
-        ones_N = torch.ones_like(domain_N)
-        self._add(
-            "domain_rows", torch.zeros_like(zeros_KM[0]).index_add(0, domain_N, ones_N.to(zeros_KM))
-        )
+        return self._sample_domains[samples_N]
 
     def row(self) -> dict[str, Any]:
         """The means since the last row, and a new start.
@@ -103,6 +113,7 @@ class StepMeter:
             else {},
             "teacher_weights": self._teacher_weights(rows),
             "domain_weights": self._domain_weights(),
+            "conflict": self._conflict(rows),
         }
         self._clear()
         return row
@@ -127,6 +138,20 @@ class StepMeter:
             for domain, count, column in zip(self._domains, counts, columns, strict=True)
             if count > 0
         }
+
+    def _conflict(self, rows: int) -> dict[str, Any]:
+        """Means per row of what the conflict policy saw and did, over all and per domain; empty without a policy."""
+        means = {name: value / rows for name, value in self._named("conflict/").items()}
+        if not means or "domain_rows" not in self._sums:
+            return means
+        counts = self._sums["domain_rows"].tolist()
+        columns = {name: self._sums[f"conflict_domains/{name}"][0].tolist() for name in means}
+        domains = {
+            domain: {name: column[m] / counts[m] for name, column in columns.items()}
+            for m, domain in enumerate(self._domains)
+            if counts[m] > 0
+        }
+        return {**means, "domains": domains}
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to write the next row as if nothing had happened."""

@@ -8,7 +8,7 @@ is divided here: the trainer divides once, by the number of target tokens of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -17,11 +17,15 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from collegium.errors import RecipeError, TrainingError
+from collegium.fusion.conflict import ConflictBlock
 from collegium.fusion.pooling import FusedTarget, Fusion
 from collegium.losses.chunked import block_losses
 from collegium.losses.divergences import DivergenceOption, ForwardKL
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.types import STRICT, LossSum, Rows, StudentRows, TeacherRows
+
+TRUTH = "truth"
+"""The term of the labels that stand in for teachers who contradict each other; without any such row it has no gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -51,7 +55,8 @@ class Objective(nn.Module):
     """The sum over rows that a training step minimises.
 
     L = sum_n [kd_ratio T^2 D(P^(1/T), Q_T) + (1 - kd_ratio) CE_n] + sum_k weight_k scale_k sum_n F_k(n), with P the fused
-    target, P^(1/T) renormalised, Q_T = softmax(z / T) and CE at temperature 1. Without teachers, L = sum_n CE_n.
+    target, P^(1/T) renormalised, Q_T = softmax(z / T) and CE at temperature 1. Without teachers, L = sum_n CE_n. Where a conflict policy
+    gives a row the factor f_n, D counts f_n times, and kd_ratio (1 - f_n) CE_n is added: the term `truth`.
 
     Source: Hinton et al. 2015, arXiv 1503.02531, with a fused target in the place of one teacher.
     """
@@ -111,7 +116,7 @@ class Objective(nn.Module):
         """
         weights = self._row_weights(has_teachers=len(teachers) > 0)
         target = self._target(weights, teachers, rows)
-        row_losses = _RowLosses(self.options, rows.labels, target, has_ce="ce" in weights)
+        row_losses = _RowLosses(self.options, rows.labels, target, weights)
         sums = block_losses(
             student.hidden,
             student.head,
@@ -142,6 +147,7 @@ class Objective(nn.Module):
             grad_norms=norms,
             num_rows=len(rows),
             teacher_weights_KN=row_losses.teacher_weights(),
+            conflict=row_losses.conflict(),
         )
 
     def end_step(self) -> None:
@@ -155,6 +161,8 @@ class Objective(nn.Module):
             return {"ce": 1.0}
         kd_ratio = self.options.kd_ratio
         weights = {"kd": kd_ratio * self.options.temperature**2, "ce": 1 - kd_ratio}
+        if self.fusion is not None and self.fusion.conflict.yields_to_labels:
+            weights[TRUTH] = kd_ratio
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     def _target(
@@ -177,44 +185,61 @@ class _RowLosses:
         options: ObjectiveOptions,
         labels_N: Tensor,
         target: FusedTarget | None,
-        *,
-        has_ce: bool,
+        terms: Collection[str],
     ) -> None:
         self._options = options
         self._labels_N = labels_N
         self._target = target
-        self._has_ce = has_ce
+        self._terms = terms
         self._weights: list[Tensor] = []
+        self._conflicts: list[ConflictBlock] = []
 
     def __call__(self, logits_nV: Tensor, block: slice) -> dict[str, Tensor]:
         temperature = self._options.temperature
         losses: dict[str, Tensor] = {}
         student_logp_nV: Tensor | None = None
-        if self._has_ce or temperature == 1.0:
+        ce_n: Tensor | None = None
+        if "ce" in self._terms or TRUTH in self._terms or temperature == 1.0:
             # One pass over the vocabulary serves both terms.
             student_logp_nV = logits_nV.log_softmax(-1)
-        if self._has_ce and student_logp_nV is not None:
-            labels_n1 = self._labels_N[block, None]
-            losses["ce"] = -student_logp_nV.gather(1, labels_n1).squeeze(1)
+            ce_n = -student_logp_nV.gather(1, self._labels_N[block, None]).squeeze(1)
+        if "ce" in self._terms and ce_n is not None:
+            losses["ce"] = ce_n
         if self._target is not None:
-            target_logp_nV = self._tempered(self._target, block).to(logits_nV.dtype)
+            target_logp_nV, kd_factor_n = self._fused(self._target, block)
             if temperature != 1.0 or student_logp_nV is None:
                 student_logp_nV = (logits_nV / temperature).log_softmax(-1)
-            losses["kd"] = self._options.divergence(target_logp_nV, student_logp_nV)
+            kd_n = self._options.divergence(target_logp_nV.to(logits_nV.dtype), student_logp_nV)
+            losses["kd"] = kd_n if kd_factor_n is None else kd_factor_n.to(kd_n.dtype) * kd_n
+            if kd_factor_n is not None and ce_n is not None:
+                losses[TRUTH] = (1.0 - kd_factor_n).to(ce_n.dtype) * ce_n
         return losses
 
-    def _tempered(self, target: FusedTarget, block: slice) -> Tensor:
-        """log P^(1/T), renormalised, of one block."""
+    def _fused(self, target: FusedTarget, block: slice) -> tuple[Tensor, Tensor | None]:
+        """log P^(1/T), renormalised, of one block, and the factor on its rows where a conflict policy gives one."""
         with torch.no_grad():
             fused = target.block(block)
             self._weights.append(fused.weights_Kn)
+            kd_factor_n = None
+            if fused.conflict is not None:
+                self._conflicts.append(fused.conflict)
+                kd_factor_n = fused.conflict.kd_factor_n
             if self._options.temperature == 1.0:
-                return fused.logp_nV
-            return (fused.logp_nV / self._options.temperature).log_softmax(-1)
+                return fused.logp_nV, kd_factor_n
+            return (fused.logp_nV / self._options.temperature).log_softmax(-1), kd_factor_n
 
     def teacher_weights(self) -> Tensor | None:
         """(K, N) fusion weights of all rows met so far; None where there were none."""
         return torch.cat(self._weights, dim=1).detach() if self._weights else None
+
+    def conflict(self) -> dict[str, Tensor]:
+        """What the conflict policy saw and did at all rows met so far, (N,) each; empty without a policy."""
+        if not self._conflicts:
+            return {}
+        return {
+            "disagreement": torch.cat([block.disagreement_n for block in self._conflicts]),
+            "applied": torch.cat([block.applied_n for block in self._conflicts]),
+        }
 
 
 def _grad_norm(weighted: Tensor, features: Mapping[str, Tensor]) -> Tensor:
@@ -252,6 +277,8 @@ class InertTermCheck:
             return
         self._seen += 1
         for name, norm in loss.grad_norms.items():
+            if name == TRUTH:
+                continue
             has_moved = loss.weights[name] == 0 or bool(norm != 0)
             self._moved[name] = self._moved.get(name, False) or has_moved
         if self._seen < self._num_steps:

@@ -1,0 +1,256 @@
+"""Weighting rules that are fitted, that compare the teachers with each other, or that look at the label; all names.
+
+Shapes: N rows (or one block of them), K teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from collegium.fusion.weights import (
+    MIN_LOGP,
+    BestSingle,
+    Carry,
+    Entropy,
+    Fixed,
+    PrefixLikelihood,
+    RowStats,
+    Uniform,
+    Weighting,
+    averaged,
+    check_sum,
+    constant_scores,
+)
+from collegium.types import STRICT, Rows, domain_number
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DomainWeights(Weighting):
+    """One weight per teacher and domain of the document: a soft routing table."""
+
+    weights: dict[str, dict[str, Annotated[float, Field(ge=0)]]]
+    """Domain -> weight of each teacher by name; the weights of a domain sum to 1."""
+    default: dict[str, Annotated[float, Field(ge=0)]]
+    """Weight of each teacher in a domain that is not listed, and where the data says nothing of domains."""
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> DomainWeights:
+        for table in (*self.weights.values(), self.default):
+            check_sum(table)
+        return self
+
+    @property
+    def streams(self) -> bool:
+        return True
+
+    def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
+        return {("default",): self.default, **{("weights", d): t for d, t in self.weights.items()}}
+
+    def excludes(self, teacher: str) -> bool:
+        return all(table[teacher] == 0.0 for table in (*self.weights.values(), self.default))
+
+    def log_scores(
+        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
+    ) -> tuple[Tensor, Carry | None]:
+        score_KN = constant_scores([self.default[teacher] for teacher in teachers], stats)
+        if rows.domains is not None:
+            for domain, table in self.weights.items():
+                own_KN = constant_scores([table[teacher] for teacher in teachers], stats)
+                is_here_N = rows.domains == domain_number(domain)
+                score_KN = torch.where(is_here_N, own_KN, score_KN)
+        return score_KN, None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Consensus(Weighting):
+    """Trust the teacher that is close to what all of them say: w_k = softmax_k(-KL(P_k || Pbar) / tau).
+
+    Pbar = 1/K sum_k P_k, and KL <= log K nats. An outlier loses its vote, whether it is wrong or the only one that knows. The rule
+    must see all distributions of a row twice before it can weigh them: each head is applied three times instead of once.
+    """
+
+    tau: Annotated[float, Field(gt=0)] = 0.3
+    """Nats of difference in divergence that change the odds e-fold."""
+
+    @property
+    def streams(self) -> bool:
+        return False
+
+    @property
+    def needs_consensus(self) -> bool:
+        return True
+
+    def log_scores(
+        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
+    ) -> tuple[Tensor, Carry | None]:
+        return -stats.consensus_kl().double() / self.tau, None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ConfidenceAware(Weighting):
+    """CA-MKD, label-aware: w_k = (1 - softmax_k(CE_k)) / (K - 1), with CE_k = -log P_k(label).
+
+    No weight exceeds 1 / (K - 1), so that with many teachers the rule can drop bad ones but hardly prefer a good one. It looks at
+    the label it weighs: its target knows more than any teacher, and resembles a larger share of cross-entropy.
+
+    Source: Zhang, Chen and Wang, "Confidence-aware multi-teacher knowledge distillation", ICASSP 2022.
+    """
+
+    granularity: Literal["token", "sequence"] = "token"
+    """Over which rows CE_k is averaged first: none, or the row's document."""
+
+    @property
+    def streams(self) -> bool:
+        return False
+
+    @property
+    def uses_label(self) -> bool:
+        return True
+
+    def log_scores(
+        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
+    ) -> tuple[Tensor, Carry | None]:
+        ce_KN = averaged(_cross_entropy(stats), rows, self.granularity)
+        if len(ce_KN) == 1:
+            return torch.zeros_like(ce_KN), None
+        # 1 - softmax_k is the share of the others, which stays exact where softmax_k rounds to 1.
+        is_self_KK1 = torch.eye(len(ce_KN), dtype=torch.bool, device=ce_KN.device)[:, :, None]
+        return ce_KN.masked_fill(is_self_KK1, -torch.inf).logsumexp(1) - ce_KN.logsumexp(0), None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MinCE(Weighting):
+    """FuseLLM's MinCE, label-aware: all the weight on the teacher of least mean CE_k over the document.
+
+    Teachers of exactly equal CE share the weight. The whole document with all its labels decides, also at its first row.
+
+    Source: Wan et al., "Knowledge fusion of large language models", ICLR 2024.
+    """
+
+    @property
+    def streams(self) -> bool:
+        return False
+
+    @property
+    def uses_label(self) -> bool:
+        return True
+
+    def log_scores(
+        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
+    ) -> tuple[Tensor, Carry | None]:
+        ce_KN = averaged(_cross_entropy(stats), rows, "sequence")
+        return torch.zeros_like(ce_KN).masked_fill(ce_KN > ce_KN.amin(0), -torch.inf), None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AvgCE(Weighting):
+    """FuseLLM's AvgCE, label-aware: w_k = softmax_k(exp(-CE_k)), or softmax_k(-CE_k / tau), CE_k the mean over the document.
+
+    FuseLLM's own form is a softmax over values between 0 and 1, hence close to uniform whatever the teachers say; `tau`
+    gives the form that can choose. The whole document with all its labels decides, also at its first row.
+
+    Source: Wan et al., "Knowledge fusion of large language models", ICLR 2024; the form with `tau` is ours.
+    """
+
+    tau: Annotated[float, Field(gt=0)] | None = None
+    """Nats per token that change the odds e-fold; none for FuseLLM's own form."""
+
+    @property
+    def streams(self) -> bool:
+        return False
+
+    @property
+    def uses_label(self) -> bool:
+        return True
+
+    def log_scores(
+        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
+    ) -> tuple[Tensor, Carry | None]:
+        ce_KN = averaged(_cross_entropy(stats), rows, "sequence")
+        return (torch.exp(-ce_KN) if self.tau is None else -ce_KN / self.tau), None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Gate(Weighting):
+    """A learned gate: w_k = softmax_k(a_k + b . f_k), with 4 + K numbers fitted on the calibration split by `fit_gate`.
+
+    f_k = [H_k, max_v log P_k(v), KL(P_k || Pbar), sum_{s<t} decay^(t-s) NLL_k(s)], each centered over the teachers, in nats; Pbar is
+    the plain mean of all teachers, and the sum runs over the earlier rows of the document. Causal: the label of a row never enters
+    its own weight. Like every rule that needs Pbar it applies each head three times.
+    """
+
+    offsets: dict[str, float]
+    """a_k of each teacher by name; only their differences count."""
+    entropy: float = 0.0
+    """b of the entropy."""
+    max_logp: float = 0.0
+    """b of the log-probability of the most likely token."""
+    consensus: float = 0.0
+    """b of the divergence from the mean of all teachers."""
+    prefix_nll: float = 0.0
+    """b of the decayed NLL of the document so far."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Factor on a row's NLL per row of age."""
+
+    @property
+    def streams(self) -> bool:
+        return False
+
+    @property
+    def needs_consensus(self) -> bool:
+        return True
+
+    def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
+        return {("offsets",): self.offsets}
+
+    def log_scores(
+        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
+    ) -> tuple[Tensor, Carry | None]:
+        feature_KNF = gate_features(stats, rows, decay=self.decay)
+        b_F = feature_KNF.new_tensor([self.entropy, self.max_logp, self.consensus, self.prefix_nll])
+        a_K = feature_KNF.new_tensor([self.offsets[teacher] for teacher in teachers])
+        return feature_KNF @ b_F + a_K[:, None], None
+
+
+def gate_features(stats: RowStats, rows: Rows, *, decay: float) -> Tensor:
+    """The four features of `Gate`, each centered over the teachers: (K, N, 4) float64 nats.
+
+    Raises:
+        ValueError: the statistics lack the divergence from the consensus.
+    """
+    prefix_KN, _ = PrefixLikelihood(eta=1.0, decay=decay).log_scores(stats, rows, [])
+    columns = (
+        stats.entropy_KN.double(),
+        stats.max_logp_KN.double(),
+        stats.consensus_kl().double(),
+        -prefix_KN,
+    )
+    feature_KNF = torch.stack(columns, dim=-1)
+    return feature_KNF - feature_KNF.mean(0)
+
+
+def _cross_entropy(stats: RowStats) -> Tensor:
+    """(K, N) float64 -log P_k(label), at most `-MIN_LOGP`."""
+    return -stats.label_logp_KN.double().clamp(min=MIN_LOGP)
+
+
+WEIGHTINGS: dict[str, type[Weighting]] = {
+    "uniform": Uniform,
+    "fixed": Fixed,
+    "domain_weights": DomainWeights,
+    "best_single": BestSingle,
+    "entropy": Entropy,
+    "consensus": Consensus,
+    "prefix_likelihood": PrefixLikelihood,
+    "gate": Gate,
+    "ca_mkd": ConfidenceAware,
+    "min_ce": MinCE,
+    "avg_ce": AvgCE,
+}
+"""Name in a recipe -> option class."""
