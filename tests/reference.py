@@ -134,9 +134,7 @@ def label_aware_weights(name: str, options: dict, ce: list[list[float]]) -> list
 
 def disagreement(logps: list[list[float]], weights: list[float]) -> float:
     """sum_k w_k KL(P_k || P) / H(w) at one row: the share of the most that K teachers of these weights can disagree."""
-    spread = -math.fsum(w * math.log(w) for w in weights if w > 0)
-    if spread < 1e-9:
-        return 0.0
+    spread = max(1e-3, -math.fsum(w * math.log(w) for w in weights if w > 0))
     mixture = [
         math.fsum(w * math.exp(lp[v]) for w, lp in zip(weights, logps, strict=True))
         for v in range(len(logps[0]))

@@ -16,7 +16,7 @@ from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, DataOptions, PackedDataset, build_datasets
 from collegium.data.sources import SourceOptions
 from collegium.errors import DataError
-from collegium.types import IGNORE, Batch
+from collegium.types import IGNORE, Batch, domain_number
 
 
 def make(ids, *, can_split=True, first_target=1):
@@ -353,3 +353,23 @@ def test_collator_refuses_incomplete_items():
         Collator()([{"input_ids": [1]}])
     with pytest.raises(DataError, match=r"`labels` has shape \(2,\); must be \(1,\)"):
         Collator()([{"input_ids": [1], "labels": [1, 2]}])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_domain_of_a_document_travels_with_its_tokens(packing: bool) -> None:
+    domains = ["law", "code", "law"]
+    encoded = [
+        Encoded(
+            np.arange(3, 3 + size), np.ones(size, bool), np.ones(size, np.int64), can_split=True
+        )
+        for size in (5, 9, 4)
+    ]
+    dataset = PackedDataset.from_encoded(encoded, max_length=6, packing=packing, domains=domains)
+    batch = Collator()([dataset[i] for i in range(len(dataset))])
+    expected = torch.tensor([*map(domain_number, domains), 0])[batch["sample_ids"]]
+    assert torch.equal(batch["domain_ids"], expected)
+    rows = Batch.from_inputs(batch).rows()
+    assert rows.domains is not None
+    assert {domain_number(domains[s]) for s in rows.samples.tolist()} == set(rows.domains.tolist())
+    plain = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}]
+    assert Batch.from_inputs(Collator()(plain)).rows().domains is None

@@ -189,6 +189,32 @@ def test_log_linear_gain_is_its_diversity(weighting, logits_KNV, rows):
     torch.testing.assert_close(nll_n, mean_n - block.disagreement_n(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("weighting", WEIGHTING_CASES, ids=str)
+@pytest.mark.parametrize(("exponent", "limit"), [(1 - 1e-6, "linear"), (1e-6, "log_linear")])
+def test_power_mean_lies_between_the_other_pools(weighting, exponent, limit, logits_KNV, rows):
+    teachers = make_teachers(logits_KNV)
+    power = fuse(Fusion(weighting=weighting, pool="power_mean", exponent=exponent), teachers, rows)
+    pool = fuse(Fusion(weighting=weighting, pool=limit), teachers, rows)
+    torch.testing.assert_close(power.logp_nV, pool.logp_nV, rtol=0, atol=1e-4)
+    torch.testing.assert_close(power.disagreement_n(), pool.disagreement_n(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [0.1, 0.5, 0.9])
+def test_power_mean_survives_long_odds_in_float32(exponent, rows):
+    """A token that one teacher finds e^-80 likely keeps its place: nothing leaves log space."""
+    logits_KNV = torch.zeros(2, N, V)
+    logits_KNV[:, :, 0] = torch.tensor([-80.0, -90.0])[:, None]
+    fusion = Fusion(weighting=Uniform(), pool="power_mean", exponent=exponent)
+    block = fuse(fusion, make_teachers(logits_KNV), rows)
+    expected = reference.pool(
+        [reference.log_softmax(z_NV[0].tolist()) for z_NV in logits_KNV.double()],
+        [0.5, 0.5],
+        "power_mean",
+        exponent,
+    )
+    assert block.logp_nV[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("pool", ["linear", "log_linear", "power_mean"])
 @pytest.mark.parametrize("weighting", WEIGHTING_CASES, ids=str)
 def test_each_head_is_applied_once_unless_the_rule_sees_all_rows(weighting, pool, logits_KNV, rows):
@@ -326,6 +352,9 @@ def test_options_are_checked_at_construction():
         {"weighting": "uniform"},
         {"weighting": {}},
         {"pool": "geometric"},
+        {"exponent": 0.3},
+        {"pool": "power_mean", "exponent": 1.0},
+        {"conflict": "none"},
         {"temperatures": {"law": 0.0}},
         {"pooled_temperature": -1.0},
         {"pooled_temperature": math.nan},

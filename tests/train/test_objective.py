@@ -1,5 +1,6 @@
 """The objective against the naive truth: its sum, its gradient, and what must not change them."""
 
+import dataclasses
 import math
 import re
 
@@ -9,6 +10,7 @@ import torch
 
 import reference_losses
 from collegium.errors import RecipeError, TrainingError
+from collegium.fusion.conflict import TargetCorrection, TruthFallback
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import Fixed, Uniform
 from collegium.losses.divergences import DIVERGENCES, JensenShannon, ReverseKL
@@ -400,3 +402,74 @@ def test_terms_that_move_once_are_alive():
     check = InertTermCheck()
     for norm in (0.0, 1e-30, 0.0, 0.0, 0.0, 0.0):
         check(measured(kd=norm, ce=math.nan))
+
+
+CONTRADICTION = Fusion(weighting=MIX.weighting, conflict=TruthFallback(power=2.0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kd_ratio", [0.4, 1.0])
+@pytest.mark.parametrize("block_size", [4, N])
+def test_truth_fallback_moves_weight_from_the_teachers_to_the_label(
+    kd_ratio, temperature, block_size
+):
+    """L = sum_n lambda_n T^2 D_n + (1 - lambda_n) CE_n, lambda_n = lambda (1 - c_n)^2."""
+    step = Step()
+    options = {"kd_ratio": kd_ratio, "temperature": temperature, "block_size": block_size}
+    loss = objective(CONTRADICTION, **options)(*step.parts())
+    p = {name: z.softmax(-1) for name, z in step.teacher_logits.items()}
+    entropy = {name: torch.special.entr(q).sum(-1) for name, q in p.items()}
+    jsd_N = torch.special.entr(step.fused()).sum(-1) - 0.3 * entropy["a"] - 0.7 * entropy["b"]
+    conflict_N = jsd_N / -(0.3 * math.log(0.3) + 0.7 * math.log(0.7))
+    lambda_N = kd_ratio * (1 - conflict_N) ** 2
+    target_NV = (step.fused().log() / temperature).log_softmax(-1)
+    student_NV = (step.logits() / temperature).log_softmax(-1)
+    kd_N = (target_NV.exp() * (target_NV - student_NV)).sum(-1)
+    ce_N = torch.nn.functional.cross_entropy(step.logits(), step.labels, reduction="none")
+    truth = (lambda_N * temperature**2 * kd_N + (1 - lambda_N) * ce_N).sum()
+    torch.testing.assert_close(loss.total, truth, rtol=1e-10, atol=1e-10)
+    assert_same(step.grads(loss.total), step.grads(truth), 1e-10)
+    assert loss.weights["truth"] == kd_ratio
+    torch.testing.assert_close(loss.conflict["disagreement"], conflict_N)
+    torch.testing.assert_close(loss.conflict["applied"], 1 - (1 - conflict_N) ** 2)
+
+
+def test_clones_never_fall_back_to_the_truth():
+    step = Step()
+    step.teacher_logits["b"] = step.teacher_logits["a"]
+    loss, plain = (objective(fusion)(*step.parts()) for fusion in (CONTRADICTION, MIX))
+    torch.testing.assert_close(loss.total, plain.total)
+    assert loss.terms["truth"].abs() < 1e-9
+    assert loss.conflict["applied"].max() < 1e-12
+    assert plain.conflict == {}
+
+
+def test_labels_alone_know_no_conflict():
+    loss = objective(CONTRADICTION, kd_ratio=0.0)(*Step().parts())
+    assert set(loss.terms) == {"ce"}
+    assert loss.conflict == {}
+
+
+def test_a_target_correction_reaches_the_student():
+    step = Step()
+    fusion = Fusion(weighting=MIX.weighting, conflict=TargetCorrection(margin=0.3))
+    loss = objective(fusion, kd_ratio=1.0, block_size=5)(*step.parts())
+    p_NV = step.fused()
+    at = torch.arange(N)
+    gap_N = p_NV.amax(-1) - p_NV[at, step.labels]
+    m_N = torch.where(gap_N > 0, (gap_N + 0.3) / (1 + gap_N), 0.0)
+    target_NV = (1 - m_N)[:, None] * p_NV
+    target_NV[at, step.labels] += m_N
+    truth = (target_NV * (target_NV.log() - step.logits().log_softmax(-1))).sum()
+    torch.testing.assert_close(loss.total, truth, rtol=1e-10, atol=1e-10)
+    assert_same(step.grads(loss.total), step.grads(truth), 1e-10)
+    torch.testing.assert_close(loss.conflict["applied"], (gap_N > 0).double())
+    assert set(loss.terms) == {"kd"}
+
+
+def test_teachers_that_agree_are_not_an_inert_term():
+    step = Step()
+    step.teacher_logits["b"] = step.teacher_logits["a"]
+    part, watch = objective(CONTRADICTION), InertTermCheck(1)
+    loss = part(*step.parts(), measure=True)
+    watch(dataclasses.replace(loss, grad_norms={**loss.grad_norms, "truth": torch.zeros(())}))

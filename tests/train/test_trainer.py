@@ -19,12 +19,12 @@ from collegium.errors import ModelError, TrainingError
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.models import tap_names, tap_width
 from collegium.teachers.local import LocalTeacher
-from collegium.train.meter import RunLog
+from collegium.train.meter import RunLog, StepMeter
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.train.parts import named_teachers
 from collegium.train.progress import Progress
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
-from collegium.types import LossSum, TeacherRows
+from collegium.types import LossSum, Rows, TeacherRows
 from training_runs import VOCAB, FakeTeacher, Windows, objective, small_model, stack, trainer
 
 
@@ -204,6 +204,36 @@ def test_the_log_has_a_row_per_logged_step_with_every_number(tmp_path: Path) -> 
     # 6 windows of 7 targets make one epoch of two steps.
     assert [row["num_tokens"] for row in rows] == [42, 84, 112]
     assert "teacher_weights/big" in made.state.log_history[0]
+
+
+def test_the_log_says_how_often_and_where_a_conflict_policy_acts() -> None:
+    rows = Rows(*[torch.arange(6)] * 3, samples=torch.tensor([0, 0, 0, 1, 1, 2]))
+    meter = StepMeter(["a"], domains=["code", "law"], sample_domains=torch.tensor([1, 0, 1]))
+    for scale in (1.0, 3.0):
+        meter.add(
+            LossSum(
+                total=torch.zeros(()),
+                terms={},
+                weights={},
+                grad_norms={},
+                num_rows=6,
+                teacher_weights_KN=torch.ones(1, 6),
+                conflict={
+                    "disagreement": 0.1 * scale * torch.ones(6),
+                    "applied": torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0]),
+                },
+            ),
+            rows,
+        )
+    again = StepMeter(["a"], domains=["code", "law"], sample_domains=torch.tensor([1, 0, 1]))
+    again.load(json.loads(json.dumps(meter.state())), torch.device("cpu"))
+    for row in (meter.row(), again.row()):
+        conflict = row["conflict"]
+        assert conflict["disagreement"] == pytest.approx(0.2)
+        assert conflict["applied"] == pytest.approx(0.5)
+        assert conflict["domains"]["law"]["applied"] == pytest.approx(0.5)
+        assert conflict["domains"]["code"] == pytest.approx({"disagreement": 0.2, "applied": 0.5})
+    assert meter.row()["conflict"] == {}
 
 
 def test_teachers_are_never_trained(tmp_path: Path) -> None:
