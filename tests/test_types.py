@@ -15,7 +15,7 @@ def packed() -> Batch:
     labels = ids.clone()
     labels[0, 1] = labels[1, 3] = IGNORE
     labels[1, 4:] = IGNORE
-    return Batch(ids, position, labels, samples)
+    return Batch(ids, position, labels, samples, domain_ids=samples % 2)
 
 
 def test_rows_are_the_targets_that_have_a_predecessor_in_their_document() -> None:
@@ -26,6 +26,8 @@ def test_rows_are_the_targets_that_have_a_predecessor_in_their_document() -> Non
     assert rows.labels.tolist() == [22, 25, 27, 28]
     assert flat[rows.index].tolist() == [21, 24, 26, 27]
     assert rows.samples.tolist() == [4, 6, 7, 7]
+    assert rows.domains is not None
+    assert rows.domains.tolist() == [0, 0, 1, 1]
     first, second, *rest = rows.documents.tolist()
     assert first < second < rest[0] == rest[1]
     assert len(rows) == 4
@@ -42,4 +44,7 @@ def test_records_move_as_a_whole() -> None:
         for name in type(record).__dataclass_fields__:
             assert getattr(moved, name).is_meta
             assert torch.equal(getattr(same, name), getattr(record, name))
+    bare = Batch(batch.input_ids, batch.position_ids, batch.labels, batch.sample_ids)
+    assert bare.to(torch.device("meta")).domain_ids is None
+    assert bare.rows().to(torch.device("meta")).domains is None
     assert isinstance(rows.to(torch.device("cpu")), Rows)

@@ -161,7 +161,7 @@ class Pool:
         if self._num_teachers == 1:
             return mean_nV, mean_nV.new_zeros(mean_nV.shape[0])
         if self._is_power:
-            floor_(mean_nV.div_(self._exponent))
+            mean_nV.div_(self._exponent)
         log_normalizer_n = torch.logsumexp(mean_nV, dim=-1)
         mean_nV.sub_(log_normalizer_n[:, None])
         return mean_nV, log_normalizer_n / (1.0 - self._exponent if self._is_power else 1.0)
