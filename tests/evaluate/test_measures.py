@@ -1,0 +1,108 @@
+"""What tells weightings apart, against plain loops and known answers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from collegium.evaluate.measures import (
+    best_teacher_share,
+    difference_interval,
+    is_fitted_on,
+    rank_correlation,
+    regret,
+)
+from collegium.fusion.weights import RowStats
+
+K, N = 4, 50
+
+
+def _ranks(values: list[float]) -> list[float]:
+    return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
+
+
+def _spearman(a: list[float], b: list[float]) -> float | None:
+    mean = (len(a) - 1) / 2
+    x, y = ([rank - mean for rank in _ranks(values)] for values in (a, b))
+    spread = math.sqrt(math.fsum(v * v for v in x) * math.fsum(v * v for v in y))
+    return math.fsum(p * q for p, q in zip(x, y, strict=True)) / spread if spread else None
+
+
+def test_rank_correlation_equals_the_plain_one():
+    weights_KN, nll_KN = torch.rand(K, N), torch.rand(K, N)
+    weights_KN[:2, ::3] = 0.25
+    weights_KN[:, 7] = 0.25
+    columns = zip(weights_KN.T.tolist(), (-nll_KN).T.tolist(), strict=True)
+    found = [value for value in (_spearman(a, b) for a, b in columns) if value is not None]
+    assert len(found) == N - 1
+    expected = math.fsum(found) / len(found)
+    assert rank_correlation(weights_KN, nll_KN) == pytest.approx(expected, abs=1e-9)
+
+
+def test_rank_correlation_of_the_right_the_wrong_and_no_opinion():
+    nll_KN = torch.rand(K, N)
+    assert rank_correlation(-nll_KN, nll_KN) == pytest.approx(1.0)
+    assert rank_correlation(nll_KN, nll_KN) == pytest.approx(-1.0)
+    assert rank_correlation(torch.full((K, N), 0.25), nll_KN) is None
+
+
+def test_highest_weight_and_best_teacher():
+    nll_KN = torch.tensor([[1.0, 2.0, 3.0, 1.0], [2.0, 1.0, 1.0, 2.0]])
+    weights_KN = torch.tensor([[0.9, 0.9, 0.1, 0.5], [0.1, 0.1, 0.9, 0.5]])
+    assert best_teacher_share(weights_KN, nll_KN) == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert best_teacher_share(torch.full((K, N), 0.25), torch.rand(K, N)) == pytest.approx(0.25)
+
+
+def test_regret_is_zero_for_the_best_weights_in_hindsight():
+    logp_KN = torch.log(torch.tensor([[0.8, 0.1, 0.7, 0.2], [0.1, 0.6, 0.2, 0.7]]).double())
+    stats = RowStats(logp_KN, logp_KN, logp_KN)
+    best = min(
+        -math.fsum(math.log(w / 1000 * a + (1 - w / 1000) * b) for a, b in logp_KN.exp().T.tolist())
+        for w in range(1001)
+    )
+    oracle_N = -logp_KN.amax(0)
+    assert regret(torch.tensor([best / 4]), stats)["constant"] == pytest.approx(0.0, abs=1e-5)
+    assert regret(oracle_N, stats)["per_token"] == pytest.approx(0.0, abs=1e-12)
+    assert regret(oracle_N, stats)["constant"] < 0
+    assert regret(oracle_N + 0.5, stats)["per_token"] == pytest.approx(0.5)
+
+
+def test_interval_covers_the_difference_and_cancels_what_is_hard_for_both():
+    generator = torch.Generator().manual_seed(0)
+    samples_N = torch.arange(400) // 8
+    hard_N = 5 * torch.rand(50, generator=generator).repeat_interleave(8)
+    noise_N = 0.1 * torch.randn(400, generator=generator)
+    found = difference_interval(hard_N + 0.05 + noise_N, hard_N, samples_N)
+    assert found is not None
+    assert found[0] < 0.05 + float(noise_N.mean()) < found[1]
+    assert found[1] - found[0] < 0.03
+    assert difference_interval(hard_N, hard_N, samples_N) == (0.0, 0.0)
+    assert difference_interval(hard_N, hard_N, samples_N) is not None
+    assert difference_interval(hard_N[:8], hard_N[:8], samples_N[:8]) is None
+    # Rows of one document are not independent: a difference by document is less sure than one by row.
+    wobble_N = torch.randn(50, generator=generator).repeat_interleave(8)
+    by_document = difference_interval(wobble_N, torch.zeros(400), samples_N)
+    by_row = difference_interval(wobble_N, torch.zeros(400), torch.arange(400))
+    assert by_document is not None
+    assert by_row is not None
+    assert by_document[1] - by_document[0] > 2 * (by_row[1] - by_row[0])
+
+
+def test_documents_are_dealt_out_evenly_by_domain():
+    samples_N = torch.arange(12).repeat_interleave(3)
+    domains_N = (torch.arange(12) % 3 == 0).long().repeat_interleave(3)
+    is_fit_N = is_fitted_on(samples_N, domains_N)
+    for domain in (0, 1):
+        for_fit, to_judge = (
+            set(samples_N[(domains_N == domain) & mask_N].tolist())
+            for mask_N in (is_fit_N, ~is_fit_N)
+        )
+        assert not for_fit & to_judge
+        assert len(for_fit) == len(to_judge)
+
+
+def test_a_single_document_is_for_both():
+    zeros_N = torch.zeros(5, dtype=torch.long)
+    assert is_fitted_on(zeros_N, zeros_N).all()
