@@ -48,3 +48,12 @@ def test_records_move_as_a_whole() -> None:
     assert bare.to(torch.device("meta")).domain_ids is None
     assert bare.rows().to(torch.device("meta")).domains is None
     assert isinstance(rows.to(torch.device("cpu")), Rows)
+
+
+def test_a_part_of_the_rows_is_cut_from_every_column() -> None:
+    rows = packed().rows()
+    for which in (slice(1, 3), torch.tensor([1, 2]), torch.tensor([False, True, True, False])):
+        part = rows.part(which)
+        assert part.labels.tolist() == [25, 27]
+        for name in type(rows).__dataclass_fields__:
+            assert torch.equal(getattr(part, name), getattr(rows, name)[1:3])

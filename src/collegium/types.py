@@ -53,6 +53,16 @@ class Rows:
     def __len__(self) -> int:
         return self.labels.shape[0]
 
+    def part(self, which: slice | Tensor) -> Rows:
+        """Some of the rows, chosen by a slice, a mask or indices, in their order."""
+        return Rows(
+            self.index[which],
+            self.labels[which],
+            self.documents[which],
+            self.samples[which],
+            None if self.domains is None else self.domains[which],
+        )
+
     def to(self, device: torch.device) -> Rows:
         """The same rows on another device."""
         return Rows(

@@ -12,12 +12,15 @@ import torch
 
 from collegium.data.windows import PackedDataset
 from collegium.errors import CollegiumError
-from collegium.evaluate import preflight as preflight_module
+from collegium.evaluate import search as search_module
 from collegium.evaluate.advice import Findings, verdict_sentences
-from collegium.evaluate.preflight import Candidate, Preflight, choose, run_preflight
+from collegium.evaluate.measures import is_fitted_on
+from collegium.evaluate.preflight import Preflight, run_preflight
 from collegium.evaluate.scoring import FUSED, score_models
+from collegium.evaluate.search import Candidate, choose
 from collegium.evaluate.sweeps import pairwise_jsd
 from collegium.fusion.pooling import Fusion, describe
+from collegium.fusion.rules import DomainWeights, Gate
 from collegium.fusion.weights import BestSingle, PrefixLikelihood, Uniform
 from collegium.recipe import decode_fusion
 from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
@@ -51,9 +54,12 @@ def entry(report: dict, name: str) -> dict:
     return found
 
 
-def test_specialists_call_for_prefix_likelihood() -> None:
+def test_specialists_call_for_weights_by_domain() -> None:
     found = two_specialists()
-    assert isinstance(found.fusion.weighting, PrefixLikelihood)
+    weighting = found.fusion.weighting
+    assert isinstance(weighting, DomainWeights)
+    assert weighting.weights["ones"]["one"] > 0.9
+    assert weighting.weights["fives"]["five"] > 0.9
     report = found.to_dict()
     assert (
         report["chosen"]["nll"] < entry(report, describe(Fusion(weighting=Uniform())))["nll"] - 0.1
@@ -65,12 +71,77 @@ def test_specialists_call_for_prefix_likelihood() -> None:
     assert [one["nll"] for one in report["fusions"]] == sorted(o["nll"] for o in report["fusions"])
 
 
+def test_every_usual_rule_is_tried_and_measured() -> None:
+    report = two_specialists().to_dict()
+    raw = {
+        one["fusion"]["weighting"]["name"]: one
+        for one in report["fusions"]
+        if one["calibration"] == "raw" and one["fusion"]["pool"] == "linear"
+    }
+    assert set(raw) == {
+        "uniform", "best_single", "entropy", "prefix_likelihood", "fixed", "domain_weights", "consensus", "gate",
+    }  # fmt: skip
+    assert raw["domain_weights"]["rank_correlation"] > 0.5 > abs(raw["entropy"]["rank_correlation"])
+    assert raw["uniform"]["rank_correlation"] is None
+    assert raw["uniform"]["best_teacher_share"] == pytest.approx(0.5)
+    assert raw["domain_weights"]["best_teacher_share"] > 0.7
+    assert (
+        raw["domain_weights"]["regret"]["constant"]
+        < -0.1
+        < 0
+        < raw["entropy"]["regret"]["constant"]
+    )
+    assert all(one["regret"]["per_token"] >= 0 for one in raw.values())
+    chosen = entry(report, report["chosen"]["name"])
+    assert chosen["interval_to_chosen"] == [0.0, 0.0]
+    low, high = raw["uniform"]["interval_to_chosen"]
+    assert 0 < low < raw["uniform"]["nll"] - chosen["nll"] < high
+    assert set(report["chosen"]["leave_one_out"]) == {"one", "five"}
+    assert min(report["chosen"]["leave_one_out"].values()) > 0.1
+
+
+def test_without_domains_the_past_of_a_document_tells_the_specialist() -> None:
+    data = two_domains()
+    documents = [data[i]["input_ids"].tolist() for i in range(len(data))]
+    bare = id_dataset(documents, ["default"] * len(documents), max_length=25)
+    found = run_preflight([specialist("one", 1), specialist("five", 5)], bare, batch_size=8)
+    assert isinstance(found.fusion.weighting, (PrefixLikelihood, Gate))
+    names = {one["fusion"]["weighting"]["name"] for one in found.to_dict()["fusions"]}
+    assert "domain_weights" not in names
+
+
+def test_fitted_rules_are_judged_on_documents_they_have_not_seen() -> None:
+    """The first of two documents speaks for one teacher, the second for the other: what is fitted on it must look bad."""
+    documents = [
+        walks(vocab_size=VOCAB, step=step, noise=0.3, number=1, length=120, seed=step)[0]
+        for step in (1, 5)
+    ]
+    data = id_dataset(documents, ["all", "all"], max_length=120)
+    teachers = [specialist("one", 1), specialist("five", 5)]
+    report = run_preflight(teachers, data, batch_size=2).to_dict()
+    (fitted,) = [
+        one
+        for one in report["fusions"]
+        if one["fusion"]["weighting"]["name"] == "fixed"
+        and one["calibration"] == "raw"
+        and one["fusion"]["pool"] == "linear"
+    ]
+    assert fitted["fusion"]["weighting"]["weights"]["one"] > 0.8
+    assert fitted["nll"] > entry(report, describe(Fusion(weighting=Uniform())))["nll"] + 0.3
+    assert fitted["num_tokens"] == 119
+    assert fitted["interval_to_chosen"] is None
+    given = run_preflight(teachers, data, batch_size=2, candidates=[Fusion()]).to_dict()
+    assert {one["num_tokens"] for one in given["fusions"]} == {238}
+
+
 def test_every_calibration_is_tried() -> None:
     teachers = [specialist("one", 1, 9.0), specialist("five", 5, 9.0)]
     report = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
     tried = {(one["fusion"]["pool"], one["calibration"]) for one in report["fusions"]}
     calibrations = {"raw", "temperatures", "pooled", "temperatures+pooled"}
-    assert tried == {(pool, c) for pool in ("linear", "log_linear") for c in calibrations}
+    assert tried == {
+        (pool, c) for pool in ("linear", "log_linear", "power_mean") for c in calibrations
+    }
 
 
 def test_every_nll_is_that_of_the_fused_target() -> None:
@@ -81,10 +152,16 @@ def test_every_nll_is_that_of_the_fused_target() -> None:
     for one in chosen.values():
         fusion = decode_fusion(one["fusion"])
         scored = score_models([], teachers, fusion, two_domains(), batch_size=5)[FUSED]
-        assert one["nll"] == pytest.approx(scored.nll, rel=1e-5), one["name"]
-        assert one["num_tokens"] == len(scored.targets)
-        for domain, figures in scored.by_domain().items():
-            assert one["domains"][domain] == pytest.approx(figures["nll"], rel=1e-5)
+        samples_N, domains_N = scored.targets.samples_N, scored.targets.domains_N
+        is_judged_N = ~is_fitted_on(
+            torch.from_numpy(samples_N), torch.from_numpy(domains_N)
+        ).numpy()
+        nll_N = scored.nll_N[is_judged_N].astype(float)
+        assert one["nll"] == pytest.approx(nll_N.mean(), rel=1e-5), one["name"]
+        assert one["num_tokens"] == is_judged_N.sum() == len(scored.targets) / 2
+        for number, domain in enumerate(scored.targets.domains):
+            expected = nll_N[domains_N[is_judged_N] == number].mean()
+            assert one["domains"][domain] == pytest.approx(expected, rel=1e-5)
 
 
 def test_teachers_are_measured_like_models() -> None:
@@ -201,8 +278,8 @@ def test_infinite_nll_is_null() -> None:
 
 
 def test_fewer_tokens_for_whole_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight_module, "FULL_TOKENS", 240)
-    monkeypatch.setattr(preflight_module, "FIT_TOKENS", 120)
+    monkeypatch.setattr(search_module, "FULL_TOKENS", 240)
+    monkeypatch.setattr(search_module, "FIT_TOKENS", 120)
     teachers = [specialist("one", 1), specialist("five", 5)]
     found = run_preflight(teachers, two_domains(), batch_size=8, max_tokens=480).to_dict()
     assert found["num_tokens"] == 480
@@ -215,7 +292,7 @@ def test_fewer_tokens_for_whole_distributions(monkeypatch: pytest.MonkeyPatch) -
 
 def test_scalars_and_sweeps_speak_of_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """One teacher alone is the same target in both pools: one comes from scalars, the other from a sweep."""
-    monkeypatch.setattr(preflight_module, "FULL_TOKENS", 240)
+    monkeypatch.setattr(search_module, "FULL_TOKENS", 240)
     teachers = [specialist("one", 1), specialist("five", 5)]
     alone = [Fusion(weighting=BestSingle(teacher=t.name), pool="log_linear") for t in teachers]
     found = run_preflight(teachers, two_domains(), batch_size=8, candidates=alone).to_dict()

@@ -10,7 +10,6 @@ import torch
 import reference
 from collegium.fusion.calibration import linear_pool_nll
 from collegium.fusion.fits import fit_domain_weights, fit_em_weights, fit_gate
-from collegium.fusion.pooling import rows_of
 from collegium.fusion.rules import DomainWeights, Gate
 from collegium.fusion.weights import BestSingle, Fixed, RowStats, Uniform
 from collegium.types import Rows
@@ -99,7 +98,7 @@ def test_domain_weights_find_the_specialists():
 def test_a_domain_of_few_rows_keeps_close_to_the_default():
     stats, rows = _specialists(300)
     few = RowStats(*[stats.label_logp_KN[:, :20]] * 3)
-    here = rows_of(rows, slice(0, 20))
+    here = rows.part(slice(0, 20))
     free, held = (
         fit_domain_weights(few, here, NAMES, domains=DOMAINS, prior_rows=prior).weights["court"][
             "law"

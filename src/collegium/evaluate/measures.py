@@ -46,18 +46,17 @@ def best_teacher_share(weights_KN: Tensor, nll_KN: Tensor) -> float:
     return float(((is_highest_KN * is_best_KN).sum(0) / is_highest_KN.sum(0)).mean())
 
 
-def regret(nll_N: Tensor, stats: RowStats) -> dict[str, float]:
+def regret(nll_N: Tensor, label_logp_KN: Tensor) -> dict[str, float]:
     """NLL of a fused target minus that of the best convex weights in hindsight.
 
     Returns:
         `constant`: against the best weights that are the same at every row (EM on these very rows); `per_token`: against the best
         weights at each row, which put everything on its best teacher. Negative values are possible for the first alone.
     """
-    names = [str(k) for k in range(len(stats.label_logp_KN))]
-    weight_K = stats.label_logp_KN.new_tensor(
-        list(fit_em_weights(stats, names).weights.values()), dtype=torch.float64
-    )
-    logp_KN = stats.label_logp_KN.double()
+    logp_KN = label_logp_KN.double()
+    names = [str(k) for k in range(len(logp_KN))]
+    best = fit_em_weights(RowStats(logp_KN, logp_KN, logp_KN), names).weights
+    weight_K = logp_KN.new_tensor(list(best.values()))
     constant_N = -(weight_K.log()[:, None] + logp_KN).logsumexp(0) + weight_K.sum().log()
     nll = float(nll_N.mean())
     return {

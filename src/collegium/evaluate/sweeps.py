@@ -6,7 +6,7 @@ Shapes: N rows of the calibration split, n block of rows, V vocabulary, K teache
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -26,11 +26,15 @@ from collegium.evaluate.scoring import (
 )
 from collegium.fusion.calibration import TemperatureTables, linear_pool_nll
 from collegium.fusion.pooling import FusedTarget, Fusion
+from collegium.fusion.stream import TeacherReader
 from collegium.fusion.weights import RowStats, Weighting
 from collegium.types import Rows, TeacherRows
 
 JSD_ROWS = 4096
 """About how many rows the disagreement of the teachers is measured on."""
+
+CONSENSUS_ROWS = 256
+"""Rows per block of the divergence from the consensus."""
 
 PAIR_ELEMENTS = 2**22
 """Elements of one (K, n, V) buffer of that measurement."""
@@ -71,6 +75,8 @@ class Scalars:
     """Mean Jensen-Shannon divergence of each pair in nats, float64."""
     differs_KK: Tensor
     """Share of rows on which the pair's most likely tokens differ, float64."""
+    consensus_kl_KN: Tensor
+    """(K, N) KL(P_k || mean of all P) of the raw teachers: it changes with each temperature, and is kept for 1 alone."""
 
     @property
     def teachers(self) -> list[str]:
@@ -83,7 +89,11 @@ class Scalars:
         for name in teachers:
             table, at = self._by_teacher[name], self._column(temperatures.get(name, 1.0))
             picked.append((table.entropy_KN[at], table.label_logp_KN[at], table.max_logp_KN[at]))
-        return RowStats(*(torch.stack(columns) for columns in zip(*picked, strict=True)))
+        stats = RowStats(*(torch.stack(columns) for columns in zip(*picked, strict=True)))
+        if any(temperatures.get(name, 1.0) != 1.0 for name in self.teachers):
+            return stats
+        numbers = [self.teachers.index(name) for name in teachers]
+        return replace(stats, consensus_kl_KN=self.consensus_kl_KN[numbers])
 
     def linear_nll(
         self,
@@ -91,17 +101,23 @@ class Scalars:
         temperatures: Mapping[str, float],
         teachers: Sequence[str] | None = None,
     ) -> Tensor:
-        """NLL of the linear pool at every row: (N,) float64 nats; temperatures must be on the grid."""
+        """NLL of the linear pool at every row: (N,) float64 nats; temperatures must be on the grid.
+
+        A rule that needs the consensus goes without temperatures, and takes that of all teachers also for some of them.
+        """
         names = self.teachers if teachers is None else list(teachers)
         stats = self.stats(temperatures, names)
-        return linear_pool_nll(stats, weighting, self._rows, names)
+        return linear_pool_nll(stats, weighting, self.rows, names)
 
     def shares(self, weighting: Weighting, temperatures: Mapping[str, float]) -> dict[str, float]:
         """Mean weight of each teacher."""
-        names = self.teachers
-        stats = self.stats(temperatures, names)
-        score_KN, _ = weighting.log_scores(stats, self._rows, names)
-        return dict(zip(names, score_KN.softmax(0).mean(1).tolist(), strict=True))
+        weights_K = self.weights(weighting, temperatures).mean(1)
+        return dict(zip(self.teachers, weights_K.tolist(), strict=True))
+
+    def weights(self, weighting: Weighting, temperatures: Mapping[str, float]) -> Tensor:
+        """(K, N) float64, each column sums to 1."""
+        stats = self.stats(temperatures, self.teachers)
+        return weighting.log_scores(stats, self.rows, self.teachers)[0].softmax(0)
 
     def metrics(self, teacher: str) -> Metrics:
         """The raw teacher on its own."""
@@ -121,7 +137,8 @@ class Scalars:
         return {name: self.tables.teacher(name) for name in self.tables.names}
 
     @cached_property
-    def _rows(self) -> Rows:
+    def rows(self) -> Rows:
+        """All rows, with documents that are unique among them."""
         return self.tables.rows()
 
     def _column(self, temperature: float) -> int:
@@ -138,17 +155,20 @@ def sweep_teachers(teachers: Sequence[Scorer], split: Calibration) -> Scalars:
     """
     tables = TemperatureTables()
     origins: list[Origins] = []
+    consensus: list[Tensor] = []
     pairs = _Pairs(len(teachers))
     step = max(1, sum(window_counts(split.dataset, split.windows)) // JSD_ROWS)
     with torch.no_grad():
         for chunk in split.chunks():
             answers = [teacher.score(chunk.batch, chunk.rows) for teacher in teachers]
-            tables.add(answers, blocks_of(chunk.rows, answers[0].scores, None)[0])
+            rows = blocks_of(chunk.rows, answers[0].scores, None)[0]
+            tables.add(answers, rows)
+            consensus.append(_consensus(answers, rows))
             pairs.add(answers, len(chunk.rows), step)
             origins.append(chunk.origins)
     targets = gather_targets(origins, split.dataset)
     jsd_KK, differs_KK = pairs.means()
-    return Scalars(tables, targets, jsd_KK, differs_KK)
+    return Scalars(tables, targets, jsd_KK, differs_KK, torch.cat(consensus, 1))
 
 
 def sweep_fusions(
@@ -165,6 +185,15 @@ def sweep_fusions(
                 logps = [target.block(block).logp_nV.gather(1, labels_n1) for target in targets]
                 parts.append(-torch.cat(logps, 1).T.double().cpu())
     return torch.cat(parts, 1)
+
+
+def _consensus(answers: Sequence[TeacherRows], rows: Rows) -> Tensor:
+    """(K, N) divergence of each teacher from the mean of all, on the CPU."""
+    reader = TeacherReader(answers, rows, {})
+    starts = range(0, len(rows), CONSENSUS_ROWS)
+    blocks = [slice(start, min(start + CONSENSUS_ROWS, len(rows))) for start in starts]
+    found = [reader.stats(block, consensus=True).consensus_kl().cpu() for block in blocks]
+    return torch.cat(found, dim=1)
 
 
 class _Pairs:

@@ -179,10 +179,23 @@ class TemperatureTables:
             domains=torch.cat(domains) if len(domains) == len(self._rows) else None,
         )
 
+    def part(self, is_kept_N: Tensor) -> TemperatureTables:
+        """The tables of some of the rows; whole documents, so that what looks back finds what it looks for."""
+        part = TemperatureTables(grid=self.grid, block_size=self._block_size)
+        part._names = list(self._names)
+        part._batches = [[_kept(self.teacher(name), is_kept_N) for name in self._names]]
+        part._rows = [self.rows().part(is_kept_N)]
+        return part
+
     def teacher(self, name: str) -> RowStats:
         """Statistics (G, N) of one teacher over all batches."""
         number = self._names.index(name)
         return RowStats.cat([batch[number] for batch in self._batches])
+
+
+def _kept(table: RowStats, is_kept_N: Tensor) -> RowStats:
+    columns = (table.entropy_KN, table.label_logp_KN, table.max_logp_KN)
+    return RowStats(*[column_GN[:, is_kept_N] for column_GN in columns])
 
 
 def fit_temperature(tables: TemperatureTables, teacher: str) -> float:

@@ -250,7 +250,7 @@ class FusedTarget:
         else:
             score_1n, self._carries[number] = self._fusion.weighting.log_scores(
                 RowStats.stack([stats]),
-                rows_of(self._rows, block),
+                self._rows.part(block),
                 self._names[number : number + 1],
                 self._carries[number],
             )
@@ -338,14 +338,3 @@ def _flat(options: Mapping[str, object], prefix: str = "") -> dict[str, object]:
             name = f"{prefix}{inner}"
             flat.update(_flat(item, f"{name}/") if isinstance(item, dict) else {name: item})
     return flat
-
-
-def rows_of(rows: Rows, block: slice) -> Rows:
-    """The rows of one block."""
-    return Rows(
-        rows.index[block],
-        rows.labels[block],
-        rows.documents[block],
-        rows.samples[block],
-        None if rows.domains is None else rows.domains[block],
-    )
