@@ -12,6 +12,7 @@ from collegium.fusion.conflict import ConflictBlock
 from collegium.fusion.pooling import FusedBlock, FusedTarget, Fusion
 from collegium.fusion.rules import (
     AvgCE,
+    CalibratedEntropy,
     ConfidenceAware,
     Consensus,
     DomainWeights,
@@ -54,6 +55,14 @@ WEIGHTING_CASES: list[Weighting] = [
     DomainWeights(
         weights={"court": {"law": 0.0, "medicine": 0.9, "prose": 0.1}},
         default={"law": 0.0, "medicine": 0.5, "prose": 0.5},
+    ),
+    CalibratedEntropy(
+        maps={
+            "law": [[0.2, 0.9], [0.7, 1.1], [1.4, 2.5]],
+            "medicine": [[0.1, 0.1], [1.5, 1.5]],
+            "prose": [[0.6, 1.2]],
+        },
+        tau=0.8,
     ),
     Consensus(),
     Gate(

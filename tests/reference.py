@@ -5,6 +5,7 @@ Distributions are lists over V, teachers are lists over K, rows are lists over N
 
 from __future__ import annotations
 
+import itertools
 import math
 
 
@@ -66,6 +67,16 @@ def prefix_weights(
             scores.append(eta * math.fsum(decay ** (t - s) * logp[s] for s in earlier))
         result.append(softmax(scores))
     return result
+
+
+def interpolated(x: float, knots: list[list[float]]) -> float:
+    """Straight lines between the knots, constant beyond them."""
+    if x <= knots[0][0]:
+        return knots[0][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(knots):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return knots[-1][1]
 
 
 def mean_distribution(logps: list[list[float]]) -> list[float]:
@@ -191,6 +202,12 @@ def row_weights(
     if name == "domain_weights":
         tables = [options["weights"].get(d, options["default"]) for d in domains or []]
         return [normalized([table[n] for n in names]) for table in tables]
+    if name == "calibrated_entropy":
+        scores = [
+            [-interpolated(entropy(row), options["maps"][n]) / options["tau"] for row in rows]
+            for n, rows in zip(names, logps, strict=True)
+        ]
+        return [softmax([values[t] for values in scores]) for t in range(num_rows)]
     if name == "consensus":
         divergences = [consensus_kl([rows[t] for rows in logps]) for t in range(num_rows)]
         return [softmax([-kl / options["tau"] for kl in row]) for row in divergences]

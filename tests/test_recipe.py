@@ -140,7 +140,7 @@ VARIETY: dict[str, dict[str, str]] = {
     **{
         f"weighting {name}": {"fusion": f"{{weighting: {name}}}"}
         for name in WEIGHTINGS
-        if name not in ("fixed", "best_single", "domain_weights", "gate")
+        if name not in ("fixed", "best_single", "domain_weights", "gate", "calibrated_entropy")
     },
     "domain weights": {
         "fusion": "{weighting: {name: domain_weights, weights: {law: {code: 0, prose: 1}, '1e3': {code: 0.5, prose: 0.5}}, "
@@ -148,6 +148,9 @@ VARIETY: dict[str, dict[str, str]] = {
     },
     "gate": {
         "fusion": "{weighting: {name: gate, offsets: {code: 0, prose: -0.25}, consensus: -1.5, decay: 0.95}}"
+    },
+    "entropy maps": {
+        "fusion": "{weighting: {name: calibrated_entropy, maps: {code: [[0, 1], [2.5, 3]], prose: [[1, 1]]}}}"
     },
     "average cross-entropy": {"fusion": "{weighting: {name: avg_ce, tau: 0.1}}"},
     "power mean": {"fusion": "{pool: power_mean, exponent: 0.25}"},

@@ -333,9 +333,11 @@ def _check_fusion(fusion: Fusion, teachers: Mapping[str, Any], document: Documen
     weighting = fusion.weighting
     for path, table in weighting.teacher_tables().items():
         names[("weighting", *path)] = list(table)
-        what = "number" if path == ("offsets",) else "weight"
+        is_fitted = path in (("offsets",), ("maps",))
         for missing in sorted(set(teachers) - set(table)):
-            text = f"no {what} for teacher `{missing}`; give one, 0 to leave it out"
+            text = f"no weight for teacher `{missing}`; give one, 0 to leave it out"
+            if is_fitted:
+                text = f"nothing for teacher `{missing}`; fit it again with all teachers"
             document.add(("fusion", "weighting", *path), text)
     if isinstance(weighting, BestSingle):
         names["weighting", "teacher"] = [weighting.teacher]

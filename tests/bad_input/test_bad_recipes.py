@@ -172,7 +172,7 @@ CASES = {
     ),
     "16 gate": (
         minimal(fusion="{weighting: {name: gate, offsets: {code: 0.5}}}"),
-        "run.yaml:13: fusion.weighting.offsets: no number for teacher `prose`; give one, 0 to leave it out",
+        "run.yaml:13: fusion.weighting.offsets: nothing for teacher `prose`; fit it again with all teachers",
     ),
     "17 pool": (
         minimal(fusion="{pool: log_linear, exponent: 0.3}"),

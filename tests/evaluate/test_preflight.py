@@ -83,8 +83,8 @@ def test_every_usual_rule_is_tried_and_measured() -> None:
     }  # fmt: skip
     assert raw["domain_weights"]["rank_correlation"] > 0.5 > abs(raw["entropy"]["rank_correlation"])
     assert raw["uniform"]["rank_correlation"] is None
-    assert raw["uniform"]["best_teacher_share"] == pytest.approx(0.5)
-    assert raw["domain_weights"]["best_teacher_share"] > 0.7
+    shares = {name: one["best_teacher_share"] for name, one in raw.items()}
+    assert 0.5 <= shares["uniform"] < shares["domain_weights"] - 0.1
     assert (
         raw["domain_weights"]["regret"]["constant"]
         < -0.1

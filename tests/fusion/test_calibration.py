@@ -18,6 +18,7 @@ from collegium.fusion.calibration import (
     fit_pooled_temperature,
     fit_temperature,
     linear_pool_nll,
+    over_under_confidence,
     reliability_bins,
     temperature_table,
 )
@@ -66,6 +67,21 @@ def test_ece_of_constant_confidence_does_not_depend_on_order():
     confidence = torch.full((100,), 0.9, dtype=torch.float64)
     assert expected_calibration_error(confidence, is_correct) == pytest.approx(0.2)
     assert expected_calibration_error(confidence, is_correct.flip(0)) == pytest.approx(0.2)
+
+
+def test_over_and_under_confidence_are_the_two_halves_of_the_error():
+    generator = np.random.default_rng(0)
+    confidence = generator.random(1000)
+    is_correct = generator.random(1000) < np.where(confidence < 0.5, 0.9 * confidence + 0.1, 0.6)
+    over, under = over_under_confidence(confidence, is_correct)
+    whole = expected_calibration_error(confidence, is_correct)
+    assert over + under == pytest.approx(whole)
+    assert over > 0.05
+    assert under > 0.01
+    sure = torch.full((10,), 0.9)
+    assert over_under_confidence(sure, torch.arange(10) < 4) == pytest.approx((0.5, 0.0))
+    assert over_under_confidence(1 - sure, torch.arange(10) < 4) == pytest.approx((0.0, 0.3))
+    assert math.isnan(over_under_confidence(sure[:0], sure[:0])[0])
 
 
 def test_reliability_bins_have_equal_mass():

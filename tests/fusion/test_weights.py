@@ -292,6 +292,7 @@ def test_weights_may_sum_to_one_within_rounding():
 def test_every_rule_is_in_the_table_under_its_name():
     assert {type(weighting) for weighting in WEIGHTING_CASES} == set(WEIGHTINGS.values())
     assert list(WEIGHTINGS) == [
-        "uniform", "fixed", "domain_weights", "best_single", "entropy", "consensus",
+        "uniform", "fixed", "domain_weights", "best_single", "entropy",
+        "calibrated_entropy", "consensus",
         "prefix_likelihood", "gate", "ca_mkd", "min_ce", "avg_ce",
     ]  # fmt: skip

@@ -39,7 +39,8 @@ def _centered_ranks(value_KN: Tensor) -> Tensor:
 def best_teacher_share(weights_KN: Tensor, nll_KN: Tensor) -> float:
     """P(highest weight = best teacher): share of the rows whose teacher of highest weight has the lowest NLL.
 
-    Teachers of equal weight count as one of them drawn at random: uniform weights score 1/K.
+    Teachers of equal weight count as one of them drawn at random: uniform weights score
+    1/K where no two teachers are equally good.
     """
     is_highest_KN = (weights_KN == weights_KN.amax(0)).double()
     is_best_KN = nll_KN == nll_KN.amin(0)

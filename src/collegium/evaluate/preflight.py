@@ -27,7 +27,7 @@ from collegium.evaluate.metrics import Metrics, Targets, finite
 from collegium.evaluate.scoring import Progress, Scorer, distinct_scorers, spread_windows
 from collegium.evaluate.search import SAME_NLL, Candidate, Search, choose
 from collegium.evaluate.sweeps import Calibration, Scalars, sweep_teachers
-from collegium.fusion.calibration import fit_temperature
+from collegium.fusion.calibration import fit_temperature, over_under_confidence
 from collegium.fusion.pooling import Fusion, describe, to_recipe
 from collegium.fusion.weights import BestSingle, Uniform
 
@@ -118,11 +118,14 @@ def run_preflight(
 
 
 def _teacher_report(scalars: Scalars, metrics: Metrics) -> dict[str, Any]:
+    over, under = over_under_confidence(metrics.confidence_N, metrics.is_correct_N)
     return {
         "nll": finite(metrics.nll),
         "perplexity": finite(metrics.perplexity),
         "entropy": finite(metrics.entropy),
         "ece": finite(metrics.ece),
+        "ece_over": finite(over),
+        "ece_under": finite(under),
         "overconfidence": finite(metrics.overconfidence),
         "temperature": finite(fit_temperature(scalars.tables, metrics.name)),
         "top1": finite(metrics.top1),

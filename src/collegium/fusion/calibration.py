@@ -46,6 +46,24 @@ def expected_calibration_error(
     return float((count * np.abs(accuracy - confidence)).sum() / count.sum())
 
 
+def over_under_confidence(
+    confidence_N: Tensor | np.ndarray, is_correct_N: Tensor | np.ndarray, bins: int = 15
+) -> tuple[float, float]:
+    """The calibration error's two halves: of bins more confident than right, and of bins more right than confident.
+
+    over = sum_m |B_m| / N * max(0, confidence_m - accuracy_m), under the same with the signs turned; over + under = ECE, with the
+    bins of `expected_calibration_error`. NaN twice without rows.
+    """
+    binned = reliability_bins(confidence_N, is_correct_N, bins)
+    if not binned["count"]:
+        return float("nan"), float("nan")
+    confidence, accuracy, count = (
+        np.asarray(binned[key]) for key in ("confidence", "accuracy", "count")
+    )
+    share, gap = count / count.sum(), confidence - accuracy
+    return float((share * gap.clip(min=0)).sum()), float((share * (-gap).clip(min=0)).sum())
+
+
 def reliability_bins(
     confidence_N: Tensor | np.ndarray, is_correct_N: Tensor | np.ndarray, bins: int = 15
 ) -> dict[str, list[float]]:

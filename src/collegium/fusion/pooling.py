@@ -320,7 +320,11 @@ def _options_of(option: Weighting | Conflict) -> dict[str, object]:
 def _call(name: str, options: Mapping[str, object]) -> str:
     """`name(key=value, ...)`; a dict among the values is written out in its place."""
     inner = ", ".join(
-        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
+        f"{key}={value:.3g}"
+        if isinstance(value, float)
+        else f"{key}={len(value)} knots"
+        if isinstance(value, list)
+        else f"{key}={value}"
         for key, value in _flat(options).items()
         if value is not None
     )

@@ -6,6 +6,7 @@ Shapes: N rows (or one block of them), K teachers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from collegium.fusion.isotonic import interpolate
 from collegium.fusion.weights import (
     MIN_LOGP,
     BestSingle,
@@ -65,6 +67,44 @@ class DomainWeights(Weighting):
                 is_here_N = rows.domains == domain_number(domain)
                 score_KN = torch.where(is_here_N, own_KN, score_KN)
         return score_KN, None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CalibratedEntropy(Weighting):
+    """More weight for a teacher whose certainty has been worth more: w_k = softmax_k(-m_k(H_k) / tau), m_k increasing.
+
+    m_k maps the teacher's entropy to the NLL that such an entropy meant on the calibration split, so that being certain and wrong no
+    longer pays. It changes weights alone; the teachers' distributions stay as they are. `fit_entropy_maps` fits the maps.
+    """
+
+    maps: dict[str, list[list[float]]]
+    """Knots [entropy, NLL] of each teacher by name, in nats, both ascending; straight lines between them."""
+    tau: Annotated[float, Field(gt=0)] = 1.0
+    """Nats of difference in expected NLL that change the odds e-fold."""
+
+    @model_validator(mode="after")
+    def _maps_increase(self) -> CalibratedEntropy:
+        for name, knots in self.maps.items():
+            has_pairs = len(knots) > 0 and all(len(knot) == 2 for knot in knots)
+            if not has_pairs or any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise(knots)):
+                raise ValueError(
+                    f"maps: the knots of `{name}` must be pairs [entropy, NLL], both ascending; fit them again"
+                )
+        return self
+
+    @property
+    def streams(self) -> bool:
+        return True
+
+    def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
+        return {("maps",): self.maps}
+
+    def log_scores(
+        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
+    ) -> tuple[Tensor, Carry | None]:
+        pairs = zip(stats.entropy_KN, teachers, strict=True)
+        expected_KN = torch.stack([interpolate(h_N, self.maps[name]) for h_N, name in pairs])
+        return -expected_KN / self.tau, None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -246,6 +286,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "domain_weights": DomainWeights,
     "best_single": BestSingle,
     "entropy": Entropy,
+    "calibrated_entropy": CalibratedEntropy,
     "consensus": Consensus,
     "prefix_likelihood": PrefixLikelihood,
     "gate": Gate,

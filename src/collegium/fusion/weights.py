@@ -159,9 +159,10 @@ class Weighting(ABC):
             what = path[0].removesuffix("s")
             for teacher in teachers:
                 if teacher not in table:
+                    remedy = f"add `{teacher}: 0.0` to leave it out"
                     raise RecipeError(
                         f"fusion.weighting: got no {what} for teacher `{teacher}`; must give one to each; "
-                        f"add `{teacher}: 0.0`" + ("" if what == "offset" else " to leave it out")
+                        + ("fit it again" if what in ("offset", "map") else remedy)
                     )
 
 
