@@ -128,6 +128,7 @@ def _preflight(workspace: Workspace) -> dict[str, Any]:
             workspace.datasets["calibration"],
             batch_size=recipe.preflight.batch_size,
             max_tokens=recipe.preflight.max_tokens,
+            extended=recipe.preflight.candidates == "extended",
             progress=advance,
         )
         write_json(path, found.to_dict())

@@ -53,6 +53,8 @@ class PreflightOptions:
     """Tokens of the calibration split that each teacher reads."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Windows per forward pass."""
+    candidates: Literal["standard", "extended"] = "standard"
+    """`extended` also tries weights fitted on calibration text (EM, per domain, learned gate), the consensus rule and the power mean."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

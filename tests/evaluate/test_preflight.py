@@ -46,7 +46,7 @@ def specialist(name: str, step: int, sharpness: float = 4.0) -> BigramTeacher:
 @lru_cache(maxsize=1)
 def two_specialists() -> Preflight:
     teachers = [specialist("one", 1), specialist("five", 5)]
-    return run_preflight(teachers, two_domains(), batch_size=8)
+    return run_preflight(teachers, two_domains(), batch_size=8, extended=True)
 
 
 def entry(report: dict, name: str) -> dict:
@@ -118,7 +118,7 @@ def test_fitted_rules_are_judged_on_documents_they_have_not_seen() -> None:
     ]
     data = id_dataset(documents, ["all", "all"], max_length=120)
     teachers = [specialist("one", 1), specialist("five", 5)]
-    report = run_preflight(teachers, data, batch_size=2).to_dict()
+    report = run_preflight(teachers, data, batch_size=2, extended=True).to_dict()
     (fitted,) = [
         one
         for one in report["fusions"]
@@ -136,7 +136,7 @@ def test_fitted_rules_are_judged_on_documents_they_have_not_seen() -> None:
 
 def test_every_calibration_is_tried() -> None:
     teachers = [specialist("one", 1, 9.0), specialist("five", 5, 9.0)]
-    report = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
+    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_dict()
     tried = {(one["fusion"]["pool"], one["calibration"]) for one in report["fusions"]}
     calibrations = {"raw", "temperatures", "pooled", "temperatures+pooled"}
     assert tried == {
@@ -147,7 +147,7 @@ def test_every_calibration_is_tried() -> None:
 def test_every_nll_is_that_of_the_fused_target() -> None:
     """Scalars, sweeps and the evaluation agree, whatever the pool and the temperatures."""
     teachers = [specialist("one", 1, 9.0), specialist("five", 5)]
-    report = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
+    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_dict()
     chosen = {one["fusion"]["pool"] + one["calibration"]: one for one in report["fusions"]}
     for one in chosen.values():
         fusion = decode_fusion(one["fusion"])
@@ -202,7 +202,7 @@ def test_divergence_is_bounded_and_symmetric() -> None:
 
 def test_an_overconfident_teacher_is_named() -> None:
     teachers = [specialist("one", 1), specialist("loud", 5, sharpness=14.0)]
-    found = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
+    found = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_dict()
     assert found["teachers"]["loud"]["overconfidence"] > 1.0
     assert found["teachers"]["loud"]["temperature"] > 1.5
     assert "over-confident: " in found["verdict"][1]
@@ -261,7 +261,7 @@ def test_candidates_are_taken_as_they_are() -> None:
 
 def test_same_numbers_twice_and_strict_json() -> None:
     teachers = [specialist("one", 1), specialist("five", 5)]
-    again = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
+    again = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_dict()
     first = two_specialists().to_dict()
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
     text = json.dumps(first, allow_nan=False)
@@ -272,7 +272,7 @@ def test_infinite_nll_is_null() -> None:
     sure = torch.full((VOCAB, VOCAB), -math.inf)
     sure.fill_diagonal_(0.0)
     teachers = [specialist("one", 1), BigramTeacher("sure", sure)]
-    found = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
+    found = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_dict()
     json.dumps(found, allow_nan=False)
     assert found["best_single"]["teacher"] == "one"
 
@@ -365,3 +365,14 @@ def test_verdict_against_several_teachers() -> None:
         "over-confident: `b` (NLL - H = +1.20 nats).",
         "Several teachers do not beat the best single one, `a`: NLL 2.250 against 2.250, perplexity 9.5 against 9.5.",
     ]
+
+
+def test_only_rules_that_are_not_fitted_are_standard():
+    teachers = [specialist("one", 1), specialist("five", 5)]
+    standard = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
+    extended = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_dict()
+    names = [entry["fusion"]["weighting"]["name"] for entry in standard["fusions"]]
+    assert set(names) == {"uniform", "best_single", "entropy", "prefix_likelihood"}
+    more = {entry["fusion"]["weighting"]["name"] for entry in extended["fusions"]} - set(names)
+    assert more == {"fixed", "domain_weights", "consensus", "gate"}
+    assert "power_mean" not in {entry["fusion"]["pool"] for entry in standard["fusions"]}

@@ -53,12 +53,12 @@ def run_preflight(
     batch_size: int,
     max_tokens: int | None = None,
     candidates: Sequence[Fusion] | None = None,
+    extended: bool = False,
     progress: Progress | None = None,
 ) -> Preflight:
     """Measure the teachers and their fusions on the calibration split, and choose the fusion of lowest NLL.
 
-    Linear pools come from one sweep of scalars; log-linear pools are tried for the best three weightings, the power mean for the best
-    one, and a pooled temperature for the best of each kind of pool, with and without temperatures of its teachers. Weights and temperatures are
+    Linear pools come from one sweep of scalars; log-linear pools are tried for the best three weightings, and a pooled temperature for the best of each kind of pool, with and without temperatures of its teachers. Weights and temperatures are
     fitted on every other document of each domain; all fusions are ranked on the same tokens of the others (at most about 8192 read). Of
     those within 0.002 nats of the best, the simplest is chosen: fewer fitted parts, then the linear pool.
 
@@ -72,6 +72,7 @@ def run_preflight(
         batch_size: windows per forward pass.
         max_tokens: about how many target tokens to read, in windows spread over the split; None for all.
         candidates: fusions to compare as they are, beside uniform weights and the best single teacher; None tries the usual ones.
+        extended: also try fitted weights, the learned gate, the consensus rule and the power mean.
         progress: called with (batches done, all batches) of each sweep.
 
     Raises:
@@ -89,7 +90,14 @@ def run_preflight(
     scalars = sweep_teachers(teachers, split)
     metrics = {name: scalars.metrics(name) for name in scalars.teachers}
     best_single = min(metrics, key=lambda name: metrics[name].nll)
-    search = Search(teachers, scalars, split, best_single=best_single, candidates=candidates)
+    search = Search(
+        teachers,
+        scalars,
+        split,
+        best_single=best_single,
+        candidates=candidates,
+        extended=extended,
+    )
     ranked = search.ranked()
     chosen = choose(ranked)
     findings = _findings(search, ranked, chosen, metrics)

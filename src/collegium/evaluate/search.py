@@ -107,7 +107,8 @@ class Search:
     """The fusions that are compared, what they are fitted on, and what they are compared on.
 
     The usual fusions are fitted on every other document of each domain and compared on the others, so that a rule with more to fit
-    has no advantage. Given candidates are compared as they are, on all documents.
+    has no advantage. Given candidates are compared as they are, on all documents. `extended` adds the rules that are fitted on calibration
+    documents (EM weights, also per domain, and the gate), the consensus rule and the power mean.
     """
 
     def __init__(
@@ -118,8 +119,10 @@ class Search:
         *,
         best_single: str,
         candidates: Sequence[Fusion] | None,
+        extended: bool = False,
     ) -> None:
         self.teachers = teachers
+        self._is_extended = extended
         self.scalars = scalars
         self.best_single = best_single
         self._candidates = candidates
@@ -156,7 +159,9 @@ class Search:
         if len(self.teachers) == 1:
             weightings: list[Weighting] = [BestSingle(teacher=self.best_single)]
         else:
-            weightings = [*default_weightings(self.best_single), *self._fitted_weightings()]
+            weightings = default_weightings(self.best_single)
+            if self._is_extended:
+                weightings += self._fitted_weightings()
         scored = [self._with_temperatures(weighting) for weighting in weightings]
         linear = [one for pair in scored for one in pair]
         mixing = [pair for pair in scored if not isinstance(pair[0].fusion.weighting, BestSingle)]
@@ -213,12 +218,13 @@ class Search:
         )
 
     def _other_pools(self, fusions: Sequence[Fusion]) -> list[Fusion]:
-        """Log-linear pools of these weightings and the power mean of the first, raw and with temperatures."""
+        """Log-linear pools of these weightings, raw and with temperatures; extended, the power mean of the first too."""
         # In a product every teacher answers for every token, so each is calibrated on its own.
         tables = self._fit_tables
         alone = {name: fit_temperature(tables, name) for name in self.scalars.teachers}
         raw = [dataclasses.replace(fusion, pool="log_linear") for fusion in fusions]
-        raw += [dataclasses.replace(fusion, pool="power_mean") for fusion in fusions[:1]]
+        if self._is_extended:
+            raw += [dataclasses.replace(fusion, pool="power_mean") for fusion in fusions[:1]]
         return raw + [dataclasses.replace(fusion, temperatures=alone) for fusion in raw]
 
     def _pooled(self, candidates: Sequence[Candidate]) -> list[Fusion]:
