@@ -22,8 +22,8 @@ from torch import Tensor
 
 from collegium.types import STRICT, SparseRows
 
-STEP = 1 / 128
-"""Nats between two log-probabilities that top k can tell apart, as fine as bfloat16 tells probabilities apart."""
+STEP = 1 / 64
+"""Nats between two log-probabilities that top k tells apart; logits of 16 in bfloat16 lie eight times as far apart."""
 MOST_DROP = 2**16 - 1
 MOST_DRAWS = 2**16 - 1
 SCALARS = ("entropy", "label_logp", "max_logp", "disagreement")
@@ -116,9 +116,7 @@ class TopK:
         """(E,) float32 log-probabilities that sum, with the tail, to 1."""
         assert encoded.log_tail is not None
         sizes = encoded.sizes.astype(np.int64)
-        running = np.cumsum(encoded.values.astype(np.int64))
-        before = np.repeat(np.concatenate([[0], running])[np.cumsum(sizes) - sizes], sizes)
-        logp = -(running - before) * STEP
+        logp = -running_sums(encoded.values.astype(np.int64), sizes) * STEP
         log_tail = encoded.log_tail.astype(np.float64)
         log_kept = np.log(-np.expm1(np.minimum(log_tail, -1e-12)))
         scale = log_kept - np.log(row_sums(np.exp(logp), encoded.sizes))
@@ -225,6 +223,28 @@ def row_sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(E,) values summed over the entries of each of n rows; no row may be empty."""
     sizes = sizes.astype(np.int64)
     return np.add.reduceat(values, np.cumsum(sizes) - sizes) if len(sizes) else values[:0]
+
+
+def to_gaps(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(E,) ids that rise within each row -> the difference to the id before, the first of a row as it is."""
+    gaps = np.diff(ids, prepend=ids[:1])
+    sizes = sizes.astype(np.int64)
+    first = np.cumsum(sizes) - sizes
+    gaps[first] = ids[first]
+    return gaps
+
+
+def from_gaps(gaps: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """What `to_gaps` was given; an id too large for its type shows as an id out of the vocabulary, as int64."""
+    return running_sums(gaps.astype(np.int64), sizes)
+
+
+def running_sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(E,) int64 sums from the first entry of the row to each entry."""
+    running = np.cumsum(values)
+    sizes = sizes.astype(np.int64)
+    before = np.concatenate([np.zeros(1, running.dtype), running])[np.cumsum(sizes) - sizes]
+    return running - np.repeat(before, sizes)
 
 
 def _float16(name: str, values_n: Tensor) -> np.ndarray:
