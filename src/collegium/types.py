@@ -219,6 +219,7 @@ class TeacherRows:
 
     name: str
     scores: RowLogits
+    """Its distributions; `SparseRows` are a finished target, not a distribution to be fused."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
