@@ -23,7 +23,7 @@ REMEDY = "wait for it, or choose another output_dir"
 OWN_FILES = ("recipe.json", "stages.json")
 """A folder that holds one of these is a run's."""
 PACKAGES = ("collegium", "torch", "transformers", "tokenizers", "datasets", "numpy")
-FREE_SECTIONS = frozenset({"evaluate", "preflight", "name", "output_dir"})
+FREE_SECTIONS = frozenset({"cache", "evaluate", "preflight", "name", "output_dir"})
 """Parts of a recipe that may change between two calls on one folder: what is measured, which runs again, and the way to
 the folder, which may be moved."""
 

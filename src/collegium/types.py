@@ -182,6 +182,13 @@ class SparseRows:
     def __len__(self) -> int:
         return self.starts.shape[0] - 1
 
+    def to(self, device: torch.device) -> SparseRows:
+        """The same rows on another device."""
+        tail = None if self.log_tail is None else self.log_tail.to(device)
+        return SparseRows(
+            self.starts.to(device), self.ids.to(device), self.logp.to(device), tail, self.vocab_size
+        )
+
     def block(self, block: slice) -> SparseRows:
         """The rows of `block`."""
         start, stop, _ = block.indices(len(self))

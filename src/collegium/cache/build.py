@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ SPARE = 1.05
 def build_cache(
     path: Path,
     identity: Mapping[str, Any],
-    encode: Callable[[int], Sequence[PieceTargets]],
+    encode: Callable[[int], Iterable[PieceTargets]],
     *,
     shard_targets: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
@@ -44,7 +44,7 @@ def build_cache(
     Args:
         path: the folder; its lock is held meanwhile.
         identity: what the targets depend on, as plain data, with `targets` and `vocab_size`.
-        encode: number of a shard -> its pieces; called for the missing ones alone.
+        encode: number of a shard -> its pieces, as they come; called for the missing ones alone.
         shard_targets: the number of targets of each shard.
         progress: called with (targets done, all targets).
 
@@ -60,11 +60,17 @@ def build_cache(
             return manifest
         job = _Job(path, identity, shard_targets, found)
         job.require_space()
+        done, total = sum(shard_targets[number] for number in found), sum(shard_targets)
         for number in range(len(shard_targets)):
-            if number not in found:
-                job.write(number, encode(number))
-            if progress is not None:
-                progress(sum(shard_targets[: number + 1]), sum(shard_targets))
+            if number in found:
+                continue
+            pieces = []
+            for piece in encode(number):
+                pieces.append(piece)
+                done += len(piece.rows.sizes)
+                if progress is not None:
+                    progress(done, total)
+            job.write(number, pieces)
         return job.finish()
 
 

@@ -10,8 +10,9 @@ Scalars are float16: within 2^-11 of their value, below what bfloat16 teachers l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from itertools import pairwise
 from typing import Annotated
 
 import numpy as np
@@ -165,6 +166,37 @@ def encode_rows(
         log_tail=log_tail,
         scalars={name: _float16(name, scalars[name]) for name in SCALARS},
     )
+
+
+def join_encoded(parts: Sequence[EncodedRows]) -> EncodedRows:
+    """Rows one after the other; at least one part."""
+    tails = [part.log_tail for part in parts if part.log_tail is not None]
+    return EncodedRows(
+        sizes=np.concatenate([part.sizes for part in parts]),
+        ids=np.concatenate([part.ids for part in parts]),
+        values=np.concatenate([part.values for part in parts]),
+        log_tail=np.concatenate(tails) if tails else None,
+        scalars={name: np.concatenate([part.scalars[name] for part in parts]) for name in SCALARS},
+    )
+
+
+def split_encoded(rows: EncodedRows, counts: Sequence[int]) -> list[EncodedRows]:
+    """Rows cut into runs of `counts` rows each, which add up to all of them."""
+    row_at = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    entry_at = np.concatenate([[0], np.cumsum(rows.sizes.astype(np.int64))])
+    found = []
+    for start, stop in pairwise(row_at.tolist()):
+        entries = slice(int(entry_at[start]), int(entry_at[stop]))
+        found.append(
+            EncodedRows(
+                sizes=rows.sizes[start:stop],
+                ids=rows.ids[entries],
+                values=rows.values[entries],
+                log_tail=None if rows.log_tail is None else rows.log_tail[start:stop],
+                scalars={name: values_n[start:stop] for name, values_n in rows.scalars.items()},
+            )
+        )
+    return found
 
 
 def decode_rows(targets: Targets, encoded: EncodedRows, vocab_size: int) -> SparseRows:

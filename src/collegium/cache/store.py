@@ -91,6 +91,21 @@ class TargetCache:
         span = slice(int(starts[piece]), int(starts[piece + 1]))
         return {name: values_n[span] for name, values_n in encoded.scalars.items()}
 
+    def check(self) -> None:
+        """Decode every target.
+
+        Raises:
+            CacheError: a shard holds what no builder writes.
+        """
+        num_targets = 0
+        for shard in range(len(self._names)):
+            for group in range(self._file(shard).num_row_groups):
+                num_targets += len(self._group(shard, group)[0])
+        if num_targets != self.manifest["num_targets"]:
+            raise CacheError(
+                f"{self.path}: holds {num_targets:,} targets; must hold {self.manifest['num_targets']:,}; build it again"
+            )
+
     def _find(self, key: PieceKey) -> tuple[SparseRows, EncodedRows, np.ndarray, int]:
         place = self._places.get((key.document, key.window))
         if place is None:
@@ -150,16 +165,26 @@ def open_cache(path: Path, expected: Mapping[str, Any] | None = None) -> TargetC
     Raises:
         CacheError: no finished cache, one of another run (with the differing fields), or a damaged one.
     """
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise CacheError(
-            f"{path}: no finished cache; must hold {MANIFEST}; build it with `collegium cache`"
-        )
+    manifest = require_manifest(path)
     if expected is not None:
         require_identity(path, manifest["identity"], expected)
     for shard in manifest["shards"]:
         _verify_shard(path / shard["name"], shard)
     return TargetCache(path, manifest)
+
+
+def require_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a finished cache.
+
+    Raises:
+        CacheError: there is none, or as `read_manifest`.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise CacheError(
+            f"{path}: no finished cache; must hold {MANIFEST}; build it with `collegium cache`"
+        )
+    return manifest
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -182,6 +207,15 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
             f"{file}: got format {manifest['format']}; must be at most {FORMAT}; upgrade collegium"
         )
     return manifest
+
+
+def summary(manifest: Mapping[str, Any]) -> str:
+    """Size of a finished cache in words."""
+    num_targets, num_bytes = manifest["num_targets"], manifest["num_bytes"]
+    return (
+        f"{num_targets:,} targets in {len(manifest['shards'])} shards, {num_bytes / 1e6:,.1f} MB, "
+        f"{num_bytes / max(num_targets, 1):.1f} bytes per target"
+    )
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
