@@ -352,9 +352,7 @@ def _check_fusion(fusion: Fusion, teachers: Mapping[str, Any], document: Documen
 
 def _check_cache(recipe: Recipe, document: Document) -> None:
     if not recipe.teachers or recipe.objective.kd_ratio == 0:
-        text = (
-            "needs teachers and objective.kd_ratio > 0; set false, since there is nothing to keep"
-        )
+        text = "needs teachers and objective.kd_ratio > 0; set it to false"
         document.add(("cache", "enabled"), text)
     try:
         require_sparse_objective(recipe.objective, where="objective")
