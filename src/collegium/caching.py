@@ -12,7 +12,6 @@ from collegium.cache.store import TargetCache, open_cache, read_manifest, summar
 from collegium.console import progress, say
 from collegium.errors import RecipeError
 from collegium.fusion.pooling import Fusion, to_recipe
-from collegium.models import weights_digest
 from collegium.recipe import plain
 from collegium.teachers.cached import SHARD_TARGETS, FusedEncoder, require_static
 from collegium.variants import Variant, main_variant
@@ -37,7 +36,7 @@ def cache_identity(workspace: Workspace, fusion: Fusion) -> dict[str, Any]:
         "tokenizer": _sha256(workspace.tokenizer.backend_tokenizer.to_str()),
         "teachers": {
             name: {
-                "weights": weights_digest(options.model),
+                "weights": workspace.digest(options.model),
                 "revision": options.revision,
                 "dtype": options.dtype,
                 "attention": options.attention,

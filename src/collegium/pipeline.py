@@ -63,9 +63,7 @@ def cache(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
     Raises:
         CollegiumError: there are no teachers, or the folder cannot be used.
     """
-    workspace = _open(recipe)
-    with workspace.folder.lock():
-        check_run(workspace)
+    with _opened(recipe) as workspace:
         return build(workspace, _fusion(workspace))
 
 
