@@ -231,6 +231,63 @@ def _print_results(path: Path) -> None:
     _print(render_table(json.loads(path.read_text(encoding="utf-8"))))
 
 
+class _CacheGroup(TyperGroup):
+    """Lets `cache RECIPE` stand for `cache build RECIPE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            args = ["build", *args]
+        return super().parse_args(ctx, args)
+
+
+cache_app = typer.Typer(
+    cls=_CacheGroup,
+    no_args_is_help=True,
+    help="Let the teachers read the corpus once; `collegium cache RECIPE` builds.",
+)
+app.add_typer(cache_app, name="cache")
+CacheFolder = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the cache.")]
+
+
+@cache_app.command("build")
+def cache_build(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Write the fused target of every token, or go on where an interrupted build stopped."""
+    loaded = _load(recipe, overrides)
+    from collegium import pipeline
+
+    folder, manifest = pipeline.cache(loaded)
+    _print_cache(folder, manifest)
+
+
+@cache_app.command("info")
+def cache_info(path: CacheFolder) -> None:
+    """Say what a cache holds and what it was made of."""
+    import json
+
+    from collegium.cache.store import require_manifest
+
+    manifest = require_manifest(path)
+    _print_cache(path, manifest)
+    typer.echo(json.dumps(manifest["identity"], indent=1))
+
+
+@cache_app.command("verify")
+def cache_verify(path: CacheFolder) -> None:
+    """Compare every byte of a cache with its manifest, and decode every target."""
+    from collegium.cache.store import open_cache
+
+    cache = open_cache(path)
+    cache.check()
+    _print_cache(path, cache.manifest)
+    typer.echo("every shard verified")
+
+
+def _print_cache(path: Path, manifest: Any) -> None:
+    from collegium.cache.store import summary
+
+    typer.echo(f"cache: {path}: {summary(manifest)}")
+
+
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train the student, or go on where an interrupted run stopped."""

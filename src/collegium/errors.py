@@ -41,6 +41,10 @@ class TrainingError(CollegiumError):
     """A run cannot go on: non-finite values, an inert loss term, a checkpoint that does not verify."""
 
 
+class CacheError(CollegiumError):
+    """A teacher cache is missing, damaged, or of another run."""
+
+
 class Interrupted(CollegiumError):
     """The user stopped the run; a checkpoint was saved (exit code 130)."""
 

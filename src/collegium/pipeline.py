@@ -1,6 +1,6 @@
 """The composition root: one function per stage; the only file that knows all parts.
 
-    check ─▶ preflight ─▶ train (student, then controls) ─▶ evaluate ─▶ report
+    check ─▶ preflight ─▶ cache (where asked for) ─▶ train (student, then controls) ─▶ evaluate ─▶ report
 
 Every stage reads and writes the run folder alone, is skipped when it is done with the same inputs, and goes on
 from its last checkpoint when it was interrupted.
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from collegium.caching import build, cache_identity, open_or_build, reads_cache
 from collegium.checks import CheckReport, check_run
 from collegium.console import progress
 from collegium.errors import CollegiumError
@@ -54,6 +55,16 @@ def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> dict[str, Any]
     if apply_to is not None:
         write_fusion(apply_to, found["chosen"]["fusion"])
     return found
+
+
+def cache(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+    """Let the teachers read the corpus once, and keep their fused target; returns the folder and its manifest.
+
+    Raises:
+        CollegiumError: there are no teachers, or the folder cannot be used.
+    """
+    with _opened(recipe) as workspace:
+        return build(workspace, _fusion(workspace))
 
 
 def train(recipe: Recipe) -> Path:
@@ -149,13 +160,18 @@ def _train(workspace: Workspace, variant: Variant) -> Path:
     """Train one student unless it is there; returns its Hugging Face folder."""
     folder = workspace.folder
     place = folder.path / variant.folder
-    key = fingerprint(
-        [workspace.key("student", "teachers", "data", "train", "seed"), variant.identity()]
-    )
+    inputs = [workspace.key("student", "teachers", "data", "train", "seed"), variant.identity()]
+    is_cached = reads_cache(workspace, variant, lambda: _fusion(workspace))
+    if is_cached and variant.fusion is not None:
+        inputs.append(fingerprint(cache_identity(workspace, variant.fusion)))
+    key = fingerprint(inputs)
     if folder.is_done(variant.stage, key) and (place / "train" / "summary.json").is_file():
         return place / "student"
+    cache = None
+    if is_cached and variant.fusion is not None:
+        cache = open_or_build(workspace, variant.fusion)
     with folder.stage(variant.stage, key):
-        trainer = workspace.trainer(variant, place / "train")
+        trainer = workspace.trainer(variant, place / "train", cache=cache)
         trainer.train(resume_from_checkpoint=bool(checkpoints(place / "train")))
         trainer.save_student(place / "student")
     summary = {

@@ -21,6 +21,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from collegium.cache.codec import TARGETS
+from collegium.cache.options import CacheOptions
 from collegium.data.pack import DataOptions
 from collegium.decode import FAILED, decode, hints, members, shown
 from collegium.errors import RecipeError, nearest
@@ -30,8 +32,9 @@ from collegium.fusion.rules import WEIGHTINGS
 from collegium.fusion.weights import BestSingle
 from collegium.losses.divergences import DIVERGENCES
 from collegium.student import StudentOptions
+from collegium.teachers.cached import require_static
 from collegium.teachers.local import TeacherOptions
-from collegium.train.objective import ObjectiveOptions
+from collegium.train.objective import ObjectiveOptions, require_sparse_objective
 from collegium.train.options import TrainOptions
 from collegium.types import STRICT
 from collegium.yaml12 import Document, KeyPath, dotted, read_yaml, refuse_secrets, scalar
@@ -41,6 +44,7 @@ FORMS = {
     (Fusion, "weighting"): WEIGHTINGS,
     (Fusion, "conflict"): CONFLICTS,
     (ObjectiveOptions, "divergence"): DIVERGENCES,
+    (CacheOptions, "targets"): TARGETS,
 }
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -96,6 +100,8 @@ class Recipe:
     """How it is minimized."""
     preflight: PreflightOptions = field(default_factory=PreflightOptions)
     """What is measured before training."""
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    """Whether the teachers answer once, ahead of training."""
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     """What is measured after it."""
 
@@ -327,6 +333,8 @@ def _check_together(recipe: Recipe, document: Document) -> None:
         if name not in recipe.teachers:
             text = f"got `{name}`; unknown teacher{nearest(name, recipe.teachers)}"
             document.add(("objective", "features", "teacher_weights"), text)
+    if recipe.cache.enabled:
+        _check_cache(recipe, document)
     _check_folders(recipe, document)
 
 
@@ -348,6 +356,18 @@ def _check_fusion(fusion: Fusion, teachers: Mapping[str, Any], document: Documen
             if name not in teachers:
                 text = f"got `{name}`; unknown teacher{nearest(name, teachers)}"
                 document.add(("fusion", *path), text)
+
+
+def _check_cache(recipe: Recipe, document: Document) -> None:
+    if not recipe.teachers or recipe.objective.kd_ratio == 0:
+        text = "needs teachers and objective.kd_ratio > 0; set it to false"
+        document.add(("cache", "enabled"), text)
+    try:
+        require_sparse_objective(recipe.objective, where="objective")
+        require_static(recipe.fusion)
+    except RecipeError as error:
+        key, _, text = str(error).partition(": ")
+        document.add(tuple(key.split(".")), text)
 
 
 def _check_folders(recipe: Recipe, document: Document) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,25 +17,20 @@ from typing import Any
 
 from collegium.console import say
 from collegium.errors import CollegiumError, Interrupted, RecipeError
+from collegium.files import LOCK, lock_folder, write_bytes
 
-LOCK = ".lock"
+REMEDY = "wait for it, or choose another output_dir"
 OWN_FILES = ("recipe.json", "stages.json")
 """A folder that holds one of these is a run's."""
 PACKAGES = ("collegium", "torch", "transformers", "tokenizers", "datasets", "numpy")
-FREE_SECTIONS = frozenset({"evaluate", "preflight", "name", "output_dir"})
+FREE_SECTIONS = frozenset({"cache", "evaluate", "preflight", "name", "output_dir"})
 """Parts of a recipe that may change between two calls on one folder: what is measured, which runs again, and the way to
 the folder, which may be moved."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is whole or absent: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a file that is whole or absent."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -143,8 +137,8 @@ class RunFolder:
             CollegiumError: as said.
         """
         if (self.path / LOCK).is_file():
-            with (self.path / LOCK).open("a+") as file:
-                _lock_or_refuse(file, self.path)
+            with lock_folder(self.path, REMEDY):
+                pass
 
     def make(self) -> None:
         """Make the folder and those above it.
@@ -185,8 +179,7 @@ class RunFolder:
             CollegiumError: another process holds it.
         """
         self.make()
-        with (self.path / LOCK).open("a+") as file:
-            _lock_or_refuse(file, self.path)
+        with lock_folder(self.path, REMEDY):
             yield
 
     def stages(self) -> dict[str, Any]:
@@ -256,16 +249,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
-
-
-def _lock_or_refuse(file: Any, path: Path) -> None:
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise CollegiumError(
-            f"{path}: another process is running on this folder; wait for it, or choose another output_dir"
-        ) from error

@@ -189,6 +189,61 @@ class DenseRows:
         return logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
 
 
+@dataclass(frozen=True, slots=True)
+class SparseRows:
+    """Target distributions of N rows that name E tokens in all, in compressed rows: row r owns entries starts[r] to starts[r+1].
+
+    Without a tail, a row's entries sum to 1. With a tail, the entries and the tail do: all other tokens together.
+    """
+
+    starts: Tensor
+    """(N + 1,) int64."""
+    ids: Tensor
+    """(E,) int64: no token twice in a row."""
+    logp: Tensor
+    """(E,) log-probabilities, float32 or wider."""
+    log_tail: Tensor | None
+    """(N,) log of the mass of all tokens that are not named, or None where that mass is zero by construction."""
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return self.starts.shape[0] - 1
+
+    def to(self, device: torch.device) -> SparseRows:
+        """The same rows on another device."""
+        tail = None if self.log_tail is None else self.log_tail.to(device)
+        return SparseRows(
+            self.starts.to(device), self.ids.to(device), self.logp.to(device), tail, self.vocab_size
+        )
+
+    def block(self, block: slice) -> SparseRows:
+        """The rows of `block`."""
+        start, stop, _ = block.indices(len(self))
+        starts = self.starts[start : stop + 1]
+        entries = slice(int(starts[0]), int(starts[-1]))
+        tail = None if self.log_tail is None else self.log_tail[start:stop]
+        return SparseRows(
+            starts - starts[0], self.ids[entries], self.logp[entries], tail, self.vocab_size
+        )
+
+    def row_of_entry(self) -> Tensor:
+        """(E,) int64: the row that owns each entry."""
+        rows = torch.arange(len(self), device=self.starts.device)
+        return rows.repeat_interleave(self.starts.diff(), output_size=self.ids.shape[0])
+
+    def logits(self, block: slice) -> Tensor:
+        """(n, V) log-probabilities, -inf for tokens without mass; a tail is spread evenly, as a reader must guess it."""
+        part = self.block(block)
+        log_rest_n1 = torch.full((len(part), 1), -torch.inf, dtype=self.logp.dtype)
+        log_rest_n1 = log_rest_n1.to(self.logp.device)
+        if part.log_tail is not None:
+            num_others = (self.vocab_size - part.starts.diff()).clamp(min=1)
+            log_rest_n1 = (part.log_tail - num_others.log()).to(self.logp.dtype)[:, None]
+        logp_nV = log_rest_n1.repeat(1, self.vocab_size)
+        logp_nV[part.row_of_entry(), part.ids] = part.logp
+        return logp_nV
+
+
 StudentRows = HiddenRows
 
 
@@ -198,6 +253,7 @@ class TeacherRows:
 
     name: str
     scores: RowLogits
+    """Its distributions; `SparseRows` are a finished target, not a distribution to be fused."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
 

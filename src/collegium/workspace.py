@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from collegium.cache.store import TargetCache
 from collegium.console import quiet_libraries
 from collegium.data.pack import PackedDataset, build_datasets
 from collegium.losses.features import FeatureLoss
@@ -23,6 +24,7 @@ from collegium.models import (
 from collegium.recipe import Recipe, dump_recipe, plain
 from collegium.run_folder import RunFolder, fingerprint
 from collegium.student import build_student, load_student_tokenizer
+from collegium.teachers.cached import CachedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective
 from collegium.train.options import training_arguments
@@ -127,13 +129,17 @@ class Workspace:
         student = count_parameters(self.new_student())
         return 1 + sum(2 * teacher.num_parameters for teacher in self.teachers) / (6 * student)
 
-    def trainer(self, variant: Variant, folder: Path) -> DistillTrainer:
-        """The trainer of one student, writing to `folder`."""
+    def trainer(
+        self, variant: Variant, folder: Path, *, cache: TargetCache | None = None
+    ) -> DistillTrainer:
+        """The trainer of one student, writing to `folder`; its targets come from `cache` where there is one."""
         # imported late: it takes longer than a whole check
         from collegium.train.trainer import DistillTrainer
 
         student = self.new_student()
-        teachers = self.teachers_of(variant)
+        dataset = self.datasets["train"]
+        live = [] if cache is not None else self.teachers_of(variant)
+        teachers = live if cache is None else [CachedTeacher(cache, dataset.sample_names)]
         options = dataclasses.replace(
             self.recipe.train, max_steps=round(self.num_steps * variant.steps_factor)
         )
@@ -146,8 +152,8 @@ class Workspace:
                 seed=self.recipe.seed,
                 on_cpu=student.device.type == "cpu",
             ),
-            train_dataset=self.datasets["train"],
-            objective=self._objective(variant, student, teachers),
+            train_dataset=dataset,
+            objective=self._objective(variant, student, live),
             processing_class=self.tokenizer,
             identity={
                 "variant": fingerprint(variant.identity()),
@@ -155,6 +161,7 @@ class Workspace:
                     f"weights of {name}": self.digest(self.recipe.teachers[name].model)
                     for name in variant.teachers
                 },
+                **({} if cache is None else {"cache": cache.digest}),
             },
         )
 

@@ -16,7 +16,7 @@ from collegium.fusion.weights import Fixed, Uniform
 from collegium.losses.divergences import DIVERGENCES, JensenShannon, ReverseKL
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.train.objective import InertTermCheck, Objective, ObjectiveOptions
-from collegium.types import DenseRows, Head, HiddenRows, LossSum, Rows, TeacherRows
+from collegium.types import DenseRows, Head, HiddenRows, LossSum, Rows, SparseRows, TeacherRows
 
 N, V, D = 13, 17, 4
 WIDTHS = {"a": 6, "b": 3}
@@ -473,3 +473,68 @@ def test_teachers_that_agree_are_not_an_inert_term():
     part, watch = objective(CONTRADICTION), InertTermCheck(1)
     loss = part(*step.parts(), measure=True)
     watch(dataclasses.replace(loss, grad_norms={**loss.grad_norms, "truth": torch.zeros(())}))
+
+
+def _sparse_teachers(step: Step, *, k: int | None = None) -> list[TeacherRows]:
+    """A cached target of the rows: what teacher `a` says, whole, or as its top k with the tail."""
+    logp = step.teacher_logits["a"].log_softmax(-1)
+    top = logp.topk(V if k is None else k)
+    starts = torch.arange(N + 1) * top.values.shape[1]
+    tail = None if k is None else logp.scatter(1, top.indices, -torch.inf).logsumexp(1)
+    sparse = SparseRows(starts, top.indices.flatten(), top.values.flatten(), tail, V)
+    return [TeacherRows("cache", sparse)]
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 64])
+def test_a_cached_target_gives_the_loss_and_gradient_of_the_live_one(block_size: int) -> None:
+    results = []
+    for is_cached in (False, True):
+        step = Step()
+        options = ObjectiveOptions(kd_ratio=0.7, block_size=block_size)
+        student, teachers, rows = step.parts()
+        teachers = _sparse_teachers(step) if is_cached else teachers[:1]
+        loss = Objective(options, Fusion(weighting=Uniform()))(
+            student, teachers, rows, measure=True
+        )
+        loss.total.backward()
+        results.append((loss, step))
+    (live, one), (cached, other) = results
+    torch.testing.assert_close(cached.total, live.total)
+    for name in ("kd", "ce"):
+        torch.testing.assert_close(cached.terms[name], live.terms[name])
+        torch.testing.assert_close(cached.grad_norms[name], live.grad_norms[name])
+    torch.testing.assert_close(other.hidden.grad, one.hidden.grad)
+    torch.testing.assert_close(other.weight.grad, one.weight.grad)
+    assert cached.teacher_weights_KN is None
+
+
+@pytest.mark.parametrize("kd_ratio", [0.0, 1.0])
+def test_a_cached_target_without_one_of_the_terms(kd_ratio: float) -> None:
+    step = Step()
+    student, _, rows = step.parts()
+    objective = Objective(ObjectiveOptions(kd_ratio=kd_ratio), Fusion(weighting=Uniform()))
+    loss = objective(student, _sparse_teachers(step, k=3), rows)
+    assert set(loss.terms) == ({"kd"} if kd_ratio else {"ce"})
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (ObjectiveOptions(divergence=ReverseKL()), "got ReverseKL; must be forward_kl"),
+        (ObjectiveOptions(divergence=JensenShannon()), "got JensenShannon; must be forward_kl"),
+        (ObjectiveOptions(temperature=2.0), "objective.temperature: got 2; must be 1"),
+        (ObjectiveOptions(features=FeatureOptions()), "hidden states of live teachers"),
+    ],
+)
+def test_a_cached_target_refuses_what_it_cannot_give(options, told) -> None:
+    step = Step()
+    student, _, rows = step.parts()
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        Objective(options, Fusion(weighting=Uniform()))(student, _sparse_teachers(step), rows)
+
+
+def test_a_cached_target_does_not_mix_with_live_teachers() -> None:
+    step = Step()
+    student, teachers, rows = step.parts()
+    with pytest.raises(RecipeError, match="must be the cache alone"):
+        Objective(ObjectiveOptions(), MIX)(student, [*teachers, *_sparse_teachers(step)], rows)

@@ -22,7 +22,7 @@ from collegium.types import IGNORE, domain_number
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """Tokens [start, stop) of a document; None is padding of that length."""
 
     document: int | None
@@ -47,6 +47,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         domains: list[str],
         sample_domains: np.ndarray,
         sample_names: list[str],
+        windows: Sequence[Sequence[Piece]] = (),
     ) -> None:
         self._columns = columns
         self._starts = starts
@@ -59,6 +60,10 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         self._domain_numbers = np.append(numbers[sample_domains], 0)
         self.sample_names = sample_names
         """Id of each document."""
+        pieces = [piece for window in windows for piece in window if piece.document is not None]
+        self._pieces = np.array([(p.document, p.start, p.stop) for p in pieces], np.int64)
+        counts = [sum(piece.document is not None for piece in window) for window in windows]
+        self._piece_starts = np.cumsum([0, *counts])
         is_document = columns["sample_ids"] >= 0
         self.num_tokens = int((is_document & ~columns["is_repeat"]).sum())
         """Tokens of the documents, without padding and repeated context."""
@@ -98,6 +103,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
             domains=known,
             sample_domains=np.array([index[name] for name in domains], np.int64),
             sample_names=list(names),
+            windows=windows,
         )
 
     def __len__(self) -> int:
@@ -114,6 +120,15 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         arrays |= {"labels": labels, "num_bytes": column["num_bytes"]}
         arrays["domain_ids"] = self._domain_numbers[column["sample_ids"]]
         return {name: torch.from_numpy(a.astype(np.int64)) for name, a in arrays.items()}
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The stretches of documents in a window, in order; padding is none."""
+        span = slice(self._piece_starts[index], self._piece_starts[index + 1])
+        return [Piece(*row) for row in self._pieces[span].tolist()]
+
+    def targets_per_window(self) -> np.ndarray:
+        """(windows,) number of target tokens."""
+        return np.add.reduceat(self._columns["is_target"].astype(np.int64), self._starts[:-1])
 
     def require_windows(self, num_windows: int, *, where: str) -> None:
         """Say so if one step needs more windows than there are.
@@ -218,14 +233,14 @@ def _restart(positions: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
     return positions
 
 
-def _pack(encoded: Sequence[Encoded], max_length: int) -> list[list[_Piece]]:
-    windows: list[list[_Piece]] = []
+def _pack(encoded: Sequence[Encoded], max_length: int) -> list[list[Piece]]:
+    windows: list[list[Piece]] = []
     room = 0
 
     def open_window() -> None:
         nonlocal room
         if windows and room:
-            windows[-1].append(_Piece(None, 0, room))
+            windows[-1].append(Piece(None, 0, room))
         windows.append([])
         room = max_length
 
@@ -237,24 +252,24 @@ def _pack(encoded: Sequence[Encoded], max_length: int) -> list[list[_Piece]]:
             if room < needed:
                 open_window()
             stop = min(size, start + room)
-            windows[-1].append(_Piece(number, start, stop))
+            windows[-1].append(Piece(number, start, stop))
             room -= stop - start
             if stop == size:
                 break
             start = stop - 1
     if windows and room:
-        windows[-1].append(_Piece(None, 0, room))
+        windows[-1].append(Piece(None, 0, room))
     return windows
 
 
-def _pad(encoded: Sequence[Encoded], max_length: int) -> list[list[_Piece]]:
-    windows: list[list[_Piece]] = []
+def _pad(encoded: Sequence[Encoded], max_length: int) -> list[list[Piece]]:
+    windows: list[list[Piece]] = []
     for number, document in enumerate(encoded):
         size, start = len(document), 0
         _check_size(document, number, max_length)
         while True:
             stop = min(size, start + max_length)
-            windows.append([_Piece(number, start, stop)])
+            windows.append([Piece(number, start, stop)])
             if stop == size:
                 break
             start = stop - 1
@@ -272,7 +287,7 @@ def _check_size(document: Encoded, number: int, max_length: int) -> None:
 
 
 def _columns(
-    encoded: Sequence[Encoded], windows: list[list[_Piece]], pad_token_id: int
+    encoded: Sequence[Encoded], windows: list[list[Piece]], pad_token_id: int
 ) -> dict[str, np.ndarray]:
     total = sum(piece.stop - piece.start for window in windows for piece in window)
     columns = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ import uuid
 from pathlib import Path
 
 from collegium.errors import TrainingError
+from collegium.files import fsync, sha256_of
 
 FORMAT = 1
 """Version of the checkpoint's layout; a newer one is refused, never guessed at."""
@@ -44,7 +44,7 @@ def commit(temporary: Path, final: Path) -> None:
         raise TrainingError(f"{final}: exists; a committed folder is never overwritten")
     _seal(temporary)
     os.rename(temporary, final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def _seal(temporary: Path) -> None:
@@ -52,9 +52,9 @@ def _seal(temporary: Path) -> None:
     entries = [_entry(path, temporary) for path in files]
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
-    _fsync(manifest)
+    fsync(manifest)
     for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
-        _fsync(folder)
+        fsync(folder)
 
 
 def replace(temporary: Path, final: Path) -> None:
@@ -74,7 +74,7 @@ def replace(temporary: Path, final: Path) -> None:
     except OSError:
         os.rename(old, final)
         raise
-    _fsync(final.parent)
+    fsync(final.parent)
     shutil.rmtree(old)
 
 
@@ -86,7 +86,7 @@ def recover(final: Path) -> None:
             continue
         if name == f"{_ASIDE}{final.name}" and not final.exists():
             os.rename(path, final)
-            _fsync(final.parent)
+            fsync(final.parent)
         elif name in (f"{_ASIDE}{final.name}", f".tmp-{final.name}"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -116,7 +116,7 @@ def verify(folder: Path) -> None:
             raise TrainingError(
                 f"{folder.name}: {entry['name']} has {num_bytes} bytes; must have {entry['bytes']}"
             )
-        if _sha256(path) != entry["sha256"]:
+        if sha256_of(path) != entry["sha256"]:
             raise TrainingError(f"{folder.name}: {entry['name']} fails its sha256")
 
 
@@ -216,25 +216,9 @@ def prune(run_folder: Path, *, keep: int) -> None:
 
 
 def _entry(path: Path, root: Path) -> dict[str, str | int]:
-    _fsync(path)
+    fsync(path)
     return {
         "name": path.relative_to(root).as_posix(),
         "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": sha256_of(path),
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,8 @@ from collegium.fusion.pooling import FusedTarget, Fusion
 from collegium.losses.chunked import block_losses
 from collegium.losses.divergences import DivergenceOption, ForwardKL
 from collegium.losses.features import FeatureLoss, FeatureOptions
-from collegium.types import STRICT, LossSum, Rows, StudentRows, TeacherRows
+from collegium.losses.sparse import sparse_terms
+from collegium.types import STRICT, LossSum, Rows, SparseRows, StudentRows, TeacherRows
 
 TRUTH = "truth"
 """The term of the labels that stand in for teachers who contradict each other; without any such row it has no gradient."""
@@ -112,7 +113,8 @@ class Objective(nn.Module):
             measure: also measure the gradient norm of each term.
 
         Raises:
-            RecipeError: there are teachers and a share for them, but no fusion.
+            RecipeError: there are teachers and a share for them, but no fusion; or a target of a cache that the
+                options ask too much of.
         """
         weights = self._row_weights(has_teachers=len(teachers) > 0)
         target = self._target(weights, teachers, rows)
@@ -167,14 +169,40 @@ class Objective(nn.Module):
 
     def _target(
         self, weights: Mapping[str, float], teachers: Sequence[TeacherRows], rows: Rows
-    ) -> FusedTarget | None:
+    ) -> FusedTarget | SparseRows | None:
         if "kd" not in weights:
             return None
+        cached = [t.scores for t in teachers if isinstance(t.scores, SparseRows)]
+        if cached:
+            require_sparse_objective(self.options, where="objective")
+            if len(teachers) > 1:
+                raise RecipeError(
+                    f"objective: got {len(teachers)} teachers, one of them a cache; must be the cache alone"
+                )
+            return cached[0]
         if self.fusion is None:
             raise RecipeError(
                 f"fusion: got none for {len(teachers)} teachers; must be given where kd_ratio > 0; add it or use kd_ratio: 0"
             )
         return FusedTarget(self.fusion, teachers, rows)
+
+
+def require_sparse_objective(options: ObjectiveOptions, *, where: str) -> None:
+    """Refuse what a target that names a few tokens per row cannot give.
+
+    Raises:
+        RecipeError: another divergence than forward KL, a temperature, or feature terms.
+    """
+    wanted = "with a cached target, which names a few tokens per row; change it, or set cache.enabled: false"
+    if not isinstance(options.divergence, ForwardKL):
+        name = type(options.divergence).__name__
+        raise RecipeError(f"{where}.divergence: got {name}; must be forward_kl {wanted}")
+    if options.temperature != 1.0:
+        raise RecipeError(f"{where}.temperature: got {options.temperature:g}; must be 1 {wanted}")
+    if options.features is not None:
+        raise RecipeError(
+            f"{where}.features: needs the hidden states of live teachers; must be left out {wanted}"
+        )
 
 
 class _RowLosses:
@@ -184,7 +212,7 @@ class _RowLosses:
         self,
         options: ObjectiveOptions,
         labels_N: Tensor,
-        target: FusedTarget | None,
+        target: FusedTarget | SparseRows | None,
         terms: Collection[str],
     ) -> None:
         self._options = options
@@ -198,6 +226,11 @@ class _RowLosses:
         temperature = self._options.temperature
         losses: dict[str, Tensor] = {}
         student_logp_nV: Tensor | None = None
+        if isinstance(self._target, SparseRows):
+            terms = sparse_terms(
+                logits_nV.log_softmax(-1), self._labels_N[block], self._target.block(block)
+            )
+            return dict(zip(("ce", "kd"), terms, strict=True))
         ce_n: Tensor | None = None
         if "ce" in self._terms or TRUTH in self._terms or temperature == 1.0:
             # One pass over the vocabulary serves both terms.

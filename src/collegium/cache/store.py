@@ -1,0 +1,272 @@
+"""A cache on disk: shards and the manifest that names, sizes and digests all of them.
+
+    manifest.json   {"format", "identity": what the targets depend on, "shards": [{"name", "sha256", "bytes", "targets"}],
+                    "num_targets", "num_bytes", "sha256": digest of all the rest}
+    shard-00000-<first digits of its sha256>.parquet ...
+
+Nothing is read from a cache whose identity differs from what the run expects, nor from a shard that differs from the manifest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from collegium.cache.codec import TARGETS, EncodedRows, Targets, decode_rows
+from collegium.cache.shards import PieceKey, read_group, read_keys
+from collegium.errors import CacheError, CollegiumError
+from collegium.files import sha256_of
+from collegium.run_folder import differing_fields, fingerprint, read_json
+from collegium.types import SparseRows
+
+FORMAT = 1
+"""Version of the layout; a newer one is refused, never guessed at."""
+MANIFEST = "manifest.json"
+SHARD_NAME = re.compile(r"shard-(\d{5,})-([0-9a-f]{16})\.parquet")
+MOST_GROUPS = 256
+"""Decoded row groups that are kept, about 1 MB each."""
+MOST_FIELDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    shard: int
+    group: int
+    piece: int
+
+
+class TargetCache:
+    """A cache that verified, read by the keys of its pieces in any order."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        """Take a manifest and shards that `open_cache` has verified."""
+        self.path = path
+        self.manifest = manifest
+        identity = manifest["identity"]
+        self.targets = decode_targets(identity["targets"])
+        self.vocab_size = int(identity["vocab_size"])
+        self._names = [shard["name"] for shard in manifest["shards"]]
+        self._files: dict[int, pq.ParquetFile] = {}
+        self._groups: OrderedDict[tuple[int, int], tuple[SparseRows, EncodedRows, np.ndarray]] = (
+            OrderedDict()
+        )
+        self._places = self._index()
+
+    @property
+    def digest(self) -> str:
+        """Digest of the manifest, and with it of every byte of the cache."""
+        return str(self.manifest["sha256"])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def rows(self, keys: Sequence[PieceKey]) -> SparseRows:
+        """The targets of pieces, one after the other. The offset of a key is not compared: the same window of the same
+        document has the same target wherever it stands.
+
+        Raises:
+            CacheError: a piece is not in the cache, or its shard was damaged since it was opened.
+        """
+        parts = []
+        for key in keys:
+            sparse, _, starts, piece = self._find(key)
+            parts.append(sparse.block(slice(int(starts[piece]), int(starts[piece + 1]))))
+        return join_rows(parts, self)
+
+    def scalars(self, key: PieceKey) -> dict[str, np.ndarray]:
+        """(n,) float16 of each scalar of one piece.
+
+        Raises:
+            CacheError: as `rows`.
+        """
+        _, encoded, starts, piece = self._find(key)
+        span = slice(int(starts[piece]), int(starts[piece + 1]))
+        return {name: values_n[span] for name, values_n in encoded.scalars.items()}
+
+    def check(self) -> None:
+        """Decode every target.
+
+        Raises:
+            CacheError: a shard holds what no builder writes.
+        """
+        num_targets = 0
+        for shard in range(len(self._names)):
+            for group in range(self._file(shard).num_row_groups):
+                num_targets += len(self._group(shard, group)[0])
+        if num_targets != self.manifest["num_targets"]:
+            raise CacheError(
+                f"{self.path}: holds {num_targets:,} targets; must hold {self.manifest['num_targets']:,}; build it again"
+            )
+
+    def _find(self, key: PieceKey) -> tuple[SparseRows, EncodedRows, np.ndarray, int]:
+        place = self._places.get((key.document, key.window))
+        if place is None:
+            raise CacheError(
+                f"{self.path}: holds no target for the tokens at {key.offset} of document {key.document:016x} in this "
+                "context; must be built from the same windows; build the cache again from this recipe"
+            )
+        return *self._group(place.shard, place.group), place.piece
+
+    def _group(self, shard: int, group: int) -> tuple[SparseRows, EncodedRows, np.ndarray]:
+        found = self._groups.get((shard, group))
+        if found is not None:
+            self._groups.move_to_end((shard, group))
+            return found
+        try:
+            encoded, starts = read_group(self._file(shard), group, self.targets)
+            found = decode_rows(self.targets, encoded, self.vocab_size), encoded, starts
+        except (OSError, ValueError, KeyError) as error:
+            raise self._damaged(shard, error) from error
+        self._groups[shard, group] = found
+        if len(self._groups) > MOST_GROUPS:
+            self._groups.popitem(last=False)
+        return found
+
+    def _file(self, shard: int) -> pq.ParquetFile:
+        if shard not in self._files:
+            path = self.path / self._names[shard]
+            self._files[shard] = pq.ParquetFile(path, page_checksum_verification=True)
+        return self._files[shard]
+
+    def _index(self) -> dict[tuple[int, bytes], _Place]:
+        places: dict[tuple[int, bytes], _Place] = {}
+        for shard in range(len(self._names)):
+            try:
+                groups = read_keys(self._file(shard))
+            except (OSError, ValueError, KeyError) as error:
+                raise self._damaged(shard, error) from error
+            for group, keys in enumerate(groups):
+                for piece, key in enumerate(keys):
+                    places.setdefault((key.document, key.window), _Place(shard, group, piece))
+        return places
+
+    def _damaged(self, shard: int, error: Exception) -> CacheError:
+        return CacheError(
+            f"{self.path / self._names[shard]}: cannot be read ({error}); must be what the cache was built with; "
+            "delete the file and build the cache again, all other shards are kept"
+        )
+
+
+def open_cache(path: Path, expected: Mapping[str, Any] | None = None) -> TargetCache:
+    """Open a finished cache after comparing it with the run and every byte of it with its manifest.
+
+    Args:
+        path: the folder.
+        expected: the identity that the run needs; None to look at whatever is there.
+
+    Raises:
+        CacheError: no finished cache, one of another run (with the differing fields), or a damaged one.
+    """
+    manifest = require_manifest(path)
+    if expected is not None:
+        require_identity(path, manifest["identity"], expected)
+    for shard in manifest["shards"]:
+        _verify_shard(path / shard["name"], shard)
+    return TargetCache(path, manifest)
+
+
+def require_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a finished cache.
+
+    Raises:
+        CacheError: there is none, or as `read_manifest`.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise CacheError(
+            f"{path}: no finished cache; must hold {MANIFEST}; build it with `collegium cache`"
+        )
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a finished cache; None where there is none.
+
+    Raises:
+        CacheError: it is damaged, or of a newer format.
+    """
+    file = path / MANIFEST
+    try:
+        manifest = read_json(file)
+    except CollegiumError as error:
+        raise CacheError(f"{file}: damaged ({error}); build the cache again") from error
+    if manifest is None:
+        return None
+    if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_digest(manifest):
+        raise CacheError(f"{file}: fails its own sha256; delete it and build the cache again")
+    if manifest["format"] > FORMAT:
+        raise CacheError(
+            f"{file}: got format {manifest['format']}; must be at most {FORMAT}; upgrade collegium"
+        )
+    return manifest
+
+
+def summary(manifest: Mapping[str, Any]) -> str:
+    """Size of a finished cache in words."""
+    num_targets, num_bytes = manifest["num_targets"], manifest["num_bytes"]
+    return (
+        f"{num_targets:,} targets in {len(manifest['shards'])} shards, {num_bytes / 1e6:,.1f} MB, "
+        f"{num_bytes / max(num_targets, 1):.1f} bytes per target"
+    )
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Digest of everything in a manifest but the digest."""
+    return fingerprint({key: value for key, value in manifest.items() if key != "sha256"})
+
+
+def require_identity(path: Path, found: Any, expected: Mapping[str, Any]) -> None:
+    """Refuse a cache of another run.
+
+    Raises:
+        CacheError: with every field that differs, as `field: in the cache -> in the run`.
+    """
+    fields = differing_fields(found, expected)
+    if fields:
+        more = f" and {len(fields) - MOST_FIELDS} more" if len(fields) > MOST_FIELDS else ""
+        raise CacheError(
+            f"{path}: built for another run ({'; '.join(fields[:MOST_FIELDS])}{more}); must agree in every field; set "
+            "another cache.path, or delete that folder"
+        )
+
+
+def decode_targets(snippet: Mapping[str, Any]) -> Targets:
+    """The codec out of a manifest."""
+    options = {key: value for key, value in snippet.items() if key != "name"}
+    return TARGETS[snippet["name"]](**options)
+
+
+def join_rows(parts: Sequence[SparseRows], cache: TargetCache) -> SparseRows:
+    """Rows one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = [torch.zeros(1, dtype=torch.int64)]
+    for part in parts:
+        starts.append(part.starts[1:] + starts[-1][-1])
+    tails = [part.log_tail for part in parts if part.log_tail is not None]
+    return SparseRows(
+        starts=torch.cat(starts),
+        ids=torch.cat([part.ids for part in parts] or [torch.zeros(0, dtype=torch.int64)]),
+        logp=torch.cat([part.logp for part in parts] or [torch.zeros(0)]),
+        log_tail=torch.cat(tails) if tails else None,
+        vocab_size=cache.vocab_size,
+    )
+
+
+def _verify_shard(path: Path, entry: Mapping[str, Any]) -> None:
+    wanted = "must be what the cache was built with; delete it and build the cache again, all other shards are kept"
+    if not path.is_file():
+        raise CacheError(f"{path}: missing; {wanted}")
+    num_bytes = path.stat().st_size
+    if num_bytes != entry["bytes"]:
+        raise CacheError(f"{path}: has {num_bytes} bytes instead of {entry['bytes']}; {wanted}")
+    if sha256_of(path) != entry["sha256"]:
+        raise CacheError(f"{path}: fails its sha256; {wanted}")

@@ -1,0 +1,193 @@
+"""The codec: draws that are unbiased, a tail that is exact, nothing that depends on who asks when."""
+
+import numpy as np
+import pytest
+import torch
+
+from collegium.cache.codec import (
+    SCALARS,
+    STEP,
+    Samples,
+    TopK,
+    decode_rows,
+    draw,
+    encode_rows,
+    from_gaps,
+    id_dtype,
+    row_keys,
+    to_gaps,
+)
+
+V = 60
+
+
+def _logp(num_rows: int, vocab_size: int = V, *, scale: float = 2.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.log_softmax(scale * torch.randn(num_rows, vocab_size, generator=generator), -1)
+
+
+def _keys(num_rows: int, seed: int = 3) -> np.ndarray:
+    return row_keys(seed, np.full(num_rows, 7, np.uint64), np.arange(num_rows))
+
+
+def _scalars(num_rows: int) -> dict[str, torch.Tensor]:
+    return {name: torch.full((num_rows,), float(i)) for i, name in enumerate(SCALARS)}
+
+
+def _encode(targets, logp, keys=None):
+    keys = _keys(len(logp)) if keys is None else keys
+    return encode_rows(targets, logp, keys, scalars=_scalars(len(logp)))
+
+
+def test_draws_are_unbiased() -> None:
+    """Chi-square of 400,000 draws against the distribution, and of ids with counts as they are stored."""
+    num_rows, num_draws = 8000, 50
+    logp_V = _logp(1)[0]
+    encoded = _encode(Samples(draws=num_draws), logp_V.repeat(num_rows, 1))
+    counts = np.bincount(encoded.ids, weights=encoded.values, minlength=V)
+    expected = logp_V.double().exp().numpy() * num_rows * num_draws
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    # 59 degrees of freedom: mean 59, standard deviation 10.9.
+    assert 30 < chi_square < 100
+    assert counts.sum() == num_rows * num_draws
+
+
+def test_draws_of_a_row_are_independent_of_each_other() -> None:
+    """Variance of a count over rows is N p (1 - p): neither stratified nor correlated."""
+    num_rows, num_draws = 20_000, 20
+    drawn = draw(torch.log(torch.tensor([[0.3, 0.7]])).repeat(num_rows, 1), _keys(num_rows), 20)
+    counts = (drawn == 0).sum(1).double()
+    assert counts.mean().item() == pytest.approx(num_draws * 0.3, abs=0.06)
+    assert counts.var().item() == pytest.approx(num_draws * 0.21, rel=0.05)
+    neighbors = torch.corrcoef(torch.stack([counts[:-1], counts[1:]]))[0, 1]
+    assert abs(neighbors.item()) < 0.03
+
+
+def test_draws_depend_on_seed_document_and_offset_alone() -> None:
+    logp = _logp(1).repeat(6, 1)
+    documents = np.array([1, 1, 2, 2, 1, 1], np.uint64)
+    offsets = np.array([4, 5, 4, 5, 4, 5])
+    drawn = draw(logp, row_keys(0, documents, offsets), 40)
+    assert torch.equal(drawn[:2], drawn[4:])
+    assert len({tuple(row.tolist()) for row in drawn}) == 4
+    assert not torch.equal(drawn, draw(logp, row_keys(1, documents, offsets), 40))
+    one = draw(logp[:1], row_keys(0, documents[:1], offsets[:1]), 40)
+    assert torch.equal(one[0], drawn[0]), "the other rows of a block must not matter"
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    logp = _logp(500)
+    logp[:, ::3] = -torch.inf
+    logp[:, -1] = -torch.inf
+    logp = logp.log_softmax(-1)
+    encoded = _encode(Samples(draws=64), logp)
+    assert (encoded.ids % 3 != 0).all()
+    assert encoded.ids.max() < V - 1
+
+
+def test_stored_draws_are_what_was_drawn() -> None:
+    logp, keys = _logp(9), _keys(9)
+    encoded = _encode(Samples(draws=30), logp, keys)
+    rows = decode_rows(Samples(draws=30), encoded, V)
+    dense = rows.logits(slice(0, 9)).exp()
+    expected = torch.stack([row.bincount(minlength=V).float() / 30 for row in draw(logp, keys, 30)])
+    assert torch.allclose(dense, expected)
+    assert rows.log_tail is None
+    assert rows.block(slice(2, 5)).logits(slice(0, 3)).equal(rows.logits(slice(2, 5)))
+
+
+@pytest.mark.parametrize("k", [1, 7, 59, 60, 100])
+def test_top_k_holds_its_error_bound_and_an_exact_tail(k: int) -> None:
+    logp = _logp(40, scale=4.0).double()
+    rows = decode_rows(TopK(k=k), _encode(TopK(k=k), logp), V)
+    kept = min(k, V)
+    top = logp.topk(kept).values
+    assert (rows.logp.view(40, kept) - top).abs().max() <= STEP
+    tail = 1 - top.exp().sum(1)
+    assert torch.allclose(rows.log_tail.double().exp(), tail, atol=1e-6)
+    total = rows.logp.view(40, kept).double().exp().sum(1) + rows.log_tail.double().exp()
+    assert torch.allclose(total, torch.ones(40, dtype=torch.float64), atol=1e-6)
+
+
+def test_a_tail_far_below_rounding_is_kept() -> None:
+    logp = torch.full((1, V), -40.0, dtype=torch.float64)
+    logp[0, 5] = 0.0
+    rows = decode_rows(TopK(k=1), _encode(TopK(k=1), logp), V)
+    assert rows.log_tail.item() == pytest.approx(-40 + np.log(V - 1), abs=1e-5)
+    assert rows.ids.tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32), (151_936, np.uint32)]
+)
+def test_every_token_has_room(vocab_size: int, dtype: type) -> None:
+    assert id_dtype(vocab_size) is dtype
+    logp = torch.full((1, vocab_size), -torch.inf)
+    logp[0, vocab_size - 1] = 0.0
+    for targets in (Samples(draws=300), TopK(k=1)):
+        encoded = _encode(targets, logp)
+        assert encoded.ids.dtype == dtype
+        assert decode_rows(targets, encoded, vocab_size).ids.tolist() == [vocab_size - 1]
+
+
+def test_counts_are_as_wide_as_the_number_of_draws() -> None:
+    certain = torch.log(torch.tensor([[1.0, 0.0]]))
+    for draws, dtype in ((255, np.uint8), (256, np.uint16)):
+        encoded = _encode(Samples(draws=draws), certain)
+        assert encoded.values.dtype == dtype
+        assert encoded.values.tolist() == [draws]
+
+
+def test_scalars_are_float16_and_finite() -> None:
+    scalars = _scalars(1) | {"label_logp": torch.tensor([-1e30])}
+    encoded = encode_rows(Samples(), _logp(1), _keys(1), scalars=scalars)
+    assert all(values.dtype == np.float16 for values in encoded.scalars.values())
+    assert np.isfinite(encoded.scalars["label_logp"]).all()
+    with pytest.raises(ValueError, match="entropy: is NaN for 1 rows"):
+        encode_rows(
+            Samples(), _logp(1), _keys(1), scalars=scalars | {"entropy": torch.tensor([torch.nan])}
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"values": np.array([3, 3], np.uint8)}, "counts of a row do not add up to 5"),
+        ({"ids": np.array([1, V], np.uint16)}, "not below 60"),
+        ({"sizes": np.array([1, 0], np.uint8)}, "entries do not match"),
+        ({"sizes": np.array([2, 0], np.uint8)}, "empty row"),
+    ],
+)
+def test_rows_that_no_encoder_wrote_are_refused(change: dict, told: str) -> None:
+    import dataclasses
+
+    logp = torch.log(torch.tensor([[0.4, 0.6] + [0.0] * (V - 2)])).repeat(1, 1)
+    good = _encode(Samples(draws=5), logp)
+    good = dataclasses.replace(
+        good, ids=np.array([0, 1], np.uint16), values=np.array([2, 3], np.uint8),
+        sizes=np.array([2], np.uint8),
+    )  # fmt: skip
+    decode_rows(Samples(draws=5), good, V)
+    with pytest.raises(ValueError, match=told):
+        decode_rows(Samples(draws=5), dataclasses.replace(good, **change), V)
+
+
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = np.array([[0.0, 1 - 2.0**-53]])
+    monkeypatch.setattr("collegium.cache.codec._uniforms", lambda keys, number: ends)
+    logp = torch.log(torch.tensor([[0.0, 0.1, 0.7, 0.2, 0.0]]))
+    assert draw(logp, _keys(1), 2).tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_gaps_give_the_ids_back(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 9, 200)
+    most = np.iinfo(dtype).max
+    ids = np.concatenate([np.sort(rng.choice(most, n, replace=False)) for n in sizes]).astype(dtype)
+    ids[0], ids[sizes[0] - 1] = 0, most
+    gaps = to_gaps(ids, sizes)
+    assert gaps.dtype == dtype
+    assert (from_gaps(gaps, sizes) == ids).all()

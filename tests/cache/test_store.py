@@ -1,0 +1,239 @@
+"""The store: what was written comes back, and nothing else ever does."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import cache_cases
+from collegium.cache.codec import SCALARS, Samples, Targets, TopK, decode_rows
+from collegium.cache.shards import GROUP_TARGETS, PieceKey, window_hash
+from collegium.cache.store import open_cache
+from collegium.errors import CacheError
+
+NUM_CORRUPTIONS = 400
+
+
+def _same(a, b) -> bool:
+    tails = (a.log_tail is None) == (b.log_tail is None)
+    if a.log_tail is not None and tails:
+        tails = torch.equal(a.log_tail, b.log_tail)
+    return tails and all(
+        torch.equal(x, y) for x, y in [(a.starts, b.starts), (a.ids, b.ids), (a.logp, b.logp)]
+    )
+
+
+@pytest.mark.parametrize("targets", cache_cases.CODECS, ids=str)
+def test_what_was_written_comes_back_in_any_order(tmp_path: Path, targets: Targets) -> None:
+    cache_cases.build(tmp_path, targets)
+    cache = open_cache(tmp_path, cache_cases.identity(targets))
+    places = [(s, p, n) for s in range(3) for p, n in enumerate(cache_cases.LENGTHS)]
+    random.Random(0).shuffle(places)
+    for shard, piece, length in places:
+        rows = cache.rows([cache_cases.key_of(shard, piece, length)])
+        written = cache_cases.pieces_of(shard, targets)[piece].rows
+        assert _same(rows, decode_rows(targets, written, cache_cases.VOCAB))
+        assert len(rows) == length - 1, "L tokens give L - 1 targets"
+    joined = cache.rows([cache_cases.key_of(*place) for place in places[:5]])
+    parts = [cache.rows([cache_cases.key_of(*place)]) for place in places[:5]]
+    dense = torch.cat([part.logits(slice(0, len(part))) for part in parts])
+    assert torch.equal(joined.logits(slice(0, len(joined))), dense)
+    assert len(cache) == len(places)
+
+
+def test_scalars_come_back(tmp_path: Path) -> None:
+    cache_cases.build(tmp_path)
+    cache = open_cache(tmp_path)
+    found = cache.scalars(cache_cases.key_of(1, 2, 17))
+    logp = cache_cases.logp_of(1, 2, 17)
+    for number, name in enumerate(SCALARS):
+        assert found[name] == pytest.approx(logp[:, number].numpy(), rel=2**-10)
+
+
+@pytest.mark.parametrize("targets", cache_cases.CODECS, ids=str)
+def test_a_shard_is_an_ordinary_parquet_file(tmp_path: Path, targets: Targets) -> None:
+    import datasets
+
+    manifest = cache_cases.build(tmp_path / "cache", targets)
+    path = tmp_path / "cache" / manifest["shards"][0]["name"]
+    table = pq.read_table(path)
+    assert table.num_rows == len(cache_cases.LENGTHS)
+    assert all(not field.nullable for field in table.schema)
+    entries = "token_gaps" if isinstance(targets, Samples) else "tokens"
+    assert table.schema.field(entries).type.value_type == pa.uint16()
+    assert table.schema.field("entropy").type.value_type == pa.float16()
+    assert [len(x) for x in table["entropy"].to_pylist()] == [n - 1 for n in cache_cases.LENGTHS]
+    codec = pq.ParquetFile(path).metadata.row_group(0).column(3).compression
+    assert codec == "ZSTD"
+    data = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "hf"))
+    assert data[2]["offset"] == 20
+    if isinstance(targets, TopK):
+        pieces = cache_cases.pieces_of(0, targets)
+        assert data[0]["tokens"] == pieces[0].rows.ids.tolist()
+
+
+def test_row_groups_hold_few_targets(tmp_path: Path) -> None:
+    from collegium.cache.shards import shard_bytes
+
+    targets = TopK(k=1)
+    pieces = cache_cases.pieces_of(0, targets, [1500] * 7)
+    path = tmp_path / "x.parquet"
+    path.write_bytes(shard_bytes(pieces, targets, cache_cases.VOCAB, identity={}))
+    metadata = pq.ParquetFile(path).metadata
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [3, 3, 1]
+    assert GROUP_TARGETS == 4096
+
+
+def test_another_context_or_mask_is_another_key(tmp_path: Path) -> None:
+    cache_cases.build(tmp_path)
+    cache = open_cache(tmp_path)
+    key = cache_cases.key_of(0, 0, 9)
+    tokens, is_target = cache_cases.tokens_of(0, 0, 9), np.arange(9) > 0
+    assert window_hash(tokens, is_target) == key.window
+    changed = [
+        window_hash(tokens[:-1], is_target[:-1]),
+        window_hash(tokens, np.arange(9) > 1),
+        window_hash(np.where(np.arange(9) == 4, tokens ^ 1, tokens), is_target),
+    ]
+    for window in changed:
+        with pytest.raises(CacheError, match="holds no target for the tokens at 0 of document"):
+            cache.rows([PieceKey(key.document, key.offset, window)])
+    with pytest.raises(CacheError, match="holds no target"):
+        cache.rows([PieceKey(key.document + 1, key.offset, key.window)])
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"seed": 4}, "seed: 3 -> 4"),
+        ({"vocab_size": 301}, "vocab_size: 300 -> 301"),
+        ({"targets": {"name": "samples", "draws": 21}}, "targets.draws: 20 -> 21"),
+        (
+            {"teachers": {"code": {"weights": "ax"}, "prose": {"weights": "bb"}}, "seed": 0},
+            "seed: 3 -> 0; teachers.code.weights: 'aa' -> 'ax'",
+        ),
+        ({"new": 1}, "new: None -> 1"),
+    ],
+)
+def test_a_cache_of_another_run_is_refused_by_field(
+    tmp_path: Path, changed: dict, told: str
+) -> None:
+    cache_cases.build(tmp_path)
+    expected = cache_cases.identity(Samples(draws=20), **changed)
+    with pytest.raises(CacheError, match="built for another run") as caught:
+        open_cache(tmp_path, expected)
+    assert told in str(caught.value)
+
+
+def test_an_unfinished_cache_is_none(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="no finished cache"):
+        open_cache(tmp_path / "nowhere")
+    cache_cases.build(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(CacheError, match="no finished cache"):
+        open_cache(tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    from collegium.cache.store import manifest_digest
+
+    manifest = cache_cases.build(tmp_path) | {"format": 2}
+    manifest["sha256"] = manifest_digest(manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match="got format 2; must be at most 1"):
+        open_cache(tmp_path)
+
+
+def _corrupt(path: Path, rng: random.Random) -> str:
+    """Damage one shard; returns its name."""
+    shards = sorted(p for p in path.iterdir() if p.suffix == ".parquet")
+    victim, other = rng.sample(shards, 2)
+    data = bytearray(victim.read_bytes())
+    kind = rng.choice(["flip", "flip", "truncate", "swap", "missing", "append", "zero"])
+    if kind == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == "truncate":
+        del data[rng.randrange(len(data)) :]
+    elif kind == "append":
+        data += bytes([rng.randrange(256)])
+    elif kind == "zero":
+        start = rng.randrange(len(data) - 64)
+        data[start : start + 64] = bytes(64)
+    if kind == "missing":
+        victim.unlink()
+    elif kind == "swap":
+        data = bytearray(other.read_bytes())
+        other.write_bytes(victim.read_bytes())
+        victim.write_bytes(data)
+    else:
+        victim.write_bytes(data)
+    return victim.name
+
+
+def test_every_corruption_is_caught_and_the_shard_named(tmp_path: Path) -> None:
+    """400 bit flips, truncations, swapped, missing, longer and zeroed shards, before any value is returned."""
+    good = tmp_path / "good"
+    cache_cases.build(good)
+    rng = random.Random(1)
+    for number in range(NUM_CORRUPTIONS):
+        bad = tmp_path / "bad"
+        shutil.copytree(good, bad)
+        name = _corrupt(bad, rng)
+        if cache_cases.content(bad) != cache_cases.content(good):
+            with pytest.raises(CacheError) as caught:
+                open_cache(bad)
+            told = str(caught.value)
+            assert name in told or "shard-" in told, (number, told)
+        shutil.rmtree(bad)
+
+
+def test_every_corruption_of_the_manifest_is_caught(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.json"
+    cache_cases.build(tmp_path)
+    good = manifest.read_bytes()
+    rng = random.Random(2)
+    for _ in range(200):
+        data = bytearray(good)
+        at = rng.randrange(len(data))
+        data[at] ^= 1 << rng.randrange(8)
+        manifest.write_bytes(data)
+        try:
+            same = json.loads(bytes(data)) == json.loads(good)
+        except ValueError:
+            same = False
+        if not same:  # a blank that became another blank changes nothing
+            with pytest.raises(CacheError, match=r"manifest\.json"):
+                open_cache(tmp_path)
+
+
+def test_damage_after_opening_is_caught_by_page_checksums(tmp_path: Path) -> None:
+    """A value that comes back is the value that was written, whatever byte of an open shard changes."""
+    cache_cases.build(tmp_path, num_shards=1)
+    path = next(tmp_path.glob("*.parquet"))
+    good = path.read_bytes()
+    key = cache_cases.key_of(0, 4, 30)
+    expected = open_cache(tmp_path).rows([key])
+    rng = random.Random(3)
+    told: list[str] = []
+    for _ in range(150):
+        path.write_bytes(good)
+        cache = open_cache(tmp_path)
+        data = bytearray(good)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            rows = cache.rows([key])
+        except CacheError as error:
+            told.append(str(error))
+        else:
+            assert _same(rows, expected)
+    assert len(told) > 50
+    assert all(path.name in text for text in told)

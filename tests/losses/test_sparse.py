@@ -1,0 +1,159 @@
+"""Losses on sparse targets against the dense formula in float64, values and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from collegium.losses.divergences import ForwardKL
+from collegium.losses.sparse import TAIL_FLOOR, sparse_terms
+from collegium.types import SparseRows
+
+N, V = 11, 23
+
+
+def _draw(seed: int = 0, *, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(N, V, generator=generator, dtype=torch.float64)
+    labels = torch.randint(V, (N,), generator=generator)
+    return logits.requires_grad_(), labels
+
+
+def _sampled(seed: int = 1) -> SparseRows:
+    """Rows with one to five tokens, ragged."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [1 + int(torch.randint(5, (), generator=generator)) for _ in range(N)]
+    ids = [torch.randperm(V, generator=generator)[:size] for size in sizes]
+    prob = [torch.rand(size, generator=generator, dtype=torch.float64) + 0.1 for size in sizes]
+    logp = [(p / p.sum()).log() for p in prob]
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    return SparseRows(starts, torch.cat(ids), torch.cat(logp), None, V)
+
+
+def _top_k(k: int, seed: int = 2) -> tuple[SparseRows, torch.Tensor]:
+    """Top k with the tail, and the dense distribution behind it."""
+    generator = torch.Generator().manual_seed(seed)
+    logp = torch.randn(N, V, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
+    top = logp.topk(k)
+    tail = logp.scatter(1, top.indices, -torch.inf).logsumexp(1)
+    starts = torch.arange(N + 1) * k
+    return SparseRows(starts, top.indices.flatten(), top.values.flatten(), tail, V), logp
+
+
+def _gradient(value: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(value.sum(), logits)[0]
+
+
+def test_draws_match_the_dense_formula_in_value_and_gradient() -> None:
+    logits, labels = _draw()
+    target = _sampled()
+    ce, kl = sparse_terms(logits.log_softmax(-1), labels, target)
+    dense = ForwardKL()(target.logits(slice(0, N)), logits.log_softmax(-1))
+    expected_ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(kl, dense, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ce, expected_ce, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(_gradient(kl, logits), _gradient(dense, logits))
+    prob = target.logits(slice(0, N)).exp()
+    kl = sparse_terms(logits.log_softmax(-1), labels, target)[1]
+    torch.testing.assert_close(_gradient(kl, logits), logits.softmax(-1).detach() - prob)
+
+
+@pytest.mark.parametrize("k", [1, 5, V - 1, V])
+def test_top_k_is_the_kl_over_kept_tokens_and_one_bucket(k: int) -> None:
+    logits, labels = _draw()
+    target, logp = _top_k(k)
+    _, kl = sparse_terms(logits.log_softmax(-1), labels, target)
+    order = logp.argsort(dim=1, descending=True)
+    p, q = logp.exp().gather(1, order), logits.softmax(-1).gather(1, order)
+    p = torch.cat([p[:, :k], p[:, k:].sum(1, keepdim=True)], 1)
+    q = torch.cat([q[:, :k], q[:, k:].sum(1, keepdim=True)], 1)
+    expected = (torch.special.xlogy(p, p) - torch.special.xlogy(p, q))[:, : k + (k < V)].sum(1)
+    torch.testing.assert_close(kl, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(_gradient(kl, logits), _gradient(expected, logits))
+
+
+def test_the_bucket_of_a_student_that_equals_its_target_costs_nothing() -> None:
+    target, logp = _top_k(4)
+    logits = logp.clone().requires_grad_()
+    _, kl = sparse_terms(logits.log_softmax(-1), torch.zeros(N, dtype=torch.int64), target)
+    assert kl.abs().max() < 1e-12
+    assert _gradient(kl, logits).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_student_without_a_tail_is_pulled_back_and_nothing_overflows(dtype: torch.dtype) -> None:
+    logits = torch.zeros(1, V, dtype=dtype)
+    logits[0, 0] = 60.0
+    logits.requires_grad_()
+    starts, ids = torch.tensor([0, 1]), torch.tensor([0])
+    target = SparseRows(
+        starts, ids, torch.tensor([math.log(0.9)]), torch.tensor([math.log(0.1)]), V
+    )
+    _, kl = sparse_terms(logits.log_softmax(-1), torch.zeros(1, dtype=torch.int64), target)
+    assert torch.isfinite(kl).all()
+    assert kl.item() == pytest.approx(
+        0.9 * math.log(0.9) + 0.1 * (math.log(0.1) - math.log(TAIL_FLOOR)), rel=1e-3
+    )
+    assert torch.isfinite(_gradient(kl, logits)).all()
+
+
+def test_below_the_floor_the_tail_still_has_a_gradient() -> None:
+    logits = torch.zeros(1, V, dtype=torch.float64)
+    logits[0, 0] = 18.0  # a tail of 3e-7
+    logits.requires_grad_()
+    target = SparseRows(
+        torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([math.log(0.9)]), torch.tensor([math.log(0.1)]), V
+    )  # fmt: skip
+    _, kl = sparse_terms(logits.log_softmax(-1), torch.zeros(1, dtype=torch.int64), target)
+    gradient = _gradient(kl, logits)
+    assert gradient[0, 0] > 0.01
+    assert (gradient[0, 1:] < 0).all()
+
+
+def test_an_empty_tail_is_no_nan() -> None:
+    logits, labels = _draw()
+    target, _ = _top_k(V)
+    target = SparseRows(target.starts, target.ids, target.logp, torch.full((N,), -torch.inf), V)
+    _, kl = sparse_terms(logits.log_softmax(-1), labels, target)
+    assert torch.isfinite(kl).all()
+    assert torch.isfinite(_gradient(kl, logits)).all()
+
+
+def test_blocks_of_a_target_are_its_rows() -> None:
+    logits, labels = _draw()
+    for target in (_sampled(), _top_k(3)[0]):
+        whole = sparse_terms(logits.log_softmax(-1), labels, target)[1]
+        parts = [
+            sparse_terms(logits[b].log_softmax(-1), labels[b], target.block(b))[1]
+            for b in (slice(0, 4), slice(4, 5), slice(5, N))
+        ]
+        torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_the_gradient_of_draws_is_unbiased() -> None:
+    """The mean over many draws is the gradient of the dense target, within five standard errors."""
+    from cache_cases import Samples, row_keys
+    from collegium.cache.codec import SCALARS, decode_rows, encode_rows
+
+    num_repeats, draws = 4000, 10
+    _, logp = _top_k(1)
+    logits, _ = _draw()
+    q = logits.softmax(-1).detach()[0]
+
+    keys = row_keys(5, np.arange(num_repeats).astype(np.uint64), np.zeros(num_repeats))
+    scalars = {name: torch.zeros(num_repeats) for name in SCALARS}
+    encoded = encode_rows(
+        Samples(draws=draws), logp[:1].repeat(num_repeats, 1), keys, scalars=scalars
+    )
+    target = decode_rows(Samples(draws=draws), encoded, V)
+    student = logits[:1].detach().repeat(num_repeats, 1).requires_grad_()
+    _, kl = sparse_terms(
+        student.log_softmax(-1), torch.zeros(num_repeats, dtype=torch.int64), target
+    )
+    gradient = _gradient(kl, student)
+    p = logp[0].exp()
+    error = (p * (1 - p) / draws / num_repeats).sqrt()
+    assert ((gradient.mean(0) - (q - p)).abs() < 5 * error + 1e-6).all()
