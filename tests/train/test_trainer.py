@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
@@ -21,7 +21,7 @@ from collegium.models import tap_names, tap_width
 from collegium.teachers.local import LocalTeacher
 from collegium.train.meter import RunLog
 from collegium.train.objective import Objective, ObjectiveOptions
-from collegium.train.parts import named_teachers
+from collegium.train.parts import adopt_arguments, named_teachers
 from collegium.train.progress import Progress
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
 from collegium.types import LossSum, TeacherRows
@@ -447,6 +447,25 @@ def test_arguments_are_those_of_the_options(tmp_path: Path) -> None:
     assert (args.seed, args.data_seed) == (11, 11)
     assert args.report_to == []
     assert not args.logging_nan_inf_filter
+
+
+def test_adapters_are_in_the_optimizer_without_decay(tmp_path: Path) -> None:
+    made = trainer(tmp_path, objective=featured(), options={"weight_decay": 0.3})
+    groups = made.create_optimizer().param_groups
+    adapters = {id(parameter) for parameter in made.objective.parameters()}
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert adapters
+    assert {decays[number] for number in adapters} == {0.0}
+    assert decays[id(made.student.lm_head.weight)] == 0.3
+    assert decays[id(made.student.model.norm.weight)] == 0.0
+
+
+def test_the_order_of_the_data_has_a_seed_of_its_own(tmp_path: Path) -> None:
+    """Without it, the order would depend on who drew random numbers before: a student with teachers, a control without."""
+    args = TrainingArguments(output_dir=str(tmp_path), seed=7, report_to="none", use_cpu=True)
+    assert args.data_seed is None
+    adopt_arguments(args)
+    assert args.data_seed == 7
 
 
 def test_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
