@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -100,6 +102,20 @@ def test_probe_refuses_an_unknown_head() -> None:
     model.config.model_type = "hyperclovax"  # would multiply where the model divides
     with pytest.raises(ModelError, match="computes its logits in a way that is not known"):
         probe(model, vocab_size=V, where="student")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probe_sees_a_small_factor_on_the_logits_in_any_number_type(dtype: torch.dtype) -> None:
+    model = tiny_model(ROWS, initializer_range=0.4).to(dtype)
+    probe(model, vocab_size=V, where="student")
+    model.register_forward_hook(lambda module, inputs, output: _scaled(output, 1.25))
+    with pytest.raises(ModelError, match="computes its logits in a way that is not known"):
+        probe(model, vocab_size=V, where="student")
+
+
+def _scaled(output: Any, factor: float) -> Any:
+    output.logits = output.logits * factor
+    return output
 
 
 def test_probe_leaves_the_modes_of_the_modules() -> None:

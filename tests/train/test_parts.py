@@ -1,0 +1,113 @@
+"""What a trainer is made of: feature terms with their adapters, teachers on their devices, seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from collegium.losses.features import FeatureLoss, FeatureOptions
+from collegium.models import tap_names, tap_width
+from collegium.teachers.local import LocalTeacher
+from collegium.train.meter import RunLog
+from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.parts import adopt_arguments, named_teachers
+from collegium.train.progress import Progress
+from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
+from training_runs import VOCAB, Windows, objective, small_model, stack, trainer
+
+
+def featured() -> Objective:
+    """Feature terms of two teachers, in float64."""
+    model, options = small_model(), FeatureOptions(weight=0.5)
+    widths = {tap: tap_width(model, tap) for tap in tap_names(model)}
+    terms = FeatureLoss(options, widths, {"teacher_0": widths, "teacher_1": widths}, seed=0)
+    return Objective(
+        ObjectiveOptions(features=options), objective().fusion, features=terms.double()
+    )
+
+
+def test_the_scale_of_feature_terms_is_renewed_by_every_step_and_by_no_micro_batch(
+    tmp_path: Path,
+) -> None:
+    scales, students = [], []
+    for batch, accumulate in ((6, 1), (2, 3)):
+        seen: list[torch.Tensor] = []
+
+        class Keep(TrainerCallback):
+            def on_step_end(self, args, state, control, seen=seen, **kwargs):  # type: ignore[no-untyped-def]
+                seen.append(made.objective.features.scale_K.clone())  # noqa: B023
+
+        made = trainer(
+            tmp_path / str(batch),
+            model=small_model().double(),
+            teachers=[small_model(1).double(), small_model(2).double()],
+            objective=featured(),
+            options={
+                "max_steps": 3,
+                "per_device_train_batch_size": batch,
+                "gradient_accumulation_steps": accumulate,
+                "optim": "sgd",
+            },
+            callbacks=[Keep(), Progress(quiet=True)],
+        )
+        made.train()
+        scales.append(torch.stack(seen))
+        students.append({name: value.clone() for name, value in made.student.state_dict().items()})
+    assert (scales[0][0] != 1).all()
+    assert (scales[0][1:] != scales[0][:-1]).all()
+    torch.testing.assert_close(scales[0], scales[1], rtol=1e-12, atol=0)
+    for name, value in students[0].items():
+        torch.testing.assert_close(students[1][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_live_models_move_to_the_device_of_the_run_and_nothing_else_does() -> None:
+    there = torch.device("meta")
+    placed, live = LocalTeacher("placed", small_model(1), vocab_size=VOCAB), small_model(2)
+    found = named_teachers([placed, live], small_model(), VOCAB, there)
+    assert [teacher.name for teacher in found] == ["placed", "teacher_1"]
+    assert found[0] is placed
+    assert {parameter.device.type for parameter in placed.model.parameters()} == {"cpu"}
+    assert {parameter.device for parameter in live.parameters()} == {there}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_teachers_on_both_devices_teach_a_student_on_the_gpu(tmp_path: Path) -> None:
+    losses = []
+    for on_cpu in (True, False):
+        args = training_arguments(
+            TrainOptions(max_steps=3, logging_steps=1),
+            output_dir=tmp_path / str(on_cpu),
+            seed=3,
+            on_cpu=on_cpu,
+        )
+        teachers = [LocalTeacher("placed", small_model(1), vocab_size=VOCAB), small_model(2)]
+        made = DistillTrainer(
+            small_model(), teachers, args, train_dataset=Windows(), data_collator=stack
+        )
+        made.train()
+        assert made.student.device.type == ("cpu" if on_cpu else "cuda")
+        losses.append([row["loss"] for row in RunLog(made.run_folder / "log.jsonl").rows()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_adapters_are_in_the_optimizer_without_decay(tmp_path: Path) -> None:
+    made = trainer(tmp_path, objective=featured(), options={"weight_decay": 0.3})
+    groups = made.create_optimizer().param_groups
+    adapters = {id(parameter) for parameter in made.objective.parameters()}
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert adapters
+    assert {decays[number] for number in adapters} == {0.0}
+    assert decays[id(made.student.lm_head.weight)] == 0.3
+    assert decays[id(made.student.model.norm.weight)] == 0.0
+
+
+def test_the_order_of_the_data_has_a_seed_of_its_own(tmp_path: Path) -> None:
+    """Without it, the order would depend on who drew random numbers before: a student with teachers, a control without."""
+    args = TrainingArguments(output_dir=str(tmp_path), seed=7, report_to="none", use_cpu=True)
+    assert args.data_seed is None
+    adopt_arguments(args)
+    assert args.data_seed == 7
