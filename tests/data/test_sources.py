@@ -71,7 +71,7 @@ def test_three_kinds_of_rows_in_three_formats(tmp_path):
     for number, row in enumerate(rows):
         plain = write(tmp_path, f"d{number}.jsonl", "\ufeff" + lines(row))
         zipped = tmp_path / f"d{number}.jsonl.gz"
-        zipped.write_bytes(gzip.compress(plain.read_bytes()))
+        zipped.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
         table = tmp_path / f"d{number}.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), table)
         for path in (plain, zipped, table):
@@ -158,7 +158,7 @@ def test_blank_rows_are_left_out_and_limit_counts_documents(tmp_path):
         ),
         (
             "train.jsonl.gz",
-            gzip.compress(lines({"text": "a" * 99}).encode())[:-9],
+            gzip.compress(lines({"text": "a" * 99}).encode(), mtime=0)[:-9],
             "train.jsonl.gz: ends inside the gzip stream; was the copy cut short?",
         ),
         ("train.parquet", "PAR1 no", "train.parquet: not a whole parquet file"),
