@@ -71,6 +71,10 @@ def test_every_calibration_is_tried() -> None:
     tried = {(one["fusion"]["pool"], one["calibration"]) for one in report["fusions"]}
     calibrations = {"raw", "temperatures", "pooled", "temperatures+pooled"}
     assert tried == {(pool, c) for pool in ("linear", "log_linear") for c in calibrations}
+    alone = {name: figures["temperature"] for name, figures in report["teachers"].items()}
+    assert all(value > 1.2 for value in alone.values())
+    products = [one["fusion"] for one in report["fusions"] if one["fusion"]["pool"] == "log_linear"]
+    assert [f["temperatures"] for f in products if f["temperatures"]] == [alone] * 4
 
 
 def test_every_nll_is_that_of_the_fused_target() -> None:
