@@ -98,8 +98,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
         found["scored"] = {model.name: state(model.model) for model in models}
         return real_score(models, teachers, fusion, dataset, **named)
 
-    def trainer(self: Workspace, variant: Any, folder: Path) -> Any:
-        made = real_trainer(self, variant, folder)
+    def trainer(self: Workspace, variant: Any, folder: Path, **cached: Any) -> Any:
+        made = real_trainer(self, variant, folder, **cached)
         found["trainers"][variant.name] = {
             "start": state(made.student),
             "data": made.train_dataset.fingerprint,

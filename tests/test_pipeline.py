@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import collegium
-import tiny
 from collegium import pipeline
 from collegium.errors import CollegiumError, DataError, RecipeError, VocabularyError
 from collegium.fusion.pooling import Fusion
@@ -18,54 +17,18 @@ from collegium.fusion.weights import BestSingle, Entropy, Uniform
 from collegium.recipe import Recipe, dump_recipe, load_recipe
 from collegium.run_folder import read_json
 from collegium.variants import CONTROLS, control, main_variant
-
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-RECIPE = """
-name: tiny
-output_dir: {root}/run
-student:
-  config: {config}
-  tokenizer: {root}/scripture
-teachers:
-  scripture: {{model: {root}/scripture}}
-  code: {{model: {root}/code}}
-data:
-  train:
-    - {{path: {root}/scripture.jsonl}}
-    - {{path: {root}/code.jsonl}}
-  max_length: 32
-  calibration_fraction: 0.2
-  validation_fraction: 0.2
-objective: {{kd_ratio: 0.5}}
-train: {{learning_rate: 1e-2, max_steps: 4, per_device_train_batch_size: 4, logging_steps: 2, save_steps: 2}}
-preflight: {{max_tokens: 200, batch_size: 4}}
-evaluate: {{controls: [ce_only], batch_size: 4}}
-"""
+from tiny_run import recipe_text, write_zoo
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two teachers with one tokenizer, and text of two domains."""
-    root = tmp_path_factory.mktemp("zoo")
-    tiny.save_tiny(root / "scripture", seed=1)
-    tiny.save_tiny(root / "code", seed=2, model_type="qwen3", head_dim=8)
-    for domain, text in (("scripture", tiny.TEXT[0]), ("code", tiny.TEXT[2])):
-        lines = [json.dumps({"text": f"{text} number {i}. " * 4}) for i in range(60)]
-        (root / f"{domain}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return root
+    return write_zoo(tmp_path_factory.mktemp("zoo"))
 
 
 def _recipe(zoo: Path, tmp_path: Path, *overrides: str) -> Recipe:
     file = tmp_path / "recipe.yaml"
-    file.write_text(RECIPE.format(root=zoo, config=json.dumps(CONFIG)), encoding="utf-8")
+    file.write_text(recipe_text(zoo), encoding="utf-8")
     return load_recipe(file, [f"output_dir={tmp_path / 'run'}", *overrides])
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -109,20 +109,21 @@ class RunFolder:
                 "choose another output_dir, or delete that folder"
             )
 
-    def check_place(self) -> None:
-        """Refuse a folder that cannot be written, or that holds something other than a run.
+    def check_place(self, *, also: Collection[str] = ()) -> None:
+        """Refuse a folder that cannot be written, or that holds something other than a run and what `also` names.
 
         Raises:
             CollegiumError: as said.
         """
-        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        nearest = next(p for p in (self.path, *self.path.parents) if p.exists())
         if not nearest.is_dir():
             raise self._not_writable(f"{nearest} is a file")
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise self._not_writable(f"{nearest} is read-only")
+            raise self._not_writable(f"{nearest.absolute()} is read-only")
         if nearest != self.path or any((self.path / name).is_file() for name in OWN_FILES):
             return
-        found = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+        names = sorted(path.name for path in self.path.iterdir())
+        found = [name for name in names if not name.startswith(".") and name not in also]
         if found:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise RecipeError(

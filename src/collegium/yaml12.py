@@ -10,6 +10,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import (
+    CollectionEndEvent,
+    CollectionStartEvent,
+    NodeEvent,
+    ScalarEvent,
+)
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 MAX_NODES = 10_000
@@ -95,7 +101,7 @@ def read_yaml(text: str, name: str) -> Document:
         document.add((), f"got {len(text)} characters; must be at most {MAX_CHARS}")
         return document
     try:
-        _refuse_tags(text, document)
+        _refuse_events(text, document)
         root = None if document.problems else YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         document.problems.append(_syntax_problem(error, name))
@@ -167,10 +173,20 @@ def _remove(data: Any, path: KeyPath) -> None:
         data[path[-1]] = ""
 
 
-def _refuse_tags(text: str, document: Document) -> None:
+def _refuse_events(text: str, document: Document) -> None:
+    """Look at the document as a stream, which ends where it becomes too deep, too long or names a type."""
+    depth = num_nodes = 0
     for event in YAML(typ="safe", pure=True).parse(text):
-        if getattr(event, "tag", None) is not None:
-            line = event.start_mark.line + 1
+        line = event.start_mark.line + 1
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        num_nodes += isinstance(event, NodeEvent)
+        if depth > MAX_DEPTH:
+            document.add((), f"nested more than {MAX_DEPTH} levels deep", line=line)
+            return
+        if num_nodes > 2 * MAX_NODES:  # each a key or a value
+            document.add((), f"holds more than {MAX_NODES} nodes", line=line)
+            return
+        if isinstance(event, (ScalarEvent, CollectionStartEvent)) and event.tag is not None:
             document.add((), "YAML tags are not allowed in a recipe; remove the `!`", line=line)
 
 

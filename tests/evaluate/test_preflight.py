@@ -142,6 +142,12 @@ def test_every_calibration_is_tried() -> None:
     assert tried == {
         (pool, c) for pool in ("linear", "log_linear", "power_mean") for c in calibrations
     }
+    alone = {name: figures["temperature"] for name, figures in report["teachers"].items()}
+    assert all(value > 1.2 for value in alone.values())
+    products = [one["fusion"] for one in report["fusions"] if one["fusion"]["pool"] == "log_linear"]
+    fitted = [fusion["temperatures"] for fusion in products if fusion["temperatures"]]
+    assert len(fitted) == 4
+    assert all(set(given) == set(alone) and min(given.values()) > 1.2 for given in fitted)
 
 
 def test_every_nll_is_that_of_the_fused_target() -> None:

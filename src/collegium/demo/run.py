@@ -107,7 +107,7 @@ def run_demo(
     folder = output_dir or Path(plan.folder)
     _check_controls(controls or ())
     run = RunFolder(folder)
-    run.check_place()
+    run.check_place(also=["text"])  # which may come from another demo
     run.make()
     _prepare_text(run, plan)
     for domain, config in plan.specialists.items():

@@ -1,0 +1,46 @@
+"""A tiny run that would work, to be broken in one place."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+from bad_input_bench import LOADERS, Bench
+from collegium.cli import app
+from tiny_run import recipe_text, write_zoo
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models and texts; one check has imported what every check imports."""
+    root = write_zoo(tmp_path_factory.mktemp("zoo"))
+    (root / "run.yaml").write_text(recipe_text(root))
+    assert CliRunner().invoke(app, ["check", str(root / "run.yaml")]).exit_code == 0
+    (root / "run.yaml").unlink()
+    return root
+
+
+@pytest.fixture
+def lab(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A bench on which models may be loaded."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(zoo, "zoo")
+    Path("run.yaml").write_text(recipe_text(Path("zoo")).replace("zoo/run", "out"))
+    return Bench(tmp_path)
+
+
+@pytest.fixture
+def bench(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A bench on which no model may be loaded."""
+
+    def load(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a weight was loaded")
+
+    for loader in LOADERS:
+        monkeypatch.setattr(loader, load)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", load)
+    return lab
