@@ -119,7 +119,6 @@ def _opened(recipe: Recipe) -> Iterator[Workspace]:
         CollegiumError: as `check`, or another process is running on the folder.
     """
     workspace = Workspace(recipe)
-    workspace.folder.check(workspace.values)
     workspace.folder.check_free()
     check_run(workspace)
     with workspace.folder.lock():

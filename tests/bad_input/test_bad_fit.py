@@ -70,13 +70,16 @@ def test_78_no_bfloat16(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_78_attention_that_is_not_installed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["student", HERE])
+def test_78_attention_that_is_not_installed(
+    where: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = "transformers.utils.import_utils.is_flash_attn_2_available"
     monkeypatch.setattr(found, lambda: False)
     bench.refused(
-        "student.attention: got flash_attention_2, and the package flash-attn is not installed or finds no "
-        "CUDA device; must be installed; set `attention: auto`",
-        "student.attention=flash_attention_2",
+        f"{where}.attention: got flash_attention_2, and the package flash-attn is not installed or finds "
+        "no CUDA device; must be installed; set `attention: auto`",
+        f"{where}.attention=flash_attention_2",
     )
 
 

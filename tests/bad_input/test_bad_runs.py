@@ -178,10 +178,11 @@ def test_a_damaged_run_folder(name: str, stopped: Path, bench: Bench) -> None:
 
 def test_another_process_on_the_folder(bench: Bench) -> None:
     with RunFolder(OUT).lock():
+        assert bench.accepted()
+        shutil.rmtree("zoo/code")  # which the refusal must not have looked at
         bench.refused(
             "out: another process is running on this folder; wait for it, or choose another output_dir"
         )
-        assert bench.accepted()
 
 
 def test_a_preflight_without_teachers(bench: Bench) -> None:
