@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from collegium.cache.codec import TopK
 from collegium.data.sources import check_sources
 from collegium.errors import DataError, RecipeError
 from collegium.losses.features import feature_map
@@ -60,6 +61,7 @@ def check_run(workspace: Workspace) -> CheckReport:
     _check_vocabularies(workspace, report)
     _check_positions(recipe)
     _check_features(recipe)
+    _check_cache(workspace)
     _check_checkpoints(workspace.folder.path)
     _check_distinct(recipe, report)
     _check_datasets(workspace, report)
@@ -140,6 +142,17 @@ def _check_features(recipe: Recipe) -> None:
             where = f"teachers.{name}"
             config = load_config(teacher, where=where)
             feature_map(options, taps, tap_names(empty_model(config, where)))
+
+
+def _check_cache(workspace: Workspace) -> None:
+    cache = workspace.recipe.cache
+    if cache.enabled and cache.path is not None and cache.path.is_file():
+        raise RecipeError(f"cache.path: got {cache.path}, which is a file; must be a folder")
+    size = workspace.vocab_size
+    if cache.enabled and isinstance(cache.targets, TopK) and cache.targets.k > size:
+        raise RecipeError(
+            f"cache.targets.k: got {cache.targets.k}; must be at most {size}, the size of the vocabulary"
+        )
 
 
 def _check_checkpoints(folder: Path) -> None:

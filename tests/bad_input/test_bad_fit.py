@@ -1,4 +1,4 @@
-"""Sound parts that do not fit together or not this machine, from the command line: rows 22, 26, 27, 67 and 78."""
+"""Sound parts that do not fit together or not this machine, from the command line: rows 18, 22, 26, 27, 67 and 78."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ from collegium.models import weights_digest
 from collegium.recipe import load_recipe
 
 HERE = "teachers.code"
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected"),
+    [
+        (
+            "{enabled: true, targets: {name: top_k, k: 401}}",
+            "cache.targets.k: got 401; must be at most 400, the size of the vocabulary",
+        ),
+        (
+            "{enabled: true, path: run.yaml}",
+            "cache.path: got run.yaml, which is a file; must be a folder",
+        ),
+    ],
+)
+def test_18_a_cache_that_cannot_be(cache: str, expected: str, bench: Bench) -> None:
+    bench.refused(expected, f"cache={cache}")
+    assert bench.accepted("cache={enabled: true, targets: {name: top_k, k: 400}}")
 
 
 def test_22_several_processes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
