@@ -1,0 +1,28 @@
+"""The table in README.md names every row of the catalogue, and tests that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROWS = re.findall(r"^\| (\d+) \|.*\|.*\|(.*)\|$", (HERE / "README.md").read_text("utf-8"), re.M)
+
+
+def test_every_row_is_there_once() -> None:
+    assert [int(number) for number, _ in ROWS] == list(range(1, 81))
+
+
+@pytest.mark.parametrize(("number", "places"), ROWS, ids=[number for number, _ in ROWS])
+def test_what_a_row_names_exists(number: str, places: str) -> None:
+    names = re.findall(r"`([^`]+)`", places)
+    files = [name for name in names if name.endswith((".py", "/"))]
+    roots = (HERE, HERE.parents[1])
+    found = [root / file for file in files for root in roots if (root / file).exists()]
+    assert len(found) == len(files)
+    text = "".join(path.read_text("utf-8") for path in found if path.is_file())
+    for name in set(names) - set(files):
+        start = name.removesuffix("...")
+        assert f'"{start}' in text or f"def {start}" in text, name
