@@ -58,13 +58,13 @@ def run_preflight(
 ) -> Preflight:
     """Measure the teachers and their fusions on the calibration split, and choose the fusion of lowest NLL.
 
-    Linear pools come from one sweep of scalars; log-linear pools are tried for the best three weightings, and a pooled temperature for the best of each kind of pool, with and without temperatures of its teachers. Weights and temperatures are
-    fitted on every other document of each domain; all fusions are ranked on the same tokens of the others (at most about 8192 read). Of
-    those within 0.002 nats of the best, the simplest is chosen: fewer fitted parts, then the linear pool.
+    Linear pools come from one sweep of scalars; log-linear pools are tried for the best three weightings, and a pooled temperature for the
+    best of each kind of pool, with and without temperatures of its teachers. All fusions are ranked on the same tokens (at most about 8192).
+    Of those within 0.002 nats of the best, the simplest is chosen: fewer fitted parts, then the linear pool.
 
-    Nothing is judged on tokens that it was fitted on, unless the split is too small to be halved; but the chosen fusion is the
-    best of many on the tokens that rank them, so its NLL is a little optimistic here. The tie of 0.002 nats is there for that.
-    What the fusion is worth is said by the evaluation, which reads the validation split alone.
+    The standard fusions are fitted and ranked on the same tokens, which flatters temperatures by little; the extended ones are fitted on every
+    other document of each domain and ranked on the others. Either way the chosen fusion is the best of many on the tokens that rank
+    them, so its NLL is a little optimistic here. What it is worth is said by the evaluation, which reads the validation split alone.
 
     Args:
         teachers: the frozen models.

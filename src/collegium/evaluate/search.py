@@ -1,4 +1,4 @@
-"""The fusions that a pre-flight compares: fitted on one half of the calibration documents, judged on the other.
+"""The fusions that a pre-flight compares, what they are fitted on, and what they are judged on.
 
 Shapes: N rows of the calibration split, K teachers, F fusions.
 """
@@ -106,9 +106,10 @@ def choose(candidates: Sequence[Candidate]) -> Candidate:
 class Search:
     """The fusions that are compared, what they are fitted on, and what they are compared on.
 
-    The usual fusions are fitted on every other document of each domain and compared on the others, so that a rule with more to fit
-    has no advantage. Given candidates are compared as they are, on all documents. `extended` adds the rules that are fitted on calibration
-    documents (EM weights, also per domain, and the gate), the consensus rule and the power mean.
+    The standard fusions have a few temperatures to fit and are fitted and compared on the same documents. `extended` adds the rules that
+    are fitted on calibration documents (EM weights, also per domain, and the gate), the consensus rule and the power mean; then all are fitted on
+    every other document of each domain and compared on the others, so that a rule with more to fit has no advantage. Given
+    candidates are compared as they are, on all documents.
     """
 
     def __init__(
@@ -129,7 +130,11 @@ class Search:
         self._full, is_full_N = _part(split, FULL_TOKENS)
         self._pool_fit, _ = _part(self._full, FIT_TOKENS)
         samples_N = torch.from_numpy(scalars.targets.samples_N)
-        self._is_fit_N = is_fitted_on(samples_N, torch.from_numpy(scalars.targets.domains_N))
+        domains_N = torch.from_numpy(scalars.targets.domains_N)
+        # A few temperatures cannot over-fit thousands of tokens; halves of few long documents would be lopsided.
+        self._is_fit_N = torch.ones_like(samples_N, dtype=torch.bool)
+        if extended:
+            self._is_fit_N = is_fitted_on(samples_N, domains_N)
         is_judged_N = ~self._is_fit_N & is_full_N
         is_alike = candidates is not None or not is_judged_N.any()
         self.is_shared_N = is_full_N if is_alike else is_judged_N
