@@ -173,17 +173,19 @@ def test_what_is_written_reads_back_equal(case: str, recipe_file: Path) -> None:
 
 
 @given(
-    model=st.text(min_size=1),
+    column=st.text(min_size=1),
     domain=st.text(min_size=1),
     rate=st.floats(min_value=1e-300, max_value=1, exclude_min=True),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_text_and_number_survives(
-    tmp_path_factory: pytest.TempPathFactory, model: str, domain: str, rate: float, seed: int
+    tmp_path_factory: pytest.TempPathFactory, column: str, domain: str, rate: float, seed: int
 ) -> None:
+    # Not in a path: paths are held against the file system.
+    source = SourceOptions(path="corpus.txt", domain=domain, text_column=column)
     recipe = Recipe(
         student=StudentOptions(model="s"),
-        data=DataOptions(train=[SourceOptions(path=model, domain=domain)]),  # type: ignore[arg-type]
+        data=DataOptions(train=[source]),  # type: ignore[arg-type]
         seed=seed,
         fusion=Fusion(weighting=Entropy(tau=rate)),
         teachers={"a": TeacherOptions(model="t")},

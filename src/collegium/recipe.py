@@ -31,13 +31,14 @@ from collegium.fusion.pooling import Fusion
 from collegium.fusion.rules import WEIGHTINGS
 from collegium.fusion.weights import BestSingle
 from collegium.losses.divergences import DIVERGENCES
+from collegium.overrides import apply_override
 from collegium.student import StudentOptions
 from collegium.teachers.cached import require_static
 from collegium.teachers.local import TeacherOptions
 from collegium.train.objective import ObjectiveOptions, require_sparse_objective
 from collegium.train.options import TrainOptions
 from collegium.types import STRICT
-from collegium.yaml12 import Document, KeyPath, dotted, read_yaml, refuse_secrets, scalar
+from collegium.yaml12 import Document, KeyPath, read_yaml, refuse_secrets, scalar
 
 ControlName = Literal["ce_only", "ce_only_equal_compute", "best_single", "uniform", "entropy"]
 FORMS = {
@@ -128,7 +129,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise RecipeError(f"{file.name}: got {shown(document.data)}; must be a mapping of keys")
     document.data.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "-", file.stem))
     for override in overrides:
-        _apply(document, override)
+        apply_override(document, override)
     _check_names(document)
     recipe = decode(Recipe, document.data, (), document=document, forms=FORMS)
     if recipe is not FAILED:
@@ -269,46 +270,6 @@ def _stop_at(document: Document) -> None:
     problems = sorted(document.problems, key=lambda problem: problem.line)
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(str(problem) for problem in problems)))
-
-
-def _apply(document: Document, override: str) -> None:
-    """Set one value from the command line; the path is checked when the whole is decoded."""
-    label = f"override `{override}`"
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise RecipeError(f"{label}: must be KEY=VALUE, for example train.max_steps=10")
-    value = read_yaml(text, label)
-    if value.problems:
-        raise RecipeError(f"{label}: {value.problems[0].text}")
-    target: Any = document.data
-    path: KeyPath = ()
-    for part in parts[:-1]:
-        step = _step(target, part, path, label)
-        path = (*path, step)
-        if isinstance(target, dict) and target.get(step) is None:
-            target[step] = {}
-            document.origins[path] = (0, label)
-        target = target[step]
-    last = _step(target, parts[-1], path, label)
-    target[last] = value.data
-    path = (*path, last)
-    for old in [o for o in document.origins if o[: len(path)] == path]:
-        del document.origins[old]
-    document.forget(path)
-    document.origins[path] = (0, label)
-
-
-def _step(target: Any, part: str, path: KeyPath, label: str) -> Any:
-    if isinstance(target, dict):
-        return part
-    if isinstance(target, list):
-        if part.isdecimal() and int(part) < len(target):
-            return int(part)
-        raise RecipeError(
-            f"{label}: {dotted(path)} has {len(target)} items; the next key must be the number of one, from 0"
-        )
-    raise RecipeError(f"{label}: {dotted(path)} is `{target}`, not a mapping; set it as a whole")
 
 
 def _check_names(document: Document) -> None:
