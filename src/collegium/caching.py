@@ -40,6 +40,7 @@ def cache_identity(workspace: Workspace, fusion: Fusion) -> dict[str, Any]:
                 "revision": options.revision,
                 "dtype": options.dtype,
                 "attention": options.attention,
+                "logit_scale": options.logit_scale,
             }
             for name, options in recipe.teachers.items()
         },

@@ -343,6 +343,20 @@ def demo(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file of the study.")],
+) -> None:
+    """Run one recipe under many settings and seeds; ends with one table and one page."""
+    check_versions()
+    from collegium.study.run import run_study
+
+    finished = run_study(file)
+    for table in finished.tables:
+        typer.echo(f"\n{table.title}\n\n{table.markdown()}")
+    typer.echo(f"\nreport: {finished.page}")
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("collegium.yaml"),
 ) -> None:

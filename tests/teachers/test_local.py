@@ -154,3 +154,19 @@ def test_teacher_on_another_device(batch: Batch, offload: bool) -> None:
             atol=1e-4,
             rtol=1e-4,
         )
+
+
+def test_a_scale_multiplies_the_logits_whatever_the_head_does(batch: Batch, tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    rows = batch.rows()
+    plain, scaled = (
+        LocalTeacher.load(
+            "t",
+            TeacherOptions(model=str(tmp_path), logit_scale=scale),
+            vocab_size=V,
+            where="teachers.t",
+        )
+        for scale in (1.0, 2.5)
+    )
+    expected = 2.5 * plain.score(batch, rows).scores.logits(slice(1, 4))
+    torch.testing.assert_close(scaled.score(batch, rows).scores.logits(slice(1, 4)), expected)

@@ -93,10 +93,12 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TopK:
-    """The k most likely tokens, and all others as one bucket with its exact mass; never renormalized without it."""
+    """The k most likely tokens, and all others as one bucket with its exact mass."""
 
     k: Annotated[int, Field(ge=1, le=MOST_DRAWS)] = 50
     """Tokens kept per token of text."""
+    renormalized: bool = False
+    """Teach the kept tokens alone, as if the others had no mass: biased, and here to be measured against."""
 
     def encode(self, logp_nV: Tensor) -> tuple[np.ndarray, ...]:
         """(n, V) log-probabilities -> sizes, ids by falling probability, steps between them, and the tail."""
@@ -118,7 +120,11 @@ class TopK:
         assert encoded.log_tail is not None
         sizes = encoded.sizes.astype(np.int64)
         logp = -running_sums(encoded.values.astype(np.int64), sizes) * STEP
-        log_tail = encoded.log_tail.astype(np.float64)
+        log_tail = (
+            np.full(len(sizes), -np.inf)
+            if self.renormalized
+            else encoded.log_tail.astype(np.float64)
+        )
         log_kept = np.log(-np.expm1(np.minimum(log_tail, -1e-12)))
         scale = log_kept - np.log(row_sums(np.exp(logp), encoded.sizes))
         return (logp + np.repeat(scale, sizes)).astype(np.float32)
@@ -212,7 +218,9 @@ def decode_rows(targets: Targets, encoded: EncodedRows, vocab_size: int) -> Spar
         raise ValueError(f"an empty row, or a token not below {vocab_size}")
     if problem := targets.problem(encoded):
         raise ValueError(problem)
-    tail = None if encoded.log_tail is None else torch.from_numpy(encoded.log_tail.copy())
+    tail = None
+    if encoded.log_tail is not None and not (isinstance(targets, TopK) and targets.renormalized):
+        tail = torch.from_numpy(encoded.log_tail.copy())
     return SparseRows(
         starts=torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])),
         ids=torch.from_numpy(encoded.ids.astype(np.int64)),

@@ -109,13 +109,15 @@ def run_demo(
     run = RunFolder(folder)
     run.check_place(also=["text"])  # which may come from another demo
     run.make()
-    _prepare_text(run, plan)
+    prepare_text(run, plan)
     for domain, config in plan.specialists.items():
         stage, key = f"teacher {domain}", fingerprint([domain, config, seed, plan.max_steps])
         if run.is_done(stage, key) and (folder / "teachers" / domain / "student").is_dir():
             continue
         with run.stage(stage, key):
-            pipeline.train(load_recipe(_teacher_recipe(plan, folder, domain, config, seed)))
+            place = folder / "teachers" / domain
+            file = write_teacher_recipe(plan, folder, place, {domain: config}, seed=100 + seed)
+            pipeline.train(load_recipe(file))
     pipeline.run(load_recipe(_student_recipe(plan, folder, seed, controls)))
     return folder
 
@@ -128,7 +130,8 @@ def _check_controls(names: Sequence[str]) -> None:
             raise RecipeError(f"controls: got `{name}`; unknown control{nearest(name, CONTROLS)}")
 
 
-def _prepare_text(run: RunFolder, plan: Plan) -> None:
+def prepare_text(run: RunFolder, plan: Plan) -> None:
+    """Text and tokenizer of a plan, in `text` and `tokenizer` of a folder; what is there is kept."""
     from collegium.demo.tokenizer import train_tokenizer
 
     domains = list(plan.specialists)
@@ -143,17 +146,37 @@ def _prepare_text(run: RunFolder, plan: Plan) -> None:
             train_tokenizer(corpora, run.path / "tokenizer", vocab_size=plan.vocab_size)
 
 
-def _teacher_recipe(
-    plan: Plan, folder: Path, domain: str, config: Mapping[str, Any], seed: int
+def write_teacher_recipe(
+    plan: Plan,
+    folder: Path,
+    place: Path,
+    specialist: Mapping[str, Mapping[str, Any]],
+    *,
+    seed: int,
+    domains: Sequence[str] = (),
 ) -> Path:
+    """The recipe that trains one teacher with plain cross-entropy.
+
+    Args:
+        plan: how large the demo is.
+        folder: where `text` and `tokenizer` lie, and `recipes` is written.
+        place: run folder of the teacher.
+        specialist: the one name and configuration of the teacher.
+        seed: of its weights and the order of its data.
+        domains: what it reads; the domain that it is named after by default.
+    """
+    ((name, config),) = specialist.items()
     recipe = _read_yaml(HERE / "demo-teacher.yaml", "runs/demo", folder)
-    recipe["name"] = f"demo-teacher-{domain}"
-    recipe["output_dir"] = str(folder / "teachers" / domain)
-    recipe["seed"] = 100 + seed
+    recipe["name"] = f"demo-teacher-{name}"
+    recipe["output_dir"] = place.as_posix()
+    recipe["seed"] = seed
     recipe["student"]["config"] = dict(config)
-    recipe["data"]["train"] = [{"path": str(folder / "text" / f"{domain}.jsonl"), "domain": domain}]
+    recipe["data"]["train"] = [
+        {"path": str(folder / "text" / f"{domain}.jsonl"), "domain": domain}
+        for domain in domains or (name,)
+    ]
     recipe["train"]["max_steps"] = plan.max_steps
-    return _write_yaml(folder / "recipes" / f"teacher-{domain}.yaml", recipe)
+    return _write_yaml(folder / "recipes" / f"{place.parent.name}-{name}.yaml", recipe)
 
 
 def _student_recipe(plan: Plan, folder: Path, seed: int, controls: Sequence[str] | None) -> Path:

@@ -1,1 +1,1 @@
-"""Questions asked over many runs."""
+"""Questions over many runs: the same recipe under several settings and seeds, in one table and one page."""

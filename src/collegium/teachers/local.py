@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass as option_class
 from torch import Tensor, nn
 
 from collegium.errors import ModelError, TrainingError
 from collegium.models import ModelOptions, count_parameters, forward_rows, load_model
 from collegium.models.forward import head_layer
-from collegium.types import STRICT, Batch, HiddenRows, Rows, TeacherRows
+from collegium.types import STRICT, Batch, HiddenRows, RowLogits, Rows, TeacherRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +28,8 @@ class TeacherOptions(ModelOptions):
 
     offload: bool = False
     """Keep the teacher on the CPU between its turns; slower, but memory holds one teacher at a time."""
+    logit_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on its logits: makes a teacher more (above 1) or less confident than it is, for stress tests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,18 @@ class MovedRows:
         return self.rows.logits(block).to(self.device)
 
 
+@dataclass(frozen=True, slots=True)
+class ScaledRows:
+    """The answers of a teacher with a factor on their logits."""
+
+    rows: RowLogits
+    factor: float
+
+    def logits(self, block: slice) -> Tensor:
+        """(n, V) logits times the factor."""
+        return self.rows.logits(block) * self.factor
+
+
 class LocalTeacher:
     """A model that only answers: without gradient, without dropout, in its own number type."""
 
@@ -53,6 +68,7 @@ class LocalTeacher:
         *,
         vocab_size: int,
         offload: bool = False,
+        logit_scale: float = 1.0,
         student: nn.Module | None = None,
     ) -> None:
         """Freeze `model`, which must share no parameter with `student`.
@@ -66,6 +82,7 @@ class LocalTeacher:
         self.model = model.requires_grad_(False).eval()
         self.vocab_size = vocab_size
         self.num_parameters = count_parameters(model)
+        self._logit_scale = logit_scale
         self._device = head_layer(model).weight.device
         self._is_offloaded = offload and self._device.type != "cpu"
         if self._is_offloaded:
@@ -81,7 +98,13 @@ class LocalTeacher:
             ModelError: the folder or its weights cannot be used.
         """
         loaded = load_model(options, where=where)
-        return cls(name, loaded.model, vocab_size=vocab_size, offload=options.offload)
+        return cls(
+            name,
+            loaded.model,
+            vocab_size=vocab_size,
+            offload=options.offload,
+            logit_scale=options.logit_scale,
+        )
 
     @torch.no_grad()
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
@@ -108,7 +131,9 @@ class LocalTeacher:
             nn.Module.to(self.model, "cpu")
         self._check_finite({"the last layer": found.hidden, **found.features}, rows)
         features = {tap: hidden_ND.to(home) for tap, hidden_ND in found.features.items()}
-        scores = found if home == self._device else MovedRows(found, home)
+        scores: RowLogits = found if home == self._device else MovedRows(found, home)
+        if self._logit_scale != 1.0:
+            scores = ScaledRows(scores, self._logit_scale)
         return TeacherRows(self.name, scores, features)
 
     def _check_finite(self, states: Mapping[str, Tensor], rows: Rows) -> None:

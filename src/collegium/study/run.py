@@ -1,0 +1,43 @@
+"""A study from its file to its page: teachers, runs, tables, figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from collegium.files import lock_folder
+from collegium.study.options import StudyOptions, load_study
+from collegium.study.page import study_tables, write_page
+from collegium.study.sweep import run_jobs
+from collegium.study.tables import TextTable
+from collegium.study.zoo import prepare_zoo
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a study leaves."""
+
+    page: Path
+    tables: list[TextTable]
+
+
+def run_study(path: Path) -> Finished:
+    """Train the teachers that are missing, do every run that is not done, write the page.
+
+    Raises:
+        CollegiumError: the file of the study, a recipe, its data or a model cannot be used; finished runs are kept.
+    """
+    study = load_study(path)
+    folder = study_folder(study)
+    with lock_folder(folder, "wait for it, or choose another output_dir"):
+        for zoo in study.zoo:
+            for seed in study.seeds:
+                prepare_zoo(zoo, seed)
+        rows = run_jobs(study, path.parent / study.base, folder)
+        page = write_page(study, rows, folder, text=path.read_text(encoding="utf-8"))
+    return Finished(page, study_tables(study, rows))
+
+
+def study_folder(study: StudyOptions) -> Path:
+    """Where a study writes."""
+    return Path("runs") / "study" / study.name if study.output_dir == Path() else study.output_dir

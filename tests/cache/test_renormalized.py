@@ -1,0 +1,25 @@
+"""Top k without its tail: what other tools teach, kept here to be measured against."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from collegium.cache.codec import SCALARS, TopK, decode_rows, encode_rows
+
+
+def test_the_kept_tokens_take_all_the_mass_and_keep_their_proportions() -> None:
+    logp_nV = torch.randn(5, 30, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    scalars = {name: torch.zeros(5) for name in SCALARS}
+    keys = np.zeros(5, np.uint64)
+    rows = {}
+    for renormalized in (False, True):
+        targets = TopK(k=4, renormalized=renormalized)
+        encoded = encode_rows(targets, logp_nV, keys, scalars=scalars)
+        rows[renormalized] = decode_rows(targets, encoded, 30)
+    assert rows[True].log_tail is None
+    assert rows[False].log_tail is not None
+    kept = rows[True].logp.view(5, 4)
+    torch.testing.assert_close(kept.exp().sum(1), torch.ones(5))
+    bucket = rows[False].logp.view(5, 4)
+    torch.testing.assert_close(kept - kept[:, :1], bucket - bucket[:, :1])
