@@ -23,8 +23,9 @@ from collegium.fusion.pooling import FusedTarget, Fusion
 from collegium.fusion.weights import Entropy, PrefixLikelihood, Uniform
 from collegium.recipe import Recipe, dump_recipe, load_recipe
 from collegium.run_folder import read_json
-from collegium.teachers import cached
-from collegium.teachers.cached import CachedTeacher, FusedEncoder, pieces_of, shard_windows
+from collegium.teachers import encoders
+from collegium.teachers.cached import CachedTeacher, pieces_of
+from collegium.teachers.encoders import FusedEncoder, shard_windows
 from collegium.types import Batch, SparseRows
 from collegium.variants import control, main_variant
 from collegium.workspace import Workspace
@@ -132,7 +133,7 @@ def test_offsets_name_every_target_of_a_document_once(built: Recipe) -> None:
 
 
 def test_shards_follow_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached, "SHARD_TARGETS", 10)
+    monkeypatch.setattr(encoders, "SHARD_TARGETS", 10)
     counts = np.array([4, 4, 4, 12, 0, 3, 3])
     assert shard_windows(counts) == [range(0, 3), range(3, 4), range(4, 7)]
     assert shard_windows(counts[:3]) == [range(0, 3)]

@@ -1,21 +1,44 @@
-"""The cache of one run: what its targets depend on, building it, and who may read it."""
+"""The cache of one run: what it depends on, building it, and who may read it.
+
+    cache/                         kind fused: one target per position of the training split
+    cache/teachers/NAME/train/     kind per_teacher: what this teacher says there
+    cache/teachers/NAME/calibration/                 and on the calibration split, for preflight
+
+Each is a folder of the same format with a manifest of its own, so a teacher more is two folders more.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache as remembered
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from collegium.cache.build import build_cache, expected_bytes_per_token
+from collegium.cache.layout import Layout
 from collegium.cache.store import TargetCache, open_cache, read_manifest, summary
 from collegium.console import progress, say
 from collegium.errors import RecipeError
+from collegium.evaluate.scoring import spread_windows
 from collegium.fusion.pooling import Fusion, to_recipe
 from collegium.recipe import plain
-from collegium.teachers.cached import SHARD_TARGETS, FusedEncoder, require_static
+from collegium.teachers.cached import require_static
+from collegium.teachers.encoders import (
+    SHARD_TARGETS,
+    CorpusEncoder,
+    FusedEncoder,
+    TeacherEncoder,
+)
+from collegium.teachers.local import LocalTeacher
 from collegium.variants import Variant, main_variant
 from collegium.workspace import Workspace
+
+Part = Literal["train", "calibration"]
+Built = tuple[Path, dict[str, Any]]
+"""A folder and its manifest."""
+CALIBRATION_K = 64
+"""Tokens kept per position of the calibration split: they say how far teachers are apart, all else is in the scalars."""
 
 
 def cache_path(workspace: Workspace) -> Path:
@@ -24,94 +47,194 @@ def cache_path(workspace: Workspace) -> Path:
     return recipe.cache.path or recipe.output_dir / "cache"
 
 
+def teacher_path(workspace: Workspace, name: str, part: Part) -> Path:
+    """The folder of one teacher in a per-teacher cache."""
+    return cache_path(workspace) / "teachers" / name / part
+
+
 def cache_identity(workspace: Workspace, fusion: Fusion) -> dict[str, Any]:
-    """Everything that the targets depend on, as plain data."""
-    recipe, dataset = workspace.recipe, workspace.datasets["train"]
-    names = "\0".join(dataset.sample_names)
+    """Everything that fused targets depend on, as plain data."""
+    recipe = workspace.recipe
     return {
-        "kind": recipe.cache.kind,
+        "kind": "fused",
         "targets": plain(recipe.cache)["targets"],
+        **_shared_identity(workspace, "train"),
+        "teachers": {name: _teacher_identity(workspace, name) for name in recipe.teachers},
+        "fusion": plain(to_recipe(fusion)),
+    }
+
+
+def teacher_cache_identity(workspace: Workspace, name: str, part: Part) -> dict[str, Any]:
+    """Everything that what is kept of one teacher depends on: no other teacher, and no fusion."""
+    recipe = workspace.recipe
+    targets = plain(recipe.cache)["targets"]
+    if part == "calibration":
+        targets = {"name": "top_k", "k": min(CALIBRATION_K, workspace.vocab_size)}
+    return {
+        "kind": "per_teacher",
+        "targets": targets,
+        "temperatures": sorted(recipe.cache.temperatures),
+        **_shared_identity(workspace, part),
+        "teachers": {name: _teacher_identity(workspace, name)},
+    }
+
+
+def _teacher_identity(workspace: Workspace, name: str) -> dict[str, Any]:
+    options = workspace.recipe.teachers[name]
+    return {
+        "weights": workspace.digest(options.model),
+        "revision": options.revision,
+        "dtype": options.dtype,
+        "attention": options.attention,
+        "logit_scale": options.logit_scale,
+    }
+
+
+def _shared_identity(workspace: Workspace, part: Part) -> dict[str, Any]:
+    recipe, dataset = workspace.recipe, workspace.datasets[part]
+    data = {
+        "windows": dataset.fingerprint,
+        "documents": _sha256("\0".join(dataset.sample_names)),
+        "max_length": recipe.data.max_length,
+        "packing": recipe.data.packing,
+    }
+    if part == "calibration":
+        data["max_tokens"] = recipe.preflight.max_tokens
+    return {
         "seed": recipe.seed,
         "vocab_size": workspace.vocab_size,
         "tokenizer": _sha256(workspace.tokenizer.backend_tokenizer.to_str()),
-        "teachers": {
-            name: {
-                "weights": workspace.digest(options.model),
-                "revision": options.revision,
-                "dtype": options.dtype,
-                "attention": options.attention,
-                "logit_scale": options.logit_scale,
-            }
-            for name, options in recipe.teachers.items()
-        },
-        "fusion": plain(to_recipe(fusion)),
-        "data": {
-            "windows": dataset.fingerprint,
-            "documents": _sha256(names),
-            "max_length": recipe.data.max_length,
-            "packing": recipe.data.packing,
-        },
+        "data": data,
         "shard_targets": SHARD_TARGETS,
     }
 
 
-def build(workspace: Workspace, fusion: Fusion | None) -> tuple[Path, dict[str, Any]]:
-    """Build the run's cache, or what is missing of it; returns its folder and manifest.
+def build(workspace: Workspace, fusion: Callable[[], Fusion | None]) -> list[Built]:
+    """Build the run's cache, or what is missing of it.
+
+    Args:
+        workspace: the run.
+        fusion: how its teachers are fused; asked for a fused cache alone.
 
     Raises:
-        CollegiumError: there is nothing to cache, or the folder cannot be used.
+        CollegiumError: there is nothing to cache, or a folder cannot be used.
     """
-    if fusion is None:
+    if not workspace.recipe.teachers:
         raise RecipeError(
             "teachers: none given; a cache holds what teachers say, name at least one"
         )
-    path, recipe = cache_path(workspace), workspace.recipe
-    require_static(fusion)
-    num_targets = workspace.datasets["train"].num_target_tokens
-    per_token = expected_bytes_per_token(recipe.cache.targets, workspace.vocab_size)
-    say(f"cache: {num_targets:,} targets, about {num_targets * per_token / 1e6:,.1f} MB at {path}")
-    with progress("cache") as advance:
-        encoder = FusedEncoder(
-            lambda: workspace.teachers,
-            fusion,
-            workspace.datasets["train"],
-            options=recipe.cache,
-            seed=recipe.seed,
-            vocab_size=workspace.vocab_size,
-        )
-        manifest = build_cache(
-            path,
-            cache_identity(workspace, fusion),
-            encoder.encode,
-            shard_targets=encoder.shard_targets,
-            progress=advance,
-        )
-    say(f"cache: {summary(manifest)}")
-    return path, manifest
+    if workspace.recipe.cache.kind == "per_teacher":
+        parts: tuple[Part, ...] = ("calibration", "train")
+        names = workspace.recipe.teachers
+        return [_build_teacher(workspace, name, part) for name in names for part in parts]
+    found = fusion()
+    assert found is not None  # there are teachers
+    return [_build_fused(workspace, found)]
 
 
 def reads_cache(
     workspace: Workspace, variant: Variant, fusion: Callable[[], Fusion | None]
 ) -> bool:
-    """Whether a student trains from the cache: the main one, and every control with its teachers and its fusion."""
+    """Whether a student trains from the cache: one with teachers, from a fused cache only under the run's own fusion."""
     is_asked = workspace.recipe.cache.enabled and variant.objective.kd_ratio > 0
     if not is_asked or not variant.teachers:
         return False
+    if workspace.recipe.cache.kind == "per_teacher":
+        return True
     student = main_variant(workspace.recipe, fusion())
     same_fusion = plain(variant.fusion) == plain(student.fusion)
     return same_fusion and variant.teachers == student.teachers
 
 
-def open_or_build(workspace: Workspace, fusion: Fusion) -> TargetCache:
-    """The run's cache, built first where it is not there.
+def identities(workspace: Workspace, variant: Variant) -> dict[str, dict[str, Any]]:
+    """The identity of each folder that a student reads, by the name of its teacher; "" for the fused one."""
+    assert variant.fusion is not None  # `reads_cache` has looked
+    if workspace.recipe.cache.kind == "fused":
+        return {"": cache_identity(workspace, variant.fusion)}
+    return {name: teacher_cache_identity(workspace, name, "train") for name in variant.teachers}
+
+
+def open_or_build(workspace: Workspace, variant: Variant) -> dict[str, TargetCache]:
+    """What a student reads instead of its teachers, built first where it is not there; named as in `identities`.
 
     Raises:
-        CacheError: it cannot be built, is of another run, or is damaged.
+        CacheError: a folder cannot be built, is of another run, or is damaged.
     """
+    assert variant.fusion is not None  # `reads_cache` has looked
+    if workspace.recipe.cache.kind == "per_teacher":
+        return {name: _open_teacher(workspace, name, "train") for name in variant.teachers}
     path = cache_path(workspace)
     if read_manifest(path) is None:
-        build(workspace, fusion)
-    return open_cache(path, cache_identity(workspace, fusion))
+        _build_fused(workspace, variant.fusion)
+    return {"": open_cache(path, cache_identity(workspace, variant.fusion))}
+
+
+def calibration_caches(workspace: Workspace) -> dict[str, TargetCache]:
+    """What each teacher says on the calibration split, for a run with a per-teacher cache; built where it is not there.
+
+    Raises:
+        CacheError: as `open_or_build`.
+    """
+    names = workspace.recipe.teachers
+    return {name: _open_teacher(workspace, name, "calibration") for name in names}
+
+
+def _open_teacher(workspace: Workspace, name: str, part: Part) -> TargetCache:
+    path = teacher_path(workspace, name, part)
+    if read_manifest(path) is None:
+        _build_teacher(workspace, name, part)
+    return open_cache(path, teacher_cache_identity(workspace, name, part))
+
+
+def _build_fused(workspace: Workspace, fusion: Fusion) -> Built:
+    require_static(fusion)
+    recipe = workspace.recipe
+    encoder = FusedEncoder(
+        lambda: workspace.teachers,
+        fusion,
+        workspace.datasets["train"],
+        options=recipe.cache,
+        seed=recipe.seed,
+        vocab_size=workspace.vocab_size,
+    )
+    identity = cache_identity(workspace, fusion)
+    return _build(cache_path(workspace), identity, encoder, what="cache")
+
+
+def _build_teacher(workspace: Workspace, name: str, part: Part) -> Built:
+    """One teacher alone is in memory, and none where nothing is missing."""
+    recipe, dataset = workspace.recipe, workspace.datasets[part]
+
+    @remembered
+    def teacher() -> LocalTeacher:
+        return workspace.load_teacher(name)
+
+    identity = teacher_cache_identity(workspace, name, part)
+    is_part = part == "calibration"
+    encoder = TeacherEncoder(
+        name,
+        teacher,
+        dataset,
+        layout=Layout.of_identity(identity),
+        batch_size=recipe.cache.batch_size,
+        seed=recipe.seed,
+        vocab_size=workspace.vocab_size,
+        windows=spread_windows(dataset, recipe.preflight.max_tokens) if is_part else None,
+    )
+    path = teacher_path(workspace, name, part)
+    return _build(path, identity, encoder, what=f"cache, {name}, {part}")
+
+
+def _build(path: Path, identity: Mapping[str, Any], encoder: CorpusEncoder, *, what: str) -> Built:
+    num_targets = sum(encoder.shard_targets)
+    per_token = expected_bytes_per_token(Layout.of_identity(identity), identity["vocab_size"])
+    say(f"{what}: {num_targets:,} targets, about {num_targets * per_token / 1e6:,.1f} MB at {path}")
+    with progress(what) as advance:
+        manifest = build_cache(
+            path, identity, encoder.encode, shard_targets=encoder.shard_targets, progress=advance
+        )
+    say(f"{what}: {summary(manifest)}")
+    return path, manifest
 
 
 def _sha256(text: str) -> str:

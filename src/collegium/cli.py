@@ -251,12 +251,12 @@ CacheFolder = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the
 
 @cache_app.command("build")
 def cache_build(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Write the fused target of every token, or go on where an interrupted build stopped."""
+    """Write what the teachers say of every token, or go on where an interrupted build stopped."""
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
-    folder, manifest = pipeline.cache(loaded)
-    _print_cache(folder, manifest)
+    for folder, manifest in pipeline.cache(loaded):
+        _print_cache(folder, manifest)
 
 
 @cache_app.command("info")
@@ -264,21 +264,23 @@ def cache_info(path: CacheFolder) -> None:
     """Say what a cache holds and what it was made of."""
     import json
 
-    from collegium.cache.store import require_manifest
+    from collegium.cache.store import cache_folders, require_manifest
 
-    manifest = require_manifest(path)
-    _print_cache(path, manifest)
-    typer.echo(json.dumps(manifest["identity"], indent=1))
+    for folder in cache_folders(path):
+        manifest = require_manifest(folder)
+        _print_cache(folder, manifest)
+        typer.echo(json.dumps(manifest["identity"], indent=1))
 
 
 @cache_app.command("verify")
 def cache_verify(path: CacheFolder) -> None:
     """Compare every byte of a cache with its manifest, and decode every target."""
-    from collegium.cache.store import open_cache
+    from collegium.cache.store import cache_folders, open_cache
 
-    cache = open_cache(path)
-    cache.check()
-    _print_cache(path, cache.manifest)
+    for folder in cache_folders(path):
+        cache = open_cache(folder)
+        cache.check()
+        _print_cache(folder, cache.manifest)
     typer.echo("every shard verified")
 
 

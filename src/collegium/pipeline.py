@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from collegium.caching import build, cache_identity, open_or_build, reads_cache
+from collegium.caching import build, identities, open_or_build, reads_cache
 from collegium.checks import CheckReport, check_run
 from collegium.console import progress
 from collegium.errors import CollegiumError
@@ -57,14 +57,14 @@ def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> dict[str, Any]
     return found
 
 
-def cache(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
-    """Let the teachers read the corpus once, and keep their fused target; returns the folder and its manifest.
+def cache(recipe: Recipe) -> list[tuple[Path, dict[str, Any]]]:
+    """Let the teachers read the corpus once, and keep what they say; returns each folder with its manifest.
 
     Raises:
         CollegiumError: there are no teachers, or the folder cannot be used.
     """
     with _opened(recipe) as workspace:
-        return build(workspace, _fusion(workspace))
+        return build(workspace, lambda: _fusion(workspace))
 
 
 def train(recipe: Recipe) -> Path:
@@ -161,16 +161,14 @@ def _train(workspace: Workspace, variant: Variant) -> Path:
     place = folder.path / variant.folder
     inputs = [workspace.key("student", "teachers", "data", "train", "seed"), variant.identity()]
     is_cached = reads_cache(workspace, variant, lambda: _fusion(workspace))
-    if is_cached and variant.fusion is not None:
-        inputs.append(fingerprint(cache_identity(workspace, variant.fusion)))
+    if is_cached:
+        inputs.append(fingerprint(identities(workspace, variant)))
     key = fingerprint(inputs)
     if folder.is_done(variant.stage, key) and (place / "train" / "summary.json").is_file():
         return place / "student"
-    cache = None
-    if is_cached and variant.fusion is not None:
-        cache = open_or_build(workspace, variant.fusion)
+    caches = open_or_build(workspace, variant) if is_cached else None
     with folder.stage(variant.stage, key):
-        trainer = workspace.trainer(variant, place / "train", cache=cache)
+        trainer = workspace.trainer(variant, place / "train", caches=caches)
         trainer.train(resume_from_checkpoint=bool(checkpoints(place / "train")))
         trainer.save_student(place / "student")
     summary = {

@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from collegium.cache.codec import TARGETS
+from collegium.cache.codec import TARGETS, Samples
 from collegium.cache.options import CacheOptions
 from collegium.data.pack import DataOptions
 from collegium.decode import FAILED, decode, hints, members, shown
@@ -29,6 +29,7 @@ from collegium.errors import RecipeError, nearest
 from collegium.fusion.conflict import CONFLICTS
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.rules import WEIGHTINGS
+from collegium.fusion.stored import require_linear
 from collegium.fusion.weights import BestSingle
 from collegium.losses.divergences import DIVERGENCES
 from collegium.overrides import apply_override
@@ -325,10 +326,23 @@ def _check_cache(recipe: Recipe, document: Document) -> None:
         document.add(("cache", "enabled"), text)
     try:
         require_sparse_objective(recipe.objective, where="objective")
-        require_static(recipe.fusion)
+        if recipe.cache.kind == "per_teacher":
+            _require_draws(recipe.cache)
+            require_linear(recipe.fusion, recipe.cache.temperatures)
+        else:
+            require_static(recipe.fusion)
     except RecipeError as error:
         key, _, text = str(error).partition(": ")
         document.add(tuple(key.split(".")), text)
+
+
+def _require_draws(options: CacheOptions) -> None:
+    """The top k of several teachers do not add up to that of their pool, and change places when the weights do."""
+    if not isinstance(options.targets, Samples):
+        raise RecipeError(
+            "cache.targets: got top_k; must be samples with a per-teacher cache, since the k of several teachers are not those of "
+            "their pool; leave it out, or set cache.kind: fused"
+        )
 
 
 def _check_folders(recipe: Recipe, document: Document) -> None:

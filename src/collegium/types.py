@@ -244,6 +244,42 @@ class SparseRows:
         return logp_nV
 
 
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """What a cache keeps of one teacher at N rows: a distribution to be fused, at temperature 1 and at a few others."""
+
+    rows: SparseRows
+    """Draws, or the top k with their tail, at temperature 1."""
+    logp: Tensor
+    """(E,) log-probability of each entry at temperature 1."""
+    label_logp_N: Tensor
+    """(N,) log-probability of the label at temperature 1."""
+    max_logp_N: Tensor
+    """(N,) the same of the most likely token."""
+    entropy: Mapping[float, Tensor]
+    """Temperature -> (N,) nats; 1 is among them."""
+    log_z: Mapping[float, Tensor]
+    """Temperature T other than 1 -> (N,) log sum_v P(v)^(1/T)."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: torch.device) -> StoredRows:
+        """The same rows on another device."""
+        return StoredRows(
+            self.rows.to(device),
+            self.logp.to(device),
+            self.label_logp_N.to(device),
+            self.max_logp_N.to(device),
+            {value: entropy_N.to(device) for value, entropy_N in self.entropy.items()},
+            {value: log_z_N.to(device) for value, log_z_N in self.log_z.items()},
+        )
+
+    def logits(self, block: slice) -> Tensor:
+        """(n, V) log-probabilities at temperature 1 as far as they are kept; see `SparseRows.logits`."""
+        return self.rows.logits(block)
+
+
 StudentRows = HiddenRows
 
 
@@ -253,7 +289,7 @@ class TeacherRows:
 
     name: str
     scores: RowLogits
-    """Its distributions; `SparseRows` are a finished target, not a distribution to be fused."""
+    """Its distributions; `SparseRows` are a finished target, not one to be fused, and `StoredRows` fuse with their like."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -24,10 +24,11 @@ from collegium.models import (
 from collegium.recipe import Recipe, dump_recipe, plain
 from collegium.run_folder import RunFolder, fingerprint
 from collegium.student import build_student, load_student_tokenizer
-from collegium.teachers.cached import CachedTeacher
+from collegium.teachers.cached import BatchKeys, CachedTeacher, StoredTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective
 from collegium.train.options import training_arguments
+from collegium.types import Teacher
 from collegium.variants import Variant
 
 if TYPE_CHECKING:
@@ -96,13 +97,15 @@ class Workspace:
     @cached_property
     def teachers(self) -> list[LocalTeacher]:
         """All teachers, loaded and probed, in the order of the recipe."""
-        teachers = []
-        for name, options in self.recipe.teachers.items():
-            where = f"teachers.{name}"
-            teacher = LocalTeacher.load(name, options, vocab_size=self.vocab_size, where=where)
-            probe(teacher.model, vocab_size=self.vocab_size, where=where)
-            teachers.append(teacher)
-        return teachers
+        return [self.load_teacher(name) for name in self.recipe.teachers]
+
+    def load_teacher(self, name: str) -> LocalTeacher:
+        """One teacher, loaded and probed; it lives as long as the caller keeps it."""
+        where = f"teachers.{name}"
+        options = self.recipe.teachers[name]
+        teacher = LocalTeacher.load(name, options, vocab_size=self.vocab_size, where=where)
+        probe(teacher.model, vocab_size=self.vocab_size, where=where)
+        return teacher
 
     def new_student(self) -> PreTrainedModel:
         """The untrained student, probed: the same weights at every call."""
@@ -130,16 +133,22 @@ class Workspace:
         return 1 + sum(2 * teacher.num_parameters for teacher in self.teachers) / (6 * student)
 
     def trainer(
-        self, variant: Variant, folder: Path, *, cache: TargetCache | None = None
+        self, variant: Variant, folder: Path, *, caches: Mapping[str, TargetCache] | None = None
     ) -> DistillTrainer:
-        """The trainer of one student, writing to `folder`; its targets come from `cache` where there is one."""
+        """The trainer of one student, writing to `folder`.
+
+        Args:
+            variant: which.
+            folder: where.
+            caches: what it reads instead of its teachers, by their names; a finished target under the name "".
+        """
         # imported late: it takes longer than a whole check
         from collegium.train.trainer import DistillTrainer
 
         student = self.new_student()
         dataset = self.datasets["train"]
-        live = [] if cache is not None else self.teachers_of(variant)
-        teachers = live if cache is None else [CachedTeacher(cache, dataset.sample_names)]
+        live = [] if caches else self.teachers_of(variant)
+        teachers = self._stored_teachers(caches) if caches else live
         options = dataclasses.replace(
             self.recipe.train, max_steps=round(self.num_steps * variant.steps_factor)
         )
@@ -161,9 +170,16 @@ class Workspace:
                     f"weights of {name}": self.digest(self.recipe.teachers[name].model)
                     for name in variant.teachers
                 },
-                **({} if cache is None else {"cache": cache.digest}),
+                **{f"cache {name}".rstrip(): one.digest for name, one in (caches or {}).items()},
             },
         )
+
+    def _stored_teachers(self, caches: Mapping[str, TargetCache]) -> list[Teacher]:
+        documents = self.datasets["train"].sample_names
+        if set(caches) == {""}:
+            return [CachedTeacher(caches[""], documents)]
+        keys = BatchKeys(documents)
+        return [StoredTeacher(name, cache, keys) for name, cache in caches.items()]
 
     def teachers_of(self, variant: Variant) -> list[LocalTeacher]:
         """The teachers that a variant listens to; none is loaded for a variant without."""

@@ -16,6 +16,7 @@ import pytest
 import cache_cases
 from collegium.cache.build import build_cache, expected_bytes_per_token
 from collegium.cache.codec import Samples, TopK
+from collegium.cache.layout import Layout
 from collegium.cache.store import open_cache
 from collegium.errors import CacheError, CollegiumError
 from collegium.files import lock_folder
@@ -153,8 +154,8 @@ def test_a_shard_with_a_target_too_few_is_never_written(tmp_path: Path) -> None:
 
 
 def test_the_estimate_is_of_the_right_size() -> None:
-    assert 25 < expected_bytes_per_token(Samples(draws=50), 49_152) < 48
-    assert 80 < expected_bytes_per_token(TopK(k=50), 49_152) < 130
+    assert 25 < expected_bytes_per_token(Layout("fused", Samples(draws=50)), 49_152) < 48
+    assert 80 < expected_bytes_per_token(Layout("fused", TopK(k=50)), 49_152) < 130
 
 
 KILLED = """

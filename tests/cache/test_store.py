@@ -15,6 +15,7 @@ import torch
 
 import cache_cases
 from collegium.cache.codec import SCALARS, Samples, Targets, TopK, decode_rows
+from collegium.cache.layout import Layout
 from collegium.cache.shards import GROUP_TARGETS, PieceKey, window_hash
 from collegium.cache.store import open_cache
 from collegium.errors import CacheError
@@ -86,7 +87,7 @@ def test_row_groups_hold_few_targets(tmp_path: Path) -> None:
     targets = TopK(k=1)
     pieces = cache_cases.pieces_of(0, targets, [1500] * 7)
     path = tmp_path / "x.parquet"
-    path.write_bytes(shard_bytes(pieces, targets, cache_cases.VOCAB, identity={}))
+    path.write_bytes(shard_bytes(pieces, Layout("fused", targets), cache_cases.VOCAB, identity={}))
     metadata = pq.ParquetFile(path).metadata
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [3, 3, 1]
     assert GROUP_TARGETS == 4096

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from collegium.cache.codec import SCALARS, Samples, Targets
+from collegium.cache.codec import Samples
+from collegium.cache.layout import Layout
 from collegium.cache.shards import PieceTargets, read_identity, shard_bytes
 from collegium.cache.store import (
     FORMAT,
     MANIFEST,
     SHARD_NAME,
-    decode_targets,
     manifest_digest,
     read_manifest,
     require_identity,
@@ -74,13 +74,15 @@ def build_cache(
         return job.finish()
 
 
-def expected_bytes_per_token(targets: Targets, vocab_size: int) -> float:
+def expected_bytes_per_token(layout: Layout, vocab_size: int) -> float:
     """Bytes per target to expect on disk, before anything is measured; an estimate."""
-    entries = targets.num_entries(vocab_size)
+    entries = layout.targets.num_entries(vocab_size)
     id_bytes = (vocab_size - 1).bit_length() / 8
-    if isinstance(targets, Samples):
-        return entries * (id_bytes - 0.4 + 0.25) + 1 + 1.9 * len(SCALARS)
-    return entries * (id_bytes - 0.4 + 0.6) + 4 + 1.9 * len(SCALARS)
+    scalars = 1.9 * len(layout.scalars)
+    if isinstance(layout.targets, Samples):
+        levels = 1.3 if layout.has_levels else 0.0
+        return entries * (id_bytes - 0.4 + 0.25 + levels) + 1 + scalars
+    return entries * (id_bytes - 0.4 + 0.6) + 4 + scalars
 
 
 class _Job:
@@ -97,13 +99,13 @@ class _Job:
         self._identity = identity
         self._shard_targets = shard_targets
         self._found = found
-        self._targets = decode_targets(identity["targets"])
+        self._layout = Layout.of_identity(identity)
         self._vocab_size = int(identity["vocab_size"])
 
     def bytes_needed(self) -> int:
         """What the missing shards will take, judged by the finished ones where there are any."""
         done = sum(self._shard_targets[number] for number in self._found)
-        per_token = expected_bytes_per_token(self._targets, self._vocab_size)
+        per_token = expected_bytes_per_token(self._layout, self._vocab_size)
         if done:
             per_token = sum(path.stat().st_size for path in self._found.values()) / done
         return round((sum(self._shard_targets) - done) * per_token)
@@ -121,7 +123,7 @@ class _Job:
                 f"shard {number}: {num_targets} targets instead of {self._shard_targets[number]}"
             )
         note = {**self._identity, "shard": number}
-        data = shard_bytes(pieces, self._targets, self._vocab_size, identity=note)
+        data = shard_bytes(pieces, self._layout, self._vocab_size, identity=note)
         path = self._path / shard_name(number, data)
         try:
             write_bytes(path, data)

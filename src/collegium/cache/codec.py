@@ -5,6 +5,7 @@ Shapes: n rows, V vocabulary, N draws per row, k kept tokens per row, E stored e
 Errors. Draws: the target t = counts / N has E[t] = p exactly and Var[t_i] = p_i (1 - p_i) / N; what is stored is exact.
 Top k: the tail is that of the distribution to float32; each kept log-probability is within `STEP` of the true one, since
 it is rounded to multiples of `STEP` and the kept ones are then scaled, by less than half a step, to sum to 1 - tail.
+Levels, the log-probabilities of drawn tokens, are within `STEP` / 2, down to `-MOST_DROP * STEP`.
 Scalars are float16: within 2^-11 of their value, below what bfloat16 teachers leave of it, at half the bytes of float32.
 """
 
@@ -28,7 +29,7 @@ STEP = 1 / 64
 MOST_DROP = 2**16 - 1
 MOST_DRAWS = 2**16 - 1
 SCALARS = ("entropy", "label_logp", "max_logp", "disagreement")
-"""Per row, in nats: H(P), log P(label), max log P, and how far the teachers are apart."""
+"""Per row of a fused target, in nats: H(P), log P(label), max log P, and how far the teachers are apart."""
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -45,7 +46,9 @@ class EncodedRows:
     log_tail: np.ndarray | None
     """(n,) float32: log of the mass of all other tokens; None for draws."""
     scalars: Mapping[str, np.ndarray]
-    """(n,) float16 each, by the names in `SCALARS`."""
+    """(n,) float16 each, by name; which ones, the layout of the cache says."""
+    levels: np.ndarray | None = None
+    """(E,) uint16: -log P(token) of each drawn token in steps of `STEP`; None where nobody will ask."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -147,7 +150,12 @@ TARGETS: dict[str, type[Samples] | type[TopK]] = {"samples": Samples, "top_k": T
 
 
 def encode_rows(
-    targets: Targets, logp_nV: Tensor, keys_n: np.ndarray, *, scalars: Mapping[str, Tensor]
+    targets: Targets,
+    logp_nV: Tensor,
+    keys_n: np.ndarray,
+    *,
+    scalars: Mapping[str, Tensor],
+    with_levels: bool = False,
 ) -> EncodedRows:
     """Encode the targets of n rows.
 
@@ -155,14 +163,18 @@ def encode_rows(
         targets: how.
         logp_nV: (n, V) normalized log-probabilities.
         keys_n: (n,) uint64 from `row_keys`; read by draws alone.
-        scalars: (n,) nats, by the names in `SCALARS`.
+        scalars: (n,) nats, by name.
+        with_levels: also keep the log-probabilities of drawn tokens; top k has them anyway.
 
     Raises:
-        ValueError: a scalar is missing or not a number.
+        ValueError: a scalar is not a number.
     """
+    levels = None
     if isinstance(targets, Samples):
         sizes, ids, values = targets.encode(logp_nV, keys_n)
         log_tail = None
+        if with_levels:
+            levels = _levels(logp_nV, sizes, ids)
     else:
         sizes, ids, values, log_tail = targets.encode(logp_nV)
     return EncodedRows(
@@ -170,19 +182,23 @@ def encode_rows(
         ids=ids.astype(id_dtype(logp_nV.shape[1])),
         values=values,
         log_tail=log_tail,
-        scalars={name: _float16(name, scalars[name]) for name in SCALARS},
+        scalars={name: _float16(name, values_n) for name, values_n in scalars.items()},
+        levels=levels,
     )
 
 
 def join_encoded(parts: Sequence[EncodedRows]) -> EncodedRows:
     """Rows one after the other; at least one part."""
     tails = [part.log_tail for part in parts if part.log_tail is not None]
+    levels = [part.levels for part in parts if part.levels is not None]
+    names = parts[0].scalars
     return EncodedRows(
         sizes=np.concatenate([part.sizes for part in parts]),
         ids=np.concatenate([part.ids for part in parts]),
         values=np.concatenate([part.values for part in parts]),
         log_tail=np.concatenate(tails) if tails else None,
-        scalars={name: np.concatenate([part.scalars[name] for part in parts]) for name in SCALARS},
+        scalars={name: np.concatenate([part.scalars[name] for part in parts]) for name in names},
+        levels=np.concatenate(levels) if levels else None,
     )
 
 
@@ -200,6 +216,7 @@ def split_encoded(rows: EncodedRows, counts: Sequence[int]) -> list[EncodedRows]
                 values=rows.values[entries],
                 log_tail=None if rows.log_tail is None else rows.log_tail[start:stop],
                 scalars={name: values_n[start:stop] for name, values_n in rows.scalars.items()},
+                levels=None if rows.levels is None else rows.levels[entries],
             )
         )
     return found
@@ -216,6 +233,8 @@ def decode_rows(targets: Targets, encoded: EncodedRows, vocab_size: int) -> Spar
         raise ValueError("entries do not match the sizes of the rows")
     if (sizes < 1).any() or (encoded.ids.size and int(encoded.ids.max()) >= vocab_size):
         raise ValueError(f"an empty row, or a token not below {vocab_size}")
+    if encoded.levels is not None and len(encoded.levels) != len(encoded.ids):
+        raise ValueError("levels do not match the entries")
     if problem := targets.problem(encoded):
         raise ValueError(problem)
     tail = None
@@ -232,7 +251,7 @@ def decode_rows(targets: Targets, encoded: EncodedRows, vocab_size: int) -> Spar
 
 def draw(logp_nV: Tensor, keys_n: np.ndarray, num_draws: int) -> Tensor:
     """(n, N) int64 independent draws from each row, by inverting the distribution function in float64."""
-    cdf_nV = logp_nV.double().exp_().cumsum_(1)
+    cdf_nV = logp_nV.to(torch.float64, copy=True).exp_().cumsum_(1)
     total_n1 = cdf_nV[:, -1:]
     uniform_nN = torch.from_numpy(_uniforms(keys_n, num_draws)).to(logp_nV.device)
     # Strictly below the total, or a draw could land behind the last token.
@@ -285,6 +304,13 @@ def running_sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     sizes = sizes.astype(np.int64)
     before = np.concatenate([np.zeros(1, running.dtype), running])[np.cumsum(sizes) - sizes]
     return running - np.repeat(before, sizes)
+
+
+def _levels(logp_nV: Tensor, sizes: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """(E,) log-probabilities of the entries of n rows, in steps."""
+    rows = torch.arange(len(logp_nV)).repeat_interleave(torch.from_numpy(sizes.astype(np.int64)))
+    logp_E = logp_nV[rows.to(logp_nV.device), torch.from_numpy(ids).to(logp_nV.device)]
+    return (-logp_E.double() / STEP).round().clamp(0, MOST_DROP).cpu().numpy().astype(np.uint16)
 
 
 def _float16(name: str, values_n: Tensor) -> np.ndarray:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from collegium.cache.codec import Samples, Targets
+from collegium.cache.layout import Kind
 from collegium.types import STRICT
+
+_TARGETS = Samples()
+_TEACHER_DRAWS = 24
+_TEMPERATURES = [1.25, 1.6]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -20,9 +26,30 @@ class CacheOptions:
     """Train from the cache, and build it first where it is not there; otherwise teachers answer at every step."""
     path: Path | None = None
     """Its folder; `cache` inside the run folder by default. Runs that agree in all that a target depends on may share it."""
-    kind: Literal["fused"] = "fused"
-    """fused: one target for all teachers, under the run's own fusion."""
-    targets: Targets = Samples()
-    """What is kept of each target."""
+    kind: Kind = "fused"
+    """fused: one target for all teachers, under the run's own fusion. per_teacher: what each teacher says, so that weights can change
+    and teachers can be added without asking the old ones again; for linear pools."""
+    targets: Targets = _TARGETS
+    """What is kept of each distribution: 50 draws by default, 24 of each teacher in a per-teacher cache."""
+    temperatures: list[Annotated[float, Field(gt=0)]] = field(default_factory=_TEMPERATURES.copy)
+    """Of a per-teacher cache: temperatures at which a teacher may be read later, beside 1; each costs a few bytes per token."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Windows that the teachers read at a time."""
+
+    @model_validator(mode="after")
+    def _temperatures_are_of_use(self) -> CacheOptions:
+        given = self.temperatures
+        if self.kind == "fused" and given != _TEMPERATURES:
+            raise ValueError(
+                "temperatures: got some with kind `fused`; must be left out unless the kind is `per_teacher`; leave it out"
+            )
+        if len({f"{value:g}" for value in (1.0, *given)}) != len(given) + 1:
+            raise ValueError(
+                f"temperatures: got {', '.join(f'{value:g}' for value in given)}; must be different ones, and 1 is always "
+                "kept; leave out what is there twice"
+            )
+        return self
+
+    def __post_init__(self) -> None:
+        if self.kind == "per_teacher" and self.targets is _TARGETS:
+            object.__setattr__(self, "targets", Samples(draws=_TEACHER_DRAWS))

@@ -2,8 +2,9 @@
 
 Columns: `document` uint64, hash of the document's id; `offset` uint32, where the piece begins in it, in tokens; `window`
 16 bytes, hash of the piece's tokens and of which of them are targets; and lists, one item per target in order of text:
-`sizes` (entries of the target), `log_tail` (top k alone), the four scalars. The lists of entries are those of all targets
-of the piece one after the other: `token_gaps` and `counts` of draws, `tokens` and `steps` of top k (see `codec`).
+`sizes` (entries of the target), `log_tail` (top k alone), the scalars of the layout. The lists of entries are those of all
+targets of the piece one after the other: `token_gaps` and `counts` of draws, in a per-teacher cache also `levels`, their
+log-probabilities; `tokens` and `steps` of top k (see `codec`).
 A piece of L tokens that are all trained on has exactly L - 1 targets: the first is never one.
 
 Shapes: n targets, E entries.
@@ -24,15 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from collegium.cache.codec import (
-    SCALARS,
     EncodedRows,
     Samples,
-    Targets,
     from_gaps,
     id_dtype,
     to_gaps,
     uint_for,
 )
+from collegium.cache.layout import Layout
 
 GROUP_TARGETS = 4096
 """Targets per row group: what one random access decodes."""
@@ -72,17 +72,18 @@ def window_hash(ids: np.ndarray, is_target: np.ndarray) -> bytes:
     return digest.digest()
 
 
-def schema(targets: Targets, vocab_size: int) -> pa.Schema:
+def schema(layout: Layout, vocab_size: int) -> pa.Schema:
     """The columns of a shard; nothing in them may be null."""
 
     def list_of(name: str, dtype: Any) -> pa.Field:
         item = pa.field("element", pa.from_numpy_dtype(dtype), nullable=False)
         return pa.field(name, pa.list_(item), nullable=False)
 
-    ids = id_dtype(vocab_size)
+    ids, targets = id_dtype(vocab_size), layout.targets
     if isinstance(targets, Samples):
         count = uint_for(targets.draws)
         own = [list_of("sizes", count), list_of("token_gaps", ids), list_of("counts", count)]
+        own += [list_of("levels", np.uint16)] if layout.has_levels else []
     else:
         sizes = list_of("sizes", uint_for(targets.k))
         own = [sizes, list_of("tokens", ids), list_of("steps", np.uint16)]
@@ -92,18 +93,18 @@ def schema(targets: Targets, vocab_size: int) -> pa.Schema:
         pa.field("offset", pa.uint32(), nullable=False),
         pa.field("window", pa.binary(16), nullable=False),
     ]
-    return pa.schema([*keys, *own, *(list_of(name, np.float16) for name in SCALARS)])
+    return pa.schema([*keys, *own, *(list_of(name, np.float16) for name in layout.scalars)])
 
 
 def shard_bytes(
     pieces: Sequence[PieceTargets],
-    targets: Targets,
+    layout: Layout,
     vocab_size: int,
     *,
     identity: Mapping[str, Any],
 ) -> memoryview:
     """A whole Parquet file: the same bytes for the same pieces."""
-    columns = schema(targets, vocab_size)
+    columns = schema(layout, vocab_size)
     note = {_IDENTITY: json.dumps(identity, sort_keys=True).encode("utf-8")}
     lists = [f"{field.name}.list.element" for field in columns if pa.types.is_list(field.type)]
     buffer = io.BytesIO()
@@ -119,7 +120,7 @@ def shard_bytes(
     )
     with writer:
         for group in _groups(pieces):
-            writer.write_table(_table(group, targets, columns))
+            writer.write_table(_table(group, layout, columns))
     return buffer.getbuffer()
 
 
@@ -134,9 +135,7 @@ def read_identity(path: Path) -> Any:
     return None if note is None else json.loads(note)
 
 
-def read_group(
-    file: pq.ParquetFile, group: int, targets: Targets
-) -> tuple[EncodedRows, np.ndarray]:
+def read_group(file: pq.ParquetFile, group: int, layout: Layout) -> tuple[EncodedRows, np.ndarray]:
     """One row group: the targets of its pieces one after the other, and (pieces + 1,) where each piece begins.
 
     Raises:
@@ -146,15 +145,16 @@ def read_group(
     table = file.read_row_group(group, use_threads=False)
     lists = {name: _flat(table, name) for name in table.column_names if name not in KEYS}
     sizes, starts = lists["sizes"]
-    if isinstance(targets, Samples):
+    if isinstance(layout.targets, Samples):
         ids, values, tail = from_gaps(lists["token_gaps"][0], sizes), lists["counts"][0], None
     else:
         ids, values, tail = lists["tokens"][0], lists["steps"][0], lists["log_tail"][0]
-    scalars = {name: lists[name][0] for name in SCALARS}
+    scalars = {name: lists[name][0] for name in layout.scalars}
     for name, values_n in [*scalars.items(), *([] if tail is None else [("log_tail", tail)])]:
         if len(values_n) != len(sizes):
             raise ValueError(f"column `{name}` has {len(values_n)} values for {len(sizes)} targets")
-    return EncodedRows(sizes, ids, values, tail, scalars), starts
+    levels = lists["levels"][0] if layout.has_levels else None
+    return EncodedRows(sizes, ids, values, tail, scalars, levels), starts
 
 
 def read_keys(file: pq.ParquetFile) -> list[list[PieceKey]]:
@@ -179,16 +179,18 @@ def _groups(pieces: Sequence[PieceTargets]) -> list[list[PieceTargets]]:
     return groups
 
 
-def _table(pieces: Sequence[PieceTargets], targets: Targets, columns: pa.Schema) -> pa.Table:
+def _table(pieces: Sequence[PieceTargets], layout: Layout, columns: pa.Schema) -> pa.Table:
     rows = [piece.rows for piece in pieces]
-    if isinstance(targets, Samples):
+    if isinstance(layout.targets, Samples):
         ids = {"token_gaps": [to_gaps(r.ids, r.sizes) for r in rows]}
         lists = {**ids, "counts": [r.values for r in rows]}
     else:
         ids = {"tokens": [r.ids for r in rows], "steps": [r.values for r in rows]}
         lists = {**ids, "log_tail": [r.log_tail for r in rows]}
+    if layout.has_levels:
+        lists["levels"] = [r.levels for r in rows]
     lists["sizes"] = [r.sizes for r in rows]
-    lists |= {name: [r.scalars[name] for r in rows] for name in SCALARS}
+    lists |= {name: [r.scalars[name] for r in rows] for name in layout.scalars}
     keys = {name: [getattr(piece.key, name) for piece in pieces] for name in KEYS}
     arrays = [
         _list_array(lists[field.name], field.type)

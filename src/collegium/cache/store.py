@@ -20,12 +20,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from collegium.cache.codec import TARGETS, EncodedRows, Targets, decode_rows
+from collegium.cache.codec import STEP, EncodedRows, decode_rows
+from collegium.cache.layout import Layout, entropy_name, log_z_name
 from collegium.cache.shards import PieceKey, read_group, read_keys
 from collegium.errors import CacheError, CollegiumError
 from collegium.files import sha256_of
 from collegium.run_folder import differing_fields, fingerprint, read_json
-from collegium.types import SparseRows
+from collegium.types import SparseRows, StoredRows
 
 FORMAT = 1
 """Version of the layout; a newer one is refused, never guessed at."""
@@ -51,7 +52,7 @@ class TargetCache:
         self.path = path
         self.manifest = manifest
         identity = manifest["identity"]
-        self.targets = decode_targets(identity["targets"])
+        self.layout = Layout.of_identity(identity)
         self.vocab_size = int(identity["vocab_size"])
         self._names = [shard["name"] for shard in manifest["shards"]]
         self._files: dict[int, pq.ParquetFile] = {}
@@ -80,6 +81,36 @@ class TargetCache:
             sparse, _, starts, piece = self._find(key)
             parts.append(sparse.block(slice(int(starts[piece]), int(starts[piece + 1]))))
         return join_rows(parts, self)
+
+    def stored(self, keys: Sequence[PieceKey]) -> StoredRows:
+        """The same with all that is kept beside the targets, for a cache of one teacher.
+
+        Raises:
+            CacheError: as `rows`.
+        """
+        parts, levels = [], []
+        scalars: dict[str, list[np.ndarray]] = {name: [] for name in self.layout.scalars}
+        for key in keys:
+            sparse, encoded, starts, piece = self._find(key)
+            span = slice(int(starts[piece]), int(starts[piece + 1]))
+            parts.append(sparse.block(span))
+            for name, found in scalars.items():
+                found.append(encoded.scalars[name][span])
+            if encoded.levels is not None:
+                entries = slice(int(sparse.starts[span.start]), int(sparse.starts[span.stop]))
+                levels.append(encoded.levels[entries])
+        rows = join_rows(parts, self)
+        logp_E = torch.from_numpy(np.concatenate(levels) * np.float32(-STEP)) if levels else None
+        columns = {name: _column(found) for name, found in scalars.items()}
+        temperatures = self.layout.temperatures
+        return StoredRows(
+            rows=rows,
+            logp=rows.logp if logp_E is None else logp_E,
+            label_logp_N=columns["label_logp"],
+            max_logp_N=columns["max_logp"],
+            entropy={value: columns[entropy_name(value)] for value in (1.0, *temperatures)},
+            log_z={value: columns[log_z_name(value)] for value in temperatures},
+        )
 
     def scalars(self, key: PieceKey) -> dict[str, np.ndarray]:
         """(n,) float16 of each scalar of one piece.
@@ -121,8 +152,8 @@ class TargetCache:
             self._groups.move_to_end((shard, group))
             return found
         try:
-            encoded, starts = read_group(self._file(shard), group, self.targets)
-            found = decode_rows(self.targets, encoded, self.vocab_size), encoded, starts
+            encoded, starts = read_group(self._file(shard), group, self.layout)
+            found = decode_rows(self.layout.targets, encoded, self.vocab_size), encoded, starts
         except (OSError, ValueError, KeyError) as error:
             raise self._damaged(shard, error) from error
         self._groups[shard, group] = found
@@ -171,6 +202,12 @@ def open_cache(path: Path, expected: Mapping[str, Any] | None = None) -> TargetC
     for shard in manifest["shards"]:
         _verify_shard(path / shard["name"], shard)
     return TargetCache(path, manifest)
+
+
+def cache_folders(path: Path) -> list[Path]:
+    """The folders of a cache of either kind: `path` itself, or those of its teachers."""
+    inside = sorted(file.parent for file in path.glob("teachers/*/*/manifest.json"))
+    return inside or [path]
 
 
 def require_manifest(path: Path) -> dict[str, Any]:
@@ -238,12 +275,6 @@ def require_identity(path: Path, found: Any, expected: Mapping[str, Any]) -> Non
         )
 
 
-def decode_targets(snippet: Mapping[str, Any]) -> Targets:
-    """The codec out of a manifest."""
-    options = {key: value for key, value in snippet.items() if key != "name"}
-    return TARGETS[snippet["name"]](**options)
-
-
 def join_rows(parts: Sequence[SparseRows], cache: TargetCache) -> SparseRows:
     """Rows one after the other."""
     if len(parts) == 1:
@@ -259,6 +290,10 @@ def join_rows(parts: Sequence[SparseRows], cache: TargetCache) -> SparseRows:
         log_tail=torch.cat(tails) if tails else None,
         vocab_size=cache.vocab_size,
     )
+
+
+def _column(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts]).astype(np.float32))
 
 
 def _verify_shard(path: Path, entry: Mapping[str, Any]) -> None:

@@ -121,6 +121,7 @@ def fit_gate(
     decay: float = 0.9,
     ridge: float = 1e-3,
     num_iterations: int = 100,
+    with_consensus: bool = True,
 ) -> Gate:
     """The gate of highest likelihood: argmax mean_t log sum_k w_tk P_k(y_t) - ridge / 2 * |(a, s b)|^2.
 
@@ -136,6 +137,7 @@ def fit_gate(
         decay: of the feature that looks back.
         ridge: pull towards uniform weights, per row.
         num_iterations: most Newton steps.
+        with_consensus: whether the divergence from the consensus is a feature; without it, it need not be measured.
 
     Raises:
         ValueError: there are no rows, or nobody measured the consensus.
@@ -144,7 +146,7 @@ def fit_gate(
     """
     if len(rows) == 0:
         raise ValueError("fit_gate: got no rows; must have some; use a larger split")
-    feature_KNF = gate_features(stats, rows, decay=decay)
+    feature_KNF = gate_features(stats, rows, decay=decay, with_consensus=with_consensus)
     spread_F = feature_KNF.square().mean((0, 1)).sqrt()
     is_flat_F = spread_F < 1e-9
     scale_F = torch.where(is_flat_F, 0.0, 1.0 / spread_F)

@@ -222,7 +222,7 @@ class Gate(Weighting):
 
     f_k = [H_k, max_v log P_k(v), KL(P_k || Pbar), sum_{s<t} decay^(t-s) NLL_k(s)], each centered over the teachers, in nats; Pbar is
     the plain mean of all teachers, and the sum runs over the earlier rows of the document. Causal: the label of a row never enters
-    its own weight. Like every rule that needs Pbar it applies each head three times.
+    its own weight. Like every rule that needs Pbar it applies each head three times, and twice where b of the divergence is 0.
     """
 
     offsets: dict[str, float]
@@ -244,7 +244,7 @@ class Gate(Weighting):
 
     @property
     def needs_consensus(self) -> bool:
-        return True
+        return self.consensus != 0.0
 
     def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
         return {("offsets",): self.offsets}
@@ -252,14 +252,18 @@ class Gate(Weighting):
     def log_scores(
         self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
     ) -> tuple[Tensor, Carry | None]:
-        feature_KNF = gate_features(stats, rows, decay=self.decay)
+        feature_KNF = gate_features(
+            stats, rows, decay=self.decay, with_consensus=self.needs_consensus
+        )
         b_F = feature_KNF.new_tensor([self.entropy, self.max_logp, self.consensus, self.prefix_nll])
         a_K = feature_KNF.new_tensor([self.offsets[teacher] for teacher in teachers])
         return feature_KNF @ b_F + a_K[:, None], None
 
 
-def gate_features(stats: RowStats, rows: Rows, *, decay: float) -> Tensor:
-    """The four features of `Gate`, each centered over the teachers: (K, N, 4) float64 nats.
+def gate_features(
+    stats: RowStats, rows: Rows, *, decay: float, with_consensus: bool = True
+) -> Tensor:
+    """The four features of `Gate`, each centered over the teachers: (K, N, 4) float64 nats; without the consensus, 0 in its place.
 
     Raises:
         ValueError: the statistics lack the divergence from the consensus.
@@ -268,7 +272,7 @@ def gate_features(stats: RowStats, rows: Rows, *, decay: float) -> Tensor:
     columns = (
         stats.entropy_KN.double(),
         stats.max_logp_KN.double(),
-        stats.consensus_kl().double(),
+        stats.consensus_kl().double() if with_consensus else torch.zeros_like(prefix_KN),
         -prefix_KN,
     )
     feature_KNF = torch.stack(columns, dim=-1)

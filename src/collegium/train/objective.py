@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from collegium.errors import RecipeError, TrainingError
 from collegium.fusion.conflict import ConflictBlock
 from collegium.fusion.pooling import FusedTarget, Fusion
+from collegium.fusion.stored import fuse_stored
 from collegium.losses.chunked import block_losses
 from collegium.losses.divergences import DivergenceOption, ForwardKL
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.losses.sparse import sparse_terms
-from collegium.types import STRICT, LossSum, Rows, SparseRows, StudentRows, TeacherRows
+from collegium.types import STRICT, LossSum, Rows, SparseRows, StoredRows, StudentRows, TeacherRows
 
 TRUTH = "truth"
 """The term of the labels that stand in for teachers who contradict each other; without any such row it has no gradient."""
@@ -118,6 +119,9 @@ class Objective(nn.Module):
         """
         weights = self._row_weights(has_teachers=len(teachers) > 0)
         target = self._target(weights, teachers, rows)
+        known_KN = None
+        if isinstance(target, tuple):
+            target, known_KN = target
         row_losses = _RowLosses(self.options, rows.labels, target, weights)
         sums = block_losses(
             student.hidden,
@@ -148,7 +152,7 @@ class Objective(nn.Module):
             weights=weights,
             grad_norms=norms,
             num_rows=len(rows),
-            teacher_weights_KN=row_losses.teacher_weights(),
+            teacher_weights_KN=row_losses.teacher_weights() if known_KN is None else known_KN,
             conflict=row_losses.conflict(),
         )
 
@@ -169,7 +173,8 @@ class Objective(nn.Module):
 
     def _target(
         self, weights: Mapping[str, float], teachers: Sequence[TeacherRows], rows: Rows
-    ) -> FusedTarget | SparseRows | None:
+    ) -> FusedTarget | SparseRows | tuple[SparseRows, Tensor] | None:
+        """What the student is drawn to; a target fused out of a per-teacher cache comes with the (K, N) weights."""
         if "kd" not in weights:
             return None
         cached = [t.scores for t in teachers if isinstance(t.scores, SparseRows)]
@@ -184,6 +189,14 @@ class Objective(nn.Module):
             raise RecipeError(
                 f"fusion: got none for {len(teachers)} teachers; must be given where kd_ratio > 0; add it or use kd_ratio: 0"
             )
+        stored = [t.scores for t in teachers if isinstance(t.scores, StoredRows)]
+        if stored:
+            require_sparse_objective(self.options, where="objective")
+            if len(stored) < len(teachers):
+                raise RecipeError(
+                    f"objective: got {len(stored)} of {len(teachers)} teachers from a per-teacher cache; must be all or none"
+                )
+            return fuse_stored(self.fusion, [t.name for t in teachers], stored, rows)
         return FusedTarget(self.fusion, teachers, rows)
 
 

@@ -1,0 +1,231 @@
+"""Draws of single teachers, fused later: the same weights as live ones, and the same target and gradient in expectation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from collegium.cache.codec import Samples, row_keys
+from collegium.errors import RecipeError
+from collegium.fusion.conflict import FollowHighest, TargetCorrection, TruthFallback
+from collegium.fusion.pooling import FusedTarget, Fusion
+from collegium.fusion.rules import (
+    AvgCE,
+    CalibratedEntropy,
+    ConfidenceAware,
+    Consensus,
+    DomainWeights,
+    Gate,
+    MinCE,
+)
+from collegium.fusion.stored import fuse_stored, require_linear, reweighted, stored_stats
+from collegium.fusion.weights import (
+    BestSingle,
+    Entropy,
+    Fixed,
+    PrefixLikelihood,
+    Uniform,
+    Weighting,
+)
+from collegium.losses.divergences import ForwardKL
+from collegium.losses.sparse import sparse_terms
+from collegium.types import DenseRows, Rows, SparseRows, StoredRows, TeacherRows, domain_number
+
+K, N, V = 3, 12, 17
+NAMES = ("code", "law", "prose")
+KEPT = (0.8, 1.25, 2.0)
+TEMPERATURES = {"code": 1.25, "prose": 2.0}
+WEIGHTINGS: list[Weighting] = [
+    Uniform(),
+    Fixed(weights={"code": 0.7, "law": 0.3, "prose": 0.0}),
+    BestSingle(teacher="law"),
+    Entropy(),
+    Entropy(form="inverse"),
+    Entropy(form="complement"),
+    Entropy(granularity="sequence"),
+    Entropy(granularity="batch"),
+    PrefixLikelihood(),
+    DomainWeights(
+        weights={"a": {"code": 1.0, "law": 0.0, "prose": 0.0}},
+        default={"code": 0.2, "law": 0.3, "prose": 0.5},
+    ),
+    CalibratedEntropy(maps={name: [[0.0, 0.1], [3.0, 2.0 + i]] for i, name in enumerate(NAMES)}),
+    ConfidenceAware(),
+    MinCE(),
+    AvgCE(tau=1.0),
+    Gate(offsets={"code": 0.3, "law": 0.0, "prose": -0.1}, entropy=-0.7, prefix_nll=-0.4),
+]
+
+
+def _logits() -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return 2 * torch.randn(K, N, V, generator=generator, dtype=torch.float64)
+
+
+def _rows() -> Rows:
+    document = torch.tensor([0] * 5 + [1] * 4 + [2] * 3)
+    labels = torch.randint(V, (N,), generator=torch.Generator().manual_seed(5))
+    domains = torch.where(document == 1, domain_number("a"), domain_number("b"))
+    return Rows(torch.arange(N), labels, document, document, domains)
+
+
+def _stored(logits_NV: Tensor, labels_N: Tensor, *, seed: int, draws: int = 24) -> StoredRows:
+    """What a cache keeps, without its rounding: the reference of `TeacherEncoder` and `TargetCache.stored`."""
+    logp_NV = logits_NV.log_softmax(1)
+    keys_N = row_keys(seed, np.full(len(logp_NV), 3, np.uint64), np.arange(len(logp_NV)))
+    sizes, ids, counts = Samples(draws=draws).encode(logp_NV, keys_N)
+    starts = torch.from_numpy(np.concatenate([[0], sizes.astype(np.int64).cumsum()]))
+    mass_E = torch.from_numpy(counts.astype(np.float64)) / draws
+    rows = SparseRows(starts, torch.from_numpy(ids), mass_E.log(), None, V)
+    at = {value: (logits_NV / value).log_softmax(1) for value in (1.0, *KEPT)}
+    return StoredRows(
+        rows,
+        logp_NV[rows.row_of_entry(), rows.ids],
+        logp_NV.gather(1, labels_N[:, None])[:, 0],
+        logp_NV.amax(1),
+        {value: torch.special.entr(logp.exp()).sum(1) for value, logp in at.items()},
+        {value: (logp_NV / value).logsumexp(1) for value in KEPT},
+    )
+
+
+def _dense(fusion: Fusion, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """The live target (N, V) and the weights (K, N)."""
+    teachers = [TeacherRows(name, DenseRows(x)) for name, x in zip(NAMES, logits, strict=True)]
+    block = FusedTarget(fusion, teachers, rows).block(slice(0, N))
+    return block.logp_nV, block.weights_Kn
+
+
+@pytest.mark.parametrize("temperatures", [{}, TEMPERATURES], ids=["raw", "tempered"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=lambda w: type(w).__name__)
+def test_weights_are_those_of_live_teachers(
+    weighting: Weighting, temperatures: dict[str, float]
+) -> None:
+    fusion = Fusion(weighting=weighting, temperatures=temperatures)
+    logits, rows = _logits(), _rows()
+    stored = [_stored(logits[k], rows.labels, seed=k) for k in range(K)]
+    _, weights_KN = fuse_stored(fusion, NAMES, stored, rows)
+    torch.testing.assert_close(weights_KN, _dense(fusion, logits, rows)[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, *KEPT])
+def test_statistics_at_a_temperature_are_exact(temperature: float) -> None:
+    logits, rows = _logits()[0], _rows()
+    stats = stored_stats(_stored(logits, rows.labels, seed=0), temperature)
+    logp = (logits / temperature).log_softmax(1)
+    torch.testing.assert_close(stats.label_logp_KN, logp.gather(1, rows.labels[:, None])[:, 0])
+    torch.testing.assert_close(stats.max_logp_KN, logp.amax(1))
+    torch.testing.assert_close(stats.entropy_KN, torch.special.entr(logp.exp()).sum(1))
+
+
+def test_the_target_is_the_weighted_sum_of_the_draws() -> None:
+    """Entry by entry in float64, with a teacher left out and tokens that several teachers drew."""
+    logits, rows = _logits(), _rows()
+    stored = [_stored(logits[k], rows.labels, seed=k) for k in range(K)]
+    fusion = Fusion(
+        weighting=Fixed(weights={"code": 0.6, "law": 0.4, "prose": 0.0}), temperatures=TEMPERATURES
+    )
+    target, weights_KN = fuse_stored(fusion, NAMES, stored, rows)
+    expected = torch.zeros(N, V, dtype=torch.float64)
+    for k, name in enumerate(NAMES):
+        temperature = TEMPERATURES.get(name, 1.0)
+        p = logits[k].softmax(1)
+        ratio = (logits[k] / temperature).softmax(1) / p
+        one = stored[k].rows
+        for row in range(N):
+            for entry in range(int(one.starts[row]), int(one.starts[row + 1])):
+                token = int(one.ids[entry])
+                share = float(one.logp[entry].exp()) * float(ratio[row, token])
+                expected[row, token] += float(weights_KN[k, row]) * share
+    torch.testing.assert_close(target.logits(slice(0, N)).exp(), expected, rtol=1e-9, atol=1e-12)
+    assert (target.starts.diff() == (expected > 0).sum(1)).all(), "no token twice in a row"
+    assert target.log_tail is None
+
+
+@pytest.mark.parametrize("temperature", KEPT)
+def test_reweighted_draws_are_unbiased(temperature: float) -> None:
+    """Chi-square of the mean of 6,000 re-weighted targets against P_T, with the covariance of single draws."""
+    repeats, draws = 6000, 24
+    logits_V = _logits()[0, 0]
+    stored = _stored(logits_V.repeat(repeats, 1), torch.zeros(repeats, dtype=torch.int64), seed=9)
+    mass_E = reweighted(stored, temperature).exp()
+    mean_V = torch.zeros(V, dtype=torch.float64).index_add_(0, stored.rows.ids, mass_E) / repeats
+    p_V, target_V = logits_V.softmax(0), (logits_V / temperature).softmax(0)
+    variance_V = (target_V.square() / p_V - target_V.square()) / (repeats * draws)
+    # V degrees of freedom, since the targets need not sum to 1: mean 17, and 45 is beyond 99.9 %.
+    z_V = (mean_V - target_V) / variance_V.sqrt()
+    assert z_V.abs().max() < 4.5
+    assert z_V.square().sum() < 45
+
+
+@pytest.mark.parametrize("temperatures", [{}, TEMPERATURES], ids=["raw", "tempered"])
+@pytest.mark.parametrize(
+    "weighting", [Uniform(), Entropy(), PrefixLikelihood()], ids=lambda w: type(w).__name__
+)
+def test_the_gradient_is_in_expectation_that_of_the_dense_target(
+    weighting: Weighting, temperatures: dict[str, float]
+) -> None:
+    """Mean of 1,500 caches with draws of their own, within five standard errors everywhere; and so is rebuilding the target."""
+    repeats = 1500
+    fusion = Fusion(weighting=weighting, temperatures=temperatures)
+    logits, rows = _logits(), _rows()
+    dense_NV = _dense(fusion, logits, rows)[0]
+    student_NV = torch.randn(N, V, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    student_NV.requires_grad_()
+    loss = ForwardKL()(dense_NV, student_NV.log_softmax(1)).sum()
+    expected_NV = torch.autograd.grad(loss, student_NV)[0]
+    document = rows.documents + 3 * torch.arange(repeats)[:, None]
+    label = rows.labels.repeat(repeats)
+    many = Rows(torch.arange(len(label)), label, document.flatten(), document.flatten())
+    kept = [_stored(logits[k].repeat(repeats, 1), label, seed=k) for k in range(K)]
+    stored = fuse_stored(fusion, NAMES, kept, many)[0]
+    rebuilt = _stored(dense_NV.repeat(repeats, 1), label, seed=7, draws=72).rows
+    wide = student_NV.detach().repeat(repeats, 1).requires_grad_()
+    for target in (stored, rebuilt):
+        kl = sparse_terms(wide.log_softmax(1), label, target)[1].sum()
+        found = torch.autograd.grad(kl, wide)[0].view(repeats, N, V)
+        error_NV = (found.mean(0) - expected_NV) / (found.std(0) / repeats**0.5)
+        assert error_NV.abs().max() < 5
+        assert error_NV.square().mean() < 1.5
+
+
+def test_a_fusion_that_draws_cannot_give_is_refused() -> None:
+    for change, told in [
+        ({"pool": "log_linear"}, "fusion.pool: got log_linear"),
+        ({"pool": "power_mean"}, "fusion.pool: got power_mean"),
+        ({"pooled_temperature": 0.9}, "fusion.pooled_temperature: got 0.9"),
+        ({"conflict": TruthFallback()}, "fusion.conflict: got TruthFallback"),
+        ({"conflict": TargetCorrection()}, "fusion.conflict: got TargetCorrection"),
+        ({"conflict": FollowHighest()}, "fusion.conflict: got FollowHighest"),
+        ({"weighting": Consensus()}, "fusion.weighting: got Consensus"),
+        ({"weighting": Gate(offsets={}, consensus=1.0)}, "fusion.weighting: got Gate"),
+        ({"temperatures": {"code": 1.3}}, r"got 1.3; must be one .* \(0.8, 1, 1.25, 2\)"),
+    ]:
+        fusion = dataclasses.replace(Fusion(), **change)
+        with pytest.raises(RecipeError, match=told):
+            require_linear(fusion, KEPT)
+    logits, rows = _logits(), _rows()
+    stored = [_stored(logits[k], rows.labels, seed=k) for k in range(K)]
+    with pytest.raises(RecipeError, match="pool"):
+        fuse_stored(Fusion(pool="log_linear"), NAMES, stored, rows)
+    require_linear("auto", KEPT)
+    require_linear(Fusion(temperatures={"code": 1.25 * (1 + 1e-9), "law": 1.0}), KEPT)
+
+
+def test_an_unlikely_draw_that_a_temperature_rules_out_leaves_a_finite_loss() -> None:
+    logits = torch.zeros(1, V, dtype=torch.float64)
+    logits[0, 0] = 80.0
+    kept = _stored(logits, torch.zeros(1, dtype=torch.int64), seed=0)
+    rows = SparseRows(
+        torch.tensor([0, 2]), torch.tensor([0, 3]), torch.tensor([0.5, 0.5]).log(), None, V
+    )
+    kept = dataclasses.replace(kept, rows=rows, logp=torch.tensor([0.0, -1000.0]))
+    one = Rows(*[torch.zeros(1, dtype=torch.int64)] * 4)
+    fusion = Fusion(weighting=Uniform(), temperatures={"code": 0.8})
+    target, _ = fuse_stored(fusion, ["code"], [kept], one)
+    kl = sparse_terms(torch.zeros(1, V).log_softmax(1), one.labels, target)[1]
+    assert torch.isfinite(kl).all()
+    assert target.ids.tolist() == [0]
