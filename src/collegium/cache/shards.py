@@ -181,6 +181,7 @@ def _groups(pieces: Sequence[PieceTargets]) -> list[list[PieceTargets]]:
 
 def _table(pieces: Sequence[PieceTargets], layout: Layout, columns: pa.Schema) -> pa.Table:
     rows = [piece.rows for piece in pieces]
+    lists: dict[str, list[Any]]
     if isinstance(layout.targets, Samples):
         ids = {"token_gaps": [to_gaps(r.ids, r.sizes) for r in rows]}
         lists = {**ids, "counts": [r.values for r in rows]}

@@ -1,0 +1,331 @@
+"""The per-teacher cache in a run: one folder per teacher, read by every student under weights of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tiny
+from collegium import pipeline
+from collegium.cache.codec import STEP, Samples
+from collegium.cache.store import open_cache
+from collegium.caching import reads_cache, teacher_path
+from collegium.cli import app
+from collegium.data.pack import Collator
+from collegium.errors import CacheError, RecipeError
+from collegium.fusion.pooling import Fusion
+from collegium.fusion.stored import stored_stats
+from collegium.fusion.stream import RowReader
+from collegium.fusion.weights import Entropy, Uniform
+from collegium.recipe import Recipe, dump_recipe, load_recipe
+from collegium.run_folder import read_json
+from collegium.teachers.cached import BatchKeys, StoredTeacher
+from collegium.teachers.local import LocalTeacher
+from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.types import Batch, StoredRows
+from collegium.variants import control
+from collegium.workspace import Workspace
+
+NAMES = ("scripture", "code", "law", "drama", "prose")
+RECIPE = """
+name: tiny
+output_dir: {root}/run
+student: {{model: {zoo}/student}}
+teachers: {{{teachers}}}
+fusion: {{weighting: prefix_likelihood}}
+data:
+  train:
+    - {{path: {zoo}/scripture.jsonl, domain: scripture}}
+    - {{path: {zoo}/chat.jsonl, domain: chat}}
+  max_length: 32
+  calibration_fraction: 0.2
+  validation_fraction: 0.2
+objective: {{kd_ratio: 0.5}}
+train: {{learning_rate: 1e-2, max_steps: 4, per_device_train_batch_size: 4, logging_steps: 2, save_steps: 2}}
+preflight: {{max_tokens: 200, batch_size: 4}}
+evaluate: {{controls: [ce_only, best_single, uniform, entropy], batch_size: 4}}
+cache: {{enabled: true, kind: per_teacher, batch_size: 3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student, five teachers, and text longer than a window beside prompts with completions."""
+    root = tmp_path_factory.mktemp("zoo")
+    for seed, name in enumerate(("student", *NAMES)):
+        tiny.save_tiny(root / name, seed=seed)
+    texts = [{"text": f"{tiny.TEXT[0]} number {i}. " * (1 + i % 4)} for i in range(40)]
+    pairs = [{"prompt": f"add {i}", "completion": f"{tiny.TEXT[2][:20]}{i}"} for i in range(20)]
+    for name, lines in (("scripture", texts), ("chat", pairs)):
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        (root / f"{name}.jsonl").write_text(content, encoding="utf-8")
+    return root
+
+
+def _recipe(zoo: Path, root: Path, *overrides: str, num_teachers: int = 2) -> Recipe:
+    file = root / "recipe.yaml"
+    teachers = ", ".join(f"{name}: {{model: {zoo}/{name}}}" for name in NAMES[:num_teachers])
+    file.write_text(RECIPE.format(root=root, zoo=zoo, teachers=teachers), encoding="utf-8")
+    return load_recipe(file, overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A finished run whose student and controls trained from one cache."""
+    recipe = _recipe(zoo, tmp_path_factory.mktemp("finished"))
+    pipeline.run(recipe)
+    return recipe
+
+
+class Calls:
+    """Counts the batches that each teacher read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of: dict[str, int] = {}
+        real = LocalTeacher.score
+
+        def score(teacher: LocalTeacher, *args: object, **named: object) -> object:
+            self.of[teacher.name] = self.of.get(teacher.name, 0) + 1
+            return real(teacher, *args, **named)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(LocalTeacher, "score", score)
+
+
+def _batches(workspace: Workspace) -> list[Batch]:
+    dataset = workspace.datasets["train"]
+    starts = range(0, len(dataset), 4)
+    windows = [range(at, min(at + 4, len(dataset))) for at in starts]
+    return [Batch.from_inputs(Collator()([dict(dataset[w]) for w in part])) for part in windows]
+
+
+def test_every_student_trains_from_one_cache(finished: Recipe) -> None:
+    """Controls differ in weights alone, so that teachers read the corpus once for all of them."""
+    folder = finished.output_dir
+    for place, names in {
+        "": ["scripture", "code"], "controls/uniform/": ["scripture", "code"],
+        "controls/entropy/": ["scripture", "code"], "controls/best_single/": None,
+    }.items():  # fmt: skip
+        rows = (folder / f"{place}train/log.jsonl").read_text().splitlines()
+        weights = json.loads(rows[0])["teacher_weights"]
+        assert names is None or sorted(weights) == sorted(names)
+        assert sum(weights.values()) == pytest.approx(1.0)
+    uniform = json.loads((folder / "controls/uniform/train/log.jsonl").read_text().splitlines()[0])
+    assert set(uniform["teacher_weights"].values()) == {0.5}
+    workspace = Workspace(finished)
+    for name in ("best_single", "uniform", "entropy"):
+        variant = control(name, finished, best_teacher="code", compute_ratio=2.0)
+        assert reads_cache(workspace, variant, Fusion)
+    ce = control("ce_only", finished, best_teacher="code", compute_ratio=2.0)
+    assert not reads_cache(workspace, ce, Fusion)
+
+
+def test_training_from_the_cache_asks_no_teacher(
+    finished: Recipe, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(monkeypatch)
+    path = f"cache.path={finished.output_dir / 'cache'}"
+    assert pipeline.train(_recipe(zoo, tmp_path, path, "fusion.weighting=entropy")).is_dir()
+    assert calls.of == {}
+
+
+def test_a_fifth_teacher_is_the_only_one_that_reads(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = f"cache.path={tmp_path / 'cache'}"
+    pipeline.cache(_recipe(zoo, tmp_path, shared, num_teachers=4))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.parquet")}
+    assert len({p.parent for p in before}) == 8
+    calls = Calls(monkeypatch)
+    five = _recipe(zoo, tmp_path, shared, f"output_dir={tmp_path / 'five'}", num_teachers=5)
+    assert len(pipeline.cache(five)) == 10
+    assert set(calls.of) == {"prose"}
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    first = dict(calls.of)
+    pipeline.cache(five)
+    pipeline.train(five)
+    assert calls.of == first, "a whole cache asks nobody"
+
+
+def test_what_is_kept_is_what_the_teacher_said(finished: Recipe) -> None:
+    """Levels within half a step, scalars within float16, at every kept temperature; draws are tokens with their counts."""
+    workspace = Workspace(finished)
+    keys = BatchKeys(workspace.datasets["train"].sample_names)
+    num_targets = 0
+    for name, live in zip(("scripture", "code"), workspace.teachers, strict=True):
+        cache = open_cache(teacher_path(workspace, name, "train"))
+        assert cache.layout.targets == Samples(draws=24)
+        teacher = StoredTeacher(name, cache, keys)
+        for batch in _batches(workspace):
+            rows = batch.rows()
+            stored = teacher.score(batch, rows).scores
+            assert isinstance(stored, StoredRows)
+            logits_NV = live.score(batch, rows).scores.logits(slice(0, len(rows)))
+            logp_NV = logits_NV.log_softmax(1)
+            logp_E = logp_NV[stored.rows.row_of_entry(), stored.rows.ids]
+            assert (stored.logp - logp_E).abs().max() <= STEP / 2 + 1e-5
+            for value in (1.0, *finished.cache.temperatures):
+                found = stored_stats(stored, value)
+                wanted, _ = RowReader().read(logits_NV, rows.labels, temperature=value)
+                for mine, true in zip(found_columns(found), found_columns(wanted), strict=True):
+                    torch.testing.assert_close(mine, true, rtol=2**-9, atol=2**-9)
+            num_targets += len(rows)
+    assert num_targets == 2 * workspace.datasets["train"].num_target_tokens
+
+
+def found_columns(stats):
+    return stats.entropy_KN, stats.label_logp_KN, stats.max_logp_KN
+
+
+def test_teachers_draw_independently_of_each_other(zoo: Path, tmp_path: Path) -> None:
+    """Two teachers with the same weights: their draws differ, or their errors would not average out."""
+    import shutil
+
+    shutil.copytree(zoo / "code", tmp_path / "twin")
+    recipe = _recipe(
+        zoo,
+        tmp_path,
+        f"teachers.scripture.model={zoo}/code",
+        f"teachers.code.model={tmp_path}/twin",
+    )
+    workspace = Workspace(recipe)
+    from collegium.caching import _build_teacher
+
+    for name in NAMES[:2]:
+        _build_teacher(workspace, name, "train")
+    keys = BatchKeys(workspace.datasets["train"].sample_names)
+    batch = _batches(workspace)[0]
+    first, second = (
+        StoredTeacher(n, open_cache(teacher_path(workspace, n, "train")), keys)
+        .score(batch, batch.rows()).scores for n in NAMES[:2]
+    )  # fmt: skip
+    assert isinstance(first, StoredRows)
+    assert isinstance(second, StoredRows)
+    torch.testing.assert_close(first.entropy[1.0], second.entropy[1.0])
+    assert first.rows.ids.tolist() != second.rows.ids.tolist()
+
+
+def test_the_loss_of_the_objective_is_near_that_of_live_teachers(zoo: Path, tmp_path: Path) -> None:
+    """With many draws the gradient at the student's hidden states is that of the dense target, for weights chosen afterwards."""
+    recipe = _recipe(zoo, tmp_path, "cache.targets={name: samples, draws: 4000}")
+    pipeline.cache(recipe)
+    workspace = Workspace(recipe)
+    keys = BatchKeys(workspace.datasets["train"].sample_names)
+    stored = [
+        StoredTeacher(n, open_cache(teacher_path(workspace, n, "train")), keys) for n in NAMES[:2]
+    ]
+    batch = _batches(workspace)[0]
+    rows = batch.rows()
+    student = workspace.new_student()
+    from collegium.models import forward_rows
+
+    for fusion in (
+        Fusion(weighting=Uniform()),
+        Fusion(weighting=Entropy(), temperatures={"code": 1.25}),
+    ):
+        grads = []
+        for teachers in (workspace.teachers, stored):
+            objective = Objective(ObjectiveOptions(kd_ratio=0.9), fusion)
+            seen = forward_rows(student, batch, rows, vocab_size=workspace.vocab_size)
+            loss = objective(seen, [t.score(batch, rows) for t in teachers], rows)
+            grads.append(torch.autograd.grad(loss.total, seen.hidden)[0].flatten())
+        cosine = torch.nn.functional.cosine_similarity(*grads, dim=0)
+        assert cosine > 0.99
+        assert (grads[1].norm() / grads[0].norm()).item() == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("fusion={pool: log_linear}", "fusion.pool: got log_linear; must be linear"),
+        ("fusion={pooled_temperature: 0.9}", "fusion.pooled_temperature: got 0.9; must be 1"),
+        ("fusion={conflict: follow_highest}", "fusion.conflict: got FollowHighest"),
+        ("fusion={weighting: consensus}", "fusion.weighting: got Consensus"),
+        ("fusion={temperatures: {code: 1.3}}", "got 1.3; must be one that the per-teacher cache keeps (1, 1.25, 1.6)"),
+        ("cache.targets={name: top_k, k: 9}", "cache.targets: got top_k; must be samples"),
+        ("cache.temperatures=[1.0, 2.0]", "and 1 is always kept"),
+        ("cache={enabled: true, temperatures: [3.0]}", "got some with kind `fused`"),
+        ("objective.divergence=reverse_kl", "objective.divergence: got ReverseKL"),
+    ],
+)  # fmt: skip
+def test_what_no_reweighting_gives_is_refused_with_the_recipe(
+    zoo: Path, tmp_path: Path, override: str, told: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        _recipe(zoo, tmp_path, override)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("seed=5", "seed: 0 -> 5"),
+        ("data.max_length=31", "data.max_length: 32 -> 31"),
+        ("cache.targets={name: samples, draws: 9}", "targets.draws: 24 -> 9"),
+        ("teachers.scripture.dtype=bfloat16", "teachers.scripture.dtype: 'auto' -> 'bfloat16'"),
+    ],
+)
+def test_a_stale_folder_is_refused_by_field(
+    zoo: Path, tmp_path: Path, finished: Recipe, override: str, told: str
+) -> None:
+    recipe = _recipe(zoo, tmp_path, f"cache.path={finished.output_dir / 'cache'}", override)
+    with pytest.raises(CacheError, match="built for another run") as caught:
+        pipeline.train(recipe)
+    assert told in str(caught.value)
+
+
+def test_the_defaults_follow_the_kind_and_survive_a_round_trip(zoo: Path, tmp_path: Path) -> None:
+    recipe = _recipe(zoo, tmp_path, "cache.temperatures=[0.8, 3.0]")
+    assert recipe.cache.targets == Samples(draws=24)
+    assert _recipe(zoo, tmp_path, "cache={enabled: true}").cache.targets == Samples(draws=50)
+    given = _recipe(zoo, tmp_path, "cache.targets={name: samples, draws: 50}")
+    assert given.cache.targets == Samples(draws=50)
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_the_command_line_tells_and_verifies_every_folder(zoo: Path, tmp_path: Path) -> None:
+    _recipe(zoo, tmp_path)
+    runner = CliRunner()
+    built = runner.invoke(app, ["cache", str(tmp_path / "recipe.yaml")])
+    assert built.exit_code == 0, built.output
+    assert built.stdout.count("bytes per target") == 4
+    assert "cache, code, train: " in built.stderr
+    folder = tmp_path / "run" / "cache"
+    info = runner.invoke(app, ["cache", "info", str(folder)]).stdout
+    assert info.count('"per_teacher"') == 4
+    assert runner.invoke(app, ["cache", "info", str(folder / "teachers/code/train")]).exit_code == 0
+    assert (
+        runner.invoke(app, ["cache", "verify", str(folder)]).stdout.count("bytes per target") == 4
+    )
+    shard = next(folder.glob("teachers/code/train/*.parquet"))
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 4
+    shard.write_bytes(data)
+    bad = runner.invoke(app, ["cache", "verify", str(folder)])
+    assert bad.exit_code == 2
+    assert shard.name in bad.stderr
+    manifest = read_json(folder / "teachers/code/train/manifest.json")
+    assert (
+        manifest["num_targets"]
+        == Workspace(load_recipe(tmp_path / "recipe.yaml")).datasets["train"].num_target_tokens
+    )
+
+
+def test_live_and_stored_teachers_do_not_mix(finished: Recipe) -> None:
+    workspace = Workspace(finished)
+    keys = BatchKeys(workspace.datasets["train"].sample_names)
+    stored = StoredTeacher("code", open_cache(teacher_path(workspace, "code", "train")), keys)
+    batch = _batches(workspace)[0]
+    rows = batch.rows()
+    from collegium.models import forward_rows
+
+    seen = forward_rows(workspace.new_student(), batch, rows, vocab_size=workspace.vocab_size)
+    mixed = [workspace.teachers[0].score(batch, rows), stored.score(batch, rows)]
+    with pytest.raises(RecipeError, match="must be all or none"):
+        Objective(ObjectiveOptions(), Fusion())(seen, mixed, rows)
+    with pytest.raises(RecipeError, match="holds no hidden states"):
+        stored.score(batch, rows, ["layer_0"])
