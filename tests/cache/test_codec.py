@@ -12,10 +12,8 @@ from collegium.cache.codec import (
     decode_rows,
     draw,
     encode_rows,
-    from_gaps,
     id_dtype,
     row_keys,
-    to_gaps,
 )
 
 V = 60
@@ -179,15 +177,3 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(
     monkeypatch.setattr("collegium.cache.codec._uniforms", lambda keys, number: ends)
     logp = torch.log(torch.tensor([[0.0, 0.1, 0.7, 0.2, 0.0]]))
     assert draw(logp, _keys(1), 2).tolist() == [[1, 3]]
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_gaps_give_the_ids_back(dtype: type) -> None:
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(1, 9, 200)
-    most = np.iinfo(dtype).max
-    ids = np.concatenate([np.sort(rng.choice(most, n, replace=False)) for n in sizes]).astype(dtype)
-    ids[0], ids[sizes[0] - 1] = 0, most
-    gaps = to_gaps(ids, sizes)
-    assert gaps.dtype == dtype
-    assert (from_gaps(gaps, sizes) == ids).all()

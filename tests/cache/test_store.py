@@ -16,6 +16,7 @@ import torch
 import cache_cases
 from collegium.cache.codec import SCALARS, Samples, Targets, TopK, decode_rows
 from collegium.cache.layout import Layout
+from collegium.cache.ranks import vocabulary_of
 from collegium.cache.shards import GROUP_TARGETS, PieceKey, window_hash
 from collegium.cache.store import open_cache
 from collegium.errors import CacheError
@@ -24,12 +25,13 @@ NUM_CORRUPTIONS = 400
 
 
 def _same(a, b) -> bool:
+    """Whether rows hold the same targets; the order of a row's entries says nothing."""
     tails = (a.log_tail is None) == (b.log_tail is None)
     if a.log_tail is not None and tails:
         tails = torch.equal(a.log_tail, b.log_tail)
-    return tails and all(
-        torch.equal(x, y) for x, y in [(a.starts, b.starts), (a.ids, b.ids), (a.logp, b.logp)]
-    )
+    every = slice(0, len(a))
+    is_same = tails and torch.equal(a.starts, b.starts)
+    return is_same and torch.allclose(a.logits(every), b.logits(every), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("targets", cache_cases.CODECS, ids=str)
@@ -68,17 +70,51 @@ def test_a_shard_is_an_ordinary_parquet_file(tmp_path: Path, targets: Targets) -
     table = pq.read_table(path)
     assert table.num_rows == len(cache_cases.LENGTHS)
     assert all(not field.nullable for field in table.schema)
-    entries = "token_gaps" if isinstance(targets, Samples) else "tokens"
-    assert table.schema.field(entries).type.value_type == pa.uint16()
+    assert table.schema.field("gaps").type.value_type == pa.uint16()
     assert table.schema.field("entropy").type.value_type == pa.float16()
     assert [len(x) for x in table["entropy"].to_pylist()] == [n - 1 for n in cache_cases.LENGTHS]
     codec = pq.ParquetFile(path).metadata.row_group(0).column(3).compression
     assert codec == "ZSTD"
     data = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "hf"))
     assert data[2]["offset"] == 20
-    if isinstance(targets, TopK):
-        pieces = cache_cases.pieces_of(0, targets)
-        assert data[0]["tokens"] == pieces[0].rows.ids.tolist()
+    assert sorted(data[0]["vocabulary"]) == sorted(
+        {int(v) for p in cache_cases.pieces_of(0, targets) for v in p.rows.ids}
+    )
+
+
+@pytest.mark.parametrize("targets", cache_cases.CODECS, ids=str)
+def test_the_documented_reader_reads_it_without_us(tmp_path: Path, targets: Targets) -> None:
+    """The code of docs/cache-format.md, as it stands there."""
+    page = Path(__file__).parents[2] / "docs" / "cache-format.md"
+    code = page.read_text(encoding="utf-8").split("```python")[1].split("```")[0]
+    assert "collegium" not in code
+    names: dict = {}
+    exec(code, names)
+    manifest = cache_cases.build(tmp_path, targets)
+    for shard, entry in enumerate(manifest["shards"]):
+        read = list(names["read_shard"](tmp_path / entry["name"]))
+        assert len(read) == len(cache_cases.LENGTHS)
+        for number, (document, offset, found) in enumerate(read):
+            key = cache_cases.key_of(shard, number, cache_cases.LENGTHS[number])
+            assert (document, offset) == (key.document, key.offset)
+            logp = cache_cases.logp_of(shard, number, cache_cases.LENGTHS[number])
+            for target, row in zip(found, logp, strict=True):
+                if isinstance(targets, Samples):
+                    assert sum(target.values()) == targets.draws
+                else:
+                    top = row.topk(targets.k)
+                    assert set(target) == set(top.indices.tolist())
+                    for token, value in target.items():
+                        assert value == pytest.approx(row[token].item(), abs=1 / 128 + 1e-6)
+
+
+def test_ranks_make_common_tokens_small(tmp_path: Path) -> None:
+    pieces = cache_cases.pieces_of(0, Samples(draws=20))
+    ids = np.concatenate([piece.rows.ids for piece in pieces])
+    words = vocabulary_of(ids, cache_cases.VOCAB)
+    counts = [int((ids == word).sum()) for word in words]
+    assert counts == sorted(counts, reverse=True)
+    assert len(words) == len(set(ids.tolist()))
 
 
 def test_row_groups_hold_few_targets(tmp_path: Path) -> None:
@@ -143,13 +179,17 @@ def test_an_unfinished_cache_is_none(tmp_path: Path) -> None:
         open_cache(tmp_path)
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(3, "got format 3; must be 2; upgrade collegium"), (1, "got format 1; must be 2; delete")],
+)
+def test_another_format_is_refused(tmp_path: Path, number: int, told: str) -> None:
     from collegium.cache.store import manifest_digest
 
-    manifest = cache_cases.build(tmp_path) | {"format": 2}
+    manifest = cache_cases.build(tmp_path) | {"format": number}
     manifest["sha256"] = manifest_digest(manifest)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CacheError, match="got format 2; must be at most 1"):
+    with pytest.raises(CacheError, match=told):
         open_cache(tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from collegium.files import lock_folder, sha256_of, write_bytes
 from collegium.run_folder import write_json
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+COMMON_BITS = 2.3
+"""Bits per rank that unequal frequencies save, on English text with SmolLM2: docs/results/cache.md."""
 SPARE = 1.05
 """Free space that is asked for, as a multiple of the estimate."""
 
@@ -75,14 +78,18 @@ def build_cache(
 
 
 def expected_bytes_per_token(layout: Layout, vocab_size: int) -> float:
-    """Bytes per target to expect on disk, before anything is measured; an estimate."""
+    """Bytes per target to expect on disk, before anything is measured; an estimate.
+
+    A rank costs log2 V bits, less what the order of a row's n entries would say, log2(n!) / n, and what common tokens save.
+    """
     entries = layout.targets.num_entries(vocab_size)
-    id_bytes = (vocab_size - 1).bit_length() / 8
-    scalars = 1.9 * len(layout.scalars)
+    order_bits = math.lgamma(entries + 1) / math.log(2) / entries
+    rank_bytes = max(1.0, math.log2(vocab_size) - order_bits - COMMON_BITS) / 8
+    scalars = 1.8 * len(layout.scalars)
     if isinstance(layout.targets, Samples):
-        levels = 1.3 if layout.has_levels else 0.0
-        return entries * (id_bytes - 0.4 + 0.25 + levels) + 1 + scalars
-    return entries * (id_bytes - 0.4 + 0.6) + 4 + scalars
+        levels = 1.2 * entries + 1.9 if layout.has_levels else 0.0
+        return entries * (rank_bytes + 0.33) + 0.7 + levels + scalars
+    return entries * (rank_bytes + 0.84) + 5.2 + scalars
 
 
 class _Job:
@@ -122,7 +129,7 @@ class _Job:
             raise ValueError(
                 f"shard {number}: {num_targets} targets instead of {self._shard_targets[number]}"
             )
-        note = {**self._identity, "shard": number}
+        note = {**self._identity, "format": FORMAT, "shard": number}
         data = shard_bytes(pieces, self._layout, self._vocab_size, identity=note)
         path = self._path / shard_name(number, data)
         try:
@@ -191,6 +198,6 @@ def _finished_shards(path: Path, identity: Mapping[str, Any]) -> dict[int, Path]
             continue
         note = read_identity(file)
         number = int(match.group(1))
-        require_identity(path, note, {**identity, "shard": number})
+        require_identity(path, note, {**identity, "format": FORMAT, "shard": number})
         found[number] = file
     return found

@@ -5,7 +5,7 @@ Shapes: n rows, V vocabulary, N draws per row, k kept tokens per row, E stored e
 Errors. Draws: the target t = counts / N has E[t] = p exactly and Var[t_i] = p_i (1 - p_i) / N; what is stored is exact.
 Top k: the tail is that of the distribution to float32; each kept log-probability is within `STEP` of the true one, since
 it is rounded to multiples of `STEP` and the kept ones are then scaled, by less than half a step, to sum to 1 - tail.
-Levels, the log-probabilities of drawn tokens, are within `STEP` / 2, down to `-MOST_DROP * STEP`.
+Levels, the log-probabilities of drawn tokens, are within `STEP` / 2, down to `-MOST_LEVEL * STEP`.
 Scalars are float16: within 2^-11 of their value, below what bfloat16 teachers leave of it, at half the bytes of float32.
 """
 
@@ -26,7 +26,7 @@ from collegium.types import STRICT, SparseRows
 
 STEP = 1 / 64
 """Nats between two log-probabilities that top k tells apart; logits of 16 in bfloat16 lie eight times as far apart."""
-MOST_DROP = 2**16 - 1
+MOST_LEVEL = 2**16 - 1
 MOST_DRAWS = 2**16 - 1
 SCALARS = ("entropy", "label_logp", "max_logp", "disagreement")
 """Per row of a fused target, in nats: H(P), log P(label), max log P, and how far the teachers are apart."""
@@ -42,7 +42,7 @@ class EncodedRows:
     ids: np.ndarray
     """(E,) uint16 or uint32: tokens, each once in a row."""
     values: np.ndarray
-    """(E,) counts as uint8 or uint16; or, for top k, steps below the entry before (the first: below 0) as uint16."""
+    """(E,) counts as uint8 or uint16; or, for top k, levels: steps of `STEP` below 0, as uint16."""
     log_tail: np.ndarray | None
     """(n,) float32: log of the mass of all other tokens; None for draws."""
     scalars: Mapping[str, np.ndarray]
@@ -104,17 +104,16 @@ class TopK:
     """Teach the kept tokens alone, as if the others had no mass: biased, and here to be measured against."""
 
     def encode(self, logp_nV: Tensor) -> tuple[np.ndarray, ...]:
-        """(n, V) log-probabilities -> sizes, ids by falling probability, steps between them, and the tail."""
+        """(n, V) log-probabilities -> sizes, ids, levels and tail."""
         num_kept = min(self.k, logp_nV.shape[1])
         top = logp_nV.topk(num_kept, dim=1)
         rest_nV = logp_nV.scatter(1, top.indices, -torch.inf)
         log_tail_n = rest_nV.logsumexp(1).clamp(max=0.0)
-        level_nk = (-top.values.double() / STEP).round().clamp(0, MOST_DROP)
-        drop_nk = torch.diff(level_nk, dim=1, prepend=torch.zeros_like(level_nk[:, :1]))
+        level_nk = (-top.values.double() / STEP).round().clamp(0, MOST_LEVEL)
         return (
             np.full(len(logp_nV), num_kept, uint_for(self.k)),
             top.indices.flatten().cpu().numpy(),
-            drop_nk.flatten().cpu().numpy().astype(np.uint16),
+            level_nk.flatten().cpu().numpy().astype(np.uint16),
             log_tail_n.float().cpu().numpy(),
         )
 
@@ -122,7 +121,7 @@ class TopK:
         """(E,) float32 log-probabilities that sum, with the tail, to 1."""
         assert encoded.log_tail is not None
         sizes = encoded.sizes.astype(np.int64)
-        logp = -running_sums(encoded.values.astype(np.int64), sizes) * STEP
+        logp = -encoded.values.astype(np.float64) * STEP
         log_tail = (
             np.full(len(sizes), -np.inf)
             if self.renormalized
@@ -284,33 +283,11 @@ def row_sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values, np.cumsum(sizes) - sizes) if len(sizes) else values[:0]
 
 
-def to_gaps(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(E,) ids that rise within each row -> the difference to the id before, the first of a row as it is."""
-    gaps = np.diff(ids, prepend=ids[:1])
-    sizes = sizes.astype(np.int64)
-    first = np.cumsum(sizes) - sizes
-    gaps[first] = ids[first]
-    return gaps
-
-
-def from_gaps(gaps: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """What `to_gaps` was given; an id too large for its type shows as an id out of the vocabulary, as int64."""
-    return running_sums(gaps.astype(np.int64), sizes)
-
-
-def running_sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(E,) int64 sums from the first entry of the row to each entry."""
-    running = np.cumsum(values)
-    sizes = sizes.astype(np.int64)
-    before = np.concatenate([np.zeros(1, running.dtype), running])[np.cumsum(sizes) - sizes]
-    return running - np.repeat(before, sizes)
-
-
 def _levels(logp_nV: Tensor, sizes: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """(E,) log-probabilities of the entries of n rows, in steps."""
     rows = torch.arange(len(logp_nV)).repeat_interleave(torch.from_numpy(sizes.astype(np.int64)))
     logp_E = logp_nV[rows.to(logp_nV.device), torch.from_numpy(ids).to(logp_nV.device)]
-    return (-logp_E.double() / STEP).round().clamp(0, MOST_DROP).cpu().numpy().astype(np.uint16)
+    return (-logp_E.double() / STEP).round().clamp(0, MOST_LEVEL).cpu().numpy().astype(np.uint16)
 
 
 def _float16(name: str, values_n: Tensor) -> np.ndarray:

@@ -1,11 +1,8 @@
 """One shard of a cache: a Parquet file with one row per piece of a document, as any Parquet reader opens it.
 
-Columns: `document` uint64, hash of the document's id; `offset` uint32, where the piece begins in it, in tokens; `window`
-16 bytes, hash of the piece's tokens and of which of them are targets; and lists, one item per target in order of text:
-`sizes` (entries of the target), `log_tail` (top k alone), the scalars of the layout. The lists of entries are those of all
-targets of the piece one after the other: `token_gaps` and `counts` of draws, in a per-teacher cache also `levels`, their
-log-probabilities; `tokens` and `steps` of top k (see `codec`).
-A piece of L tokens that are all trained on has exactly L - 1 targets: the first is never one.
+docs/cache-format.md describes the columns for readers without us. A piece of L tokens that are all trained on has exactly
+L - 1 targets: the first token is never one. The lists of a piece hold its targets in order of text, or the entries of all its
+targets one after the other; `ranks` says how tokens and log-probabilities become small numbers.
 
 Shapes: n targets, E entries.
 """
@@ -27,16 +24,28 @@ import pyarrow.parquet as pq
 from collegium.cache.codec import (
     EncodedRows,
     Samples,
-    from_gaps,
+    TopK,
     id_dtype,
-    to_gaps,
+    join_encoded,
     uint_for,
 )
 from collegium.cache.layout import Layout
+from collegium.cache.ranks import (
+    from_gaps,
+    from_heights,
+    ranks_of,
+    rising_order,
+    to_gaps,
+    to_heights,
+    tokens_of,
+    vocabulary_of,
+)
 
 GROUP_TARGETS = 4096
 """Targets per row group: what one random access decodes."""
 KEYS = ("document", "offset", "window")
+VOCABULARY = "vocabulary"
+ZSTD_LEVEL = 9
 _IDENTITY = b"collegium"
 
 
@@ -79,15 +88,15 @@ def schema(layout: Layout, vocab_size: int) -> pa.Schema:
         item = pa.field("element", pa.from_numpy_dtype(dtype), nullable=False)
         return pa.field(name, pa.list_(item), nullable=False)
 
-    ids, targets = id_dtype(vocab_size), layout.targets
+    targets = layout.targets
+    own = [list_of(VOCABULARY, id_dtype(vocab_size)), list_of("gaps", id_dtype(vocab_size))]
     if isinstance(targets, Samples):
         count = uint_for(targets.draws)
-        own = [list_of("sizes", count), list_of("token_gaps", ids), list_of("counts", count)]
-        own += [list_of("levels", np.uint16)] if layout.has_levels else []
+        own += [list_of("sizes", count), list_of("counts", count)]
     else:
-        sizes = list_of("sizes", uint_for(targets.k))
-        own = [sizes, list_of("tokens", ids), list_of("steps", np.uint16)]
-        own.append(list_of("log_tail", np.float32))
+        own += [list_of("sizes", uint_for(targets.k)), list_of("log_tail", np.float32)]
+    if layout.has_levels or isinstance(targets, TopK):
+        own += [list_of("heights", np.uint16), list_of("floor", np.uint16)]
     keys = [
         pa.field("document", pa.uint64(), nullable=False),
         pa.field("offset", pa.uint32(), nullable=False),
@@ -112,15 +121,17 @@ def shard_bytes(
         buffer,
         columns.with_metadata(note),
         compression="zstd",
+        compression_level=ZSTD_LEVEL,
         use_dictionary=False,
         # Puts the bytes of one order together: high bytes of small numbers cost next to nothing.
         use_byte_stream_split=lists,  # pyright: ignore[reportArgumentType]
         write_statistics=False,
         write_page_checksum=True,
     )
+    table = _columns(pieces, layout, vocab_size)
     with writer:
         for group in _groups(pieces):
-            writer.write_table(_table(group, layout, columns))
+            writer.write_table(_group_table(pieces, group, table, columns))
     return buffer.getbuffer()
 
 
@@ -135,26 +146,50 @@ def read_identity(path: Path) -> Any:
     return None if note is None else json.loads(note)
 
 
-def read_group(file: pq.ParquetFile, group: int, layout: Layout) -> tuple[EncodedRows, np.ndarray]:
+def read_vocabulary(file: pq.ParquetFile) -> np.ndarray:
+    """The ids that occur in a shard, by rank.
+
+    Raises:
+        OSError: a page fails its checksum, or cannot be read.
+    """
+    if not file.num_row_groups:
+        return np.zeros(0, np.uint16)
+    words, starts = _flat(
+        file.read_row_group(0, columns=[VOCABULARY], use_threads=False), VOCABULARY
+    )
+    return words[: starts[1]]
+
+
+def read_group(
+    file: pq.ParquetFile, group: int, layout: Layout, vocabulary: np.ndarray
+) -> tuple[EncodedRows, np.ndarray]:
     """One row group: the targets of its pieces one after the other, and (pieces + 1,) where each piece begins.
 
     Raises:
         OSError: a page fails its checksum, or cannot be read.
         ValueError: a column is not what `shard_bytes` writes.
     """
-    table = file.read_row_group(group, use_threads=False)
-    lists = {name: _flat(table, name) for name in table.column_names if name not in KEYS}
+    names = [name for name in file.schema_arrow.names if name not in (*KEYS, VOCABULARY)]
+    table = file.read_row_group(group, columns=names, use_threads=False)
+    lists = {name: _flat(table, name) for name in names}
     sizes, starts = lists["sizes"]
-    if isinstance(layout.targets, Samples):
-        ids, values, tail = from_gaps(lists["token_gaps"][0], sizes), lists["counts"][0], None
-    else:
-        ids, values, tail = lists["tokens"][0], lists["steps"][0], lists["log_tail"][0]
+    entries = {"gaps", "counts", "heights"}
+    wanted = {name: int(sizes.sum()) if name in entries else len(sizes) for name in names}
+    for name, (values, _) in lists.items():
+        if len(values) != wanted[name]:
+            raise ValueError(f"column `{name}` has {len(values)} values instead of {wanted[name]}")
+    if len(sizes) and not sizes.all():
+        raise ValueError("an empty row")
+    ids = tokens_of(from_gaps(lists["gaps"][0], sizes), vocabulary)
     scalars = {name: lists[name][0] for name in layout.scalars}
-    for name, values_n in [*scalars.items(), *([] if tail is None else [("log_tail", tail)])]:
-        if len(values_n) != len(sizes):
-            raise ValueError(f"column `{name}` has {len(values_n)} values for {len(sizes)} targets")
-    levels = lists["levels"][0] if layout.has_levels else None
-    return EncodedRows(sizes, ids, values, tail, scalars, levels), starts
+    levels = None
+    if "heights" in lists:
+        levels = from_heights(lists["heights"][0], lists["floor"][0], sizes)
+    if isinstance(layout.targets, Samples):
+        return EncodedRows(sizes, ids, lists["counts"][0], None, scalars, levels), starts
+    if levels is None:
+        raise ValueError("column `heights` is missing")
+    return EncodedRows(sizes, ids, levels, lists["log_tail"][0], scalars), starts
 
 
 def read_keys(file: pq.ParquetFile) -> list[list[PieceKey]]:
@@ -167,45 +202,77 @@ def read_keys(file: pq.ParquetFile) -> list[list[PieceKey]]:
     return found
 
 
-def _groups(pieces: Sequence[PieceTargets]) -> list[list[PieceTargets]]:
-    groups: list[list[PieceTargets]] = []
-    room = 0
-    for piece in pieces:
-        if room <= 0:
-            groups.append([])
-            room = GROUP_TARGETS
-        groups[-1].append(piece)
-        room -= len(piece.rows.sizes)
-    return groups
+def _starts(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(m,) counts -> (m + 1,) int64: where each begins, and the end."""
+    return np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))]).astype(np.int64)
 
 
-def _table(pieces: Sequence[PieceTargets], layout: Layout, columns: pa.Schema) -> pa.Table:
-    rows = [piece.rows for piece in pieces]
-    lists: dict[str, list[Any]]
+def _groups(pieces: Sequence[PieceTargets]) -> list[range]:
+    """Pieces cut into runs of at least `GROUP_TARGETS` targets; the last may be short."""
+    groups: list[range] = []
+    start = filled = 0
+    for number, piece in enumerate(pieces):
+        filled += len(piece.rows.sizes)
+        if filled >= GROUP_TARGETS:
+            groups.append(range(start, number + 1))
+            start, filled = number + 1, 0
+    return [*groups, range(start, len(pieces))] if start < len(pieces) else groups
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The lists of a shard, those of all pieces one after the other."""
+
+    vocabulary: np.ndarray
+    values: dict[str, np.ndarray]
+    """By the name of the column."""
+    starts: dict[str, np.ndarray]
+    """(pieces + 1,) where each piece begins in it."""
+
+
+def _columns(pieces: Sequence[PieceTargets], layout: Layout, vocab_size: int) -> _Columns:
+    rows = join_encoded([piece.rows for piece in pieces])
+    vocabulary = vocabulary_of(rows.ids, vocab_size)
+    ranks = ranks_of(rows.ids, vocabulary, vocab_size)
+    order = rising_order(ranks, rows.sizes)
+    entries = {"gaps": to_gaps(ranks[order], rows.sizes)}
+    per_row = {"sizes": rows.sizes, **rows.scalars}
+    levels = rows.levels
     if isinstance(layout.targets, Samples):
-        ids = {"token_gaps": [to_gaps(r.ids, r.sizes) for r in rows]}
-        lists = {**ids, "counts": [r.values for r in rows]}
+        entries["counts"] = rows.values[order]
     else:
-        ids = {"tokens": [r.ids for r in rows], "steps": [r.values for r in rows]}
-        lists = {**ids, "log_tail": [r.log_tail for r in rows]}
-    if layout.has_levels:
-        lists["levels"] = [r.levels for r in rows]
-    lists["sizes"] = [r.sizes for r in rows]
-    lists |= {name: [r.scalars[name] for r in rows] for name in layout.scalars}
-    keys = {name: [getattr(piece.key, name) for piece in pieces] for name in KEYS}
-    arrays = [
-        _list_array(lists[field.name], field.type)
-        if field.name in lists
-        else pa.array(keys[field.name], field.type)
-        for field in columns
-    ]
+        assert rows.log_tail is not None
+        per_row["log_tail"] = rows.log_tail
+        levels = rows.values
+    if levels is not None:
+        entries["heights"], per_row["floor"] = to_heights(levels[order], rows.sizes)
+    piece_at = _starts([len(piece.rows.sizes) for piece in pieces])
+    entry_at = _starts(rows.sizes)[piece_at]
+    starts = {name: piece_at for name in per_row} | {name: entry_at for name in entries}
+    return _Columns(vocabulary, per_row | entries, starts)
+
+
+def _group_table(
+    pieces: Sequence[PieceTargets], group: range, found: _Columns, columns: pa.Schema
+) -> pa.Table:
+    span = slice(group.start, group.stop + 1)
+    arrays = []
+    for name, kind in zip(columns.names, columns.types, strict=True):
+        if name in KEYS:
+            keys = [getattr(pieces[number].key, name) for number in group]
+            arrays.append(pa.array(keys, kind))
+        elif name == VOCABULARY:
+            sizes = [len(found.vocabulary) if number == 0 else 0 for number in group]
+            arrays.append(_list_array(found.vocabulary, _starts(sizes), kind))
+        else:
+            arrays.append(_list_array(found.values[name], found.starts[name][span], kind))
     return pa.Table.from_arrays(arrays, schema=columns)
 
 
-def _list_array(parts: Sequence[Any], kind: pa.ListType) -> pa.Array:
-    starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int32)
-    values = pa.array(np.concatenate(parts), kind.value_type)
-    return pa.ListArray.from_arrays(pa.array(starts), values, type=kind)
+def _list_array(values: np.ndarray, starts: np.ndarray, kind: pa.ListType) -> pa.Array:
+    """Lists out of values that stand one after the other; the first may begin behind 0."""
+    items = pa.array(values[starts[0] : starts[-1]].astype(kind.value_type.to_pandas_dtype()))
+    return pa.ListArray.from_arrays(pa.array((starts - starts[0]).astype(np.int32)), items, kind)
 
 
 def _flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:

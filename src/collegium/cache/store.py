@@ -22,14 +22,14 @@ import torch
 
 from collegium.cache.codec import STEP, EncodedRows, decode_rows
 from collegium.cache.layout import Layout, entropy_name, log_z_name
-from collegium.cache.shards import PieceKey, read_group, read_keys
+from collegium.cache.shards import PieceKey, read_group, read_keys, read_vocabulary
 from collegium.errors import CacheError, CollegiumError
 from collegium.files import sha256_of
 from collegium.run_folder import differing_fields, fingerprint, read_json
 from collegium.types import SparseRows, StoredRows
 
-FORMAT = 1
-"""Version of the layout; a newer one is refused, never guessed at."""
+FORMAT = 2
+"""Version of docs/cache-format.md; another one is refused, never guessed at."""
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"shard-(\d{5,})-([0-9a-f]{16})\.parquet")
 MOST_GROUPS = 256
@@ -56,6 +56,7 @@ class TargetCache:
         self.vocab_size = int(identity["vocab_size"])
         self._names = [shard["name"] for shard in manifest["shards"]]
         self._files: dict[int, pq.ParquetFile] = {}
+        self._vocabularies: dict[int, np.ndarray] = {}
         self._groups: OrderedDict[tuple[int, int], tuple[SparseRows, EncodedRows, np.ndarray]] = (
             OrderedDict()
         )
@@ -152,7 +153,10 @@ class TargetCache:
             self._groups.move_to_end((shard, group))
             return found
         try:
-            encoded, starts = read_group(self._file(shard), group, self.layout)
+            file = self._file(shard)
+            if shard not in self._vocabularies:
+                self._vocabularies[shard] = read_vocabulary(file)
+            encoded, starts = read_group(file, group, self.layout, self._vocabularies[shard])
             found = decode_rows(self.layout.targets, encoded, self.vocab_size), encoded, starts
         except (OSError, ValueError, KeyError) as error:
             raise self._damaged(shard, error) from error
@@ -239,10 +243,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_digest(manifest):
         raise CacheError(f"{file}: fails its own sha256; delete it and build the cache again")
-    if manifest["format"] > FORMAT:
-        raise CacheError(
-            f"{file}: got format {manifest['format']}; must be at most {FORMAT}; upgrade collegium"
-        )
+    if manifest["format"] != FORMAT:
+        is_newer = manifest["format"] > FORMAT
+        remedy = "upgrade collegium" if is_newer else "delete the folder and build the cache again"
+        raise CacheError(f"{file}: got format {manifest['format']}; must be {FORMAT}; {remedy}")
     return manifest
 
 
