@@ -17,11 +17,12 @@ from collegium.caching import reads_cache, teacher_path
 from collegium.cli import app
 from collegium.data.pack import Collator
 from collegium.errors import CacheError, RecipeError
+from collegium.evaluate.preflight import run_preflight
 from collegium.fusion.pooling import Fusion
-from collegium.fusion.stored import stored_stats
+from collegium.fusion.stored import require_linear, stored_stats
 from collegium.fusion.stream import RowReader
 from collegium.fusion.weights import Entropy, Uniform
-from collegium.recipe import Recipe, dump_recipe, load_recipe
+from collegium.recipe import Recipe, decode_fusion, dump_recipe, load_recipe
 from collegium.run_folder import read_json
 from collegium.teachers.cached import BatchKeys, StoredTeacher
 from collegium.teachers.local import LocalTeacher
@@ -329,3 +330,46 @@ def test_live_and_stored_teachers_do_not_mix(finished: Recipe) -> None:
         Objective(ObjectiveOptions(), Fusion())(seen, mixed, rows)
     with pytest.raises(RecipeError, match="holds no hidden states"):
         stored.score(batch, rows, ["layer_0"])
+
+
+@pytest.mark.parametrize("candidates", ["standard", "extended"])
+def test_preflight_reads_the_cache_and_chooses_what_it_can_give(
+    zoo: Path, tmp_path: Path, candidates: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same NLL of every teacher and linear pool as from live teachers on the same grid; nobody is asked a second time."""
+    recipe = _recipe(zoo, tmp_path, "fusion=auto", f"preflight.candidates={candidates}")
+    pipeline.cache(recipe)
+    calls = Calls(monkeypatch)
+    found = pipeline.preflight(recipe)
+    assert calls.of == {}
+    chosen = decode_fusion(found["chosen"]["fusion"])
+    require_linear(chosen, recipe.cache.temperatures)
+    assert {row["fusion"]["pool"] for row in found["fusions"]} == {"linear"}
+    assert {row["fusion"]["pooled_temperature"] for row in found["fusions"]} == {1.0}
+    names = {row["fusion"]["weighting"]["name"] for row in found["fusions"]}
+    assert ("gate" in names) == (candidates == "extended")
+    assert "consensus" not in names
+    workspace = Workspace(recipe)
+    live = run_preflight(
+        workspace.teachers,
+        workspace.datasets["calibration"],
+        batch_size=4,
+        max_tokens=200,
+        extended=candidates == "extended",
+    ).report
+    for name, teacher in live["teachers"].items():
+        for key in ("nll", "entropy", "ece", "top1"):
+            assert found["teachers"][name][key] == pytest.approx(teacher[key], abs=2e-3)
+    at = {json.dumps(row["fusion"], sort_keys=True): row["nll"] for row in live["fusions"]}
+    shared = [row for row in found["fusions"] if json.dumps(row["fusion"], sort_keys=True) in at]
+    assert len(shared) >= 5
+    for row in shared:
+        assert row["nll"] == pytest.approx(at[json.dumps(row["fusion"], sort_keys=True)], abs=2e-3)
+    # 64 of 400 tokens, of teachers near to uniform: a lower bound that says little here, and no more is promised.
+    assert 0 < found["disagreement"]["jsd"][0][1] <= live["disagreement"]["jsd"][0][1] * 1.1
+    assert found["disagreement"]["top1"][0][1] == pytest.approx(
+        live["disagreement"]["top1"][0][1], abs=0.02
+    )
+    calls.of.clear()
+    assert pipeline.train(recipe).is_dir()
+    assert calls.of == {}

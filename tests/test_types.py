@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from collegium.types import IGNORE, Batch, Rows, is_row
+from collegium.types import IGNORE, Batch, Rows, SparseRows, is_row
 
 
 def packed() -> Batch:
@@ -16,6 +16,16 @@ def packed() -> Batch:
     labels[0, 1] = labels[1, 3] = IGNORE
     labels[1, 4:] = IGNORE
     return Batch(ids, position, labels, samples, domain_ids=samples % 2)
+
+
+def test_sparse_rows_of_every_other_row_are_those_rows() -> None:
+    starts = torch.tensor([0, 2, 3, 6, 7])
+    ids = torch.tensor([0, 1, 4, 0, 2, 3, 1])
+    logp = torch.linspace(-3, -1, 7)
+    for tail in (None, torch.linspace(-4, -3, 4)):
+        rows = SparseRows(starts, ids, logp, tail, 5)
+        for block in (slice(0, 4, 2), slice(1, 4, 2), slice(0, 4, 3), slice(2, 3, 2)):
+            assert torch.equal(rows.logits(block), rows.logits(slice(0, 4))[block])
 
 
 def test_rows_are_the_targets_that_have_a_predecessor_in_their_document() -> None:

@@ -23,7 +23,7 @@ from collegium.errors import RecipeError
 from collegium.evaluate.scoring import spread_windows
 from collegium.fusion.pooling import Fusion, to_recipe
 from collegium.recipe import plain
-from collegium.teachers.cached import require_static
+from collegium.teachers.cached import BatchKeys, StoredTeacher, require_static
 from collegium.teachers.encoders import (
     SHARD_TARGETS,
     CorpusEncoder,
@@ -169,14 +169,23 @@ def open_or_build(workspace: Workspace, variant: Variant) -> dict[str, TargetCac
     return {"": open_cache(path, cache_identity(workspace, variant.fusion))}
 
 
-def calibration_caches(workspace: Workspace) -> dict[str, TargetCache]:
+def calibration_identities(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    """The identity of each teacher's folder of the calibration split, by name."""
+    names = workspace.recipe.teachers
+    return {name: teacher_cache_identity(workspace, name, "calibration") for name in names}
+
+
+def calibration_teachers(workspace: Workspace) -> list[StoredTeacher]:
     """What each teacher says on the calibration split, for a run with a per-teacher cache; built where it is not there.
 
     Raises:
         CacheError: as `open_or_build`.
     """
-    names = workspace.recipe.teachers
-    return {name: _open_teacher(workspace, name, "calibration") for name in names}
+    keys = BatchKeys(workspace.datasets["calibration"].sample_names)
+    return [
+        StoredTeacher(name, _open_teacher(workspace, name, "calibration"), keys)
+        for name in workspace.recipe.teachers
+    ]
 
 
 def _open_teacher(workspace: Workspace, name: str, part: Part) -> TargetCache:

@@ -13,7 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from collegium.caching import build, identities, open_or_build, reads_cache
+from collegium.caching import (
+    build,
+    calibration_identities,
+    calibration_teachers,
+    identities,
+    open_or_build,
+    reads_cache,
+)
 from collegium.checks import CheckReport, check_run
 from collegium.console import progress
 from collegium.errors import CollegiumError
@@ -129,16 +136,21 @@ def _opened(recipe: Recipe) -> Iterator[Workspace]:
 def _preflight(workspace: Workspace) -> dict[str, Any]:
     folder, recipe = workspace.folder, workspace.recipe
     key = workspace.key("student", "teachers", "data", "preflight")
+    is_stored = recipe.cache.enabled and recipe.cache.kind == "per_teacher"
+    if is_stored:
+        key = fingerprint([key, calibration_identities(workspace)])
     path = folder.path / "preflight.json"
     if folder.is_done("preflight", key) and path.is_file():
         return read_json(path)
+    teachers = calibration_teachers(workspace) if is_stored else workspace.teachers
     with folder.stage("preflight", key), progress("preflight") as advance:
         found = run_preflight(
-            workspace.teachers,
+            teachers,
             workspace.datasets["calibration"],
             batch_size=recipe.preflight.batch_size,
             max_tokens=recipe.preflight.max_tokens,
             extended=recipe.preflight.candidates == "extended",
+            stored_at=recipe.cache.temperatures if is_stored else None,
             progress=advance,
         )
         write_json(path, found.to_dict())

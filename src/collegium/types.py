@@ -217,14 +217,26 @@ class SparseRows:
         )
 
     def block(self, block: slice) -> SparseRows:
-        """The rows of `block`."""
-        start, stop, _ = block.indices(len(self))
+        """The rows of `block`, which may leave some out by its step."""
+        start, stop, step = block.indices(len(self))
+        if step != 1:
+            return self._spread(block)
         starts = self.starts[start : stop + 1]
         entries = slice(int(starts[0]), int(starts[-1]))
         tail = None if self.log_tail is None else self.log_tail[start:stop]
         return SparseRows(
             starts - starts[0], self.ids[entries], self.logp[entries], tail, self.vocab_size
         )
+
+    def _spread(self, block: slice) -> SparseRows:
+        """The rows that a step above 1 leaves."""
+        is_kept = torch.zeros(len(self), dtype=torch.bool, device=self.starts.device)
+        is_kept[block] = True
+        is_kept_E = is_kept[self.row_of_entry()]
+        sizes = self.starts.diff()[block]
+        starts = torch.cat([self.starts.new_zeros(1), sizes.cumsum(0)])
+        tail = None if self.log_tail is None else self.log_tail[block]
+        return SparseRows(starts, self.ids[is_kept_E], self.logp[is_kept_E], tail, self.vocab_size)
 
     def row_of_entry(self) -> Tensor:
         """(E,) int64: the row that owns each entry."""

@@ -54,6 +54,7 @@ def run_preflight(
     max_tokens: int | None = None,
     candidates: Sequence[Fusion] | None = None,
     extended: bool = False,
+    stored_at: Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> Preflight:
     """Measure the teachers and their fusions on the calibration split, and choose the fusion of lowest NLL.
@@ -66,13 +67,17 @@ def run_preflight(
     other document of each domain and ranked on the others. Either way the chosen fusion is the best of many on the tokens that rank
     them, so its NLL is a little optimistic here. What it is worth is said by the evaluation, which reads the validation split alone.
 
+    Teachers may also be read out of a per-teacher cache of the split. Only fusions that such a cache can give are then compared: linear pools, at
+    the temperatures that it keeps, and no rule that needs whole distributions; all of them on all tokens.
+
     Args:
-        teachers: the frozen models.
+        teachers: the frozen models, or all of them out of a cache.
         dataset: the calibration split.
         batch_size: windows per forward pass.
         max_tokens: about how many target tokens to read, in windows spread over the split; None for all.
         candidates: fusions to compare as they are, beside uniform weights and the best single teacher; None tries the usual ones.
         extended: also try fitted weights, the learned gate, the consensus rule and the power mean.
+        stored_at: the temperatures beside 1 that the cache keeps; None for live teachers.
         progress: called with (batches done, all batches) of each sweep.
 
     Raises:
@@ -87,7 +92,7 @@ def run_preflight(
     distinct_scorers(teachers, ())
     windows = spread_windows(dataset, max_tokens)
     split = Calibration(dataset, windows, batch_size, progress)
-    scalars = sweep_teachers(teachers, split)
+    scalars = sweep_teachers(teachers, split, stored_at=stored_at)
     metrics = {name: scalars.metrics(name) for name in scalars.teachers}
     best_single = min(metrics, key=lambda name: metrics[name].nll)
     search = Search(
@@ -97,6 +102,7 @@ def run_preflight(
         best_single=best_single,
         candidates=candidates,
         extended=extended,
+        stored_at=stored_at,
     )
     ranked = search.ranked()
     chosen = choose(ranked)

@@ -24,6 +24,7 @@ from collegium.fusion.calibration import (
 from collegium.fusion.fits import fit_domain_weights, fit_em_weights, fit_gate
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.rules import Consensus, DomainWeights, Gate
+from collegium.fusion.stored import require_linear
 from collegium.fusion.weights import (
     BestSingle,
     Entropy,
@@ -109,7 +110,8 @@ class Search:
     The standard fusions have a few temperatures to fit and are fitted and compared on the same documents. `extended` adds the rules that
     are fitted on calibration documents (EM weights, also per domain, and the gate), the consensus rule and the power mean; then all are fitted on
     every other document of each domain and compared on the others, so that a rule with more to fit has no advantage. Given
-    candidates are compared as they are, on all documents.
+    candidates are compared as they are, on all documents. With `stored_at`, the temperatures that a per-teacher cache keeps, only linear pools
+    are compared: scalars give them all, on all tokens.
     """
 
     def __init__(
@@ -121,13 +123,15 @@ class Search:
         best_single: str,
         candidates: Sequence[Fusion] | None,
         extended: bool = False,
+        stored_at: Sequence[float] | None = None,
     ) -> None:
         self.teachers = teachers
         self._is_extended = extended
+        self._stored_at = stored_at
         self.scalars = scalars
         self.best_single = best_single
         self._candidates = candidates
-        self._full, is_full_N = _part(split, FULL_TOKENS)
+        self._full, is_full_N = _part(split, None if stored_at is not None else FULL_TOKENS)
         self._pool_fit, _ = _part(self._full, FIT_TOKENS)
         samples_N = torch.from_numpy(scalars.targets.samples_N)
         domains_N = torch.from_numpy(scalars.targets.domains_N)
@@ -151,7 +155,7 @@ class Search:
             baselines = [Uniform(), BestSingle(teacher=self.best_single)]
             found = [self.linear(weighting, {}) for weighting in baselines]
             known = [one.fusion for one in found]
-            found += self._swept([fusion for fusion in self._candidates if fusion not in known])
+            found += self._given([fusion for fusion in self._candidates if fusion not in known])
         return sorted(found, key=lambda one: (one.nll, one.complexity))
 
     def linear(self, weighting: Weighting, temperatures: Mapping[str, float]) -> Candidate:
@@ -159,6 +163,13 @@ class Search:
         fusion = Fusion(weighting=weighting, temperatures=dict(temperatures))
         nll_N = self.scalars.linear_nll(weighting, temperatures)
         return Candidate(fusion, nll_N[self.is_shared_N], float(nll_N.mean()))
+
+    def _given(self, fusions: Sequence[Fusion]) -> list[Candidate]:
+        if self._stored_at is None:
+            return self._swept(fusions)
+        for fusion in fusions:
+            require_linear(fusion, self._stored_at)
+        return [self.linear(fusion.weighting, fusion.temperatures) for fusion in fusions]
 
     def _usual(self) -> list[Candidate]:
         if len(self.teachers) == 1:
@@ -169,6 +180,8 @@ class Search:
                 weightings += self._fitted_weightings()
         scored = [self._with_temperatures(weighting) for weighting in weightings]
         linear = [one for pair in scored for one in pair]
+        if self._stored_at is not None:
+            return linear
         mixing = [pair for pair in scored if not isinstance(pair[0].fusion.weighting, BestSingle)]
         mixing.sort(key=lambda pair: min(one.nll for one in pair))
         best = mixing[:NUM_SWEPT]
@@ -178,8 +191,16 @@ class Search:
 
     def _fitted_weightings(self) -> list[Weighting]:
         """Rules that the calibration documents set aside for fitting give."""
-        gate = fit_gate(self._fit_stats({}), self._fit_tables.rows(), self.scalars.teachers)
-        weightings: list[Weighting] = [self._constant_weights({}), Consensus(), gate]
+        has_consensus = self.scalars.consensus_kl_KN is not None
+        gate = fit_gate(
+            self._fit_stats({}),
+            self._fit_tables.rows(),
+            self.scalars.teachers,
+            with_consensus=has_consensus,
+        )
+        weightings: list[Weighting] = [self._constant_weights({}), gate]
+        if has_consensus:
+            weightings.append(Consensus())
         if len(self.scalars.targets.domains) > 1:
             weightings.append(self._domain_weights({}))
         return weightings
@@ -283,10 +304,11 @@ class _PickedRows:
         return between_nV[(kept_n - first).to(between_nV.device)]
 
 
-def _part(split: Calibration, max_tokens: int) -> tuple[Calibration, Tensor]:
-    """Evenly spread windows of a split with about `max_tokens` targets, and which of its rows (N,) they hold."""
+def _part(split: Calibration, max_tokens: int | None) -> tuple[Calibration, Tensor]:
+    """Evenly spread windows of a split with about `max_tokens` targets (None: all), and which of its rows (N,) they hold."""
     counts = window_counts(split.dataset, split.windows)
     size = len(counts)
+    max_tokens = sum(counts) if max_tokens is None else max_tokens
     wanted = max(1, min(size, round(size * max_tokens / max(1, sum(counts)))))
     kept = [int(at) for at in np.linspace(0, size, wanted, endpoint=False)]
     is_kept = torch.zeros(size, dtype=torch.bool)

@@ -24,7 +24,7 @@ from collegium.evaluate.scoring import (
     iterate_chunks,
     window_counts,
 )
-from collegium.fusion.calibration import TemperatureTables, linear_pool_nll
+from collegium.fusion.calibration import TEMPERATURES, TemperatureTables, linear_pool_nll
 from collegium.fusion.pooling import FusedTarget, Fusion
 from collegium.fusion.stream import TeacherReader
 from collegium.fusion.weights import RowStats, Weighting
@@ -75,8 +75,9 @@ class Scalars:
     """Mean Jensen-Shannon divergence of each pair in nats, float64."""
     differs_KK: Tensor
     """Share of rows on which the pair's most likely tokens differ, float64."""
-    consensus_kl_KN: Tensor
-    """(K, N) KL(P_k || mean of all P) of the raw teachers: it changes with each temperature, and is kept for 1 alone."""
+    consensus_kl_KN: Tensor | None
+    """(K, N) KL(P_k || mean of all P) of the raw teachers: it changes with each temperature, and is kept for 1 alone. None
+    for teachers out of a cache, which are no whole distributions."""
 
     @property
     def teachers(self) -> list[str]:
@@ -90,7 +91,8 @@ class Scalars:
             table, at = self._by_teacher[name], self._column(temperatures.get(name, 1.0))
             picked.append((table.entropy_KN[at], table.label_logp_KN[at], table.max_logp_KN[at]))
         stats = RowStats(*(torch.stack(columns) for columns in zip(*picked, strict=True)))
-        if any(temperatures.get(name, 1.0) != 1.0 for name in self.teachers):
+        is_raw = all(temperatures.get(name, 1.0) == 1.0 for name in self.teachers)
+        if self.consensus_kl_KN is None or not is_raw:
             return stats
         numbers = [self.teachers.index(name) for name in teachers]
         return replace(stats, consensus_kl_KN=self.consensus_kl_KN[numbers])
@@ -147,13 +149,22 @@ class Scalars:
         return min(range(len(grid)), key=lambda at: abs(grid[at] - temperature))
 
 
-def sweep_teachers(teachers: Sequence[Scorer], split: Calibration) -> Scalars:
+def sweep_teachers(
+    teachers: Sequence[Scorer], split: Calibration, *, stored_at: Sequence[float] | None = None
+) -> Scalars:
     """Score each teacher once on the chosen windows and keep scalars alone.
+
+    Args:
+        teachers: live ones, or all out of a per-teacher cache.
+        split: the windows.
+        stored_at: temperatures beside 1 that the cache keeps; None for live teachers. How far two teachers out of a cache are apart is
+            judged by the tokens that it keeps, with the rest spread evenly.
 
     Raises:
         DataError: the windows hold no target token.
     """
-    tables = TemperatureTables()
+    grid = TEMPERATURES if stored_at is None else sorted((1.0, *stored_at))
+    tables = TemperatureTables(grid=grid)
     origins: list[Origins] = []
     consensus: list[Tensor] = []
     pairs = _Pairs(len(teachers))
@@ -163,12 +174,14 @@ def sweep_teachers(teachers: Sequence[Scorer], split: Calibration) -> Scalars:
             answers = [teacher.score(chunk.batch, chunk.rows) for teacher in teachers]
             rows = blocks_of(chunk.rows, answers[0].scores, None)[0]
             tables.add(answers, rows)
-            consensus.append(_consensus(answers, rows))
+            if stored_at is None:
+                consensus.append(_consensus(answers, rows))
             pairs.add(answers, len(chunk.rows), step)
             origins.append(chunk.origins)
     targets = gather_targets(origins, split.dataset)
     jsd_KK, differs_KK = pairs.means()
-    return Scalars(tables, targets, jsd_KK, differs_KK, torch.cat(consensus, 1))
+    kl_KN = torch.cat(consensus, 1) if stored_at is None else None
+    return Scalars(tables, targets, jsd_KK, differs_KK, kl_KN)
 
 
 def sweep_fusions(

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from collegium.fusion.pooling import FusedTarget, Fusion
+from collegium.fusion.stored import stored_stats
 from collegium.fusion.stream import RowReader
 from collegium.fusion.weights import RowStats, Weighting
-from collegium.types import Rows, TeacherRows
+from collegium.types import Rows, StoredRows, TeacherRows
 
 TEMPERATURES: tuple[float, ...] = tuple(2.0 ** ((step - 6) / 6) for step in range(19))
 """Six temperatures per octave from 1/2 to 4; 1, the raw teacher, is one of them."""
@@ -119,9 +120,13 @@ def temperature_table(
 ) -> RowStats:
     """Read a teacher's scalars at every temperature of the grid; its head is applied once per row.
 
+    Of a per-teacher cache they are read as they are kept; the grid must be among what it keeps.
+
     Returns:
         Statistics (G, N) on the CPU: the first axis is the temperature, not the teacher.
     """
+    if isinstance(teacher.scores, StoredRows):
+        return _on_cpu(RowStats.stack([stored_stats(teacher.scores, value) for value in grid]))
     reader = RowReader()
     blocks = []
     for start in range(0, len(rows), block_size):
@@ -129,7 +134,10 @@ def temperature_table(
         logits_nV, labels_n = teacher.scores.logits(block), rows.labels[block]
         at_grid = [reader.read(logits_nV, labels_n, temperature=value)[0] for value in grid]
         blocks.append(RowStats.stack(at_grid))
-    table = RowStats.cat(blocks)
+    return _on_cpu(RowStats.cat(blocks))
+
+
+def _on_cpu(table: RowStats) -> RowStats:
     return RowStats(table.entropy_KN.cpu(), table.label_logp_KN.cpu(), table.max_logp_KN.cpu())
 
 

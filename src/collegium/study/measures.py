@@ -75,8 +75,9 @@ def family(entry: Mapping[str, Any]) -> str:
 
 
 def _bytes_per_token(cache: Path) -> float | None:
+    """Of all folders that a student reads: one, or one for each teacher."""
     manifests = sorted(cache.rglob("manifest.json"))
-    found = [read_json(path) for path in manifests]
+    found = [read_json(path) for path in manifests if path.parent.name != "calibration"]
     sized = [m for m in found if m.get("num_targets")]
     return sum(m["num_bytes"] / m["num_targets"] for m in sized) if sized else None
 
