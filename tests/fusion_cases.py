@@ -10,6 +10,7 @@ from torch import Tensor
 
 from collegium.fusion.conflict import ConflictBlock
 from collegium.fusion.pooling import FusedBlock, FusedTarget, Fusion
+from collegium.fusion.routing import Route
 from collegium.fusion.rules import (
     AvgCE,
     CalibratedEntropy,
@@ -56,6 +57,8 @@ WEIGHTING_CASES: list[Weighting] = [
         weights={"court": {"law": 0.0, "medicine": 0.9, "prose": 0.1}},
         default={"law": 0.0, "medicine": 0.5, "prose": 0.5},
     ),
+    Route(default="law", domains={"court": "prose", "clinic": "medicine"}),
+    Route(default="medicine"),
     CalibratedEntropy(
         maps={
             "law": [[0.2, 0.9], [0.7, 1.1], [1.4, 2.5]],

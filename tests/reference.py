@@ -202,6 +202,9 @@ def row_weights(
     if name == "domain_weights":
         tables = [options["weights"].get(d, options["default"]) for d in domains or []]
         return [normalized([table[n] for n in names]) for table in tables]
+    if name == "route":
+        chosen = [options["domains"].get(d, options["default"]) for d in domains or []]
+        return [[float(n == teacher) for n in names] for teacher in chosen]
     if name == "calibrated_entropy":
         scores = [
             [-interpolated(entropy(row), options["maps"][n]) / options["tau"] for row in rows]

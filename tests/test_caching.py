@@ -26,7 +26,7 @@ from collegium.run_folder import read_json
 from collegium.teachers import encoders
 from collegium.teachers.cached import CachedTeacher, pieces_of
 from collegium.teachers.encoders import FusedEncoder, shard_windows
-from collegium.types import Batch, SparseRows
+from collegium.types import Batch, SparseRows, domain_number
 from collegium.variants import control, main_variant
 from collegium.workspace import Workspace
 
@@ -106,6 +106,32 @@ def test_a_cached_target_is_the_live_one_in_any_order_of_windows(built: Recipe, 
         )
         num_rows += len(rows)
     assert num_rows == dataset.num_target_tokens == cache.manifest["num_targets"]
+
+
+def test_a_route_is_cached_as_it_is_live(zoo: Path, tmp_path: Path) -> None:
+    recipe = _recipe(
+        zoo,
+        tmp_path,
+        "cache.targets={name: top_k, k: 400}",
+        "fusion={weighting: {name: route, default: scripture, domains: {chat: code}}}",
+    )
+    pipeline.cache(recipe)
+    workspace = Workspace(recipe)
+    dataset = workspace.datasets["train"]
+    assert isinstance(recipe.fusion, Fusion)
+    cache = open_cache(cache_path(workspace), cache_identity(workspace, recipe.fusion))
+    teacher = CachedTeacher(cache, dataset.sample_names)
+    batch = Batch.from_inputs(Collator()([dict(dataset[w]) for w in range(len(dataset))]))
+    rows = batch.rows()
+    assert rows.domains is not None
+    block = slice(0, len(rows))
+    found = teacher.score(batch, rows).scores.logits(block).exp()
+    is_chat = rows.domains == domain_number("chat")
+    assert 0 < is_chat.sum() < len(rows)
+    for live in workspace.teachers:
+        expected = live.score(batch, rows).scores.logits(block).softmax(-1)
+        own = is_chat if live.name == "code" else ~is_chat
+        torch.testing.assert_close(found[own], expected[own], atol=1e-4, rtol=2 / 64)
 
 
 def test_offsets_name_every_target_of_a_document_once(built: Recipe) -> None:

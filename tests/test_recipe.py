@@ -140,7 +140,11 @@ VARIETY: dict[str, dict[str, str]] = {
     **{
         f"weighting {name}": {"fusion": f"{{weighting: {name}}}"}
         for name in WEIGHTINGS
-        if name not in ("fixed", "best_single", "domain_weights", "gate", "calibrated_entropy")
+        if name
+        not in ("fixed", "best_single", "domain_weights", "route", "gate", "calibrated_entropy")
+    },
+    "route": {
+        "fusion": "{weighting: {name: route, default: code, domains: {law: code, '1e3': prose}}}"
     },
     "domain weights": {
         "fusion": "{weighting: {name: domain_weights, weights: {law: {code: 0, prose: 1}, '1e3': {code: 0.5, prose: 0.5}}, "

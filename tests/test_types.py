@@ -15,7 +15,7 @@ def packed() -> Batch:
     labels = ids.clone()
     labels[0, 1] = labels[1, 3] = IGNORE
     labels[1, 4:] = IGNORE
-    return Batch(ids, position, labels, samples, domain_ids=samples % 2)
+    return Batch(ids, position, labels, samples, domain_ids=samples % 2, teacher_ids=samples % 3)
 
 
 def test_sparse_rows_of_every_other_row_are_those_rows() -> None:
@@ -38,11 +38,20 @@ def test_rows_are_the_targets_that_have_a_predecessor_in_their_document() -> Non
     assert rows.samples.tolist() == [4, 6, 7, 7]
     assert rows.domains is not None
     assert rows.domains.tolist() == [0, 0, 1, 1]
+    assert rows.teachers is not None
+    assert rows.teachers.tolist() == [1, 0, 1, 1]
     first, second, *rest = rows.documents.tolist()
     assert first < second < rest[0] == rest[1]
     assert len(rows) == 4
     assert is_row(batch.labels, batch.position_ids).sum() == 4
     assert is_row(batch.labels[0], batch.position_ids[0]).tolist() == [0, 1, 0, 0, 1]
+
+
+def test_some_windows_of_a_batch_keep_every_column() -> None:
+    batch = packed()
+    part = batch.part(torch.tensor([1]))
+    for name in type(batch).__dataclass_fields__:
+        assert torch.equal(getattr(part, name), getattr(batch, name)[1:])
 
 
 def test_records_move_as_a_whole() -> None:

@@ -15,7 +15,9 @@ import torch
 
 from collegium.cache.codec import TopK
 from collegium.data.sources import check_sources
-from collegium.errors import DataError, RecipeError
+from collegium.errors import DataError, RecipeError, nearest
+from collegium.fusion.pooling import Fusion
+from collegium.fusion.routing import Route
 from collegium.losses.features import feature_map
 from collegium.models import (
     ModelOptions,
@@ -65,6 +67,7 @@ def check_run(workspace: Workspace) -> CheckReport:
     _check_checkpoints(workspace.folder.path)
     _check_distinct(recipe, report)
     _check_datasets(workspace, report)
+    _check_routing(workspace, report)
     _check_values(recipe, report)
     _note_disk(recipe.output_dir, report)
     return report
@@ -180,6 +183,36 @@ def _check_datasets(workspace: Workspace, report: CheckReport) -> None:
     report.lines.append(
         f"train: {workspace.num_steps:,} steps of {needed} windows, {epochs:.1f} epochs"
     )
+
+
+def _check_routing(workspace: Workspace, report: CheckReport) -> None:
+    """Domains that a weighting lists must occur in the data, and what names a teacher per row must be read."""
+    recipe = workspace.recipe
+    weighting = recipe.fusion.weighting if isinstance(recipe.fusion, Fusion) else None
+    known = sorted({name for part in workspace.datasets.values() for name in part.domains})
+    listed = {} if weighting is None else weighting.domain_names()
+    for path, names in listed.items():
+        for name in names:
+            if name not in known:
+                raise RecipeError(
+                    f"fusion.weighting.{'.'.join(path)}: got `{name}`; must be a domain of the data{nearest(name, known)}"
+                )
+    columns = [
+        f"data.{part}[{number}].teacher_column"
+        for part, sources in recipe.data.sources.items()
+        for number, source in enumerate(sources)
+        if source.teacher_column is not None
+    ]
+    if isinstance(weighting, Route):
+        if not weighting.domains and not columns:
+            report.warnings.append(
+                "fusion.weighting: route without `domains` and without a `teacher_column` sends every row to "
+                f"`{weighting.default}`"
+            )
+    elif weighting is not None:
+        report.warnings += [
+            f"{place}: has no effect; only the weighting `route` reads it" for place in columns
+        ]
 
 
 def _check_distinct(recipe: Recipe, report: CheckReport) -> None:

@@ -30,7 +30,6 @@ from collegium.fusion.conflict import CONFLICTS
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.rules import WEIGHTINGS
 from collegium.fusion.stored import require_linear
-from collegium.fusion.weights import BestSingle
 from collegium.losses.divergences import DIVERGENCES
 from collegium.overrides import apply_override
 from collegium.student import StudentOptions
@@ -60,7 +59,7 @@ class PreflightOptions:
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Windows per forward pass."""
     candidates: Literal["standard", "extended"] = "standard"
-    """`extended` also tries weights fitted on calibration text (EM, per domain, learned gate), the consensus rule and the power mean."""
+    """`extended` also tries weights fitted on calibration text (EM, per domain, route, learned gate), the consensus rule and the power mean."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -311,8 +310,8 @@ def _check_fusion(fusion: Fusion, teachers: Mapping[str, Any], document: Documen
             if is_fitted:
                 text = f"nothing for teacher `{missing}`; fit it again with all teachers"
             document.add(("fusion", "weighting", *path), text)
-    if isinstance(weighting, BestSingle):
-        names["weighting", "teacher"] = [weighting.teacher]
+    for path, name in weighting.teacher_fields().items():
+        names[("weighting", *path)] = [name]
     for path, given in names.items():
         for name in given:
             if name not in teachers:

@@ -32,6 +32,11 @@ def domain_number(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
+def teacher_number(name: str) -> int:
+    """A teacher that a row of text is meant for, as a number: made like `domain_number`, so that never 0."""
+    return domain_number(name)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The N trained positions of a batch, chosen once; every later tensor is (N, ...).
@@ -49,6 +54,8 @@ class Rows:
     """(N,) int64: the number of the document in its dataset, for messages and statistics per domain."""
     domains: Tensor | None = None
     """(N,) int64: `domain_number` of the document's domain; None where the data says nothing of domains."""
+    teachers: Tensor | None = None
+    """(N,) int64: `teacher_number` of the teacher that the document names, 0 where it names none; None where no document does."""
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -61,6 +68,7 @@ class Rows:
             self.documents[which],
             self.samples[which],
             None if self.domains is None else self.domains[which],
+            None if self.teachers is None else self.teachers[which],
         )
 
     def to(self, device: torch.device) -> Rows:
@@ -71,6 +79,7 @@ class Rows:
             self.documents.to(device),
             self.samples.to(device),
             None if self.domains is None else self.domains.to(device),
+            None if self.teachers is None else self.teachers.to(device),
         )
 
 
@@ -88,16 +97,19 @@ class Batch:
     """(B, T) int64: number of the document in its dataset, -1 for padding."""
     domain_ids: Tensor | None = None
     """(B, T) int64: `domain_number` of the document's domain; None where the data says nothing of domains."""
+    teacher_ids: Tensor | None = None
+    """(B, T) int64: `teacher_number` of the teacher that the document names, 0 where it names none; None where no document does."""
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Tensor]) -> Batch:
-        """Read the four tensors out of what a data loader yields; other keys are ignored."""
+        """Read the tensors out of what a data loader yields; other keys are ignored."""
         return cls(
             inputs["input_ids"],
             inputs["position_ids"],
             inputs["labels"],
             inputs["sample_ids"],
             inputs.get("domain_ids"),
+            inputs.get("teacher_ids"),
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -108,6 +120,18 @@ class Batch:
             self.labels.to(device),
             self.sample_ids.to(device),
             None if self.domain_ids is None else self.domain_ids.to(device),
+            None if self.teacher_ids is None else self.teacher_ids.to(device),
+        )
+
+    def part(self, windows: Tensor) -> Batch:
+        """Some of the windows, chosen by (b,) indices."""
+        return Batch(
+            self.input_ids[windows],
+            self.position_ids[windows],
+            self.labels[windows],
+            self.sample_ids[windows],
+            None if self.domain_ids is None else self.domain_ids[windows],
+            None if self.teacher_ids is None else self.teacher_ids[windows],
         )
 
     def rows(self) -> Rows:
@@ -124,6 +148,7 @@ class Batch:
             documents=document_BT[row, column + 1],
             samples=self.sample_ids[row, column + 1],
             domains=None if self.domain_ids is None else self.domain_ids[row, column + 1],
+            teachers=None if self.teacher_ids is None else self.teacher_ids[row, column + 1],
         )
 
 
@@ -303,6 +328,8 @@ class TeacherRows:
     scores: RowLogits
     """Its distributions; `SparseRows` are a finished target, not one to be fused, and `StoredRows` fuse with their like."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    answered: Tensor | None = None
+    """(m,) int64, ascending: the rows that `scores` speaks of, in their order, where the others were not asked for; None for all."""
 
 
 class Teacher(Protocol):

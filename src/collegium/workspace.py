@@ -92,7 +92,9 @@ class Workspace:
     @cached_property
     def datasets(self) -> dict[str, PackedDataset]:
         """`train`, `calibration` and `validation`, disjoint by document."""
-        return build_datasets(self.recipe.data, self.tokenizer, where="data")
+        return build_datasets(
+            self.recipe.data, self.tokenizer, where="data", teachers=list(self.recipe.teachers)
+        )
 
     @cached_property
     def teachers(self) -> list[LocalTeacher]:

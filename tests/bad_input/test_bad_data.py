@@ -1,4 +1,4 @@
-"""Texts that cannot be learned from, from the command line: rows 57 to 72 of the catalogue."""
+"""Texts that cannot be learned from, from the command line: rows 57 to 72 and 81 of the catalogue."""
 
 from __future__ import annotations
 
@@ -113,6 +113,51 @@ def test_check_says_the_same(case: str, bench: Bench) -> None:
     content, expected = CASES[case]
     FILE.write_bytes(content)
     bench.refused(expected, command="check")
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_81_a_row_that_names_no_teacher(command: str, bench: Bench) -> None:
+    FILE.write_bytes(
+        rows(*({**row, "by": "code"} for row in texts(60)), {"text": "a", "by": "cod"})
+    )
+    overrides = (
+        "data.train.1.teacher_column=by",
+        "fusion={weighting: {name: route, default: scripture}}",
+    )
+    bench.refused(
+        f"{HERE}:61: `by`: got `cod`; must be the name of a teacher, or null; did you mean `code`?",
+        *overrides,
+        command=command,
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "weighting"),
+    [
+        ("domains", "{name: route, default: code, domains: {cod: code}}"),
+        (
+            "weights",
+            "{name: domain_weights, weights: {cod: {code: 1, scripture: 0}}, default: {code: 1, scripture: 0}}",
+        ),
+    ],
+)
+def test_81_a_domain_that_does_not_occur(path: str, weighting: str, bench: Bench) -> None:
+    bench.refused(
+        f"fusion.weighting.{path}: got `cod`; must be a domain of the data; did you mean `code`?",
+        f"fusion={{weighting: {weighting}}}",
+    )
+
+
+def test_81_what_routes_nothing_is_said(bench: Bench) -> None:
+    lines = bench.accepted("fusion={weighting: {name: route, default: code}}")
+    assert lines[-1] == (
+        "warning: fusion.weighting: route without `domains` and without a `teacher_column` sends every row to `code`"
+    )
+    FILE.write_bytes(rows(*({**row, "by": None} for row in texts(60))))
+    lines = bench.accepted("data.train.1.teacher_column=by", "fusion={weighting: uniform}")
+    assert lines[-1] == (
+        "warning: data.train[1].teacher_column: has no effect; only the weighting `route` reads it"
+    )
 
 
 def template(bench: Bench, text: str) -> None:

@@ -191,6 +191,17 @@ CASES = {
         minimal(fusion="{weighting: {name: gate, offsets: {code: 0.5}}}"),
         "run.yaml:13: fusion.weighting.offsets: nothing for teacher `prose`; fit it again with all teachers",
     ),
+    "16 route to no teacher": (
+        minimal(
+            fusion="{weighting: {name: route, default: prse, domains: {law: code, novel: cod}}}"
+        ),
+        "run.yaml:13: fusion.weighting.default: got `prse`; unknown teacher; did you mean `prose`?\n"
+        "run.yaml:13: fusion.weighting.domains.novel: got `cod`; unknown teacher; did you mean `code`?",
+    ),
+    "16 route without default": (
+        minimal(fusion="{weighting: {name: route, domains: {law: code}}}"),
+        "run.yaml:13: fusion.weighting.default: missing; must be given",
+    ),
     "17 pool": (
         minimal(fusion="{pool: log_linear, exponent: 0.3}"),
         "run.yaml:13: fusion.exponent: got 0.3 with pool `log_linear`; must be left out unless the pool is `power_mean`;"

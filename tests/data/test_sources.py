@@ -88,6 +88,26 @@ def test_folder_glob_and_own_column(tmp_path):
         assert {d.domain for d in documents} == {tmp_path.name}
 
 
+def test_a_row_may_name_its_teacher(tmp_path):
+    rows = [
+        {"text": "a", "by": "law"},
+        {"text": "b", "by": None},
+        {"text": " ", "by": "law"},
+        {"text": "c", "by": ""},
+    ]
+    path = write(tmp_path, "train.jsonl", lines(*rows))
+    assert [d.teacher for d in read(path, teacher_column="by")] == ["law", None, ""]
+    assert [d.teacher for d in read(path)] == [None] * 3
+    chats = write(tmp_path, "chat.jsonl", lines({"messages": CHAT, "by": "law"}))
+    assert [d.teacher for d in read(chats, teacher_column="by")] == ["law"]
+    text = message(path, teacher_column="bi")
+    assert "train.jsonl:1: field `bi` is missing (has: text, by)" in text
+    write(tmp_path, "train.jsonl", lines({"text": "a", "by": 3}))
+    assert "train.jsonl:1: `by` is a number (3); must be text" in message(path, teacher_column="by")
+    text = message(write(tmp_path, "a.txt", "hello"), teacher_column="by")
+    assert "a.txt: `teacher_column` given for a text file; must be rows of named fields" in text
+
+
 def test_blank_rows_are_left_out_and_limit_counts_documents(tmp_path):
     path = write(tmp_path, "t.jsonl", lines({"text": None}, {"text": " "}, {"text": "a"}) + "\n")
     assert [d.id for d in read(path, limit=1)] == [f"{path}:3"]

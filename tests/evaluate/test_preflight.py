@@ -71,6 +71,20 @@ def test_specialists_call_for_weights_by_domain() -> None:
     assert [one["nll"] for one in report["fusions"]] == sorted(o["nll"] for o in report["fusions"])
 
 
+def test_a_route_is_measured_but_fusing_stays_the_default() -> None:
+    report = two_specialists().to_dict()
+    first = report["fusions"][0]
+    assert first["fusion"]["weighting"] == {
+        "name": "route",
+        "default": "five",
+        "domains": {"fives": "five", "ones": "one"},
+    }
+    assert first["nll"] < report["chosen"]["nll"] - 0.002
+    assert report["chosen"]["fusion"]["weighting"]["name"] == "domain_weights"
+    pools = [one["fusion"]["pool"] for one in report["fusions"] if "route" in one["name"]]
+    assert set(pools) == {"linear"}
+
+
 def test_every_usual_rule_is_tried_and_measured() -> None:
     report = two_specialists().to_dict()
     raw = {
@@ -79,7 +93,7 @@ def test_every_usual_rule_is_tried_and_measured() -> None:
         if one["calibration"] == "raw" and one["fusion"]["pool"] == "linear"
     }
     assert set(raw) == {
-        "uniform", "best_single", "entropy", "prefix_likelihood", "fixed", "domain_weights", "consensus", "gate",
+        "uniform", "best_single", "entropy", "prefix_likelihood", "fixed", "domain_weights", "route", "consensus", "gate",
     }  # fmt: skip
     assert raw["domain_weights"]["rank_correlation"] > 0.5 > abs(raw["entropy"]["rank_correlation"])
     assert raw["uniform"]["rank_correlation"] is None
@@ -380,5 +394,5 @@ def test_only_rules_that_are_not_fitted_are_standard():
     names = [entry["fusion"]["weighting"]["name"] for entry in standard["fusions"]]
     assert set(names) == {"uniform", "best_single", "entropy", "prefix_likelihood"}
     more = {entry["fusion"]["weighting"]["name"] for entry in extended["fusions"]} - set(names)
-    assert more == {"fixed", "domain_weights", "consensus", "gate"}
+    assert more == {"fixed", "domain_weights", "route", "consensus", "gate"}
     assert "power_mean" not in {entry["fusion"]["pool"] for entry in standard["fusions"]}

@@ -23,9 +23,9 @@ from collegium.fusion.calibration import (
     temperature_table,
 )
 from collegium.fusion.pooling import Fusion
-from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood, RowStats, Uniform
+from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood, Uniform
 from collegium.types import Rows, TeacherRows
-from fusion_cases import NAMES, SCALAR_CASES, CountedRows, fuse, make_rows, make_teachers
+from fusion_cases import NAMES, SCALAR_CASES, CountedRows, fuse, make_rows, make_teachers, stats_of
 
 K, V = 3, 8
 
@@ -190,8 +190,7 @@ def test_a_fit_without_rows_says_so():
 def test_pool_nll_from_scalars_is_that_of_the_fused_target(weighting):
     teachers, rows, _ = _noisy(30)
     block = fuse(Fusion(weighting=weighting), teachers, rows)
-    stats = RowStats(block.entropy_Kn, block.label_logp_Kn, block.max_logp_Kn)
-    nll_N = linear_pool_nll(stats, weighting, rows, NAMES)
+    nll_N = linear_pool_nll(stats_of(teachers, rows), weighting, rows, NAMES)
     expected_N = -block.logp_nV.gather(1, rows.labels[:, None])[:, 0]
     torch.testing.assert_close(nll_N, expected_N, rtol=0, atol=1e-10)
 

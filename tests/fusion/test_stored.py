@@ -13,6 +13,7 @@ from collegium.cache.codec import Samples, row_keys
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import FollowHighest, TargetCorrection, TruthFallback
 from collegium.fusion.pooling import FusedTarget, Fusion
+from collegium.fusion.routing import Route
 from collegium.fusion.rules import (
     AvgCE,
     CalibratedEntropy,
@@ -53,6 +54,7 @@ WEIGHTINGS: list[Weighting] = [
         weights={"a": {"code": 1.0, "law": 0.0, "prose": 0.0}},
         default={"code": 0.2, "law": 0.3, "prose": 0.5},
     ),
+    Route(default="law", domains={"a": "prose"}),
     CalibratedEntropy(maps={name: [[0.0, 0.1], [3.0, 2.0 + i]] for i, name in enumerate(NAMES)}),
     ConfidenceAware(),
     MinCE(),

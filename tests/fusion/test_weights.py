@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from collegium.fusion.pooling import Fusion
+from collegium.fusion.routing import Route
 from collegium.fusion.rules import (
     WEIGHTINGS,
     MinCE,
@@ -63,7 +64,7 @@ def test_weights_are_a_distribution(seed, documents, weighting, pool):
     torch.testing.assert_close(block.weights_Kn.sum(0), ones, rtol=0, atol=1e-12)
     torch.testing.assert_close(block.logp_nV.exp().sum(1), ones, rtol=0, atol=1e-12)
     named_out = [weighting.excludes(name) for name in NAMES]
-    if not isinstance(weighting, MinCE):
+    if not isinstance(weighting, (MinCE, Route)):  # those choose
         assert ((block.weights_Kn > 0).all(1) == ~torch.tensor(named_out)).all()
     assert (block.disagreement_n() >= 0).all()
 
@@ -292,7 +293,7 @@ def test_weights_may_sum_to_one_within_rounding():
 def test_every_rule_is_in_the_table_under_its_name():
     assert {type(weighting) for weighting in WEIGHTING_CASES} == set(WEIGHTINGS.values())
     assert list(WEIGHTINGS) == [
-        "uniform", "fixed", "domain_weights", "best_single", "entropy",
+        "uniform", "fixed", "domain_weights", "route", "best_single", "entropy",
         "calibrated_entropy", "consensus",
         "prefix_likelihood", "gate", "ca_mkd", "min_ce", "avg_ce",
     ]  # fmt: skip

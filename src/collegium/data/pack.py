@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from collegium.data.encode import Encoded, Encoder, hash_order, split_of
 from collegium.data.sources import Document, SourceOptions, read_documents
 from collegium.data.windows import Collator, PackedDataset
-from collegium.errors import DataError
+from collegium.errors import DataError, nearest
 from collegium.types import STRICT
 
 if TYPE_CHECKING:
@@ -73,17 +73,22 @@ class DataOptions:
 
 
 def build_datasets(
-    options: DataOptions, tokenizer: PreTrainedTokenizerFast, *, where: str
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    where: str,
+    teachers: Collection[str] = (),
 ) -> dict[str, PackedDataset]:
     """Read, split, encode and pack: `train`, `calibration` and `validation`, disjoint by content.
 
     Documents stand in an order drawn from their content and the seed, and so do the windows: any first part of a
-    data set is a fair mixture.
+    data set is a fair mixture. A document may name one of the `teachers`.
 
     Raises:
-        DataError: a source cannot be read, a part is empty, parts share documents, or nothing can be learned.
+        DataError: a source cannot be read, a part is empty, parts share documents, a document names a teacher that is not there,
+            or nothing can be learned.
     """
-    parts = _split(options, where)
+    parts = _split(options, where, teachers)
     _check_disjoint(parts, where)
     limits = {
         "train": options.max_train_tokens,
@@ -96,16 +101,18 @@ def build_datasets(
     }
 
 
-def _split(options: DataOptions, where: str) -> dict[str, list[Document]]:
+def _split(
+    options: DataOptions, where: str, teachers: Collection[str]
+) -> dict[str, list[Document]]:
     parts: dict[str, list[Document]] = {part: [] for part in _PARTS}
     shares = {
         "calibration": 0.0 if options.calibration else options.calibration_fraction,
         "validation": 0.0 if options.validation else options.validation_fraction,
     }
-    for document in _read_sources(options.train, f"{where}.train"):
+    for document in _read_sources(options.train, f"{where}.train", teachers):
         parts[split_of(document, seed=options.split_seed, **shares)].append(document)
-    parts["calibration"] += _read_sources(options.calibration, f"{where}.calibration")
-    parts["validation"] += _read_sources(options.validation, f"{where}.validation")
+    for part, sources in (("calibration", options.calibration), ("validation", options.validation)):
+        parts[part] += _read_sources(sources, f"{where}.{part}", teachers)
     num_documents = sum(map(len, parts.values()))
     for part in _PARTS:
         if not parts[part]:
@@ -121,9 +128,19 @@ def _split(options: DataOptions, where: str) -> dict[str, list[Document]]:
     return parts
 
 
-def _read_sources(sources: Sequence[SourceOptions], where: str) -> Iterator[Document]:
+def _read_sources(
+    sources: Sequence[SourceOptions], where: str, teachers: Collection[str]
+) -> Iterator[Document]:
     for number, source in enumerate(sources):
-        yield from read_documents(source, where=f"{where}[{number}]")
+        place = f"{where}[{number}]"
+        for document in read_documents(source, where=place):
+            name = document.teacher
+            if name is not None and name not in teachers:
+                raise DataError(
+                    f"{place}: {document.id}: `{source.teacher_column}`: got `{name}`; must be the name of a teacher, or null"
+                    f"{nearest(name, teachers)}"
+                )
+            yield document
 
 
 def _check_disjoint(parts: dict[str, list[Document]], where: str) -> None:
@@ -171,6 +188,7 @@ def _build(
         packing=options.packing,
         domains=[document.domain for document, _ in chosen],
         names=[document.id for document, _ in chosen],
+        teachers=[document.teacher for document, _ in chosen],
         pad_token_id=pad if isinstance(pad, int) else 0,
         order_seed=seed,
     )

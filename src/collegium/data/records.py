@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,9 +44,11 @@ class Document:
     prompt: str | None = None
     completion: str | None = None
     messages: tuple[Mapping[str, str], ...] | None = None
+    teacher: str | None = None
+    """The teacher that the row names; None for none."""
 
     def content_hash(self) -> str:
-        """SHA-256, in hex, of the content alone: neither the id nor the domain counts."""
+        """SHA-256, in hex, of the content alone: neither the id nor domain and teacher count."""
         if self.text is not None:
             content = "text\0" + self.text
         else:
@@ -61,6 +63,7 @@ class RowParser:
 
     text_column: str
     domain: str
+    teacher_column: str | None = None
     kind: str | None = None
 
     def parse(self, row: object, name: str, *, place: str) -> Document | None:
@@ -73,6 +76,15 @@ class RowParser:
             raise DataError(f"{place}: record is {_kind(row)}; must be an object with named fields")
         if self.kind is None:
             self.kind = self._detect(row, place)
+        document = self._document(row, name, place)
+        if document is None or self.teacher_column is None:
+            return document
+        # Null names none; an empty text is no teacher's name, and is refused as such.
+        is_named = _field(row, self.teacher_column, place) is not None
+        teacher = _text(row, self.teacher_column, place) if is_named else None
+        return replace(document, teacher=teacher)
+
+    def _document(self, row: Mapping[str, object], name: str, place: str) -> Document | None:
         if self.kind == "messages":
             messages = _messages(_field(row, "messages", place), place)
             return Document(id=name, domain=self.domain, messages=messages) if messages else None

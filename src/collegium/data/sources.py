@@ -63,6 +63,8 @@ class SourceOptions:
     """What one document of a text file is."""
     text_column: str = "text"
     """Field of a row that holds the text."""
+    teacher_column: str | None = None
+    """Field of a row that names its teacher, for `route`; null leaves the choice to the domain. Not for text files."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Read at most this many documents."""
     max_line_bytes: Annotated[int, Field(ge=1)] = 8_000_000
@@ -133,6 +135,11 @@ def _parse_file(
     file: Path, options: SourceOptions, domain: str, where: str
 ) -> Iterator[Document | None]:
     kind = _format_of(file, options, where)
+    if kind == "text" and options.teacher_column is not None:
+        raise DataError(
+            f"{at(where, str(file))}: `teacher_column` given for a text file; must be rows of named fields; use JSONL or "
+            "Parquet, or name the teacher of its domain"
+        )
     if kind == "text":
         for line, text in read_text_file(file, options.split_on, where):
             name = str(file) if line is None else f"{file}:{line}"
@@ -174,7 +181,9 @@ def _read_hub(options: SourceOptions, where: str) -> Iterator[Document | None]:
 def _parse_rows(
     rows: Iterable[Row], label: str, domain: str, options: SourceOptions, where: str
 ) -> Iterator[Document | None]:
-    parser = RowParser(text_column=options.text_column, domain=domain)
+    parser = RowParser(
+        text_column=options.text_column, domain=domain, teacher_column=options.teacher_column
+    )
     for number, row in rows:
         name = f"{label}:{number}"
         yield parser.parse(row, name, place=at(where, name))

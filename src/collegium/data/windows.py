@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from collegium.data.encode import Encoded
 from collegium.errors import DataError
-from collegium.types import IGNORE, domain_number
+from collegium.types import IGNORE, domain_number, teacher_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,8 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
     `input_ids`; `position_ids`, from 0 in every piece of a document and in the padding; `labels`, not shifted: the
     token's id where it is a target, `IGNORE` elsewhere; `sample_ids`, the number of the document in this data set,
     -1 in padding; `domain_ids`, `domain_number` of its domain, 0 in padding; `num_bytes`, UTF-8 bytes of text behind
-    each token, counted once per document.
+    each token, counted once per document. Where a document names its teacher, also `teacher_ids`: `teacher_number` of that, 0 in
+    padding and for the documents that name none.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         domains: list[str],
         sample_domains: np.ndarray,
         sample_names: list[str],
+        sample_teachers: Sequence[str | None] = (),
         windows: Sequence[Sequence[Piece]] = (),
     ) -> None:
         self._columns = columns
@@ -60,6 +62,10 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         self._domain_numbers = np.append(numbers[sample_domains], 0)
         self.sample_names = sample_names
         """Id of each document."""
+        self.sample_teachers = list(sample_teachers)
+        """The teacher that each document names, None for none; empty where no document does."""
+        named = [0 if name is None else teacher_number(name) for name in sample_teachers]
+        self._teacher_numbers = np.array([*named, 0], np.int64)
         pieces = [piece for window in windows for piece in window if piece.document is not None]
         self._pieces = np.array([(p.document, p.start, p.stop) for p in pieces], np.int64)
         counts = [sum(piece.document is not None for piece in window) for window in windows]
@@ -82,10 +88,11 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         names: Sequence[str] | None = None,
         pad_token_id: int = 0,
         order_seed: int | None = None,
+        teachers: Sequence[str | None] = (),
     ) -> PackedDataset:
         """Lay documents out in windows, in their order; `order_seed` then puts the windows in a random order.
 
-        `domains` and `names` hold one entry per document.
+        `domains` and `names` hold one entry per document, and so does `teachers` where any names one.
 
         Raises:
             ValueError: a document that may not be split is longer than `max_length`.
@@ -103,6 +110,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
             domains=known,
             sample_domains=np.array([index[name] for name in domains], np.int64),
             sample_names=list(names),
+            sample_teachers=teachers if any(name is not None for name in teachers) else (),
             windows=windows,
         )
 
@@ -119,6 +127,8 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         arrays = {name: column[name] for name in ("input_ids", "position_ids", "sample_ids")}
         arrays |= {"labels": labels, "num_bytes": column["num_bytes"]}
         arrays["domain_ids"] = self._domain_numbers[column["sample_ids"]]
+        if self.sample_teachers:
+            arrays["teacher_ids"] = self._teacher_numbers[column["sample_ids"]]
         return {name: torch.from_numpy(a.astype(np.int64)) for name, a in arrays.items()}
 
     def pieces(self, index: int) -> list[Piece]:
@@ -150,6 +160,8 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         digest.update(np.ascontiguousarray(self._starts.astype(np.int64)).tobytes())
         digest.update(self.sample_domains.tobytes())
         digest.update("\0".join(self.domains).encode())
+        if self.sample_teachers:
+            digest.update(self._teacher_numbers.tobytes())
         return digest.hexdigest()
 
 
@@ -196,7 +208,7 @@ def _row(item: dict[str, object], number: int) -> dict[str, torch.Tensor]:
             "`input_ids` and `labels`"
         )
     names = ("input_ids", "labels", "position_ids", "sample_ids", "domain_ids", "num_bytes")
-    names = (*names, "attention_mask")
+    names = (*names, "teacher_ids", "attention_mask")
     row = {n: torch.as_tensor(item[n], dtype=torch.int64) for n in names if n in item}
     size = len(row["input_ids"])
     if ragged := [name for name, values in row.items() if values.shape != (size,)]:

@@ -29,6 +29,7 @@ from collegium.evaluate.search import SAME_NLL, Candidate, Search, choose
 from collegium.evaluate.sweeps import Calibration, Scalars, sweep_teachers
 from collegium.fusion.calibration import fit_temperature, over_under_confidence
 from collegium.fusion.pooling import Fusion, describe, to_recipe
+from collegium.fusion.routing import Route
 from collegium.fusion.weights import BestSingle, Uniform
 
 
@@ -76,7 +77,8 @@ def run_preflight(
         batch_size: windows per forward pass.
         max_tokens: about how many target tokens to read, in windows spread over the split; None for all.
         candidates: fusions to compare as they are, beside uniform weights and the best single teacher; None tries the usual ones.
-        extended: also try fitted weights, the learned gate, the consensus rule and the power mean.
+        extended: also try fitted weights, the learned gate, the consensus rule and the power mean, and measure the route by domain, which is
+            never chosen over a fusion.
         stored_at: the temperatures beside 1 that the cache keeps; None for live teachers.
         progress: called with (batches done, all batches) of each sweep.
 
@@ -199,7 +201,8 @@ def _findings(
     shares = scalars.shares(fusion.weighting, fusion.temperatures)
     uniform = search.linear(Uniform(), {})
     single = search.linear(BestSingle(teacher=search.best_single), {})
-    several = [one for one in ranked if not isinstance(one.fusion.weighting, BestSingle)]
+    alone = (BestSingle, Route)
+    several = [one for one in ranked if not isinstance(one.fusion.weighting, alone)]
     return Findings(
         fusion_name=describe(fusion),
         num_tokens=len(chosen.nll_N),

@@ -21,8 +21,9 @@ from collegium.fusion.calibration import (
     fit_pooled_temperature,
     fit_temperature,
 )
-from collegium.fusion.fits import fit_domain_weights, fit_em_weights, fit_gate
+from collegium.fusion.fits import fit_domain_weights, fit_em_weights, fit_gate, fit_route
 from collegium.fusion.pooling import Fusion
+from collegium.fusion.routing import Route
 from collegium.fusion.rules import Consensus, DomainWeights, Gate
 from collegium.fusion.stored import require_linear
 from collegium.fusion.weights import (
@@ -78,7 +79,7 @@ class Candidate:
     def complexity(self) -> tuple[int, bool]:
         """Number of fitted parts, and whether the pool is other than linear."""
         num_fitted = 0 if self.calibration == "raw" else 1 + self.calibration.count("+")
-        num_fitted += isinstance(self.fusion.weighting, (Fixed, DomainWeights, Gate))
+        num_fitted += isinstance(self.fusion.weighting, (Fixed, DomainWeights, Route, Gate))
         return num_fitted, self.fusion.pool != "linear"
 
 
@@ -98,7 +99,12 @@ def default_weightings(best_single: str) -> list[Weighting]:
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate of lowest NLL, or the simplest of those within 0.002 nats of it."""
+    """The candidate of lowest NLL, or the simplest of those within 0.002 nats of it; a route only where there is nothing else.
+
+    What a route would give is measured beside the others; to give up fusing is for the recipe to say.
+    """
+    fusing = [one for one in candidates if not isinstance(one.fusion.weighting, Route)]
+    candidates = fusing or candidates
     lowest = min(one.nll for one in candidates)
     close = [one for one in candidates if one.nll <= lowest + SAME_NLL]
     return min(close, key=lambda one: (one.complexity, one.nll))
@@ -108,7 +114,7 @@ class Search:
     """The fusions that are compared, what they are fitted on, and what they are compared on.
 
     The standard fusions have a few temperatures to fit and are fitted and compared on the same documents. `extended` adds the rules that
-    are fitted on calibration documents (EM weights, also per domain, and the gate), the consensus rule and the power mean; then all are fitted on
+    are fitted on calibration documents (EM weights, also per domain, the route and the gate), the consensus rule and the power mean; then all are fitted on
     every other document of each domain and compared on the others, so that a rule with more to fit has no advantage. Given
     candidates are compared as they are, on all documents. With `stored_at`, the temperatures that a per-teacher cache keeps, only linear pools
     are compared: scalars give them all, on all tokens.
@@ -182,7 +188,8 @@ class Search:
         linear = [one for pair in scored for one in pair]
         if self._stored_at is not None:
             return linear
-        mixing = [pair for pair in scored if not isinstance(pair[0].fusion.weighting, BestSingle)]
+        alone = (BestSingle, Route)  # one teacher at each row: every pool is the same
+        mixing = [pair for pair in scored if not isinstance(pair[0].fusion.weighting, alone)]
         mixing.sort(key=lambda pair: min(one.nll for one in pair))
         best = mixing[:NUM_SWEPT]
         other = self._swept(self._other_pools([pair[0].fusion for pair in best]))
@@ -202,7 +209,7 @@ class Search:
         if has_consensus:
             weightings.append(Consensus())
         if len(self.scalars.targets.domains) > 1:
-            weightings.append(self._domain_weights({}))
+            weightings += [self._domain_weights({}), self._route()]
         return weightings
 
     def _constant_weights(self, temperatures: Mapping[str, float]) -> Fixed:
@@ -211,6 +218,14 @@ class Search:
     def _domain_weights(self, temperatures: Mapping[str, float]) -> DomainWeights:
         return fit_domain_weights(
             self._fit_stats(temperatures),
+            self._fit_tables.rows(),
+            self.scalars.teachers,
+            domains=self.scalars.targets.domains,
+        )
+
+    def _route(self) -> Route:
+        return fit_route(
+            self._fit_stats({}),
             self._fit_tables.rows(),
             self.scalars.teachers,
             domains=self.scalars.targets.domains,

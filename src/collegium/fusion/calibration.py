@@ -197,12 +197,14 @@ class TemperatureTables:
                 "TemperatureTables.rows: got no rows; must have some; add a batch first"
             )
         domains = [rows.domains for rows in self._rows if rows.domains is not None]
+        teachers = [rows.teachers for rows in self._rows if rows.teachers is not None]
         return Rows(
             index=torch.cat([rows.index for rows in self._rows]),
             labels=torch.cat([rows.labels for rows in self._rows]),
             documents=torch.cat([rows.documents for rows in self._rows]),
             samples=torch.cat([rows.samples for rows in self._rows]),
             domains=torch.cat(domains) if len(domains) == len(self._rows) else None,
+            teachers=torch.cat(teachers) if len(teachers) == len(self._rows) else None,
         )
 
     def part(self, is_kept_N: Tensor) -> TemperatureTables:

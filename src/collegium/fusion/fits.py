@@ -1,4 +1,4 @@
-"""Weights fitted on the calibration split: the optimal constant ones, those per domain, and the learned gate.
+"""Weights fitted on the calibration split: the optimal constant ones, those per domain, the route, and the learned gate.
 
 Shapes: N rows of the calibration split, K teachers, F features, P parameters.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from collegium.fusion.routing import Route
 from collegium.fusion.rules import DomainWeights, Gate, gate_features
 from collegium.fusion.weights import Fixed, RowStats
 from collegium.types import Rows, domain_number
@@ -80,6 +81,33 @@ def fit_domain_weights(
             weight_K = _em(label_logp_Kn, prior_K=prior_rows * default_K)
             tables[domain] = _named(weight_K, teachers)
     return DomainWeights(weights=tables, default=_named(default_K, teachers))
+
+
+def fit_route(
+    stats: RowStats, rows: Rows, teachers: Sequence[str], *, domains: Sequence[str]
+) -> Route:
+    """Each domain to its teacher of least mean NLL, every other row to that of least mean NLL over all rows.
+
+    Args:
+        stats: (K, N) each, on the calibration split.
+        rows: the same rows, with their domains.
+        teachers: names in the order of `stats`.
+        domains: names of the domains; those without a row are left out.
+
+    Raises:
+        ValueError: there are no rows, or they say nothing of domains.
+    """
+    if rows.domains is None or len(rows) == 0:
+        raise ValueError(
+            "fit_route: got no rows with domains; must have some; name a domain for each data source"
+        )
+    logp_KN = stats.label_logp_KN.double()
+    table = {}
+    for domain in domains:
+        is_here_N = rows.domains == domain_number(domain)
+        if is_here_N.any():
+            table[domain] = teachers[int(logp_KN[:, is_here_N].mean(1).argmax())]
+    return Route(default=teachers[int(logp_KN.mean(1).argmax())], domains=table)
 
 
 def _em(

@@ -24,6 +24,7 @@ from collegium.fusion.conflict import (
     NoConflictPolicy,
     disagreement,
 )
+from collegium.fusion.routing import Route, RoutedReader
 from collegium.fusion.rules import WEIGHTINGS
 from collegium.fusion.stream import Pool, PoolKind, TeacherReader
 from collegium.fusion.weights import (
@@ -90,7 +91,7 @@ class FusedBlock:
     weights_Kn: Tensor
     """(K, n) weights, each column sums to 1."""
     entropy_Kn: Tensor
-    """(K, n) nats."""
+    """(K, n) nats; like the next two NaN where a teacher was not read, because the row is routed to another."""
     label_logp_Kn: Tensor
     """(K, n) log-probability of the row's label."""
     max_logp_Kn: Tensor
@@ -114,7 +115,9 @@ class FusedBlock:
         logp_nV = self.logp_nV
         if self.pooled_temperature != 1.0:
             logp_nV = torch.log_softmax(logp_nV * self.pooled_temperature, dim=-1)
-        within_n = (self.weights_Kn * self.entropy_Kn).sum(0)
+        has_weight_Kn = self.weights_Kn > 0  # the entropy of others may be unknown
+        weighted_Kn = self.weights_Kn * self.entropy_Kn
+        within_n = torch.where(has_weight_Kn, weighted_Kn, 0.0).sum(0)
         entropy_n = -logp_nV.exp().mul_(logp_nV).sum(-1)
         return (entropy_n - within_n).clamp(min=0.0)
 
@@ -125,8 +128,12 @@ class FusedTarget:
     Whatever K is, four (n, V) tensors are alive at most: the pool, two buffers and the current teacher's logits; one or two more under a
     conflict policy, which compares the teachers by their linear pool. A policy that changes weights pools its blocks twice.
 
+    Under `route` a row is read from its own teacher alone, and nothing is pooled.
+
     Raises:
         RecipeError: the fusion names a teacher that is not there.
+        DataError: a row names one that is not there.
+        ValueError: a teacher was asked about some of the rows only, and the fusion needs all.
     """
 
     def __init__(self, fusion: Fusion, teachers: Sequence[TeacherRows], rows: Rows) -> None:
@@ -139,6 +146,13 @@ class FusedTarget:
         self._carries: list[Carry | None] = [None] * len(teachers)
         self._swept_KN: Tensor | None = None
         self._reader = TeacherReader(teachers, rows, fusion.temperatures)
+        self._routed: RoutedReader | None = None
+        if isinstance(fusion.weighting, Route):
+            self._routed = RoutedReader(fusion.weighting, teachers, rows, fusion.temperatures)
+        elif any(teacher.answered is not None for teacher in teachers):
+            raise ValueError(
+                "FusedTarget: got answers for some rows; must be for all rows of the batch"
+            )
 
     @torch.no_grad()
     def block(self, block: slice) -> FusedBlock:
@@ -156,7 +170,18 @@ class FusedTarget:
         self._next_row = stop
         if not self._fusion.weighting.streams and self._swept_KN is None:
             self._swept_KN = self._sweep(stop - start)
+        if self._routed is not None:
+            return self._from_one_each(slice(start, stop), self._routed)
         return self._fused(slice(start, stop))
+
+    def _from_one_each(self, block: slice, routed: RoutedReader) -> FusedBlock:
+        stats, score_Kn, logp_nV = routed.read(block)
+        conflict = None
+        if self._fusion.conflict.is_active:
+            # One voice contradicts nobody; only a policy that looks at the label alone finds something to do.
+            none_n = torch.zeros_like(logp_nV[:, 0])
+            conflict = self._conflict(none_n, none_n.bool())
+        return self._finished(block, stats, score_Kn, pooled=(logp_nV, None), conflict=conflict)
 
     def _fused(self, block: slice) -> FusedBlock:
         policy = self._fusion.conflict

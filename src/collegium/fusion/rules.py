@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from collegium.fusion.isotonic import interpolate
+from collegium.fusion.routing import Route
 from collegium.fusion.weights import (
     MIN_LOGP,
     BestSingle,
@@ -53,6 +54,9 @@ class DomainWeights(Weighting):
 
     def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
         return {("default",): self.default, **{("weights", d): t for d, t in self.weights.items()}}
+
+    def domain_names(self) -> Mapping[tuple[str, ...], Sequence[str]]:
+        return {("weights",): list(self.weights)}
 
     def excludes(self, teacher: str) -> bool:
         return all(table[teacher] == 0.0 for table in (*self.weights.values(), self.default))
@@ -288,6 +292,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "uniform": Uniform,
     "fixed": Fixed,
     "domain_weights": DomainWeights,
+    "route": Route,
     "best_single": BestSingle,
     "entropy": Entropy,
     "calibrated_entropy": CalibratedEntropy,

@@ -140,9 +140,18 @@ class Weighting(ABC):
         """The options that must hold an entry for each teacher: path inside the options -> table by teacher."""
         return {}
 
+    def teacher_fields(self) -> Mapping[tuple[str, ...], str]:
+        """The options that hold the name of one teacher: path inside the options -> name."""
+        return {}
+
+    def domain_names(self) -> Mapping[tuple[str, ...], Sequence[str]]:
+        """The options that list domains: path inside the options -> names."""
+        return {}
+
     def names(self) -> frozenset[str]:
         """The teachers that the options of this rule mention."""
-        return frozenset(name for table in self.teacher_tables().values() for name in table)
+        listed = {name for table in self.teacher_tables().values() for name in table}
+        return frozenset(listed | set(self.teacher_fields().values()))
 
     def excludes(self, teacher: str) -> bool:
         """Whether the weight of this teacher is zero at every row, whatever it says."""
@@ -220,8 +229,8 @@ class BestSingle(Weighting):
     def streams(self) -> bool:
         return True
 
-    def names(self) -> frozenset[str]:
-        return frozenset({self.teacher})
+    def teacher_fields(self) -> Mapping[tuple[str, ...], str]:
+        return {("teacher",): self.teacher}
 
     def excludes(self, teacher: str) -> bool:
         return teacher != self.teacher

@@ -23,6 +23,7 @@ from collegium.fusion.stream import RowReader
 from collegium.losses.chunked import default_block_size
 from collegium.models.loading import choose_device
 from collegium.teachers.cached import pieces_of, require_static
+from collegium.teachers.routed import score_teachers
 from collegium.types import Batch, Rows, Teacher
 
 SHARD_TARGETS = 2**18
@@ -170,7 +171,7 @@ class FusedEncoder(CorpusEncoder):
     def _told(
         self, batch: Batch, rows: Rows, blocks: Sequence[slice]
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        scored = [teacher.score(batch, rows) for teacher in self._teachers()]
+        scored = score_teachers(self._teachers(), batch, rows, self._fusion)
         target = FusedTarget(self._fusion, scored, rows)
         for block in blocks:
             fused = target.block(block)

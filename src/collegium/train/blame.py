@@ -24,9 +24,11 @@ def find_bad_rows(
     A logit of -inf is a token ruled out, not an error.
     """
     for teacher in teachers:
-        is_bad_N = _bad_rows(teacher.scores, len(rows))
+        answered = teacher.answered
+        own = rows if answered is None else rows.part(answered.to(rows.samples.device))
+        is_bad_N = _bad_rows(teacher.scores, len(own))
         if is_bad_N.any():
-            return f"teacher `{teacher.name}`", rows.samples[is_bad_N]
+            return f"teacher `{teacher.name}`", own.samples[is_bad_N]
     is_bad_N = _bad_rows(student, len(rows))
     if is_bad_N.any():
         return "the student's logits", rows.samples[is_bad_N]

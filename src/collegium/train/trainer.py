@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from collegium.data.pack import Collator, PackedDataset
 from collegium.errors import TrainingError
 from collegium.models import forward_rows
+from collegium.teachers.routed import score_teachers
 from collegium.train.blame import bad_gradients, find_bad_rows, sample_list
 from collegium.train.meter import RunLog, StepMeter
 from collegium.train.objective import InertTermCheck, Objective
@@ -157,7 +158,10 @@ class DistillTrainer(ResumableTrainer):
                 taps=self.objective.student_taps,
             )
         teachers = self.teachers if self.objective.needs_teachers else []
-        scored = [self._ask(teacher, batch, rows) for teacher in teachers]
+        tapped = [one.name for one in teachers if self.objective.teacher_taps(one.name)]
+        scored = score_teachers(
+            teachers, batch, rows, self.objective.fusion, ask=self._ask, whole=tapped
+        )
         return student, scored, self.objective(student, scored, rows, measure=measure), rows
 
     def _ask(self, teacher: Teacher, batch: Batch, rows: Rows) -> TeacherRows:
