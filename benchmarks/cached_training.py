@@ -1,26 +1,35 @@
 """Training speed and memory: labels alone, the fused target from a cache, and live teachers; same student, same batches.
 
-    python benchmarks/cached_training.py --teachers 5 --rounds 7
+    python benchmarks/cached_training.py --save docs/results/cache.md
 
-Untrained models of the given sizes on made-up windows: speed does not depend on what they know. The three ways take turns step by
-step, so that a change of the machine's speed meets all of them; medians over rounds. Nothing else should run meanwhile.
+Untrained models of the given sizes on made-up windows: speed does not depend on what they know, and the teachers' logits are scaled
+until a target has as many different draws as on real text (printed). Batches come through the data loader and collator of training,
+in another order than the cache was built in. The three ways take turns step by step, so that a change of the machine's speed meets
+all of them; medians over rounds. Peak memory is that of a process of its own for each way. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cache_size import replace_section
 from collegium.cache.build import build_cache
 from collegium.cache.options import CacheOptions
 from collegium.cache.store import open_cache
@@ -28,10 +37,17 @@ from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
 from collegium.fusion.pooling import Fusion
 from collegium.models import forward_rows
-from collegium.teachers.cached import CachedTeacher, FusedEncoder
+from collegium.run_folder import environment
+from collegium.teachers.ahead import Announcing
+from collegium.teachers.cached import CachedTeacher
+from collegium.teachers.encoders import FusedEncoder
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.types import Batch, Teacher
+
+WAYS = {"ce": "(a) labels alone", "cached": "(b) cached teachers", "live": "(c) live teachers"}
+SHARPNESS = 9.0
+"""Factor on the teachers' heads."""
 
 
 def main() -> None:
@@ -41,29 +57,33 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="of the student; teachers: twice")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--save", type=Path, help="Markdown file whose section `Speed` is replaced")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.manual_seed(0)
+    if options.memory:
+        way, folder = options.memory.split(":", 1)
+        run_alone(way, Path(folder), options)
+        return
+    started = time.perf_counter()
     dataset = make_dataset(options)
-    students = {name: make_model(options.vocab, options.width) for name in ("ce", "cached", "live")}
-    teachers: list[Teacher] = [
-        LocalTeacher(
-            f"t{i}", make_model(options.vocab, 2 * options.width), vocab_size=options.vocab
-        )
-        for i in range(options.teachers)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        cached = make_cache(Path(folder), teachers, dataset, options.vocab)
-        sources: dict[str, list[Teacher]] = {"ce": [], "cached": [cached], "live": teachers}
-        steps = {
-            name: make_step(students[name], found, dataset, options)
-            for name, found in sources.items()
-        }
-        measure(steps, options)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        teachers = make_teachers(options)
+        entries = make_cache(folder, teachers, dataset, options)
+        sources = {"ce": [], "cached": [open_teacher(folder, dataset)], "live": teachers}
+        steps = {way: make_step(found, dataset, options) for way, found in sources.items()}
+        speeds = measure(steps, options.rounds)
+        del sources, steps, teachers
+        peaks = {way: peak_of(way, folder) for way in WAYS}
+    text = table(speeds, peaks) + "\n\n" + origin(entries, options, time.perf_counter() - started)
+    print(text)
+    if options.save:
+        replace_section(options.save, "Speed", text)
 
 
-def make_model(vocab_size: int, width: int) -> Any:
-    """An untrained model of four layers."""
+def make_model(vocab_size: int, width: int, *, sharpness: float | None = None) -> Any:
+    """An untrained model of four layers; with a sharpness, its head is its own and not its embeddings."""
     config = AutoConfig.for_model(
         "llama",
         vocab_size=vocab_size,
@@ -72,9 +92,21 @@ def make_model(vocab_size: int, width: int) -> Any:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        tie_word_embeddings=True,
+        tie_word_embeddings=sharpness is None,
     )
-    return AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
+    if sharpness is not None:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(sharpness)
+    return model
+
+
+def make_teachers(options: argparse.Namespace) -> list[Teacher]:
+    """Teachers twice as wide as the student."""
+    torch.manual_seed(1)
+    width, vocab_size = 2 * options.width, options.vocab
+    models = [make_model(vocab_size, width, sharpness=SHARPNESS) for _ in range(options.teachers)]
+    return [LocalTeacher(f"t{i}", m, vocab_size=vocab_size) for i, m in enumerate(models)]
 
 
 def make_dataset(options: argparse.Namespace) -> PackedDataset:
@@ -86,32 +118,50 @@ def make_dataset(options: argparse.Namespace) -> PackedDataset:
 
 
 def make_cache(
-    folder: Path, teachers: list[Teacher], dataset: PackedDataset, vocab_size: int
-) -> CachedTeacher:
-    """Let the teachers read all windows once."""
-    options = CacheOptions(batch_size=4)
+    folder: Path, teachers: Sequence[Teacher], dataset: PackedDataset, options: argparse.Namespace
+) -> float:
+    """Let the teachers read all windows once; returns the number of entries per target."""
+    cache = CacheOptions(batch_size=4)
     encoder = FusedEncoder(
-        lambda: teachers, Fusion(), dataset, options=options, seed=0, vocab_size=vocab_size
+        lambda: teachers, Fusion(), dataset, options=cache, seed=0, vocab_size=options.vocab
     )
-    identity = {"targets": {"name": "samples", "draws": 50}, "vocab_size": vocab_size}
+    identity = {
+        "kind": "fused",
+        "targets": {"name": "samples", "draws": 50},
+        "vocab_size": options.vocab,
+    }
+    num_entries = 0
+
+    def encode(shard: int) -> Iterator[Any]:
+        nonlocal num_entries
+        for piece in encoder.encode(shard):
+            num_entries += len(piece.rows.ids)
+            yield piece
+
     started = time.perf_counter()
-    manifest = build_cache(folder, identity, encoder.encode, shard_targets=encoder.shard_targets)
-    seconds = time.perf_counter() - started
-    per_target = manifest["num_bytes"] / manifest["num_targets"]
-    print(f"cache: {manifest['num_targets'] / seconds:,.0f} targets/s, {per_target:.1f} bytes each")
+    manifest = build_cache(folder, identity, encode, shard_targets=encoder.shard_targets)
+    seconds, num_targets = time.perf_counter() - started, manifest["num_targets"]
+    print(f"cache: {num_targets / seconds:,.0f} targets/s, {num_entries / num_targets:.1f} entries")
+    return num_entries / num_targets
+
+
+def open_teacher(folder: Path, dataset: PackedDataset) -> CachedTeacher:
+    """The cache in the place of the teachers."""
     return CachedTeacher(open_cache(folder), dataset.sample_names)
 
 
 def make_step(
-    student: Any, teachers: list[Teacher], dataset: PackedDataset, options: argparse.Namespace
-) -> Callable[[int], int]:
-    """A training step on the windows of one round; returns its number of rows."""
+    teachers: Sequence[Teacher], dataset: PackedDataset, options: argparse.Namespace
+) -> Callable[[], int]:
+    """One training step on the next batch; returns its number of rows."""
+    torch.manual_seed(0)
+    student = make_model(options.vocab, options.width)
     objective = Objective(ObjectiveOptions(), Fusion() if teachers else None)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    batches = one_ahead(dataset, teachers, options)
 
-    def step(number: int) -> int:
-        windows = range(number * options.batch, (number + 1) * options.batch)
-        batch = Batch.from_inputs(Collator()([{**dataset[window]} for window in windows]))
+    def step() -> int:
+        batch = Batch.from_inputs(next(batches))
         rows = batch.rows()
         answer = forward_rows(student, batch, rows, vocab_size=options.vocab)
         scored = [teacher.score(batch, rows) for teacher in teachers]
@@ -123,22 +173,92 @@ def make_step(
     return step
 
 
-def measure(steps: dict[str, Callable[[int], int]], options: argparse.Namespace) -> None:
-    """Take turns, and print medians and ratios; the first round warms up."""
-    speeds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(options.rounds + 1):
-        for name, step in steps.items():
+def one_ahead(
+    dataset: PackedDataset, teachers: Sequence[Teacher], options: argparse.Namespace
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Shuffled batches, each made before the one in hand is used up, as the data loader of training does."""
+    stored = [teacher for teacher in teachers if isinstance(teacher, CachedTeacher)]
+    loader = DataLoader(
+        dataset,
+        batch_size=options.batch,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+        collate_fn=Announcing(Collator(), stored),
+    )
+    found = iter(loader)
+    in_hand = next(found)
+    for following in found:
+        yield in_hand
+        in_hand = following
+    yield in_hand
+
+
+def measure(steps: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Take turns; median tokens per second of each way. The first round warms up, and whoever begins changes."""
+    speeds: dict[str, list[float]] = {way: [] for way in steps}
+    ways = list(steps)
+    for number in range(rounds + 1):
+        turn = number % len(ways)
+        for way in ways[turn:] + ways[:turn]:
             started = time.perf_counter()
-            num_rows = step(number)
+            num_rows = steps[way]()
             if number:
-                speeds[name].append(num_rows / (time.perf_counter() - started))
-    median = {name: statistics.median(values) for name, values in speeds.items()}
-    for name, speed in median.items():
-        print(f"{name}: {speed:,.0f} tokens/s")
-    print(f"cached / ce: {median['cached'] / median['ce']:.3f}")
-    print(f"cached / live: {median['cached'] / median['live']:.2f}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"peak memory of the process, all three together: {peak / 1024:,.0f} MB")
+                speeds[way].append(num_rows / (time.perf_counter() - started))
+    return {way: statistics.median(values) for way, values in speeds.items()}
+
+
+def run_alone(way: str, folder: Path, options: argparse.Namespace) -> None:
+    """Three steps of one way, and the peak memory of this process in MB."""
+    dataset = make_dataset(options)
+    teachers: list[Teacher] = []
+    if way == "live":
+        teachers = make_teachers(options)
+    elif way == "cached":
+        teachers = [open_teacher(folder, dataset)]
+    step = make_step(teachers, dataset, options)
+    for _ in range(3):
+        step()
+    print(peak_megabytes())
+
+
+def peak_megabytes() -> float:
+    """Peak resident memory of this process; on Linux `ru_maxrss` would count that of the process that started it."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def peak_of(way: str, folder: Path) -> float:
+    """Peak memory in MB of a process that trains in one way alone."""
+    command = [sys.executable, *sys.argv, "--memory", f"{way}:{folder}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+    return float(done.stdout.split()[-1])
+
+
+def table(speeds: Mapping[str, float], peaks: Mapping[str, float]) -> str:
+    """The three ways as Markdown."""
+    lines = ["| way | tokens/s | of (a) | peak memory, MB |", "|---|---:|---:|---:|"]
+    for way, title in WAYS.items():
+        share = speeds[way] / speeds["ce"]
+        lines.append(f"| {title} | {speeds[way]:,.0f} | {share:.3f} | {peaks[way]:,.0f} |")
+    ratio = speeds["cached"] / speeds["live"]
+    return "\n".join([*lines, "", f"(b) / (c): {ratio:.2f}. Wanted: (b) at least 0.92 of (a)."])
+
+
+def origin(entries: float, options: argparse.Namespace, seconds: float) -> str:
+    """Sizes, date, machine, versions and command."""
+    versions = " ".join(
+        f"{name} {metadata.version(name)}" for name in ("torch", "pyarrow", "numpy")
+    )
+    return (
+        f"{options.teachers} teachers of width {2 * options.width}, a student of width {options.width}, 4 layers each, "
+        f"V = {options.vocab:,}, batches of {options.batch} windows of {options.length} tokens, 50 draws "
+        f"({entries:.1f} different ones), medians of {options.rounds} rounds.\n\n"
+        f"{date.today()}, {environment()['processor']}, {torch.get_num_threads()} threads, {versions}, {seconds:.0f} s:\n"
+        f"`python benchmarks/cached_training.py --teachers {options.teachers} --rounds {options.rounds}`\n"
+    )
 
 
 if __name__ == "__main__":

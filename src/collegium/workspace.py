@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from collegium.cache.store import TargetCache
 from collegium.console import quiet_libraries
-from collegium.data.pack import PackedDataset, build_datasets
+from collegium.data.pack import Collator, PackedDataset, build_datasets
 from collegium.losses.features import FeatureLoss
 from collegium.models import (
     count_parameters,
@@ -24,11 +24,11 @@ from collegium.models import (
 from collegium.recipe import Recipe, dump_recipe, plain
 from collegium.run_folder import RunFolder, fingerprint
 from collegium.student import build_student, load_student_tokenizer
+from collegium.teachers.ahead import Announcing
 from collegium.teachers.cached import BatchKeys, CachedTeacher, StoredTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective
 from collegium.train.options import training_arguments
-from collegium.types import Teacher
 from collegium.variants import Variant
 
 if TYPE_CHECKING:
@@ -150,13 +150,16 @@ class Workspace:
         student = self.new_student()
         dataset = self.datasets["train"]
         live = [] if caches else self.teachers_of(variant)
-        teachers = self._stored_teachers(caches) if caches else live
+        stored = self._stored_teachers(caches) if caches else []
+        # A worker process could not tell this one.
+        is_ahead = bool(stored) and not self.recipe.train.dataloader_num_workers
         options = dataclasses.replace(
             self.recipe.train, max_steps=round(self.num_steps * variant.steps_factor)
         )
         return DistillTrainer(
             model=student,
-            teachers=teachers,
+            teachers=stored or live,
+            data_collator=Announcing(Collator(), stored) if is_ahead else None,
             args=training_arguments(
                 options,
                 output_dir=folder,
@@ -176,7 +179,9 @@ class Workspace:
             },
         )
 
-    def _stored_teachers(self, caches: Mapping[str, TargetCache]) -> list[Teacher]:
+    def _stored_teachers(
+        self, caches: Mapping[str, TargetCache]
+    ) -> list[CachedTeacher] | list[StoredTeacher]:
         documents = self.datasets["train"].sample_names
         if set(caches) == {""}:
             return [CachedTeacher(caches[""], documents)]

@@ -15,6 +15,7 @@ from collegium.cache.store import TargetCache
 from collegium.errors import RecipeError
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import Entropy
+from collegium.teachers.ahead import ReadAhead
 from collegium.types import Batch, Rows, TeacherRows, is_row
 
 
@@ -28,8 +29,12 @@ class CachedTeacher:
     ) -> None:
         """Read from `cache`; `documents` are the ids that the sample numbers of a batch stand for."""
         self.name = name
-        self._cache = cache
-        self._keys = BatchKeys(documents)
+        keys = BatchKeys(documents)
+        self._read = ReadAhead(lambda batch: cache.rows(keys(batch)))
+
+    def expect(self, batch: Batch) -> None:
+        """Begin to read what will be asked for this batch."""
+        self._read.expect(batch)
 
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
         """The targets of all rows, on the device of the batch.
@@ -40,7 +45,7 @@ class CachedTeacher:
         """
         if taps:
             raise RecipeError("objective.features: a cache holds no hidden states; leave it out")
-        found = self._cache.rows(self._keys(batch))
+        found = self._read(batch)
         assert len(found) == len(rows)  # the mask of the rows is part of every key
         return TeacherRows(self.name, found.to(batch.input_ids.device))
 
@@ -53,8 +58,11 @@ class StoredTeacher:
     def __init__(self, name: str, cache: TargetCache, keys: BatchKeys) -> None:
         """Read from the folder of this teacher; `keys` may be shared with other teachers of the same data set."""
         self.name = name
-        self._cache = cache
-        self._keys = keys
+        self._read = ReadAhead(lambda batch: cache.stored(keys(batch)))
+
+    def expect(self, batch: Batch) -> None:
+        """Begin to read what will be asked for this batch."""
+        self._read.expect(batch)
 
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
         """What is kept of all rows, on the device of the batch.
@@ -65,7 +73,7 @@ class StoredTeacher:
         """
         if taps:
             raise RecipeError("objective.features: a cache holds no hidden states; leave it out")
-        found = self._cache.stored(self._keys(batch))
+        found = self._read(batch)
         assert len(found) == len(rows)  # the mask of the rows is part of every key
         return TeacherRows(self.name, found.to(batch.input_ids.device))
 
@@ -80,9 +88,10 @@ class BatchKeys:
 
     def __call__(self, batch: Batch) -> list[PieceKey]:
         """The keys in the order of the batch's rows."""
-        if self._last is None or self._last[0] is not batch:
-            self._last = batch, [piece.key for piece in pieces_of(batch, self._hashes)]
-        return self._last[1]
+        last = self._last  # another teacher's thread may set it meanwhile
+        if last is None or last[0] is not batch:
+            last = self._last = batch, [piece.key for piece in pieces_of(batch, self._hashes)]
+        return last[1]
 
 
 @dataclass(frozen=True, slots=True)

