@@ -3,6 +3,7 @@
     cache/                         kind fused: one target per position of the training split
     cache/teachers/NAME/train/     kind per_teacher: what this teacher says there
     cache/teachers/NAME/calibration/                 and on the calibration split, for preflight
+    cache/features/NAME/           its hidden states on the training split, where feature terms read them
 
 Each is a folder of the same format with a manifest of its own, so a teacher more is two folders more.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from collegium.cache.build import build_cache, expected_bytes_per_token
+from collegium.cache.feature_build import build_features
+from collegium.cache.feature_store import FeatureCache, open_features, read_feature_manifest
 from collegium.cache.layout import Layout
 from collegium.cache.store import TargetCache, open_cache, read_manifest, summary
 from collegium.console import progress, say
@@ -24,6 +27,7 @@ from collegium.evaluate.scoring import spread_windows
 from collegium.fusion.pooling import Fusion, to_recipe
 from collegium.recipe import plain
 from collegium.teachers.cached import BatchKeys, StoredTeacher, require_static
+from collegium.teachers.cached_features import FeatureEncoder
 from collegium.teachers.encoders import (
     SHARD_TARGETS,
     CorpusEncoder,
@@ -126,7 +130,8 @@ def build(workspace: Workspace, fusion: Callable[[], Fusion | None]) -> list[Bui
     if workspace.recipe.cache.kind == "per_teacher":
         parts: tuple[Part, ...] = ("calibration", "train")
         names = workspace.recipe.teachers
-        return [_build_teacher(workspace, name, part) for name in names for part in parts]
+        built = [_build_teacher(workspace, name, part) for name in names for part in parts]
+        return built + [build_teacher_features(workspace, name) for name in workspace.kept_taps]
     found = fusion()
     assert found is not None  # there are teachers
     return [_build_fused(workspace, found)]
@@ -151,7 +156,9 @@ def identities(workspace: Workspace, variant: Variant) -> dict[str, dict[str, An
     assert variant.fusion is not None  # `reads_cache` has looked
     if workspace.recipe.cache.kind == "fused":
         return {"": cache_identity(workspace, variant.fusion)}
-    return {name: teacher_cache_identity(workspace, name, "train") for name in variant.teachers}
+    found = {name: teacher_cache_identity(workspace, name, "train") for name in variant.teachers}
+    kept = [name for name in workspace.kept_taps if name in variant.teachers]
+    return found | {f"features {name}": feature_identity(workspace, name) for name in kept}
 
 
 def open_or_build(workspace: Workspace, variant: Variant) -> dict[str, TargetCache]:
@@ -167,6 +174,77 @@ def open_or_build(workspace: Workspace, variant: Variant) -> dict[str, TargetCac
     if read_manifest(path) is None:
         _build_fused(workspace, variant.fusion)
     return {"": open_cache(path, cache_identity(workspace, variant.fusion))}
+
+
+def feature_identity(workspace: Workspace, name: str) -> dict[str, Any]:
+    """Everything that the kept hidden states of one teacher depend on."""
+    return {
+        "kind": "features",
+        "layers": workspace.kept_taps[name],
+        **plain(workspace.recipe.cache)["features"],
+        **_shared_identity(workspace, "train"),
+        "teachers": {name: _teacher_identity(workspace, name)},
+    }
+
+
+def open_or_build_features(workspace: Workspace, variant: Variant) -> dict[str, FeatureCache]:
+    """The hidden states that a student's feature terms read, by teacher; built first where they are not there.
+
+    Raises:
+        CacheError: a folder cannot be built, is of another run, or is damaged.
+    """
+    found = {}
+    for name in workspace.kept_taps:
+        if name in variant.teachers:
+            path = feature_path(workspace, name)
+            if read_feature_manifest(path) is None:
+                build_teacher_features(workspace, name)
+            found[name] = open_features(path, feature_identity(workspace, name))
+    return found
+
+
+def feature_path(workspace: Workspace, name: str) -> Path:
+    """The folder of one teacher's hidden states."""
+    return cache_path(workspace) / "features" / name
+
+
+def build_teacher_features(workspace: Workspace, name: str) -> Built:
+    """Keep one teacher's hidden states; it alone is in memory, and not even that where nothing is missing.
+
+    Raises:
+        CacheError: the folder cannot be used.
+    """
+    recipe, options = workspace.recipe, workspace.recipe.cache.features
+    assert options is not None  # or no tap would be kept
+
+    @remembered
+    def teacher() -> LocalTeacher:
+        return workspace.load_teacher(name)
+
+    identity, path = feature_identity(workspace, name), feature_path(workspace, name)
+    encoder = FeatureEncoder(
+        teacher,
+        workspace.datasets["train"],
+        identity["layers"],
+        options=options,
+        batch_size=recipe.cache.batch_size,
+        seed=recipe.seed,
+    )
+    what = f"cache, hidden states of {name}"
+    num_targets = sum(encoder.shard_targets)
+    most = num_targets * len(identity["layers"]) * (options.rank + 4)
+    say(f"{what}: {num_targets:,} targets, at most {most / 1e6:,.1f} MB at {path}")
+    with progress(what) as advance:
+        manifest = build_features(
+            path,
+            identity,
+            encoder.fit,
+            encoder.encode,
+            shard_targets=encoder.shard_targets,
+            progress=advance,
+        )
+    say(f"{what}: {summary(manifest)}")
+    return path, manifest
 
 
 def calibration_identities(workspace: Workspace) -> dict[str, dict[str, Any]]:

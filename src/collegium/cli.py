@@ -275,12 +275,17 @@ def cache_info(path: CacheFolder) -> None:
 @cache_app.command("verify")
 def cache_verify(path: CacheFolder) -> None:
     """Compare every byte of a cache with its manifest, and decode every target."""
+    from collegium.cache.feature_store import feature_folders, open_features
     from collegium.cache.store import cache_folders, open_cache
 
     for folder in cache_folders(path):
         cache = open_cache(folder)
         cache.check()
         _print_cache(folder, cache.manifest)
+    for folder in feature_folders(path):
+        features = open_features(folder)
+        features.check()
+        _print_cache(folder, features.manifest)
     typer.echo("every shard verified")
 
 

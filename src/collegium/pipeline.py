@@ -19,6 +19,7 @@ from collegium.caching import (
     calibration_teachers,
     identities,
     open_or_build,
+    open_or_build_features,
     reads_cache,
 )
 from collegium.checks import CheckReport, check_run
@@ -179,8 +180,9 @@ def _train(workspace: Workspace, variant: Variant) -> Path:
     if folder.is_done(variant.stage, key) and (place / "train" / "summary.json").is_file():
         return place / "student"
     caches = open_or_build(workspace, variant) if is_cached else None
+    features = open_or_build_features(workspace, variant) if is_cached else None
     with folder.stage(variant.stage, key):
-        trainer = workspace.trainer(variant, place / "train", caches=caches)
+        trainer = workspace.trainer(variant, place / "train", caches=caches, features=features)
         trainer.train(resume_from_checkpoint=bool(checkpoints(place / "train")))
         trainer.save_student(place / "student")
     summary = {

@@ -324,7 +324,11 @@ def _check_cache(recipe: Recipe, document: Document) -> None:
         text = "needs teachers and objective.kd_ratio > 0; set it to false"
         document.add(("cache", "enabled"), text)
     try:
-        require_sparse_objective(recipe.objective, where="objective")
+        kept = recipe.cache.features is not None
+        require_sparse_objective(recipe.objective, where="objective", has_features=kept)
+        if kept and recipe.objective.features is None:
+            text = "got some, and no term reads them; must go with objective.features; leave it out, or add that"
+            document.add(("cache", "features"), text)
         if recipe.cache.kind == "per_teacher":
             _require_draws(recipe.cache)
             require_linear(recipe.fusion, recipe.cache.temperatures)

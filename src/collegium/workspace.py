@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from collegium.cache.feature_store import FeatureCache
 from collegium.cache.store import TargetCache
 from collegium.console import quiet_libraries
 from collegium.data.pack import Collator, PackedDataset, build_datasets
-from collegium.losses.features import FeatureLoss
+from collegium.losses.features import FeatureLoss, feature_map
 from collegium.models import (
     count_parameters,
     probe,
@@ -21,11 +22,14 @@ from collegium.models import (
     vocab_size_of,
     weights_digest,
 )
+from collegium.models.config import load_config
+from collegium.models.loading import empty_model
 from collegium.recipe import Recipe, dump_recipe, plain
 from collegium.run_folder import RunFolder, fingerprint
-from collegium.student import build_student, load_student_tokenizer
+from collegium.student import build_student, load_student_tokenizer, student_config
 from collegium.teachers.ahead import Announcing
 from collegium.teachers.cached import BatchKeys, CachedTeacher, StoredTeacher
+from collegium.teachers.cached_features import TappedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective
 from collegium.train.options import training_arguments
@@ -109,6 +113,29 @@ class Workspace:
         probe(teacher.model, vocab_size=self.vocab_size, where=where)
         return teacher
 
+    @cached_property
+    def kept_taps(self) -> dict[str, list[str]]:
+        """The hidden states that the cache keeps of each teacher, by the pairs of the feature terms; none where it keeps none."""
+        options, cache = self.recipe.objective.features, self.recipe.cache
+        if options is None or cache.features is None:
+            return {}
+        student = empty_model(student_config(self.recipe.student, where="student"), "student")
+        ours = tap_names(student)
+        return {
+            name: sorted({tap for _, tap in feature_map(options, ours, list(widths))})
+            for name, widths in self.teacher_widths.items()
+            if options.teacher_weight(name) > 0
+        }
+
+    @cached_property
+    def teacher_widths(self) -> dict[str, dict[str, int]]:
+        """The width of each tap of each teacher, from its config alone."""
+        found = {}
+        for name, options in self.recipe.teachers.items():
+            where = f"teachers.{name}"
+            found[name] = _tap_widths(empty_model(load_config(options, where=where), where))
+        return found
+
     def new_student(self) -> PreTrainedModel:
         """The untrained student, probed: the same weights at every call."""
         student = build_student(self.recipe.student, seed=self.recipe.seed, where="student")
@@ -135,7 +162,12 @@ class Workspace:
         return 1 + sum(2 * teacher.num_parameters for teacher in self.teachers) / (6 * student)
 
     def trainer(
-        self, variant: Variant, folder: Path, *, caches: Mapping[str, TargetCache] | None = None
+        self,
+        variant: Variant,
+        folder: Path,
+        *,
+        caches: Mapping[str, TargetCache] | None = None,
+        features: Mapping[str, FeatureCache] | None = None,
     ) -> DistillTrainer:
         """The trainer of one student, writing to `folder`.
 
@@ -143,6 +175,7 @@ class Workspace:
             variant: which.
             folder: where.
             caches: what it reads instead of its teachers, by their names; a finished target under the name "".
+            features: hidden states that go with these, by the names of the teachers that have some.
         """
         # imported late: it takes longer than a whole check
         from collegium.train.trainer import DistillTrainer
@@ -150,9 +183,12 @@ class Workspace:
         student = self.new_student()
         dataset = self.datasets["train"]
         live = [] if caches else self.teachers_of(variant)
-        stored = self._stored_teachers(caches) if caches else []
+        features = features or {}
+        stored = self._stored_teachers(caches, features) if caches else []
         # A worker process could not tell this one.
         is_ahead = bool(stored) and not self.recipe.train.dataloader_num_workers
+        widths = {teacher.name: _tap_widths(teacher.model) for teacher in live}
+        widths |= {name: self.teacher_widths[name] for name in caches or () if name in features}
         options = dataclasses.replace(
             self.recipe.train, max_steps=round(self.num_steps * variant.steps_factor)
         )
@@ -167,7 +203,7 @@ class Workspace:
                 on_cpu=student.device.type == "cpu",
             ),
             train_dataset=dataset,
-            objective=self._objective(variant, student, live),
+            objective=self._objective(variant, student, widths),
             processing_class=self.tokenizer,
             identity={
                 "variant": fingerprint(variant.identity()),
@@ -176,17 +212,22 @@ class Workspace:
                     for name in variant.teachers
                 },
                 **{f"cache {name}".rstrip(): one.digest for name, one in (caches or {}).items()},
+                **{f"features {name}": one.digest for name, one in features.items()},
             },
         )
 
     def _stored_teachers(
-        self, caches: Mapping[str, TargetCache]
-    ) -> list[CachedTeacher] | list[StoredTeacher]:
+        self, caches: Mapping[str, TargetCache], features: Mapping[str, FeatureCache]
+    ) -> Sequence[CachedTeacher | StoredTeacher | TappedTeacher]:
         documents = self.datasets["train"].sample_names
         if set(caches) == {""}:
             return [CachedTeacher(caches[""], documents)]
         keys = BatchKeys(documents)
-        return [StoredTeacher(name, cache, keys) for name, cache in caches.items()]
+        stored = [StoredTeacher(name, cache, keys) for name, cache in caches.items()]
+        return [
+            TappedTeacher(one, features[one.name], keys) if one.name in features else one
+            for one in stored
+        ]
 
     def teachers_of(self, variant: Variant) -> list[LocalTeacher]:
         """The teachers that a variant listens to; none is loaded for a variant without."""
@@ -195,26 +236,28 @@ class Workspace:
         return [teacher for teacher in self.teachers if teacher.name in variant.teachers]
 
     def _objective(
-        self, variant: Variant, student: PreTrainedModel, teachers: list[LocalTeacher]
+        self,
+        variant: Variant,
+        student: PreTrainedModel,
+        teacher_widths: Mapping[str, Mapping[str, int]],
     ) -> Objective:
         options = variant.objective
         features = None
-        if options.features is not None and teachers:
-            names = {teacher.name for teacher in teachers}
+        if options.features is not None and teacher_widths:
             factors = {
                 name: factor
                 for name, factor in options.features.teacher_weights.items()
-                if name in names
+                if name in teacher_widths
             }
             features = FeatureLoss(
                 dataclasses.replace(options.features, teacher_weights=factors),
-                {tap: tap_width(student, tap) for tap in tap_names(student)},
-                {
-                    teacher.name: {
-                        tap: tap_width(teacher.model, tap) for tap in tap_names(teacher.model)
-                    }
-                    for teacher in teachers
-                },
+                _tap_widths(student),
+                teacher_widths,
                 seed=self.recipe.seed,
             )
         return Objective(options, variant.fusion, features=features)
+
+
+def _tap_widths(model: PreTrainedModel) -> dict[str, int]:
+    """The width of each tap, in order of depth."""
+    return {tap: tap_width(model, tap) for tap in tap_names(model)}

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from collegium.cache.codec import Samples, Targets
+from collegium.cache.features import FeatureCacheOptions
 from collegium.cache.layout import Kind
 from collegium.types import STRICT
 
@@ -33,6 +34,8 @@ class CacheOptions:
     """What is kept of each distribution: 50 draws by default, 24 of each teacher in a per-teacher cache."""
     temperatures: list[Annotated[float, Field(gt=0)]] = field(default_factory=_TEMPERATURES.copy)
     """Of a per-teacher cache: temperatures at which a teacher may be read later, beside 1; each costs a few bytes per token."""
+    features: FeatureCacheOptions | None = None
+    """Of a per-teacher cache: also keep the hidden states that the feature terms of the objective read; none leaves those terms out."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Windows that the teachers read at a time."""
 
@@ -47,6 +50,15 @@ class CacheOptions:
             raise ValueError(
                 f"temperatures: got {', '.join(f'{value:g}' for value in given)}; must be different ones, and 1 is always "
                 "kept; leave out what is there twice"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _features_are_of_one_teacher(self) -> CacheOptions:
+        if self.features is not None and self.kind == "fused":
+            raise ValueError(
+                "features: got some with kind `fused`; must be left out unless the kind is `per_teacher`, for hidden states "
+                "belong to single teachers; leave it out, or set cache.kind: per_teacher"
             )
         return self
 

@@ -179,7 +179,7 @@ class Objective(nn.Module):
             return None
         cached = [t.scores for t in teachers if isinstance(t.scores, SparseRows)]
         if cached:
-            require_sparse_objective(self.options, where="objective")
+            require_sparse_objective(self.options, where="objective", has_features=False)
             if len(teachers) > 1:
                 raise RecipeError(
                     f"objective: got {len(teachers)} teachers, one of them a cache; must be the cache alone"
@@ -200,8 +200,10 @@ class Objective(nn.Module):
         return FusedTarget(self.fusion, teachers, rows)
 
 
-def require_sparse_objective(options: ObjectiveOptions, *, where: str) -> None:
-    """Refuse what a target that names a few tokens per row cannot give.
+def require_sparse_objective(
+    options: ObjectiveOptions, *, where: str, has_features: bool = True
+) -> None:
+    """Refuse what a target that names a few tokens per row cannot give; `has_features`: the cache holds hidden states beside it.
 
     Raises:
         RecipeError: another divergence than forward KL, a temperature, or feature terms.
@@ -212,9 +214,10 @@ def require_sparse_objective(options: ObjectiveOptions, *, where: str) -> None:
         raise RecipeError(f"{where}.divergence: got {name}; must be forward_kl {wanted}")
     if options.temperature != 1.0:
         raise RecipeError(f"{where}.temperature: got {options.temperature:g}; must be 1 {wanted}")
-    if options.features is not None:
+    if options.features is not None and not has_features:
         raise RecipeError(
-            f"{where}.features: needs the hidden states of live teachers; must be left out {wanted}"
+            f"{where}.features: needs the hidden states of live teachers; must be left out {wanted}, or keep them with "
+            "`cache: {kind: per_teacher, features: {}}`"
         )
 
 

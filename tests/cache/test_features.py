@@ -1,0 +1,308 @@
+"""Hidden states in a byte per coefficient: how far they are off, and that no damage to them goes unseen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from collegium.cache.feature_build import build_features
+from collegium.cache.feature_shards import PieceFeatures
+from collegium.cache.feature_store import FEATURE_MANIFEST, FeatureCache, open_features
+from collegium.cache.features import Projection, projections_bytes, read_projections
+from collegium.cache.shards import PieceKey
+from collegium.cache.store import manifest_digest
+from collegium.errors import CacheError
+from collegium.losses.features import _normalize
+
+D = 24
+TAPS = {"layer_0": 24, "layer_3": 16}
+IDENTITY: dict[str, Any] = {
+    "kind": "features",
+    "layers": sorted(TAPS),
+    "rank": 8,
+    "teachers": {"code": {"weights": "aa"}},
+}
+LENGTHS = [5, 1, 9]
+SHARDS = 3
+
+
+def hidden(num_rows: int, width: int = D, *, seed: int = 0) -> np.ndarray:
+    """States as models have them: a few directions carry most of the variance, and the mean is not zero."""
+    generator = np.random.default_rng(seed)
+    spectrum = 30.0 * 0.7 ** np.arange(width)
+    turned, _ = np.linalg.qr(np.random.default_rng(99).standard_normal((width, width)))
+    return (generator.standard_normal((num_rows, width)) * spectrum @ turned + 3.0).astype(np.float32)  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [1, 8, D, 100])
+def test_the_error_is_within_its_bound_against_float64(rank: int) -> None:
+    projection = Projection.fit(hidden(500), rank, seed=1)
+    states = hidden(200, seed=2)
+    codes, scales = projection.encode(states)
+    assert codes.dtype == np.int8
+    assert codes.shape == (200, min(rank, D))
+    basis, mean = projection.basis_DR.astype(np.float64), projection.mean_D.astype(np.float64)
+    exact = states.astype(np.float64)
+    coefficients = (exact - mean) @ basis
+    quantized = codes.astype(np.float64) * scales.astype(np.float64)[:, None]
+    assert (np.abs(quantized - coefficients) <= 0.5 * scales[:, None] * (1 + 1e-3) + 1e-5).all()
+    left_out = np.linalg.norm(exact - mean - coefficients @ basis.T, axis=1)
+    error = np.linalg.norm(exact - projection.decode(codes, scales), axis=1)
+    assert (error <= left_out + np.sqrt(codes.shape[1]) * scales / 2 * (1 + 1e-3) + 1e-3).all()
+    assert np.abs(basis.T @ basis - np.eye(codes.shape[1])).max() < 1e-6
+
+
+def test_the_projection_keeps_the_most_that_any_of_its_rank_can() -> None:
+    """Against the truncated singular value decomposition, in float64."""
+    states = hidden(300).astype(np.float64)
+    centered = states - states.mean(0)
+    best = np.square(np.linalg.svd(centered, compute_uv=False)[8:]).sum()
+    projection = Projection.fit(states, 8, seed=3)
+    basis = projection.basis_DR.astype(np.float64)
+    left = np.square(centered - centered @ basis @ basis.T).sum()
+    assert left == pytest.approx(best, rel=1e-3)
+
+
+def test_without_the_rotation_small_coefficients_would_be_lost() -> None:
+    states, sample = hidden(300, seed=5), hidden(2000)
+    turned = Projection.fit(sample, D, seed=1)
+    centered = sample.astype(np.float64) - sample.mean(0)
+    vectors = np.linalg.eigh(centered.T @ centered)[1][:, ::-1]
+    plain = Projection(turned.mean_D, np.ascontiguousarray(vectors, np.float32))
+    errors = [np.square(p.decode(*p.encode(states)) - states).mean() for p in (turned, plain)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize(("rank", "tolerance"), [(D, 0.01), (12, 0.03)])
+def test_the_alignment_loss_and_its_gradient_are_kept(rank: int, tolerance: float) -> None:
+    """|F' - F| / F, and the same for the gradient at the student's states, of the normalized squared distance."""
+    projection = Projection.fit(hidden(2000), rank, seed=1)
+    theirs = hidden(400, seed=2)
+    kept = projection.decode(*projection.encode(theirs))
+    values, grads = [], []
+    for states in (theirs, kept):
+        ours = torch.from_numpy(hidden(400, seed=7)).double().requires_grad_()
+        target = _normalize(torch.from_numpy(states).double())
+        loss = (_normalize(ours) - target).square().mean(-1).sum()
+        (grad,) = torch.autograd.grad(loss, ours)
+        values.append(float(loss.detach()))
+        grads.append(grad)
+    assert values[1] == pytest.approx(values[0], rel=tolerance)
+    assert float((grads[1] - grads[0]).norm() / grads[0].norm()) < 3 * tolerance
+
+
+def test_edge_cases() -> None:
+    projection = Projection.fit(hidden(3), D, seed=0)
+    codes, scales = projection.encode(projection.mean_D[None])
+    assert not codes.any()
+    assert scales.tolist() == [0.0]
+    assert np.array_equal(projection.decode(codes, scales)[0], projection.mean_D)
+    again = Projection.fit(hidden(3), D, seed=0)
+    assert projections_bytes({"a": projection}) == projections_bytes({"a": again})
+    assert projections_bytes({"a": projection}) != projections_bytes({"a": Projection.fit(hidden(3), D, seed=1)})  # fmt: skip
+    assert read_projections(projections_bytes({"a": projection})).keys() == {"a"}
+
+
+# A whole folder
+
+
+def key_of(shard: int, piece: int) -> PieceKey:
+    return PieceKey(100 * shard + piece, 7 * piece, bytes([shard, piece] * 8))
+
+
+def states_of(shard: int, piece: int, tap: str) -> np.ndarray:
+    return hidden(LENGTHS[piece], TAPS[tap], seed=10 * shard + piece)
+
+
+def fit() -> dict[str, Projection]:
+    return {tap: Projection.fit(hidden(200, width), 8, seed=0) for tap, width in TAPS.items()}
+
+
+def encode(shard: int, projections: Mapping[str, Projection]) -> Iterator[PieceFeatures]:
+    for piece in range(len(LENGTHS)):
+        taps = {tap: projections[tap].encode(states_of(shard, piece, tap)) for tap in TAPS}
+        yield PieceFeatures(key_of(shard, piece), taps)
+
+
+def build(path: Path, **changed: Any) -> dict[str, Any]:
+    return build_features(
+        path, IDENTITY | changed, fit, encode, shard_targets=[sum(LENGTHS)] * SHARDS
+    )
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    build(tmp_path / "code")
+    return tmp_path / "code"
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.name != ".lock"}
+
+
+def read_all(cache: FeatureCache) -> None:
+    for shard in range(SHARDS):
+        for piece in range(len(LENGTHS)):
+            cache.rows([key_of(shard, piece)], sorted(TAPS))
+
+
+def test_pieces_are_found_in_any_order(built: Path) -> None:
+    cache, projections = open_features(built, IDENTITY), fit()
+    places = [(2, 2), (0, 1), (1, 0)]
+    found = cache.rows([key_of(*place) for place in places], ["layer_3"])
+    expected = [
+        projections["layer_3"].decode(*projections["layer_3"].encode(states_of(*p, "layer_3")))
+        for p in places
+    ]
+    assert list(found) == ["layer_3"]
+    # Rows of one product, cut differently, may differ in their last bit.
+    np.testing.assert_allclose(found["layer_3"].numpy(), np.concatenate(expected), rtol=1e-5)
+    cache.check()
+    with pytest.raises(CacheError, match="holds layer_0, layer_3; must hold `layer_9`"):
+        cache.rows([key_of(0, 0)], ["layer_9"])
+    with pytest.raises(CacheError, match="holds no hidden states for the tokens at 3"):
+        cache.rows([PieceKey(1, 3, bytes(16))], ["layer_3"])
+
+
+def test_any_parquet_reader_opens_a_shard(built: Path) -> None:
+    file = sorted(built.glob("shard-*.parquet"))[0]
+    table = pq.read_table(file)
+    assert table.column_names == [
+        "document", "offset", "window",
+        "layer_0.codes", "layer_0.scales", "layer_3.codes", "layer_3.scales",
+    ]  # fmt: skip
+    assert [len(x) for x in table["layer_0.codes"].to_pylist()] == [8 * n for n in LENGTHS]
+    assert [len(x) for x in table["layer_0.scales"].to_pylist()] == LENGTHS
+
+
+def test_another_run_is_refused_field_by_field(built: Path) -> None:
+    other = IDENTITY | {"rank": 16, "layers": ["layer_0"]}
+    with pytest.raises(CacheError, match=r"(?s)built for another run.*layers.*rank") as caught:
+        open_features(built, other)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CacheError, match="rank"):
+        build(built, rank=16)
+
+
+_CHILD = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from cache import test_features as cases
+import collegium.cache.feature_build as module
+count, inner = 0, os.replace
+def replace(*arguments, **named):
+    global count
+    count += 1
+    if count == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(*arguments, **named)
+os.replace = replace
+Path.replace = lambda self, target: replace(self, target)
+cases.build(Path({folder!r}))
+"""
+
+
+@pytest.mark.parametrize("at", range(1, SHARDS + 3))
+def test_a_killed_build_goes_on_to_the_same_bytes(built: Path, tmp_path: Path, at: int) -> None:
+    """Killed just before the projection, each shard, and the manifest become visible."""
+    folder = tmp_path / "killed"
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
+    code = _CHILD.format(paths=paths, at=at, folder=str(folder))
+    found = subprocess.run([sys.executable, "-c", code], check=False, env=os.environ)
+    assert found.returncode == -signal.SIGKILL
+    assert not (folder / FEATURE_MANIFEST).exists()
+    build(folder)
+    assert content(folder) == content(built)
+
+
+def test_a_finished_folder_is_not_encoded_again(built: Path) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("asked again")
+
+    before = content(built)
+    build_features(built, IDENTITY, never, never, shard_targets=[sum(LENGTHS)] * SHARDS)
+    assert content(built) == before
+    sorted(built.glob("shard-*"))[1].unlink()
+    build(built)
+    assert content(built) == before
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("collegium.cache.feature_build.write_bytes", full)
+    with pytest.raises(CacheError, match="the disk is full; finished shards are kept"):
+        build(tmp_path / "code")
+
+
+def test_every_flipped_bit_is_caught_before_a_value_is_read(built: Path) -> None:
+    generator = np.random.default_rng(0)
+    files = sorted(file for file in built.iterdir() if file.name != ".lock")
+    for number in range(200):
+        file = files[number % len(files)]
+        sound = file.read_bytes()
+        broken = bytearray(sound)
+        broken[generator.integers(len(sound))] ^= 1 << int(generator.integers(8))
+        file.write_bytes(broken)
+        with pytest.raises(CacheError):
+            read_all(open_features(built, IDENTITY))
+        file.write_bytes(sound)
+    read_all(open_features(built, IDENTITY))
+
+
+@pytest.mark.parametrize("back", [3, 10, 20, 40, 60])
+def test_damage_after_opening_fails_a_page_checksum(built: Path, back: int) -> None:
+    """Only the pages themselves: the footer has been read by then."""
+    cache = open_features(built, IDENTITY)
+    for file in built.glob("shard-*.parquet"):
+        data = bytearray(file.read_bytes())
+        chunk = pq.ParquetFile(file).metadata.row_group(0).column(3)
+        data[chunk.data_page_offset + chunk.total_compressed_size - back] ^= 64
+        with file.open("r+b") as handle:
+            handle.write(data)
+    with pytest.raises(CacheError, match=r"damaged .*build the cache again"):
+        read_all(cache)
+
+
+@pytest.mark.parametrize("what", ["cut", "missing", "swapped", "projection gone", "newer"])
+def test_other_damage_is_named(built: Path, what: str) -> None:
+    first, second = sorted(built.glob("shard-*.parquet"))[:2]
+    if what == "cut":
+        first.write_bytes(first.read_bytes()[:-40])
+    elif what == "missing":
+        first.unlink()
+    elif what == "swapped":
+        kept = first.read_bytes()
+        shutil.copy(second, first)
+        second.write_bytes(kept)
+    elif what == "projection gone":
+        next(built.glob("projection-*")).unlink()
+    else:
+        manifest = json.loads((built / FEATURE_MANIFEST).read_text()) | {"format": 9}
+        manifest["sha256"] = manifest_digest(manifest)
+        (built / FEATURE_MANIFEST).write_text(json.dumps(manifest))
+    expected = {
+        "cut": "bytes instead of",
+        "missing": "missing; must be",
+        "swapped": "bytes instead of|fails its sha256",
+        "projection gone": r"projection-\w+.safetensors: missing",
+        "newer": "got format 9; must be 1",
+    }
+    with pytest.raises(CacheError, match=expected[what]):
+        open_features(built, IDENTITY)
+    with pytest.raises(CacheError, match="no finished hidden states"):
+        open_features(built / "nowhere")

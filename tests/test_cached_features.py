@@ -1,0 +1,153 @@
+"""Feature terms from a cache: no teacher is loaded for training, and the loss is that of live teachers within its tolerance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny_run
+from collegium import pipeline
+from collegium.cache.feature_store import open_features
+from collegium.caching import (
+    feature_identity,
+    feature_path,
+    open_or_build,
+    open_or_build_features,
+)
+from collegium.cli import app
+from collegium.data.pack import Collator
+from collegium.errors import CacheError, RecipeError
+from collegium.recipe import Recipe, dump_recipe, load_recipe
+from collegium.run_folder import read_json
+from collegium.types import Batch
+from collegium.variants import main_variant
+from collegium.workspace import Workspace
+
+FUSION = "fusion={weighting: uniform}"
+CACHE = "cache={enabled: true, kind: per_teacher, features: {rank: 256, fit_rows: 300}}"
+FEATURES = "objective={kd_ratio: 0.5, features: {num_layers: 2, teacher_weights: {code: 0.5}}}"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+def recipe_at(root: Path, *overrides: str) -> Recipe:
+    file = root / "recipe.yaml"
+    file.write_text(tiny_run.recipe_text(root), encoding="utf-8")
+    return load_recipe(file, [FUSION, CACHE, FEATURES, *overrides])
+
+
+@pytest.fixture(scope="module")
+def built(root: Path) -> Recipe:
+    recipe = recipe_at(root)
+    pipeline.cache(recipe)
+    return recipe
+
+
+def test_no_teacher_is_loaded_and_every_term_trains(
+    built: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a teacher was loaded")
+
+    monkeypatch.setattr("collegium.teachers.local.load_model", load)
+    pipeline.train(built)
+    log = (built.output_dir / "train" / "log.jsonl").read_text()
+    assert '"feature/code"' in log
+    assert '"feature/scripture"' in log
+    assert read_json(built.output_dir / "train" / "summary.json")["steps"] == 4
+
+
+def test_states_and_loss_are_those_of_live_teachers(built: Recipe) -> None:
+    workspace = Workspace(built)
+    fusion = built.fusion
+    assert not isinstance(fusion, str)
+    variant = main_variant(built, fusion)
+    features = open_or_build_features(workspace, variant)
+    assert {name: cache.taps for name, cache in features.items()} == workspace.kept_taps
+    place = built.output_dir / "compared"
+    trainers = [
+        workspace.trainer(variant, place / "cached", caches=open_or_build(workspace, variant), features=features),
+        workspace.trainer(variant, place / "live"),
+    ]  # fmt: skip
+    dataset = workspace.datasets["train"]
+    inputs = Collator()([dict(dataset[w]) for w in range(8)])
+    batch = Batch.from_inputs(inputs)
+    rows = batch.rows()
+    for name, taps in workspace.kept_taps.items():
+        kept, live = (
+            next(one for one in trainer.teachers if one.name == name).score(batch, rows, taps)
+            for trainer in trainers
+        )
+        for tap in taps:
+            error = (kept.features[tap] - live.features[tap]).norm(dim=1)
+            assert float((error / live.features[tap].norm(dim=1)).max()) < 0.03
+    losses = [trainer._score(inputs)[2] for trainer in trainers]
+    for name in ("feature/code", "feature/scripture"):
+        cached, live = (float(loss.terms[name]) for loss in losses)
+        assert cached == pytest.approx(live, rel=0.01)
+
+
+def test_other_layers_or_another_rank_are_named(built: Recipe, root: Path) -> None:
+    changed = recipe_at(root, "objective.features.num_layers=1", "cache.features.rank=8")
+    workspace = Workspace(changed)
+    with pytest.raises(CacheError, match=r"built for another run \(.*layers.*rank"):
+        open_features(feature_path(workspace, "code"), feature_identity(workspace, "code"))
+    turned_off = recipe_at(root, "objective.features.teacher_weights={code: 0}")
+    assert list(Workspace(turned_off).kept_taps) == ["scripture"]
+
+
+def test_verify_looks_at_hidden_states_too(built: Recipe) -> None:
+    path = built.output_dir / "cache"
+    result = CliRunner().invoke(app, ["cache", "verify", str(path)])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("features") == 2
+    shard = next((path / "features" / "code").glob("shard-*.parquet"))
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    result = CliRunner().invoke(app, ["cache", "verify", str(path)])
+    assert result.exit_code != 0
+    shard.write_bytes(sound)
+
+
+def test_a_recipe_with_kept_states_reads_back_equal(root: Path, tmp_path: Path) -> None:
+    recipe = recipe_at(root)
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "cache={enabled: true, features: {rank: 4}}",
+            "cache: features: got some with kind `fused`|cache.features: got some with kind `fused`",
+        ),
+        ("objective={kd_ratio: 0.5}", "cache.features: got some, and no term reads them"),
+        (
+            "cache={enabled: true, kind: per_teacher}",
+            "objective.features: needs the hidden states of live teachers",
+        ),
+        (
+            "cache={enabled: true, kind: per_teacher, features: {rank: 0}}",
+            r"cache.features.rank: got 0; must be at least 1",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(root: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe_at(root, override)
+
+
+def test_the_states_are_deterministic(built: Recipe, root: Path) -> None:
+    other = recipe_at(root, f"output_dir={root}/again")
+    pipeline.cache(other)
+    for name in ("code", "scripture"):
+        one, two = (
+            open_features(feature_path(Workspace(recipe), name)) for recipe in (built, other)
+        )
+        assert one.digest == two.digest
