@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -170,6 +170,11 @@ class Head:
         """(n, D) -> (n, V), in float32 or wider."""
         raw_nV = torch.nn.functional.linear(hidden_nD.to(self.weight.dtype), self.weight, self.bias)
         return self.finish(raw_nV)
+
+    def scaled(self, factor: float) -> Head:
+        """The head whose logits are `factor` times those of this one."""
+        cap = None if self.softcap is None else self.softcap * factor
+        return replace(self, scale=self.scale * factor, softcap=cap)
 
     def finish(self, raw_nV: Tensor) -> Tensor:
         """Scale and cap what the linear map gave: (n, V) -> (n, V), in float32 or wider."""

@@ -284,7 +284,8 @@ def test_memory_does_not_grow_with_teachers(weighting, pool):
                 target.block(slice(start, start + 10))
         peaks.append(live.peak)
     assert peaks[1] == peaks[2]
-    assert max(peaks) <= 4
+    # At this size a strip of the kernels is as large as a block.
+    assert max(peaks) <= 5
 
 
 def test_blocks_must_follow_one_another(logits_KNV, rows):

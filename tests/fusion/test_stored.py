@@ -33,8 +33,8 @@ from collegium.fusion.weights import (
     Weighting,
 )
 from collegium.losses.divergences import ForwardKL
-from collegium.losses.sparse import sparse_terms
 from collegium.types import DenseRows, Rows, SparseRows, StoredRows, TeacherRows, domain_number
+from sparse_cases import sparse_terms
 
 K, N, V = 3, 12, 17
 NAMES = ("code", "law", "prose")

@@ -275,9 +275,16 @@ def test_no_tensor_of_rows_by_vocabulary():
     assert largest(8) == 8 * vocab
 
 
-def test_default_block_size_keeps_a_buffer_small():
+def test_default_block_size_keeps_to_the_memory():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for vocab_size, num_buffers in [(49_152, 2), (151_936, 2), (262_144, 8), (49_152, 4)]:
+        for device, megabytes in [(cpu, 256), (gpu, 1024)]:
+            size = default_block_size(vocab_size, device, num_buffers=num_buffers)
+            row = 4 * vocab_size * num_buffers
+            assert size * row <= megabytes * 2**20
+            if device is gpu or num_buffers == 2:
+                assert (size + 1) * row > megabytes * 2**20
     assert default_block_size(4096, cpu) == 488
-    assert default_block_size(151_936, cpu) == 128
     assert default_block_size(10, cpu) == 4096
-    assert default_block_size(151_936, gpu) > 4 * default_block_size(151_936, cpu)
+    assert default_block_size(49_152, cpu, num_buffers=2, megabytes=64) == 170
+    assert default_block_size(2_000_000, cpu, num_buffers=2, megabytes=1) == 1

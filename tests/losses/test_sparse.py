@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from collegium.losses.divergences import ForwardKL
-from collegium.losses.sparse import TAIL_FLOOR, sparse_terms
+from collegium.losses.sparse import TAIL_FLOOR
 from collegium.types import SparseRows
+from sparse_cases import sparse_terms
 
 N, V = 11, 23
 
@@ -50,14 +51,14 @@ def _gradient(value: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 def test_draws_match_the_dense_formula_in_value_and_gradient() -> None:
     logits, labels = _draw()
     target = _sampled()
-    ce, kl = sparse_terms(logits.log_softmax(-1), labels, target)
+    ce, kl = sparse_terms(logits, labels, target)
     dense = ForwardKL()(target.logits(slice(0, N)), logits.log_softmax(-1))
     expected_ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(kl, dense, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ce, expected_ce, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(_gradient(kl, logits), _gradient(dense, logits))
     prob = target.logits(slice(0, N)).exp()
-    kl = sparse_terms(logits.log_softmax(-1), labels, target)[1]
+    kl = sparse_terms(logits, labels, target)[1]
     torch.testing.assert_close(_gradient(kl, logits), logits.softmax(-1).detach() - prob)
 
 
@@ -65,7 +66,7 @@ def test_draws_match_the_dense_formula_in_value_and_gradient() -> None:
 def test_top_k_is_the_kl_over_kept_tokens_and_one_bucket(k: int) -> None:
     logits, labels = _draw()
     target, logp = _top_k(k)
-    _, kl = sparse_terms(logits.log_softmax(-1), labels, target)
+    _, kl = sparse_terms(logits, labels, target)
     order = logp.argsort(dim=1, descending=True)
     p, q = logp.exp().gather(1, order), logits.softmax(-1).gather(1, order)
     p = torch.cat([p[:, :k], p[:, k:].sum(1, keepdim=True)], 1)
@@ -78,7 +79,7 @@ def test_top_k_is_the_kl_over_kept_tokens_and_one_bucket(k: int) -> None:
 def test_the_bucket_of_a_student_that_equals_its_target_costs_nothing() -> None:
     target, logp = _top_k(4)
     logits = logp.clone().requires_grad_()
-    _, kl = sparse_terms(logits.log_softmax(-1), torch.zeros(N, dtype=torch.int64), target)
+    _, kl = sparse_terms(logits, torch.zeros(N, dtype=torch.int64), target)
     assert kl.abs().max() < 1e-12
     assert _gradient(kl, logits).abs().max() < 1e-12
 
@@ -92,7 +93,7 @@ def test_a_student_without_a_tail_is_pulled_back_and_nothing_overflows(dtype: to
     target = SparseRows(
         starts, ids, torch.tensor([math.log(0.9)]), torch.tensor([math.log(0.1)]), V
     )
-    _, kl = sparse_terms(logits.log_softmax(-1), torch.zeros(1, dtype=torch.int64), target)
+    _, kl = sparse_terms(logits, torch.zeros(1, dtype=torch.int64), target)
     assert torch.isfinite(kl).all()
     assert kl.item() == pytest.approx(
         0.9 * math.log(0.9) + 0.1 * (math.log(0.1) - math.log(TAIL_FLOOR)), rel=1e-3
@@ -107,7 +108,7 @@ def test_below_the_floor_the_tail_still_has_a_gradient() -> None:
     target = SparseRows(
         torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([math.log(0.9)]), torch.tensor([math.log(0.1)]), V
     )  # fmt: skip
-    _, kl = sparse_terms(logits.log_softmax(-1), torch.zeros(1, dtype=torch.int64), target)
+    _, kl = sparse_terms(logits, torch.zeros(1, dtype=torch.int64), target)
     gradient = _gradient(kl, logits)
     assert gradient[0, 0] > 0.01
     assert (gradient[0, 1:] < 0).all()
@@ -117,7 +118,7 @@ def test_an_empty_tail_is_no_nan() -> None:
     logits, labels = _draw()
     target, _ = _top_k(V)
     target = SparseRows(target.starts, target.ids, target.logp, torch.full((N,), -torch.inf), V)
-    _, kl = sparse_terms(logits.log_softmax(-1), labels, target)
+    _, kl = sparse_terms(logits, labels, target)
     assert torch.isfinite(kl).all()
     assert torch.isfinite(_gradient(kl, logits)).all()
 
@@ -125,9 +126,9 @@ def test_an_empty_tail_is_no_nan() -> None:
 def test_blocks_of_a_target_are_its_rows() -> None:
     logits, labels = _draw()
     for target in (_sampled(), _top_k(3)[0]):
-        whole = sparse_terms(logits.log_softmax(-1), labels, target)[1]
+        whole = sparse_terms(logits, labels, target)[1]
         parts = [
-            sparse_terms(logits[b].log_softmax(-1), labels[b], target.block(b))[1]
+            sparse_terms(logits[b], labels[b], target.block(b))[1]
             for b in (slice(0, 4), slice(4, 5), slice(5, N))
         ]
         torch.testing.assert_close(torch.cat(parts), whole)
@@ -150,9 +151,7 @@ def test_the_gradient_of_draws_is_unbiased() -> None:
     )
     target = decode_rows(Samples(draws=draws), encoded, V)
     student = logits[:1].detach().repeat(num_repeats, 1).requires_grad_()
-    _, kl = sparse_terms(
-        student.log_softmax(-1), torch.zeros(num_repeats, dtype=torch.int64), target
-    )
+    _, kl = sparse_terms(student, torch.zeros(num_repeats, dtype=torch.int64), target)
     gradient = _gradient(kl, student)
     p = logp[0].exp()
     error = (p * (1 - p) / draws / num_repeats).sqrt()

@@ -46,7 +46,9 @@ def disagreement(mixture_logp_nV: Tensor, entropy_Kn: Tensor, weights_Kn: Tensor
     mixture_entropy_n = -mixture_logp_nV.exp().mul_(mixture_logp_nV).sum(-1)
     jsd_n = mixture_entropy_n - (weights_Kn * entropy_Kn).sum(0)
     weight_entropy_n = torch.special.entr(weights_Kn).sum(0)
-    return (jsd_n / weight_entropy_n.clamp(min=MIN_WEIGHT_ENTROPY)).clamp(0.0, 1.0)
+    conflict_n = (jsd_n / weight_entropy_n.clamp(min=MIN_WEIGHT_ENTROPY)).clamp(0.0, 1.0)
+    # The two entropies of a single voice are summed differently, and differ by a rounding.
+    return torch.where(weight_entropy_n > 0, conflict_n, 0.0)
 
 
 class Conflict:

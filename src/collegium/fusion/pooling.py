@@ -26,7 +26,7 @@ from collegium.fusion.conflict import (
 )
 from collegium.fusion.routing import Route, RoutedReader
 from collegium.fusion.rules import WEIGHTINGS
-from collegium.fusion.stream import Pool, PoolKind, TeacherReader
+from collegium.fusion.stream import Member, Pool, PoolKind, TeacherReader
 from collegium.fusion.weights import (
     Carry,
     PrefixLikelihood,
@@ -34,6 +34,7 @@ from collegium.fusion.weights import (
     Weighting,
     check_names,
 )
+from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
 from collegium.types import STRICT, Rows, TeacherRows
 
 LOWEST_SCORE = -1e300
@@ -119,14 +120,32 @@ class FusedBlock:
         weighted_Kn = self.weights_Kn * self.entropy_Kn
         within_n = torch.where(has_weight_Kn, weighted_Kn, 0.0).sum(0)
         entropy_n = -logp_nV.exp().mul_(logp_nV).sum(-1)
-        return (entropy_n - within_n).clamp(min=0.0)
+        jsd_n = (entropy_n - within_n).clamp(min=0.0)
+        # The two entropies of a single voice are summed differently, and differ by a rounding.
+        return torch.where((self.weights_Kn == 1.0).any(0), 0.0, jsd_n)
+
+
+@plain_dataclass(frozen=True, slots=True)
+class FusedRows:
+    """The target at n rows in the form in which it was pooled."""
+
+    target: DenseTarget
+    """Overwritten by the next block where a workspace was given."""
+    weights_Kn: Tensor
+    """(K, n) weights, each column sums to 1."""
+    stats: RowStats
+    """(K, n) each, of the teachers."""
+    log_normalizer_n: Tensor | None
+    """As in `FusedBlock`."""
+    conflict: ConflictBlock | None
 
 
 class FusedTarget:
     """The target distribution of the rows of one batch, block by block, without gradient.
 
-    Whatever K is, four (n, V) tensors are alive at most: the pool, two buffers and the current teacher's logits; one or two more under a
-    conflict policy, which compares the teachers by their linear pool. A policy that changes weights pools its blocks twice.
+    Whatever K is, two (n, V) tensors are alive at most: the pool and the current teacher's logits; one or two more for the power mean,
+    for rules that compare teachers with their mean and under a conflict policy, which compares the teachers by their linear pool. A
+    policy that changes weights pools its blocks twice.
 
     Under `route` a row is read from its own teacher alone, and nothing is pooled.
 
@@ -136,7 +155,16 @@ class FusedTarget:
         ValueError: a teacher was asked about some of the rows only, and the fusion needs all.
     """
 
-    def __init__(self, fusion: Fusion, teachers: Sequence[TeacherRows], rows: Rows) -> None:
+    def __init__(
+        self,
+        fusion: Fusion,
+        teachers: Sequence[TeacherRows],
+        rows: Rows,
+        *,
+        kernels: RowKernels | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """Fuse `teachers` at `rows`; with a `workspace`, every block of `rows_of` is made in its buffers."""
         self._fusion = fusion
         self._names = [teacher.name for teacher in teachers]
         fusion.check(self._names)
@@ -145,7 +173,11 @@ class FusedTarget:
         self._next_row = 0
         self._carries: list[Carry | None] = [None] * len(teachers)
         self._swept_KN: Tensor | None = None
-        self._reader = TeacherReader(teachers, rows, fusion.temperatures)
+        self._kernels = kernels
+        self._workspace = workspace
+        self._reader = TeacherReader(
+            teachers, rows, fusion.temperatures, kernels=kernels, workspace=workspace
+        )
         self._routed: RoutedReader | None = None
         if isinstance(fusion.weighting, Route):
             self._routed = RoutedReader(fusion.weighting, teachers, rows, fusion.temperatures)
@@ -154,9 +186,39 @@ class FusedTarget:
                 "FusedTarget: got answers for some rows; must be for all rows of the batch"
             )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the pool and the logits of one teacher are all that `rows_of` holds of the size of a block."""
+        return (
+            self._fusion.pool != "power_mean"
+            and not self._fusion.conflict.is_active
+            and not self._fusion.weighting.needs_consensus
+            and self._fusion.pooled_temperature == 1.0
+            and self._routed is None
+        )
+
     @torch.no_grad()
     def block(self, block: slice) -> FusedBlock:
         """Fuse the rows of `block`; blocks must follow one another from row 0.
+
+        Raises:
+            ValueError: the block does not start where the one before ended.
+        """
+        fused = self.rows_of(block)
+        return FusedBlock(
+            logp_nV=fused.target.logp_(),
+            weights_Kn=fused.weights_Kn,
+            entropy_Kn=fused.stats.entropy_KN,
+            label_logp_Kn=fused.stats.label_logp_KN,
+            max_logp_Kn=fused.stats.max_logp_KN,
+            log_normalizer_n=fused.log_normalizer_n,
+            pooled_temperature=self._fusion.pooled_temperature,
+            conflict=fused.conflict,
+        )
+
+    @torch.no_grad()
+    def rows_of(self, block: slice) -> FusedRows:
+        """As `block`, but the target stays as it was pooled: for those who need no logarithms of it.
 
         Raises:
             ValueError: the block does not start where the one before ended.
@@ -174,21 +236,22 @@ class FusedTarget:
             return self._from_one_each(slice(start, stop), self._routed)
         return self._fused(slice(start, stop))
 
-    def _from_one_each(self, block: slice, routed: RoutedReader) -> FusedBlock:
+    def _from_one_each(self, block: slice, routed: RoutedReader) -> FusedRows:
         stats, score_Kn, logp_nV = routed.read(block)
         conflict = None
         if self._fusion.conflict.is_active:
             # One voice contradicts nobody; only a policy that looks at the label alone finds something to do.
             none_n = torch.zeros_like(logp_nV[:, 0])
             conflict = self._conflict(none_n, none_n.bool())
-        return self._finished(block, stats, score_Kn, pooled=(logp_nV, None), conflict=conflict)
+        target = DenseTarget.of_logp(logp_nV)
+        return self._finished(block, stats, score_Kn, pooled=(target, None), conflict=conflict)
 
-    def _fused(self, block: slice) -> FusedBlock:
+    def _fused(self, block: slice) -> FusedRows:
         policy = self._fusion.conflict
         pool = self._new_pool(self._fusion.pool)
         # Only the linear pool tells how far the teachers are apart in units of their weights.
         is_extra = policy.is_active and self._fusion.pool != "linear"
-        mixture = self._new_pool("linear") if is_extra else None
+        mixture = self._new_pool("linear", is_extra=True) if is_extra else None
         numbers = range(len(self._names))
         members = [self._add(number, block, pool, mixture) for number in numbers]
         stats = RowStats.stack([member[0] for member in members])
@@ -196,13 +259,14 @@ class FusedTarget:
         pooled = pool.result()
         conflict = None
         if policy.is_active:
-            mixture_nV = pooled[0] if mixture is None else mixture.result()[0]
+            pooled = _as_logp(pooled)
+            mixture_nV = (pooled if mixture is None else mixture.result())[0].logp_()
             weights_Kn = score_Kn.softmax(0).to(stats.entropy_KN.dtype)
             disagreement_n = disagreement(mixture_nV, stats.entropy_KN, weights_Kn)
             changed_Kn = policy.scores(score_Kn, stats.label_logp_KN, disagreement_n)
             is_changed_n = (changed_Kn != score_Kn).any(0)
             if is_changed_n.any():
-                score_Kn, pooled = changed_Kn, self._pooled_again(block, changed_Kn)
+                score_Kn, pooled = changed_Kn, _as_logp(self._pooled_again(block, changed_Kn))
             conflict = self._conflict(disagreement_n, is_changed_n)
         return self._finished(block, stats, score_Kn, pooled=pooled, conflict=conflict)
 
@@ -210,26 +274,35 @@ class FusedTarget:
         self, number: int, block: slice, pool: Pool, mixture: Pool | None
     ) -> tuple[RowStats, Tensor]:
         """Pool one teacher's distribution; its statistics and (n,) scores are all that stays of it."""
-        stats, member_nV = self._reader.read(number, block, keep=pool.space)
-        score_n = self._scores(number, stats, block)
+        member = self._member(number, block)
+        score_n = self._scores(number, member.stats, block)
         if not self._is_excluded[number]:
             if mixture is not None:
-                is_same = mixture.space == pool.space
-                mixture.add(member_nV if is_same else member_nV.exp(), score_n)
-            pool.add(member_nV, score_n)
-        return stats, score_n
+                mixture.add(member, score_n)
+            pool.add(member, score_n)
+        return member.stats, score_n
 
-    def _pooled_again(self, block: slice, score_Kn: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _member(self, number: int, block: slice) -> Member:
+        # The only one that is pooled is the pool: it may stay where it was made.
+        is_pool = self._is_excluded.count(False) == 1 and not self._is_excluded[number]
+        return self._reader.member(number, block, buffer="pool" if is_pool else "logits")
+
+    def _pooled_again(self, block: slice, score_Kn: Tensor) -> tuple[DenseTarget, Tensor | None]:
         """The pool with the weights that a conflict policy chose."""
         pool = self._new_pool(self._fusion.pool)
         for number, score_n in enumerate(score_Kn):
             if not self._is_excluded[number]:
-                pool.add(self._reader.read(number, block, keep=pool.space)[1], _finite(score_n))
+                pool.add(self._member(number, block), _finite(score_n))
         return pool.result()
 
-    def _new_pool(self, kind: PoolKind) -> Pool:
-        num_teachers = self._is_excluded.count(False)
-        return Pool(kind, num_teachers, exponent=self._fusion.exponent)
+    def _new_pool(self, kind: PoolKind, *, is_extra: bool = False) -> Pool:
+        return Pool(
+            kind,
+            self._is_excluded.count(False),
+            exponent=self._fusion.exponent,
+            kernels=self._kernels,
+            workspace=None if is_extra else self._workspace,
+        )
 
     def _conflict(self, disagreement_n: Tensor, is_changed_n: Tensor) -> ConflictBlock:
         policy = self._fusion.conflict
@@ -245,26 +318,26 @@ class FusedTarget:
         stats: RowStats,
         score_Kn: Tensor,
         *,
-        pooled: tuple[Tensor, Tensor | None],
+        pooled: tuple[DenseTarget, Tensor | None],
         conflict: ConflictBlock | None,
-    ) -> FusedBlock:
-        logp_nV, log_normalizer_n = pooled
+    ) -> FusedRows:
+        target, log_normalizer_n = pooled
         temperature = self._fusion.pooled_temperature
         if temperature != 1.0:
-            logp_nV = torch.log_softmax(logp_nV / temperature, dim=-1)
+            logp_nV = torch.log_softmax(target.logp_() / temperature, dim=-1)
+            target = DenseTarget.of_logp(logp_nV)
         if conflict is not None:
-            corrected_n = self._fusion.conflict.correct_(logp_nV, self._rows.labels[block])
+            corrected_n = self._fusion.conflict.correct_(
+                target.rows.values_nV, self._rows.labels[block]
+            )
             if corrected_n is not None:
                 applied_n = corrected_n.to(conflict.applied_n.dtype)
                 conflict = dataclasses.replace(conflict, applied_n=applied_n)
-        return FusedBlock(
-            logp_nV=logp_nV,
-            weights_Kn=torch.softmax(score_Kn, dim=0).to(logp_nV.dtype),
-            entropy_Kn=stats.entropy_KN,
-            label_logp_Kn=stats.label_logp_KN,
-            max_logp_Kn=stats.max_logp_KN,
+        return FusedRows(
+            target=target,
+            weights_Kn=torch.softmax(score_Kn, dim=0).to(target.rows.dtype),
+            stats=stats,
             log_normalizer_n=log_normalizer_n,
-            pooled_temperature=temperature,
             conflict=conflict,
         )
 
@@ -297,6 +370,10 @@ class FusedTarget:
 
 def _finite(score_n: Tensor) -> Tensor:
     return score_n.clamp(min=LOWEST_SCORE)
+
+
+def _as_logp(pooled: tuple[DenseTarget, Tensor | None]) -> tuple[DenseTarget, Tensor | None]:
+    return DenseTarget.of_logp(pooled[0].logp_()), pooled[1]
 
 
 def describe(fusion: Fusion) -> str:

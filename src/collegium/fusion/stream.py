@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from collegium.fusion.weights import RowStats
-from collegium.types import Rows, TeacherRows
+from collegium.kernels.plain import TorchKernels
+from collegium.kernels.rows import (
+    DenseTarget,
+    LogSum,
+    RawRows,
+    RowKernels,
+    Workspace,
+    finished,
+    floor_,
+    product,
+)
+from collegium.types import HiddenRows, Rows, TeacherRows
 
 PoolKind = Literal["linear", "log_linear", "power_mean"]
-FLOOR_SHARE = 1e-8
-"""Log-probabilities of -inf become this share of the dtype's lowest value."""
 
 
 class RowReader:
@@ -61,16 +70,54 @@ class RowReader:
         return old[0][:num_rows], old[1][:num_rows]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """One teacher's distribution at n rows, as its head gave it; valid until the next member is read."""
+
+    rows: RawRows
+    log_sum: LogSum
+    stats: RowStats
+    """(n,) each."""
+    is_ours: bool
+    """Whether the values may be overwritten."""
+
+
 class TeacherReader:
     """Reads all teachers of a batch at their temperatures, one block and one teacher at a time."""
 
     def __init__(
-        self, teachers: Sequence[TeacherRows], rows: Rows, temperatures: Mapping[str, float]
+        self,
+        teachers: Sequence[TeacherRows],
+        rows: Rows,
+        temperatures: Mapping[str, float],
+        *,
+        kernels: RowKernels | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         self._teachers = teachers
         self._rows = rows
         self._temperatures = temperatures
         self._reader = RowReader()
+        self._kernels = kernels or TorchKernels()
+        self._workspace = workspace or Workspace()
+
+    def member(self, number: int, block: slice, *, buffer: str = "logits") -> Member:
+        """Apply one teacher's head to n rows, into a buffer of the workspace, and read its statistics."""
+        teacher = self._teachers[number]
+        raw, is_ours = self._raw(teacher, block, buffer)
+        raw = raw.tempered(self._temperatures.get(teacher.name, 1.0))
+        reading = self._kernels.read(raw, self._rows.labels[block])
+        stats = RowStats(reading.entropy_n, reading.label_logp_n, reading.max_logp_n)
+        return Member(raw, reading.log_sum, stats, is_ours)
+
+    def _raw(self, teacher: TeacherRows, block: slice, buffer: str) -> tuple[RawRows, bool]:
+        scores = teacher.scores
+        if not isinstance(scores, HiddenRows):
+            return RawRows(scores.logits(block)), False
+        hidden_nD, weight_VD = scores.hidden[block], scores.head.weight
+        shape = (hidden_nD.shape[0], weight_VD.shape[0])
+        out_nV = self._workspace.matrix(buffer, shape, weight_VD)
+        return product(hidden_nD, scores.head, out_nV), True
 
     def read(
         self, number: int, block: slice, *, keep: Literal["prob", "logp"]
@@ -91,15 +138,16 @@ class TeacherReader:
         """
         numbers = range(len(self._teachers))
         if not consensus:
-            return RowStats.stack([self.read(k, block, keep="logp")[0] for k in numbers])
-        pool = Pool("linear", len(self._teachers))
+            return RowStats.stack([self.member(k, block).stats for k in numbers])
+        pool = Pool("linear", len(self._teachers), kernels=self._kernels)
         members = []
         for number in numbers:
-            stats, member_nV = self.read(number, block, keep=pool.space)
-            pool.add(member_nV, torch.zeros_like(stats.entropy_KN, dtype=torch.float64))
-            members.append(stats)
+            member = self.member(number, block)
+            entropy_n = member.stats.entropy_KN
+            pool.add(member, torch.zeros_like(entropy_n, dtype=torch.float64))
+            members.append(member.stats)
         stats = RowStats.stack(members)
-        mean_logp_nV, _ = pool.result()
+        mean_logp_nV = pool.result()[0].logp_()
         cross = []
         for number in numbers:
             prob_nV = self.read(number, block, keep="prob")[1]
@@ -116,60 +164,98 @@ class Pool:
     exp(s_k - logsumexp(s_1 ... s_k)), so nothing over- or underflows whatever the scale of the scores.
     """
 
-    def __init__(self, kind: PoolKind, num_teachers: int, *, exponent: float = 0.5) -> None:
-        # A single member is its own pool: no way through exp and log, which would round.
-        self.space: Literal["prob", "logp"] = (
-            "prob" if kind == "linear" and num_teachers > 1 else "logp"
-        )
+    def __init__(
+        self,
+        kind: PoolKind,
+        num_teachers: int,
+        *,
+        exponent: float = 0.5,
+        kernels: RowKernels | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """Expect `num_teachers` members; the accumulator is the buffer `pool` of the workspace, without one new memory."""
         self._kind = kind
-        self._num_teachers = num_teachers
+        # A single member is its own pool: no way through exp and log, which would round.
+        self._is_single = num_teachers == 1
         self._exponent = exponent
-        self._is_power = kind == "power_mean" and num_teachers > 1
+        self._kernels = kernels or TorchKernels()
+        self._workspace = workspace
         self._mean_nV: Tensor | None = None
         self._total_n: Tensor | None = None
+        self._only: Member | None = None
 
-    def add(self, member_nV: Tensor, score_n: Tensor) -> None:
-        """Take in one member, given in the pool's `space`; it is copied, not kept, and may be overwritten."""
-        if self._is_power:
-            member_nV = member_nV.mul_(self._exponent)
+    def add(self, member: Member, score_n: Tensor) -> None:
+        """Take in one member; its values are copied, except those of a single member that is ours."""
+        if self._is_single:
+            self._only = member
+            return
         if self._mean_nV is None or self._total_n is None:
-            self._mean_nV, self._total_n = member_nV.clone(), score_n
-            return
-        before_n = self._total_n
-        self._total_n = torch.logaddexp(before_n, score_n)
-        dtype = self._mean_nV.dtype  # of the first member, when a later one is wider or narrower
-        log_share_n1 = (score_n - self._total_n)[:, None]
-        if self._is_power:
-            kept_n1 = (before_n - self._total_n)[:, None]
-            self._mean_nV.add_(kept_n1.to(dtype))
-            entering_nV = member_nV.to(dtype).add_(log_share_n1.to(dtype))
-            torch.logaddexp(self._mean_nV, entering_nV, out=self._mean_nV)
-            return
-        self._mean_nV.lerp_(member_nV.to(dtype), log_share_n1.exp().to(dtype))
+            self._mean_nV, self._total_n = self._buffer(member), score_n
+            share_n = None
+        else:
+            before_n = self._total_n
+            self._total_n = torch.logaddexp(before_n, score_n)
+            share_n = score_n - self._total_n
+            if self._kind == "power_mean":
+                return self._add_power(member, share_n, before_n - self._total_n)
+            share_n = share_n.exp()
+        mean_nV = self._mean_nV
+        dtype = mean_nV.dtype  # of the first member, when a later one is wider or narrower
+        self._kernels.add_(
+            mean_nV,
+            member.rows,
+            member.log_sum.to(dtype),
+            None if share_n is None else share_n.to(dtype),
+            is_log=self._kind != "linear",
+        )
+        if self._kind == "power_mean":
+            mean_nV.mul_(self._exponent)
 
-    def result(self) -> tuple[Tensor, Tensor | None]:
-        """(n, V) log-probabilities of the pool, and (n,) log Z: how much of it was common to all members.
+    def _add_power(self, member: Member, log_share_n: Tensor, log_kept_n: Tensor) -> None:
+        mean_nV = self._mean_nV
+        assert mean_nV is not None
+        entering_nV, dtype = torch.empty_like(mean_nV), mean_nV.dtype
+        self._kernels.add_(entering_nV, member.rows, member.log_sum.to(dtype), None, is_log=True)
+        entering_nV.mul_(self._exponent).add_(log_share_n[:, None].to(dtype))
+        mean_nV.add_(log_kept_n[:, None].to(dtype))
+        torch.logaddexp(mean_nV, entering_nV, out=mean_nV)
+
+    def result(self) -> tuple[DenseTarget, Tensor | None]:
+        """The pool, and (n,) log Z: how much of it was common to all members.
 
         log Z is None for the linear pool, which has none; for the power mean it is divided by 1 - r.
         """
+        if self._only is not None:
+            target = self._single(self._only)
+            zero_n = torch.zeros_like(self._only.log_sum.max_n)
+            return target, None if self._kind == "linear" else zero_n
         assert self._mean_nV is not None
         mean_nV = self._mean_nV
-        if self.space == "prob":
-            return mean_nV.clamp_(min=torch.finfo(mean_nV.dtype).tiny).log_(), None
         if self._kind == "linear":
-            return mean_nV, None
-        if self._num_teachers == 1:
-            return mean_nV, mean_nV.new_zeros(mean_nV.shape[0])
-        if self._is_power:
+            return DenseTarget(RawRows(mean_nV), "prob"), None
+        if self._kind == "power_mean":
             mean_nV.div_(self._exponent)
-        log_normalizer_n = torch.logsumexp(mean_nV, dim=-1)
-        mean_nV.sub_(log_normalizer_n[:, None])
-        return mean_nV, log_normalizer_n / (1.0 - self._exponent if self._is_power else 1.0)
+        log_sum = log_sum_of(self._kernels, mean_nV)
+        scale = 1.0 - self._exponent if self._kind == "power_mean" else 1.0
+        return DenseTarget(RawRows(mean_nV), "logits", log_sum), log_sum.total() / scale
+
+    def _single(self, member: Member) -> DenseTarget:
+        rows = member.rows
+        if not member.is_ours or self._workspace is None:
+            # The values belong to the teacher, or the next reading overwrites them.
+            values_nV = finished(rows, torch.empty_like(rows.values_nV, dtype=rows.dtype))
+            rows = RawRows(values_nV)
+        return DenseTarget(rows, "logits", member.log_sum)
+
+    def _buffer(self, member: Member) -> Tensor:
+        values_nV, dtype = member.rows.values_nV, member.rows.dtype
+        if self._workspace is None:
+            return torch.empty_like(values_nV, dtype=dtype)
+        shape = (values_nV.shape[0], values_nV.shape[1])
+        return self._workspace.matrix("pool", shape, values_nV.new_empty(0, dtype=dtype))
 
 
-def floor_(logp_nV: Tensor) -> Tensor:
-    """Make -inf finite in place: a token that a model rules out must not turn 0 * log 0 into NaN.
-
-    The floor leaves room to be divided by a temperature.
-    """
-    return logp_nV.clamp_(min=FLOOR_SHARE * torch.finfo(logp_nV.dtype).min)
+def log_sum_of(kernels: RowKernels, logits_nV: Tensor) -> LogSum:
+    """log sum_v exp z, without memory of the size of the rows."""
+    labels_n = torch.zeros(logits_nV.shape[0], dtype=torch.int64, device=logits_nV.device)
+    return kernels.read(RawRows(logits_nV), labels_n).log_sum

@@ -5,32 +5,62 @@ Shapes: N rows, n rows of one block, V vocabulary, D width of the hidden states.
 Rows go through the head a block at a time. While a block's logits are hot, its losses are differentiated with respect to
 them, and the gradients of the hidden states (n, D), of the head's weight (V, D) and of its bias (V,) are formed at once. So no
 (N, V) tensor ever exists, nothing is computed twice, and a teacher's head inside `row_losses` is applied once per row.
+
+Losses come in two kinds. Any function of the logits is differentiated by autograd, inside its block. Losses whose gradient is
+written down (`InPlaceLosses`) put it in the place of the logits: two (n, V) buffers and no graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from collegium.kernels.rows import RawRows, Workspace, product
 from collegium.types import Head
 
 RowLosses = Callable[[Tensor, slice], Mapping[str, Tensor]]
 """(logits_nV, block) -> the (n,) losses of the rows in `block` by name; asked once per block, in increasing order."""
 
-CPU_BLOCK_BYTES = 8 * 10**6
-GPU_BLOCK_BYTES = 512 * 10**6
-"""Memory of one (n, V) float32 buffer; a loss holds a handful of them. A CPU is fastest while they stay in its caches,
-a GPU needs many rows to be busy."""
+CPU_MEGABYTES, GPU_MEGABYTES = 256, 1024
+"""What the (n, V) buffers of a block may take together; memory is all that a loss costs beside the gradients themselves."""
 
-LEAST_BLOCK = 128
+AUTOGRAD_BUFFERS = 8
+"""(n, V) buffers that a loss under autograd holds; those of `InPlaceLosses` say themselves."""
+
+AUTOGRAD_CPU_BYTES = 8 * 10**6
+"""One buffer of a loss under autograd on a CPU: each of its operations goes over the whole block, fastest from a cache."""
+
+LEAST_AUTOGRAD_BLOCK = 128
 MOST_BLOCK = 4096
 """Bounds of the default block: each block reads and writes the whole (V, D) gradient of the head, so a few rows per block
 would spend the time there."""
+
+
+class InPlaceLosses(Protocol):
+    """Losses that leave their gradient where the logits were."""
+
+    @property
+    def workspace(self) -> Workspace:
+        """Whose buffer `logits` is to hold them."""
+        ...
+
+    @property
+    def num_buffers(self) -> int:
+        """(n, V) buffers that are alive at a time, that of the logits included."""
+        ...
+
+    def begin(self, block: slice) -> None:
+        """Turn to the rows of `block`; asked once per block, in increasing order."""
+        ...
+
+    def terms_(self, rows: RawRows, weights: Mapping[str, float]) -> Mapping[str, Tensor]:
+        """The (n,) losses named by `weights`; the rows become the gradient of their weighted sum at the head's product."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +78,11 @@ class BlockSums:
 def block_losses(
     hidden_ND: Tensor,
     head: Head,
-    row_losses: RowLosses,
+    row_losses: RowLosses | InPlaceLosses,
     weights: Mapping[str, float],
     *,
     block_size: int | None = None,
+    megabytes: int | None = None,
     measure: bool = False,
 ) -> BlockSums:
     """Sum weighted row losses over blocks of rows: total = sum_n sum_i weight_i loss_i(logits_n).
@@ -64,17 +95,23 @@ def block_losses(
         head: the student's head; its weight may be a view of a parameter.
         row_losses: the losses of one block; their names are those of `weights`.
         weights: the factor of each loss.
-        block_size: rows per block; None takes `default_block_size`.
-        measure: also measure the gradient norm of each weighted term, at the price of one more backward pass per term.
+        block_size: rows per block; None fits them to the memory.
+        megabytes: what the buffers of a block may take; None takes the default of the device.
+        measure: also measure the gradient norm of each weighted term, at the price of one more pass per term.
     """
     vocab_size = head.weight.shape[0]
     inputs = (hidden_ND, head.weight, head.bias)
     grads_on = torch.is_grad_enabled()
+    num_buffers = AUTOGRAD_BUFFERS if callable(row_losses) else row_losses.num_buffers
+    if block_size is None:
+        block_size = default_block_size(
+            vocab_size, hidden_ND.device, num_buffers=num_buffers, megabytes=megabytes
+        )
     plan = _Plan(
         head=head,
         row_losses=row_losses,
         weights=dict(weights),
-        block_size=block_size or default_block_size(vocab_size, hidden_ND.device),
+        block_size=block_size,
         needs=tuple(grads_on and x is not None and x.requires_grad for x in inputs),
         measure=measure,
     )
@@ -87,10 +124,20 @@ def block_losses(
     )
 
 
-def default_block_size(vocab_size: int, device: torch.device) -> int:
-    """Rows per block such that one (n, V) float32 buffer fits the budget of the device, within the bounds above."""
-    budget = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
-    return max(LEAST_BLOCK, min(MOST_BLOCK, budget // (4 * vocab_size)))
+def default_block_size(
+    vocab_size: int,
+    device: torch.device,
+    *,
+    num_buffers: int = AUTOGRAD_BUFFERS,
+    megabytes: int | None = None,
+) -> int:
+    """Rows per block such that `num_buffers` (n, V) float32 buffers fit the memory, at least 1 and at most `MOST_BLOCK`."""
+    is_cpu = device.type == "cpu"
+    memory = (megabytes or (CPU_MEGABYTES if is_cpu else GPU_MEGABYTES)) * 2**20
+    size = memory // (4 * vocab_size * num_buffers)
+    if is_cpu and megabytes is None and num_buffers >= AUTOGRAD_BUFFERS:
+        size = min(size, max(LEAST_AUTOGRAD_BLOCK, AUTOGRAD_CPU_BYTES // (4 * vocab_size)))
+    return max(1, min(MOST_BLOCK, size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +145,7 @@ class _Plan:
     """Everything that is not an input of the autograd function."""
 
     head: Head
-    row_losses: RowLosses
+    row_losses: RowLosses | InPlaceLosses
     weights: dict[str, float]
     block_size: int
     needs: tuple[bool, ...]
@@ -108,6 +155,14 @@ class _Plan:
     def blocks(self, num_rows: int) -> Iterator[slice]:
         for start in range(0, num_rows, self.block_size):
             yield slice(start, min(start + self.block_size, num_rows))
+
+    def add(self, sums: _Sums, hidden_nD: Tensor, block: slice) -> None:
+        """Evaluate one block, add its losses, and form its gradients while its logits exist."""
+        losses = self.row_losses
+        if callable(losses):
+            _add_differentiated(sums, self, losses, hidden_nD, block)
+        else:
+            _add_in_place(sums, self, losses, hidden_nD, block)
 
 
 @dataclass(slots=True)
@@ -149,7 +204,10 @@ class _Sums:
     ) -> None:
         """Send the gradient of the head's output on to the three inputs."""
         if self.dhidden_ND is not None:
-            self.dhidden_ND[block] = draw_nV @ weight_VD
+            if draw_nV.dtype == self.dtype:
+                torch.mm(draw_nV, weight_VD, out=self.dhidden_ND[block])
+            else:
+                self.dhidden_ND[block] = draw_nV @ weight_VD
         if self.dweight_VD is not None:
             if draw_nV.dtype == self.dtype:
                 self.dweight_VD.addmm_(draw_nV.T, hidden_nD)
@@ -170,7 +228,7 @@ class _BlockLosses(torch.autograd.Function):
         # Autocast would run the losses in half precision.
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for block in plan.blocks(hidden_ND.shape[0]):
-                _add_block(sums, plan, hidden_ND[block].to(weight_VD.dtype), block)
+                plan.add(sums, hidden_ND[block].to(weight_VD.dtype), block)
         ctx.save_for_backward(sums.dhidden_ND, sums.dweight_VD, sums.dbias_V)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         total = torch.zeros((), dtype=sums.dtype, device=sums.device)
@@ -201,8 +259,34 @@ def _stack(values: Mapping[str, Tensor], sums: _Sums) -> Tensor:
     return torch.stack(list(values.values()))
 
 
-def _add_block(sums: _Sums, plan: _Plan, hidden_nD: Tensor, block: slice) -> None:
-    """Evaluate one block, add its losses, and form its gradients while its logits exist."""
+def _add_in_place(
+    sums: _Sums, plan: _Plan, losses: InPlaceLosses, hidden_nD: Tensor, block: slice
+) -> None:
+    weight_VD = plan.head.weight.detach()
+    losses.begin(block)
+
+    def gradient(weights: Mapping[str, float]) -> tuple[Mapping[str, Tensor], Tensor]:
+        shape = (hidden_nD.shape[0], weight_VD.shape[0])
+        out_nV = losses.workspace.matrix("logits", shape, weight_VD)
+        rows = product(hidden_nD, plan.head, out_nV)
+        return losses.terms_(rows, weights), rows.values_nV
+
+    is_trained = any(plan.needs)
+    if plan.measure and is_trained:
+        for name, weight in plan.weights.items():
+            draw_nV = gradient({name: weight})[1]
+            norm = torch.linalg.vector_norm(draw_nV @ weight_VD, dtype=sums.dtype)
+            sums.square_norms[name] += norm.square()
+    terms, draw_nV = gradient(plan.weights)
+    for name, value_n in terms.items():
+        sums.terms[name] += value_n.sum(dtype=sums.dtype)
+    if is_trained:
+        sums.add_gradient(draw_nV, hidden_nD, weight_VD, block)
+
+
+def _add_differentiated(
+    sums: _Sums, plan: _Plan, row_losses: RowLosses, hidden_nD: Tensor, block: slice
+) -> None:
     head = plan.head
     weight_VD = head.weight.detach()
     bias_V = None if head.bias is None else head.bias.detach()
@@ -210,7 +294,7 @@ def _add_block(sums: _Sums, plan: _Plan, hidden_nD: Tensor, block: slice) -> Non
     is_trained = any(plan.needs)
     with torch.set_grad_enabled(is_trained):
         raw_nV.requires_grad_(is_trained)
-        losses = plan.row_losses(head.finish(raw_nV), block)
+        losses = row_losses(head.finish(raw_nV), block)
         summed = {name: losses[name].sum(dtype=sums.dtype) for name in plan.weights}
         for name, value in summed.items():
             sums.terms[name] += value.detach()

@@ -44,18 +44,6 @@ class MovedRows:
         return self.rows.logits(block).to(self.device)
 
 
-@dataclass(frozen=True, slots=True)
-class ScaledRows:
-    """The answers of a teacher with a factor on their logits."""
-
-    rows: RowLogits
-    factor: float
-
-    def logits(self, block: slice) -> Tensor:
-        """(n, V) logits times the factor."""
-        return self.rows.logits(block) * self.factor
-
-
 class LocalTeacher:
     """A model that only answers: without gradient, without dropout, in its own number type."""
 
@@ -131,9 +119,8 @@ class LocalTeacher:
             nn.Module.to(self.model, "cpu")
         self._check_finite({"the last layer": found.hidden, **found.features}, rows)
         features = {tap: hidden_ND.to(home) for tap, hidden_ND in found.features.items()}
+        found = replace(found, head=found.head.scaled(self._logit_scale))
         scores: RowLogits = found if home == self._device else MovedRows(found, home)
-        if self._logit_scale != 1.0:
-            scores = ScaledRows(scores, self._logit_scale)
         return TeacherRows(self.name, scores, features)
 
     def _check_finite(self, states: Mapping[str, Tensor], rows: Rows) -> None:

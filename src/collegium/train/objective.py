@@ -8,7 +8,7 @@ is divided here: the trainer divides once, by the number of target tokens of the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -17,17 +17,16 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from collegium.errors import RecipeError, TrainingError
-from collegium.fusion.conflict import ConflictBlock
 from collegium.fusion.pooling import FusedTarget, Fusion
 from collegium.fusion.stored import fuse_stored
+from collegium.kernels.backends import Backend, kernels_for
+from collegium.kernels.rows import RowKernels, Workspace
 from collegium.losses.chunked import block_losses
+from collegium.losses.closed import TRUTH
 from collegium.losses.divergences import DivergenceOption, ForwardKL
 from collegium.losses.features import FeatureLoss, FeatureOptions
-from collegium.losses.sparse import sparse_terms
+from collegium.train.terms import RowTerms
 from collegium.types import STRICT, LossSum, Rows, SparseRows, StoredRows, StudentRows, TeacherRows
-
-TRUTH = "truth"
-"""The term of the labels that stand in for teachers who contradict each other; without any such row it has no gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -41,7 +40,11 @@ class ObjectiveOptions:
     divergence: DivergenceOption = ForwardKL()
     """Distance between fused target and student."""
     block_size: Annotated[int, Field(ge=1)] | None = None
-    """Rows whose logits exist at a time; none fits it to a memory budget. Changes speed and memory, never the result."""
+    """Rows whose logits exist at a time; none fits it to `block_megabytes`. Changes speed and memory, never the result."""
+    block_megabytes: Annotated[int, Field(ge=1)] | None = None
+    """Memory for the logits of one block of rows; none takes 256 on a CPU and 1024 on a GPU."""
+    backend: Backend = "auto"
+    """Who does the arithmetic over the vocabulary; changes the speed, never the result beyond rounding."""
     features: FeatureOptions | None = None
     """Feature terms; none leaves hidden states alone."""
 
@@ -81,6 +84,7 @@ class Objective(nn.Module):
         self.options = options
         self.fusion = fusion
         self.features = features
+        self._workspace = Workspace()
 
     @property
     def needs_teachers(self) -> bool:
@@ -118,19 +122,22 @@ class Objective(nn.Module):
                 options ask too much of.
         """
         weights = self._row_weights(has_teachers=len(teachers) > 0)
-        target = self._target(weights, teachers, rows)
+        kernels = kernels_for(self.options.backend, student.hidden.device)
+        target = self._target(weights, teachers, rows, kernels)
         known_KN = None
         if isinstance(target, tuple):
             target, known_KN = target
-        row_losses = _RowLosses(self.options, rows.labels, target, weights)
+        row_terms = RowTerms(self.options, rows.labels, target, weights)
         sums = block_losses(
             student.hidden,
             student.head,
-            row_losses,
+            row_terms.losses(kernels, self._workspace),
             weights,
             block_size=self.options.block_size,
+            megabytes=self.options.block_megabytes,
             measure=measure,
         )
+        self._workspace.release()
         total, terms, norms = sums.total, dict(sums.terms), dict(sums.grad_norms)
         if self.features is not None and teachers:
             feature_weights = self.features.weights()
@@ -152,8 +159,8 @@ class Objective(nn.Module):
             weights=weights,
             grad_norms=norms,
             num_rows=len(rows),
-            teacher_weights_KN=row_losses.teacher_weights() if known_KN is None else known_KN,
-            conflict=row_losses.conflict(),
+            teacher_weights_KN=row_terms.teacher_weights() if known_KN is None else known_KN,
+            conflict=row_terms.conflict(),
         )
 
     def end_step(self) -> None:
@@ -172,7 +179,11 @@ class Objective(nn.Module):
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     def _target(
-        self, weights: Mapping[str, float], teachers: Sequence[TeacherRows], rows: Rows
+        self,
+        weights: Mapping[str, float],
+        teachers: Sequence[TeacherRows],
+        rows: Rows,
+        kernels: RowKernels,
     ) -> FusedTarget | SparseRows | tuple[SparseRows, Tensor] | None:
         """What the student is drawn to; a target fused out of a per-teacher cache comes with the (K, N) weights."""
         if "kd" not in weights:
@@ -197,7 +208,7 @@ class Objective(nn.Module):
                     f"objective: got {len(stored)} of {len(teachers)} teachers from a per-teacher cache; must be all or none"
                 )
             return fuse_stored(self.fusion, [t.name for t in teachers], stored, rows)
-        return FusedTarget(self.fusion, teachers, rows)
+        return FusedTarget(self.fusion, teachers, rows, kernels=kernels, workspace=self._workspace)
 
 
 def require_sparse_objective(
@@ -219,76 +230,6 @@ def require_sparse_objective(
             f"{where}.features: needs the hidden states of live teachers; must be left out {wanted}, or keep them with "
             "`cache: {kind: per_teacher, features: {}}`"
         )
-
-
-class _RowLosses:
-    """The terms over the vocabulary for one block of rows; remembers the fusion weights it met."""
-
-    def __init__(
-        self,
-        options: ObjectiveOptions,
-        labels_N: Tensor,
-        target: FusedTarget | SparseRows | None,
-        terms: Collection[str],
-    ) -> None:
-        self._options = options
-        self._labels_N = labels_N
-        self._target = target
-        self._terms = terms
-        self._weights: list[Tensor] = []
-        self._conflicts: list[ConflictBlock] = []
-
-    def __call__(self, logits_nV: Tensor, block: slice) -> dict[str, Tensor]:
-        temperature = self._options.temperature
-        losses: dict[str, Tensor] = {}
-        student_logp_nV: Tensor | None = None
-        if isinstance(self._target, SparseRows):
-            terms = sparse_terms(
-                logits_nV.log_softmax(-1), self._labels_N[block], self._target.block(block)
-            )
-            return dict(zip(("ce", "kd"), terms, strict=True))
-        ce_n: Tensor | None = None
-        if "ce" in self._terms or TRUTH in self._terms or temperature == 1.0:
-            # One pass over the vocabulary serves both terms.
-            student_logp_nV = logits_nV.log_softmax(-1)
-            ce_n = -student_logp_nV.gather(1, self._labels_N[block, None]).squeeze(1)
-        if "ce" in self._terms and ce_n is not None:
-            losses["ce"] = ce_n
-        if self._target is not None:
-            target_logp_nV, kd_factor_n = self._fused(self._target, block)
-            if temperature != 1.0 or student_logp_nV is None:
-                student_logp_nV = (logits_nV / temperature).log_softmax(-1)
-            kd_n = self._options.divergence(target_logp_nV.to(logits_nV.dtype), student_logp_nV)
-            losses["kd"] = kd_n if kd_factor_n is None else kd_factor_n.to(kd_n.dtype) * kd_n
-            if kd_factor_n is not None and ce_n is not None:
-                losses[TRUTH] = (1.0 - kd_factor_n).to(ce_n.dtype) * ce_n
-        return losses
-
-    def _fused(self, target: FusedTarget, block: slice) -> tuple[Tensor, Tensor | None]:
-        """log P^(1/T), renormalised, of one block, and the factor on its rows where a conflict policy gives one."""
-        with torch.no_grad():
-            fused = target.block(block)
-            self._weights.append(fused.weights_Kn)
-            kd_factor_n = None
-            if fused.conflict is not None:
-                self._conflicts.append(fused.conflict)
-                kd_factor_n = fused.conflict.kd_factor_n
-            if self._options.temperature == 1.0:
-                return fused.logp_nV, kd_factor_n
-            return (fused.logp_nV / self._options.temperature).log_softmax(-1), kd_factor_n
-
-    def teacher_weights(self) -> Tensor | None:
-        """(K, N) fusion weights of all rows met so far; None where there were none."""
-        return torch.cat(self._weights, dim=1).detach() if self._weights else None
-
-    def conflict(self) -> dict[str, Tensor]:
-        """What the conflict policy saw and did at all rows met so far, (N,) each; empty without a policy."""
-        if not self._conflicts:
-            return {}
-        return {
-            "disagreement": torch.cat([block.disagreement_n for block in self._conflicts]),
-            "applied": torch.cat([block.applied_n for block in self._conflicts]),
-        }
 
 
 def _grad_norm(weighted: Tensor, features: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,1 @@
+"""Arithmetic over the vocabulary, row by row and in place: one set of operations, several backends."""

@@ -1,0 +1,186 @@
+"""The kernels in plain PyTorch: the reference of the others, and fast where its strips stay in a cache.
+
+Shapes: n rows of one block, V vocabulary, s rows of a strip.
+
+A block is worked on in strips of a few rows. The operations on a strip follow one another while it is in the processor's
+cache, so that a block is read from memory once per kernel, however many operations that takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from collegium.kernels.rows import (
+    DenseTarget,
+    LogSum,
+    RawRows,
+    Reading,
+    Workspace,
+    finished,
+    floor,
+)
+
+CPU_STRIP_BYTES = 2**19
+"""Size of one (s, V) buffer, per thread; up to six of them are in use at a time."""
+GPU_STRIP_BYTES = 2**27
+"""A device needs many rows to be busy."""
+LEAST_LOGIT = -1e30
+"""Stands for z - max z = -inf: exp of it is 0, and 0 times it is no NaN."""
+
+
+class TorchKernels:
+    """`RowKernels` by operations of PyTorch on strips."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._scratch = Workspace()
+
+    def read(self, rows: RawRows, labels_n: Tensor) -> Reading:
+        reading = self._read(rows, labels_n, has_excluded=False)
+        if rows.values_nV.device.type != "cpu" or bool(reading.entropy_n.isnan().any()):
+            # Tokens that are ruled out are rare enough to pay for them only where they are.
+            return self._read(rows, labels_n, has_excluded=True)
+        return reading
+
+    def _read(self, rows: RawRows, labels_n: Tensor, *, has_excluded: bool) -> Reading:
+        max_n, sum_n, dot_n = self._empty_rows(rows, 3)
+        for part in self._strips(rows):
+            z_sV = self._logits(rows, part, "z")
+            shifted_sV, exp_sV = self._strip(z_sV, "shifted"), self._strip(z_sV, "exp")
+            max_s = torch.amax(z_sV, -1, out=max_n[part])
+            torch.sub(z_sV, max_s[:, None], out=shifted_sV)
+            torch.exp(shifted_sV, out=exp_sV)
+            torch.sum(exp_sV, -1, out=sum_n[part])
+            if has_excluded:
+                shifted_sV.clamp_(min=LEAST_LOGIT)
+            torch.linalg.vecdot(exp_sV, shifted_sV, out=dot_n[part])
+        log_sum = LogSum(max_n, sum_n.log())
+        label_logp_n = log_sum.logp(rows.at_labels(labels_n)[0])
+        return Reading(log_sum, log_sum.log_sum_n - dot_n / sum_n, label_logp_n)
+
+    def add_(
+        self,
+        pool_nV: Tensor,
+        rows: RawRows,
+        log_sum: LogSum,
+        share_n: Tensor | None,
+        *,
+        is_log: bool,
+    ) -> None:
+        norm_n = log_sum.log_sum_n if is_log else torch.exp(-log_sum.log_sum_n)
+        factor_n = norm_n if is_log or share_n is None else norm_n * share_n
+        for part in self._strips(rows):
+            z_sV, pool_sV = self._logits(rows, part, "z"), pool_nV[part]
+            out_sV = pool_sV if share_n is None else self._strip(pool_sV, "exp")
+            torch.sub(z_sV, log_sum.max_n[part, None], out=out_sV)
+            if is_log:
+                out_sV.sub_(factor_n[part, None]).clamp_(min=floor(out_sV.dtype))
+                if share_n is not None:
+                    pool_sV.lerp_(out_sV, share_n[part, None])
+            elif share_n is None:
+                out_sV.exp_().mul_(factor_n[part, None])
+            else:
+                pool_sV.mul_((1.0 - share_n)[part, None])
+                pool_sV.addcmul_(out_sV.exp_(), factor_n[part, None])
+
+    def softmax_(self, rows: RawRows, log_sum: LogSum, factor_n: Tensor) -> None:
+        factor_n = factor_n * torch.exp(-log_sum.log_sum_n)
+        for part in self._strips(rows):
+            z_sV = self._logits(rows, part, "z")
+            out_sV = self._strip(z_sV, "exp")
+            torch.sub(z_sV, log_sum.max_n[part, None], out=out_sV).exp_()
+            self._store(rows, part, z_sV, out_sV.mul_(factor_n[part, None]))
+
+    def distill_(
+        self,
+        rows: RawRows,
+        target: DenseTarget | None,
+        kd_n: Tensor,
+        ce_n: Tensor,
+        *,
+        temperature: float,
+    ) -> tuple[LogSum, Tensor]:
+        max_n, log_sum_n, kl_n = self._empty_rows(rows, 3)
+        for part in self._strips(rows):
+            z_sV = self._logits(rows, part, "z")
+            shifted_sV, exp_sV = self._strip(z_sV, "shifted"), self._strip(z_sV, "exp")
+            max_s = torch.amax(z_sV, -1, out=max_n[part])
+            torch.sub(z_sV, max_s[:, None], out=shifted_sV)
+            sum_s1 = torch.exp(shifted_sV, out=exp_sV).sum(-1, keepdim=True)
+            torch.log(sum_s1[:, 0], out=log_sum_n[part])
+            ce_s1, kd_s1 = ce_n[part, None], kd_n[part, None]
+            if target is None:
+                kl_n[part] = 0.0
+                exp_sV.mul_(ce_s1 / sum_s1)
+            else:
+                prob_sV, logp_sV = self._target(target, part)
+                mass_s1 = prob_sV.sum(-1, keepdim=True)
+                if temperature == 1.0:
+                    kd_sum_s1 = sum_s1
+                    exp_sV.mul_((ce_s1 + kd_s1 * mass_s1) / sum_s1)
+                else:
+                    soft_sV = torch.exp(shifted_sV.div_(temperature), out=self._strip(z_sV, "soft"))
+                    kd_sum_s1 = soft_sV.sum(-1, keepdim=True)
+                    exp_sV.mul_(ce_s1 / sum_s1)
+                    exp_sV.addcmul_(soft_sV, kd_s1 * mass_s1 / (kd_sum_s1 * temperature))
+                exp_sV.addcmul_(prob_sV, kd_s1, value=-1.0 / temperature)
+                dot_s = torch.linalg.vecdot(prob_sV, logp_sV.sub_(shifted_sV))
+                kl_n[part] = dot_s + (mass_s1 * kd_sum_s1.log())[:, 0]
+            self._store(rows, part, z_sV, exp_sV)
+        return LogSum(max_n, log_sum_n), kl_n
+
+    def _target(self, target: DenseTarget, part: slice) -> tuple[Tensor, Tensor]:
+        """(s, V) probabilities of a strip of the target, and their logarithms, which may be overwritten."""
+        if target.kind == "prob":
+            values_sV = target.rows.values_nV[part]
+            logp_sV, tiny = self._strip(values_sV, "logp"), torch.finfo(values_sV.dtype).tiny
+            return values_sV, torch.clamp(values_sV, min=tiny, out=logp_sV).log_()
+        z_sV = self._logits(target.rows, part, "logp")
+        logp_sV = self._strip(z_sV, "logp")
+        if target.log_sum is None:
+            logp_sV.copy_(z_sV)
+        else:
+            torch.sub(z_sV, target.log_sum.max_n[part, None], out=logp_sV)
+            logp_sV.sub_(target.log_sum.log_sum_n[part, None])
+            logp_sV.clamp_(min=floor(logp_sV.dtype))
+        return torch.exp(logp_sV, out=self._strip(logp_sV, "prob")), logp_sV
+
+    def _store(self, rows: RawRows, part: slice, z_sV: Tensor, grad_sV: Tensor) -> None:
+        """x <- gradient with respect to z, times dz/dx."""
+        if rows.softcap is not None:
+            slope_sV = z_sV.div_(rows.softcap).square_().neg_().add_(1.0)
+            grad_sV.mul_(slope_sV)
+        if rows.scale != 1.0:
+            grad_sV.mul_(rows.scale)
+        rows.values_nV[part] = grad_sV
+
+    def _logits(self, rows: RawRows, part: slice, name: str) -> Tensor:
+        """The logits of a strip; the values themselves where they are the logits."""
+        raw_sV = rows.values_nV[part]
+        if raw_sV.dtype == rows.dtype and rows.scale == 1.0 and rows.softcap is None:
+            return raw_sV
+        out_sV = self._scratch.matrix(name, _shape(raw_sV), raw_sV.new_empty(0, dtype=rows.dtype))
+        return finished(RawRows(raw_sV, rows.scale, rows.softcap), out_sV)
+
+    def _strip(self, like_sV: Tensor, name: str) -> Tensor:
+        return self._scratch.matrix(name, _shape(like_sV), like_sV)
+
+    def _empty_rows(self, rows: RawRows, count: int) -> tuple[Tensor, ...]:
+        shape = (count, rows.values_nV.shape[0])
+        return torch.empty(shape, dtype=rows.dtype, device=rows.values_nV.device).unbind()
+
+    def _strips(self, rows: RawRows) -> Iterator[slice]:
+        num_rows, vocab_size = rows.values_nV.shape
+        is_cpu = rows.values_nV.device.type == "cpu"
+        budget = CPU_STRIP_BYTES * torch.get_num_threads() if is_cpu else GPU_STRIP_BYTES
+        size = max(1, budget // (vocab_size * rows.dtype.itemsize))
+        for start in range(0, num_rows, size):
+            yield slice(start, min(start + size, num_rows))
+
+
+def _shape(values_sV: Tensor) -> tuple[int, int]:
+    return values_sV.shape[0], values_sV.shape[1]

@@ -1,0 +1,237 @@
+"""What the kernels read and write, and the operations that every backend has.
+
+Shapes: n rows of one block, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from collegium.types import Head
+
+FLOOR_SHARE = 1e-8
+"""Log-probabilities of -inf become this share of the dtype's lowest value: finite, with room for a temperature."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawRows:
+    """What a head's matrix product gave, and how that becomes logits: z = cap tanh(scale x / cap), without a cap z = scale x.
+
+    A temperature is part of both: z / T has the scale s / T and the cap c / T.
+    """
+
+    values_nV: Tensor
+    """(n, V) x, in the dtype of the head."""
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the arithmetic is done: float32, or float64 for float64 values."""
+        return torch.promote_types(self.values_nV.dtype, torch.float32)
+
+    def tempered(self, temperature: float) -> RawRows:
+        """The same values with z / T for z."""
+        if temperature == 1.0:
+            return self
+        cap = None if self.softcap is None else self.softcap / temperature
+        return replace(self, scale=self.scale / temperature, softcap=cap)
+
+    def at_labels(self, labels_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of one token per row, and dz/dx there: (n,) -> (n,), (n,)."""
+        return self._picked(self.values_nV.gather(1, labels_n[:, None])[:, 0])
+
+    def at(self, flat_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits at flat positions (row * V + token), and dz/dx there: (E,) -> (E,), (E,)."""
+        return self._picked(self.values_nV.view(-1).index_select(0, flat_E))
+
+    def _picked(self, raw_E: Tensor) -> tuple[Tensor, Tensor]:
+        raw_E = raw_E.to(self.dtype)
+        if self.softcap is None:
+            return raw_E * self.scale, torch.full_like(raw_E, self.scale)
+        bent_E = torch.tanh(raw_E * (self.scale / self.softcap))
+        return self.softcap * bent_E, self.scale * (1.0 - bent_E.square())
+
+
+@dataclass(frozen=True, slots=True)
+class LogSum:
+    """log sum_v exp z of n rows in two parts, so that log P = (z - max) - log_sum is exact to a rounding for any size of z."""
+
+    max_n: Tensor
+    """(n,) max_v z."""
+    log_sum_n: Tensor
+    """(n,) log sum_v exp(z - max)."""
+
+    def to(self, dtype: torch.dtype) -> LogSum:
+        """The same in another dtype."""
+        return LogSum(self.max_n.to(dtype), self.log_sum_n.to(dtype))
+
+    def total(self) -> Tensor:
+        """(n,) log sum_v exp z."""
+        return self.max_n + self.log_sum_n
+
+    def logp(self, z_n: Tensor) -> Tensor:
+        """(n,) finite log-probabilities of one logit per row."""
+        return ((z_n - self.max_n) - self.log_sum_n).clamp_(min=floor(z_n.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one sweep over n rows tells, (n,) each, in float32 or wider."""
+
+    log_sum: LogSum
+    entropy_n: Tensor
+    """Nats."""
+    label_logp_n: Tensor
+    """Log-probability of the label, at least `floor`."""
+
+    @property
+    def max_logp_n(self) -> Tensor:
+        """Log-probability of the most likely token."""
+        return -self.log_sum.log_sum_n
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTarget:
+    """One distribution per row: logits with their log-sum, log P, or P itself."""
+
+    rows: RawRows
+    kind: Literal["logits", "logp", "prob"]
+    log_sum: LogSum | None = None
+    """Of the rows, where they are logits."""
+
+    @classmethod
+    def of_logp(cls, logp_nV: Tensor) -> DenseTarget:
+        """From finite, normalized log-probabilities, which `logp_` gives back as they are."""
+        return cls(RawRows(logp_nV), "logp")
+
+    def to(self, dtype: torch.dtype) -> DenseTarget:
+        """The same target for a student of another dtype."""
+        if self.rows.dtype == dtype:
+            return self
+        rows = replace(self.rows, values_nV=self.rows.values_nV.to(dtype))
+        log_sum = None if self.log_sum is None else self.log_sum.to(dtype)
+        return DenseTarget(rows, self.kind, log_sum)
+
+    def logp_(self) -> Tensor:
+        """(n, V) finite log-probabilities in the place of the values, where their dtype allows; the target is then used up."""
+        values_nV = self.rows.values_nV
+        if self.kind == "logp":
+            return values_nV
+        if self.kind == "prob":
+            return values_nV.clamp_(min=torch.finfo(values_nV.dtype).tiny).log_()
+        logits_nV = finished(self.rows, values_nV)
+        return floor_(torch.log_softmax(logits_nV, -1, out=logits_nV))
+
+
+class RowKernels(Protocol):
+    """The operations on which all time beside the matrix products is spent."""
+
+    name: str
+
+    def read(self, rows: RawRows, labels_n: Tensor) -> Reading:
+        """Statistics of n rows; the rows stay as they are."""
+        ...
+
+    def add_(
+        self,
+        pool_nV: Tensor,
+        rows: RawRows,
+        log_sum: LogSum,
+        share_n: Tensor | None,
+        *,
+        is_log: bool,
+    ) -> None:
+        """pool <- (1 - share) pool + share m, with m = P of the rows, or log P for `is_log`; without shares pool <- m."""
+        ...
+
+    def softmax_(self, rows: RawRows, log_sum: LogSum, factor_n: Tensor) -> None:
+        """x <- factor softmax(z) dz/dx: the dense part of the gradient of a loss with a sparse target."""
+        ...
+
+    def distill_(
+        self,
+        rows: RawRows,
+        target: DenseTarget | None,
+        kd_n: Tensor,
+        ce_n: Tensor,
+        *,
+        temperature: float,
+    ) -> tuple[LogSum, Tensor]:
+        """Forward KL of each row and its gradient at the head's product, with the dense part of that of cross-entropy.
+
+        With Q_T = softmax(z / T): KL_n = sum_v P (log P - log Q_T), and
+        x <- [kd_n (Q_T sum_v P - P) / T + ce_n Q_1] dz/dx. What is missing is -ce_n dz/dx at the label.
+
+        Returns:
+            The log-sum of the rows, and (n,) KL in nats, zero without a target.
+        """
+        ...
+
+
+def floor(dtype: torch.dtype) -> float:
+    """The least log-probability: a token that a model rules out must not turn 0 * log 0 into NaN."""
+    return FLOOR_SHARE * torch.finfo(dtype).min
+
+
+def floor_(logp_nV: Tensor) -> Tensor:
+    """Make -inf finite in place."""
+    return logp_nV.clamp_(min=floor(logp_nV.dtype))
+
+
+def finished(rows: RawRows, out_nV: Tensor) -> Tensor:
+    """The logits: in `out_nV` where it has their dtype, else in new memory."""
+    if out_nV.dtype != rows.dtype:
+        out_nV = torch.empty_like(rows.values_nV, dtype=rows.dtype)
+    if out_nV.data_ptr() != rows.values_nV.data_ptr():
+        out_nV.copy_(rows.values_nV)
+    if rows.softcap is not None:
+        return out_nV.mul_(rows.scale / rows.softcap).tanh_().mul_(rows.softcap)
+    return out_nV if rows.scale == 1.0 else out_nV.mul_(rows.scale)
+
+
+def product(hidden_nD: Tensor, head: Head, out_nV: Tensor) -> RawRows:
+    """Apply a head's matrix, and nothing else, into `out_nV`: no gradient, no new memory of its size."""
+    weight_VD = head.weight.detach()
+    hidden_nD = hidden_nD.detach().to(weight_VD.dtype)
+    if head.bias is None:
+        torch.mm(hidden_nD, weight_VD.T, out=out_nV)
+    else:
+        torch.addmm(head.bias.detach(), hidden_nD, weight_VD.T, out=out_nV)
+    return RawRows(out_nV, head.scale, head.softcap)
+
+
+class Workspace:
+    """Large buffers that are made once and used for block after block, and on a CPU for step after step.
+
+    Fresh memory of this size costs more than the arithmetic: every page of it is faulted in and cleared. Whoever asks for a
+    name anew may overwrite what was there.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def matrix(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """An uninitialized matrix with the dtype and device of `like`."""
+        num_bytes = math.prod(shape) * like.element_size()
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < num_bytes or buffer.device != like.device:
+            self._buffers.pop(name, None)
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
+            self._buffers[name] = buffer
+        return buffer[:num_bytes].view(like.dtype).view(shape)
+
+    def release(self) -> None:
+        """Drop what a device gives back at once when asked again; a CPU would have to clear it anew."""
+        self._buffers = {k: v for k, v in self._buffers.items() if v.device.type == "cpu"}
+
+    def __deepcopy__(self, memo: object) -> Workspace:
+        return Workspace()
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        return Workspace, ()

@@ -1,0 +1,153 @@
+"""Every operation of every backend against the formula in float64."""
+
+import pytest
+import torch
+
+from collegium.kernels.plain import TorchKernels
+from collegium.kernels.rows import DenseTarget, LogSum, RawRows
+from kernel_cases import BACKENDS, DTYPES, HEADS, close, kernels_of, raw_rows, truth_of
+
+N, V = 9, 37
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reading(backend, dtype, head):
+    rows, labels = raw_rows(N, V, dtype, **head)
+    before = rows.values_nV.clone()
+    reading = kernels_of(backend).read(rows, labels)
+    logp = truth_of(rows).log_softmax(-1)
+    assert torch.equal(rows.values_nV, before)
+    close(reading.log_sum.total(), truth_of(rows).logsumexp(-1), rows.dtype)
+    close(reading.entropy_n, -(logp.exp() * logp).sum(-1), rows.dtype)
+    close(reading.label_logp_n, logp.gather(1, labels[:, None])[:, 0], rows.dtype)
+    close(reading.max_logp_n, logp.amax(-1), rows.dtype)
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pooling(backend, dtype, head, is_log):
+    kernels = kernels_of(backend)
+    one, labels = raw_rows(N, V, dtype, seed=1, **head)
+    other, _ = raw_rows(N, V, dtype, seed=2, **head)
+    share_n = torch.rand(N, dtype=one.dtype)
+    share_n[0], share_n[1] = 0.0, 1.0
+    pool_nV = torch.full((N, V), torch.nan, dtype=one.dtype)
+    kernels.add_(pool_nV, one, kernels.read(one, labels).log_sum, None, is_log=is_log)
+    kernels.add_(pool_nV, other, kernels.read(other, labels).log_sum, share_n, is_log=is_log)
+    members = [truth_of(x).log_softmax(-1) for x in (one, other)]
+    first, second = members if is_log else [x.exp() for x in members]
+    share = share_n.double()[:, None]
+    close(pool_nV, (1 - share) * first + share * second, one.dtype)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softmax_with_factors(backend, dtype, head):
+    rows, labels = raw_rows(N, V, dtype, **head)
+    factor_n = torch.randn(N, dtype=rows.dtype)
+    z, raw = truth_of(rows, with_raw=True)
+    expected = factor_n.double()[:, None] * z.softmax(-1) * slope(z, raw)
+    kernels = kernels_of(backend)
+    kernels.softmax_(rows, kernels.read(rows, labels).log_sum, factor_n)
+    close(rows.values_nV, expected, dtype)
+
+
+def slope(z, raw):
+    return torch.autograd.grad(z.sum(), raw, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.3])
+@pytest.mark.parametrize("kind", ["logits", "logp", "prob", None])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_distilling(backend, dtype, head, kind, temperature):
+    rows, _ = raw_rows(N, V, dtype, **head)
+    teacher, labels = raw_rows(N, V, dtype, seed=3, **head)
+    kernels = kernels_of(backend)
+    logp = truth_of(teacher).log_softmax(-1).detach()
+    target = {
+        "logits": DenseTarget(teacher, "logits", kernels.read(teacher, labels).log_sum),
+        "logp": DenseTarget.of_logp(logp.to(rows.dtype)),
+        "prob": DenseTarget(RawRows(logp.exp().to(rows.dtype)), "prob"),
+        None: None,
+    }[kind]
+    kd_n, ce_n = torch.rand(N, dtype=rows.dtype), torch.rand(N, dtype=rows.dtype)
+    kd_n[0], ce_n[1] = 0.0, 0.0
+    z, raw = truth_of(rows, with_raw=True)
+    logq = (z / temperature).log_softmax(-1)
+    kl = (logp.exp() * (logp - logq)).sum(-1) if kind else torch.zeros(N).double()
+    lse = z.logsumexp(-1)
+    total = (kd_n.double() * kl + ce_n.double() * lse).sum()
+    expected = torch.autograd.grad(total, raw)[0]
+    log_sum, kl_n = kernels.distill_(rows, target, kd_n, ce_n, temperature=temperature)
+    close(log_sum.total(), lse, rows.dtype)
+    close(kl_n, kl, rows.dtype)
+    close(rows.values_nV, expected, dtype)
+
+
+@pytest.mark.parametrize("kind", ["logits", "prob"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_student_that_equals_its_target_has_nothing_to_learn(backend, kind):
+    rows, labels = raw_rows(N, V, torch.float32)
+    kernels = kernels_of(backend)
+    teacher = RawRows(rows.values_nV.clone())
+    log_sum = kernels.read(teacher, labels).log_sum
+    target = DenseTarget(teacher, "logits", log_sum)
+    if kind == "prob":
+        target = DenseTarget(RawRows(teacher.values_nV.softmax(-1)), "prob")
+    one_n = torch.ones(N)
+    _, kl_n = kernels.distill_(rows, target, one_n, 0 * one_n, temperature=1.0)
+    assert kl_n.abs().max() < 1e-6
+    assert rows.values_nV.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ruled_out_tokens_and_huge_logits(backend, temperature, dtype):
+    values = 300 * torch.randn(N, V, dtype=torch.float64)
+    values[:, 3], values[2, 4:] = -torch.inf, -torch.inf
+    labels = torch.full((N,), 3)
+    rows, kernels = RawRows(values.to(dtype)), kernels_of(backend)
+    reading = kernels.read(rows, labels)
+    assert reading.entropy_n.isfinite().all()
+    assert reading.label_logp_n.isfinite().all()
+    pool_nV = torch.empty_like(rows.values_nV)
+    kernels.add_(pool_nV, rows, reading.log_sum, None, is_log=False)
+    torch.testing.assert_close(pool_nV.sum(-1), torch.ones(N, dtype=dtype))
+    target = DenseTarget(RawRows(pool_nV), "prob")
+    student = RawRows(300 * torch.randn(N, V, dtype=dtype))
+    one_n = torch.ones(N, dtype=dtype)
+    _, kl_n = kernels.distill_(student, target, one_n, one_n, temperature=temperature)
+    assert kl_n.isfinite().all()
+    assert student.values_nV.isfinite().all()
+    by_logits = DenseTarget(rows, "logits", reading.log_sum)
+    student = RawRows(300 * torch.randn(N, V, dtype=dtype))
+    _, kl_n = kernels.distill_(student, by_logits, one_n, one_n, temperature=temperature)
+    assert kl_n.isfinite().all()
+    assert student.values_nV.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_is_not_finite_stays_alone(backend):
+    rows, labels = raw_rows(N, V, torch.float32)
+    alone = kernels_of(backend).read(RawRows(rows.values_nV[1:].clone()), labels[1:])
+    rows.values_nV[0] = torch.nan
+    reading = kernels_of(backend).read(rows, labels)
+    assert reading.entropy_n[0].isnan()
+    torch.testing.assert_close(reading.entropy_n[1:], alone.entropy_n, rtol=1e-6, atol=1e-6)
+
+
+def test_strips_do_not_change_the_result(monkeypatch):
+    rows, labels = raw_rows(N, V, torch.float64, scale=0.5)
+    whole = TorchKernels().read(rows, labels)
+    monkeypatch.setattr("collegium.kernels.plain.CPU_STRIP_BYTES", 8 * V * 2)
+    parts = TorchKernels().read(rows, labels)
+    assert torch.equal(whole.entropy_n, parts.entropy_n)
+    assert isinstance(whole.log_sum, LogSum)
