@@ -102,6 +102,26 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
+def test_a_second_backward_pass_is_refused():
+    problem = Problem()
+    total = problem.sums().total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward pass; must be one"):
+        total.backward()
+
+
+def test_blocks_that_are_not_asked_for_have_one_size(monkeypatch):
+    monkeypatch.setattr("collegium.losses.chunked.MOST_BLOCK", 8)
+    problem, seen = Problem(), []
+
+    def row_losses(logits, block):
+        seen.append(block.stop - block.start)
+        return problem.row_losses(logits, block)
+
+    block_losses(problem.hidden, problem.head, row_losses, WEIGHTS)
+    assert seen == [7, 7, 5]
+
+
 @pytest.mark.parametrize("frozen", [(1,), (0,), (2,), (1, 2), (0, 1)])
 def test_frozen_inputs_get_no_gradient(frozen):
     problem = Problem()

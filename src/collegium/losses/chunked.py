@@ -12,6 +12,7 @@ written down (`InPlaceLosses`) put it in the place of the logits: two (n, V) buf
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -107,6 +108,9 @@ def block_losses(
         block_size = default_block_size(
             vocab_size, hidden_ND.device, num_buffers=num_buffers, megabytes=megabytes
         )
+        # Blocks of one size: a small last one would read and write the gradient of the head for little.
+        num_rows = max(hidden_ND.shape[0], 1)
+        block_size = math.ceil(num_rows / math.ceil(num_rows / block_size))
     plan = _Plan(
         head=head,
         row_losses=row_losses,
@@ -229,7 +233,7 @@ class _BlockLosses(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for block in plan.blocks(hidden_ND.shape[0]):
                 plan.add(sums, hidden_ND[block].to(weight_VD.dtype), block)
-        ctx.save_for_backward(sums.dhidden_ND, sums.dweight_VD, sums.dbias_V)
+        ctx.grads = (sums.dhidden_ND, sums.dweight_VD, sums.dbias_V)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         total = torch.zeros((), dtype=sums.dtype, device=sums.device)
         for name, weight in plan.weights.items():
@@ -244,12 +248,17 @@ class _BlockLosses(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        grad_total = grad_outputs[0]
-        # Scaled before the cast: a sum over many rows may not fit float16, its mean does.
+        if ctx.grads is None:
+            raise RuntimeError(
+                "block_losses: got a second backward pass; must be one, which uses up the gradients; compute the loss again"
+            )
+        # Scaled before the cast: a sum over many rows may not fit float16, its mean does. In place: the gradient of the head
+        # is the largest tensor of a loss, and a copy of it would cost as much memory as a block.
         grads = [
-            None if grad is None else (grad * grad_total).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if grad is None else grad.mul_(grad_outputs[0]).to(dtype)
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
+        ctx.grads = None
         return (*grads, None)
 
 
