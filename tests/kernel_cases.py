@@ -2,30 +2,64 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
-from collegium.kernels.backends import kernels_for
+from collegium.kernels.backends import Backend, kernels_for
+from collegium.kernels.compiled import find_compiler
 from collegium.kernels.rows import RawRows, RowKernels
 
-BACKENDS = ["torch"]
+HAS_TRITON, HAS_GPU = find_spec("triton") is not None, torch.cuda.is_available()
+if HAS_TRITON and not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when its functions are defined
+BACKENDS: list[Any] = [
+    "torch",
+    pytest.param(
+        "compiled",
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler"),
+        ],
+    ),
+    pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton")),
+]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 HEADS: list[dict[str, float]] = [{}, {"scale": 0.25}, {"scale": 3.0, "softcap": 5.0}]
+CASES = [
+    pytest.param(*backend.values, dtype, head, marks=backend.marks)
+    for backend in (b if isinstance(b, type(pytest.param())) else pytest.param(b) for b in BACKENDS)
+    for dtype in DTYPES
+    for head in HEADS
+    # Each of its variants takes seconds to compile.
+    if backend.values != ("compiled",) or (dtype, head) in zip(DTYPES[1:], HEADS[::2], strict=True)
+]
+"""Backend, dtype and head."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-def kernels_of(backend) -> RowKernels:
-    return kernels_for(backend, torch.device("cpu"))
+def device_of(backend: Backend) -> torch.device:
+    return torch.device("cuda" if backend == "triton" and HAS_GPU else "cpu")
+
+
+def kernels_of(backend: Backend) -> RowKernels:
+    return kernels_for(backend, device_of(backend))
 
 
 def raw_rows(
     num_rows: int, vocab_size: int, dtype: torch.dtype, *, seed: int = 0, **head: float
 ) -> tuple[RawRows, Tensor]:
-    """Rows of a head's product, and labels."""
-    generator = torch.Generator().manual_seed(seed)
-    values = 3 * torch.randn(num_rows, vocab_size, generator=generator, dtype=torch.float64)
-    labels = torch.randint(vocab_size, (num_rows,), generator=generator)
-    return RawRows(values.to(dtype), **head), labels
+    """Rows of a head's product, and labels, on the default device."""
+    generator, home = torch.Generator().manual_seed(seed), torch.get_default_device()
+    values = torch.empty(num_rows, vocab_size, dtype=torch.float64, device="cpu")
+    values.normal_(std=3.0, generator=generator)
+    labels = torch.empty(num_rows, dtype=torch.int64, device="cpu")
+    labels.random_(vocab_size, generator=generator)
+    return RawRows(values.to(home, dtype), **head), labels.to(home)
 
 
 def truth_of(rows: RawRows, *, with_raw: bool = False):

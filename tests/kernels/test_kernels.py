@@ -5,14 +5,30 @@ import torch
 
 from collegium.kernels.plain import TorchKernels
 from collegium.kernels.rows import DenseTarget, LogSum, RawRows
-from kernel_cases import BACKENDS, DTYPES, HEADS, close, kernels_of, raw_rows, truth_of
+from kernel_cases import (
+    BACKENDS,
+    CASES,
+    close,
+    device_of,
+    kernels_of,
+    raw_rows,
+    truth_of,
+)
 
 N, V = 9, 37
+# PyTorch's compiler uses what PyTorch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.fixture(autouse=True)
+def _on_its_device(request):
+    """New tensors are where the backend wants them."""
+    backend = request.node.callspec.params["backend"] if hasattr(request.node, "callspec") else None
+    with device_of(backend or "torch"):
+        yield
+
+
+@pytest.mark.parametrize(("backend", "dtype", "head"), CASES)
 def test_reading(backend, dtype, head):
     rows, labels = raw_rows(N, V, dtype, **head)
     before = rows.values_nV.clone()
@@ -26,9 +42,7 @@ def test_reading(backend, dtype, head):
 
 
 @pytest.mark.parametrize("is_log", [False, True])
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype", "head"), CASES)
 def test_pooling(backend, dtype, head, is_log):
     kernels = kernels_of(backend)
     one, labels = raw_rows(N, V, dtype, seed=1, **head)
@@ -44,9 +58,7 @@ def test_pooling(backend, dtype, head, is_log):
     close(pool_nV, (1 - share) * first + share * second, one.dtype)
 
 
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype", "head"), CASES)
 def test_softmax_with_factors(backend, dtype, head):
     rows, labels = raw_rows(N, V, dtype, **head)
     factor_n = torch.randn(N, dtype=rows.dtype)
@@ -63,9 +75,7 @@ def slope(z, raw):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.3])
 @pytest.mark.parametrize("kind", ["logits", "logp", "prob", None])
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype", "head"), CASES)
 def test_distilling(backend, dtype, head, kind, temperature):
     rows, _ = raw_rows(N, V, dtype, **head)
     teacher, labels = raw_rows(N, V, dtype, seed=3, **head)
