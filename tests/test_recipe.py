@@ -15,7 +15,8 @@ from collegium.data.pack import DataOptions
 from collegium.data.sources import SourceOptions
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import CONFLICTS, TruthFallback
-from collegium.fusion.pooling import Fusion, to_recipe
+from collegium.fusion.describe import to_recipe
+from collegium.fusion.pooling import Fusion
 from collegium.fusion.rules import WEIGHTINGS, DomainWeights, Gate
 from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood
 from collegium.losses.divergences import DIVERGENCES, ForwardKL, SkewedForwardKL

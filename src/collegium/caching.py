@@ -24,7 +24,8 @@ from collegium.cache.store import TargetCache, open_cache, read_manifest, summar
 from collegium.console import progress, say
 from collegium.errors import RecipeError
 from collegium.evaluate.scoring import spread_windows
-from collegium.fusion.pooling import Fusion, to_recipe
+from collegium.fusion.describe import to_recipe
+from collegium.fusion.pooling import Fusion
 from collegium.recipe import plain
 from collegium.teachers.cached import BatchKeys, StoredTeacher, require_static
 from collegium.teachers.cached_features import FeatureEncoder

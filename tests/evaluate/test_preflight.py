@@ -19,7 +19,8 @@ from collegium.evaluate.preflight import Preflight, run_preflight
 from collegium.evaluate.scoring import FUSED, score_models
 from collegium.evaluate.search import Candidate, choose
 from collegium.evaluate.sweeps import pairwise_jsd
-from collegium.fusion.pooling import Fusion, describe
+from collegium.fusion.describe import describe
+from collegium.fusion.pooling import Fusion
 from collegium.fusion.rules import DomainWeights, Gate
 from collegium.fusion.weights import BestSingle, PrefixLikelihood, Uniform
 from collegium.recipe import decode_fusion

@@ -18,7 +18,8 @@ from collegium.fusion.conflict import (
     TargetCorrection,
     TruthFallback,
 )
-from collegium.fusion.pooling import FusedBlock, FusedTarget, Fusion, describe, to_recipe
+from collegium.fusion.describe import describe, to_recipe
+from collegium.fusion.pooling import FusedBlock, FusedTarget, Fusion
 from collegium.fusion.weights import BestSingle, Entropy, Fixed, PrefixLikelihood, Uniform
 from collegium.types import Rows, TeacherRows
 from fusion_cases import (

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import reference
 from collegium.errors import RecipeError
-from collegium.fusion.pooling import FusedTarget, Fusion, describe, to_recipe
+from collegium.fusion.describe import describe, to_recipe
+from collegium.fusion.pooling import FusedTarget, Fusion
 from collegium.fusion.routing import Route
 from collegium.fusion.rules import (
     AvgCE,

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from collegium.errors import DataError, RecipeError
 from collegium.fusion.conflict import TargetCorrection, TruthFallback
+from collegium.fusion.describe import describe, to_recipe
 from collegium.fusion.fits import fit_route
-from collegium.fusion.pooling import FusedTarget, Fusion, describe, to_recipe
+from collegium.fusion.pooling import FusedTarget, Fusion
 from collegium.fusion.routing import Route
 from collegium.fusion.weights import BestSingle, RowStats, Uniform
 from collegium.recipe import decode_fusion

@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 
 import reference
-from collegium.fusion.pooling import Fusion, describe
+from collegium.fusion.describe import describe
+from collegium.fusion.pooling import Fusion
 from collegium.fusion.rules import (
     AvgCE,
     ConfidenceAware,

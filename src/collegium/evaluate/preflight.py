@@ -28,7 +28,8 @@ from collegium.evaluate.scoring import Progress, Scorer, distinct_scorers, sprea
 from collegium.evaluate.search import SAME_NLL, Candidate, Search, choose
 from collegium.evaluate.sweeps import Calibration, Scalars, sweep_teachers
 from collegium.fusion.calibration import fit_temperature, over_under_confidence
-from collegium.fusion.pooling import Fusion, describe, to_recipe
+from collegium.fusion.describe import describe, to_recipe
+from collegium.fusion.pooling import Fusion
 from collegium.fusion.routing import Route
 from collegium.fusion.weights import BestSingle, Uniform
 
