@@ -1,0 +1,102 @@
+"""One process of two: each reads half of a batch, and all must find what a single process finds. Run by test_distributed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from collegium.fusion.pooling import Fusion
+from collegium.losses.features import FeatureLoss, FeatureOptions
+from collegium.teachers.local import LocalTeacher
+from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.step import DistillStep
+from collegium.types import Batch
+from tiny import tiny_model
+
+V, LENGTH = 60, 12
+TIED = {"tie_word_embeddings": True}
+
+
+def make_step() -> DistillStep:
+    features = FeatureLoss(
+        FeatureOptions(dynamic_scale=False), {"layer_1": 32}, {"t0": {"layer_1": 32}}
+    )
+    objective = Objective(ObjectiveOptions(kd_ratio=0.6, block_size=5), Fusion(), features=features)
+    return DistillStep(tiny_model(V + 4, seed=9, **TIED), objective, vocab_size=V)
+
+
+def make_batch() -> Batch:
+    """Four windows; the last is not trained on, so that the second process has fewer rows than the first."""
+    ids = torch.randint(V, (4, LENGTH), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[2:, 5:] = -100
+    labels[3] = -100
+    position = torch.arange(LENGTH).expand_as(ids).contiguous()
+    samples = torch.arange(4)[:, None].expand_as(ids).contiguous()
+    return Batch(ids, position, labels, samples)
+
+
+def half(batch: Batch, rank: int) -> Batch:
+    part = slice(2 * rank, 2 * rank + 2)
+    return Batch(
+        batch.input_ids[part], batch.position_ids[part], batch.labels[part], batch.sample_ids[part]
+    )
+
+
+def total(module: Any, batch: Batch, teachers: list[LocalTeacher]) -> torch.Tensor:
+    rows = batch.rows()
+    scored = [teacher.score(batch, rows, ["layer_1"]) for teacher in teachers]
+    return module(batch, rows, scored)[0]
+
+
+def wrapped(name: str, step: DistillStep) -> Any:
+    if name == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(step)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for block in step.student.base_model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(step, mesh=mesh)
+
+
+def main() -> None:
+    name, meeting = sys.argv[1:]
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    teachers = [LocalTeacher(f"t{k}", tiny_model(V, seed=k), vocab_size=V) for k in range(2)]
+    batch, alone = make_batch(), make_step()
+    num_rows = len(batch.rows())
+    expected = total(alone, batch, teachers) / num_rows
+    expected.backward()
+    module = wrapped(name, make_step())
+    for accumulated in (1, 2):  # a second micro-batch adds to the gradients of the first
+        loss = total(module, half(batch, rank), teachers) / num_rows
+        (2 * loss).backward()
+        loss = loss.detach()
+        dist.all_reduce(loss)
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+        for (path, one), (_, two) in zip(
+            alone.named_parameters(), module.named_parameters(), strict=True
+        ):
+            assert one.grad is not None, path
+            assert two.grad is not None, path
+            grad = two.grad.full_tensor() if hasattr(two.grad, "full_tensor") else two.grad
+            torch.testing.assert_close(
+                grad,
+                accumulated * one.grad,
+                rtol=1e-4,
+                atol=1e-6,
+                msg=lambda m, p=path: f"{p}: {m}",
+            )
+    print("same as one process")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
