@@ -250,15 +250,20 @@ class _BlockLosses(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(
-                "block_losses: got a second backward pass; must be one, which uses up the gradients; compute the loss again"
+                "block_losses: got a second backward pass; must be one; give retain_graph=True to the first"
             )
-        # Scaled before the cast: a sum over many rows may not fit float16, its mean does. In place: the gradient of the head
-        # is the largest tensor of a loss, and a copy of it would cost as much memory as a block.
+        # Only a graph that is kept can be asked again. Else the gradients are scaled in place: that of the head is the largest
+        # tensor of a loss, and a copy of it would cost as much memory as a block.
+        is_kept = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+        # Scaled before the cast: a sum over many rows may not fit float16, its mean does.
         grads = [
-            None if grad is None else grad.mul_(grad_outputs[0]).to(dtype)
+            None
+            if grad is None
+            else (grad * grad_outputs[0] if is_kept else grad.mul_(grad_outputs[0])).to(dtype)
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
-        ctx.grads = None
+        if not is_kept:
+            ctx.grads = None
         return (*grads, None)
 
 

@@ -1,0 +1,269 @@
+"""The whole engine, from hidden states of K teachers to gradients, against a naive formula in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+import reference_losses
+from collegium.fusion.pooling import Fusion
+from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood
+from collegium.kernels.compiled import find_compiler
+from collegium.losses.divergences import DIVERGENCES
+from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.types import Head, HiddenRows, Rows, TeacherRows
+from kernel_cases import HAS_TRITON, device_of
+
+# PyTorch's compiler uses what PyTorch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+N, V, D, PAD = 13, 29, 6, 3
+NAMES = ["a", "b", "c"]
+WEIGHTINGS = [
+    Entropy(tau=0.5),
+    Fixed(weights={"a": 0.2, "b": 0.5, "c": 0.3}),
+    PrefixLikelihood(eta=0.4, decay=0.8),
+]
+DOCUMENTS = [0, 0, 0, 0, 0, 1, 1, 1, 2, 3, 3, 3, 3]
+PARTS = {"kd": 1.0, "both": 0.7, "ce": 0.0}
+BOUND = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+BACKENDS: list[Any] = [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton")),
+    pytest.param(
+        "compiled",
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler"),
+        ],
+    ),
+]
+
+
+class Problem:
+    """Student, teachers with padded heads, and labels, on one device and in one dtype."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, **head: Any) -> None:
+        generator = torch.Generator().manual_seed(5)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+        self.hidden, self.table = draw(N, D), draw(V + PAD, D)
+        self.bias = draw(V)
+        self.trained = [x.requires_grad_() for x in (self.hidden, self.table, self.bias)]
+        self.heads = [(draw(N, D), draw(V + PAD, D)) for _ in NAMES]
+        self.labels = torch.randint(V, (N,), generator=generator).to(device)
+        self.head = head
+
+    def student(self) -> HiddenRows:
+        return HiddenRows(self.hidden, Head(self.table[:V], self.bias, **self.head))
+
+    def teachers(self) -> list[TeacherRows]:
+        return [
+            TeacherRows(name, HiddenRows(hidden, Head(table[:V], **self.head)))
+            for name, (hidden, table) in zip(NAMES, self.heads, strict=True)
+        ]
+
+    def rows(self) -> Rows:
+        numbers = torch.tensor(DOCUMENTS, device=self.labels.device)
+        return Rows(torch.arange(N, device=numbers.device), self.labels, numbers, numbers)
+
+    def loss(self, fusion: Fusion, **options: Any) -> Tensor:
+        objective = Objective(ObjectiveOptions(**options), fusion)
+        return objective(self.student(), self.teachers(), self.rows()).total
+
+    def grads(self, total: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(total, self.trained, allow_unused=True))
+
+    def truth(self, fusion: Fusion, **options: Any) -> tuple[Tensor, list[Tensor]]:
+        """The same in float64 on the CPU, with whole logits and plain autograd."""
+        logps = []
+        for hidden, table in self.heads:
+            z = reference_losses.logits(wide(hidden), wide(table)[:V], **self.head)
+            logps.append(z.log_softmax(-1).tolist())
+        labels = self.labels.tolist()
+        weights = naive_weights(fusion.weighting, logps, labels)
+        target = [
+            reference.pool([logps[k][t] for k in range(3)], weights[t], fusion.pool)
+            for t in range(N)
+        ]
+        trained = [wide(x).requires_grad_() for x in self.trained]
+        z = reference_losses.logits(trained[0], trained[1][:V], trained[2], **self.head)
+        total = reference_losses.objective(
+            z,
+            torch.tensor(target, dtype=torch.float64).exp(),
+            labels,
+            kd_ratio=options.get("kd_ratio", 0.9),
+            temperature=options.get("temperature", 1.0),
+            divergence=options.get("name", "forward_kl"),
+        )
+        return total, list(torch.autograd.grad(total, trained))
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.detach().cpu().double().clone()
+
+
+def naive_weights(weighting: Any, logps: list, labels: list[int]) -> list[list[float]]:
+    if isinstance(weighting, Fixed):
+        return [[weighting.weights[name] for name in NAMES]] * N
+    if isinstance(weighting, PrefixLikelihood):
+        label_logp = [[logps[k][t][labels[t]] for t in range(N)] for k in range(3)]
+        return reference.prefix_weights(label_logp, DOCUMENTS, weighting.eta, weighting.decay)
+    return [
+        reference.entropy_weights(
+            [reference.entropy(logps[k][t]) for k in range(3)], weighting.form, weighting.tau
+        )
+        for t in range(N)
+    ]
+
+
+def agree(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    for one, two in zip(found, expected, strict=True):
+        one = one.detach().cpu().double()
+        two = two.detach()
+        assert (one - two).abs().max() <= BOUND[dtype] * max(1e-3, float(two.abs().max())) * 3
+        cosine = torch.nn.functional.cosine_similarity(one.flatten(), two.flatten(), dim=0)
+        assert cosine > 0.9999
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=lambda w: type(w).__name__)
+@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hot_pairs(backend, dtype, weighting, pool, part):
+    problem, kd_ratio = Problem(dtype, device_of(backend)), PARTS[part]
+    fusion = Fusion(weighting=weighting, pool=pool)
+    total = problem.loss(fusion, kd_ratio=kd_ratio, backend=backend, block_size=5)
+    truth, grads = problem.truth(fusion, kd_ratio=kd_ratio)
+    torch.testing.assert_close(wide(total), truth.detach(), rtol=BOUND[dtype], atol=BOUND[dtype])
+    agree(problem.grads(total), grads, dtype)
+
+
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+@pytest.mark.parametrize("pool", ["linear", "log_linear", "power_mean"])
+@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_every_divergence(backend, dtype, pool, name):
+    if backend == "triton" and dtype is not torch.float32:
+        pytest.skip("its arithmetic is tested with the kernels")
+    problem, fusion = Problem(dtype, device_of(backend)), Fusion(pool=pool)
+    divergence = DIVERGENCES[name]()
+    total = problem.loss(fusion, divergence=divergence, backend=backend, block_size=6)
+    truth, grads = problem.truth(fusion, name=name)
+    torch.testing.assert_close(wide(total), truth.detach(), rtol=BOUND[dtype], atol=BOUND[dtype])
+    agree(problem.grads(total), grads, dtype)
+
+
+@pytest.mark.parametrize("head", [{"scale": 0.3}, {"softcap": 4.0}, {"scale": 2.0, "softcap": 3.0}])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_heads_and_temperatures(backend, temperature, head):
+    problem = Problem(torch.float32, device_of(backend), **head)
+    total = problem.loss(Fusion(), temperature=temperature, backend=backend)
+    truth, grads = problem.truth(Fusion(), temperature=temperature)
+    torch.testing.assert_close(wide(total), truth.detach(), rtol=1e-5, atol=1e-5)
+    agree(problem.grads(total), grads, torch.float32)
+
+
+@pytest.mark.parametrize("pool", ["linear", "log_linear"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_blocks_change_nothing(pool, temperature):
+    problem, fusion = Problem(torch.float64, torch.device("cpu")), Fusion(pool=pool)
+    totals = [
+        problem.loss(fusion, temperature=temperature, block_size=size) for size in (1, 4, N, None)
+    ]
+    grads = [problem.grads(total) for total in totals]
+    for total, others in zip(totals[1:], grads[1:], strict=True):
+        torch.testing.assert_close(total, totals[0], rtol=1e-12, atol=1e-12)
+        for one, two in zip(others, grads[0], strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck():
+    problem = Problem(torch.float64, torch.device("cpu"), softcap=5.0)
+
+    def total(hidden, table, bias):
+        student = HiddenRows(hidden, Head(table[:V], bias, softcap=5.0))
+        options = ObjectiveOptions(block_size=4, temperature=1.5)
+        return Objective(options, Fusion())(student, problem.teachers(), problem.rows()).total
+
+    assert torch.autograd.gradcheck(total, problem.trained)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_a_student_that_equals_its_only_teacher(backend, temperature):
+    problem = Problem(torch.float32, device_of(backend))
+    scores = HiddenRows(problem.hidden.detach(), Head(problem.table.detach()[:V], problem.bias))
+    scores = dataclasses.replace(
+        scores, head=dataclasses.replace(scores.head, bias=problem.bias.detach())
+    )
+    objective = Objective(
+        ObjectiveOptions(kd_ratio=1.0, temperature=temperature, backend=backend), Fusion()
+    )
+    total = objective(problem.student(), [TeacherRows("a", scores)], problem.rows()).total
+    assert total.detach().abs() < 1e-4 * max(1.0, temperature**2)
+    for grad in problem.grads(total):
+        assert grad.abs().max() < 1e-4 * max(1.0, 1 / temperature, temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 20.0])
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_no_temperature_gives_a_nan(backend, temperature):
+    problem = Problem(torch.float32, device_of(backend))
+    with torch.no_grad():
+        problem.heads[0][1][4] = 0.0
+        problem.table.mul_(30.0)
+    total = problem.loss(Fusion(), temperature=temperature, backend=backend)
+    assert total.isfinite()
+    assert all(grad.isfinite().all() for grad in problem.grads(total))
+
+
+def test_an_adapter_on_the_head_is_trained_and_the_head_is_not():
+    """LoRA: W = W_0 + s B A, with W_0 frozen."""
+    problem = Problem(torch.float64, torch.device("cpu"))
+    base = problem.table.detach()[:V]
+    a = torch.randn(2, D, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(V, 2, dtype=torch.float64, requires_grad=True)
+    student = HiddenRows(problem.hidden, Head(base + 0.5 * (b @ a)))
+    ours = Objective(ObjectiveOptions(), Fusion())(student, problem.teachers(), problem.rows())
+    merged = (base + 0.5 * (b @ a)).detach().requires_grad_()
+    whole = HiddenRows(problem.hidden, Head(merged))
+    plain = Objective(ObjectiveOptions(), Fusion())(whole, problem.teachers(), problem.rows())
+    dmerged = torch.autograd.grad(plain.total, merged)[0]
+    da, db = torch.autograd.grad(ours.total, (a, b))
+    torch.testing.assert_close(da, 0.5 * b.detach().T @ dmerged)
+    torch.testing.assert_close(db, 0.5 * dmerged @ a.detach().T)
+
+
+def test_no_rows_give_a_zero_with_a_graph():
+    problem = Problem(torch.float32, torch.device("cpu"))
+    student = HiddenRows(problem.hidden[:0], Head(problem.table[:V]))
+    teachers = [
+        TeacherRows(t.name, HiddenRows(t.scores.hidden[:0], t.scores.head))
+        for t in problem.teachers()
+    ]
+    total = Objective(ObjectiveOptions(), Fusion())(
+        student, teachers, problem.rows().part(slice(0, 0))
+    ).total
+    assert total.item() == 0
+    total.backward()
+    assert (problem.table.grad == 0).all()
+
+
+def test_memory_of_a_block_does_not_depend_on_the_teachers():
+    """All that the engine keeps of the size of a block is the pool and the logits."""
+    problem = Problem(torch.float32, torch.device("cpu"))
+    for names in (NAMES[:1], NAMES):
+        objective = Objective(ObjectiveOptions(block_size=5), Fusion())
+        teachers = [t for t in problem.teachers() if t.name in names]
+        objective(problem.student(), teachers, problem.rows())
+        sizes = {k: b.numel() for k, b in objective._workspace._buffers.items()}
+        assert sizes == {"pool": 4 * 5 * V, "logits": 4 * 5 * V}
