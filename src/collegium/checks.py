@@ -18,6 +18,7 @@ from collegium.data.sources import check_sources
 from collegium.errors import DataError, RecipeError, nearest
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.routing import Route
+from collegium.kernels.backends import require_backend
 from collegium.losses.features import feature_map
 from collegium.models import (
     ModelOptions,
@@ -83,6 +84,7 @@ def _check_machine(recipe: Recipe) -> None:
         raise RecipeError(
             "train.bf16: got true, and this CUDA device has no bfloat16; must be false here; remove it"
         )
+    require_backend(recipe.objective.backend)
 
 
 def _models(recipe: Recipe) -> dict[str, ModelOptions]:

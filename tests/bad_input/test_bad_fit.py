@@ -1,4 +1,4 @@
-"""Sound parts that do not fit together or not this machine, from the command line: rows 18, 22, 26, 27, 67 and 78."""
+"""Sound parts that do not fit together or not this machine, from the command line: rows 18, 21, 22, 26, 27, 67 and 78."""
 
 from __future__ import annotations
 
@@ -61,6 +61,23 @@ def test_27_the_student_is_a_teacher(bench: Bench) -> None:
     lines = bench.accepted("student={model: zoo/code}")
     assert lines[-1] == (
         "warning: student: equals teachers.code; its distillation loss to that teacher starts at 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("compiled", "must find a C++ compiler; install g++ or use torch"),
+        ("triton", "must find Triton; install triton or use torch"),
+    ],
+)
+def test_21_a_backend_that_cannot_run_here(
+    backend: str, message: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collegium.kernels.backends.find_spec", lambda name: None)
+    monkeypatch.setattr("collegium.kernels.compiled.shutil.which", lambda name: None)
+    bench.refused(
+        f"objective.backend: got {backend}; {message}", f"objective={{backend: {backend}}}"
     )
 
 

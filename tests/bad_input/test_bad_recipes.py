@@ -240,6 +240,10 @@ CASES = {
         minimal(objective="{block_size: 0}"),
         "run.yaml:9: objective.block_size: got 0; must be at least 1",
     ),
+    "21 memory of a chunk": (
+        minimal(objective="{block_megabytes: 0}"),
+        "run.yaml:9: objective.block_megabytes: got 0; must be at least 1",
+    ),
     "21 zero": (
         minimal(train="{gradient_accumulation_steps: 0}"),
         "run.yaml:11: train.gradient_accumulation_steps: got 0; must be at least 1",
