@@ -1,0 +1,203 @@
+"""Time and memory of the loss on K teachers, beside plain PyTorch, the bare matrix products, and what others have for one teacher.
+
+    python benchmarks/loss.py                       # the CPU table, about 12 minutes on two cores
+    python benchmarks/loss.py --quick               # small sizes, to see that it runs
+    python benchmarks/loss.py --device cuda         # the GPU table
+
+Each case is a process of its own. They take turns, step by step, so that a change of the machine's speed meets all of them; medians
+over rounds. Memory is the peak of a process above what it held with its inputs alone, gradients included. Peers are measured where
+they are installed (`pip install liger-kernel trl torchtune torchao`). Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CPU = {"rows": 2048, "vocab": 49_152, "width": 576, "teachers": [1, 2, 5, 8]}
+GPU = {"rows": 8192, "vocab": 128_256, "width": 4096, "teachers": [1, 2, 5]}
+QUICK = {"rows": 256, "vocab": 8192, "width": 128, "teachers": [1, 2]}
+COLUMNS = ("ours", "naive", "bound", "liger", "trl", "torchtune")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--teachers", type=int, nargs="+", help="numbers of teachers")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--cases", nargs="+", default=list(COLUMNS), help="also: compiled")
+    parser.add_argument("--save", type=Path, default=Path("runs/benchmarks/loss.md"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return serve(json.loads(options.child))
+    size: dict[str, Any] = dict(QUICK if options.quick else CPU if options.device == "cpu" else GPU)
+    size["rows"] = options.rows or size["rows"]
+    numbers = options.teachers or size.pop("teachers")
+    size.pop("teachers", None)
+    results = {}
+    for number in numbers:
+        cases = [c for c in options.cases if number == 1 or c not in ("liger", "trl", "torchtune")]
+        results[number] = compare(cases, {**size, "teachers": number}, options)
+    text = report(results, size, options)
+    print(text)
+    options.save.parent.mkdir(parents=True, exist_ok=True)
+    options.save.write_text(text, encoding="utf-8")
+    options.save.with_suffix(".json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def compare(cases: list[str], size: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Let the cases take turns; a case that cannot run gives its reason."""
+    children = {}
+    results: dict[str, Any] = {}
+    for case in cases:
+        child = Child(case, {**size, "device": options.device, "threads": options.threads})
+        answer = child.read()  # after its first, untimed step
+        if "error" in answer:
+            results[case] = answer
+        else:
+            children[case] = child
+    seconds: dict[str, list[float]] = {case: [] for case in children}
+    for number in range(options.rounds):
+        order = list(children) if number % 2 == 0 else list(children)[::-1]
+        for case in order:
+            seconds[case].append(children[case].ask("step")["seconds"])
+    for case, child in children.items():
+        last = child.ask("stop")
+        median = statistics.median(seconds[case])
+        results[case] = {**last, "seconds": median, "all_seconds": seconds[case]}
+        print(
+            f"K={size['teachers']} {case}: {median:.3f} s, {last['megabytes']:.0f} MB", flush=True
+        )
+    return results
+
+
+class Child:
+    """A process that computes one case when asked."""
+
+    def __init__(self, case: str, size: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--child", json.dumps({"case": case, **size})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        return {"error": f"exit code {self._process.wait()}"}
+
+    def ask(self, word: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+        return self.read()
+
+
+def serve(asked: dict[str, Any]) -> None:
+    """The other side of `Child`."""
+    import torch
+
+    from loss_cases import CASES, Inputs, Size
+
+    if asked["threads"]:
+        torch.set_num_threads(asked["threads"])
+    is_cpu = asked["device"] == "cpu"
+    dtype = torch.float32 if is_cpu else torch.bfloat16
+    size = Size(
+        asked["rows"], asked["vocab"], asked["width"], asked["teachers"], asked["device"], dtype
+    )
+    tiny = Size(32, 512, 32, asked["teachers"], asked["device"], dtype)
+    try:
+        CASES[asked["case"]](Inputs(tiny), tiny)()  # libraries loaded, code compiled
+        inputs = Inputs(size)
+        reset_peak(is_cpu)
+        before = memory(is_cpu, peak=False)
+        step = CASES[asked["case"]](inputs, size)
+        loss = step()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(json.dumps({"error": reason[:120]}), flush=True)
+        return
+    print(json.dumps({"loss": loss}), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "stop":
+            break
+        started = time.perf_counter()
+        step()  # ends with a number on the host, so the device is done
+        if not is_cpu:
+            torch.cuda.synchronize()
+        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
+    print(json.dumps({"loss": loss, "megabytes": memory(is_cpu, peak=True) - before}), flush=True)
+
+
+def reset_peak(is_cpu: bool) -> None:
+    """Start to watch the peak anew (Linux)."""
+    if is_cpu:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    else:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory(is_cpu: bool, *, peak: bool) -> float:
+    """Megabytes of this process, or of its tensors on the device."""
+    if not is_cpu:
+        import torch
+
+        held = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        return held / 1e6
+    key = "VmHWM" if peak else "VmRSS"
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def report(results: dict[int, Any], size: dict[str, Any], options: argparse.Namespace) -> str:
+    """The table in Markdown."""
+    import torch
+
+    threads = options.threads or torch.get_num_threads()
+    lines = [
+        f"N = {size['rows']:,}, V = {size['vocab']:,}, D = {size['width']}; {options.device}, "
+        f"{threads} threads, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
+        f"{time.strftime('%Y-%m-%d')}, medians of {options.rounds}",
+        "",
+        "| K | case | seconds | / bound | naive / it | peak MB above inputs | loss per row |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for number, cases in results.items():
+        of = {case: found["seconds"] for case, found in cases.items() if "seconds" in found}
+        for case in options.cases:
+            if case not in cases:
+                continue
+            if case not in of:
+                lines.append(f"| {number} | {case} | {cases[case]['error']} | | | | |")
+                continue
+            by_bound = f"{of[case] / of['bound']:.2f}" if "bound" in of else ""
+            by_naive = f"{of['naive'] / of[case]:.2f}" if "naive" in of else ""
+            lines.append(
+                f"| {number} | {case} | {of[case]:.3f} | {by_bound} | {by_naive} | "
+                f"{cases[case]['megabytes']:,.0f} | {cases[case]['loss']:.6f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
