@@ -1,0 +1,51 @@
+"""A compiled body is not compiled anew for every size of a batch, and the losses stay out of its graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from collegium.fusion.pooling import Fusion
+from collegium.teachers.local import LocalTeacher
+from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.step import DistillStep
+from collegium.types import Batch
+from tiny import tiny_model
+
+V = 60
+
+
+def make_batch(num_windows: int, length: int = 16) -> Batch:
+    ids = torch.randint(V, (num_windows, length), generator=torch.Generator().manual_seed(1))
+    position = torch.arange(length).expand_as(ids).contiguous()
+    return Batch(ids, position, ids.clone(), torch.zeros_like(ids))
+
+
+def test_sizes_of_batches_share_their_graphs() -> None:
+    graphs = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    student, plain = tiny_model(V, seed=9), tiny_model(V, seed=9)
+    student.base_model.compile(backend=count)
+    teacher = LocalTeacher("t", tiny_model(V, seed=1), vocab_size=V)
+    counts = []
+    for num_windows in (2, 3, 4, 5, 7):
+        batch = make_batch(num_windows)
+        rows = batch.rows()
+        scored = [teacher.score(batch, rows)]
+        totals = []
+        for model in (student, plain):
+            step = DistillStep(model, Objective(ObjectiveOptions(), Fusion()), vocab_size=V)
+            total, _ = step(batch, rows, scored)
+            total.backward()
+            totals.append(total.detach())
+        torch.testing.assert_close(*totals, rtol=1e-5, atol=1e-5)
+        counts.append(len(graphs))
+    # The first size, and the second, which makes it a symbol.
+    assert counts[1:] == [counts[1]] * 4
+    for one, two in zip(student.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
