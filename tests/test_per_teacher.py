@@ -278,6 +278,29 @@ def test_a_stale_folder_is_refused_by_field(
     assert told in str(caught.value)
 
 
+def test_a_stale_folder_is_refused_before_another_teacher_reads(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    shared = f"cache.path={tmp_path / 'cache'}"
+    pipeline.cache(_recipe(zoo, tmp_path, shared))
+    shutil.rmtree(tmp_path / "cache/teachers/scripture")
+    calls = Calls(monkeypatch)
+    stale = _recipe(
+        zoo,
+        tmp_path,
+        shared,
+        "teachers.code.logit_scale=1.5",
+        f"output_dir={tmp_path / 'other'}",
+    )
+    for stage in (pipeline.cache, pipeline.train, pipeline.preflight):
+        with pytest.raises(CacheError, match=r"logit_scale: 1.0 -> 1.5"):
+            stage(stale)
+    assert calls.of == {}
+    assert not (tmp_path / "cache/teachers/scripture").exists()
+
+
 def test_the_defaults_follow_the_kind_and_survive_a_round_trip(zoo: Path, tmp_path: Path) -> None:
     recipe = _recipe(zoo, tmp_path, "cache.temperatures=[0.8, 3.0]")
     assert recipe.cache.targets == Samples(draws=24)

@@ -11,7 +11,7 @@ Each is a folder of the same format with a manifest of its own, so a teacher mor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache as remembered
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,13 @@ from collegium.cache.build import build_cache, expected_bytes_per_token
 from collegium.cache.feature_build import build_features
 from collegium.cache.feature_store import FeatureCache, open_features, read_feature_manifest
 from collegium.cache.layout import Layout
-from collegium.cache.store import TargetCache, open_cache, read_manifest, summary
+from collegium.cache.store import (
+    TargetCache,
+    open_cache,
+    read_manifest,
+    require_identity,
+    summary,
+)
 from collegium.console import progress, say
 from collegium.errors import RecipeError
 from collegium.evaluate.scoring import spread_windows
@@ -131,6 +137,8 @@ def build(workspace: Workspace, fusion: Callable[[], Fusion | None]) -> list[Bui
     if workspace.recipe.cache.kind == "per_teacher":
         parts: tuple[Part, ...] = ("calibration", "train")
         names = workspace.recipe.teachers
+        for part in parts:
+            _refuse_others(workspace, names, part)
         built = [_build_teacher(workspace, name, part) for name in names for part in parts]
         return built + [build_teacher_features(workspace, name) for name in workspace.kept_taps]
     found = fusion()
@@ -170,6 +178,7 @@ def open_or_build(workspace: Workspace, variant: Variant) -> dict[str, TargetCac
     """
     assert variant.fusion is not None  # `reads_cache` has looked
     if workspace.recipe.cache.kind == "per_teacher":
+        _refuse_others(workspace, variant.teachers, "train")
         return {name: _open_teacher(workspace, name, "train") for name in variant.teachers}
     path = cache_path(workspace)
     if read_manifest(path) is None:
@@ -260,11 +269,26 @@ def calibration_teachers(workspace: Workspace) -> list[StoredTeacher]:
     Raises:
         CacheError: as `open_or_build`.
     """
+    _refuse_others(workspace, workspace.recipe.teachers, "calibration")
     keys = BatchKeys(workspace.datasets["calibration"].sample_names)
     return [
         StoredTeacher(name, _open_teacher(workspace, name, "calibration"), keys)
         for name in workspace.recipe.teachers
     ]
+
+
+def _refuse_others(workspace: Workspace, names: Iterable[str], part: Part) -> None:
+    """Compare every finished folder with the run before the first missing one is built.
+
+    Raises:
+        CacheError: a folder is of another run.
+    """
+    for name in names:
+        path = teacher_path(workspace, name, part)
+        manifest = read_manifest(path)
+        if manifest is not None:
+            expected = teacher_cache_identity(workspace, name, part)
+            require_identity(path, manifest["identity"], expected)
 
 
 def _open_teacher(workspace: Workspace, name: str, part: Part) -> TargetCache:
