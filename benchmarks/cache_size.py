@@ -59,7 +59,7 @@ TEXT = Wheel(
 SMALL, LARGE = 49_152, 151_936
 LENGTH = 256
 TABLE = """\
-| kept | V | expected bytes | measured bytes | most | DistillKit's formula |
+| kept | V | expected bytes | measured bytes | wanted, at most | DistillKit's formula |
 |---|---:|---:|---:|---:|---:|
 """
 

@@ -69,17 +69,19 @@ def build(
 ) -> dict[str, Any]:
     """Build a whole cache."""
     targets = targets or Samples(draws=20)
-    return build_cache(
+    found = build_cache(
         path,
         identity(targets, **changed),
         lambda number: pieces_of(number, targets),
         shard_targets=[sum(LENGTHS) - len(LENGTHS)] * num_shards,
     )
+    assert found is not None
+    return found
 
 
 def content(path: Path) -> dict[str, bytes]:
-    """All files of a cache but its lock."""
-    return {p.name: p.read_bytes() for p in path.iterdir() if p.name != ".lock"}
+    """All files of a cache but its locks."""
+    return {p.name: p.read_bytes() for p in path.iterdir() if not p.name.startswith(".lock")}
 
 
 CODECS = [Samples(draws=20), TopK(k=12)]

@@ -20,6 +20,7 @@ from collegium.cache.build import build_cache, expected_bytes_per_token
 from collegium.cache.feature_build import build_features
 from collegium.cache.feature_store import FeatureCache, open_features, read_feature_manifest
 from collegium.cache.layout import Layout
+from collegium.cache.processes import Share
 from collegium.cache.store import (
     TargetCache,
     open_cache,
@@ -46,21 +47,45 @@ from collegium.variants import Variant, main_variant
 from collegium.workspace import Workspace
 
 Part = Literal["train", "calibration"]
-Built = tuple[Path, dict[str, Any]]
-"""A folder and its manifest."""
+Built = tuple[Path, dict[str, Any] | None]
+"""A folder and its manifest; None where other processes are still at work on it."""
 CALIBRATION_K = 64
 """Tokens kept per position of the calibration split: they say how far teachers are apart, all else is in the scalars."""
 
 
 def cache_path(workspace: Workspace) -> Path:
-    """The folder of the cache: `cache.path`, else `cache` inside the run folder."""
+    """The folder of the cache: `cache.path`, else `cache` inside the run folder.
+
+    Raises:
+        RecipeError: the cache is elsewhere.
+    """
     recipe = workspace.recipe
+    if recipe.cache.url is not None:
+        raise RecipeError(
+            f"cache.url: got {recipe.cache.url}, which is read and never built; build with cache.path, then copy the folder there"
+        )
     return recipe.cache.path or recipe.output_dir / "cache"
 
 
 def teacher_path(workspace: Workspace, name: str, part: Part) -> Path:
-    """The folder of one teacher in a per-teacher cache."""
-    return cache_path(workspace) / "teachers" / name / part
+    """The folder of one teacher in a per-teacher cache.
+
+    Raises:
+        RecipeError: the cache is elsewhere.
+    """
+    return cache_path(workspace) / _teacher_folder(name, part)
+
+
+def _teacher_folder(name: str, part: Part) -> str:
+    return f"teachers/{name}/{part}"
+
+
+def _where(workspace: Workspace, folder: str = "") -> Path | str:
+    """A folder of the cache to be read."""
+    url = workspace.recipe.cache.url
+    if url is None:
+        return cache_path(workspace) / folder
+    return f"{url.rstrip('/')}/{folder}".rstrip("/")
 
 
 def cache_identity(workspace: Workspace, fusion: Fusion) -> dict[str, Any]:
@@ -134,13 +159,16 @@ def build(workspace: Workspace, fusion: Callable[[], Fusion | None]) -> list[Bui
         raise RecipeError(
             "teachers: none given; a cache holds what teachers say, name at least one"
         )
+    share = Share.from_environment()
+    share.take_device()
     if workspace.recipe.cache.kind == "per_teacher":
         parts: tuple[Part, ...] = ("calibration", "train")
         names = workspace.recipe.teachers
         for part in parts:
             _refuse_others(workspace, names, part)
         built = [_build_teacher(workspace, name, part) for name in names for part in parts]
-        return built + [build_teacher_features(workspace, name) for name in workspace.kept_taps]
+        kept = workspace.kept_taps if share.rank == 0 else ()  # hidden states have one builder
+        return built + [build_teacher_features(workspace, name) for name in kept]
     found = fusion()
     assert found is not None  # there are teachers
     return [_build_fused(workspace, found)]
@@ -180,10 +208,10 @@ def open_or_build(workspace: Workspace, variant: Variant) -> dict[str, TargetCac
     if workspace.recipe.cache.kind == "per_teacher":
         _refuse_others(workspace, variant.teachers, "train")
         return {name: _open_teacher(workspace, name, "train") for name in variant.teachers}
-    path = cache_path(workspace)
-    if read_manifest(path) is None:
+    where = _where(workspace)
+    if read_manifest(where) is None:
         _build_fused(workspace, variant.fusion)
-    return {"": open_cache(path, cache_identity(workspace, variant.fusion))}
+    return {"": open_cache(where, cache_identity(workspace, variant.fusion))}
 
 
 def feature_identity(workspace: Workspace, name: str) -> dict[str, Any]:
@@ -284,18 +312,18 @@ def _refuse_others(workspace: Workspace, names: Iterable[str], part: Part) -> No
         CacheError: a folder is of another run.
     """
     for name in names:
-        path = teacher_path(workspace, name, part)
-        manifest = read_manifest(path)
+        where = _where(workspace, _teacher_folder(name, part))
+        manifest = read_manifest(where)
         if manifest is not None:
             expected = teacher_cache_identity(workspace, name, part)
-            require_identity(path, manifest["identity"], expected)
+            require_identity(where, manifest["identity"], expected)
 
 
 def _open_teacher(workspace: Workspace, name: str, part: Part) -> TargetCache:
-    path = teacher_path(workspace, name, part)
-    if read_manifest(path) is None:
+    where = _where(workspace, _teacher_folder(name, part))
+    if read_manifest(where) is None:
         _build_teacher(workspace, name, part)
-    return open_cache(path, teacher_cache_identity(workspace, name, part))
+    return open_cache(where, teacher_cache_identity(workspace, name, part))
 
 
 def _build_fused(workspace: Workspace, fusion: Fusion) -> Built:
@@ -341,11 +369,22 @@ def _build(path: Path, identity: Mapping[str, Any], encoder: CorpusEncoder, *, w
     num_targets = sum(encoder.shard_targets)
     per_token = expected_bytes_per_token(Layout.of_identity(identity), identity["vocab_size"])
     say(f"{what}: {num_targets:,} targets, about {num_targets * per_token / 1e6:,.1f} MB at {path}")
+    share = Share.from_environment()
     with progress(what) as advance:
         manifest = build_cache(
-            path, identity, encoder.encode, shard_targets=encoder.shard_targets, progress=advance
+            path,
+            identity,
+            encoder.encode,
+            shard_targets=encoder.shard_targets,
+            progress=advance,
+            share=share,
         )
-    say(f"{what}: {summary(manifest)}")
+    if manifest is None:
+        say(
+            f"{what}: the shards of process {share.rank} of {share.world} are finished; the last process ends the cache"
+        )
+    else:
+        say(f"{what}: {summary(manifest)}")
     return path, manifest
 
 

@@ -246,7 +246,9 @@ cache_app = typer.Typer(
     help="Let the teachers read the corpus once; `collegium cache RECIPE` builds.",
 )
 app.add_typer(cache_app, name="cache")
-CacheFolder = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the cache.")]
+CacheFolder = Annotated[
+    str, typer.Argument(metavar="PATH", help="Folder of the cache, or its URL.")
+]
 
 
 @cache_app.command("build")
@@ -256,7 +258,8 @@ def cache_build(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from collegium import pipeline
 
     for folder, manifest in pipeline.cache(loaded):
-        _print_cache(folder, manifest)
+        if manifest is not None:
+            _print_cache(folder, manifest)
 
 
 @cache_app.command("info")
@@ -282,14 +285,27 @@ def cache_verify(path: CacheFolder) -> None:
         cache = open_cache(folder)
         cache.check()
         _print_cache(folder, cache.manifest)
-    for folder in feature_folders(path):
+    for folder in [] if "://" in path else feature_folders(Path(path)):
         features = open_features(folder)
         features.check()
         _print_cache(folder, features.manifest)
     typer.echo("every shard verified")
 
 
-def _print_cache(path: Path, manifest: Any) -> None:
+@cache_app.command("merge")
+def cache_merge(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Where to, then the other folders.")
+    ],
+) -> None:
+    """Put into the first folder what processes without a common folder have built."""
+    from collegium.cache.merge import merge_all
+
+    for folder, manifest in merge_all(paths):
+        _print_cache(folder, manifest)
+
+
+def _print_cache(path: Path | str, manifest: Any) -> None:
     from collegium.cache.store import summary
 
     typer.echo(f"cache: {path}: {summary(manifest)}")

@@ -55,25 +55,38 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
 
 @contextmanager
-def lock_folder(path: Path, remedy: str) -> Iterator[None]:
+def lock_folder(path: Path, remedy: str, *, shared: bool = False) -> Iterator[None]:
     """Hold a folder while the context lasts; the lock ends with the process, whatever ends it.
+
+    With `shared`, others that share it may hold it too.
 
     Raises:
         CollegiumError: another process holds it; `remedy` says what to do.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / LOCK).open("a+") as file:
-        _lock_or_refuse(file, path, remedy)
+    with hold_lock(path, LOCK, remedy, shared=shared):
         yield
 
 
-def _lock_or_refuse(file: Any, path: Path, remedy: str) -> None:
+@contextmanager
+def hold_lock(path: Path, name: str, remedy: str, *, shared: bool = False) -> Iterator[None]:
+    """Hold one lock file of a folder, as `lock_folder` does.
+
+    Raises:
+        CollegiumError: as `lock_folder`.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / name).open("a+") as file:
+        _lock_or_refuse(file, path, remedy, shared=shared)
+        yield
+
+
+def _lock_or_refuse(file: Any, path: Path, remedy: str, *, shared: bool) -> None:
     if sys.platform == "win32":
         return
     import fcntl
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         raise CollegiumError(
             f"{path}: another process is running on this folder; {remedy}"

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from collegium.cache.processes import Share
 from collegium.caching import (
+    Built,
     build,
     calibration_identities,
     calibration_teachers,
@@ -24,7 +26,7 @@ from collegium.caching import (
 )
 from collegium.checks import CheckReport, check_run
 from collegium.console import progress
-from collegium.errors import CollegiumError
+from collegium.errors import CollegiumError, RecipeError
 from collegium.evaluate.preflight import run_preflight
 from collegium.evaluate.scoring import score_models
 from collegium.evaluate.table import About, results_rows
@@ -65,14 +67,23 @@ def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> dict[str, Any]
     return found
 
 
-def cache(recipe: Recipe) -> list[tuple[Path, dict[str, Any]]]:
+def cache(recipe: Recipe) -> list[Built]:
     """Let the teachers read the corpus once, and keep what they say; returns each folder with its manifest.
+
+    Started several times at once by a launcher, each process does its share.
 
     Raises:
         CollegiumError: there are no teachers, or the folder cannot be used.
     """
-    with _opened(recipe) as workspace:
-        return build(workspace, lambda: _fusion(workspace))
+    share = Share.from_environment()
+    if share.is_alone:
+        with _opened(recipe) as workspace:
+            return build(workspace, lambda: _fusion(workspace))
+    workspace = Workspace(recipe)
+    check_run(workspace)
+    if share.rank == 0:
+        workspace.folder.claim(workspace.values, workspace.recipe_text)
+    return build(workspace, lambda: _known_fusion(workspace))
 
 
 def train(recipe: Recipe) -> Path:
@@ -134,15 +145,31 @@ def _opened(recipe: Recipe) -> Iterator[Workspace]:
         yield workspace
 
 
+def _reads_calibration(workspace: Workspace) -> bool:
+    """Whether preflight reads a cache in the place of the teachers."""
+    cache = workspace.recipe.cache
+    return cache.enabled and cache.kind == "per_teacher"
+
+
+def _preflight_key(workspace: Workspace) -> str:
+    key = workspace.key("student", "teachers", "data", "preflight")
+    if _reads_calibration(workspace):
+        key = fingerprint([key, calibration_identities(workspace)])
+    return key
+
+
+def _preflight_is_done(workspace: Workspace) -> bool:
+    folder = workspace.folder
+    is_done = folder.is_done("preflight", _preflight_key(workspace))
+    return is_done and (folder.path / "preflight.json").is_file()
+
+
 def _preflight(workspace: Workspace) -> dict[str, Any]:
     folder, recipe = workspace.folder, workspace.recipe
-    key = workspace.key("student", "teachers", "data", "preflight")
-    is_stored = recipe.cache.enabled and recipe.cache.kind == "per_teacher"
-    if is_stored:
-        key = fingerprint([key, calibration_identities(workspace)])
     path = folder.path / "preflight.json"
-    if folder.is_done("preflight", key) and path.is_file():
+    if _preflight_is_done(workspace):
         return read_json(path)
+    key, is_stored = _preflight_key(workspace), _reads_calibration(workspace)
     teachers = calibration_teachers(workspace) if is_stored else workspace.teachers
     with folder.stage("preflight", key), progress("preflight") as advance:
         found = run_preflight(
@@ -166,6 +193,20 @@ def _fusion(workspace: Workspace) -> Fusion | None:
     if isinstance(recipe.fusion, Fusion):
         return recipe.fusion
     return decode_fusion(_preflight(workspace)["chosen"]["fusion"])
+
+
+def _known_fusion(workspace: Workspace) -> Fusion | None:
+    """The same where it must not be measured now.
+
+    Raises:
+        RecipeError: it is `auto`, and preflight is not done.
+    """
+    if isinstance(workspace.recipe.fusion, Fusion) or _preflight_is_done(workspace):
+        return _fusion(workspace)
+    raise RecipeError(
+        "fusion: got auto, and preflight is not done; must be known to all processes that build a cache together; run "
+        "`collegium preflight` before, or name a fusion"
+    )
 
 
 def _train(workspace: Workspace, variant: Variant) -> Path:

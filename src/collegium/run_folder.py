@@ -22,6 +22,8 @@ from collegium.files import LOCK, lock_folder, write_bytes
 REMEDY = "wait for it, or choose another output_dir"
 OWN_FILES = ("recipe.json", "stages.json")
 """A folder that holds one of these is a run's."""
+OWN_FOLDERS = ("cache",)
+"""May be there before: several processes build a cache while one of them claims the folder."""
 PACKAGES = ("collegium", "torch", "transformers", "tokenizers", "datasets", "numpy")
 FREE_SECTIONS = frozenset({"cache", "evaluate", "preflight", "name", "output_dir"})
 """Parts of a recipe that may change between two calls on one folder: what is measured, which runs again, and the way to
@@ -123,7 +125,9 @@ class RunFolder:
         if nearest != self.path or any((self.path / name).is_file() for name in OWN_FILES):
             return
         names = sorted(path.name for path in self.path.iterdir())
-        found = [name for name in names if not name.startswith(".") and name not in also]
+        found = [
+            name for name in names if not name.startswith(".") and name not in (*OWN_FOLDERS, *also)
+        ]
         if found:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise RecipeError(

@@ -37,7 +37,9 @@ def _build(path: Path, *, asked: list[int] | None = None, stop_at: int = -1) -> 
             asked.append(number)
         return cache_cases.pieces_of(number, TARGETS)
 
-    return build_cache(path, cache_cases.identity(TARGETS), encode, shard_targets=[PER_SHARD] * 4)
+    found = build_cache(path, cache_cases.identity(TARGETS), encode, shard_targets=[PER_SHARD] * 4)
+    assert found is not None
+    return found
 
 
 def test_a_build_goes_on_where_it_stopped_and_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from collegium.cache.shards import GROUP_TARGETS, PieceKey, window_hash
 from collegium.cache.store import open_cache
 from collegium.errors import CacheError
 
-NUM_CORRUPTIONS = 400
+NUM_CORRUPTIONS = 2000
+NUM_LATE_CORRUPTIONS = 300
 
 
 def _same(a, b) -> bool:
@@ -220,7 +221,7 @@ def _corrupt(path: Path, rng: random.Random) -> str:
 
 
 def test_every_corruption_is_caught_and_the_shard_named(tmp_path: Path) -> None:
-    """400 bit flips, truncations, swapped, missing, longer and zeroed shards, before any value is returned."""
+    """2,000 bit flips, truncations, swapped, missing, longer and zeroed shards, before any value is returned."""
     good = tmp_path / "good"
     cache_cases.build(good)
     rng = random.Random(1)
@@ -256,19 +257,24 @@ def test_every_corruption_of_the_manifest_is_caught(tmp_path: Path) -> None:
 
 
 def test_damage_after_opening_is_caught_by_page_checksums(tmp_path: Path) -> None:
-    """A value that comes back is the value that was written, whatever byte of an open shard changes."""
-    cache_cases.build(tmp_path, num_shards=1)
-    path = next(tmp_path.glob("*.parquet"))
+    """A value that comes back is the value that was written, whatever happens to the bytes of an open shard."""
+    cache_cases.build(tmp_path, num_shards=2)
+    path, other = sorted(tmp_path.glob("*.parquet"))
     good = path.read_bytes()
     key = cache_cases.key_of(0, 4, 30)
     expected = open_cache(tmp_path).rows([key])
     rng = random.Random(3)
     told: list[str] = []
-    for _ in range(150):
+    for number in range(NUM_LATE_CORRUPTIONS):
         path.write_bytes(good)
         cache = open_cache(tmp_path)
         data = bytearray(good)
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        if number % 10 == 8:
+            del data[rng.randrange(len(data)) :]
+        elif number % 10 == 9:
+            data = bytearray(other.read_bytes())
+        else:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         try:
             rows = cache.rows([key])
@@ -276,5 +282,5 @@ def test_damage_after_opening_is_caught_by_page_checksums(tmp_path: Path) -> Non
             told.append(str(error))
         else:
             assert _same(rows, expected)
-    assert len(told) > 50
+    assert len(told) > 100
     assert all(path.name in text for text in told)

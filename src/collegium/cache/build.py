@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from collegium.cache.codec import Samples
 from collegium.cache.layout import Layout
+from collegium.cache.processes import Share
 from collegium.cache.shards import PieceTargets, read_identity, shard_bytes
 from collegium.cache.store import (
     FORMAT,
@@ -21,13 +24,14 @@ from collegium.cache.store import (
     read_manifest,
     require_identity,
 )
-from collegium.errors import CacheError
-from collegium.files import lock_folder, sha256_of, write_bytes
+from collegium.errors import CacheError, CollegiumError
+from collegium.files import hold_lock, sha256_of, write_bytes
 from collegium.run_folder import write_json
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 COMMON_BITS = 2.3
 """Bits per rank that unequal frequencies save, on English text with SmolLM2: docs/results/cache.md."""
+ALONE = Share()
 SPARE = 1.05
 """Free space that is asked for, as a multiple of the estimate."""
 
@@ -39,33 +43,37 @@ def build_cache(
     *,
     shard_targets: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+    share: Share = ALONE,
+) -> dict[str, Any] | None:
     """Write the shards that are missing, then the manifest; returns it.
 
-    A killed build loses the shard that it was at; the finished cache has the same bytes as an unbroken one.
+    A killed build loses the shard that it was at; the finished cache has the same bytes as an unbroken one, however many
+    processes build it. Of several, those that do not finish last return None.
 
     Args:
         path: the folder; its lock is held meanwhile.
         identity: what the targets depend on, as plain data, with `targets` and `vocab_size`.
         encode: number of a shard -> its pieces, as they come; called for the missing ones alone.
         shard_targets: the number of targets of each shard.
-        progress: called with (targets done, all targets).
+        progress: called with (targets done, all targets) of this process.
+        share: which shards are this process's.
 
     Raises:
         CacheError: another process builds here, the folder holds a cache of another run, or the disk is full.
     """
-    with lock_folder(path, "wait for it, or set another cache.path"):
+    with share.lock(path):
         manifest = read_manifest(path)
         if manifest is not None:
             require_identity(path, manifest["identity"], identity)
-        found = _finished_shards(path, identity)
-        if manifest is not None and len(found) == len(shard_targets):
+        job = _Job(path, identity, shard_targets, share)
+        if manifest is not None and job.is_finished:
             return manifest
-        job = _Job(path, identity, shard_targets, found)
         job.require_space()
-        done, total = sum(shard_targets[number] for number in found), sum(shard_targets)
-        for number in range(len(shard_targets)):
-            if number in found:
+        own = [number for number in range(len(shard_targets)) if share.owns(number)]
+        done = sum(shard_targets[number] for number in own if number in job.found)
+        total = sum(shard_targets[number] for number in own)
+        for number in own:
+            if number in job.found:
                 continue
             pieces = []
             for piece in encode(number):
@@ -89,32 +97,40 @@ def expected_bytes_per_token(layout: Layout, vocab_size: int) -> float:
     if isinstance(layout.targets, Samples):
         levels = 1.2 * entries + 1.9 if layout.has_levels else 0.0
         return entries * (rank_bytes + 0.33) + 0.7 + levels + scalars
-    return entries * (rank_bytes + 0.84) + 5.2 + scalars
+    return entries * (rank_bytes + 0.58) + 5.2 + scalars
 
 
 class _Job:
     """One build under way."""
 
     def __init__(
-        self,
-        path: Path,
-        identity: Mapping[str, Any],
-        shard_targets: Sequence[int],
-        found: dict[int, Path],
+        self, path: Path, identity: Mapping[str, Any], shard_targets: Sequence[int], share: Share
     ) -> None:
         self._path = path
         self._identity = identity
         self._shard_targets = shard_targets
-        self._found = found
         self._layout = Layout.of_identity(identity)
         self._vocab_size = int(identity["vocab_size"])
+        self._share = share
+        self.found = finished_shards(path, share)
+        """The shards that stand, by their numbers."""
+        for number, file in self.found.items():
+            require_identity(path, read_identity(file), self._note(number))
+
+    def _note(self, number: int) -> dict[str, Any]:
+        """What a shard says of itself: enough to put shards together without anything else."""
+        return shard_note(self._identity, number, self._shard_targets)
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.found) == len(self._shard_targets)
 
     def bytes_needed(self) -> int:
         """What the missing shards will take, judged by the finished ones where there are any."""
-        done = sum(self._shard_targets[number] for number in self._found)
+        done = sum(self._shard_targets[number] for number in self.found)
         per_token = expected_bytes_per_token(self._layout, self._vocab_size)
         if done:
-            per_token = sum(path.stat().st_size for path in self._found.values()) / done
+            per_token = sum(path.stat().st_size for path in self.found.values()) / done
         return round((sum(self._shard_targets) - done) * per_token)
 
     def require_space(self) -> None:
@@ -129,8 +145,7 @@ class _Job:
             raise ValueError(
                 f"shard {number}: {num_targets} targets instead of {self._shard_targets[number]}"
             )
-        note = {**self._identity, "format": FORMAT, "shard": number}
-        data = shard_bytes(pieces, self._layout, self._vocab_size, identity=note)
+        data = shard_bytes(pieces, self._layout, self._vocab_size, identity=self._note(number))
         path = self._path / shard_name(number, data)
         try:
             write_bytes(path, data)
@@ -139,36 +154,29 @@ class _Job:
                 raise CacheError(f"{path}: cannot be written ({error.strerror})") from error
             free = shutil.disk_usage(self._path).free
             raise self._full(max(self.bytes_needed(), len(data)), free) from error
-        self._found[number] = path
+        self.found[number] = path
 
-    def finish(self) -> dict[str, Any]:
-        """Write the manifest, which makes the cache one."""
-        numbers = range(len(self._shard_targets))
-        shards = [
-            {
-                "name": self._found[number].name,
-                "sha256": sha256_of(self._found[number]),
-                "bytes": self._found[number].stat().st_size,
-                "targets": self._shard_targets[number],
-            }
-            for number in numbers
-        ]
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "identity": dict(self._identity),
-            "shards": shards,
-            "num_targets": sum(self._shard_targets),
-            "num_bytes": sum(shard["bytes"] for shard in shards),
-        }
-        manifest["sha256"] = manifest_digest(manifest)
-        try:
-            write_json(self._path / MANIFEST, manifest)
-        except OSError as error:
-            raise self._full(1 << 20, shutil.disk_usage(self._path).free) from error
-        return manifest
+    def finish(self) -> dict[str, Any] | None:
+        """Write the manifest, which makes the cache one; not before the last process is done."""
+        if not self._share.is_alone:
+            if len(shard_files(self._path)) < len(self._shard_targets):
+                return None
+            self.found = finished_shards(self._path, self._share)
+            if not self.is_finished:
+                return None
+        files = [self.found[number] for number in range(len(self._shard_targets))]
+        with ExitStack() as held:
+            try:
+                held.enter_context(hold_lock(self._path, ".lock-manifest", ""))
+            except CollegiumError:
+                return None  # another process has found all shards as well, and is writing it
+            try:
+                return write_manifest(self._path, self._identity, files, self._shard_targets)
+            except OSError as error:
+                raise self._full(1 << 20, shutil.disk_usage(self._path).free) from error
 
     def _full(self, needed: int, free: int) -> CacheError:
-        done = len(self._found)
+        done = len(self.found)
         return CacheError(
             f"{self._path}: the disk is full; about {needed:,} bytes more are needed, {free:,} are free; {done} of "
             f"{len(self._shard_targets)} shards are finished and kept; free space, then run the same command again"
@@ -180,24 +188,61 @@ def shard_name(number: int, data: bytes | memoryview) -> str:
     return f"shard-{number:05d}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
 
 
-def _finished_shards(path: Path, identity: Mapping[str, Any]) -> dict[int, Path]:
-    """The shards that stand and verify; what an interrupted writing or a bad disk left is removed.
+def shard_note(
+    identity: Mapping[str, Any], number: int, shard_targets: Sequence[int]
+) -> dict[str, Any]:
+    """What a shard says of the cache that it belongs to."""
+    return {
+        **identity,
+        "format": FORMAT,
+        "shard": number,
+        "num_targets": shard_targets[number],
+        "num_shards": len(shard_targets),
+    }
 
-    Raises:
-        CacheError: a shard is of another run.
-    """
+
+def write_manifest(
+    path: Path, identity: Mapping[str, Any], files: Sequence[Path], shard_targets: Sequence[int]
+) -> dict[str, Any]:
+    """Write the manifest of shards that stand, and return it."""
+    shards = [
+        {
+            "name": file.name,
+            "sha256": sha256_of(file),
+            "bytes": file.stat().st_size,
+            "targets": num_targets,
+        }
+        for file, num_targets in zip(files, shard_targets, strict=True)
+    ]
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "identity": json.loads(json.dumps(identity, sort_keys=True)),
+        "shards": shards,
+        "num_targets": sum(shard_targets),
+        "num_bytes": sum(shard["bytes"] for shard in shards),
+    }
+    manifest["sha256"] = manifest_digest(manifest)
+    write_json(path / MANIFEST, manifest)
+    return manifest
+
+
+def shard_files(path: Path) -> dict[int, Path]:
+    """The files that have the name of a shard, by its number."""
+    found = ((SHARD_NAME.fullmatch(file.name), file) for file in path.glob("shard-*.parquet"))
+    return {int(match.group(1)): file for match, file in found if match is not None}
+
+
+def finished_shards(path: Path, share: Share) -> dict[int, Path]:
+    """The shards that stand and verify. Of its own, a process removes what an interrupted writing or a bad disk left."""
     for leftover in path.glob(".shard-*.tmp"):
-        leftover.unlink()
+        match = SHARD_NAME.match(leftover.name[1:])
+        if match is None or share.owns(int(match.group(1))):
+            leftover.unlink(missing_ok=True)
     found: dict[int, Path] = {}
-    for file in sorted(path.glob("shard-*.parquet")):
-        match = SHARD_NAME.fullmatch(file.name)
-        if match is None:
-            continue
-        if not sha256_of(file).startswith(match.group(2)):
+    for number, file in sorted(shard_files(path).items()):
+        digest = file.name.rpartition("-")[2].partition(".")[0]
+        if sha256_of(file).startswith(digest):
+            found[number] = file
+        elif share.owns(number):
             file.unlink()
-            continue
-        note = read_identity(file)
-        number = int(match.group(1))
-        require_identity(path, note, {**identity, "format": FORMAT, "shard": number})
-        found[number] = file
     return found

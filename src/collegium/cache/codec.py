@@ -90,8 +90,8 @@ class Samples:
         return None
 
     def num_entries(self, vocab_size: int) -> int:
-        """Entries per row to expect, for an estimate: a language model repeats itself in two of three draws."""
-        return min(vocab_size, max(1, round(self.draws / 3)))
+        """Entries per row to expect, for an estimate: 9 of 24 draws differ on English text, and 15 of 50."""
+        return min(vocab_size, max(1, round(self.draws**0.7)))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -27,6 +27,8 @@ class CacheOptions:
     """Train from the cache, and build it first where it is not there; otherwise teachers answer at every step."""
     path: Path | None = None
     """Its folder; `cache` inside the run folder by default. Runs that agree in all that a target depends on may share it."""
+    url: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://")] | None = None
+    """A finished cache elsewhere, as any URL that fsspec opens (`s3://bucket/cache`): read instead of `path`, never built."""
     kind: Kind = "fused"
     """fused: one target for all teachers, under the run's own fusion. per_teacher: what each teacher says, so that weights can change
     and teachers can be added without asking the old ones again; for linear pools."""
@@ -38,6 +40,12 @@ class CacheOptions:
     """Of a per-teacher cache: also keep the hidden states that the feature terms of the objective read; none leaves those terms out."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Windows that the teachers read at a time."""
+
+    @model_validator(mode="after")
+    def _has_one_place(self) -> CacheOptions:
+        if self.url is not None and self.path is not None:
+            raise ValueError("url: got both url and path; must be one of them; leave one out")
+        return self
 
     @model_validator(mode="after")
     def _temperatures_are_of_use(self) -> CacheOptions:

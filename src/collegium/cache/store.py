@@ -9,6 +9,7 @@ Nothing is read from a cache whose identity differs from what the run expects, n
 
 from __future__ import annotations
 
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,10 @@ import torch
 
 from collegium.cache.codec import STEP, EncodedRows, decode_rows
 from collegium.cache.layout import Layout, entropy_name, log_z_name
+from collegium.cache.place import Place
 from collegium.cache.shards import PieceKey, read_group, read_keys, read_vocabulary
-from collegium.errors import CacheError, CollegiumError
-from collegium.files import sha256_of
-from collegium.run_folder import differing_fields, fingerprint, read_json
+from collegium.errors import CacheError
+from collegium.run_folder import differing_fields, fingerprint
 from collegium.types import SparseRows, StoredRows
 
 FORMAT = 2
@@ -47,9 +48,9 @@ class _Place:
 class TargetCache:
     """A cache that verified, read by the keys of its pieces in any order."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, place: Place, manifest: Mapping[str, Any]) -> None:
         """Take a manifest and shards that `open_cache` has verified."""
-        self.path = path
+        self.place = place
         self.manifest = manifest
         identity = manifest["identity"]
         self.layout = Layout.of_identity(identity)
@@ -135,14 +136,14 @@ class TargetCache:
                 num_targets += len(self._group(shard, group)[0])
         if num_targets != self.manifest["num_targets"]:
             raise CacheError(
-                f"{self.path}: holds {num_targets:,} targets; must hold {self.manifest['num_targets']:,}; build it again"
+                f"{self.place}: holds {num_targets:,} targets; must hold {self.manifest['num_targets']:,}; build it again"
             )
 
     def _find(self, key: PieceKey) -> tuple[SparseRows, EncodedRows, np.ndarray, int]:
         place = self._places.get((key.document, key.window))
         if place is None:
             raise CacheError(
-                f"{self.path}: holds no target for the tokens at {key.offset} of document {key.document:016x} in this "
+                f"{self.place}: holds no target for the tokens at {key.offset} of document {key.document:016x} in this "
                 "context; must be built from the same windows; build the cache again from this recipe"
             )
         return *self._group(place.shard, place.group), place.piece
@@ -167,8 +168,7 @@ class TargetCache:
 
     def _file(self, shard: int) -> pq.ParquetFile:
         if shard not in self._files:
-            path = self.path / self._names[shard]
-            self._files[shard] = pq.ParquetFile(path, page_checksum_verification=True)
+            self._files[shard] = self.place.parquet(self._names[shard])
         return self._files[shard]
 
     def _index(self) -> dict[tuple[int, bytes], _Place]:
@@ -185,62 +185,64 @@ class TargetCache:
 
     def _damaged(self, shard: int, error: Exception) -> CacheError:
         return CacheError(
-            f"{self.path / self._names[shard]}: cannot be read ({error}); must be what the cache was built with; "
+            f"{self.place.name_of(self._names[shard])}: cannot be read ({error}); must be what the cache was built with; "
             "delete the file and build the cache again, all other shards are kept"
         )
 
 
-def open_cache(path: Path, expected: Mapping[str, Any] | None = None) -> TargetCache:
+def open_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> TargetCache:
     """Open a finished cache after comparing it with the run and every byte of it with its manifest.
 
     Args:
-        path: the folder.
+        where: the folder, or its URL.
         expected: the identity that the run needs; None to look at whatever is there.
 
     Raises:
         CacheError: no finished cache, one of another run (with the differing fields), or a damaged one.
     """
-    manifest = require_manifest(path)
+    place = Place.of(where)
+    manifest = require_manifest(where)
     if expected is not None:
-        require_identity(path, manifest["identity"], expected)
+        require_identity(where, manifest["identity"], expected)
     for shard in manifest["shards"]:
-        _verify_shard(path / shard["name"], shard)
-    return TargetCache(path, manifest)
+        _verify_shard(place, shard)
+    return TargetCache(place, manifest)
 
 
-def cache_folders(path: Path) -> list[Path]:
-    """The folders of a cache of either kind: `path` itself, or those of its teachers."""
-    inside = sorted(file.parent for file in path.glob("teachers/*/*/manifest.json"))
-    return inside or [path]
+def cache_folders(where: Path | str) -> list[str]:
+    """The folders of a cache of either kind: itself, or those of its teachers."""
+    return [str(place) for place in Place.of(where).parts()]
 
 
-def require_manifest(path: Path) -> dict[str, Any]:
+def require_manifest(where: Path | str) -> dict[str, Any]:
     """The manifest of a finished cache.
 
     Raises:
         CacheError: there is none, or as `read_manifest`.
     """
-    manifest = read_manifest(path)
+    manifest = read_manifest(where)
     if manifest is None:
         raise CacheError(
-            f"{path}: no finished cache; must hold {MANIFEST}; build it with `collegium cache`"
+            f"{where}: no finished cache; must hold {MANIFEST}; build it with `collegium cache`"
         )
     return manifest
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(where: Path | str) -> dict[str, Any] | None:
     """The manifest of a finished cache; None where there is none.
 
     Raises:
-        CacheError: it is damaged, or of a newer format.
+        CacheError: it is damaged, or of another format.
     """
-    file = path / MANIFEST
+    place = Place.of(where)
+    file = place.name_of(MANIFEST)
     try:
-        manifest = read_json(file)
-    except CollegiumError as error:
+        text = place.read_text(MANIFEST)
+        if text is None:
+            return None
+        manifest = json.loads(text)
+    except (OSError, ValueError) as error:
         raise CacheError(f"{file}: damaged ({error}); build the cache again") from error
-    if manifest is None:
-        return None
     if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_digest(manifest):
         raise CacheError(f"{file}: fails its own sha256; delete it and build the cache again")
     if manifest["format"] != FORMAT:
@@ -264,7 +266,7 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     return fingerprint({key: value for key, value in manifest.items() if key != "sha256"})
 
 
-def require_identity(path: Path, found: Any, expected: Mapping[str, Any]) -> None:
+def require_identity(where: Path | str, found: Any, expected: Mapping[str, Any]) -> None:
     """Refuse a cache of another run.
 
     Raises:
@@ -274,7 +276,7 @@ def require_identity(path: Path, found: Any, expected: Mapping[str, Any]) -> Non
     if fields:
         more = f" and {len(fields) - MOST_FIELDS} more" if len(fields) > MOST_FIELDS else ""
         raise CacheError(
-            f"{path}: built for another run ({'; '.join(fields[:MOST_FIELDS])}{more}); must agree in every field; set "
+            f"{where}: built for another run ({'; '.join(fields[:MOST_FIELDS])}{more}); must agree in every field; set "
             "another cache.path, or delete that folder"
         )
 
@@ -300,12 +302,13 @@ def _column(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts]).astype(np.float32))
 
 
-def _verify_shard(path: Path, entry: Mapping[str, Any]) -> None:
+def _verify_shard(place: Place, entry: Mapping[str, Any]) -> None:
     wanted = "must be what the cache was built with; delete it and build the cache again, all other shards are kept"
-    if not path.is_file():
-        raise CacheError(f"{path}: missing; {wanted}")
-    num_bytes = path.stat().st_size
+    name, file = entry["name"], place.name_of(entry["name"])
+    num_bytes = place.size(name)
+    if num_bytes is None:
+        raise CacheError(f"{file}: missing; {wanted}")
     if num_bytes != entry["bytes"]:
-        raise CacheError(f"{path}: has {num_bytes} bytes instead of {entry['bytes']}; {wanted}")
-    if sha256_of(path) != entry["sha256"]:
-        raise CacheError(f"{path}: fails its sha256; {wanted}")
+        raise CacheError(f"{file}: has {num_bytes} bytes instead of {entry['bytes']}; {wanted}")
+    if place.sha256(name) != entry["sha256"]:
+        raise CacheError(f"{file}: fails its sha256; {wanted}")

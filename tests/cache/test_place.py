@@ -1,0 +1,92 @@
+"""A cache behind a URL is read as one in a folder is, and its damage is seen as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import cache_cases
+from collegium.cache.store import cache_folders, open_cache, require_manifest
+from collegium.cli import app
+from collegium.errors import CacheError, CollegiumError
+
+KEYS = [cache_cases.key_of(shard, 2, 17) for shard in range(3)]
+
+
+@pytest.fixture(params=["memory", "file"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a copy of the cache in `tmp_path / "cache"`."""
+    cache_cases.build(tmp_path / "cache")
+    target = "memory://bucket/cache" if request.param == "memory" else f"file://{tmp_path}/copy"
+    files, root = fsspec.url_to_fs(target)
+    files.makedirs(root, exist_ok=True)
+    for name, data in cache_cases.content(tmp_path / "cache").items():
+        files.pipe_file(f"{root}/{name}", data)
+    yield target
+    files.rm(root, recursive=True)
+
+
+def test_a_cache_behind_a_url_gives_the_same_targets(url: str, tmp_path: Path) -> None:
+    local = open_cache(tmp_path / "cache").rows(KEYS)
+    remote = open_cache(url, require_manifest(tmp_path / "cache")["identity"]).rows(KEYS)
+    assert torch.equal(local.ids, remote.ids)
+    assert torch.equal(local.logp, remote.logp)
+
+
+def test_damage_behind_a_url_is_named(url: str) -> None:
+    files, root = fsspec.url_to_fs(url)
+    name = sorted(n for n in files.ls(root, detail=False) if str(n).endswith(".parquet"))[1]
+    good = files.cat_file(name)
+    damages = {"fails its sha256": bytes([good[0] ^ 1]) + good[1:], "bytes instead of": good[:-1]}
+    for told, data in damages.items():
+        files.pipe_file(name, data)
+        with pytest.raises(CacheError, match=told) as caught:
+            open_cache(url)
+        assert str(name).rpartition("/")[2] in str(caught.value)
+        assert url in str(caught.value)
+    files.rm(name)
+    with pytest.raises(CacheError, match="missing"):
+        open_cache(url)
+
+
+def test_no_cache_behind_a_url_is_told(url: str) -> None:
+    with pytest.raises(CacheError, match="no finished cache"):
+        open_cache(f"{url}/nothing")
+
+
+def test_the_command_line_takes_a_url(url: str) -> None:
+    for command in ("info", "verify"):
+        result = CliRunner().invoke(app, ["cache", command, url])
+        assert result.exit_code == 0, result.output
+        assert "213 targets in 3 shards" in result.output
+
+
+def test_folders_of_teachers_are_found(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        cache_cases.build(tmp_path / "teachers" / name / "train", num_shards=1)
+    assert [Path(x).parts[-3:] for x in cache_folders(tmp_path)] == [
+        ("teachers", "a", "train"), ("teachers", "b", "train")
+    ]  # fmt: skip
+    url = f"file://{tmp_path}"
+    assert cache_folders(url) == [f"{url}/teachers/{name}/train" for name in ("a", "b")]
+    assert len(open_cache(cache_folders(url)[1])) == len(cache_cases.LENGTHS)
+
+
+def test_an_unknown_kind_of_url_is_refused() -> None:
+    with pytest.raises(CacheError, match=r"nowhere://x: cannot be opened .*; must be a URL"):
+        open_cache("nowhere://x")
+
+
+def test_a_recipe_reads_a_url_and_never_builds_there() -> None:
+    from collegium.cache.options import CacheOptions
+
+    with pytest.raises(ValueError, match="got both url and path"):
+        CacheOptions(url="s3://b/c", path=Path("x"))
+    with pytest.raises(ValueError, match="url"):
+        CacheOptions(url="no url")
+    assert issubclass(CacheError, CollegiumError)
