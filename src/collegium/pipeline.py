@@ -179,6 +179,8 @@ def _preflight(workspace: Workspace) -> dict[str, Any]:
             max_tokens=recipe.preflight.max_tokens,
             extended=recipe.preflight.candidates == "extended",
             stored_at=recipe.cache.temperatures if is_stored else None,
+            # A cache of the calibration split says nothing of the validation split.
+            held_out=None if is_stored else workspace.datasets["validation"],
             progress=advance,
         )
         write_json(path, found.to_dict())

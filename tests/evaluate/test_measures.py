@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from collegium.evaluate.folds import balanced_folds
 from collegium.evaluate.measures import (
     best_teacher_share,
     difference_interval,
-    is_fitted_on,
     rank_correlation,
     regret,
 )
@@ -89,18 +89,26 @@ def test_interval_covers_the_difference_and_cancels_what_is_hard_for_both():
 
 
 def test_documents_are_dealt_out_evenly_by_domain():
-    samples_N = torch.arange(12).repeat_interleave(3)
-    domains_N = (torch.arange(12) % 3 == 0).long().repeat_interleave(3)
-    is_fit_N = is_fitted_on(samples_N, domains_N)
+    generator = torch.Generator().manual_seed(3)
+    lengths_D = torch.randint(1, 60, (40,), generator=generator)
+    domain_D = (torch.arange(40) % 4 == 0).long()
+    samples_N = torch.arange(40).repeat_interleave(lengths_D)
+    domains_N = domain_D.repeat_interleave(lengths_D)
+    fold_N = balanced_folds(samples_N, domains_N)
+    for sample in range(40):
+        assert len(fold_N[samples_N == sample].unique()) == 1
     for domain in (0, 1):
-        for_fit, to_judge = (
-            set(samples_N[(domains_N == domain) & mask_N].tolist())
-            for mask_N in (is_fit_N, ~is_fit_N)
-        )
-        assert not for_fit & to_judge
-        assert len(for_fit) == len(to_judge)
+        of_domain_N = domains_N == domain
+        sizes = [int((of_domain_N & (fold_N == fold)).sum()) for fold in (0, 1)]
+        assert abs(sizes[0] - sizes[1]) < 0.1 * sum(sizes)
+        assert min(sizes) > 0
+
+
+def test_two_domains_of_one_document_each_give_two_folds():
+    samples_N = torch.tensor([0, 0, 0, 1, 1])
+    assert balanced_folds(samples_N, samples_N).tolist() == [0, 0, 0, 1, 1]
 
 
 def test_a_single_document_is_for_both():
     zeros_N = torch.zeros(5, dtype=torch.long)
-    assert is_fitted_on(zeros_N, zeros_N).all()
+    assert not balanced_folds(zeros_N, zeros_N).any()

@@ -86,16 +86,3 @@ def difference_interval(
     differences = (times_dD @ total_D.numpy()) / (times_dD @ count_D.numpy())
     low, high = np.quantile(differences, (0.025, 0.975))
     return float(low), float(high)
-
-
-def is_fitted_on(samples_N: Tensor, domains_N: Tensor) -> Tensor:
-    """(N,) bool: which rows weights and temperatures are fitted on; all others are there to judge them.
-
-    Every other document of each domain, in their order; all rows where that would leave nothing to fit on or to judge.
-    """
-    is_fit_N = torch.zeros(len(samples_N), dtype=torch.bool)
-    for domain in domains_N.unique():
-        is_here_N = domains_N == domain
-        for sample in samples_N[is_here_N].unique()[::2]:
-            is_fit_N |= samples_N == sample
-    return is_fit_N if is_fit_N.any() and not is_fit_N.all() else torch.ones_like(is_fit_N)

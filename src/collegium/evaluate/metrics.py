@@ -17,6 +17,7 @@ from collegium.errors import CollegiumError
 from collegium.fusion.calibration import (
     entropy_bins,
     expected_calibration_error,
+    over_under_confidence,
     reliability_bins,
 )
 
@@ -119,7 +120,7 @@ class Metrics:
         return numbers_D, total_D, np.bincount(which_N, minlength=size)
 
     def by_domain(self) -> dict[str, dict[str, float | int | None]]:
-        """Domain -> its NLL, perplexity, bits per byte and number of tokens, for domains with any target."""
+        """Domain -> its NLL, perplexity, bits per byte, calibration and number of tokens, for domains with any target."""
         figures: dict[str, dict[str, float | int | None]] = {}
         for number, domain in enumerate(self.targets.domains):
             of_domain_N = self.targets.domains_N == number
@@ -131,9 +132,26 @@ class Metrics:
                 "nll": finite(nll),
                 "perplexity": finite(perplexity(nll)),
                 "bits_per_byte": finite(_bits_per_byte(self.nll_N[of_domain_N], bytes_n)),
+                **self.calibration(of_domain_N),
                 "num_tokens": int(of_domain_N.sum()),
             }
         return figures
+
+    def calibration(self, is_kept_N: Bools) -> dict[str, float | None]:
+        """How far confidence is from the truth on some of the rows: `entropy` H, `overconfidence` NLL - H, `ece` and its halves."""
+        entropy = _mean(self.entropy_N[is_kept_N])
+        columns = (
+            torch.from_numpy(self.confidence_N[is_kept_N]),
+            torch.from_numpy(self.is_correct_N[is_kept_N]),
+        )
+        over, under = over_under_confidence(*columns, bins=NUM_BINS)
+        return {
+            "entropy": finite(entropy),
+            "overconfidence": finite(_mean(self.nll_N[is_kept_N]) - entropy),
+            "ece": finite(over + under),
+            "ece_over": finite(over),
+            "ece_under": finite(under),
+        }
 
     def to_dict(self) -> dict[str, object]:
         """The figures with the keys of results.json; values that do not exist are None, never NaN."""

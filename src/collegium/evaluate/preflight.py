@@ -17,6 +17,7 @@ from torch import Tensor
 from collegium.data.pack import PackedDataset
 from collegium.errors import CollegiumError
 from collegium.evaluate.advice import Findings, verdict_sentences
+from collegium.evaluate.held_out import held_out_report
 from collegium.evaluate.measures import (
     best_teacher_share,
     difference_interval,
@@ -57,17 +58,18 @@ def run_preflight(
     candidates: Sequence[Fusion] | None = None,
     extended: bool = False,
     stored_at: Sequence[float] | None = None,
+    held_out: PackedDataset | None = None,
     progress: Progress | None = None,
 ) -> Preflight:
     """Measure the teachers and their fusions on the calibration split, and choose the fusion of lowest NLL.
 
-    Linear pools come from one sweep of scalars; log-linear pools are tried for the best three weightings, and a pooled temperature for the
-    best of each kind of pool, with and without temperatures of its teachers. All fusions are ranked on the same tokens (at most about 8192).
-    Of those within 0.002 nats of the best, the simplest is chosen: fewer fitted parts, then the linear pool.
+    Every weighting is tried as a linear pool, from one sweep of scalars; the best of each family in every pool, raw and with temperatures,
+    with and without a pooled temperature, in one more reading. All fusions are ranked on the same tokens (at most about 8192), each token
+    by weights and temperatures that were fitted without its document. Of those within 0.002 nats of the best, the simplest is chosen: fewer
+    fitted parts, then the linear pool; it is fitted on all documents.
 
-    The standard fusions are fitted and ranked on the same tokens, which flatters temperatures by little; the extended ones are fitted on every
-    other document of each domain and ranked on the others. Either way the chosen fusion is the best of many on the tokens that rank
-    them, so its NLL is a little optimistic here. What it is worth is said by the evaluation, which reads the validation split alone.
+    The chosen fusion is the best of many on the tokens that rank them, so its NLL is a little optimistic there. `held_out`, which nothing
+    is fitted or chosen on, says what it is worth, and how well everyone is calibrated, by domain.
 
     Teachers may also be read out of a per-teacher cache of the split. Only fusions that such a cache can give are then compared: linear pools, at
     the temperatures that it keeps, and no rule that needs whole distributions; all of them on all tokens.
@@ -81,6 +83,7 @@ def run_preflight(
         extended: also try fitted weights, the learned gate, the consensus rule and the power mean, and measure the route by domain, which is
             never chosen over a fusion.
         stored_at: the temperatures beside 1 that the cache keeps; None for live teachers.
+        held_out: the validation split, of which as many tokens are read.
         progress: called with (batches done, all batches) of each sweep.
 
     Raises:
@@ -130,6 +133,16 @@ def run_preflight(
         "best_single": {"teacher": best_single, "nll": finite(findings.best_single_nll)},
         "verdict": verdict_sentences(findings),
     }
+    if held_out is not None:
+        report["held_out"] = held_out_report(
+            teachers,
+            chosen.fusion,
+            held_out,
+            temperatures={name: row["temperature"] for name, row in report["teachers"].items()},
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
     report["seconds"] = time.perf_counter() - started
     return Preflight(chosen.fusion, report)
 
@@ -152,7 +165,8 @@ def _teacher_report(scalars: Scalars, metrics: Metrics) -> dict[str, Any]:
 
 def _fusion_report(one: Candidate, chosen: Candidate, search: Search) -> dict[str, Any]:
     samples_N = torch.from_numpy(search.scalars.targets.samples_N)[search.is_shared_N]
-    interval = difference_interval(one.nll_N, chosen.nll_N, samples_N)
+    interval = difference_interval(one.nll_N, torch.zeros_like(one.nll_N), samples_N)
+    to_chosen = difference_interval(one.nll_N, chosen.nll_N, samples_N)
     return {
         "name": describe(one.fusion),
         "nll": finite(one.nll),
@@ -160,10 +174,16 @@ def _fusion_report(one: Candidate, chosen: Candidate, search: Search) -> dict[st
         "nll_all_tokens": finite(one.nll_all),
         "fusion": to_recipe(one.fusion),
         "calibration": one.calibration,
-        "interval_to_chosen": None if interval is None else [finite(edge) for edge in interval],
+        "is_chosen": one is chosen,
+        "interval": _edges(interval),
+        "interval_to_chosen": _edges(to_chosen),
         **_weight_measures(one, search),
         "domains": _domain_nll(one.nll_N, search.scalars.targets, search.is_shared_N),
     }
+
+
+def _edges(interval: tuple[float, float] | None) -> list[float | None] | None:
+    return None if interval is None else [finite(edge) for edge in interval]
 
 
 def _weight_measures(one: Candidate, search: Search) -> dict[str, Any]:
@@ -172,7 +192,7 @@ def _weight_measures(one: Candidate, search: Search) -> dict[str, Any]:
     if fusion.weighting.needs_consensus and fusion.temperatures:
         return {"rank_correlation": None, "best_teacher_share": None, "regret": None}
     stats = scalars.stats(fusion.temperatures, scalars.teachers)
-    weights_KN = scalars.weights(fusion.weighting, fusion.temperatures)[:, search.is_shared_N]
+    weights_KN = search.weights(one)
     label_logp_KN = stats.label_logp_KN[:, search.is_shared_N]
     costs = regret(one.nll_N, label_logp_KN)
     return {
@@ -199,7 +219,7 @@ def _findings(
     metrics: Mapping[str, Metrics],
 ) -> Findings:
     scalars, fusion = search.scalars, chosen.fusion
-    shares = scalars.shares(fusion.weighting, fusion.temperatures)
+    shares = scalars.shares(fusion.weighting, _readable(fusion))
     uniform = search.linear(Uniform(), {})
     single = search.linear(BestSingle(teacher=search.best_single), {})
     alone = (BestSingle, Route)
@@ -246,9 +266,14 @@ def _leave_one_out(scalars: Scalars, chosen: Candidate) -> dict[str, float | Non
     return {name: finite(rises.get(name, 0.0)) for name in scalars.teachers if name in rises}
 
 
+def _readable(fusion: Fusion) -> Mapping[str, float]:
+    """The temperatures at which scalars know the weights: a consensus is measured of the raw teachers alone."""
+    return {} if fusion.weighting.needs_consensus else fusion.temperatures
+
+
 def _rises(scalars: Scalars, chosen: Candidate, members: Sequence[str]) -> dict[str, float]:
     """Rise of the NLL when each member goes; infinite where nobody with weight is left at some row."""
-    weighting, temperatures = chosen.fusion.weighting, chosen.fusion.temperatures
+    weighting, temperatures = chosen.fusion.weighting, _readable(chosen.fusion)
     now = float(scalars.linear_nll(weighting, temperatures, members).mean())
     rises = {}
     for name in members:

@@ -1,56 +1,47 @@
-"""The fusions that a pre-flight compares, what they are fitted on, and what they are judged on.
+"""The fusions that a pre-flight compares, each fitted on one half of the documents and judged on the other.
 
-Shapes: N rows of the calibration split, K teachers, F fusions.
+Shapes: N rows of the calibration split, K teachers, F fusions, G pooled temperatures.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from collegium.evaluate.measures import is_fitted_on
+from collegium.evaluate.folds import Fits, Rule, balanced_folds
 from collegium.evaluate.scoring import Scorer, window_counts
 from collegium.evaluate.sweeps import Calibration, Scalars, sweep_fusions
-from collegium.fusion.calibration import (
-    fit_joint_temperatures,
-    fit_pooled_temperature,
-    fit_temperature,
-)
-from collegium.fusion.fits import fit_domain_weights, fit_em_weights, fit_gate, fit_route
+from collegium.fusion.calibration import temperature_of_least_nll
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.routing import Route
 from collegium.fusion.rules import Consensus, DomainWeights, Gate
 from collegium.fusion.stored import require_linear
+from collegium.fusion.stream import PoolKind
 from collegium.fusion.weights import (
     BestSingle,
     Entropy,
     Fixed,
     PrefixLikelihood,
-    RowStats,
     Uniform,
     Weighting,
 )
-from collegium.types import RowLogits, Rows, TeacherRows
 
 FULL_TOKENS = 8192
-"""Tokens on which all fusions are compared: log-linear pools and pooled temperatures need whole distributions."""
-
-FIT_TOKENS = 4096
-"""Tokens on which a pooled temperature is fitted."""
-
-NUM_SWEPT = 3
-"""How many weightings, the best by scalars, are tried with a log-linear pool."""
+"""Tokens on which all fusions are compared: products and pooled temperatures need whole distributions."""
 
 SAME_NLL = 0.002
 """Nats per token within which two fusions count as equally good."""
 
 POOLED_GRID = tuple(2.0 ** (step / 4) for step in range(-3, 5))
-"""Grid of the pooled temperature, 0.6 to 2."""
+"""Grid of the pooled temperature, 0.6 to 2; 1, no pooled temperature, is one of them."""
+
+STANDARD_POOLS: tuple[PoolKind, ...] = ("linear", "log_linear")
+ALL_POOLS: tuple[PoolKind, ...] = (*STANDARD_POOLS, "power_mean")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +49,13 @@ class Candidate:
     """A fusion and what its fused target scores."""
 
     fusion: Fusion
+    """Fitted on all calibration rows."""
     nll_N: Tensor
-    """(N,) float64 nats on the tokens shared by all candidates."""
+    """(N,) float64 nats on the tokens shared by all candidates, each judged by the fusion that was fitted without its document."""
     nll_all: float | None = None
     """Mean over all calibration tokens, where scalars alone give it."""
+    by_fold: tuple[Fusion, Fusion] | None = None
+    """What judged the documents of either fold; None where nothing was fitted, so that it is `fusion` itself."""
 
     @property
     def nll(self) -> float:
@@ -83,19 +77,31 @@ class Candidate:
         return num_fitted, self.fusion.pool != "linear"
 
 
-def default_weightings(best_single: str) -> list[Weighting]:
-    """The rules that a pre-flight compares when it is given no candidates."""
-    weightings: list[Weighting] = [
-        Uniform(),
-        BestSingle(teacher=best_single),
-        Entropy(form="softmax", granularity="token"),
-        Entropy(form="inverse", granularity="token"),
-        Entropy(form="complement", granularity="token"),
-        Entropy(form="softmax", granularity="sequence"),
+def default_rules(best_single: str) -> list[Rule]:
+    """The rules that a pre-flight compares when it is given no candidates: none of them is fitted."""
+    rules = [
+        Rule.plain(Uniform(), "uniform"),
+        Rule.plain(BestSingle(teacher=best_single), "best_single"),
+        Rule.plain(Entropy(form="softmax", granularity="token"), "entropy"),
+        Rule.plain(Entropy(form="inverse", granularity="token"), "entropy"),
+        Rule.plain(Entropy(form="complement", granularity="token"), "entropy"),
+        Rule.plain(Entropy(form="softmax", granularity="sequence"), "entropy"),
     ]
     for eta, decay in ((0.1, 0.95), (0.2, 0.95), (0.3, 0.9), (0.5, 0.9)):
-        weightings.append(PrefixLikelihood(eta=eta, decay=decay))
-    return weightings
+        rule = PrefixLikelihood(eta=eta, decay=decay)
+        rules.append(Rule.plain(rule, "prefix_likelihood"))
+    return rules
+
+
+def fitted_rules(domains: Sequence[str], *, has_consensus: bool) -> list[Rule]:
+    """Rules that are fitted on calibration text, and the one that reads the consensus."""
+    rules = [Rule(Fits.constant_weights, "fixed"), Rule(Fits.gate, "gate")]
+    if has_consensus:
+        rules.append(Rule.plain(Consensus(), "consensus"))
+    if len(domains) > 1:
+        rules.append(Rule(Fits.domain_weights, "domain_weights"))
+        rules.append(Rule(Fits.route, "route", is_single=True))
+    return rules
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate:
@@ -113,11 +119,13 @@ def choose(candidates: Sequence[Candidate]) -> Candidate:
 class Search:
     """The fusions that are compared, what they are fitted on, and what they are compared on.
 
-    The standard fusions have a few temperatures to fit and are fitted and compared on the same documents. `extended` adds the rules that
-    are fitted on calibration documents (EM weights, also per domain, the route and the gate), the consensus rule and the power mean; then all are fitted on
-    every other document of each domain and compared on the others, so that a rule with more to fit has no advantage. Given
-    candidates are compared as they are, on all documents. With `stored_at`, the temperatures that a per-teacher cache keeps, only linear pools
-    are compared: scalars give them all, on all tokens.
+    Every weighting is tried as a linear pool, raw and with temperatures, from scalars alone. The best of each family of weightings is tried
+    in every pool, with and without temperatures, with and without a pooled temperature, in one reading of whole distributions.
+
+    What is fitted is fitted three times: on all documents, to be used, and on either half, to judge the other. So every token is judged by
+    weights and temperatures that have not seen its document, and a rule with more to fit has no advantage. Given
+    candidates are compared as they are. With `stored_at`, the temperatures that a per-teacher cache keeps, only linear pools are compared:
+    scalars give them all, on all tokens.
     """
 
     def __init__(
@@ -132,26 +140,24 @@ class Search:
         stored_at: Sequence[float] | None = None,
     ) -> None:
         self.teachers = teachers
-        self._is_extended = extended
         self._stored_at = stored_at
         self.scalars = scalars
         self.best_single = best_single
+        self._is_extended = extended
         self._candidates = candidates
-        self._full, is_full_N = _part(split, None if stored_at is not None else FULL_TOKENS)
-        self._pool_fit, _ = _part(self._full, FIT_TOKENS)
+        self._full, self.is_shared_N = _part(split, None if stored_at is not None else FULL_TOKENS)
         samples_N = torch.from_numpy(scalars.targets.samples_N)
         domains_N = torch.from_numpy(scalars.targets.domains_N)
-        # A few temperatures cannot over-fit thousands of tokens; halves of few long documents would be lopsided.
-        self._is_fit_N = torch.ones_like(samples_N, dtype=torch.bool)
-        if extended:
-            self._is_fit_N = is_fitted_on(samples_N, domains_N)
-        is_judged_N = ~self._is_fit_N & is_full_N
-        is_alike = candidates is not None or not is_judged_N.any()
-        self.is_shared_N = is_full_N if is_alike else is_judged_N
-        """Rows on which all fusions are compared."""
-        self._is_shared_in_full = self.is_shared_N[is_full_N]
-        self._fit_tables = scalars.tables.part(self._is_fit_N)
-        self._fit_samples = samples_N[self._is_fit_N].unique()
+        fold_N = balanced_folds(samples_N, domains_N)
+        self.is_second_N = fold_N == 1
+        """(N,) whether the document of a row belongs to the second fold."""
+        self.is_cross_fitted = bool(self.is_second_N.any())
+        everything_N = torch.ones_like(self.is_second_N)
+        self._all = Fits(scalars, everything_N)
+        # A row is judged by what was fitted on the other fold.
+        self._by_fold = (self._all, self._all)
+        if self.is_cross_fitted:
+            self._by_fold = (Fits(scalars, self.is_second_N), Fits(scalars, ~self.is_second_N))
 
     def ranked(self) -> list[Candidate]:
         """All candidates from the lowest NLL to the highest."""
@@ -165,158 +171,129 @@ class Search:
         return sorted(found, key=lambda one: (one.nll, one.complexity))
 
     def linear(self, weighting: Weighting, temperatures: Mapping[str, float]) -> Candidate:
-        """A linear pool, from scalars alone."""
-        fusion = Fusion(weighting=weighting, temperatures=dict(temperatures))
-        nll_N = self.scalars.linear_nll(weighting, temperatures)
-        return Candidate(fusion, nll_N[self.is_shared_N], float(nll_N.mean()))
+        """A linear pool as it is, from scalars alone."""
+        return self._from_scalars(
+            (Fusion(weighting=weighting, temperatures=dict(temperatures)),) * 3
+        )
+
+    def weights(self, one: Candidate) -> Tensor:
+        """(K, N) float64 weights at the rows that all fusions share, each from the fusion that judges it."""
+        first, second = one.by_fold or (one.fusion, one.fusion)
+        weights_KN = self.scalars.weights(first.weighting, first.temperatures)
+        if one.by_fold is not None:
+            other_KN = self.scalars.weights(second.weighting, second.temperatures)
+            weights_KN = torch.where(self.is_second_N, other_KN, weights_KN)
+        return weights_KN[:, self.is_shared_N]
 
     def _given(self, fusions: Sequence[Fusion]) -> list[Candidate]:
         if self._stored_at is None:
-            return self._swept(fusions)
+            return self._swept([(fusion,) * 3 for fusion in fusions], temperatures=(1.0,))
         for fusion in fusions:
             require_linear(fusion, self._stored_at)
         return [self.linear(fusion.weighting, fusion.temperatures) for fusion in fusions]
 
     def _usual(self) -> list[Candidate]:
         if len(self.teachers) == 1:
-            weightings: list[Weighting] = [BestSingle(teacher=self.best_single)]
+            rules = [Rule.plain(BestSingle(teacher=self.best_single), "best_single")]
         else:
-            weightings = default_weightings(self.best_single)
+            rules = default_rules(self.best_single)
             if self._is_extended:
-                weightings += self._fitted_weightings()
-        scored = [self._with_temperatures(weighting) for weighting in weightings]
-        linear = [one for pair in scored for one in pair]
+                has_consensus = self.scalars.consensus_kl_KN is not None
+                rules += fitted_rules(self.scalars.targets.domains, has_consensus=has_consensus)
+        linear: list[Candidate] = []
+        best: dict[str, tuple[float, Rule]] = {}
+        for rule in rules:
+            found = self._linear_of(rule)
+            linear += found
+            nll = min(one.nll for one in found)
+            if rule.family not in best or nll < best[rule.family][0]:
+                best[rule.family] = (nll, rule)
         if self._stored_at is not None:
             return linear
-        alone = (BestSingle, Route)  # one teacher at each row: every pool is the same
-        mixing = [pair for pair in scored if not isinstance(pair[0].fusion.weighting, alone)]
-        mixing.sort(key=lambda pair: min(one.nll for one in pair))
-        best = mixing[:NUM_SWEPT]
-        other = self._swept(self._other_pools([pair[0].fusion for pair in best]))
-        swept = other + self._swept(self._pooled([*other, *(c for p in best for c in p)]))
-        return linear + swept
+        pools = ALL_POOLS if self._is_extended else STANDARD_POOLS
+        tried = [
+            self._fitted(rule, pool, calibrated=calibrated)
+            for _, rule in best.values()
+            for pool in (pools[:1] if rule.is_single else pools)
+            for calibrated in (False, True)
+        ]
+        # Temperatures that all stayed at 1 make no second fusion.
+        kept = list({repr(fusions[0]): fusions for fusions in reversed(tried)}.values())
+        swept = self._swept(kept, temperatures=POOLED_GRID)
+        # Scalars know a linear pool on all tokens: where they have judged a fusion, it is not listed twice.
+        scored = {repr(one.fusion) for one in linear}
+        return linear + [one for one in swept if repr(one.fusion) not in scored]
 
-    def _fitted_weightings(self) -> list[Weighting]:
-        """Rules that the calibration documents set aside for fitting give."""
-        has_consensus = self.scalars.consensus_kl_KN is not None
-        gate = fit_gate(
-            self._fit_stats({}),
-            self._fit_tables.rows(),
-            self.scalars.teachers,
-            with_consensus=has_consensus,
-        )
-        weightings: list[Weighting] = [self._constant_weights({}), gate]
-        if has_consensus:
-            weightings.append(Consensus())
-        if len(self.scalars.targets.domains) > 1:
-            weightings += [self._domain_weights({}), self._route()]
-        return weightings
+    def _linear_of(self, rule: Rule) -> list[Candidate]:
+        """The linear pool of the raw teachers, and that of calibrated ones where scalars give it and it differs."""
+        settings = [self._fitted(rule, "linear", calibrated=False)]
+        if not settings[0][0].weighting.needs_consensus:
+            settings.append(self._fitted(rule, "linear", calibrated=True))
+        return [
+            self._from_scalars(fusions)
+            for number, fusions in enumerate(settings)
+            if number == 0 or fusions[0].temperatures
+        ]
 
-    def _constant_weights(self, temperatures: Mapping[str, float]) -> Fixed:
-        return fit_em_weights(self._fit_stats(temperatures), self.scalars.teachers)
+    def _fitted(
+        self, rule: Rule, pool: PoolKind, *, calibrated: bool
+    ) -> tuple[Fusion, Fusion, Fusion]:
+        """The fusion of a rule fitted on all rows, and those that judge the first and the second fold."""
+        fits = (self._all, *self._by_fold)
+        first, second, third = (rule.fusion(one, pool, calibrated=calibrated) for one in fits)
+        return first, second, third
 
-    def _domain_weights(self, temperatures: Mapping[str, float]) -> DomainWeights:
-        return fit_domain_weights(
-            self._fit_stats(temperatures),
-            self._fit_tables.rows(),
-            self.scalars.teachers,
-            domains=self.scalars.targets.domains,
-        )
+    def _from_scalars(self, fusions: tuple[Fusion, Fusion, Fusion]) -> Candidate:
+        fusion, *by_fold = fusions
+        nll_N = self.scalars.linear_nll(by_fold[0].weighting, by_fold[0].temperatures)
+        if by_fold[1] != by_fold[0]:
+            other_N = self.scalars.linear_nll(by_fold[1].weighting, by_fold[1].temperatures)
+            nll_N = torch.where(self.is_second_N, other_N, nll_N)
+        return Candidate(fusion, nll_N[self.is_shared_N], float(nll_N.mean()), _different(fusions))
 
-    def _route(self) -> Route:
-        return fit_route(
-            self._fit_stats({}),
-            self._fit_tables.rows(),
-            self.scalars.teachers,
-            domains=self.scalars.targets.domains,
-        )
-
-    def _with_temperatures(self, weighting: Weighting) -> list[Candidate]:
-        """The linear pool of the raw teachers, and that of calibrated ones where it differs."""
-        pair = [self.linear(weighting, {})]
-        if not weighting.needs_consensus:
-            fitted = fit_joint_temperatures(self._fit_tables, weighting)
-            if temperatures := _fitted(fitted):
-                pair.append(self.linear(self._refitted(weighting, temperatures), temperatures))
-        return pair
-
-    def _refitted(self, weighting: Weighting, temperatures: Mapping[str, float]) -> Weighting:
-        """Fitted constant weights anew for teachers of these temperatures; every other rule as it is."""
-        if isinstance(weighting, Fixed):
-            return self._constant_weights(temperatures)
-        if isinstance(weighting, DomainWeights):
-            return self._domain_weights(temperatures)
-        return weighting
-
-    def _fit_stats(self, temperatures: Mapping[str, float]) -> RowStats:
-        stats = self.scalars.stats(temperatures, self.scalars.teachers)
-        kl_KN = stats.consensus_kl_KN
-        return RowStats(
-            stats.entropy_KN[:, self._is_fit_N],
-            stats.label_logp_KN[:, self._is_fit_N],
-            stats.max_logp_KN[:, self._is_fit_N],
-            None if kl_KN is None else kl_KN[:, self._is_fit_N],
-        )
-
-    def _other_pools(self, fusions: Sequence[Fusion]) -> list[Fusion]:
-        """Log-linear pools of these weightings, raw and with temperatures; extended, the power mean of the first too."""
-        # In a product every teacher answers for every token, so each is calibrated on its own.
-        tables = self._fit_tables
-        alone = {name: fit_temperature(tables, name) for name in self.scalars.teachers}
-        raw = [dataclasses.replace(fusion, pool="log_linear") for fusion in fusions]
-        if self._is_extended:
-            raw += [dataclasses.replace(fusion, pool="power_mean") for fusion in fusions[:1]]
-        return raw + [dataclasses.replace(fusion, temperatures=alone) for fusion in raw]
-
-    def _pooled(self, candidates: Sequence[Candidate]) -> list[Fusion]:
-        """A fitted pooled temperature for the best candidate of each pool, with and without temperatures."""
-        best: dict[tuple[str, str], Candidate] = {}
-        for one in sorted(candidates, key=lambda one: one.nll):
-            best.setdefault((one.fusion.pool, one.calibration), one)
-        if not best:
+    def _swept(
+        self,
+        settings: Sequence[tuple[Fusion, Fusion, Fusion]],
+        *,
+        temperatures: Sequence[float],
+    ) -> list[Candidate]:
+        """Each setting without a pooled temperature, and with one where that differs."""
+        if not settings:
             return []
-        with torch.no_grad():
-            batches = list(self._fit_batches())
-        if not batches:
+        pairs = [(first, second) for _, first, second in settings]
+        is_second_N = self.is_second_N[self.is_shared_N]
+        nll_FGN = sweep_fusions(self.teachers, self._full, pairs, is_second_N, temperatures)
+        raw = temperatures.index(1.0)
+        found = []
+        for fusions, nll_GN in zip(settings, nll_FGN, strict=True):
+            found.append(Candidate(fusions[0], nll_GN[raw], by_fold=_different(fusions)))
+            if len(temperatures) > 1:
+                found += self._pooled(fusions, nll_GN, is_second_N)
+        return found
+
+    def _pooled(
+        self, fusions: tuple[Fusion, Fusion, Fusion], nll_GN: Tensor, is_second_N: Tensor
+    ) -> list[Candidate]:
+        """The same with the pooled temperature that suits the other fold; nothing where no fold wants one."""
+        raw = POOLED_GRID.index(1.0)
+        is_first_N = ~is_second_N
+        parts = (is_second_N, is_first_N) if is_second_N.any() and is_first_N.any() else ()
+        at = [int(nll_GN[:, part_N].mean(1).argmin()) for part_N in parts]
+        at = at or [int(nll_GN.mean(1).argmin())] * 2
+        temperature = temperature_of_least_nll(POOLED_GRID, nll_GN.mean(1))
+        if at == [raw, raw] and POOLED_GRID[int(nll_GN.mean(1).argmin())] == 1.0:
             return []
-        pooled = []
-        for base in best.values():
-            temperature = fit_pooled_temperature(base.fusion, batches, grid=POOLED_GRID)
-            if temperature != 1.0:
-                pooled.append(dataclasses.replace(base.fusion, pooled_temperature=temperature))
-        return pooled
-
-    def _fit_batches(self) -> Iterator[tuple[list[TeacherRows], Rows]]:
-        """What the teachers say about the rows that may be fitted on, batch by batch."""
-        for answers, rows in self._pool_fit.answers(self.teachers):
-            is_kept_N = torch.isin(rows.samples.cpu(), self._fit_samples)
-            kept_n = is_kept_N.nonzero()[:, 0]
-            if len(kept_n):
-                picked = [
-                    TeacherRows(answer.name, _PickedRows(answer.scores, kept_n))
-                    for answer in answers
-                ]
-                yield picked, rows.part(kept_n.to(rows.labels.device))
-
-    def _swept(self, fusions: Sequence[Fusion]) -> list[Candidate]:
-        if not fusions:
-            return []
-        nll_FN = sweep_fusions(self.teachers, self._full, fusions)[:, self._is_shared_in_full]
-        return [Candidate(fusion, nll_N) for fusion, nll_N in zip(fusions, nll_FN, strict=True)]
+        nll_N = torch.where(is_second_N, nll_GN[at[1]], nll_GN[at[0]])
+        values = (temperature, POOLED_GRID[at[0]], POOLED_GRID[at[1]])
+        fusion, first, second = (
+            dataclasses.replace(one, pooled_temperature=value)
+            for one, value in zip(fusions, values, strict=True)
+        )
+        return [Candidate(fusion, nll_N, by_fold=_different((fusion, first, second)))]
 
 
-@dataclass(frozen=True, eq=False)
-class _PickedRows:
-    """Some rows of a teacher's answer, as if there were no others."""
-
-    scores: RowLogits
-    kept_n: Tensor
-
-    def logits(self, block: slice) -> Tensor:
-        kept_n = self.kept_n[block]
-        first, last = int(kept_n[0]), int(kept_n[-1])
-        between_nV = self.scores.logits(slice(first, last + 1))
-        return between_nV[(kept_n - first).to(between_nV.device)]
+def _different(fusions: tuple[Fusion, Fusion, Fusion]) -> tuple[Fusion, Fusion] | None:
+    return None if fusions[0] == fusions[1] == fusions[2] else fusions[1:]
 
 
 def _part(split: Calibration, max_tokens: int | None) -> tuple[Calibration, Tensor]:
@@ -331,8 +308,3 @@ def _part(split: Calibration, max_tokens: int | None) -> tuple[Calibration, Tens
     windows = [split.windows[at] for at in kept]
     part = dataclasses.replace(split, windows=windows)
     return part, is_kept.repeat_interleave(torch.tensor(counts))
-
-
-def _fitted(temperatures: Mapping[str, float]) -> dict[str, float]:
-    """Without those that stayed at 1."""
-    return {name: value for name, value in temperatures.items() if value != 1.0}

@@ -28,13 +28,16 @@ from collegium.fusion.calibration import TEMPERATURES, TemperatureTables, linear
 from collegium.fusion.pooling import FusedTarget, Fusion
 from collegium.fusion.stream import TeacherReader
 from collegium.fusion.weights import RowStats, Weighting
-from collegium.types import Rows, TeacherRows
+from collegium.types import DenseRows, RowLogits, Rows, TeacherRows
 
 JSD_ROWS = 4096
 """About how many rows the disagreement of the teachers is measured on."""
 
 CONSENSUS_ROWS = 256
 """Rows per block of the divergence from the consensus."""
+
+REMEMBERED_ELEMENTS = 2**28
+"""Logits of all teachers for one batch that are held while its fusions are compared: 1 GiB."""
 
 PAIR_ELEMENTS = 2**22
 """Elements of one (K, n, V) buffer of that measurement."""
@@ -185,19 +188,93 @@ def sweep_teachers(
 
 
 def sweep_fusions(
-    teachers: Sequence[Scorer], split: Calibration, fusions: Sequence[Fusion]
+    teachers: Sequence[Scorer],
+    split: Calibration,
+    fusions: Sequence[tuple[Fusion, Fusion]],
+    is_second_N: Tensor,
+    temperatures: Sequence[float] = (1.0,),
 ) -> Tensor:
-    """NLL of each fused target at every row, (F, N) float64: each head is applied once per fusion."""
+    """NLL of each fused target at every row and pooled temperature, (F, G, N) float64, in one reading of the teachers.
+
+    Args:
+        teachers: the frozen models.
+        split: the windows to read.
+        fusions: per candidate, the fusion that judges the rows of the first fold, and the one for those of the second.
+        is_second_N: (N,) whether a row belongs to the second fold; whole documents.
+        temperatures: pooled temperatures to judge each at.
+    """
     parts: list[Tensor] = []
+    start = 0
     with torch.no_grad():
-        for answers, all_rows in split.answers(teachers):
-            rows, blocks = blocks_of(all_rows, answers[0].scores, None)
-            targets = [FusedTarget(fusion, answers, rows) for fusion in fusions]
-            for block in blocks:
-                labels_n1 = rows.labels[block, None]
-                logps = [target.block(block).logp_nV.gather(1, labels_n1) for target in targets]
-                parts.append(-torch.cat(logps, 1).T.double().cpu())
-    return torch.cat(parts, 1)
+        for answers, rows in split.answers(teachers):
+            is_second_n = is_second_N[start : start + len(rows)]
+            start += len(rows)
+            answers = _remembered(answers, rows)
+            nll_FGn = torch.zeros(len(fusions), len(temperatures), len(rows), dtype=torch.float64)
+            for fold, is_here_n in enumerate((~is_second_n, is_second_n)):
+                if not is_here_n.any():
+                    continue
+                picked, own = _picked(answers, rows, is_here_n)
+                nll_FGn[..., is_here_n] = torch.stack(
+                    [_pooled_nll(pair[fold], picked, own, temperatures) for pair in fusions]
+                )
+            parts.append(nll_FGn)
+    return torch.cat(parts, -1)
+
+
+def _pooled_nll(
+    fusion: Fusion, answers: Sequence[TeacherRows], rows: Rows, temperatures: Sequence[float]
+) -> Tensor:
+    """(G, n) NLL of p^(1/T) / Z at the labels."""
+    target = FusedTarget(fusion, answers, rows)
+    parts: list[Tensor] = []
+    for block in blocks_of(rows, answers[0].scores, None)[1]:
+        logp_nV, labels_n1 = target.block(block).logp_nV, rows.labels[block, None]
+        label_logp_n = logp_nV.gather(1, labels_n1)[:, 0]
+        columns = [
+            -label_logp_n
+            if temperature == 1.0
+            else torch.logsumexp(logp_nV / temperature, -1) - label_logp_n / temperature
+            for temperature in temperatures
+        ]
+        parts.append(torch.stack(columns).double().cpu())
+    return torch.cat(parts, -1)
+
+
+def _remembered(answers: Sequence[TeacherRows], rows: Rows) -> list[TeacherRows]:
+    """The same answers with their logits held, where they are few enough: then many fusions apply each head once."""
+    vocab_size = answers[0].scores.logits(slice(0, 1)).shape[1]
+    if len(answers) * len(rows) * vocab_size > REMEMBERED_ELEMENTS:
+        return list(answers)
+    return [
+        replace(answer, scores=DenseRows(answer.scores.logits(slice(0, len(rows)))))
+        for answer in answers
+    ]
+
+
+def _picked(
+    answers: Sequence[TeacherRows], rows: Rows, is_kept_n: Tensor
+) -> tuple[list[TeacherRows], Rows]:
+    """Some of the rows, and what the teachers say about them."""
+    if is_kept_n.all():
+        return list(answers), rows
+    kept_n = is_kept_n.nonzero()[:, 0]
+    picked = [replace(answer, scores=_PickedRows(answer.scores, kept_n)) for answer in answers]
+    return picked, rows.part(kept_n.to(rows.labels.device))
+
+
+@dataclass(frozen=True, eq=False)
+class _PickedRows:
+    """Some rows of a teacher's answer, as if there were no others."""
+
+    scores: RowLogits
+    kept_n: Tensor
+
+    def logits(self, block: slice) -> Tensor:
+        kept_n = self.kept_n[block]
+        first, last = int(kept_n[0]), int(kept_n[-1])
+        between_nV = self.scores.logits(slice(first, last + 1))
+        return between_nV[(kept_n - first).to(between_nV.device)]
 
 
 def _consensus(answers: Sequence[TeacherRows], rows: Rows) -> Tensor:

@@ -232,7 +232,7 @@ def fit_temperature(tables: TemperatureTables, teacher: str) -> float:
     The grid's best temperature is refined by the parabola through it and its neighbors.
     """
     label_logp_GN = tables.teacher(teacher).label_logp_KN
-    return _minimum(tables.grid, -label_logp_GN.double().mean(1))
+    return temperature_of_least_nll(tables.grid, -label_logp_GN.double().mean(1))
 
 
 def fit_joint_temperatures(
@@ -252,15 +252,14 @@ def fit_joint_temperatures(
     pool = _PoolOnGrid(tables, weighting)
     raw = min(range(len(tables.grid)), key=lambda g: abs(np.log(tables.grid[g])))
     chosen = [raw] * len(tables.names)
-    best = pool.nll(chosen)
+    best = float(pool.nll(0, chosen)[raw])
     for _ in range(num_rounds):
         before = best
         for number in range(len(chosen)):
-            for column in range(len(tables.grid)):
-                trial = [*chosen[:number], column, *chosen[number + 1 :]]
-                nll = pool.nll(trial) if column != chosen[number] else best
-                if nll < best - MIN_GAIN:
-                    best, chosen = nll, trial
+            nll_G = pool.nll(number, chosen)
+            column = int(nll_G.argmin())
+            if nll_G[column] < best - MIN_GAIN:
+                best, chosen[number] = float(nll_G[column]), column
         if best == before:
             break
     return {name: tables.grid[g] for name, g in zip(tables.names, chosen, strict=True)}
@@ -284,20 +283,34 @@ class _PoolOnGrid:
         """(G, N) scores of a streaming rule: each depends on one teacher, so a grid has only K * G of them."""
         return self._weighting.log_scores(table, self._rows, [name] * len(table.entropy_KN))[0]
 
-    def nll(self, columns: Sequence[int]) -> float:
-        """Mean nats per row with temperature `columns[k]` of the grid for teacher k."""
+    def nll(self, number: int, columns: Sequence[int]) -> Tensor:
+        """(G,) mean nats per row with teacher `number` at each temperature of the grid, teacher k at columns[k]."""
+        if not self._weighting.streams:
+            grid = range(len(self._tables[number].entropy_KN))
+            trials = [[*columns[:number], g, *columns[number + 1 :]] for g in grid]
+            return torch.stack([self._nll_of(trial) for trial in trials])
+        table = self._tables[number]
+        score_GN = self._score_KGN[number]
+        total_GN = score_GN
+        label_GN = score_GN + table.label_logp_KN.double()
+        # What the others contribute is the same at every temperature of this one.
+        for other, g in enumerate(columns):
+            if other == number:
+                continue
+            score_N = self._score_KGN[other][g]
+            label_logp_N = self._tables[other].label_logp_KN[g].double()
+            total_GN = torch.logaddexp(total_GN, score_N)
+            label_GN = torch.logaddexp(label_GN, score_N + label_logp_N)
+        return (total_GN - label_GN).mean(1)
+
+    def _nll_of(self, columns: Sequence[int]) -> Tensor:
         stats = RowStats.stack(
             [
                 RowStats(table.entropy_KN[g], table.label_logp_KN[g], table.max_logp_KN[g])
                 for table, g in zip(self._tables, columns, strict=True)
             ]
         )
-        if not self._weighting.streams:
-            return float(linear_pool_nll(stats, self._weighting, self._rows, self._names).mean())
-        score_KN = torch.stack(
-            [score_GN[g] for score_GN, g in zip(self._score_KGN, columns, strict=True)]
-        )
-        return float(_pool_nll(score_KN, stats.label_logp_KN).mean())
+        return linear_pool_nll(stats, self._weighting, self._rows, self._names).mean()
 
 
 def linear_pool_nll(
@@ -353,10 +366,10 @@ def fit_pooled_temperature(
         num_rows += len(rows)
     if num_rows == 0:
         raise ValueError("fit_pooled_temperature: got no rows; must have some; give it a batch")
-    return _minimum(grid, nll_G / num_rows)
+    return temperature_of_least_nll(grid, nll_G / num_rows)
 
 
-def _minimum(grid: Sequence[float], nll_G: Tensor) -> float:
+def temperature_of_least_nll(grid: Sequence[float], nll_G: Tensor) -> float:
     """The temperature of least NLL: the vertex of a parabola in log T through the best three points."""
     best = int(nll_G.argmin())
     if best in (0, len(grid) - 1):

@@ -1,0 +1,160 @@
+"""What a pre-flight fits on a part of the calibration rows, so that it can be judged on the others.
+
+Shapes: N rows of the calibration split, K teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from collegium.evaluate.sweeps import Scalars
+from collegium.fusion.calibration import (
+    TemperatureTables,
+    fit_joint_temperatures,
+    fit_temperature,
+)
+from collegium.fusion.fits import fit_domain_weights, fit_em_weights, fit_gate, fit_route
+from collegium.fusion.pooling import Fusion, PoolKind
+from collegium.fusion.weights import BestSingle, RowStats, Uniform, Weighting
+
+FIT_ROWS = 65_536
+"""About how many rows weights and temperatures are fitted on: a few dozen numbers, for which more would cost time and change nothing."""
+
+
+class Fits:
+    """Fitted weights and temperatures of some of the rows; each is fitted once."""
+
+    def __init__(self, scalars: Scalars, is_fit_N: Tensor) -> None:
+        self.scalars = scalars
+        self._is_fit_N = _thinned(is_fit_N, scalars.rows.documents)
+        self._joint: dict[str, dict[str, float]] = {}
+
+    @cached_property
+    def tables(self) -> TemperatureTables:
+        """The temperature tables of these rows."""
+        return self.scalars.tables.part(self._is_fit_N)
+
+    @cached_property
+    def alone(self) -> dict[str, float]:
+        """The temperature of each teacher alone: in a product, every teacher answers for every token."""
+        return {name: fit_temperature(self.tables, name) for name in self.scalars.teachers}
+
+    def joint(self, weighting: Weighting) -> dict[str, float]:
+        """Temperatures that suit the linear pool of a weighting, those that stayed at 1 left out."""
+        key = repr(weighting)
+        if key not in self._joint:
+            # What the consensus is at other temperatures, scalars do not say; uniform weights come nearest.
+            known = Uniform() if weighting.needs_consensus else weighting
+            self._joint[key] = _fitted(fit_joint_temperatures(self.tables, known))
+        return self._joint[key]
+
+    def constant_weights(self, temperatures: Mapping[str, float]) -> Weighting:
+        """Constant weights of highest likelihood."""
+        return fit_em_weights(self._stats(temperatures), self.scalars.teachers)
+
+    def domain_weights(self, temperatures: Mapping[str, float]) -> Weighting:
+        """The same in each domain."""
+        return fit_domain_weights(
+            self._stats(temperatures),
+            self.tables.rows(),
+            self.scalars.teachers,
+            domains=self.scalars.targets.domains,
+        )
+
+    def gate(self, temperatures: Mapping[str, float]) -> Weighting:
+        """The learned gate of the raw teachers: one of its features, the consensus, is known for those alone."""
+        del temperatures
+        return fit_gate(
+            self._stats({}),
+            self.tables.rows(),
+            self.scalars.teachers,
+            with_consensus=self.scalars.consensus_kl_KN is not None,
+        )
+
+    def route(self, temperatures: Mapping[str, float]) -> Weighting:
+        """The best teacher of each domain, alone."""
+        return fit_route(
+            self._stats(temperatures),
+            self.tables.rows(),
+            self.scalars.teachers,
+            domains=self.scalars.targets.domains,
+        )
+
+    def _stats(self, temperatures: Mapping[str, float]) -> RowStats:
+        stats = self.scalars.stats(temperatures, self.scalars.teachers)
+        kl_KN, is_fit_N = stats.consensus_kl_KN, self._is_fit_N
+        return RowStats(
+            stats.entropy_KN[:, is_fit_N],
+            stats.label_logp_KN[:, is_fit_N],
+            stats.max_logp_KN[:, is_fit_N],
+            None if kl_KN is None else kl_KN[:, is_fit_N],
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A weighting that is as it is, or that has to be fitted."""
+
+    weighting: Callable[[Fits, Mapping[str, float]], Weighting]
+    """What it is for teachers of these temperatures, fitted on these rows."""
+    family: str
+    """Rules of one family differ in their options alone; the best of them speaks for it."""
+    is_single: bool = False
+    """Whether it takes one teacher, so that there is nothing to pool."""
+
+    @classmethod
+    def plain(cls, weighting: Weighting, family: str) -> Rule:
+        """A weighting without fitted parts."""
+        return cls(lambda *_: weighting, family, isinstance(weighting, BestSingle))
+
+    def fusion(self, fits: Fits, pool: PoolKind, *, calibrated: bool) -> Fusion:
+        """The fusion of this rule and pool, fitted on these rows; the temperatures suit the kind of pool."""
+        temperatures: dict[str, float] = {}
+        if calibrated and pool == "linear":
+            temperatures = fits.joint(self.weighting(fits, {}))
+        elif calibrated:
+            temperatures = dict(fits.alone)
+        weighting = self.weighting(fits, temperatures)
+        return Fusion(weighting=weighting, pool=pool, temperatures=temperatures)
+
+
+def balanced_folds(samples_N: Tensor, domains_N: Tensor) -> Tensor:
+    """(N,) int64, 0 or 1: two folds of whole documents with about as many rows of each domain.
+
+    The documents of each domain, the longest first, go where fewer rows of that domain are, at first where fewer rows are at all. With one
+    document there is no second fold.
+    """
+    _, place_N, count_D = samples_N.unique(return_inverse=True, return_counts=True)
+    domain_D = torch.zeros_like(count_D)
+    domain_D[place_N] = domains_N
+    fold_D = torch.zeros_like(count_D)
+    total = [0, 0]
+    for domain in domain_D.unique():
+        here = [0, 0]
+        documents = (domain_D == domain).nonzero()[:, 0]
+        order = torch.argsort(count_D[documents], descending=True, stable=True)
+        for document in documents[order].tolist():
+            fold = 0 if (here[0], total[0]) <= (here[1], total[1]) else 1
+            fold_D[document] = fold
+            here[fold] += int(count_D[document])
+            total[fold] += int(count_D[document])
+    return fold_D[place_N]
+
+
+def _thinned(is_fit_N: Tensor, documents_N: Tensor) -> Tensor:
+    """Every so-maniest document of these rows, so that about FIT_ROWS are left."""
+    size = int(is_fit_N.sum())
+    if size <= FIT_ROWS:
+        return is_fit_N
+    kept = documents_N[is_fit_N].unique()[:: -(-size // FIT_ROWS)]
+    return is_fit_N & torch.isin(documents_N, kept)
+
+
+def _fitted(temperatures: Mapping[str, float]) -> dict[str, float]:
+    """Without those that stayed at 1."""
+    return {name: value for name, value in temperatures.items() if value != 1.0}
