@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,19 @@ def _preflight(
     names = ("prefix_likelihood eta=0.1", "uniform", "entropy token", "log_linear")
     ways = ("pooled", "raw", "temperatures", "temperatures+pooled")
     fusions = [
-        {"name": n, "nll": 4.58 + 0.2 * i, "fusion": {}, "calibration": way, "domains": {}}
+        {
+            "name": n,
+            "nll": 4.58 + 0.2 * i,
+            "fusion": {},
+            "calibration": way,
+            "domains": {},
+            "is_chosen": i == 0,
+            "interval": [4.5 + 0.2 * i, 4.66 + 0.2 * i],
+            "interval_to_chosen": [0.19 * i, 0.21 * i],
+            "best_teacher_share": 0.6 - 0.1 * i,
+            "rank_correlation": None if n == "uniform" else 0.4 - 0.1 * i,
+            "regret": {"constant": -0.3 + 0.2 * i, "per_token": 0.8},
+        }
         for i, (n, way) in enumerate(zip(names, ways, strict=True))
     ]
     single = min(measures, key=lambda name: measures[name]["nll"], default=None)
@@ -137,12 +149,41 @@ def _preflight(
         "teachers": measures,
         "disagreement": {"teachers": list(teachers), "jsd": jsd, "top1": top1},
         "fusions": fusions,
-        "chosen": {"name": names[0], "nll": 4.58, "fusion": {}},
+        "chosen": {
+            "name": names[0],
+            "nll": 4.58,
+            "fusion": {},
+            "weights": {name: 1 / size for name in teachers},
+            "leave_one_out": {name: 0.1 * i for i, name in enumerate(teachers)},
+        },
+        "held_out": _held_out(measures),
         "verdict": [
             "The chosen fusion knows more than any single teacher (4.58 against 5.65 nats)."
         ],
         "best_single": {"teacher": single, "nll": measures[single]["nll"]} if single else None,
     }
+
+
+def _held_out(measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def figures(nll: float, gap: float) -> dict[str, Any]:
+        halves = {"ece_over": max(0.0, gap) / 10, "ece_under": max(0.0, -gap) / 10}
+        gaps = {"entropy": nll - gap, "overconfidence": gap, "ece": abs(gap) / 10, **halves}
+        return {"nll": nll, **gaps}
+
+    def whole(measure: Mapping[str, Any], gap: float) -> dict[str, Any]:
+        domains = {domain: figures(nll, gap) for domain, nll in measure["domains"].items()}
+        return {**figures(measure["nll"], gap), "domains": domains}
+
+    teachers = {
+        name: {
+            "raw": whole(measure, 1.2),
+            "temperature": measure["temperature"],
+            "calibrated": whole(measure, 0.1),
+        }
+        for name, measure in measures.items()
+    }
+    fused = {**figures(4.6, -0.05), "domains": {}}
+    return {"num_tokens": 65_536, "teachers": teachers, "fused": fused}
 
 
 def _results(

@@ -58,8 +58,10 @@ class PreflightOptions:
     """Tokens of the calibration split that each teacher reads."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Windows per forward pass."""
-    candidates: Literal["standard", "extended"] = "standard"
-    """`extended` also tries weights fitted on calibration text (EM, per domain, route, learned gate), the consensus rule and the power mean."""
+    candidates: Literal["standard", "extended"] = "extended"
+    """`extended` tries every rule in every pool; `standard` leaves out what is fitted on calibration text (EM weights, also per domain, and the
+    learned gate), the consensus rule and the power mean, and takes a third of the time. A route by domain is measured, and never
+    chosen over a fusion."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -63,6 +63,8 @@ FILES = (
 ALLOWED_TAGS = frozenset(
     [
         "html",
+        "details",
+        "summary",
         "head",
         "meta",
         "title",

@@ -41,6 +41,10 @@ SHORT = {
 """Headings with which the table fits a terminal of 80 columns."""
 
 
+SHOWN_FUSIONS = 15
+"""Fusions in the terminal's table, the best first; the chosen one is always among them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class About:
     """What is known of a scored model besides its metrics; None where it does not apply."""
@@ -107,9 +111,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def preflight_tables(preflight: Preflight | Mapping[str, Any]) -> list[Table]:
-    """Three tables of a pre-flight: the teachers, the fusions, and how much the teachers disagree."""
+    """The tables of a pre-flight: teachers, fusions, how much the teachers disagree, and calibration on held-out text."""
     report = preflight.to_dict() if isinstance(preflight, Preflight) else preflight
-    return [_teacher_table(report), _fusion_table(report), _disagreement_table(report)]
+    found = [_teacher_table(report), _fusion_table(report), _disagreement_table(report)]
+    if report.get("held_out"):
+        found.append(_held_out_table(report["held_out"]))
+    return found
 
 
 def _teacher_table(report: Mapping[str, Any]) -> Table:
@@ -128,15 +135,59 @@ def _teacher_table(report: Mapping[str, Any]) -> Table:
 
 
 def _fusion_table(report: Mapping[str, Any]) -> Table:
-    table = Table(title="Fused targets on the calibration split", title_justify="left")
+    entries = report["fusions"]
+    is_shown = [at < SHOWN_FUSIONS or entry.get("is_chosen") for at, entry in enumerate(entries)]
+    shown = [entry for entry, is_here in zip(entries, is_shown, strict=True) if is_here]
+    rest = len(entries) - len(shown)
+    table = Table(
+        title="Fused targets on the calibration split, each token judged by what was fitted without its document",
+        title_justify="left",
+        caption=f"{rest} more in preflight.json and in the report" if rest else None,
+        caption_justify="left",
+    )
     table.add_column("fusion")
     table.add_column("calibration")
-    for column in ("NLL", "tokens"):
+    for column in ("NLL", "against chosen, 95 %", "best first", "rank corr.", "regret"):
         table.add_column(column, justify="right", no_wrap=True)
-    for entry in report["fusions"]:
-        is_chosen = entry["name"] == report["chosen"]["name"]
-        cells = [Text(entry["name"]), Text(entry["calibration"]), _number(entry["nll"], ".4f")]
-        table.add_row(*cells, f"{entry['num_tokens']:,}", style="bold" if is_chosen else "")
+    for entry in shown:
+        cells = [_number(entry["nll"], ".4f"), _interval(entry.get("interval_to_chosen"))]
+        cells += [_number(entry.get("best_teacher_share"), ".0%")]
+        cells += [_number(entry.get("rank_correlation"), "+.2f")]
+        cells += [_number((entry.get("regret") or {}).get("constant"), "+.3f")]
+        is_chosen = entry.get("is_chosen", False)
+        names = (Text(entry["name"]), Text(entry["calibration"]))
+        table.add_row(*names, *cells, style="bold" if is_chosen else "")
+    return table
+
+
+def _interval(edges: Sequence[float | None] | None) -> str:
+    return "–" if not edges else " … ".join(_number(edge, "+.3f") for edge in edges)
+
+
+def _held_out_table(held_out: Mapping[str, Any]) -> Table:
+    table = Table(
+        title=f"Calibration on {held_out['num_tokens']:,} held-out tokens: NLL-H in nats / ECE",
+        title_justify="left",
+    )
+    domains = list(held_out["fused"]["domains"])
+    table.add_column("model")
+    for column in ("all", *(domains if len(domains) > 1 else ())):
+        table.add_column(Text(column), justify="right", no_wrap=True)
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    for name, teacher in held_out["teachers"].items():
+        rows.append((name, teacher["raw"]))
+        if teacher["temperature"] not in (None, 1.0):
+            rows.append((f"{name}, T={teacher['temperature']:.2f}", teacher["calibrated"]))
+    rows.append(("fused target", held_out["fused"]))
+    for title, figures in rows:
+        found = [figures, *(figures["domains"].get(domain, {}) for domain in domains)]
+        if len(domains) < 2:
+            found = found[:1]
+        cells = [
+            f"{_number(one.get('overconfidence'), '+.2f')} / {_number(one.get('ece'), '.3f')}"
+            for one in found
+        ]
+        table.add_row(Text(title), *cells, style="bold" if title == "fused target" else "")
     return table
 
 

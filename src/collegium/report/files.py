@@ -134,6 +134,47 @@ class FusionMeasure(Record):
     nll: Number = None
     calibration: str | None = None
     domains: Numbers = {}
+    is_chosen: bool = False
+    interval: list[Number] | None = None
+    interval_to_chosen: list[Number] | None = None
+    best_teacher_share: Number = None
+    rank_correlation: Number = None
+    regret: Numbers = {}
+    weights: Numbers = {}
+    leave_one_out: Numbers = {}
+
+
+class DomainCalibration(Record):
+    """How far the confidence of a model is from the truth; NLL and entropy in nats per token, ECE and its halves as shares."""
+
+    nll: Number = None
+    entropy: Number = None
+    overconfidence: Number = None
+    ece: Number = None
+    ece_over: Number = None
+    ece_under: Number = None
+
+
+class CalibrationMeasure(DomainCalibration):
+    """The same on all held-out text, and on each domain of it."""
+
+    domains: dict[str, DomainCalibration] = {}
+
+
+class TeacherCalibration(Record):
+    """One teacher as it is, and at its own temperature."""
+
+    raw: CalibrationMeasure = CalibrationMeasure()
+    temperature: Number = None
+    calibrated: CalibrationMeasure = CalibrationMeasure()
+
+
+class HeldOut(Record):
+    """What the preflight measured on text that it fitted and chose nothing on."""
+
+    num_tokens: Number = None
+    teachers: dict[str, TeacherCalibration] = {}
+    fused: CalibrationMeasure = CalibrationMeasure()
 
 
 class BestSingle(Record):
@@ -153,6 +194,7 @@ class Preflight(Record):
     fusions: list[FusionMeasure] = []
     chosen: FusionMeasure | None = None
     best_single: BestSingle | None = None
+    held_out: HeldOut | None = None
     verdict: list[str] = []
 
 

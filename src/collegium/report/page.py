@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from collegium.errors import CollegiumError
-from collegium.report import tables
+from collegium.report import preflight_tables, tables
 from collegium.report.files import RunFiles, read_run
 from collegium.report.plots import draw_all
 from collegium.report.verdict import gap_closed, judge, key_figures
@@ -81,9 +81,10 @@ def render_page(run: RunFiles) -> str:
         evaluation=tables.evaluation_table(run),
         domains=tables.domain_table(run),
         agreement=tables.agreement_table(run),
-        teachers=tables.teacher_table(run),
-        fusions=tables.fusion_table(run, slice(SHOWN_FUSIONS)),
-        more_fusions=tables.fusion_table(run, slice(SHOWN_FUSIONS, None)),
+        teachers=preflight_tables.teacher_table(run),
+        fusions=preflight_tables.fusion_table(run, slice(SHOWN_FUSIONS)),
+        more_fusions=preflight_tables.fusion_table(run, slice(SHOWN_FUSIONS, None)),
+        calibration=preflight_tables.calibration_table(run),
         sizes=tables.size_table(run),
         costs=tables.cost_table(run),
         stages=tables.stage_table(run),

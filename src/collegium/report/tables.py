@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from collegium.report.canvas import teacher_color
 from collegium.report.colors import row_color
 from collegium.report.files import DomainScore, ResultRow, RunFiles
 from collegium.report.formats import (
@@ -164,62 +163,6 @@ def _best_of(column: Column, rows: Iterable[ResultRow]) -> str | None:
     return column.write(min(values, key=column.rank))
 
 
-def teacher_table(run: RunFiles) -> Table:
-    """What the preflight measured of each teacher alone; the lowest NLL of each column in bold."""
-    if run.preflight is None:
-        return Table("Teacher", (), ())
-    teachers = run.preflight.teachers
-    domains = tuple(
-        dict.fromkeys(name for measure in teachers.values() for name in measure.domains)
-    )
-    best_nll = _lowest(measure.nll for measure in teachers.values())
-    best_in = {name: _lowest(m.domains.get(name) for m in teachers.values()) for name in domains}
-    lines = []
-    for name, measure in teachers.items():
-        cells = [
-            Cell(fixed(measure.nll), measure.nll is not None and measure.nll == best_nll),
-            Cell(perplexity(perplexity_of(measure.nll, measure.perplexity))),
-            Cell(fixed(measure.entropy)),
-            Cell(signed(measure.overconfidence)),
-            Cell(percent(measure.ece)),
-            Cell(fixed(measure.temperature, 2)),
-            Cell(percent(measure.top1)),
-        ]
-        for domain in domains:
-            value = measure.domains.get(domain)
-            cells.append(Cell(fixed(value), value is not None and value == best_in[domain]))
-        lines.append(Line(name, tuple(cells), teacher_color(name, run.teachers())))
-    titles = ("NLL", "Perplexity", "Entropy", "NLL − H", "ECE", "T", "Top-1")
-    return Table("Teacher", titles + tuple(f"NLL {name}" for name in domains), tuple(lines))
-
-
-def fusion_table(run: RunFiles, places: slice) -> Table:
-    """The candidate fusions at these places of the ranking, best first, against the best single teacher; the chosen one is marked."""
-    preflight = run.preflight
-    if preflight is None or not preflight.fusions:
-        return Table("Fusion", (), ())
-    single = preflight.best_single.nll if preflight.best_single else None
-    ranked = sorted(preflight.fusions, key=lambda one: float("inf") if one.nll is None else one.nll)
-    lines = []
-    for fusion in ranked[places]:
-        # One name may stand for several calibrations: the chosen one has the chosen NLL as well.
-        chosen = preflight.chosen is not None and (fusion.name, fusion.nll) == (
-            preflight.chosen.name,
-            preflight.chosen.nll,
-        )
-        change = None if single is None or fusion.nll is None else fusion.nll - single
-        cells = (
-            Cell(fusion.calibration or "raw"),
-            Cell(fixed(fusion.nll)),
-            Cell(perplexity(perplexity_of(fusion.nll))),
-            Cell(signed(change)),
-            Cell("chosen" if chosen else "", chosen),
-        )
-        lines.append(Line(fusion.name, cells, mark=chosen))
-    columns = ("Calibration", "NLL", "Perplexity", "NLL against best single", "")
-    return Table("Fusion", columns, tuple(lines))
-
-
 def size_table(run: RunFiles) -> Table:
     """Parameters of each model and how many times the student they are."""
     rows = [row for row in run.rows("student", "teacher") if row.num_parameters]
@@ -306,8 +249,3 @@ def _flat(prefix: str, value: object) -> Iterable[tuple[str, str]]:
         yield prefix, ", ".join(map(str, value)) or "–"
     elif prefix:
         yield prefix, "–" if value is None or value == {} else str(value)
-
-
-def _lowest(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return min(known, default=None)

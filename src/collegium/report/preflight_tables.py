@@ -1,0 +1,148 @@
+"""What a preflight measured, as tables: teachers, fusions, what each teacher is worth, and calibration on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from collegium.report.colors import teacher_color
+from collegium.report.files import CalibrationMeasure, FusionMeasure, Number, Preflight, RunFiles
+from collegium.report.formats import (
+    fixed,
+    percent,
+    perplexity,
+    perplexity_of,
+    signed,
+)
+from collegium.report.tables import Cell, Line, Table
+
+
+def teacher_table(run: RunFiles) -> Table:
+    """What the preflight measured of each teacher alone; the lowest NLL of each column in bold."""
+    if run.preflight is None:
+        return Table("Teacher", (), ())
+    teachers = run.preflight.teachers
+    domains = tuple(
+        dict.fromkeys(name for measure in teachers.values() for name in measure.domains)
+    )
+    best_nll = _lowest(measure.nll for measure in teachers.values())
+    best_in = {name: _lowest(m.domains.get(name) for m in teachers.values()) for name in domains}
+    lines = []
+    for name, measure in teachers.items():
+        cells = [
+            Cell(fixed(measure.nll), measure.nll is not None and measure.nll == best_nll),
+            Cell(perplexity(perplexity_of(measure.nll, measure.perplexity))),
+            Cell(fixed(measure.entropy)),
+            Cell(signed(measure.overconfidence)),
+            Cell(percent(measure.ece)),
+            Cell(fixed(measure.temperature, 2)),
+            Cell(percent(measure.top1)),
+            *_worth(run.preflight, name),
+        ]
+        for domain in domains:
+            value = measure.domains.get(domain)
+            cells.append(Cell(fixed(value), value is not None and value == best_in[domain]))
+        lines.append(Line(name, tuple(cells), teacher_color(name, run.teachers())))
+    titles = (
+        "NLL",
+        "Perplexity",
+        "Entropy",
+        "NLL − H",
+        "ECE",
+        "T",
+        "Top-1",
+        "Weight",
+        "Without it",
+    )
+    return Table("Teacher", titles + tuple(f"NLL {name}" for name in domains), tuple(lines))
+
+
+def _worth(preflight: Preflight, teacher: str) -> tuple[Cell, Cell]:
+    """Share of weight under the chosen fusion, and how far its NLL rises without the teacher."""
+    chosen = preflight.chosen or FusionMeasure()
+    rise = chosen.leave_one_out.get(teacher)
+    return Cell(percent(chosen.weights.get(teacher))), Cell(signed(rise))
+
+
+def fusion_table(run: RunFiles, places: slice) -> Table:
+    """The candidate fusions at these places of the ranking, best first, against the best single teacher; the chosen one is marked."""
+    preflight = run.preflight
+    if preflight is None or not preflight.fusions:
+        return Table("Fusion", (), ())
+    single = preflight.best_single.nll if preflight.best_single else None
+    ranked = sorted(preflight.fusions, key=lambda one: float("inf") if one.nll is None else one.nll)
+    lines = []
+    for fusion in ranked[places]:
+        chosen = _is_chosen(fusion, preflight)
+        change = None if single is None or fusion.nll is None else fusion.nll - single
+        cells = (
+            Cell(fusion.calibration or "raw"),
+            Cell(fixed(fusion.nll)),
+            Cell(_interval(fusion.interval)),
+            Cell(perplexity(perplexity_of(fusion.nll))),
+            Cell(signed(change)),
+            Cell(_interval(fusion.interval_to_chosen, signed)),
+            Cell(percent(fusion.best_teacher_share)),
+            Cell(signed(fusion.rank_correlation, 2)),
+            Cell(signed(fusion.regret.get("constant"))),
+            Cell("chosen" if chosen else "", chosen),
+        )
+        lines.append(Line(fusion.name, cells, mark=chosen))
+    columns = (
+        "Calibration", "NLL", "95 %", "Perplexity", "Against best single", "Against chosen, 95 %",
+        "Best teacher first", "Rank correlation", "Regret", "",
+    )  # fmt: skip
+    return Table("Fusion", columns, tuple(lines))
+
+
+def _is_chosen(fusion: FusionMeasure, preflight: Preflight) -> bool:
+    if any(one.is_chosen for one in preflight.fusions):
+        return fusion.is_chosen
+    chosen = preflight.chosen
+    # One name may stand for several calibrations: the chosen one has the chosen NLL as well.
+    return chosen is not None and (fusion.name, fusion.nll) == (chosen.name, chosen.nll)
+
+
+def _interval(edges: list[Number] | None, write=fixed) -> str:
+    if not edges or any(edge is None for edge in edges):
+        return "–"
+    return " … ".join(write(edge) for edge in edges)
+
+
+def calibration_table(run: RunFiles) -> Table:
+    """NLL, entropy and calibration error on held-out text by domain: raw teachers, calibrated ones, the fused target."""
+    held_out = run.preflight.held_out if run.preflight else None
+    if held_out is None:
+        return Table("Model", (), ())
+    names = run.teachers()
+    lines: list[Line] = []
+    for name, measure in held_out.teachers.items():
+        color = teacher_color(name, names)
+        lines += _calibration_lines(name, measure.raw, color)
+        if measure.temperature not in (None, 1.0):
+            title = f"{name}, T = {fixed(measure.temperature, 2)}"
+            lines += _calibration_lines(title, measure.calibrated, color)
+    lines += _calibration_lines("fused target", held_out.fused, "", mark=True)
+    columns = ("Domain", "NLL", "Entropy", "NLL − H", "ECE", "ECE over", "ECE under")
+    return Table("Model", columns, tuple(lines))
+
+
+def _calibration_lines(
+    title: str, measure: CalibrationMeasure, color: str, *, mark: bool = False
+) -> Iterator[Line]:
+    rows = {"all": measure, **(measure.domains if len(measure.domains) > 1 else {})}
+    for domain, row in rows.items():
+        cells = (
+            Cell(domain),
+            Cell(fixed(row.nll)),
+            Cell(fixed(row.entropy)),
+            Cell(signed(row.overconfidence)),
+            Cell(percent(row.ece)),
+            Cell(percent(row.ece_over)),
+            Cell(percent(row.ece_under)),
+        )
+        yield Line(title if domain == "all" else "", cells, color, mark=mark)
+
+
+def _lowest(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return min(known, default=None)
