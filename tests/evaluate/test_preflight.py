@@ -77,7 +77,7 @@ def test_a_route_is_measured_but_fusing_stays_the_default() -> None:
     first = report["fusions"][0]
     assert first["fusion"]["weighting"] == {
         "name": "route",
-        "default": "five",
+        "default": report["best_single"]["teacher"],
         "domains": {"fives": "five", "ones": "one"},
     }
     assert first["nll"] < report["chosen"]["nll"] - 0.002
