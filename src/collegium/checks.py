@@ -47,8 +47,8 @@ class CheckReport:
     warnings: list[str] = field(default_factory=list)
 
 
-def check_run(workspace: Workspace) -> CheckReport:
-    """Check a whole run.
+def check_run(workspace: Workspace, *, trains: bool = True) -> CheckReport:
+    """Check a whole run; several processes may only do what does not train.
 
     Raises:
         CollegiumError: it could not work; the message says what to do.
@@ -56,7 +56,7 @@ def check_run(workspace: Workspace) -> CheckReport:
     report = CheckReport()
     recipe = workspace.recipe
     check_recipe(recipe)
-    _check_machine(recipe)
+    _check_machine(recipe, trains=trains)
     workspace.folder.check(workspace.values)
     for part, sources in recipe.data.sources.items():
         check_sources(sources, where=f"data.{part}")
@@ -74,9 +74,9 @@ def check_run(workspace: Workspace) -> CheckReport:
     return report
 
 
-def _check_machine(recipe: Recipe) -> None:
+def _check_machine(recipe: Recipe, *, trains: bool) -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
-    if processes not in ("", "1"):
+    if trains and processes not in ("", "1"):
         raise RecipeError(
             f"WORLD_SIZE: got {processes}; must be 1; start a single process, without torchrun"
         )

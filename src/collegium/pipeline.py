@@ -80,7 +80,7 @@ def cache(recipe: Recipe) -> list[Built]:
         with _opened(recipe) as workspace:
             return build(workspace, lambda: _fusion(workspace))
     workspace = Workspace(recipe)
-    check_run(workspace)
+    check_run(workspace, trains=False)
     if share.rank == 0:
         workspace.folder.claim(workspace.values, workspace.recipe_text)
     return build(workspace, lambda: _known_fusion(workspace))
