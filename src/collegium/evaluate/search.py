@@ -172,9 +172,8 @@ class Search:
 
     def linear(self, weighting: Weighting, temperatures: Mapping[str, float]) -> Candidate:
         """A linear pool as it is, from scalars alone."""
-        return self._from_scalars(
-            (Fusion(weighting=weighting, temperatures=dict(temperatures)),) * 3
-        )
+        fusion = Fusion(weighting=weighting, temperatures=dict(temperatures))
+        return self._from_scalars((fusion, fusion, fusion))
 
     def weights(self, one: Candidate) -> Tensor:
         """(K, N) float64 weights at the rows that all fusions share, each from the fusion that judges it."""
@@ -187,7 +186,7 @@ class Search:
 
     def _given(self, fusions: Sequence[Fusion]) -> list[Candidate]:
         if self._stored_at is None:
-            return self._swept([(fusion,) * 3 for fusion in fusions], temperatures=(1.0,))
+            return self._swept([(one, one, one) for one in fusions], temperatures=(1.0,))
         for fusion in fusions:
             require_linear(fusion, self._stored_at)
         return [self.linear(fusion.weighting, fusion.temperatures) for fusion in fusions]
