@@ -64,7 +64,7 @@ def run_preflight(
     """Measure the teachers and their fusions on the calibration split, and choose the fusion of lowest NLL.
 
     Every weighting is tried as a linear pool, from one sweep of scalars; the best of each family in every pool, raw and with temperatures,
-    with and without a pooled temperature, in one more reading. All fusions are ranked on the same tokens (at most about 8192), each token
+    with and without a pooled temperature, in one more reading. All fusions are ranked on the same tokens (at most about 4096), each token
     by weights and temperatures that were fitted without its document. Of those within 0.002 nats of the best, the simplest is chosen: fewer
     fitted parts, then the linear pool; it is fitted on all documents.
 

@@ -31,14 +31,14 @@ from collegium.fusion.weights import (
     Weighting,
 )
 
-FULL_TOKENS = 8192
+FULL_TOKENS = 4096
 """Tokens on which all fusions are compared: products and pooled temperatures need whole distributions."""
 
 SAME_NLL = 0.002
 """Nats per token within which two fusions count as equally good."""
 
-POOLED_GRID = tuple(2.0 ** (step / 4) for step in range(-3, 5))
-"""Grid of the pooled temperature, 0.6 to 2; 1, no pooled temperature, is one of them."""
+POOLED_GRID = tuple(2.0 ** (step / 4) for step in range(-2, 4))
+"""Grid of the pooled temperature, 0.7 to 1.7; 1, no pooled temperature, is one of them."""
 
 STANDARD_POOLS: tuple[PoolKind, ...] = ("linear", "log_linear")
 ALL_POOLS: tuple[PoolKind, ...] = (*STANDARD_POOLS, "power_mean")
