@@ -94,7 +94,7 @@ def test_every_usual_rule_is_tried_and_measured() -> None:
         if one["calibration"] == "raw" and one["fusion"]["pool"] == "linear"
     }
     assert set(raw) == {
-        "uniform", "best_single", "entropy", "prefix_likelihood", "fixed", "domain_weights", "route", "consensus", "gate",
+        "uniform", "best_single", "entropy", "calibrated_entropy", "prefix_likelihood", "fixed", "domain_weights", "route", "consensus", "gate",
     }  # fmt: skip
     assert raw["domain_weights"]["rank_correlation"] > 0.5 > abs(raw["entropy"]["rank_correlation"])
     assert raw["uniform"]["rank_correlation"] is None
@@ -267,8 +267,11 @@ def test_a_useless_teacher_is_named_and_one_twin_stays() -> None:
     assert sum(found["chosen"]["weights"].values()) == pytest.approx(1.0)
 
 
-def test_the_specialist_of_a_rare_domain_is_not_called_idle() -> None:
+def test_the_specialist_of_a_rare_domain_is_not_called_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One document in a hundred gives it less than 2 % of the weight; without it that document is lost."""
+    monkeypatch.setattr(search_module, "FULL_TOKENS", 8192)  # all of them, the rare one too
     documents, domains = [], []
     for domain, step, number in (("ones", 1, 99), ("fives", 5, 1)):
         documents += walks(
@@ -416,5 +419,5 @@ def test_only_rules_that_are_not_fitted_are_standard():
     names = [entry["fusion"]["weighting"]["name"] for entry in standard["fusions"]]
     assert set(names) == {"uniform", "best_single", "entropy", "prefix_likelihood"}
     more = {entry["fusion"]["weighting"]["name"] for entry in extended["fusions"]} - set(names)
-    assert more == {"fixed", "domain_weights", "route", "consensus", "gate"}
+    assert more == {"calibrated_entropy", "fixed", "domain_weights", "route", "consensus", "gate"}
     assert "power_mean" not in {entry["fusion"]["pool"] for entry in standard["fusions"]}

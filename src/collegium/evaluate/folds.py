@@ -19,7 +19,9 @@ from collegium.fusion.calibration import (
     fit_temperature,
 )
 from collegium.fusion.fits import fit_domain_weights, fit_em_weights, fit_gate, fit_route
+from collegium.fusion.isotonic import fit_entropy_maps
 from collegium.fusion.pooling import Fusion, PoolKind
+from collegium.fusion.rules import CalibratedEntropy
 from collegium.fusion.weights import BestSingle, RowStats, Uniform, Weighting
 
 FIT_ROWS = 65_536
@@ -64,6 +66,14 @@ class Fits:
             self.tables.rows(),
             self.scalars.teachers,
             domains=self.scalars.targets.domains,
+        )
+
+    def calibrated_entropy(self, temperatures: Mapping[str, float]) -> Weighting:
+        """Entropy weights by what an entropy of each teacher has been worth."""
+        names = self.scalars.teachers
+        maps = fit_entropy_maps(self._stats(temperatures), names)
+        return CalibratedEntropy(
+            maps={name: [list(knot) for knot in knots] for name, knots in maps.items()}
         )
 
     def gate(self, temperatures: Mapping[str, float]) -> Weighting:

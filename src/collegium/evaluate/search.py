@@ -19,7 +19,7 @@ from collegium.evaluate.sweeps import Calibration, Scalars, sweep_fusions
 from collegium.fusion.calibration import temperature_of_least_nll
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.routing import Route
-from collegium.fusion.rules import Consensus, DomainWeights, Gate
+from collegium.fusion.rules import CalibratedEntropy, Consensus, DomainWeights, Gate
 from collegium.fusion.stored import require_linear
 from collegium.fusion.stream import PoolKind
 from collegium.fusion.weights import (
@@ -42,6 +42,10 @@ POOLED_GRID = tuple(2.0 ** (step / 4) for step in range(-2, 4))
 
 STANDARD_POOLS: tuple[PoolKind, ...] = ("linear", "log_linear")
 ALL_POOLS: tuple[PoolKind, ...] = (*STANDARD_POOLS, "power_mean")
+
+
+FITTED = (Fixed, DomainWeights, CalibratedEntropy, Route, Gate)
+"""Weightings with fitted parts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,7 @@ class Candidate:
     def complexity(self) -> tuple[int, bool]:
         """Number of fitted parts, and whether the pool is other than linear."""
         num_fitted = 0 if self.calibration == "raw" else 1 + self.calibration.count("+")
-        num_fitted += isinstance(self.fusion.weighting, (Fixed, DomainWeights, Route, Gate))
+        num_fitted += isinstance(self.fusion.weighting, FITTED)
         return num_fitted, self.fusion.pool != "linear"
 
 
@@ -95,7 +99,11 @@ def default_rules(best_single: str) -> list[Rule]:
 
 def fitted_rules(domains: Sequence[str], *, has_consensus: bool) -> list[Rule]:
     """Rules that are fitted on calibration text, and the one that reads the consensus."""
-    rules = [Rule(Fits.constant_weights, "fixed"), Rule(Fits.gate, "gate")]
+    rules = [
+        Rule(Fits.constant_weights, "fixed"),
+        Rule(Fits.calibrated_entropy, "calibrated_entropy"),
+        Rule(Fits.gate, "gate"),
+    ]
     if has_consensus:
         rules.append(Rule.plain(Consensus(), "consensus"))
     if len(domains) > 1:
