@@ -94,7 +94,7 @@ def test_documents_are_dealt_out_evenly_by_domain():
     domain_D = (torch.arange(40) % 4 == 0).long()
     samples_N = torch.arange(40).repeat_interleave(lengths_D)
     domains_N = domain_D.repeat_interleave(lengths_D)
-    fold_N = balanced_folds(samples_N, domains_N)
+    fold_N = balanced_folds(samples_N, torch.arange(len(samples_N)), domains_N)
     for sample in range(40):
         assert len(fold_N[samples_N == sample].unique()) == 1
     for domain in (0, 1):
@@ -104,11 +104,17 @@ def test_documents_are_dealt_out_evenly_by_domain():
         assert min(sizes) > 0
 
 
-def test_two_domains_of_one_document_each_give_two_folds():
-    samples_N = torch.tensor([0, 0, 0, 1, 1])
-    assert balanced_folds(samples_N, samples_N).tolist() == [0, 0, 0, 1, 1]
+def test_few_long_documents_are_dealt_out_piece_by_piece():
+    """Otherwise the only document of a domain would be judged by what has never seen that domain."""
+    samples_N = torch.arange(2).repeat_interleave(60)
+    pieces_N = torch.arange(12).repeat_interleave(10)
+    fold_N = balanced_folds(samples_N, pieces_N, samples_N)
+    for piece in range(12):
+        assert len(fold_N[pieces_N == piece].unique()) == 1
+    for domain in (0, 1):
+        assert int(fold_N[samples_N == domain].sum()) == 30
 
 
-def test_a_single_document_is_for_both():
+def test_a_single_piece_is_for_both():
     zeros_N = torch.zeros(5, dtype=torch.long)
-    assert not balanced_folds(zeros_N, zeros_N).any()
+    assert not balanced_folds(zeros_N, zeros_N, zeros_N).any()

@@ -28,6 +28,10 @@ FIT_ROWS = 65_536
 """About how many rows weights and temperatures are fitted on: a few dozen numbers, for which more would cost time and change nothing."""
 
 
+MIN_DOCUMENTS = 8
+"""Documents of a domain from which on they are kept whole in one fold."""
+
+
 class Fits:
     """Fitted weights and temperatures of some of the rows; each is fitted once."""
 
@@ -133,27 +137,35 @@ class Rule:
         return Fusion(weighting=weighting, pool=pool, temperatures=temperatures)
 
 
-def balanced_folds(samples_N: Tensor, domains_N: Tensor) -> Tensor:
-    """(N,) int64, 0 or 1: two folds of whole documents with about as many rows of each domain.
+def balanced_folds(samples_N: Tensor, pieces_N: Tensor, domains_N: Tensor) -> Tensor:
+    """(N,) int64, 0 or 1: two folds with about as many rows of each domain, the same rows every time.
 
-    The documents of each domain, the longest first, go where fewer rows of that domain are, at first where fewer rows are at all. With one
-    document there is no second fold.
+    Whole documents, where a domain has at least eight; of fewer, whole pieces (what a window holds of a document), since halves of two or three
+    long documents would leave a domain without text to fit on. The units of each domain, the longest first, go where fewer
+    rows of that domain are, at first where fewer rows are at all. With one unit there is no second fold.
+
+    Args:
+        samples_N: (N,) the document of each row.
+        pieces_N: (N,) the piece of each row, unique among all documents.
+        domains_N: (N,) the domain of each row.
     """
-    _, place_N, count_D = samples_N.unique(return_inverse=True, return_counts=True)
-    domain_D = torch.zeros_like(count_D)
-    domain_D[place_N] = domains_N
-    fold_D = torch.zeros_like(count_D)
+    fold_N = torch.zeros_like(samples_N)
     total = [0, 0]
-    for domain in domain_D.unique():
+    for domain in domains_N.unique():
+        rows_n = (domains_N == domain).nonzero()[:, 0]
+        units_n = samples_N[rows_n]
+        if len(units_n.unique()) < MIN_DOCUMENTS:
+            units_n = pieces_N[rows_n]
+        _, place_n, count_U = units_n.unique(return_inverse=True, return_counts=True)
+        fold_U = torch.zeros_like(count_U)
         here = [0, 0]
-        documents = (domain_D == domain).nonzero()[:, 0]
-        order = torch.argsort(count_D[documents], descending=True, stable=True)
-        for document in documents[order].tolist():
+        for unit in torch.argsort(count_U, descending=True, stable=True).tolist():
             fold = 0 if (here[0], total[0]) <= (here[1], total[1]) else 1
-            fold_D[document] = fold
-            here[fold] += int(count_D[document])
-            total[fold] += int(count_D[document])
-    return fold_D[place_N]
+            fold_U[unit] = fold
+            here[fold] += int(count_U[unit])
+            total[fold] += int(count_U[unit])
+        fold_N[rows_n] = fold_U[place_n]
+    return fold_N
 
 
 def _thinned(is_fit_N: Tensor, documents_N: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def run_preflight(
 
     Every weighting is tried as a linear pool, from one sweep of scalars; the best of each family in every pool, raw and with temperatures,
     with and without a pooled temperature, in one more reading. All fusions are ranked on the same tokens (at most about 4096), each token
-    by weights and temperatures that were fitted without its document. Of those within 0.002 nats of the best, the simplest is chosen: fewer
+    by weights and temperatures that were fitted on the other half of the text. Of those within 0.002 nats of the best, the simplest is chosen: fewer
     fitted parts, then the linear pool; it is fitted on all documents.
 
     The chosen fusion is the best of many on the tokens that rank them, so its NLL is a little optimistic there. `held_out`, which nothing

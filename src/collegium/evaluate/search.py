@@ -55,7 +55,7 @@ class Candidate:
     fusion: Fusion
     """Fitted on all calibration rows."""
     nll_N: Tensor
-    """(N,) float64 nats on the tokens shared by all candidates, each judged by the fusion that was fitted without its document."""
+    """(N,) float64 nats on the tokens shared by all candidates, each judged by the fusion that was fitted on the other half."""
     nll_all: float | None = None
     """Mean over all calibration tokens, where scalars alone give it."""
     by_fold: tuple[Fusion, Fusion] | None = None
@@ -131,7 +131,7 @@ class Search:
     in every pool, with and without temperatures, with and without a pooled temperature, in one reading of whole distributions.
 
     What is fitted is fitted three times: on all documents, to be used, and on either half, to judge the other. So every token is judged by
-    weights and temperatures that have not seen its document, and a rule with more to fit has no advantage. Given
+    weights and temperatures that have not seen it, and a rule with more to fit has no advantage. Given
     candidates are compared as they are. With `stored_at`, the temperatures that a per-teacher cache keeps, only linear pools are compared:
     scalars give them all, on all tokens.
     """
@@ -156,9 +156,9 @@ class Search:
         self._full, self.is_shared_N = _part(split, None if stored_at is not None else FULL_TOKENS)
         samples_N = torch.from_numpy(scalars.targets.samples_N)
         domains_N = torch.from_numpy(scalars.targets.domains_N)
-        fold_N = balanced_folds(samples_N, domains_N)
+        fold_N = balanced_folds(samples_N, scalars.rows.documents, domains_N)
         self.is_second_N = fold_N == 1
-        """(N,) whether the document of a row belongs to the second fold."""
+        """(N,) whether a row belongs to the second fold."""
         self.is_cross_fitted = bool(self.is_second_N.any())
         everything_N = torch.ones_like(self.is_second_N)
         self._all = Fits(scalars, everything_N)

@@ -140,7 +140,7 @@ def _fusion_table(report: Mapping[str, Any]) -> Table:
     shown = [entry for entry, is_here in zip(entries, is_shown, strict=True) if is_here]
     rest = len(entries) - len(shown)
     table = Table(
-        title="Fused targets on the calibration split, each token judged by what was fitted without its document",
+        title="Fused targets on the calibration split, each token judged by what was fitted on the other half",
         title_justify="left",
         caption=f"{rest} more in preflight.json and in the report" if rest else None,
         caption_justify="left",
