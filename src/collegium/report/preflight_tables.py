@@ -64,22 +64,18 @@ def _worth(preflight: Preflight, teacher: str) -> tuple[Cell, Cell]:
 
 
 def fusion_table(run: RunFiles, places: slice) -> Table:
-    """The candidate fusions at these places of the ranking, best first, against the best single teacher; the chosen one is marked."""
+    """The candidate fusions at these places of the ranking, best first, against the chosen one, which is marked."""
     preflight = run.preflight
     if preflight is None or not preflight.fusions:
         return Table("Fusion", (), ())
-    single = preflight.best_single.nll if preflight.best_single else None
     ranked = sorted(preflight.fusions, key=lambda one: float("inf") if one.nll is None else one.nll)
     lines = []
     for fusion in ranked[places]:
         chosen = _is_chosen(fusion, preflight)
-        change = None if single is None or fusion.nll is None else fusion.nll - single
         cells = (
             Cell(fusion.calibration or "raw"),
             Cell(fixed(fusion.nll)),
             Cell(_interval(fusion.interval)),
-            Cell(perplexity(perplexity_of(fusion.nll))),
-            Cell(signed(change)),
             Cell(_interval(fusion.interval_to_chosen, signed)),
             Cell(percent(fusion.best_teacher_share)),
             Cell(signed(fusion.rank_correlation, 2)),
@@ -88,8 +84,7 @@ def fusion_table(run: RunFiles, places: slice) -> Table:
         )
         lines.append(Line(fusion.name, cells, mark=chosen))
     columns = (
-        "Calibration", "NLL", "95 %", "Perplexity", "Against best single", "Against chosen, 95 %",
-        "Best teacher first", "Rank correlation", "Regret", "",
+        "Calibration", "NLL", "95 %", "Against chosen, 95 %", "Best teacher first", "Rank correlation", "Regret", "",
     )  # fmt: skip
     return Table("Fusion", columns, tuple(lines))
 
