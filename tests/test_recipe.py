@@ -326,16 +326,14 @@ def test_aliases_and_a_byte_order_mark_are_fine(recipe_file: Path) -> None:
     assert read_yaml("a: &x {b: 1}\nc: *x\n", "x").data == {"a": {"b": 1}, "c": {"b": 1}}
 
 
-def test_decoding_is_quick_and_light(recipe_file: Path) -> None:
+def test_decoding_is_light(recipe_file: Path) -> None:
     program = (
-        "import sys, time\n"
+        "import sys\n"
         "from collegium.recipe import load_recipe\n"
         f"load_recipe({str(recipe_file)!r})\n"
-        "print(time.process_time(), 'transformers' in sys.modules)"
+        "print(sorted({'transformers', 'datasets'} & set(sys.modules)))"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
-    seconds, has_transformers = result.stdout.split()
-    assert has_transformers == "False"
-    assert float(seconds) < 2.5
+    assert result.stdout == "[]\n"
