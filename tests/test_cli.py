@@ -14,9 +14,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import collegium
-from collegium.cli import TEMPLATE, app
+from collegium.cli import app
 from collegium.errors import CollegiumError, DataError, Interrupted
 from collegium.recipe import Recipe, load_recipe, write_fusion
+from collegium.starter import TEMPLATE
 from recipes_for_tests import MINIMAL
 
 COMMANDS = ("run", "check", "preflight", "train", "evaluate", "report", "demo", "init")
