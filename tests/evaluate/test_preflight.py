@@ -191,7 +191,7 @@ def test_every_nll_is_that_of_the_fused_target() -> None:
 
 
 def test_what_is_fitted_has_not_seen_what_it_judges() -> None:
-    """Other labels in one half change what judges the other half, and never what judges themselves."""
+    """The weights that judge either half are those of the other half; the ones to be used are those of both."""
     _, search, ranked = judged()
     fitted = [one for one in ranked if one.by_fold is not None]
     assert {type(one.fusion.weighting) for one in fitted} >= {Fixed, Gate, DomainWeights}

@@ -169,7 +169,7 @@ def balanced_folds(samples_N: Tensor, pieces_N: Tensor, domains_N: Tensor) -> Te
 
 
 def _thinned(is_fit_N: Tensor, documents_N: Tensor) -> Tensor:
-    """Every so-maniest document of these rows, so that about FIT_ROWS are left."""
+    """Every n-th piece of a document among these rows, so that about FIT_ROWS are left."""
     size = int(is_fit_N.sum())
     if size <= FIT_ROWS:
         return is_fit_N

@@ -159,12 +159,11 @@ class Search:
         fold_N = balanced_folds(samples_N, scalars.rows.documents, domains_N)
         self.is_second_N = fold_N == 1
         """(N,) whether a row belongs to the second fold."""
-        self.is_cross_fitted = bool(self.is_second_N.any())
         everything_N = torch.ones_like(self.is_second_N)
         self._all = Fits(scalars, everything_N)
         # A row is judged by what was fitted on the other fold.
         self._by_fold = (self._all, self._all)
-        if self.is_cross_fitted:
+        if self.is_second_N.any():
             self._by_fold = (Fits(scalars, self.is_second_N), Fits(scalars, ~self.is_second_N))
 
     def ranked(self) -> list[Candidate]:
