@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from collegium.kernels.rows import DenseTarget, LogSum, RawRows, RowKernels, Workspace
-from collegium.losses.sparse import sparse_kl
+from collegium.losses.sparse import row_sums, sparse_kl
 from collegium.types import SparseRows
 
 TRUTH = "truth"
@@ -103,15 +103,23 @@ class ClosedForm:
         self, rows: RawRows, target: SparseRows, labels_n: Tensor, kd_n: Tensor, ce_n: Tensor
     ) -> tuple[LogSum, Tensor]:
         num_rows, vocab_size = rows.values_nV.shape
-        log_sum = self.kernels.read(rows, labels_n).log_sum
         row_E = target.row_of_entry()
         flat_E = row_E * vocab_size + target.ids
         z_E, slope_E = rows.at(flat_E)
+        if target.log_tail is None:
+            # What the row's entries pull is then known without the student: one sweep does, as for labels alone.
+            pull_n = row_sums(target.logp.to(rows.dtype).exp(), row_E, num_rows)
+            log_sum, _ = self.kernels.distill_(
+                rows, None, kd_n, ce_n + kd_n * pull_n, temperature=1.0
+            )
+        else:
+            log_sum = self.kernels.read(rows, labels_n).log_sum
         logq_E = LogSum(log_sum.max_n[row_E], log_sum.log_sum_n[row_E]).logp(z_E)
         kl_n, grad_E = sparse_kl(logq_E, row_E, target)
         grad_E = grad_E * kd_n[row_E]
-        mass_n = kl_n.new_zeros(num_rows).index_add(0, row_E, grad_E)
-        self.kernels.softmax_(rows, log_sum, ce_n - mass_n)
+        if target.log_tail is not None:
+            mass_n = row_sums(grad_E, row_E, num_rows)
+            self.kernels.softmax_(rows, log_sum, ce_n - mass_n)
         values_M = rows.values_nV.view(-1)
         values_M.index_add_(0, flat_E, (grad_E * slope_E).to(values_M.dtype))
         return log_sum, kl_n

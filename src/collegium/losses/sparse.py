@@ -33,12 +33,12 @@ def sparse_kl(logq_E: Tensor, row_E: Tensor, target: SparseRows) -> tuple[Tensor
     num_rows = len(target)
     logt_E = target.logp.to(logq_E.dtype)
     t_E = logt_E.exp()
-    kl_n = _row_sums(t_E * (logt_E - logq_E), row_E, num_rows)
+    kl_n = row_sums(t_E * (logt_E - logq_E), row_E, num_rows)
     if target.log_tail is None:
         return kl_n, -t_E
     log_tail_n = target.log_tail.to(logq_E.dtype)
     most_n = logq_E.new_full((num_rows,), -torch.inf).scatter_reduce(0, row_E, logq_E, "amax")
-    scaled_n = _row_sums((logq_E - most_n[row_E]).exp(), row_E, num_rows)
+    scaled_n = row_sums((logq_E - most_n[row_E]).exp(), row_E, num_rows)
     # The value stays above the floor, and so does the gradient: a tail too small is still pulled up.
     rest_n = (-torch.expm1(most_n + scaled_n.log())).clamp(min=TAIL_FLOOR)
     tail_n = log_tail_n.exp()
@@ -46,6 +46,6 @@ def sparse_kl(logq_E: Tensor, row_E: Tensor, target: SparseRows) -> tuple[Tensor
     return kl_n, logq_E.exp() * (tail_n / rest_n)[row_E] - t_E
 
 
-def _row_sums(values_E: Tensor, row_E: Tensor, num_rows: int) -> Tensor:
+def row_sums(values_E: Tensor, row_E: Tensor, num_rows: int) -> Tensor:
     """(E,) -> (n,) sums over the entries of each row."""
     return values_E.new_zeros(num_rows).index_add(0, row_E, values_E)
