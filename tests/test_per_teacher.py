@@ -49,7 +49,7 @@ objective: {{kd_ratio: 0.5}}
 train: {{learning_rate: 1e-2, max_steps: 4, per_device_train_batch_size: 4, logging_steps: 2, save_steps: 2}}
 preflight: {{max_tokens: 200, batch_size: 4}}
 evaluate: {{controls: [ce_only, best_single, uniform, entropy], batch_size: 4}}
-cache: {{enabled: true, kind: per_teacher, batch_size: 3}}
+cache: {{enabled: true, kind: per_teacher, temperatures: [1.25, 1.6], batch_size: 3}}
 """
 
 
