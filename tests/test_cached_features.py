@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 from typer.testing import CliRunner
 
@@ -112,6 +114,52 @@ def test_verify_looks_at_hidden_states_too(built: Recipe) -> None:
     result = CliRunner().invoke(app, ["cache", "verify", str(path)])
     assert result.exit_code != 0
     shard.write_bytes(sound)
+
+
+def test_info_tells_of_hidden_states(built: Recipe) -> None:
+    result = CliRunner().invoke(app, ["cache", "info", str(built.output_dir / "cache")])
+    assert result.exit_code == 0, result.output
+    assert result.output.count('"kind": "features"') == 2
+    assert '"rank": ' in result.output
+
+
+def test_a_run_trains_from_a_cache_behind_a_url(
+    built: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets and hidden states come from there, no teacher is asked, and the student is the same to the last bit."""
+    pipeline.train(built)
+    store = fsspec.filesystem("memory")
+    store.put(str(built.output_dir / "cache"), "/far/cache", recursive=True)
+    url = "memory://far/cache"
+    result = CliRunner().invoke(app, ["cache", "verify", url])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("features") == 2
+    monkeypatch.setattr(Workspace, "load_teacher", lambda *_: pytest.fail("a teacher was asked"))
+    far = recipe_at(root, f"output_dir={root}/far", f"cache.url={url}")
+    pipeline.train(far)
+    weights = [
+        next((folder / "student").glob("*.safetensors")).read_bytes()
+        for folder in (built.output_dir, far.output_dir)
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_merge_brings_hidden_states_along(built: Recipe, tmp_path: Path) -> None:
+    """One folder has the targets, another has the hidden states as well; nothing of the latter is changed."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(built.output_dir / "cache", first)
+    shutil.copytree(built.output_dir / "cache", second)
+    shutil.rmtree(first / "features")
+    result = CliRunner().invoke(app, ["cache", "merge", str(first), str(second)])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("features") == 2
+    for name in ("code", "scripture"):
+        one, two = (open_features(path / "features" / name) for path in (first, second))
+        assert one.digest == two.digest
+    manifest = second / "features" / "code" / "features.json"
+    manifest.write_text(manifest.read_text().replace('"rank"', '"rang"'))
+    result = CliRunner().invoke(app, ["cache", "merge", str(first), str(second)])
+    assert result.exit_code != 0
 
 
 def test_a_recipe_with_kept_states_reads_back_equal(root: Path, tmp_path: Path) -> None:

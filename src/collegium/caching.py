@@ -234,16 +234,24 @@ def open_or_build_features(workspace: Workspace, variant: Variant) -> dict[str, 
     found = {}
     for name in workspace.kept_taps:
         if name in variant.teachers:
-            path = feature_path(workspace, name)
-            if read_feature_manifest(path) is None:
+            where = _where(workspace, _feature_folder(name))
+            if read_feature_manifest(where) is None:
                 build_teacher_features(workspace, name)
-            found[name] = open_features(path, feature_identity(workspace, name))
+            found[name] = open_features(where, feature_identity(workspace, name))
     return found
 
 
 def feature_path(workspace: Workspace, name: str) -> Path:
-    """The folder of one teacher's hidden states."""
-    return cache_path(workspace) / "features" / name
+    """The folder of one teacher's hidden states.
+
+    Raises:
+        RecipeError: the cache is elsewhere.
+    """
+    return cache_path(workspace) / _feature_folder(name)
+
+
+def _feature_folder(name: str) -> str:
+    return f"features/{name}"
 
 
 def build_teacher_features(workspace: Workspace, name: str) -> Built:

@@ -210,10 +210,12 @@ def cache_info(path: CacheFolder) -> None:
     """Say what a cache holds and what it was made of."""
     import json
 
+    from collegium.cache.feature_store import feature_folders, require_feature_manifest
     from collegium.cache.store import cache_folders, require_manifest
 
-    for folder in cache_folders(path):
-        manifest = require_manifest(folder)
+    manifests = [(folder, require_manifest(folder)) for folder in cache_folders(path)]
+    manifests += [(folder, require_feature_manifest(folder)) for folder in feature_folders(path)]
+    for folder, manifest in manifests:
         _print_cache(folder, manifest)
         typer.echo(json.dumps(manifest["identity"], indent=1))
 
@@ -228,7 +230,7 @@ def cache_verify(path: CacheFolder) -> None:
         cache = open_cache(folder)
         cache.check()
         _print_cache(folder, cache.manifest)
-    for folder in [] if "://" in path else feature_folders(Path(path)):
+    for folder in feature_folders(path):
         features = open_features(folder)
         features.check()
         _print_cache(folder, features.manifest)

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from collegium.cache.feature_shards import PieceFeatures, read_feature_group
 from collegium.cache.features import read_projections
+from collegium.cache.place import Place
 from collegium.cache.shards import KEYS, PieceKey
-from collegium.cache.store import manifest_digest, require_identity
-from collegium.errors import CacheError, CollegiumError
-from collegium.files import sha256_of
-from collegium.run_folder import read_json
+from collegium.cache.store import load_manifest, require_identity, verify_file
+from collegium.errors import CacheError
 
 FEATURE_FORMAT = 1
 """Version of the layout; another one is refused."""
@@ -39,12 +38,14 @@ _AGAIN = "delete it and build the cache again, all other shards are kept"
 class FeatureCache:
     """The verified hidden states of one teacher, read by the keys of pieces in any order."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, place: Place, manifest: Mapping[str, Any]) -> None:
         """Take a manifest and files that `open_features` has verified."""
-        self.path = path
+        self.place = place
         self.manifest = manifest
         self.taps: list[str] = list(manifest["identity"]["layers"])
-        self._projections = read_projections((path / manifest["projection"]["name"]).read_bytes())
+        projection = place.read_bytes(manifest["projection"]["name"])
+        assert projection is not None  # it was verified
+        self._projections = read_projections(projection)
         self._names = [shard["name"] for shard in manifest["shards"]]
         self._files: dict[int, pq.ParquetFile] = {}
         self._groups: OrderedDict[tuple[int, int], list[PieceFeatures]] = OrderedDict()
@@ -80,7 +81,7 @@ class FeatureCache:
         for tap in taps:
             if tap not in self._projections:
                 raise CacheError(
-                    f"{self.path}: holds {', '.join(self.taps)}; must hold `{tap}`; build the cache again from this recipe"
+                    f"{self.place}: holds {', '.join(self.taps)}; must hold `{tap}`; build the cache again from this recipe"
                 )
 
     def check(self) -> None:
@@ -93,14 +94,14 @@ class FeatureCache:
         num_targets = sum(len(piece) for shard, group in groups for piece in self._group(shard, group))  # fmt: skip
         if num_targets != self.manifest["num_targets"]:
             raise CacheError(
-                f"{self.path}: holds {num_targets:,} targets; must hold {self.manifest['num_targets']:,}; build it again"
+                f"{self.place}: holds {num_targets:,} targets; must hold {self.manifest['num_targets']:,}; build it again"
             )
 
     def _find(self, key: PieceKey) -> PieceFeatures:
         place = self._places.get((key.document, key.window))
         if place is None:
             raise CacheError(
-                f"{self.path}: holds no hidden states for the tokens at {key.offset} of document {key.document:016x} in this "
+                f"{self.place}: holds no hidden states for the tokens at {key.offset} of document {key.document:016x} in this "
                 "context; must be built from the same windows; build the cache again from this recipe"
             )
         shard, group, number = place
@@ -123,9 +124,7 @@ class FeatureCache:
     def _file(self, shard: int) -> pq.ParquetFile:
         if shard not in self._files:
             try:
-                self._files[shard] = pq.ParquetFile(
-                    self.path / self._names[shard], page_checksum_verification=True
-                )
+                self._files[shard] = self.place.parquet(self._names[shard])
             except (OSError, ValueError) as error:
                 raise self._damaged(shard, error) from error
         return self._files[shard]
@@ -145,60 +144,48 @@ class FeatureCache:
         return places
 
     def _damaged(self, shard: int, error: Exception) -> CacheError:
-        path = self.path / self._names[shard]
-        return CacheError(f"{path}: damaged ({error}); {_AGAIN}")
+        name = self.place.name_of(self._names[shard])
+        return CacheError(f"{name}: damaged ({error}); {_AGAIN}")
 
 
-def open_features(path: Path, expected: Mapping[str, Any] | None = None) -> FeatureCache:
-    """Verify every byte of a folder against its manifest.
+def open_features(where: Path | str, expected: Mapping[str, Any] | None = None) -> FeatureCache:
+    """Verify every byte of a folder, or of one behind a URL, against its manifest.
 
     Raises:
         CacheError: there is none, it is of another run (with the differing fields), or damaged.
     """
-    manifest = read_feature_manifest(path)
+    place = Place.of(where)
+    manifest = require_feature_manifest(where)
+    if expected is not None:
+        require_identity(where, manifest["identity"], expected)
+    for entry in (manifest["projection"], *manifest["shards"]):
+        verify_file(place, entry)
+    return FeatureCache(place, manifest)
+
+
+def require_feature_manifest(where: Path | str) -> dict[str, Any]:
+    """The manifest of finished hidden states.
+
+    Raises:
+        CacheError: there is none, or as `read_feature_manifest`.
+    """
+    manifest = read_feature_manifest(where)
     if manifest is None:
         raise CacheError(
-            f"{path}: no finished hidden states; must hold {FEATURE_MANIFEST}; build it with `collegium cache`"
+            f"{where}: no finished hidden states; must hold {FEATURE_MANIFEST}; build it with `collegium cache`"
         )
-    if expected is not None:
-        require_identity(path, manifest["identity"], expected)
-    for entry in (manifest["projection"], *manifest["shards"]):
-        _verify(path / entry["name"], entry)
-    return FeatureCache(path, manifest)
+    return manifest
 
 
-def read_feature_manifest(path: Path) -> dict[str, Any] | None:
+def read_feature_manifest(where: Path | str) -> dict[str, Any] | None:
     """The manifest of finished hidden states; None where there is none.
 
     Raises:
         CacheError: it is damaged, or of another format.
     """
-    file = path / FEATURE_MANIFEST
-    try:
-        manifest = read_json(file)
-    except CollegiumError as error:
-        raise CacheError(f"{file}: damaged ({error}); build the cache again") from error
-    if manifest is None:
-        return None
-    if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_digest(manifest):
-        raise CacheError(f"{file}: fails its own sha256; delete it and build the cache again")
-    if manifest["format"] != FEATURE_FORMAT:
-        raise CacheError(
-            f"{file}: got format {manifest['format']}; must be {FEATURE_FORMAT}; delete the folder and build the cache again"
-        )
-    return manifest
+    return load_manifest(where, FEATURE_MANIFEST, FEATURE_FORMAT)
 
 
-def feature_folders(path: Path) -> list[Path]:
+def feature_folders(where: Path | str) -> list[str]:
     """The folders of hidden states inside a cache."""
-    return sorted(file.parent for file in path.glob(f"features/*/{FEATURE_MANIFEST}"))
-
-
-def _verify(path: Path, entry: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        raise CacheError(f"{path}: missing; must be what the cache was built with; {_AGAIN}")
-    num_bytes = path.stat().st_size
-    if num_bytes != entry["bytes"]:
-        raise CacheError(f"{path}: has {num_bytes} bytes instead of {entry['bytes']}; {_AGAIN}")
-    if sha256_of(path) != entry["sha256"]:
-        raise CacheError(f"{path}: fails its sha256; {_AGAIN}")
+    return [str(place) for place in Place.of(where).parts(f"features/*/{FEATURE_MANIFEST}")]

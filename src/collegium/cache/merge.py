@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from collegium.cache.build import finished_shards, write_manifest
+from collegium.cache.feature_store import (
+    FEATURE_MANIFEST,
+    feature_folders,
+    require_feature_manifest,
+)
 from collegium.cache.processes import Share
 from collegium.cache.shards import read_identity
 from collegium.cache.store import require_identity
@@ -19,10 +24,10 @@ OWN_FIELDS = ("format", "shard", "num_targets", "num_shards")
 
 
 def merge_all(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """Merge caches of either kind: their own folders, or those of each teacher that any of them has.
+    """Merge caches of either kind: their own folders, or those of each teacher that any of them has, with its hidden states.
 
     Raises:
-        CacheError: as `merge_caches`.
+        CacheError: as `merge_caches`, or hidden states of another run.
     """
     for path in paths:
         if not path.is_dir():
@@ -34,7 +39,29 @@ def merge_all(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
     for part in sorted(parts):
         others = [path / part for path in paths[1:] if (path / part).is_dir()]
         found.append((paths[0] / part, merge_caches([paths[0] / part, *others])))
-    return found
+    return found + _merge_features(paths)
+
+
+def _merge_features(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Copy hidden states that the first folder lacks: one process builds all of a teacher, so they are whole or absent."""
+    merged = {}
+    for path in paths:
+        for source in map(Path, feature_folders(path)):
+            target = paths[0] / source.relative_to(path)
+            manifest = require_feature_manifest(source)
+            if target in merged:
+                require_identity(source, manifest["identity"], merged[target]["identity"])
+                continue
+            merged[target] = manifest
+            if path != paths[0]:
+                names = [entry["name"] for entry in (manifest["projection"], *manifest["shards"])]
+                target.mkdir(parents=True, exist_ok=True)
+                for name in (
+                    *names,
+                    FEATURE_MANIFEST,
+                ):  # the manifest last: without it, nothing is finished
+                    _copy(source / name, target)
+    return sorted(merged.items())
 
 
 def merge_caches(paths: Sequence[Path]) -> dict[str, Any]:

@@ -64,20 +64,29 @@ class Place:
         except FileNotFoundError:
             return None
 
-    def read_text(self, name: str) -> str | None:
+    def read_bytes(self, name: str) -> bytes | None:
         """The content of a small file; None where there is none.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self.files is None:
+            path = Path(self.root, name)
+            return path.read_bytes() if path.is_file() else None
+        try:
+            return self.files.cat_file(self._inside(name))
+        except FileNotFoundError:
+            return None
+
+    def read_text(self, name: str) -> str | None:
+        """The same as text.
 
         Raises:
             OSError: it cannot be read.
             ValueError: it is not UTF-8.
         """
-        if self.files is None:
-            path = Path(self.root, name)
-            return path.read_text(encoding="utf-8") if path.is_file() else None
-        try:
-            return self.files.cat_file(self._inside(name)).decode("utf-8")
-        except FileNotFoundError:
-            return None
+        data = self.read_bytes(name)
+        return None if data is None else data.decode("utf-8")
 
     def sha256(self, name: str) -> str:
         """SHA-256 of a file, in hex."""
@@ -96,15 +105,15 @@ class Place:
             source = self.files.open(self._inside(name), "rb")
         return pq.ParquetFile(source, page_checksum_verification=True)
 
-    def parts(self) -> list[Place]:
-        """The folders of a cache of either kind: this one, or those of its teachers."""
-        pattern = "teachers/*/*/manifest.json"
+    def parts(self, pattern: str) -> list[Place]:
+        """The folders below this one that hold a file like `pattern`, such as `teachers/*/*/manifest.json`."""
         if self.files is None:
             found = sorted(Path(self.root).glob(pattern))
-            return [Place(str(file.parent)) for file in found] or [self]
+            return [Place(str(file.parent)) for file in found]
+        depth = pattern.count("/") + 1
         names = sorted(self.files.glob(self._inside(pattern)))
-        ends = ["/".join(str(name).split("/")[-4:-1]) for name in names]
-        return [Place(self._inside(end), f"{self.url}/{end}", self.files) for end in ends] or [self]
+        ends = ["/".join(str(name).split("/")[-depth:-1]) for name in names]
+        return [Place(self._inside(end), f"{self.url}/{end}", self.files) for end in ends]
 
     def _inside(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"

@@ -205,13 +205,14 @@ def open_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> 
     if expected is not None:
         require_identity(where, manifest["identity"], expected)
     for shard in manifest["shards"]:
-        _verify_shard(place, shard)
+        verify_file(place, shard)
     return TargetCache(place, manifest)
 
 
 def cache_folders(where: Path | str) -> list[str]:
     """The folders of a cache of either kind: itself, or those of its teachers."""
-    return [str(place) for place in Place.of(where).parts()]
+    parts = Place.of(where).parts(f"teachers/*/*/{MANIFEST}")
+    return [str(place) for place in parts] or [str(where)]
 
 
 def require_manifest(where: Path | str) -> dict[str, Any]:
@@ -234,10 +235,19 @@ def read_manifest(where: Path | str) -> dict[str, Any] | None:
     Raises:
         CacheError: it is damaged, or of another format.
     """
+    return load_manifest(where, MANIFEST, FORMAT)
+
+
+def load_manifest(where: Path | str, name: str, wanted: int) -> dict[str, Any] | None:
+    """A manifest of the version `wanted`; None where there is none.
+
+    Raises:
+        CacheError: it is damaged, or of another format.
+    """
     place = Place.of(where)
-    file = place.name_of(MANIFEST)
+    file = place.name_of(name)
     try:
-        text = place.read_text(MANIFEST)
+        text = place.read_text(name)
         if text is None:
             return None
         manifest = json.loads(text)
@@ -245,10 +255,10 @@ def read_manifest(where: Path | str) -> dict[str, Any] | None:
         raise CacheError(f"{file}: damaged ({error}); build the cache again") from error
     if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_digest(manifest):
         raise CacheError(f"{file}: fails its own sha256; delete it and build the cache again")
-    if manifest["format"] != FORMAT:
-        is_newer = manifest["format"] > FORMAT
+    if manifest["format"] != wanted:
+        is_newer = manifest["format"] > wanted
         remedy = "upgrade collegium" if is_newer else "delete the folder and build the cache again"
-        raise CacheError(f"{file}: got format {manifest['format']}; must be {FORMAT}; {remedy}")
+        raise CacheError(f"{file}: got format {manifest['format']}; must be {wanted}; {remedy}")
     return manifest
 
 
@@ -302,7 +312,12 @@ def _column(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts]).astype(np.float32))
 
 
-def _verify_shard(place: Place, entry: Mapping[str, Any]) -> None:
+def verify_file(place: Place, entry: Mapping[str, Any]) -> None:
+    """Compare every byte of a file with its entry in a manifest.
+
+    Raises:
+        CacheError: it is missing or another one.
+    """
     wanted = "must be what the cache was built with; delete it and build the cache again, all other shards are kept"
     name, file = entry["name"], place.name_of(entry["name"])
     num_bytes = place.size(name)
