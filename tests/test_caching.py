@@ -187,6 +187,22 @@ def test_the_size_of_a_batch_changes_no_draw_of_clear_targets(built: Recipe) -> 
     )
 
 
+def test_a_sample_of_all_windows_counts_all_entries(built: Recipe) -> None:
+    workspace = Workspace(built)
+    assert isinstance(built.fusion, Fusion)
+    dataset = workspace.datasets["train"]
+    encoder = FusedEncoder(
+        lambda: workspace.teachers,
+        built.fusion,
+        dataset,
+        options=CacheOptions(batch_size=len(dataset), targets=Samples(draws=16)),
+        seed=0,
+        vocab_size=workspace.vocab_size,
+    )
+    num_entries = sum(len(piece.rows.ids) for piece in encoder.encode(0))
+    assert encoder.sample_entries() == pytest.approx(num_entries / dataset.num_target_tokens)
+
+
 @pytest.fixture(scope="module")
 def finished(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A finished run that trained from draws."""

@@ -16,7 +16,7 @@ from functools import cache as remembered
 from pathlib import Path
 from typing import Any, Literal
 
-from collegium.cache.build import build_cache, expected_bytes_per_token
+from collegium.cache.build import build_cache
 from collegium.cache.feature_build import build_features
 from collegium.cache.feature_store import FeatureCache, open_features, read_feature_manifest
 from collegium.cache.layout import Layout
@@ -375,8 +375,6 @@ def _build_teacher(workspace: Workspace, name: str, part: Part) -> Built:
 
 def _build(path: Path, identity: Mapping[str, Any], encoder: CorpusEncoder, *, what: str) -> Built:
     num_targets = sum(encoder.shard_targets)
-    per_token = expected_bytes_per_token(Layout.of_identity(identity), identity["vocab_size"])
-    say(f"{what}: {num_targets:,} targets, about {num_targets * per_token / 1e6:,.1f} MB at {path}")
     share = Share.from_environment()
     with progress(what) as advance:
         manifest = build_cache(
@@ -384,6 +382,10 @@ def _build(path: Path, identity: Mapping[str, Any], encoder: CorpusEncoder, *, w
             identity,
             encoder.encode,
             shard_targets=encoder.shard_targets,
+            sample=encoder.sample_entries,
+            announce=lambda size: say(
+                f"{what}: {num_targets:,} targets, about {size / 1e6:,.1f} MB to write to {path}"
+            ),
             progress=advance,
             share=share,
         )

@@ -160,6 +160,47 @@ def test_the_estimate_is_of_the_right_size() -> None:
     assert 80 < expected_bytes_per_token(Layout("fused", TopK(k=50)), 49_152) < 130
 
 
+def test_the_estimate_counts_the_entries_of_a_sample_and_then_of_what_stands(
+    tmp_path: Path,
+) -> None:
+    """No sample is asked for where shards tell, nor where nothing is missing."""
+    told: list[int] = []
+    asked: list[int] = []
+
+    def build(stop_at: int = -1) -> None:
+        def encode(number: int):
+            assert told, "announced too late"
+            if number == stop_at:
+                raise _Stop
+            return cache_cases.pieces_of(number, TARGETS)
+
+        def sample() -> float:
+            asked.append(1)
+            return 7.0
+
+        build_cache(
+            tmp_path,
+            cache_cases.identity(TARGETS),
+            encode,
+            shard_targets=[PER_SHARD] * 4,
+            sample=sample,
+            announce=told.append,
+        )
+
+    with pytest.raises(_Stop):
+        build(stop_at=2)
+    layout = Layout("fused", TARGETS)
+    vocab_size = cache_cases.identity(TARGETS)["vocab_size"]
+    per_token = expected_bytes_per_token(layout, vocab_size, 7.0)
+    assert told == [round(4 * PER_SHARD * per_token)]
+    build()
+    assert told[1] == pytest.approx(
+        sum(p.stat().st_size for p in tmp_path.glob("shard-0000[01]*")), abs=1
+    )
+    build()
+    assert (len(told), len(asked)) == (2, 1)
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

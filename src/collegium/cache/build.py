@@ -42,6 +42,8 @@ def build_cache(
     encode: Callable[[int], Iterable[PieceTargets]],
     *,
     shard_targets: Sequence[int],
+    sample: Callable[[], float] | None = None,
+    announce: Callable[[int], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     share: Share = ALONE,
 ) -> dict[str, Any] | None:
@@ -55,6 +57,8 @@ def build_cache(
         identity: what the targets depend on, as plain data, with `targets` and `vocab_size`.
         encode: number of a shard -> its pieces, as they come; called for the missing ones alone.
         shard_targets: the number of targets of each shard.
+        sample: entries per target of a few of them, for the estimate of the size; called where no shard is finished.
+        announce: called with the bytes that are expected to be written, before they are.
         progress: called with (targets done, all targets) of this process.
         share: which shards are this process's.
 
@@ -68,7 +72,10 @@ def build_cache(
         job = _Job(path, identity, shard_targets, share)
         if manifest is not None and job.is_finished:
             return manifest
-        job.require_space()
+        needed = job.bytes_needed(sample)
+        if announce is not None:
+            announce(needed)
+        job.require_space(needed)
         own = [number for number in range(len(shard_targets)) if share.owns(number)]
         done = sum(shard_targets[number] for number in own if number in job.found)
         total = sum(shard_targets[number] for number in own)
@@ -85,12 +92,15 @@ def build_cache(
         return job.finish()
 
 
-def expected_bytes_per_token(layout: Layout, vocab_size: int) -> float:
-    """Bytes per target to expect on disk, before anything is measured; an estimate.
+def expected_bytes_per_token(
+    layout: Layout, vocab_size: int, entries: float | None = None
+) -> float:
+    """Bytes per target to expect on disk; an estimate. Without the number of `entries` per target, English text is assumed.
 
     A rank costs log2 V bits, less what the order of a row's n entries would say, log2(n!) / n, and what common tokens save.
     """
-    entries = layout.targets.num_entries(vocab_size)
+    if entries is None:
+        entries = layout.targets.num_entries(vocab_size)
     order_bits = math.lgamma(entries + 1) / math.log(2) / entries
     rank_bytes = max(1.0, math.log2(vocab_size) - order_bits - COMMON_BITS) / 8
     scalars = 1.8 * len(layout.scalars)
@@ -125,18 +135,20 @@ class _Job:
     def is_finished(self) -> bool:
         return len(self.found) == len(self._shard_targets)
 
-    def bytes_needed(self) -> int:
-        """What the missing shards will take, judged by the finished ones where there are any."""
+    def bytes_needed(self, sample: Callable[[], float] | None = None) -> int:
+        """What the missing shards will take, judged by the finished ones where there are any, else by a sample."""
         done = sum(self._shard_targets[number] for number in self.found)
-        per_token = expected_bytes_per_token(self._layout, self._vocab_size)
         if done:
             per_token = sum(path.stat().st_size for path in self.found.values()) / done
+        else:
+            entries = None if sample is None else sample()
+            per_token = expected_bytes_per_token(self._layout, self._vocab_size, entries)
         return round((sum(self._shard_targets) - done) * per_token)
 
-    def require_space(self) -> None:
-        needed, free = self.bytes_needed() * SPARE, shutil.disk_usage(self._path).free
-        if free < needed:
-            raise self._full(round(needed), free)
+    def require_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self._path).free
+        if free < needed * SPARE:
+            raise self._full(round(needed * SPARE), free)
 
     def write(self, number: int, pieces: Sequence[PieceTargets]) -> None:
         """Make one shard visible as a whole."""
