@@ -51,7 +51,7 @@ def require_backend(backend: Backend, device_type: str | None = None) -> None:
 def _is_interpreted() -> bool:
     import triton  # pyright: ignore[reportMissingImports]
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache

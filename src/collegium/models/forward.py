@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from collegium.errors import ModelError, nearest
+from collegium.models.adapters import adapted_weight, without_adapters
 from collegium.types import IGNORE, Batch, Head, HiddenRows, Rows
 
 if TYPE_CHECKING:
@@ -29,12 +30,13 @@ LAYER = re.compile(r"^layer_(\d+)$")
 
 
 def model_head(model: PreTrainedModel, vocab_size: int) -> Head:
-    """The last layer of a model cut to V rows: views of its parameters, so gradients reach them.
+    """The last layer of a model cut to V rows: views of its parameters, so gradients reach them; or their sum with LoRA adapters.
 
     Raises:
         ModelError: the head is not a plain linear layer, or has fewer than V rows.
     """
     layer, config = head_layer(model), model.config.get_text_config()
+    weight_VD = adapted_weight(model.get_output_embeddings())
     rows = layer.weight.shape[0]
     if rows < vocab_size:
         raise ModelError(
@@ -43,7 +45,7 @@ def model_head(model: PreTrainedModel, vocab_size: int) -> Head:
         )
     bias: Tensor | None = layer.bias
     return Head(
-        weight=layer.weight[:vocab_size],
+        weight=weight_VD[:vocab_size],
         bias=None if bias is None else bias[:vocab_size],
         scale=_head_scale(config),
         softcap=next((float(c) for n in SOFTCAPS if (c := getattr(config, n, None))), None),
@@ -51,16 +53,16 @@ def model_head(model: PreTrainedModel, vocab_size: int) -> Head:
 
 
 def head_layer(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer that makes the logits, pad rows included.
+    """The linear layer that makes the logits, pad rows included and adapters left out.
 
     Raises:
-        ModelError: the model has none, or one with an adapter on it.
+        ModelError: the model has none.
     """
-    layer = model.get_output_embeddings()
+    layer = without_adapters(model.get_output_embeddings())
     if not isinstance(layer, nn.Linear):
         raise ModelError(
             f"{model.config.model_type}: the head is {type(layer).__name__}; must be a linear layer; "
-            f"choose a causal language model without an adapter on its head"
+            f"choose a causal language model whose head has no adapter, or a LoRA one"
         )
     return layer
 
