@@ -5,7 +5,7 @@ Shapes: B batch, T time, N rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,49 +16,15 @@ from collegium.errors import RecipeError
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import Entropy
 from collegium.teachers.ahead import ReadAhead
-from collegium.types import Batch, Rows, TeacherRows, is_row
+from collegium.types import Batch, Rows, SparseRows, StoredRows, TeacherRows, is_row
 
 
-class CachedTeacher:
-    """Answers with the targets of a cache; a batch may hold the windows of its data set in any order."""
+class _ReadTeacher:
+    """Answers with what a cache holds of the pieces of a batch; its windows may stand in any order."""
 
-    provides = frozenset({"target"})
-
-    def __init__(
-        self, cache: TargetCache, documents: Sequence[str], *, name: str = "cache"
-    ) -> None:
-        """Read from `cache`; `documents` are the ids that the sample numbers of a batch stand for."""
+    def __init__(self, name: str, read: Callable[[Batch], SparseRows | StoredRows]) -> None:
         self.name = name
-        keys = BatchKeys(documents)
-        self._read = ReadAhead(lambda batch: cache.rows(keys(batch)))
-
-    def expect(self, batch: Batch) -> None:
-        """Begin to read what will be asked for this batch."""
-        self._read.expect(batch)
-
-    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
-        """The targets of all rows, on the device of the batch.
-
-        Raises:
-            CacheError: a piece of the batch is not in the cache.
-            RecipeError: hidden states are asked for.
-        """
-        if taps:
-            raise RecipeError("objective.features: a cache holds no hidden states; leave it out")
-        found = self._read(batch)
-        assert len(found) == len(rows)  # the mask of the rows is part of every key
-        return TeacherRows(self.name, found.to(batch.input_ids.device))
-
-
-class StoredTeacher:
-    """Answers with what a per-teacher cache keeps of one teacher, to be fused with its like."""
-
-    provides = frozenset({"stored"})
-
-    def __init__(self, name: str, cache: TargetCache, keys: BatchKeys) -> None:
-        """Read from the folder of this teacher; `keys` may be shared with other teachers of the same data set."""
-        self.name = name
-        self._read = ReadAhead(lambda batch: cache.stored(keys(batch)))
+        self._read = ReadAhead(read)
 
     def expect(self, batch: Batch) -> None:
         """Begin to read what will be asked for this batch."""
@@ -76,6 +42,29 @@ class StoredTeacher:
         found = self._read(batch)
         assert len(found) == len(rows)  # the mask of the rows is part of every key
         return TeacherRows(self.name, found.to(batch.input_ids.device))
+
+
+class CachedTeacher(_ReadTeacher):
+    """The finished targets of a fused cache."""
+
+    provides = frozenset({"target"})
+
+    def __init__(
+        self, cache: TargetCache, documents: Sequence[str], *, name: str = "cache"
+    ) -> None:
+        """Read from `cache`; `documents` are the ids that the sample numbers of a batch stand for."""
+        keys = BatchKeys(documents)
+        super().__init__(name, lambda batch: cache.rows(keys(batch)))
+
+
+class StoredTeacher(_ReadTeacher):
+    """What a per-teacher cache keeps of one teacher, to be fused with its like."""
+
+    provides = frozenset({"stored"})
+
+    def __init__(self, name: str, cache: TargetCache, keys: BatchKeys) -> None:
+        """Read from the folder of this teacher; `keys` may be shared with other teachers of the same data set."""
+        super().__init__(name, lambda batch: cache.stored(keys(batch)))
 
 
 class BatchKeys:
