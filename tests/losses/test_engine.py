@@ -16,7 +16,7 @@ from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood
 from collegium.kernels.compiled import find_compiler
 from collegium.losses.divergences import DIVERGENCES
 from collegium.train.objective import Objective, ObjectiveOptions
-from collegium.types import Head, HiddenRows, Rows, TeacherRows
+from collegium.types import Head, HiddenRows, Rows, SparseRows, TeacherRows
 from kernel_cases import HAS_TRITON, device_of
 
 # PyTorch's compiler uses what PyTorch deprecates.
@@ -144,6 +144,52 @@ def test_hot_pairs(backend, dtype, weighting, pool, part):
     truth, grads = problem.truth(fusion, kd_ratio=kd_ratio)
     torch.testing.assert_close(wide(total), truth.detach(), rtol=BOUND[dtype], atol=BOUND[dtype])
     agree(problem.grads(total), grads, dtype)
+
+
+def sparse_target(problem: Problem, *, has_tail: bool) -> SparseRows:
+    """Of each row one to five tokens with their shares, and what is left as a tail, or nothing left."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = [1 + t % 5 for t in range(N)]
+    ids = torch.cat([torch.randperm(V, generator=generator)[:size] for size in sizes])
+    parts = [torch.rand(size, generator=generator, dtype=torch.float64) + 0.1 for size in sizes]
+    kept = 0.7 if has_tail else 1.0
+    logp = torch.cat([(kept * part / part.sum()).log() for part in parts])
+    tail = torch.full((N,), 1 - kept, dtype=torch.float64).log() if has_tail else None
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    return SparseRows(starts, ids, logp.float(), None if tail is None else tail.float(), V).to(
+        problem.labels.device
+    )
+
+
+@pytest.mark.parametrize("head", [{}, {"scale": 2.0, "softcap": 3.0}], ids=["plain", "capped"])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("has_tail", [False, True], ids=["draws", "tail"])
+@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sparse_targets(backend, dtype, has_tail, part, head):
+    problem, kd_ratio = Problem(dtype, device_of(backend), **head), PARTS[part]
+    target = sparse_target(problem, has_tail=has_tail)
+    objective = Objective(
+        ObjectiveOptions(kd_ratio=kd_ratio, backend=backend, block_size=5), Fusion()
+    )
+    total = objective(problem.student(), [TeacherRows("cache", target)], problem.rows()).total
+    trained = [wide(x).requires_grad_() for x in problem.trained]
+    z = reference_losses.logits(trained[0], trained[1][:V], trained[2], **head)
+    truth = torch.zeros((), dtype=torch.float64)
+    for t in range(N):
+        logq = z[t].log_softmax(-1)
+        entries = slice(int(target.starts[t]), int(target.starts[t + 1]))
+        ids, logp = target.ids[entries].cpu(), target.logp[entries].cpu().double()
+        kl = (logp.exp() * (logp - logq[ids])).sum()
+        if target.log_tail is not None:
+            log_rest = torch.log1p(-logq[ids].exp().sum())
+            log_tail = target.log_tail[t].cpu().double()
+            kl = kl + log_tail.exp() * (log_tail - log_rest)
+        truth = truth + kd_ratio * kl - (1 - kd_ratio) * logq[problem.labels[t]]
+    grads = torch.autograd.grad(truth, trained)
+    bound = max(BOUND[dtype], 1e-7)  # targets are stored in float32
+    torch.testing.assert_close(wide(total), truth.detach(), rtol=bound, atol=bound)
+    agree(problem.grads(total), list(grads), dtype if dtype is not torch.float64 else torch.float32)
 
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
