@@ -1,0 +1,45 @@
+"""A compiled body: the loss and gradients of the plain one, and no compilation per batch size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import tiny
+from collegium.models import forward_rows
+from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.types import Batch
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def batch(num_windows: int) -> Batch:
+    ids = torch.arange(num_windows * 12).reshape(num_windows, 12) % 40
+    position = torch.arange(12).expand(num_windows, -1).contiguous()
+    samples = torch.arange(num_windows)[:, None].expand(-1, 12).contiguous()
+    return Batch(ids, position, ids, samples)
+
+
+def gradients(model, num_windows: int) -> list[torch.Tensor]:
+    objective = Objective(ObjectiveOptions(), None)
+    one = batch(num_windows)
+    rows = one.rows()
+    answer = forward_rows(model, one, rows, vocab_size=model.config.vocab_size)
+    total = objective(answer, [], rows).total / len(rows)
+    return [total, *torch.autograd.grad(total, list(model.parameters()))]
+
+
+def test_no_batch_size_after_the_second_compiles_again():
+    torch._dynamo.reset()
+    plain, model = tiny.tiny_model(seed=0), tiny.tiny_model(seed=0)
+    counter = CompileCounter()
+    model.base_model.compile(backend=counter)
+    counts = []
+    for size in (2, 3, 5, 7, 4):
+        found, expected = gradients(model, size), gradients(plain, size)
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two)
+        counts.append(counter.frame_count)
+    assert counts[0] > 0
+    assert counts[2:] == [counts[1]] * 3
