@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def main() -> None:
         return serve(json.loads(options.child))
     size: dict[str, Any] = dict(QUICK if options.quick else CPU if options.device == "cpu" else GPU)
     size["rows"] = options.rows or size["rows"]
+
     numbers = options.teachers or size.pop("teachers")
     size.pop("teachers", None)
     results = {}
@@ -196,7 +198,29 @@ def report(results: dict[int, Any], size: dict[str, Any], options: argparse.Name
                 f"| {number} | {case} | {of[case]:.3f} | {by_bound} | {by_naive} | "
                 f"{cases[case]['megabytes']:,.0f} | {cases[case]['loss']:.6f} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *told(options.cases)]) + "\n"
+
+
+def told(cases: list[str]) -> list[str]:
+    """What each case computes, and the version of whoever is not ours."""
+    from loss_cases import CASES, PEERS
+
+    lines = []
+    for case in cases:
+        doc = " ".join(
+            (CASES[case].__doc__ or "The first, with loops compiled for the CPU.").split()
+        )
+        version = f" {metadata.version(PEERS[case])}" if case in PEERS and _has(PEERS[case]) else ""
+        lines.append(f"- {case}{version}: {doc}")
+    return lines
+
+
+def _has(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -179,4 +179,5 @@ CASES: dict[str, Callable[[Inputs, Size], Step]] = {
     "torchtune": torchtune,
     "compiled": lambda inputs, size: ours(inputs, size, "compiled"),
 }
-PEERS = ("liger", "trl", "torchtune")
+PEERS = {"liger": "liger-kernel", "trl": "trl", "torchtune": "torchtune"}
+"""Cases of others, and the packages that they come from: one teacher only."""
