@@ -36,7 +36,6 @@ MEASURES = {
     "bytes_per_token": "bytes per target",
     "tokens_per_s": "target tokens per second",
     "train_seconds": "seconds of training",
-    "cache_seconds": "seconds of building the cache",
 }
 """What can be read off a run; `NAME@DOMAIN` is the same on one domain, for the first three."""
 BY_DOMAIN = ("fused_nll", "student_nll", "student_perplexity")

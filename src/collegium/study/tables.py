@@ -18,7 +18,7 @@ LOW_IS_GOOD = (
     "calibration_nll",
     "regret",
 )
-COARSE = ("bytes_per_token", "train_seconds", "cache_seconds", "tokens_per_s")
+COARSE = ("bytes_per_token", "train_seconds", "tokens_per_s")
 """Measures of few digits."""
 
 
