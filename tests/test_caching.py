@@ -81,6 +81,20 @@ def built(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return recipe
 
 
+def _encoder(workspace: Workspace, options: CacheOptions) -> FusedEncoder:
+    """Encodes the training split under the run's own fusion."""
+    fusion = workspace.recipe.fusion
+    assert isinstance(fusion, Fusion)
+    return FusedEncoder(
+        lambda: workspace.teachers,
+        fusion,
+        workspace.datasets["train"],
+        options=options,
+        seed=0,
+        vocab_size=workspace.vocab_size,
+    )
+
+
 @pytest.mark.parametrize("order", ["as it is", "shuffled"])
 def test_a_cached_target_is_the_live_one_in_any_order_of_windows(built: Recipe, order: str) -> None:
     workspace = Workspace(built)
@@ -137,16 +151,8 @@ def test_a_route_is_cached_as_it_is_live(zoo: Path, tmp_path: Path) -> None:
 def test_offsets_name_every_target_of_a_document_once(built: Recipe) -> None:
     """No two rows share the randomness of their draws, and pieces know where they stand."""
     workspace = Workspace(built)
-    assert isinstance(built.fusion, Fusion)
     dataset = workspace.datasets["train"]
-    encoder = FusedEncoder(
-        lambda: workspace.teachers,
-        built.fusion,
-        dataset,
-        options=CacheOptions(batch_size=5),
-        seed=0,
-        vocab_size=workspace.vocab_size,
-    )
+    encoder = _encoder(workspace, CacheOptions(batch_size=5))
     places: set[tuple[int, int]] = set()
     num_targets = 0
     for shard in range(len(encoder.shard_targets)):
@@ -167,17 +173,10 @@ def test_shards_follow_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_size_of_a_batch_changes_no_draw_of_clear_targets(built: Recipe) -> None:
     workspace = Workspace(built)
-    assert isinstance(built.fusion, Fusion)
     found = []
     for batch_size in (1, 7):
-        encoder = FusedEncoder(
-            lambda: workspace.teachers,
-            built.fusion,
-            workspace.datasets["train"],
-            options=CacheOptions(batch_size=batch_size, targets=Samples(draws=16)),
-            seed=0,
-            vocab_size=workspace.vocab_size,
-        )
+        options = CacheOptions(batch_size=batch_size, targets=Samples(draws=16))
+        encoder = _encoder(workspace, options)
         pieces = {p.key: p.rows.ids.tolist() for p in encoder.encode(0)}
         found.append(pieces)
     assert found[0].keys() == found[1].keys()
@@ -189,16 +188,9 @@ def test_the_size_of_a_batch_changes_no_draw_of_clear_targets(built: Recipe) -> 
 
 def test_a_sample_of_all_windows_counts_all_entries(built: Recipe) -> None:
     workspace = Workspace(built)
-    assert isinstance(built.fusion, Fusion)
     dataset = workspace.datasets["train"]
-    encoder = FusedEncoder(
-        lambda: workspace.teachers,
-        built.fusion,
-        dataset,
-        options=CacheOptions(batch_size=len(dataset), targets=Samples(draws=16)),
-        seed=0,
-        vocab_size=workspace.vocab_size,
-    )
+    options = CacheOptions(batch_size=len(dataset), targets=Samples(draws=16))
+    encoder = _encoder(workspace, options)
     num_entries = sum(len(piece.rows.ids) for piece in encoder.encode(0))
     assert encoder.sample_entries() == pytest.approx(num_entries / dataset.num_target_tokens)
 

@@ -234,7 +234,7 @@ def open_or_build_features(workspace: Workspace, variant: Variant) -> dict[str, 
     found = {}
     for name in workspace.kept_taps:
         if name in variant.teachers:
-            where = _where(workspace, _feature_folder(name))
+            where = _where(workspace, f"features/{name}")
             if read_feature_manifest(where) is None:
                 build_teacher_features(workspace, name)
             found[name] = open_features(where, feature_identity(workspace, name))
@@ -247,11 +247,7 @@ def feature_path(workspace: Workspace, name: str) -> Path:
     Raises:
         RecipeError: the cache is elsewhere.
     """
-    return cache_path(workspace) / _feature_folder(name)
-
-
-def _feature_folder(name: str) -> str:
-    return f"features/{name}"
+    return cache_path(workspace) / "features" / name
 
 
 def build_teacher_features(workspace: Workspace, name: str) -> Built:
