@@ -141,6 +141,9 @@ class _Job:
         if done:
             per_token = sum(path.stat().st_size for path in self.found.values()) / done
         else:
+            # Top k says itself how many; how many draws differ, only the teachers do.
+            if not isinstance(self._layout.targets, Samples):
+                sample = None
             entries = None if sample is None else sample()
             per_token = expected_bytes_per_token(self._layout, self._vocab_size, entries)
         return round((sum(self._shard_targets) - done) * per_token)
