@@ -27,7 +27,11 @@ def test_two_processes_give_the_gradients_of_one(wrapper: str, tmp_path: Path) -
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-2000:]
         assert "same as one process" in output
