@@ -103,7 +103,9 @@ def naive(inputs: Inputs, size: Size) -> Step:
 
 def bound(inputs: Inputs, size: Size) -> Step:
     """The matrix products alone: K heads of teachers, the student's, and its two backward products; in blocks, in one buffer."""
-    block = default_block_size(size.vocab, torch.device(size.device), num_buffers=2)
+    # Of ours: the logits, and a pool that is as wide as the losses.
+    num_bytes = 2 * size.dtype.itemsize if size.teachers == 1 else size.dtype.itemsize + 4
+    block = default_block_size(size.vocab, torch.device(size.device), bytes_per_logit=num_bytes)
     buffer_nV = torch.empty(block, size.vocab, device=size.device, dtype=size.dtype)
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
 

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import reference_losses
-from collegium.losses.chunked import block_losses, default_block_size
+from collegium.losses.chunked import add_product_, block_losses, default_block_size
 from collegium.losses.divergences import ForwardKL
 from collegium.types import Head
 
@@ -300,14 +300,56 @@ def test_no_tensor_of_rows_by_vocabulary():
 
 def test_default_block_size_keeps_to_the_memory():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    for vocab_size, num_buffers in [(49_152, 2), (151_936, 2), (262_144, 8), (49_152, 4)]:
+    for vocab_size, num_bytes in [(49_152, 8), (151_936, 6), (262_144, None), (49_152, 16)]:
         for device, megabytes in [(cpu, 256), (gpu, 1024)]:
-            size = default_block_size(vocab_size, device, num_buffers=num_buffers)
-            row = 4 * vocab_size * num_buffers
+            size = default_block_size(vocab_size, device, bytes_per_logit=num_bytes)
+            row = vocab_size * (num_bytes or 32)
             assert size * row <= megabytes * 2**20
-            if device is gpu or num_buffers == 2:
+            if device is gpu or num_bytes:
                 assert (size + 1) * row > megabytes * 2**20
     assert default_block_size(4096, cpu) == 488
     assert default_block_size(10, cpu) == 4096
-    assert default_block_size(49_152, cpu, num_buffers=2, megabytes=64) == 170
-    assert default_block_size(2_000_000, cpu, num_buffers=2, megabytes=1) == 1
+    assert default_block_size(49_152, cpu, bytes_per_logit=8, megabytes=64) == 170
+    assert default_block_size(2_000_000, cpu, bytes_per_logit=8, megabytes=1) == 1
+
+
+@pytest.fixture
+def wide_products(monkeypatch):
+    """What devices have, on a CPU: the operation as PyTorch declares it, with the sum in the wider dtype."""
+    seen = []
+
+    def addmm(total, left, right, out_dtype, *, beta=1, alpha=1, out):
+        assert total is out or total.data_ptr() == out.data_ptr()
+        assert left.dtype == right.dtype
+        assert out.dtype == out_dtype == torch.float32
+        seen.append(out.shape)
+        return out.mul_(beta).add_(alpha * (left.float() @ right.float()))
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("addmm.dtype_out", addmm, "CPU")
+    monkeypatch.setattr("collegium.losses.chunked._adds_wide_products", lambda device: True)
+    yield seen
+    library._destroy()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_precision_are_added_in_float32(wide_products, dtype):
+    problem, truth = Problem(dtype=dtype), Problem(dtype=torch.float64)
+    with torch.no_grad():
+        for ours, exact in zip(problem.inputs, truth.inputs, strict=True):
+            exact.copy_(ours)
+        truth.target = problem.target.double()
+    problem.sums(block_size=8).total.backward()
+    truth.plain().backward()
+    assert wide_products == [(8, D), (V, D), (8, D), (V, D), (3, D), (V, D)]
+    for ours, exact in zip(problem.inputs, truth.inputs, strict=True):
+        assert ours.grad.dtype == dtype
+        cosine = torch.cosine_similarity(ours.grad.double().flatten(), exact.grad.flatten(), 0)
+        assert cosine > 0.9999
+
+
+def test_a_wider_sum_than_a_device_offers_is_left_to_two_operations(wide_products):
+    sums, left, right = torch.ones(3, 2).double(), torch.ones(3, 4).half(), torch.ones(4, 2).half()
+    add_product_(sums, left, right)
+    assert wide_products == []
+    assert torch.equal(sums, torch.full((3, 2), 5.0, dtype=torch.float64))

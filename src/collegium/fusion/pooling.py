@@ -33,7 +33,7 @@ from collegium.fusion.weights import (
     check_names,
 )
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
-from collegium.types import STRICT, Rows, TeacherRows
+from collegium.types import STRICT, HiddenRows, Rows, TeacherRows
 
 LOWEST_SCORE = -1e300
 """Stands for a log-weight of -inf where a rule may still change its mind, so that differences stay defined."""
@@ -164,6 +164,7 @@ class FusedTarget:
     ) -> None:
         """Fuse `teachers` at `rows`; with a `workspace`, every block of `rows_of` is made in its buffers."""
         self._fusion = fusion
+        self._teachers = teachers
         self._names = [teacher.name for teacher in teachers]
         fusion.check(self._names)
         self._is_excluded = [fusion.weighting.excludes(name) for name in self._names]
@@ -184,8 +185,29 @@ class FusedTarget:
                 "FusedTarget: got answers for some rows; must be for all rows of the batch"
             )
 
+    def bytes_per_logit(self, student_bytes: int, *, is_softened: bool = False) -> int:
+        """What `rows_of` and the student's logits after it take per element of a block, all (n, V) tensors together.
+
+        Args:
+            student_bytes: of one logit of the student; they are made in the buffer of the teachers' logits.
+            is_softened: the target becomes log-probabilities, for which half precision has no room.
+        """
+        sizes = [
+            t.scores.head.weight.element_size() if isinstance(t.scores, HiddenRows) else None
+            for t in self._teachers
+        ]
+        wide = max(4, *(size or 4 for size in sizes))
+        logits = max(student_bytes, *(size or 0 for size in sizes))
+        if not self._is_plain:
+            return logits + 4 * wide
+        pooled = [size for size, out in zip(sizes, self._is_excluded, strict=True) if not out]
+        if len(pooled) > 1 or pooled[0] is None:
+            return logits + wide
+        # A single member stays as its head gave it.
+        return logits + pooled[0] + (wide if is_softened and pooled[0] < wide else 0)
+
     @property
-    def is_plain(self) -> bool:
+    def _is_plain(self) -> bool:
         """Whether the pool and the logits of one teacher are all that `rows_of` holds of the size of a block."""
         return (
             self._fusion.pool != "power_mean"

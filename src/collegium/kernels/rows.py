@@ -219,11 +219,11 @@ class Workspace:
     def matrix(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
         """An uninitialized matrix with the dtype and device of `like`."""
         num_bytes = math.prod(shape) * like.element_size()
-        buffer = self._buffers.get(name)
+        buffer = self._buffers.pop(name, None)
         if buffer is None or buffer.numel() < num_bytes or buffer.device != like.device:
-            self._buffers.pop(name, None)
+            buffer = None  # gone before there is a new one
             buffer = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
-            self._buffers[name] = buffer
+        self._buffers[name] = buffer
         return buffer[:num_bytes].view(like.dtype).view(shape)
 
     def release(self) -> None:

@@ -21,6 +21,8 @@ from collegium.kernels.rows import DenseTarget, LogSum, RawRows, Reading, floor
 
 MOST_TILE = 4096
 """Columns that a program holds at a time."""
+COLUMNS_PER_WARP = 512
+"""Sixteen per thread: more would take so many registers that too few programs share a multiprocessor to hide its memory."""
 KINDS = {None: 0, "logits": 1, "logp": 2, "prob": 3}
 _LEAST = tl.constexpr(LEAST_LOGIT)
 _NONE, _LOGITS, _PROB = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
@@ -111,8 +113,14 @@ def _head(rows: RawRows) -> dict[str, float]:
 
 
 def _shape(rows: RawRows) -> dict[str, object]:
-    is_double = rows.dtype == torch.float64
-    return {"wide": tl.float64 if is_double else tl.float32, "tile": _tile(rows)}
+    """What is compiled in. Multiplications and additions are fused, whatever the default of the Triton at hand."""
+    tile = _tile(rows)
+    return {
+        "wide": tl.float64 if rows.dtype == torch.float64 else tl.float32,
+        "tile": tile,
+        "num_warps": max(1, tile // COLUMNS_PER_WARP),
+        "enable_fp_fusion": True,
+    }
 
 
 def _tile(rows: RawRows) -> int:

@@ -30,8 +30,8 @@ RowLosses = Callable[[Tensor, slice], Mapping[str, Tensor]]
 CPU_MEGABYTES, GPU_MEGABYTES = 256, 1024
 """What the (n, V) buffers of a block may take together; memory is all that a loss costs beside the gradients themselves."""
 
-AUTOGRAD_BUFFERS = 8
-"""(n, V) buffers that a loss under autograd holds; those of `InPlaceLosses` say themselves."""
+AUTOGRAD_BYTES = 32
+"""Bytes per logit of a loss under autograd: eight (n, V) buffers in float32. Losses in place say themselves what they take."""
 
 AUTOGRAD_CPU_BYTES = 8 * 10**6
 """One buffer of a loss under autograd on a CPU: each of its operations goes over the whole block, fastest from a cache."""
@@ -51,8 +51,8 @@ class InPlaceLosses(Protocol):
         ...
 
     @property
-    def num_buffers(self) -> int:
-        """(n, V) buffers that are alive at a time, that of the logits included."""
+    def bytes_per_logit(self) -> int:
+        """What all (n, V) buffers that are alive at a time take per element, that of the logits included."""
         ...
 
     def begin(self, block: slice) -> None:
@@ -103,10 +103,12 @@ def block_losses(
     vocab_size = head.weight.shape[0]
     inputs = (hidden_ND, head.weight, head.bias)
     grads_on = torch.is_grad_enabled()
-    num_buffers = AUTOGRAD_BUFFERS if callable(row_losses) else row_losses.num_buffers
     if block_size is None:
         block_size = default_block_size(
-            vocab_size, hidden_ND.device, num_buffers=num_buffers, megabytes=megabytes
+            vocab_size,
+            hidden_ND.device,
+            bytes_per_logit=None if callable(row_losses) else row_losses.bytes_per_logit,
+            megabytes=megabytes,
         )
         # Blocks of one size: a small last one would read and write the gradient of the head for little.
         num_rows = max(hidden_ND.shape[0], 1)
@@ -132,14 +134,14 @@ def default_block_size(
     vocab_size: int,
     device: torch.device,
     *,
-    num_buffers: int = AUTOGRAD_BUFFERS,
+    bytes_per_logit: int | None = None,
     megabytes: int | None = None,
 ) -> int:
-    """Rows per block such that `num_buffers` (n, V) float32 buffers fit the memory, at least 1 and at most `MOST_BLOCK`."""
+    """Rows per block whose buffers fit the memory, at least 1 and at most `MOST_BLOCK`; without `bytes_per_logit` under autograd."""
     is_cpu = device.type == "cpu"
     memory = (megabytes or (CPU_MEGABYTES if is_cpu else GPU_MEGABYTES)) * 2**20
-    size = memory // (4 * vocab_size * num_buffers)
-    if is_cpu and megabytes is None and num_buffers >= AUTOGRAD_BUFFERS:
+    size = memory // (vocab_size * (bytes_per_logit or AUTOGRAD_BYTES))
+    if is_cpu and megabytes is None and bytes_per_logit is None:
         size = min(size, max(LEAST_AUTOGRAD_BLOCK, AUTOGRAD_CPU_BYTES // (4 * vocab_size)))
     return max(1, min(MOST_BLOCK, size))
 
@@ -208,15 +210,9 @@ class _Sums:
     ) -> None:
         """Send the gradient of the head's output on to the three inputs."""
         if self.dhidden_ND is not None:
-            if draw_nV.dtype == self.dtype:
-                torch.mm(draw_nV, weight_VD, out=self.dhidden_ND[block])
-            else:
-                self.dhidden_ND[block] = draw_nV @ weight_VD
+            add_product_(self.dhidden_ND[block], draw_nV, weight_VD)
         if self.dweight_VD is not None:
-            if draw_nV.dtype == self.dtype:
-                self.dweight_VD.addmm_(draw_nV.T, hidden_nD)
-            else:
-                self.dweight_VD += draw_nV.T @ hidden_nD
+            add_product_(self.dweight_VD, draw_nV.T, hidden_nD)
         if self.dbias_V is not None:
             self.dbias_V += draw_nV.sum(0, dtype=self.dtype)
 
@@ -255,16 +251,36 @@ class _BlockLosses(torch.autograd.Function):
         # Only a graph that is kept can be asked again. Else the gradients are scaled in place: that of the head is the largest
         # tensor of a loss, and a copy of it would cost as much memory as a block.
         is_kept = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
-        # Scaled before the cast: a sum over many rows may not fit float16, its mean does.
         grads = [
-            None
-            if grad is None
-            else (grad * grad_outputs[0] if is_kept else grad.mul_(grad_outputs[0])).to(dtype)
+            None if grad is None else _scaled(grad, grad_outputs[0], dtype, in_place=not is_kept)
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
         if not is_kept:
             ctx.grads = None
         return (*grads, None)
+
+
+def add_product_(sum_RC: Tensor, left_Rn: Tensor, right_nC: Tensor) -> None:
+    """sum += left right, added in the dtype of the sum, without a tensor of its size beside it where the device can."""
+    if left_Rn.dtype == sum_RC.dtype:
+        sum_RC.addmm_(left_Rn, right_nC)
+    elif sum_RC.dtype == torch.float32 and _adds_wide_products(sum_RC.device):
+        torch.addmm(sum_RC, left_Rn, right_nC, out_dtype=torch.float32, out=sum_RC)
+    else:
+        sum_RC += left_Rn @ right_nC
+
+
+def _adds_wide_products(device: torch.device) -> bool:
+    """Whether a product of half-precision matrices can be added to a float32 matrix in one operation."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """Scaled before the cast: a sum over many rows may not fit float16, its mean does."""
+    if grad.is_cuda and grad.dtype != dtype:
+        # Rounded on the way out, in one sweep; a CPU would take new memory to do so.
+        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    return (grad.mul_(factor) if in_place else grad * factor).to(dtype)
 
 
 def _stack(values: Mapping[str, Tensor], sums: _Sums) -> Tensor:

@@ -46,7 +46,7 @@ class ClosedForm:
         *,
         temperature: float = 1.0,
         workspace: Workspace | None = None,
-        num_buffers: int = 2,
+        bytes_per_logit: int = 8,
     ) -> None:
         """Take the parts.
 
@@ -56,11 +56,11 @@ class ClosedForm:
             kernels: who does the arithmetic.
             temperature: T, of a dense target only.
             workspace: whose buffers the student's logits use; the target may live in its buffer `pool`.
-            num_buffers: how many (n, V) buffers the target and the student's logits take together.
+            bytes_per_logit: what the target and the student's logits take together.
         """
         self.kernels = kernels
         self.workspace = workspace or Workspace()
-        self.num_buffers = num_buffers
+        self.bytes_per_logit = bytes_per_logit
         self._labels_N = labels_N
         self._target_of = target_of
         self._temperature = temperature

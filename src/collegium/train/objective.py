@@ -131,7 +131,7 @@ class Objective(nn.Module):
         sums = block_losses(
             student.hidden,
             student.head,
-            row_terms.losses(kernels, self._workspace),
+            row_terms.losses(kernels, self._workspace, student.head),
             weights,
             block_size=self.options.block_size,
             megabytes=self.options.block_megabytes,

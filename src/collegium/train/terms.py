@@ -17,7 +17,7 @@ from collegium.kernels.rows import DenseTarget, RawRows, RowKernels, Workspace
 from collegium.losses.chunked import InPlaceLosses, RowLosses
 from collegium.losses.closed import TRUTH, BlockTarget, ClosedForm
 from collegium.losses.divergences import ForwardKL
-from collegium.types import Divergence, SparseRows
+from collegium.types import Divergence, Head, SparseRows
 
 
 class TermOptions(Protocol):
@@ -47,18 +47,23 @@ class RowTerms:
         self._weights: list[Tensor] = []
         self._conflicts: list[ConflictBlock] = []
 
-    def losses(self, kernels: RowKernels, workspace: Workspace) -> RowLosses | InPlaceLosses:
-        """Closed forms for forward KL and cross-entropy, any other divergence under autograd."""
+    def losses(
+        self, kernels: RowKernels, workspace: Workspace, head: Head
+    ) -> RowLosses | InPlaceLosses:
+        """Closed forms for forward KL and cross-entropy, any other divergence under autograd; `head` is the student's."""
         if self._target is not None and not isinstance(self._options.divergence, ForwardKL):
             return self._differentiable
-        is_plain = not isinstance(self._target, FusedTarget) or self._target.is_plain
+        num_bytes = head.weight.element_size()
+        if isinstance(self._target, FusedTarget):
+            is_softened = self._options.temperature != 1.0
+            num_bytes = self._target.bytes_per_logit(num_bytes, is_softened=is_softened)
         return ClosedForm(
             self._labels_N,
             lambda block: self._block_target(block, kernels),
             kernels,
             temperature=self._options.temperature,
             workspace=workspace,
-            num_buffers=2 if is_plain else 4,
+            bytes_per_logit=num_bytes,
         )
 
     def _block_target(self, block: slice, kernels: RowKernels) -> BlockTarget:

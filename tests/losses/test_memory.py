@@ -1,0 +1,118 @@
+"""What a block takes at its peak is what its size was chosen for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import collegium.train.terms
+from collegium.fusion.conflict import TruthFallback
+from collegium.fusion.pooling import Fusion
+from collegium.fusion.rules import Consensus
+from collegium.fusion.weights import BestSingle, Uniform
+from collegium.kernels.plain import TorchKernels
+from collegium.losses.closed import ClosedForm
+from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.types import Head, HiddenRows, Rows, TeacherRows
+
+N, V, D = 32, 64, 4
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+class LargeStorages(TorchDispatchMode):
+    """The most bytes that new storages of at least `least` bytes took at once."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self._least = least
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() >= self._least:
+                storage = leaf.untyped_storage()
+                self._live[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self._live = {key: kept for key, kept in self._live.items() if not kept[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("student", "teachers", "fusion", "temperature", "expected"),
+    [
+        (F32, [], None, 1.0, 4),
+        (BF16, [], None, 1.0, 2),
+        (F32, [F32], Fusion(), 1.0, 8),
+        (BF16, [BF16], Fusion(), 1.0, 4),
+        (BF16, [BF16], Fusion(), 2.0, 8),
+        (F32, [F32], Fusion(), 2.0, 8),
+        (BF16, [BF16] * 2, Fusion(), 1.0, 6),
+        (BF16, [BF16] * 5, Fusion(), 1.0, 6),
+        (BF16, [BF16] * 5, Fusion(), 2.0, 6),
+        (F32, [F32] * 5, Fusion(weighting=Uniform()), 1.0, 8),
+        (BF16, [F32] * 2, Fusion(), 1.0, 8),
+        (F32, [BF16] * 2, Fusion(pool="log_linear"), 1.0, 8),
+        (BF16, [BF16] * 3, Fusion(weighting=BestSingle(teacher="t1")), 1.0, 4),
+    ],
+)
+def test_a_block_takes_what_its_size_was_chosen_for(
+    monkeypatch, student, teachers, fusion, temperature, expected
+):
+    told, peak = watched(monkeypatch, student, teachers, fusion, temperature)
+    assert told == expected
+    assert peak == expected * N * V
+
+
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        Fusion(pool="power_mean"),
+        Fusion(weighting=Consensus()),
+        Fusion(pooled_temperature=1.5),
+        Fusion(pool="log_linear", conflict=TruthFallback()),
+    ],
+    ids=str,
+)
+def test_fusions_that_compare_teachers_keep_to_the_memory_too(monkeypatch, fusion):
+    told, peak = watched(monkeypatch, F32, [F32] * 3, fusion, 1.0)
+    assert peak <= told * N * V
+
+
+def watched(
+    monkeypatch: Any,
+    student: torch.dtype,
+    teachers: list[torch.dtype],
+    fusion: Fusion | None,
+    temperature: float,
+) -> tuple[int, int]:
+    """What a block of all rows said that it takes per logit, and the bytes that it took."""
+    told = []
+
+    def closed_form(*args: Any, **options: Any) -> ClosedForm:
+        told.append(options["bytes_per_logit"])
+        return ClosedForm(*args, **options)
+
+    monkeypatch.setattr(collegium.train.terms, "ClosedForm", closed_form)
+    monkeypatch.setattr("collegium.kernels.plain.CPU_STRIP_BYTES", 1)
+    monkeypatch.setattr("collegium.train.objective.kernels_for", lambda *_: TorchKernels())
+
+    def hidden_rows(dtype: torch.dtype) -> HiddenRows:
+        return HiddenRows(torch.randn(N, D).to(dtype), Head(torch.randn(V, D).to(dtype)))
+
+    ours = hidden_rows(student)
+    ours.head.weight.requires_grad_()
+    theirs = [TeacherRows(f"t{k}", hidden_rows(dtype)) for k, dtype in enumerate(teachers)]
+    number = torch.arange(N)
+    rows = Rows(number, number % V, number // 8, number // 8)
+    options = ObjectiveOptions(temperature=temperature, block_size=N, backend="torch")
+    objective = Objective(options, fusion)
+    with LargeStorages(N * V) as watch:
+        objective(ours, theirs, rows)
+    return told[0], watch.peak
