@@ -1,0 +1,155 @@
+"""What the Triton kernels take of a device, compiled for it on any machine: registers, spills, and how many warps that leaves room for.
+
+    python benchmarks/kernel_resources.py                       # sm_80, sm_90 and sm_100; about a minute, no GPU
+    python benchmarks/kernel_resources.py --capabilities 90 --dtypes bfloat16
+
+Each kernel is compiled as `TritonKernels` calls it, for every kind of target, and the machine code is asked what it uses. A multiprocessor
+has 65,536 registers and room for 64 warps; a register is given out to all threads of a program, in eights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from collegium.kernels.rows import DenseTarget, LogSum, RawRows
+from collegium.kernels.triton_rows import TritonKernels
+
+REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32
+"""Of one multiprocessor."""
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "float64"])
+    parser.add_argument("--vocab", type=int, default=128_256)
+    parser.add_argument("--save", type=Path, default=Path("runs/benchmarks/kernel_resources.md"))
+    options = parser.parse_args()
+    lines = [
+        f"V = {options.vocab:,}; {time.strftime('%Y-%m-%d')}, Triton {triton.__version__}, torch {torch.__version__}",
+        "",
+        "| device | dtype | kernel | warps | registers | bytes spilled | warps at a time |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for capability in options.capabilities:
+        for dtype in options.dtypes:
+            with compiled_for(capability) as found:
+                call_all(RawRows(torch.zeros(1, options.vocab, dtype=getattr(torch, dtype))))
+            lines += [f"| sm_{capability} | {dtype} | {row(*kernel)} |" for kernel in found]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    options.save.parent.mkdir(parents=True, exist_ok=True)
+    options.save.write_text(text, encoding="utf-8")
+
+
+class Device:
+    """What Triton asks of a driver in order to compile."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+@contextmanager
+def compiled_for(capability: int) -> Iterator[list[tuple[str, Any]]]:
+    """Compile where a kernel would be launched, and give what came out with its name."""
+    found: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
+        kinds = {0: "labels alone", 1: "logits", 2: "log P", 3: "P"}
+        told = [kinds[kwargs["kind"]]] if "kind" in kwargs else []
+        told += [name for name in ("has_share", "is_log") if kwargs.get(name)]
+        if kwargs.get("temperature", 1.0) != 1.0:
+            told.append("T")
+        if kwargs["cap"]:
+            told.append("capped")
+        name = self.__name__.strip("_").removesuffix("_kernel")
+        kernel = run(self, *args, warmup=True, **kwargs)
+        found.append((f"{name} ({', '.join(told)})" if told else name, kernel))
+
+    JITFunction.run = compile_only
+    driver.set_active(Device(capability))
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+
+
+def call_all(rows: RawRows) -> None:
+    """Every kernel with every constant that changes its code."""
+    kernels, num_rows = TritonKernels(), rows.values_nV.shape[0]
+    labels_n = torch.zeros(num_rows, dtype=torch.int64)
+    one_n = torch.ones(num_rows, dtype=rows.dtype)
+    log_sum = LogSum(one_n, one_n)
+    pool_nV = torch.zeros_like(rows.values_nV, dtype=rows.dtype)
+    capped = RawRows(rows.values_nV, 1.0, 30.0)
+    for given in (rows, capped):
+        kernels.read(given, labels_n)
+        for is_log in (False, True):
+            kernels.add_(pool_nV, given, log_sum, None, is_log=is_log)
+            kernels.add_(pool_nV, given, log_sum, one_n, is_log=is_log)
+        kernels.softmax_(given, log_sum, one_n)
+        targets = [
+            None,
+            DenseTarget(given, "logits", log_sum),
+            DenseTarget.of_logp(pool_nV),
+            DenseTarget(RawRows(pool_nV), "prob"),
+        ]
+        for target in targets:
+            for temperature in (1.0, 2.0):
+                kernels.distill_(given, target, one_n, one_n, temperature=temperature)
+
+
+def row(name: str, kernel: Any) -> str:
+    """The last columns of the table."""
+    registers, spilled = usage(kernel)
+    warps = kernel.metadata.num_warps
+    given_out = -(-registers // 8) * 8 * 32 * warps
+    programs = min(REGISTERS // given_out, WARPS // warps, PROGRAMS)
+    return f"{name} | {warps} | {registers} | {spilled} | {programs * warps}"
+
+
+def usage(kernel: Any) -> tuple[int, int]:
+    """Registers per thread, and bytes of it that went to memory for want of them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        done = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = USAGE.search(done.stdout)
+    assert found is not None, done.stdout
+    registers, stack, _, local = (int(number) for number in found.groups())
+    return registers, stack + local
+
+
+if __name__ == "__main__":
+    main()

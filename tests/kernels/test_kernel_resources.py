@@ -1,0 +1,38 @@
+"""The Triton kernels compile to machine code of devices that are not here, as they are called, and keep to the registers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernel_cases import HAS_TRITON
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.parametrize(
+    "vocab_size", [128_256, 50_257]
+)  # rows that are aligned, and rows that are not
+def test_kernels_compile_for_a_device_without_one(vocab_size: int, tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--capabilities", "90", "--dtypes", "bfloat16"]
+    command += ["--vocab", str(vocab_size), "--save", tmp_path / "table.md"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in (tmp_path / "table.md").read_text().splitlines()
+        if line.startswith("| sm_90 ")
+    ]
+    # Two heads x (read, four ways to pool, softmax, four targets at two temperatures).
+    assert len({row[2] for row in rows}) == len(rows) == 2 * (1 + 4 + 1 + 8)
+    for _, _, name, warps, registers, spilled, at_a_time in rows:
+        assert (int(warps), int(spilled)) == (8, 0), name
+        assert 16 <= int(registers) <= 128, name
+        assert int(at_a_time) >= 16, name
