@@ -3,8 +3,13 @@
 import pytest
 import torch
 
+from collegium.fusion.pooling import Fusion
+from collegium.fusion.weights import Fixed
 from collegium.kernels.backends import kernels_for
 from collegium.kernels.rows import DenseTarget, RawRows
+from collegium.losses.chunked import add_product_
+from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.types import Head, HiddenRows, Rows, TeacherRows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,3 +46,57 @@ def test_two_teachers_and_a_student(vocab_size, dtype):
     expected = logp[2].exp() - 0.9 * p
     cosine = torch.cosine_similarity(student.values_nV.double(), expected, dim=-1)
     assert (cosine > 0.9999).all()
+
+
+def test_products_are_added_in_float32_without_memory_of_their_size():
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    draw = [torch.randn(*s, device=device, generator=generator) for s in ((N, 128_256), (N, 1024))]
+    left_nR, right_nC = (x.bfloat16() for x in draw)
+    sum_RC = torch.ones(128_256, 1024, device=device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    add_product_(sum_RC, left_nR.T, right_nC)
+    grown = torch.cuda.max_memory_allocated() - before
+    # The product in bfloat16 would take half as much as the sum; cuBLAS has a workspace of some megabytes.
+    assert grown < sum_RC.nbytes / 4
+    exact = 1 + left_nR.T.double() @ right_nC.double()
+    torch.testing.assert_close(sum_RC.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("vocab_size", [32_000, 128_256, 262_144])
+def test_the_whole_loss_in_half_precision(vocab_size):
+    device, width = torch.device("cuda"), 64
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape, std=1.0):
+        value = std * torch.randn(*shape, device=device, generator=generator)
+        return value.bfloat16()
+
+    heads = [(draw(N, width), draw(vocab_size, width, std=0.3)) for _ in range(3)]
+    number = torch.arange(N, device=device)
+    rows = Rows(number, 31 * number, number // 8, number // 8)
+    fusion = Fusion(weighting=Fixed(weights={"t0": 0.3, "t1": 0.7}))
+    teachers = [
+        TeacherRows(f"t{k}", HiddenRows(hidden, Head(weight)))
+        for k, (hidden, weight) in enumerate(heads[:2])
+    ]
+    student = [x.requires_grad_() for x in heads[2]]
+    objective = Objective(ObjectiveOptions(block_size=6), fusion)
+    total = objective(HiddenRows(student[0], Head(student[1])), teachers, rows).total / N
+    grads = torch.autograd.grad(total, student)
+    # The same in float64, of the logits as bfloat16 leaves them.
+    logp = [(x @ w.T).double().log_softmax(-1) for x, w in heads[:2]]
+    p = 0.3 * logp[0].exp() + 0.7 * logp[1].exp()
+    logits = (heads[2][0] @ heads[2][1].T).detach().double().requires_grad_()
+    logq = logits.log_softmax(-1)
+    kl = (p * (p.log() - logq)).sum(-1)
+    ce = -logq.gather(1, rows.labels[:, None])[:, 0]
+    expected = (0.9 * kl + 0.1 * ce).mean()
+    (dlogits,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=1e-4)
+    exact = (dlogits @ student[1].double(), dlogits.T @ student[0].double())
+    for ours, theirs in zip(grads, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        cosine = torch.cosine_similarity(ours.double().flatten(), theirs.flatten(), 0)
+        assert cosine > 0.9999

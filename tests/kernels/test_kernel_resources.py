@@ -23,7 +23,9 @@ def test_kernels_compile_for_a_device_without_one(vocab_size: int, tmp_path: Pat
     command = [sys.executable, SCRIPT, "--capabilities", "90", "--dtypes", "bfloat16"]
     command += ["--vocab", str(vocab_size), "--save", tmp_path / "table.md"]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, check=False, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [
         line.strip("| ").split(" | ")
