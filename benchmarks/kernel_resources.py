@@ -64,16 +64,17 @@ class Device:
     """What Triton asks of a driver in order to compile."""
 
     def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
+        self._capability = capability
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it compiled by the number of the device.
+        return self._capability
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return self._target
+        return GPUTarget("cuda", self._capability, 32)
 
 
 @contextmanager

@@ -35,6 +35,6 @@ def test_kernels_compile_for_a_device_without_one(vocab_size: int, tmp_path: Pat
     # Two heads x (read, four ways to pool, softmax, four targets at two temperatures).
     assert len({row[2] for row in rows}) == len(rows) == 2 * (1 + 4 + 1 + 8)
     for _, _, name, warps, registers, spilled, at_a_time in rows:
-        assert (int(warps), int(spilled)) == (8, 0), name
-        assert 16 <= int(registers) <= 128, name
-        assert int(at_a_time) >= 16, name
+        assert (int(warps), int(spilled)) == (16, 0), name
+        assert 16 <= int(registers) <= 96, name
+        assert int(at_a_time) >= (32 if vocab_size % 16 == 0 else 16), name

@@ -21,8 +21,8 @@ from collegium.kernels.rows import DenseTarget, LogSum, RawRows, Reading, floor
 
 MOST_TILE = 4096
 """Columns that a program holds at a time."""
-COLUMNS_PER_WARP = 512
-"""Sixteen per thread: more would take so many registers that too few programs share a multiprocessor to hide its memory."""
+COLUMNS_PER_WARP = 256
+"""Eight per thread, 16 bytes of bfloat16: with more, so many registers are taken that fewer warps hide the memory of a multiprocessor."""
 KINDS = {None: 0, "logits": 1, "logp": 2, "prob": 3}
 _LEAST = tl.constexpr(LEAST_LOGIT)
 _NONE, _LOGITS, _PROB = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
