@@ -28,12 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from collegium.kernels.rows import DenseTarget, LogSum, RawRows
+from collegium.kernels.rows import DenseTarget, LogSum, RawRows, row_bytes
 from collegium.kernels.triton_rows import TritonKernels
 
 REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32
 """Of one multiprocessor."""
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+LOAD = re.compile(r"ld\.global(?:\.v(\d))?\.b(\d+)")
 
 
 def main() -> None:
@@ -46,13 +47,13 @@ def main() -> None:
     lines = [
         f"V = {options.vocab:,}; {time.strftime('%Y-%m-%d')}, Triton {triton.__version__}, torch {torch.__version__}",
         "",
-        "| device | dtype | kernel | warps | registers | bytes spilled | warps at a time |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| device | dtype | kernel | warps | registers | bytes spilled | warps at a time | widest load |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for capability in options.capabilities:
         for dtype in options.dtypes:
             with compiled_for(capability) as found:
-                call_all(RawRows(torch.zeros(1, options.vocab, dtype=getattr(torch, dtype))))
+                call_all(aligned(options.vocab, getattr(torch, dtype)))
             lines += [f"| sm_{capability} | {dtype} | {row(*kernel)} |" for kernel in found]
     text = "\n".join(lines) + "\n"
     print(text)
@@ -103,13 +104,20 @@ def compiled_for(capability: int) -> Iterator[list[tuple[str, Any]]]:
         JITFunction.run = run
 
 
+def aligned(vocab_size: int, dtype: torch.dtype) -> RawRows:
+    """One row as a workspace of a device would lay it out."""
+    unit = row_bytes(torch.device("cuda")) // dtype.itemsize
+    values_nV = torch.zeros(1, -(-vocab_size // unit) * unit, dtype=dtype)
+    return RawRows(values_nV[:, :vocab_size])
+
+
 def call_all(rows: RawRows) -> None:
     """Every kernel with every constant that changes its code."""
-    kernels, num_rows = TritonKernels(), rows.values_nV.shape[0]
+    kernels, (num_rows, vocab_size) = TritonKernels(), rows.values_nV.shape
     labels_n = torch.zeros(num_rows, dtype=torch.int64)
     one_n = torch.ones(num_rows, dtype=rows.dtype)
     log_sum = LogSum(one_n, one_n)
-    pool_nV = torch.zeros_like(rows.values_nV, dtype=rows.dtype)
+    pool_nV = aligned(vocab_size, rows.dtype).values_nV
     capped = RawRows(rows.values_nV, 1.0, 30.0)
     for given in (rows, capped):
         kernels.read(given, labels_n)
@@ -134,7 +142,9 @@ def row(name: str, kernel: Any) -> str:
     warps = kernel.metadata.num_warps
     given_out = -(-registers // 8) * 8 * 32 * warps
     programs = min(REGISTERS // given_out, WARPS // warps, PROGRAMS)
-    return f"{name} | {warps} | {registers} | {spilled} | {programs * warps}"
+    return (
+        f"{name} | {warps} | {registers} | {spilled} | {programs * warps} | {widest_load(kernel)}"
+    )
 
 
 def usage(kernel: Any) -> tuple[int, int]:
@@ -150,6 +160,11 @@ def usage(kernel: Any) -> tuple[int, int]:
     assert found is not None, done.stdout
     registers, stack, _, local = (int(number) for number in found.groups())
     return registers, stack + local
+
+
+def widest_load(kernel: Any) -> int:
+    """Bytes that a thread reads at once where it reads most; 2 would be one value of bfloat16."""
+    return max(int(n or 1) * int(bits) // 8 for n, bits in LOAD.findall(kernel.asm["ptx"]))
 
 
 if __name__ == "__main__":

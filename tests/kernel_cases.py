@@ -53,13 +53,15 @@ def kernels_of(backend: Backend) -> RowKernels:
 def raw_rows(
     num_rows: int, vocab_size: int, dtype: torch.dtype, *, seed: int = 0, **head: float
 ) -> tuple[RawRows, Tensor]:
-    """Rows of a head's product, and labels, on the default device."""
+    """Rows of a head's product with gaps of NaN between them, and labels, on the default device."""
     generator, home = torch.Generator().manual_seed(seed), torch.get_default_device()
     values = torch.empty(num_rows, vocab_size, dtype=torch.float64, device="cpu")
     values.normal_(std=3.0, generator=generator)
     labels = torch.empty(num_rows, dtype=torch.int64, device="cpu")
     labels.random_(vocab_size, generator=generator)
-    return RawRows(values.to(home, dtype), **head), labels.to(home)
+    with_gaps = torch.full((num_rows, vocab_size + 3), torch.nan, device=home, dtype=dtype)
+    with_gaps[:, :vocab_size] = values.to(home, dtype)
+    return RawRows(with_gaps[:, :vocab_size], **head), labels.to(home)
 
 
 def truth_of(rows: RawRows, *, with_raw: bool = False):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from collegium.kernels.plain import TorchKernels
-from collegium.kernels.rows import DenseTarget, LogSum, RawRows
+from collegium.kernels.rows import DenseTarget, LogSum, RawRows, Workspace, row_bytes
 from kernel_cases import (
     BACKENDS,
     CASES,
@@ -21,9 +21,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
-def _on_its_device(request):
-    """New tensors are where the backend wants them."""
-    backend = request.node.callspec.params["backend"] if hasattr(request.node, "callspec") else None
+def _on_its_device(request, monkeypatch):
+    """New tensors are where the backend wants them, and a row is two tiles and a rest."""
+    backend = (
+        request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    )
+    if backend == "triton":
+        monkeypatch.setattr("collegium.kernels.triton_rows.MOST_TILE", 16)
     with device_of(backend or "torch"):
         yield
 
@@ -144,6 +148,7 @@ def test_ruled_out_tokens_and_huge_logits(backend, temperature, dtype):
     assert student.values_nV.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_that_is_not_finite_stays_alone(backend):
     rows, labels = raw_rows(N, V, torch.float32)
@@ -152,6 +157,37 @@ def test_a_row_that_is_not_finite_stays_alone(backend):
     reading = kernels_of(backend).read(rows, labels)
     assert reading.entropy_n[0].isnan()
     torch.testing.assert_close(reading.entropy_n[1:], alone.entropy_n, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_written_between_the_rows(backend):
+    kernels, one_n = kernels_of(backend), torch.ones(N)
+    (rows, labels), (pool, _) = raw_rows(N, V, torch.float32), raw_rows(N, V, torch.float32)
+    teacher, _ = raw_rows(N, V, torch.float32, seed=1)
+    log_sum = kernels.read(teacher, labels).log_sum
+    for share_n in (None, 0.5 * one_n):
+        kernels.add_(pool.values_nV, teacher, log_sum, share_n, is_log=False)
+    target = DenseTarget(pool, "prob")
+    log_sum, _ = kernels.distill_(rows, target, one_n, one_n, temperature=1.0)
+    kernels.softmax_(teacher, log_sum, one_n)
+    for values_nV in (rows.values_nV, pool.values_nV, teacher.values_nV):
+        gap_nG = values_nV.as_strided((N, 3), values_nV.stride(), V)
+        assert gap_nG.isnan().all()
+        assert values_nV.isfinite().all()
+
+
+@pytest.mark.parametrize("vocab_size", [16, 29])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_a_device_begin_at_aligned_places(monkeypatch, dtype, vocab_size):
+    assert row_bytes(torch.device("cuda")) % 128 == 0
+    assert Workspace().matrix("logits", (N, V), torch.empty(0, dtype=dtype)).is_contiguous()
+    monkeypatch.setattr("collegium.kernels.rows.row_bytes", lambda device: 32)
+    like = torch.empty(0, dtype=dtype)
+    values_nV = Workspace().matrix("logits", (N, vocab_size), like)
+    assert values_nV.shape == (N, vocab_size)
+    row = values_nV.stride(0) * dtype.itemsize
+    assert row % 32 == 0
+    assert vocab_size * dtype.itemsize <= row < vocab_size * dtype.itemsize + 32
 
 
 def test_strips_do_not_change_the_result(monkeypatch):

@@ -5,7 +5,6 @@ Shapes: n rows of one block, V vocabulary, D width.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -46,9 +45,21 @@ class RawRows:
         """Logits of one token per row, and dz/dx there: (n,) -> (n,), (n,)."""
         return self._picked(self.values_nV.gather(1, labels_n[:, None])[:, 0])
 
-    def at(self, flat_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits at flat positions (row * V + token), and dz/dx there: (E,) -> (E,), (E,)."""
-        return self._picked(self.values_nV.view(-1).index_select(0, flat_E))
+    def at(self, row_E: Tensor, ids_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of any tokens of any rows, and dz/dx there: (E,), (E,) -> (E,), (E,)."""
+        values_M, place_E = self._places(row_E, ids_E)
+        return self._picked(values_M.index_select(0, place_E))
+
+    def add_at_(self, row_E: Tensor, ids_E: Tensor, added_E: Tensor) -> None:
+        """x += added at any tokens of any rows, in the dtype of the values."""
+        values_M, place_E = self._places(row_E, ids_E)
+        values_M.index_add_(0, place_E, added_E.to(values_M.dtype))
+
+    def _places(self, row_E: Tensor, ids_E: Tensor) -> tuple[Tensor, Tensor]:
+        """All values in one line, with what lies between the rows, and where in it they are: faster than two indices."""
+        (num_rows, vocab_size), stride = self.values_nV.shape, self.values_nV.stride(0)
+        size = (num_rows - 1) * stride + vocab_size if num_rows else 0
+        return self.values_nV.as_strided((size,), (1,)), row_E * stride + ids_E
 
     def _picked(self, raw_E: Tensor) -> tuple[Tensor, Tensor]:
         raw_E = raw_E.to(self.dtype)
@@ -206,6 +217,11 @@ def product(hidden_nD: Tensor, head: Head, out_nV: Tensor) -> RawRows:
     return RawRows(out_nV, head.scale, head.softcap)
 
 
+def row_bytes(device: torch.device) -> int:
+    """What the length of a row in memory is a multiple of: units of a device's matrix products read 16 aligned bytes or one value."""
+    return 1 if device.type == "cpu" else 128
+
+
 class Workspace:
     """Large buffers that are made once and used for block after block, and on a CPU for step after step.
 
@@ -217,14 +233,17 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
 
     def matrix(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """An uninitialized matrix with the dtype and device of `like`."""
-        num_bytes = math.prod(shape) * like.element_size()
+        """An uninitialized matrix with the dtype and device of `like`; between its rows there may be a gap."""
+        num_rows, num_columns = shape
+        unit = max(1, row_bytes(like.device) // like.element_size())
+        stride = -(-num_columns // unit) * unit
+        num_bytes = num_rows * stride * like.element_size()
         buffer = self._buffers.pop(name, None)
         if buffer is None or buffer.numel() < num_bytes or buffer.device != like.device:
             buffer = None  # gone before there is a new one
             buffer = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
         self._buffers[name] = buffer
-        return buffer[:num_bytes].view(like.dtype).view(shape)
+        return buffer[:num_bytes].view(like.dtype).view(num_rows, stride)[:, :num_columns]
 
     def release(self) -> None:
         """Drop what a device gives back at once when asked again; a CPU would have to clear it anew."""

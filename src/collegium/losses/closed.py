@@ -102,10 +102,8 @@ class ClosedForm:
     def _sparse_(
         self, rows: RawRows, target: SparseRows, labels_n: Tensor, kd_n: Tensor, ce_n: Tensor
     ) -> tuple[LogSum, Tensor]:
-        num_rows, vocab_size = rows.values_nV.shape
-        row_E = target.row_of_entry()
-        flat_E = row_E * vocab_size + target.ids
-        z_E, slope_E = rows.at(flat_E)
+        num_rows, row_E = len(labels_n), target.row_of_entry()
+        z_E, slope_E = rows.at(row_E, target.ids)
         if target.log_tail is None:
             # What the row's entries pull is then known without the student: one sweep does, as for labels alone.
             pull_n = row_sums(target.logp.to(rows.dtype).exp(), row_E, num_rows)
@@ -120,6 +118,5 @@ class ClosedForm:
         if target.log_tail is not None:
             mass_n = row_sums(grad_E, row_E, num_rows)
             self.kernels.softmax_(rows, log_sum, ce_n - mass_n)
-        values_M = rows.values_nV.view(-1)
-        values_M.index_add_(0, flat_E, (grad_E * slope_E).to(values_M.dtype))
+        rows.add_at_(row_E, target.ids, grad_E * slope_E)
         return log_sum, kl_n
