@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from collegium.kernels.plain import TorchKernels
-from collegium.kernels.rows import DenseTarget, LogSum, RawRows, Workspace, row_bytes
+from collegium.kernels.rows import (
+    DenseTarget,
+    LogSum,
+    RawRows,
+    Workspace,
+    product,
+    row_bytes,
+    spans,
+)
+from collegium.types import Head
 from kernel_cases import (
     BACKENDS,
     CASES,
@@ -71,6 +80,50 @@ def test_softmax_with_factors(backend, dtype, head):
     kernels = kernels_of(backend)
     kernels.softmax_(rows, kernels.read(rows, labels).log_sum, factor_n)
     close(rows.values_nV, expected, dtype)
+
+
+@pytest.mark.parametrize(
+    "offsets", [(0, 0, 0, 0), (45, -35, 10, -35), (-35, 0, 300, 0), (-300, 2, 2, 2)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pool_of_many_whatever_the_size_of_their_logits(backend, dtype, offsets):
+    kernels, unit_n = kernels_of(backend), None
+    pool_nV, expected = torch.full((N, V), torch.nan, dtype=dtype), torch.zeros(N, V).double()
+    for number, offset in enumerate(offsets):
+        rows, labels = raw_rows(N, V, torch.float64, seed=number)
+        rows = RawRows((rows.values_nV + offset).to(dtype))
+        share_n = torch.rand(N, dtype=dtype)
+        share_n[0], share_n[1], share_n[2] = 0.0, 1.0, 1.0 - 1e-6
+        if number == 2:
+            share_n[1] = 0.0
+        share = 1.0 if number == 0 else share_n.double()[:, None]
+        expected = (1.0 - share) * expected + share * truth_of(rows).softmax(-1)
+        unit_n = kernels.add_(
+            pool_nV,
+            rows,
+            kernels.read(rows, labels).log_sum,
+            None if number == 0 else share_n,
+            is_log=False,
+            unit_n=unit_n,
+            is_last=number == 3,
+        )
+        whole_nV = pool_nV if unit_n is None else pool_nV * unit_n[:, None]
+        close(whole_nV, expected, dtype)
+    assert unit_n is None
+
+
+@pytest.mark.parametrize("offset", [-300.0, -39.0, 0.0, 40.0, 300.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_added_to_all_logits_changes_nothing(backend, offset):
+    rows, labels = raw_rows(N, V, torch.float32)
+    truth = truth_of(rows)
+    rows.values_nV[4:] += offset  # rows of one strip may differ
+    truth[4:] = rows.values_nV[4:].double()
+    reading, logp = kernels_of(backend).read(rows, labels), truth.log_softmax(-1)
+    close(reading.log_sum.total(), truth.logsumexp(-1), torch.float32)
+    close(reading.entropy_n, -(logp.exp() * logp).sum(-1), torch.float32)
+    close(reading.label_logp_n, logp.gather(1, labels[:, None])[:, 0], torch.float32)
 
 
 def slope(z, raw):
@@ -188,6 +241,23 @@ def test_rows_of_a_device_begin_at_aligned_places(monkeypatch, dtype, vocab_size
     row = values_nV.stride(0) * dtype.itemsize
     assert row % 32 == 0
     assert vocab_size * dtype.itemsize <= row < vocab_size * dtype.itemsize + 32
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("vocab_size", [5, 16, 29])
+def test_products_of_a_device_have_even_sizes(monkeypatch, vocab_size, with_bias):
+    weight = torch.randn(vocab_size, 4, dtype=torch.float64)
+    assert spans(weight) == [slice(0, vocab_size)]
+    monkeypatch.setattr("collegium.kernels.rows.row_bytes", lambda device: 64)
+    parts = spans(weight)
+    assert [v for part in parts for v in range(vocab_size)[part]] == list(range(vocab_size))
+    assert [(part.stop - part.start) % 8 for part in parts[:-1]] == [0] * (len(parts) - 1)
+    assert len(parts) == {5: 1, 16: 1, 29: 2}[vocab_size]
+    bias = torch.randn(vocab_size, dtype=torch.float64) if with_bias else None
+    hidden, out = torch.randn(N, 4, dtype=torch.float64), torch.empty(N, vocab_size).double()
+    rows = product(hidden, Head(weight, bias), out)
+    expected = torch.nn.functional.linear(hidden, weight, bias)
+    torch.testing.assert_close(rows.values_nV, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_strips_do_not_change_the_result(monkeypatch):

@@ -177,15 +177,18 @@ class Pool:
         self._kind = kind
         # A single member is its own pool: no way through exp and log, which would round.
         self._is_single = num_teachers == 1
+        self._num_missing = num_teachers
         self._exponent = exponent
         self._kernels = kernels or TorchKernels()
         self._workspace = workspace
         self._mean_nV: Tensor | None = None
+        self._unit_n: Tensor | None = None
         self._total_n: Tensor | None = None
         self._only: Member | None = None
 
     def add(self, member: Member, score_n: Tensor) -> None:
         """Take in one member; its values are copied, except those of a single member that is ours."""
+        self._num_missing -= 1
         if self._is_single:
             self._only = member
             return
@@ -201,12 +204,14 @@ class Pool:
             share_n = share_n.exp()
         mean_nV = self._mean_nV
         dtype = mean_nV.dtype  # of the first member, when a later one is wider or narrower
-        self._kernels.add_(
+        self._unit_n = self._kernels.add_(
             mean_nV,
             member.rows,
             member.log_sum.to(dtype),
             None if share_n is None else share_n.to(dtype),
             is_log=self._kind != "linear",
+            unit_n=self._unit_n,
+            is_last=self._num_missing == 0,
         )
         if self._kind == "power_mean":
             mean_nV.mul_(self._exponent)
@@ -231,6 +236,9 @@ class Pool:
             return target, None if self._kind == "linear" else zero_n
         assert self._mean_nV is not None
         mean_nV = self._mean_nV
+        if self._unit_n is not None:
+            mean_nV.mul_(self._unit_n[:, None])
+            self._unit_n = None
         if self._kind == "linear":
             return DenseTarget(RawRows(mean_nV), "prob"), None
         if self._kind == "power_mean":

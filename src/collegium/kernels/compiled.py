@@ -49,6 +49,8 @@ class CompiledKernels:
         share_n: Tensor | None,
         *,
         is_log: bool,
+        unit_n: Tensor | None = None,
+        is_last: bool = True,
     ) -> None:
         x_nV, dtype = rows.values_nV, pool_nV.dtype
         variant = (x_nV.dtype, dtype, rows.softcap is None, share_n is None, is_log)

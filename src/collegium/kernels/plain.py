@@ -30,6 +30,11 @@ GPU_STRIP_BYTES = 2**27
 LEAST_LOGIT = -1e30
 """Stands for z - max z = -inf: exp of it is 0, and 0 times it is no NaN."""
 
+LEAST_TAME, MOST_TAME = -40.0, 50.0
+"""Between them the largest logit of every row lets exp z be taken without a shift, in float32: 62 is log of 2^20 exp 48."""
+LEAST_UNIT = 1e-30
+"""Of a pool whose probabilities are u times its values: the values stay below 1 / u."""
+
 
 class TorchKernels:
     """`RowKernels` by operations of PyTorch on strips."""
@@ -48,19 +53,23 @@ class TorchKernels:
 
     def _read(self, rows: RawRows, labels_n: Tensor, *, has_excluded: bool) -> Reading:
         max_n, sum_n, dot_n = self._empty_rows(rows, 3)
+        shift_n = torch.zeros_like(max_n)
         for part in self._strips(rows):
             z_sV = self._logits(rows, part, "z")
-            shifted_sV, exp_sV = self._strip(z_sV, "shifted"), self._strip(z_sV, "exp")
+            exp_sV = self._strip(z_sV, "exp")
             max_s = torch.amax(z_sV, -1, out=max_n[part])
-            torch.sub(z_sV, max_s[:, None], out=shifted_sV)
-            torch.exp(shifted_sV, out=exp_sV)
+            if has_excluded or not _is_tame(max_s):
+                shift_n[part] = max_s
+                z_sV = torch.sub(z_sV, max_s[:, None], out=self._strip(z_sV, "shifted"))
+            torch.exp(z_sV, out=exp_sV)
             torch.sum(exp_sV, -1, out=sum_n[part])
             if has_excluded:
-                shifted_sV.clamp_(min=LEAST_LOGIT)
-            torch.linalg.vecdot(exp_sV, shifted_sV, out=dot_n[part])
-        log_sum = LogSum(max_n, sum_n.log())
+                z_sV.clamp_(min=LEAST_LOGIT)
+            torch.sum(exp_sV.mul_(z_sV), -1, out=dot_n[part])
+        above_n = max_n - shift_n  # exactly 0 where there was a shift
+        log_sum = LogSum(max_n, (sum_n * torch.exp(-above_n)).log())
         label_logp_n = log_sum.logp(rows.at_labels(labels_n)[0])
-        return Reading(log_sum, log_sum.log_sum_n - dot_n / sum_n, label_logp_n)
+        return Reading(log_sum, (above_n - dot_n / sum_n) + log_sum.log_sum_n, label_logp_n)
 
     def add_(
         self,
@@ -70,7 +79,18 @@ class TorchKernels:
         share_n: Tensor | None,
         *,
         is_log: bool,
-    ) -> None:
+        unit_n: Tensor | None = None,
+        is_last: bool = True,
+    ) -> Tensor | None:
+        if not is_log and _is_tame(log_sum.max_n):
+            units = _units(log_sum, share_n, unit_n)
+            if units is not None:
+                self._add_unscaled_(
+                    pool_nV, rows, *units, is_first=share_n is None, is_last=is_last
+                )
+                return None if is_last else units[0]
+        if unit_n is not None:
+            pool_nV.mul_(unit_n[:, None])
         norm_n = log_sum.log_sum_n if is_log else torch.exp(-log_sum.log_sum_n)
         factor_n = norm_n if is_log or share_n is None else norm_n * share_n
         for part in self._strips(rows):
@@ -86,6 +106,27 @@ class TorchKernels:
             else:
                 pool_sV.mul_((1.0 - share_n)[part, None])
                 pool_sV.addcmul_(out_sV.exp_(), factor_n[part, None])
+
+    def _add_unscaled_(
+        self,
+        pool_nV: Tensor,
+        rows: RawRows,
+        unit_n: Tensor,
+        factor_n: Tensor,
+        *,
+        is_first: bool,
+        is_last: bool,
+    ) -> None:
+        """pool <- pool + factor exp z: the pool's own share is in its unit, and needs no sweep."""
+        for part in self._strips(rows):
+            z_sV, pool_sV = self._logits(rows, part, "z"), pool_nV[part]
+            if is_first:
+                torch.exp(z_sV, out=pool_sV)
+            else:
+                exp_sV = torch.exp(z_sV, out=self._strip(pool_sV, "exp"))
+                pool_sV.addcmul_(exp_sV, factor_n[part, None])
+            if is_last:
+                pool_sV.mul_(unit_n[part, None])
 
     def softmax_(self, rows: RawRows, log_sum: LogSum, factor_n: Tensor) -> None:
         factor_n = factor_n * torch.exp(-log_sum.log_sum_n)
@@ -106,8 +147,11 @@ class TorchKernels:
     ) -> tuple[LogSum, Tensor]:
         max_n, log_sum_n, kl_n = self._empty_rows(rows, 3)
         for part in self._strips(rows):
-            z_sV = self._logits(rows, part, "z")
-            shifted_sV, exp_sV = self._strip(z_sV, "shifted"), self._strip(z_sV, "exp")
+            z_sV, raw_sV = self._logits(rows, part, "z"), rows.values_nV[part]
+            shifted_sV = self._strip(z_sV, "shifted")
+            # Where the values are the logits, the gradient is formed in their place.
+            is_raw = z_sV.data_ptr() == raw_sV.data_ptr()
+            exp_sV = raw_sV if is_raw else self._strip(z_sV, "exp")
             max_s = torch.amax(z_sV, -1, out=max_n[part])
             torch.sub(z_sV, max_s[:, None], out=shifted_sV)
             sum_s1 = torch.exp(shifted_sV, out=exp_sV).sum(-1, keepdim=True)
@@ -128,7 +172,7 @@ class TorchKernels:
                     exp_sV.mul_(ce_s1 / sum_s1)
                     exp_sV.addcmul_(soft_sV, kd_s1 * mass_s1 / (kd_sum_s1 * temperature))
                 exp_sV.addcmul_(prob_sV, kd_s1, value=-1.0 / temperature)
-                dot_s = torch.linalg.vecdot(prob_sV, logp_sV.sub_(shifted_sV))
+                dot_s = logp_sV.sub_(shifted_sV).mul_(prob_sV).sum(-1)
                 kl_n[part] = dot_s + (mass_s1 * kd_sum_s1.log())[:, 0]
             self._store(rows, part, z_sV, exp_sV)
         return LogSum(max_n, log_sum_n), kl_n
@@ -156,7 +200,9 @@ class TorchKernels:
             grad_sV.mul_(slope_sV)
         if rows.scale != 1.0:
             grad_sV.mul_(rows.scale)
-        rows.values_nV[part] = grad_sV
+        raw_sV = rows.values_nV[part]
+        if raw_sV.data_ptr() != grad_sV.data_ptr():
+            raw_sV.copy_(grad_sV)
 
     def _logits(self, rows: RawRows, part: slice, name: str) -> Tensor:
         """The logits of a strip; the values themselves where they are the logits."""
@@ -180,6 +226,31 @@ class TorchKernels:
         size = max(1, budget // (vocab_size * rows.dtype.itemsize))
         for start in range(0, num_rows, size):
             yield slice(start, min(start + size, num_rows))
+
+
+def _is_tame(max_n: Tensor) -> bool:
+    """Whether exp z may be taken as it is: nothing overflows, and what underflows is nothing beside exp max z.
+
+    A device is not asked, for it would have to answer.
+    """
+    is_known = max_n.device.type == "cpu"
+    return is_known and all(LEAST_TAME <= value <= MOST_TAME for value in max_n.tolist())
+
+
+def _units(
+    log_sum: LogSum, share_n: Tensor | None, unit_n: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """The pool's new unit u' and the factor of exp z, with u' (pool + factor exp z) = (1 - share) u pool + share P.
+
+    None where the pool would grow out of its dtype: where earlier members have hardly any share left.
+    """
+    inverse_n = torch.exp(-log_sum.max_n) * torch.exp(-log_sum.log_sum_n)
+    if share_n is None:
+        return inverse_n, inverse_n
+    new_n = (1.0 - share_n) if unit_n is None else (1.0 - share_n) * unit_n
+    if not bool((new_n >= LEAST_UNIT).all()):
+        return None
+    return new_n, share_n * inverse_n / new_n
 
 
 def _shape(values_sV: Tensor) -> tuple[int, int]:

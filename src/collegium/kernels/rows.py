@@ -137,7 +137,11 @@ class DenseTarget:
         if self.kind == "prob":
             return values_nV.clamp_(min=torch.finfo(values_nV.dtype).tiny).log_()
         logits_nV = finished(self.rows, values_nV)
-        return floor_(torch.log_softmax(logits_nV, -1, out=logits_nV))
+        if logits_nV.is_contiguous() or self.log_sum is None:
+            return floor_(torch.log_softmax(logits_nV, -1, out=logits_nV))
+        # Into rows with gaps it would have to be copied.
+        logits_nV.sub_(self.log_sum.max_n[:, None]).sub_(self.log_sum.log_sum_n[:, None])
+        return floor_(logits_nV)
 
 
 class RowKernels(Protocol):
@@ -157,8 +161,25 @@ class RowKernels(Protocol):
         share_n: Tensor | None,
         *,
         is_log: bool,
-    ) -> None:
-        """pool <- (1 - share) pool + share m, with m = P of the rows, or log P for `is_log`; without shares pool <- m."""
+        unit_n: Tensor | None = None,
+        is_last: bool = True,
+    ) -> Tensor | None:
+        """pool <- (1 - share) pool + share m, with m = P of the rows, or log P for `is_log`; without shares pool <- m.
+
+        A pool of which more comes may be left as multiples of a unit per row, which saves a sweep.
+
+        Args:
+            pool_nV: what there is of the pool; written over without shares.
+            rows: the member's.
+            log_sum: of the rows.
+            share_n: (n,) the member's share.
+            is_log: whether log-probabilities are pooled.
+            unit_n: what the call before returned.
+            is_last: whether the pool must be whole.
+
+        Returns:
+            (n,) unit: the mean is unit times the pool; None for 1.
+        """
         ...
 
     def softmax_(self, rows: RawRows, log_sum: LogSum, factor_n: Tensor) -> None:
@@ -210,16 +231,29 @@ def product(hidden_nD: Tensor, head: Head, out_nV: Tensor) -> RawRows:
     """Apply a head's matrix, and nothing else, into `out_nV`: no gradient, no new memory of its size."""
     weight_VD = head.weight.detach()
     hidden_nD = hidden_nD.detach().to(weight_VD.dtype)
-    if head.bias is None:
-        torch.mm(hidden_nD, weight_VD.T, out=out_nV)
-    else:
-        torch.addmm(head.bias.detach(), hidden_nD, weight_VD.T, out=out_nV)
+    for part in spans(weight_VD):
+        if head.bias is None:
+            torch.mm(hidden_nD, weight_VD[part].T, out=out_nV[:, part])
+        else:
+            bias_v = head.bias.detach()[part]
+            torch.addmm(bias_v, hidden_nD, weight_VD[part].T, out=out_nV[:, part])
     return RawRows(out_nV, head.scale, head.softcap)
 
 
 def row_bytes(device: torch.device) -> int:
-    """What the length of a row in memory is a multiple of: units of a device's matrix products read 16 aligned bytes or one value."""
+    """Of what the length of a row of a block is a multiple: a device reads 16 aligned bytes at a time, or one value."""
     return 1 if device.type == "cpu" else 128
+
+
+def spans(weight_VD: Tensor) -> list[slice]:
+    """The vocabulary of a head in parts for its matrix products: all that fills units of `row_bytes`, then the few tokens left.
+
+    Devices do products whose sizes are odd at a fraction of their speed.
+    """
+    vocab_size = weight_VD.shape[0]
+    unit = max(1, row_bytes(weight_VD.device) // weight_VD.element_size())
+    whole = vocab_size // unit * unit
+    return [part for part in (slice(0, whole), slice(whole, vocab_size)) if part.stop > part.start]
 
 
 class Workspace:

@@ -37,7 +37,7 @@ class TritonKernels:
         x_nV = rows.values_nV
         max_n, log_sum_n, entropy_n = _empty_rows(rows, 3)
         _read_kernel[(x_nV.shape[0],)](
-            x_nV, max_n, log_sum_n, entropy_n, *_extent(x_nV), **_head(rows), **_shape(rows)
+            x_nV, max_n, log_sum_n, entropy_n, **_head(rows), **_shape(rows)
         )
         log_sum = LogSum(max_n, log_sum_n)
         return Reading(log_sum, entropy_n, log_sum.logp(rows.at_labels(labels_n)[0]))
@@ -50,6 +50,8 @@ class TritonKernels:
         share_n: Tensor | None,
         *,
         is_log: bool,
+        unit_n: Tensor | None = None,
+        is_last: bool = True,
     ) -> None:
         _add_kernel[_tiles(rows)](
             pool_nV,
@@ -57,8 +59,7 @@ class TritonKernels:
             log_sum.max_n,
             log_sum.log_sum_n,
             log_sum.max_n if share_n is None else share_n,
-            *_extent(rows.values_nV),
-            pool_nV.stride(0),
+            pool_stride=pool_nV.stride(0),
             has_share=share_n is not None,
             is_log=is_log,
             least=floor(pool_nV.dtype),
@@ -69,9 +70,7 @@ class TritonKernels:
     def softmax_(self, rows: RawRows, log_sum: LogSum, factor_n: Tensor) -> None:
         x_nV = rows.values_nV
         norm = (log_sum.max_n, log_sum.log_sum_n)
-        _softmax_kernel[_tiles(rows)](
-            x_nV, *norm, factor_n, *_extent(x_nV), **_head(rows), **_shape(rows)
-        )
+        _softmax_kernel[_tiles(rows)](x_nV, *norm, factor_n, **_head(rows), **_shape(rows))
 
     def distill_(
         self,
@@ -96,8 +95,7 @@ class TritonKernels:
             max_n,
             log_sum_n,
             kl_n,
-            *_extent(x_nV),
-            given.values_nV.stride(0),
+            target_stride=given.values_nV.stride(0),
             kind=KINDS[None if target is None else target.kind],
             target_scale=given.scale,
             target_cap=given.softcap or 0.0,
@@ -110,19 +108,16 @@ class TritonKernels:
         return LogSum(max_n, log_sum_n), kl_n
 
 
-def _extent(x_nV: Tensor) -> tuple[int, int]:
-    """Columns, and elements from one row to the next."""
-    return x_nV.shape[1], x_nV.stride(0)
-
-
 def _head(rows: RawRows) -> dict[str, float]:
     return {"scale": rows.scale, "cap": rows.softcap or 0.0}
 
 
 def _shape(rows: RawRows) -> dict[str, object]:
-    """What is compiled in. Multiplications and additions are fused, whatever the default of the Triton at hand."""
+    """The extent, and what is compiled in. Multiplications and additions are fused, whatever the default of the Triton at hand."""
     tile = _tile(rows)
     return {
+        "num_columns": rows.values_nV.shape[1],
+        "x_stride": rows.values_nV.stride(0),
         "wide": tl.float64 if rows.dtype == torch.float64 else tl.float32,
         "tile": tile,
         "num_warps": max(1, tile // COLUMNS_PER_WARP),
@@ -263,6 +258,7 @@ def _add_kernel(
     for is_rest in tl.static_range(2):
         if (start + tile > num_columns) == is_rest:
             z = _logits(_load(x_ptr, columns, num_columns, wide, is_rest), scale, cap)
+            z = _inside(z, most, columns, num_columns, is_rest)
             member = (z - most) - log_sum
             if is_log:
                 member = tl.where(member < least, least, member)
@@ -297,6 +293,7 @@ def _softmax_kernel(
     for is_rest in tl.static_range(2):
         if (start + tile > num_columns) == is_rest:
             z = _logits(_load(x_ptr, columns, num_columns, wide, is_rest), scale, cap)
+            z = _inside(z, most, columns, num_columns, is_rest)
             grad = factor * tl.exp((z - most) - log_sum) * _slope(z, scale, cap)
             _store(x_ptr, columns, grad, num_columns, is_rest)
 
@@ -381,6 +378,7 @@ def _distill_kernel(
         for start in range(is_rest * whole, whole + is_rest * (num_columns - whole), tile):
             columns = start + tl.arange(0, tile)
             z = _logits(_load(x_ptr, columns, num_columns, wide, is_rest), scale, cap)
+            z = _inside(z, most, columns, num_columns, is_rest)
             grad = ce * tl.exp((z - most) - log_sum)
             if kind != _NONE:
                 value = _load(target_ptr, columns, num_columns, wide, is_rest)

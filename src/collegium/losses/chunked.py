@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from collegium.kernels.rows import RawRows, Workspace, product
+from collegium.kernels.rows import RawRows, Workspace, product, spans
 from collegium.types import Head
 
 RowLosses = Callable[[Tensor, slice], Mapping[str, Tensor]]
@@ -209,10 +209,11 @@ class _Sums:
         self, draw_nV: Tensor, hidden_nD: Tensor, weight_VD: Tensor, block: slice
     ) -> None:
         """Send the gradient of the head's output on to the three inputs."""
-        if self.dhidden_ND is not None:
-            add_product_(self.dhidden_ND[block], draw_nV, weight_VD)
-        if self.dweight_VD is not None:
-            add_product_(self.dweight_VD, draw_nV.T, hidden_nD)
+        for part in spans(weight_VD):
+            if self.dhidden_ND is not None:
+                add_product_(self.dhidden_ND[block], draw_nV[:, part], weight_VD[part])
+            if self.dweight_VD is not None:
+                add_product_(self.dweight_VD[part], draw_nV[:, part].T, hidden_nD)
         if self.dbias_V is not None:
             self.dbias_V += draw_nV.sum(0, dtype=self.dtype)
 
