@@ -86,17 +86,18 @@ def test_softmax_with_factors(backend, dtype, head):
     "offsets", [(0, 0, 0, 0), (45, -35, 10, -35), (-35, 0, 300, 0), (-300, 2, 2, 2)]
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("has_all", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_pool_of_many_whatever_the_size_of_their_logits(backend, dtype, offsets):
+def test_a_pool_of_many_whatever_the_size_of_their_logits(backend, dtype, offsets, has_all):
     kernels, unit_n = kernels_of(backend), None
     pool_nV, expected = torch.full((N, V), torch.nan, dtype=dtype), torch.zeros(N, V).double()
     for number, offset in enumerate(offsets):
         rows, labels = raw_rows(N, V, torch.float64, seed=number)
         rows = RawRows((rows.values_nV + offset).to(dtype))
         share_n = torch.rand(N, dtype=dtype)
-        share_n[0], share_n[1], share_n[2] = 0.0, 1.0, 1.0 - 1e-6
-        if number == 2:
-            share_n[1] = 0.0
+        share_n[0], share_n[1] = 0.0, 1.0 - 1e-6
+        if has_all:  # the rest is then nothing, and no number of the pool's dtype is its unit
+            share_n[2] = 1.0 if number == 1 else 0.5
         share = 1.0 if number == 0 else share_n.double()[:, None]
         expected = (1.0 - share) * expected + share * truth_of(rows).softmax(-1)
         unit_n = kernels.add_(
