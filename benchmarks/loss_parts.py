@@ -95,11 +95,11 @@ def operations() -> Variants:
 
 def dot_products() -> Variants:
     """Row by row of two strips in the cache."""
-    left, right = torch.randn(4, VOCAB), torch.randn(4, VOCAB)
+    left, right, out = torch.randn(4, VOCAB), torch.randn(4, VOCAB), torch.empty(4, VOCAB)
     return {
         "vecdot": lambda: torch.linalg.vecdot(left, right),
         "batched product": lambda: torch.bmm(left[:, None], right[:, :, None]),
-        "multiply, then sum": lambda: (left * right).sum(-1),
+        "multiply into a strip, then sum": lambda: torch.mul(left, right, out=out).sum(-1),
     }
 
 
@@ -108,7 +108,11 @@ def kernel_steps(kernels: RowKernels) -> dict[str, Callable[[], object]]:
     logits, used = torch.randn(ROWS, VOCAB) * 3, torch.empty(ROWS, VOCAB)
     pool = torch.full((ROWS, VOCAB), 1.0 / VOCAB)
     labels, share = torch.randint(VOCAB, (ROWS,)), torch.full((ROWS,), 0.5)
-    log_sum = kernels.read(RawRows(logits), labels).log_sum
+    rows = RawRows(logits)
+    log_sum = kernels.read(rows, labels).log_sum
+    sums = torch.empty_like(pool)
+    unit = kernels.add_(sums, rows, log_sum, None, is_log=False, is_last=False)
+    more = {"unit_n": unit, "is_last": False}
     target, one = DenseTarget(RawRows(pool), "prob"), torch.ones(ROWS)
 
     def distill() -> None:
@@ -116,8 +120,11 @@ def kernel_steps(kernels: RowKernels) -> dict[str, Callable[[], object]]:
         kernels.distill_(RawRows(used), target, one, one, temperature=1.0)
 
     return {
-        "read": lambda: kernels.read(RawRows(logits), labels),
-        "add_": lambda: kernels.add_(pool, RawRows(logits), log_sum, share, is_log=False),
+        "read": lambda: kernels.read(rows, labels),
+        "add_, more to come": lambda: kernels.add_(
+            sums, rows, log_sum, share, is_log=False, **more
+        ),
+        "add_, the last": lambda: kernels.add_(pool, rows, log_sum, share, is_log=False),
         "distill_, with a copy": distill,
     }
 

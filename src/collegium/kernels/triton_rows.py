@@ -3,7 +3,7 @@
 Shapes: n rows of one block, V vocabulary.
 
 Passes over a block, r reads and w writes of (n, V): statistics r; pooling r of the logits, r and w of the pool; distilling 2 r
-and w of the logits, the second r mostly from the cache of the device, and r of the target. The mass of a target counts as 1.
+and w of the logits, the second r in part from the cache of the device, and r of the target. The mass of a target counts as 1.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
