@@ -31,7 +31,7 @@ LEAST_LOGIT = -1e30
 """Stands for z - max z = -inf: exp of it is 0, and 0 times it is no NaN."""
 
 LEAST_TAME, MOST_TAME = -40.0, 50.0
-"""Between them the largest logit of every row lets exp z be taken without a shift, in float32: 62 is log of 2^20 exp 48."""
+"""Between them the largest logit of every row lets exp z be taken without a shift, in float32: 2^20 times exp 50 is exp 64, and it ends at exp 88."""
 LEAST_UNIT = 1e-30
 """Of a pool whose probabilities are u times its values: the values stay below 1 / u."""
 
@@ -248,9 +248,11 @@ def _units(
     if share_n is None:
         return inverse_n, inverse_n
     new_n = (1.0 - share_n) if unit_n is None else (1.0 - share_n) * unit_n
-    if not bool((new_n >= LEAST_UNIT).all()):
+    factor_n = share_n * inverse_n / new_n
+    # The factor is the larger the lower the logits of its member lie, and may leave the dtype alone.
+    if not bool(((new_n >= LEAST_UNIT) & factor_n.isfinite()).all()):
         return None
-    return new_n, share_n * inverse_n / new_n
+    return new_n, factor_n
 
 
 def _shape(values_sV: Tensor) -> tuple[int, int]:
