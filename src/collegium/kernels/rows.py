@@ -245,13 +245,18 @@ def row_bytes(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 128
 
 
+def _unit(like: Tensor) -> int:
+    """`row_bytes` in elements of a tensor."""
+    return max(1, row_bytes(like.device) // like.element_size())
+
+
 def spans(weight_VD: Tensor) -> list[slice]:
     """The vocabulary of a head in parts for its matrix products: all that fills units of `row_bytes`, then the few tokens left.
 
     Devices do products whose sizes are odd at a fraction of their speed.
     """
     vocab_size = weight_VD.shape[0]
-    unit = max(1, row_bytes(weight_VD.device) // weight_VD.element_size())
+    unit = _unit(weight_VD)
     whole = vocab_size // unit * unit
     return [part for part in (slice(0, whole), slice(whole, vocab_size)) if part.stop > part.start]
 
@@ -269,7 +274,7 @@ class Workspace:
     def matrix(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
         """An uninitialized matrix with the dtype and device of `like`; between its rows there may be a gap."""
         num_rows, num_columns = shape
-        unit = max(1, row_bytes(like.device) // like.element_size())
+        unit = _unit(like)
         stride = -(-num_columns // unit) * unit
         num_bytes = num_rows * stride * like.element_size()
         buffer = self._buffers.pop(name, None)
