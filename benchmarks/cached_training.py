@@ -39,10 +39,10 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.fusion.pooling import Fusion
 from collegium.models import forward_rows
 from collegium.run_folder import environment
-from collegium.teachers.ahead import Announcing
 from collegium.teachers.cached import CachedTeacher
 from collegium.teachers.encoders import FusedEncoder
 from collegium.teachers.local import LocalTeacher
+from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.types import Batch, Teacher
 
@@ -184,7 +184,7 @@ def one_ahead(
         batch_size=options.batch,
         shuffle=True,
         generator=torch.Generator().manual_seed(0),
-        collate_fn=Announcing(Collator(), stored),
+        collate_fn=PrefetchingCollator(Collator(), stored),
     )
     found = iter(loader)
     in_hand = next(found)

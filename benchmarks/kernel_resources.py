@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from collegium.kernels.rows import DenseTarget, LogSum, RawRows, row_bytes
+from collegium.kernels.rows import DenseTarget, LogSumExp, RawRows, row_alignment_bytes
 from collegium.kernels.triton_rows import TritonKernels
 
 REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32
@@ -106,7 +106,7 @@ def compiled_for(capability: int) -> Iterator[list[tuple[str, Any]]]:
 
 def aligned(vocab_size: int, dtype: torch.dtype) -> RawRows:
     """One row as a workspace of a device would lay it out."""
-    unit = row_bytes(torch.device("cuda")) // dtype.itemsize
+    unit = row_alignment_bytes(torch.device("cuda")) // dtype.itemsize
     values_nV = torch.zeros(1, -(-vocab_size // unit) * unit, dtype=dtype)
     return RawRows(values_nV[:, :vocab_size])
 
@@ -116,7 +116,7 @@ def call_all(rows: RawRows) -> None:
     kernels, (num_rows, vocab_size) = TritonKernels(), rows.values_nV.shape
     labels_n = torch.zeros(num_rows, dtype=torch.int64)
     one_n = torch.ones(num_rows, dtype=rows.dtype)
-    log_sum = LogSum(one_n, one_n)
+    log_sum = LogSumExp(one_n, one_n)
     pool_nV = aligned(vocab_size, rows.dtype).values_nV
     capped = RawRows(rows.values_nV, 1.0, 30.0)
     for given in (rows, capped):

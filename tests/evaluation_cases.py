@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tiny
 from collegium.data.encode import Encoded, encode
-from collegium.data.records import Document
+from collegium.data.readers import Document
 from collegium.data.windows import PackedDataset
 from collegium.types import Batch, DenseRows, Rows, TeacherRows
 

@@ -20,7 +20,7 @@ from collegium.cache.build import build_cache
 from collegium.cache.feature_build import build_features
 from collegium.cache.feature_store import FeatureCache, open_features, read_feature_manifest
 from collegium.cache.layout import Layout
-from collegium.cache.processes import Share
+from collegium.cache.processes import Ranks
 from collegium.cache.store import (
     TargetCache,
     open_cache,
@@ -159,8 +159,8 @@ def build(workspace: Workspace, fusion: Callable[[], Fusion | None]) -> list[Bui
         raise RecipeError(
             "teachers: none given; a cache holds what teachers say, name at least one"
         )
-    share = Share.from_environment()
-    share.take_device()
+    share = Ranks.from_environment()
+    share.set_device()
     if workspace.recipe.cache.kind == "per_teacher":
         parts: tuple[Part, ...] = ("calibration", "train")
         names = workspace.recipe.teachers
@@ -371,7 +371,7 @@ def _build_teacher(workspace: Workspace, name: str, part: Part) -> Built:
 
 def _build(path: Path, identity: Mapping[str, Any], encoder: CorpusEncoder, *, what: str) -> Built:
     num_targets = sum(encoder.shard_targets)
-    share = Share.from_environment()
+    share = Ranks.from_environment()
     with progress(what) as advance:
         manifest = build_cache(
             path,

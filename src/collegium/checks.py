@@ -34,8 +34,8 @@ from collegium.models.folder import ignored_settings, weights_size
 from collegium.models.loading import empty_model
 from collegium.recipe import Recipe, check_recipe
 from collegium.student import check_student, student_config
-from collegium.train.checkpoint import require_sound
-from collegium.vocabulary.verdict import compare, require_same
+from collegium.train.checkpoint import require_valid_checkpoint
+from collegium.vocabulary.verdict import compare, require_compatible
 from collegium.workspace import Workspace
 
 
@@ -116,7 +116,7 @@ def _check_vocabularies(workspace: Workspace, report: CheckReport) -> None:
             teacher_head_size=head_rows(options, where=where),
             where=where,
         )
-        require_same(verdict)
+        require_compatible(verdict)
         report.lines.append(f"{where}: vocabulary {verdict.kind}; {verdict.message}")
 
 
@@ -164,7 +164,7 @@ def _check_checkpoints(folder: Path) -> None:
     """An unfinished training must have something sound to go on from."""
     for place in (folder / "train", *sorted(folder.glob("controls/*/train"))):
         if not (place / "summary.json").is_file():
-            require_sound(place)
+            require_valid_checkpoint(place)
 
 
 def _check_datasets(workspace: Workspace, report: CheckReport) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from collegium.cache.processes import Share
+from collegium.cache.processes import Ranks
 from collegium.caching import (
     Built,
     build,
@@ -75,8 +75,8 @@ def cache(recipe: Recipe) -> list[Built]:
     Raises:
         CollegiumError: there are no teachers, or the folder cannot be used.
     """
-    share = Share.from_environment()
-    if share.is_alone:
+    share = Ranks.from_environment()
+    if share.is_single:
         with _opened(recipe) as workspace:
             return build(workspace, lambda: _fusion(workspace))
     workspace = Workspace(recipe)

@@ -27,10 +27,10 @@ from collegium.models.loading import empty_model
 from collegium.recipe import Recipe, dump_recipe, plain
 from collegium.run_folder import RunFolder, fingerprint
 from collegium.student import build_student, load_student_tokenizer, student_config
-from collegium.teachers.ahead import Announcing
 from collegium.teachers.cached import BatchKeys, CachedTeacher, StoredTeacher
 from collegium.teachers.cached_features import TappedTeacher
 from collegium.teachers.local import LocalTeacher
+from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train.objective import Objective
 from collegium.train.options import training_arguments
 from collegium.variants import Variant
@@ -195,7 +195,7 @@ class Workspace:
         return DistillTrainer(
             model=student,
             teachers=stored or live,
-            data_collator=Announcing(Collator(), stored) if is_ahead else None,
+            data_collator=PrefetchingCollator(Collator(), stored) if is_ahead else None,
             args=training_arguments(
                 options,
                 output_dir=folder,

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import cache_cases
 from collegium.cache.build import build_cache
 from collegium.cache.codec import Samples
-from collegium.cache.processes import Share
+from collegium.cache.processes import Ranks
 from collegium.cache.store import open_cache
 from collegium.cli import app
 from collegium.errors import CacheError, CollegiumError, RecipeError
@@ -22,7 +22,7 @@ TARGETS = Samples(draws=20)
 COUNTS = [sum(cache_cases.LENGTHS) - len(cache_cases.LENGTHS)] * 5
 
 
-def _build(path: Path, share: Share, *, asked: list[int] | None = None, **changed):
+def _build(path: Path, share: Ranks, *, asked: list[int] | None = None, **changed):
     def encode(number: int):
         if asked is not None:
             asked.append(number)
@@ -33,14 +33,14 @@ def _build(path: Path, share: Share, *, asked: list[int] | None = None, **change
 
 
 def test_the_last_process_ends_the_cache_with_the_bytes_of_one(tmp_path: Path) -> None:
-    whole = _build(tmp_path / "whole", Share())
+    whole = _build(tmp_path / "whole", Ranks())
     asked: list[int] = []
-    assert _build(tmp_path / "cache", Share(1, 3), asked=asked) is None
+    assert _build(tmp_path / "cache", Ranks(1, 3), asked=asked) is None
     assert asked == [1, 4]
-    assert _build(tmp_path / "cache", Share(0, 3), asked=asked) is None
+    assert _build(tmp_path / "cache", Ranks(0, 3), asked=asked) is None
     with pytest.raises(CacheError, match="no finished cache"):
         open_cache(tmp_path / "cache")
-    assert _build(tmp_path / "cache", Share(2, 3), asked=asked) == whole
+    assert _build(tmp_path / "cache", Ranks(2, 3), asked=asked) == whole
     assert sorted(asked) == list(range(5))
     found = cache_cases.content(tmp_path / "cache")
     assert found == cache_cases.content(tmp_path / "whole")
@@ -50,21 +50,21 @@ def test_a_process_removes_only_what_is_its_own(tmp_path: Path) -> None:
     leftovers = [tmp_path / f".shard-{n:05d}-{'a' * 16}.parquet.tmp" for n in (0, 1)]
     for leftover in leftovers:
         leftover.write_bytes(b"half")
-    _build(tmp_path, Share(1, 2))
+    _build(tmp_path, Ranks(1, 2))
     assert [leftover.exists() for leftover in leftovers] == [True, False]
 
 
 def test_locks_keep_out_everybody_but_the_other_ranks(tmp_path: Path) -> None:
-    with Share(0, 2).lock(tmp_path):
-        for other in (Share(), Share(0, 2), Share(0, 4)):
+    with Ranks(0, 2).lock(tmp_path):
+        for other in (Ranks(), Ranks(0, 2), Ranks(0, 4)):
             with pytest.raises(CollegiumError, match="another process is running"):
                 _build(tmp_path, other)
-        assert _build(tmp_path, Share(1, 2)) is None
+        assert _build(tmp_path, Ranks(1, 2)) is None
     with (
-        Share().lock(tmp_path),
+        Ranks().lock(tmp_path),
         pytest.raises(CollegiumError, match="another process is running"),
     ):
-        _build(tmp_path, Share(1, 2))
+        _build(tmp_path, Ranks(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -73,20 +73,20 @@ def test_locks_keep_out_everybody_but_the_other_ranks(tmp_path: Path) -> None:
 )
 def test_ranks_that_fit_nothing_are_refused(environment: dict[str, str]) -> None:
     with pytest.raises(RecipeError, match=r"RANK, WORLD_SIZE: got .*; must be"):
-        Share.from_environment(environment)
+        Ranks.from_environment(environment)
 
 
 def test_the_launcher_tells_the_share() -> None:
-    assert Share.from_environment({}) == Share()
-    assert Share.from_environment({"RANK": "1", "WORLD_SIZE": "4"}) == Share(1, 4)
-    assert [n for n in range(9) if Share(1, 4).owns(n)] == [1, 5]
+    assert Ranks.from_environment({}) == Ranks()
+    assert Ranks.from_environment({"RANK": "1", "WORLD_SIZE": "4"}) == Ranks(1, 4)
+    assert [n for n in range(9) if Ranks(1, 4).owns(n)] == [1, 5]
 
 
 @pytest.mark.parametrize("unfinished", [True, False])
 def test_merged_folders_have_the_bytes_of_one(tmp_path: Path, unfinished: bool) -> None:
-    _build(tmp_path / "whole", Share())
+    _build(tmp_path / "whole", Ranks())
     for rank in range(2):
-        _build(tmp_path / f"part{rank}", Share(rank, 2))
+        _build(tmp_path / f"part{rank}", Ranks(rank, 2))
     first = "part0" if unfinished else "new"
     others = [str(tmp_path / f"part{rank}") for rank in range(2)]
     (tmp_path / first).mkdir(exist_ok=True)
@@ -106,8 +106,8 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
         assert result.exit_code == 2
         return result.output
 
-    _build(tmp_path / "a", Share(0, 2))
-    _build(tmp_path / "b", Share(1, 2), seed=4)
+    _build(tmp_path / "a", Ranks(0, 2))
+    _build(tmp_path / "b", Ranks(1, 2), seed=4)
     (tmp_path / "empty").mkdir()
     assert "seed: 4 -> 3" in merge("a", "b")
     assert "2 of 5 shards are in no folder (1, 3)" in merge("a")
@@ -134,7 +134,7 @@ print("last" if found else "done")
 
 @pytest.mark.slow
 def test_processes_at_the_same_time_end_with_one_cache(tmp_path: Path) -> None:
-    _build(tmp_path / "whole", Share())
+    _build(tmp_path / "whole", Ranks())
     command = [sys.executable, "-c", PROCESS % COUNTS[0], str(tmp_path / "cache")]
     path = os.pathsep.join(p for p in sys.path if p)
     running = [

@@ -16,9 +16,9 @@ import torch
 import cache_cases
 from collegium.cache.codec import SCALARS, Samples, Targets, TopK, decode_rows
 from collegium.cache.layout import Layout
-from collegium.cache.ranks import vocabulary_of
 from collegium.cache.shards import GROUP_TARGETS, PieceKey, window_hash
 from collegium.cache.store import open_cache
+from collegium.cache.token_ranks import vocabulary_of
 from collegium.errors import CacheError
 
 NUM_CORRUPTIONS = 2000

@@ -237,7 +237,7 @@ def test_a_compressed_line_without_end_is_not_read_to_its_end(tmp_path, monkeypa
     with gzip.open(path, "wb", compresslevel=1) as file:
         for _ in range(30):
             file.write(b" " * 1_000_000)
-    monkeypatch.setattr("collegium.data.records._MAX_COUNTED", 12_000_000)
+    monkeypatch.setattr("collegium.data.readers._MAX_COUNTED", 12_000_000)
     expected = "bomb.jsonl.gz:1: line of more than 12.2 MB; must be at most 8.0 MB; raise"
     assert expected in message(path)
 

@@ -6,11 +6,11 @@ import torch
 from collegium.kernels.plain import TorchKernels
 from collegium.kernels.rows import (
     DenseTarget,
-    LogSum,
+    LogSumExp,
     RawRows,
     Workspace,
-    product,
-    row_bytes,
+    head_product,
+    row_alignment_bytes,
     spans,
 )
 from collegium.types import Head
@@ -36,7 +36,7 @@ def _on_its_device(request, monkeypatch):
         request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
     )
     if backend == "triton":
-        monkeypatch.setattr("collegium.kernels.triton_rows.MOST_TILE", 16)
+        monkeypatch.setattr("collegium.kernels.triton_rows.MAX_TILE", 16)
     with device_of(backend or "torch"):
         yield
 
@@ -233,7 +233,7 @@ def test_nothing_is_written_between_the_rows(backend):
 @pytest.mark.parametrize("vocab_size", [16, 29])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_of_a_device_begin_at_aligned_places(monkeypatch, dtype, vocab_size):
-    assert row_bytes(torch.device("cuda")) % 128 == 0
+    assert row_alignment_bytes(torch.device("cuda")) % 128 == 0
     assert Workspace().matrix("logits", (N, V), torch.empty(0, dtype=dtype)).is_contiguous()
     monkeypatch.setattr("collegium.kernels.rows.row_bytes", lambda device: 32)
     like = torch.empty(0, dtype=dtype)
@@ -256,7 +256,7 @@ def test_products_of_a_device_have_even_sizes(monkeypatch, vocab_size, with_bias
     assert len(parts) == {5: 1, 16: 1, 29: 2}[vocab_size]
     bias = torch.randn(vocab_size, dtype=torch.float64) if with_bias else None
     hidden, out = torch.randn(N, 4, dtype=torch.float64), torch.empty(N, vocab_size).double()
-    rows = product(hidden, Head(weight, bias), out)
+    rows = head_product(hidden, Head(weight, bias), out)
     expected = torch.nn.functional.linear(hidden, weight, bias)
     torch.testing.assert_close(rows.values_nV, expected, rtol=1e-12, atol=1e-12)
 
@@ -267,4 +267,4 @@ def test_strips_do_not_change_the_result(monkeypatch):
     monkeypatch.setattr("collegium.kernels.plain.CPU_STRIP_BYTES", 8 * V * 2)
     parts = TorchKernels().read(rows, labels)
     assert torch.equal(whole.entropy_n, parts.entropy_n)
-    assert isinstance(whole.log_sum, LogSum)
+    assert isinstance(whole.log_sum, LogSumExp)

@@ -114,7 +114,7 @@ def test_a_graph_that_is_kept_can_be_asked_again():
 
 
 def test_blocks_that_are_not_asked_for_have_one_size(monkeypatch):
-    monkeypatch.setattr("collegium.losses.chunked.MOST_BLOCK", 8)
+    monkeypatch.setattr("collegium.losses.chunked.MAX_BLOCK", 8)
     problem, seen = Problem(), []
 
     def row_losses(logits, block):

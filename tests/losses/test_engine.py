@@ -50,7 +50,7 @@ def _aligned_rows(request: Any, monkeypatch: Any) -> None:
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and callspec.params.get("backend") == "triton":
         monkeypatch.setattr("collegium.kernels.rows.row_bytes", lambda device: 32)
-        monkeypatch.setattr("collegium.kernels.triton_rows.MOST_TILE", 16)
+        monkeypatch.setattr("collegium.kernels.triton_rows.MAX_TILE", 16)
 
 
 class Problem:

@@ -13,7 +13,7 @@ from collegium.cli import app
 from collegium.errors import RecipeError
 from collegium.recipe import load_recipe
 from collegium.study import sweep
-from collegium.study.measures import spearman
+from collegium.study.measurements import spearman
 from collegium.study.options import load_study
 from collegium.study.run import run_study
 from collegium.study.zoo import PermutedLabels

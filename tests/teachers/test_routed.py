@@ -23,7 +23,7 @@ from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.models import forward_rows, tap_names, tap_width
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.routed import score_teachers
-from collegium.train.blame import find_bad_rows
+from collegium.train.nan_diagnosis import first_bad_rows
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.types import Batch, HiddenRows, LossSum, Rows, TeacherRows, teacher_number
 
@@ -209,7 +209,7 @@ def test_a_bad_row_is_blamed_on_its_document(student, teachers):
     scored[1].scores.hidden[-1] = torch.nan
     states = forward_rows(student, batch, rows, vocab_size=V)
     loss = LossSum(torch.zeros(()), {}, {}, {}, len(rows))
-    found = find_bad_rows(states, scored, loss, rows)
+    found = first_bad_rows(states, scored, loss, rows)
     assert found is not None
     assert found[0] == "teacher `b`"
     assert found[1].tolist() == [int(rows.samples[scored[1].answered[-1]])]

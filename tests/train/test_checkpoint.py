@@ -263,14 +263,14 @@ def test_a_folder_of_another_name_has_no_step(tmp_path: Path) -> None:
 
 
 def test_a_run_of_damaged_checkpoints_is_refused_and_left_alone(tmp_path: Path) -> None:
-    checkpoint.require_sound(tmp_path)
+    checkpoint.require_valid_checkpoint(tmp_path)
     for step in (8, 12):
         make(tmp_path, step)
     (tmp_path / "checkpoint-12" / "MANIFEST.json").unlink()
-    checkpoint.require_sound(tmp_path)
+    checkpoint.require_valid_checkpoint(tmp_path)
     (tmp_path / "checkpoint-8" / "student" / "weights").write_text("y" * 100)
     with pytest.raises(TrainingError) as caught:
-        checkpoint.require_sound(tmp_path)
+        checkpoint.require_valid_checkpoint(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: no usable checkpoint: checkpoint-12: has no readable MANIFEST.json (No such file or "
         "directory); checkpoint-8: student/weights fails its sha256; put a sound one back, or delete "
@@ -283,4 +283,4 @@ def test_a_run_of_damaged_checkpoints_is_refused_and_left_alone(tmp_path: Path) 
     with pytest.raises(
         TrainingError, match="checkpoint-16: got checkpoint format 99; must be at most"
     ):
-        checkpoint.require_sound(tmp_path)
+        checkpoint.require_valid_checkpoint(tmp_path)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from collegium.errors import VocabularyError
-from collegium.vocabulary.verdict import SPECIAL, compare, require_same, token_bytes
+from collegium.vocabulary.verdict import SPECIAL, compare, require_compatible, token_bytes
 
 
 def from_backend(backend, **options):
@@ -24,7 +24,7 @@ def changed(vocabulary, *, specials=("<|end|>",), **options):
     return from_backend(backend, **options)
 
 
-def judge(student, teacher, *, student_head=None, teacher_head=None):
+def headline_of(student, teacher, *, student_head=None, teacher_head=None):
     return compare(
         student,
         teacher,
@@ -68,29 +68,29 @@ def test_bytes_of_pieces_and_words():
 
 def test_identical():
     tokenizer = tiny.tiny_tokenizer()
-    verdict = judge(tokenizer, tokenizer, student_head=400, teacher_head=400)
+    verdict = headline_of(tokenizer, tokenizer, student_head=400, teacher_head=400)
     assert (verdict.kind, verdict.vocab_size, verdict.num_differing) == ("identical", 400, 0)
-    require_same(verdict)
+    require_compatible(verdict)
 
 
 def test_pad_rows_and_further_ids_are_compatible():
     student = changed(BASE)
-    rows = judge(student, student, student_head=8, teacher_head=64)
+    rows = headline_of(student, student, student_head=8, teacher_head=64)
     assert (rows.kind, rows.num_pad_rows) == ("compatible", 59)
-    ids = judge(student, changed({**BASE, "more": 5, "yet": 6}))
+    ids = headline_of(student, changed({**BASE, "more": 5, "yet": 6}))
     assert (ids.kind, ids.num_differing, ids.num_pad_rows) == ("compatible", 0, 0)
     assert "2 further ids" in ids.message
-    require_same(ids)
+    require_compatible(ids)
 
 
 def test_equal_size_is_not_equal_vocabulary():
     student = changed(BASE)
     teacher = changed({**BASE, "Ġthe": 4, "ing": 3})
-    verdict = judge(student, teacher, student_head=5, teacher_head=5)
+    verdict = headline_of(student, teacher, student_head=5, teacher_head=5)
     assert verdict.kind == "different"
     assert verdict.differing == ((3, b" the", b"ing"), (4, b"ing", b" the"))
     with pytest.raises(VocabularyError) as caught:
-        require_same(verdict)
+        require_compatible(verdict)
     assert str(caught.value).startswith(
         "teachers.w1: 2 token ids mean other bytes than in the student's tokenizer "
         "(id 3: b'ing' here, b' the' there); must be the same"
@@ -103,7 +103,7 @@ def test_a_special_token_is_not_its_text():
     backend = Tokenizer(models.BPE(vocab=plain, merges=[]))
     backend.decoder = decoders.ByteLevel()
     teacher = PreTrainedTokenizerFast(tokenizer_object=backend)
-    verdict = judge(student, teacher)
+    verdict = headline_of(student, teacher)
     assert verdict.differing == ((0, SPECIAL + b"<|end|>", b"<|end|>"),)
     assert "(id 0: b'<|end|>' here, special `<|end|>` there)" in verdict.message
     assert "the eos id is None here and 0 in the student's tokenizer" in verdict.message
@@ -111,9 +111,9 @@ def test_a_special_token_is_not_its_text():
 
 def test_missing_ids_differ_and_holes_do_not():
     small = changed({k: v for k, v in BASE.items() if v < 4})
-    assert judge(changed(BASE), small).differing == ((4, b"ing", None),)
+    assert headline_of(changed(BASE), small).differing == ((4, b"ing", None),)
     hole = changed({k: v for k, v in BASE.items() if v != 3})
-    assert judge(hole, changed(BASE)).kind == "compatible"
+    assert headline_of(hole, changed(BASE)).kind == "compatible"
 
 
 def test_other_ways_to_spell_the_same_bytes_are_identical():
@@ -122,7 +122,7 @@ def test_other_ways_to_spell_the_same_bytes_are_identical():
     )
     pieces.pre_tokenizer = pre_tokenizers.Metaspace()
     pieces.add_special_tokens(["<|end|>"])
-    assert judge(changed(BASE), from_backend(pieces)).kind == "identical"
+    assert headline_of(changed(BASE), from_backend(pieces)).kind == "identical"
 
 
 def test_ids_beyond_the_rows_of_a_head():
@@ -130,22 +130,22 @@ def test_ids_beyond_the_rows_of_a_head():
     with pytest.raises(
         VocabularyError, match=r"^student: token b' the' has id 3, the model has 3 rows"
     ):
-        judge(student, student, student_head=3)
+        headline_of(student, student, student_head=3)
     with pytest.raises(
         VocabularyError, match=r"^teachers\.w1: token b'ing' has id 4, the model has 4"
     ):
-        judge(student, student, teacher_head=4)
+        headline_of(student, student, teacher_head=4)
 
 
 def test_stop_token_and_template_are_compared():
     student = changed(BASE, specials=("<|end|>", "<|eot|>"))
     teacher = changed(BASE, specials=("<|end|>", "<|eot|>"))
     teacher.eos_token = "<|eot|>"
-    assert "the eos id is 5 here and 0 in the student's" in judge(student, teacher).message
+    assert "the eos id is 5 here and 0 in the student's" in headline_of(student, teacher).message
     student.chat_template = "a"
     teacher.chat_template = "b"
-    assert "the chat template is not the student's" in judge(student, teacher).message
-    assert "chat template" not in judge(student, student).message
+    assert "the chat template is not the student's" in headline_of(student, teacher).message
+    assert "chat template" not in headline_of(student, student).message
 
 
 def test_large_vocabularies_are_compared_quickly():
@@ -155,5 +155,5 @@ def test_large_vocabularies_are_compared_quickly():
     vocabulary = {token: number for number, token in enumerate(sorted(tokens))}
     tokenizer = changed(vocabulary)
     start = time.process_time()
-    assert judge(tokenizer, tokenizer).kind == "identical"
+    assert headline_of(tokenizer, tokenizer).kind == "identical"
     assert time.process_time() - start < 4

@@ -14,7 +14,7 @@ from typing import Any
 
 from collegium.cache.codec import Samples
 from collegium.cache.layout import Layout
-from collegium.cache.processes import Share
+from collegium.cache.processes import Ranks
 from collegium.cache.shards import PieceTargets, read_identity, shard_bytes
 from collegium.cache.store import (
     FORMAT,
@@ -31,7 +31,7 @@ from collegium.run_folder import write_json
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 COMMON_BITS = 2.3
 """Bits per rank that unequal frequencies save, on English text with SmolLM2: docs/results/cache.md."""
-ALONE = Share()
+SINGLE_PROCESS = Ranks()
 SPARE = 1.05
 """Free space that is asked for, as a multiple of the estimate."""
 
@@ -45,7 +45,7 @@ def build_cache(
     sample: Callable[[], float] | None = None,
     announce: Callable[[int], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    share: Share = ALONE,
+    share: Ranks = SINGLE_PROCESS,
 ) -> dict[str, Any] | None:
     """Write the shards that are missing, then the manifest; returns it.
 
@@ -114,7 +114,7 @@ class _Job:
     """One build under way."""
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], shard_targets: Sequence[int], share: Share
+        self, path: Path, identity: Mapping[str, Any], shard_targets: Sequence[int], share: Ranks
     ) -> None:
         self._path = path
         self._identity = identity
@@ -173,7 +173,7 @@ class _Job:
 
     def finish(self) -> dict[str, Any] | None:
         """Write the manifest, which makes the cache one; not before the last process is done."""
-        if not self._share.is_alone:
+        if not self._share.is_single:
             if len(shard_files(self._path)) < len(self._shard_targets):
                 return None
             self.found = finished_shards(self._path, self._share)
@@ -247,7 +247,7 @@ def shard_files(path: Path) -> dict[int, Path]:
     return {int(match.group(1)): file for match, file in found if match is not None}
 
 
-def finished_shards(path: Path, share: Share) -> dict[int, Path]:
+def finished_shards(path: Path, share: Ranks) -> dict[int, Path]:
     """The shards that stand and verify. Of its own, a process removes what an interrupted writing or a bad disk left."""
     for leftover in path.glob(".shard-*.tmp"):
         match = SHARD_NAME.match(leftover.name[1:])

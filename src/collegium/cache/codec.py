@@ -5,7 +5,7 @@ Shapes: n rows, V vocabulary, N draws per row, k kept tokens per row, E stored e
 Errors. Draws: the target t = counts / N has E[t] = p exactly and Var[t_i] = p_i (1 - p_i) / N; what is stored is exact.
 Top k: the tail is that of the distribution to float32; each kept log-probability is within `STEP` of the true one, since
 it is rounded to multiples of `STEP` and the kept ones are then scaled, by less than half a step, to sum to 1 - tail.
-Levels, the log-probabilities of drawn tokens, are within `STEP` / 2, down to `-MOST_LEVEL * STEP`.
+Levels, the log-probabilities of drawn tokens, are within `STEP` / 2, down to `-MAX_LEVEL * STEP`.
 Scalars are float16: within 2^-11 of their value, below what bfloat16 teachers leave of it, at half the bytes of float32.
 """
 
@@ -26,8 +26,8 @@ from collegium.types import STRICT, SparseRows
 
 STEP = 1 / 64
 """Nats between two log-probabilities that top k tells apart; logits of 16 in bfloat16 lie eight times as far apart."""
-MOST_LEVEL = 2**16 - 1
-MOST_DRAWS = 2**16 - 1
+MAX_LEVEL = 2**16 - 1
+MAX_DRAWS = 2**16 - 1
 SCALARS = ("entropy", "label_logp", "max_logp", "disagreement")
 """Per row of a fused target, in nats: H(P), log P(label), max log P, and how far the teachers are apart."""
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -60,7 +60,7 @@ class Samples:
     Source: Anshumann et al. 2025, arXiv 2503.16870.
     """
 
-    draws: Annotated[int, Field(ge=1, le=MOST_DRAWS)] = 50
+    draws: Annotated[int, Field(ge=1, le=MAX_DRAWS)] = 50
     """Draws per token of text."""
 
     def encode(self, logp_nV: Tensor, keys_n: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -98,7 +98,7 @@ class Samples:
 class TopK:
     """The k most likely tokens, and all others as one bucket with its exact mass."""
 
-    k: Annotated[int, Field(ge=1, le=MOST_DRAWS)] = 50
+    k: Annotated[int, Field(ge=1, le=MAX_DRAWS)] = 50
     """Tokens kept per token of text."""
     renormalized: bool = False
     """Teach the kept tokens alone, as if the others had no mass: biased, and here to be measured against."""
@@ -109,7 +109,7 @@ class TopK:
         top = logp_nV.topk(num_kept, dim=1)
         rest_nV = logp_nV.scatter(1, top.indices, -torch.inf)
         log_tail_n = rest_nV.logsumexp(1).clamp(max=0.0)
-        level_nk = (-top.values.double() / STEP).round().clamp(0, MOST_LEVEL)
+        level_nk = (-top.values.double() / STEP).round().clamp(0, MAX_LEVEL)
         return (
             np.full(len(logp_nV), num_kept, uint_for(self.k)),
             top.indices.flatten().cpu().numpy(),
@@ -287,7 +287,7 @@ def _levels(logp_nV: Tensor, sizes: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """(E,) log-probabilities of the entries of n rows, in steps."""
     rows = torch.arange(len(logp_nV)).repeat_interleave(torch.from_numpy(sizes.astype(np.int64)))
     logp_E = logp_nV[rows.to(logp_nV.device), torch.from_numpy(ids).to(logp_nV.device)]
-    return (-logp_E.double() / STEP).round().clamp(0, MOST_LEVEL).cpu().numpy().astype(np.uint16)
+    return (-logp_E.double() / STEP).round().clamp(0, MAX_LEVEL).cpu().numpy().astype(np.uint16)
 
 
 def _float16(name: str, values_n: Tensor) -> np.ndarray:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from collegium.cache.feature_shards import PieceFeatures, read_feature_group
 from collegium.cache.features import read_projections
-from collegium.cache.place import Place
+from collegium.cache.location import Location
 from collegium.cache.shards import KEYS, PieceKey
 from collegium.cache.store import load_manifest, require_identity, verify_file
 from collegium.errors import CacheError
@@ -30,7 +30,7 @@ from collegium.errors import CacheError
 FEATURE_FORMAT = 1
 """Version of the layout; another one is refused."""
 FEATURE_MANIFEST = "features.json"
-MOST_GROUPS = 64
+MAX_GROUPS = 64
 """Decoded row groups that are kept."""
 _AGAIN = "delete it and build the cache again, all other shards are kept"
 
@@ -38,7 +38,7 @@ _AGAIN = "delete it and build the cache again, all other shards are kept"
 class FeatureCache:
     """The verified hidden states of one teacher, read by the keys of pieces in any order."""
 
-    def __init__(self, place: Place, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, place: Location, manifest: Mapping[str, Any]) -> None:
         """Take a manifest and files that `open_features` has verified."""
         self.place = place
         self.manifest = manifest
@@ -117,7 +117,7 @@ class FeatureCache:
         except (OSError, ValueError, KeyError) as error:
             raise self._damaged(shard, error) from error
         self._groups[shard, group] = found
-        if len(self._groups) > MOST_GROUPS:
+        if len(self._groups) > MAX_GROUPS:
             self._groups.popitem(last=False)
         return found
 
@@ -144,7 +144,7 @@ class FeatureCache:
         return places
 
     def _damaged(self, shard: int, error: Exception) -> CacheError:
-        name = self.place.name_of(self._names[shard])
+        name = self.place.path_of(self._names[shard])
         return CacheError(f"{name}: damaged ({error}); {_AGAIN}")
 
 
@@ -154,7 +154,7 @@ def open_features(where: Path | str, expected: Mapping[str, Any] | None = None) 
     Raises:
         CacheError: there is none, it is of another run (with the differing fields), or damaged.
     """
-    place = Place.of(where)
+    place = Location.of(where)
     manifest = require_feature_manifest(where)
     if expected is not None:
         require_identity(where, manifest["identity"], expected)
@@ -188,4 +188,4 @@ def read_feature_manifest(where: Path | str) -> dict[str, Any] | None:
 
 def feature_folders(where: Path | str) -> list[str]:
     """The folders of hidden states inside a cache."""
-    return [str(place) for place in Place.of(where).parts(f"features/*/{FEATURE_MANIFEST}")]
+    return [str(place) for place in Location.of(where).parts(f"features/*/{FEATURE_MANIFEST}")]

@@ -13,7 +13,7 @@ from collegium.cache.feature_store import (
     feature_folders,
     require_feature_manifest,
 )
-from collegium.cache.processes import Share
+from collegium.cache.processes import Ranks
 from collegium.cache.shards import read_identity
 from collegium.cache.store import require_identity
 from collegium.errors import CacheError
@@ -74,10 +74,10 @@ def merge_caches(paths: Sequence[Path]) -> dict[str, Any]:
         CacheError: a folder holds no shard, one of another run or of another format, or some shard is in none of them.
     """
     first = paths[0]
-    nobody = Share(0, 2**63)  # of no shard the owner: nothing is removed
-    with Share().lock(first):
+    nobody = Ranks(0, 2**63)  # of no shard the owner: nothing is removed
+    with Ranks().lock(first):
         found = {
-            path: finished_shards(path, Share() if path == first else nobody) for path in paths
+            path: finished_shards(path, Ranks() if path == first else nobody) for path in paths
         }
         sources = {number: file for path in reversed(paths) for number, file in found[path].items()}
         notes = {number: _note(file) for number, file in sources.items()}

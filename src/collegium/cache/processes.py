@@ -21,14 +21,14 @@ REMEDY = "wait for it, or set another cache.path"
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Ranks:
     """One process of `world` that build a cache together."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Share:
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
         """What the launcher says in RANK and WORLD_SIZE; one process alone where it says nothing.
 
         Raises:
@@ -43,7 +43,7 @@ class Share:
         )
 
     @property
-    def is_alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there are no other processes."""
         return self.world == 1
 
@@ -51,9 +51,9 @@ class Share:
         """Whether this process builds a shard."""
         return shard % self.world == self.rank
 
-    def take_device(self, environment: Mapping[str, str] = os.environ) -> None:
+    def set_device(self, environment: Mapping[str, str] = os.environ) -> None:
         """Let each process of a machine compute on a GPU of its own, as LOCAL_RANK says."""
-        if not self.is_alone and torch.cuda.is_available():
+        if not self.is_single and torch.cuda.is_available():
             local_rank = int(environment.get("LOCAL_RANK", self.rank))
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
@@ -65,7 +65,7 @@ class Share:
             CollegiumError: a builder alone, or one of the same rank, is at work.
         """
         with ExitStack() as held:
-            held.enter_context(lock_folder(path, REMEDY, shared=not self.is_alone))
-            if not self.is_alone:
+            held.enter_context(lock_folder(path, REMEDY, shared=not self.is_single))
+            if not self.is_single:
                 held.enter_context(hold_lock(path, f".lock-{self.rank}", REMEDY))
             yield

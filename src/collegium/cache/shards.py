@@ -30,7 +30,7 @@ from collegium.cache.codec import (
     uint_for,
 )
 from collegium.cache.layout import Layout
-from collegium.cache.ranks import (
+from collegium.cache.token_ranks import (
     from_gaps,
     from_heights,
     ranks_of,

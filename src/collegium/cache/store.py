@@ -23,7 +23,7 @@ import torch
 
 from collegium.cache.codec import STEP, EncodedRows, decode_rows
 from collegium.cache.layout import Layout, entropy_name, log_z_name
-from collegium.cache.place import Place
+from collegium.cache.location import Location
 from collegium.cache.shards import PieceKey, read_group, read_keys, read_vocabulary
 from collegium.errors import CacheError
 from collegium.run_folder import differing_fields, fingerprint
@@ -33,13 +33,13 @@ FORMAT = 2
 """Version of docs/cache-format.md; another one is refused, never guessed at."""
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"shard-(\d{5,})-([0-9a-f]{16})\.parquet")
-MOST_GROUPS = 256
+MAX_GROUPS = 256
 """Decoded row groups that are kept, about 1 MB each."""
-MOST_FIELDS = 8
+MAX_FIELDS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _PieceAddress:
     shard: int
     group: int
     piece: int
@@ -48,7 +48,7 @@ class _Place:
 class TargetCache:
     """A cache that verified, read by the keys of its pieces in any order."""
 
-    def __init__(self, place: Place, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, place: Location, manifest: Mapping[str, Any]) -> None:
         """Take a manifest and shards that `open_cache` has verified."""
         self.place = place
         self.manifest = manifest
@@ -162,7 +162,7 @@ class TargetCache:
         except (OSError, ValueError, KeyError) as error:
             raise self._damaged(shard, error) from error
         self._groups[shard, group] = found
-        if len(self._groups) > MOST_GROUPS:
+        if len(self._groups) > MAX_GROUPS:
             self._groups.popitem(last=False)
         return found
 
@@ -171,8 +171,8 @@ class TargetCache:
             self._files[shard] = self.place.parquet(self._names[shard])
         return self._files[shard]
 
-    def _index(self) -> dict[tuple[int, bytes], _Place]:
-        places: dict[tuple[int, bytes], _Place] = {}
+    def _index(self) -> dict[tuple[int, bytes], _PieceAddress]:
+        places: dict[tuple[int, bytes], _PieceAddress] = {}
         for shard in range(len(self._names)):
             try:
                 groups = read_keys(self._file(shard))
@@ -180,12 +180,14 @@ class TargetCache:
                 raise self._damaged(shard, error) from error
             for group, keys in enumerate(groups):
                 for piece, key in enumerate(keys):
-                    places.setdefault((key.document, key.window), _Place(shard, group, piece))
+                    places.setdefault(
+                        (key.document, key.window), _PieceAddress(shard, group, piece)
+                    )
         return places
 
     def _damaged(self, shard: int, error: Exception) -> CacheError:
         return CacheError(
-            f"{self.place.name_of(self._names[shard])}: cannot be read ({error}); must be what the cache was built with; "
+            f"{self.place.path_of(self._names[shard])}: cannot be read ({error}); must be what the cache was built with; "
             "delete the file and build the cache again, all other shards are kept"
         )
 
@@ -200,7 +202,7 @@ def open_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> 
     Raises:
         CacheError: no finished cache, one of another run (with the differing fields), or a damaged one.
     """
-    place = Place.of(where)
+    place = Location.of(where)
     manifest = require_manifest(where)
     if expected is not None:
         require_identity(where, manifest["identity"], expected)
@@ -211,7 +213,7 @@ def open_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> 
 
 def cache_folders(where: Path | str) -> list[str]:
     """The folders of a cache of either kind: itself, or those of its teachers."""
-    parts = Place.of(where).parts(f"teachers/*/*/{MANIFEST}")
+    parts = Location.of(where).parts(f"teachers/*/*/{MANIFEST}")
     return [str(place) for place in parts] or [str(where)]
 
 
@@ -244,8 +246,8 @@ def load_manifest(where: Path | str, name: str, wanted: int) -> dict[str, Any] |
     Raises:
         CacheError: it is damaged, or of another format.
     """
-    place = Place.of(where)
-    file = place.name_of(name)
+    place = Location.of(where)
+    file = place.path_of(name)
     try:
         text = place.read_text(name)
         if text is None:
@@ -284,9 +286,9 @@ def require_identity(where: Path | str, found: Any, expected: Mapping[str, Any])
     """
     fields = differing_fields(found, expected)
     if fields:
-        more = f" and {len(fields) - MOST_FIELDS} more" if len(fields) > MOST_FIELDS else ""
+        more = f" and {len(fields) - MAX_FIELDS} more" if len(fields) > MAX_FIELDS else ""
         raise CacheError(
-            f"{where}: built for another run ({'; '.join(fields[:MOST_FIELDS])}{more}); must agree in every field; set "
+            f"{where}: built for another run ({'; '.join(fields[:MAX_FIELDS])}{more}); must agree in every field; set "
             "another cache.path, or delete that folder"
         )
 
@@ -312,14 +314,14 @@ def _column(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts]).astype(np.float32))
 
 
-def verify_file(place: Place, entry: Mapping[str, Any]) -> None:
+def verify_file(place: Location, entry: Mapping[str, Any]) -> None:
     """Compare every byte of a file with its entry in a manifest.
 
     Raises:
         CacheError: it is missing or another one.
     """
     wanted = "must be what the cache was built with; delete it and build the cache again, all other shards are kept"
-    name, file = entry["name"], place.name_of(entry["name"])
+    name, file = entry["name"], place.path_of(entry["name"])
     num_bytes = place.size(name)
     if num_bytes is None:
         raise CacheError(f"{file}: missing; {wanted}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from collegium.data.records import Document, at
+from collegium.data.readers import Document, at
 from collegium.data.tokens import Tokens, bytes_of_tokens, encode_offsets
 from collegium.errors import DataError
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from collegium.data.chat import encode_chat, probe_template
-from collegium.data.records import Document, at
+from collegium.data.readers import Document, at
 from collegium.data.tokens import Tokens, concatenate, tokenize
 from collegium.errors import DataError
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from collegium.data.records import (
+from collegium.data.readers import (
     Document,
     Row,
     RowParser,

@@ -18,16 +18,16 @@ from collegium.data.pack import PackedDataset
 from collegium.errors import CollegiumError
 from collegium.evaluate.advice import Findings, verdict_sentences
 from collegium.evaluate.held_out import held_out_report
-from collegium.evaluate.measures import (
+from collegium.evaluate.metrics import Metrics, Targets, finite
+from collegium.evaluate.scoring import Progress, Scorer, spread_windows, unique_scorers
+from collegium.evaluate.search import SAME_NLL, Candidate, Search, choose
+from collegium.evaluate.sweeps import Calibration, Scalars, sweep_teachers
+from collegium.evaluate.weight_quality import (
     best_teacher_share,
     difference_interval,
     rank_correlation,
     regret,
 )
-from collegium.evaluate.metrics import Metrics, Targets, finite
-from collegium.evaluate.scoring import Progress, Scorer, distinct_scorers, spread_windows
-from collegium.evaluate.search import SAME_NLL, Candidate, Search, choose
-from collegium.evaluate.sweeps import Calibration, Scalars, sweep_teachers
 from collegium.fusion.calibration import fit_temperature, over_under_confidence
 from collegium.fusion.describe import describe, to_recipe
 from collegium.fusion.pooling import Fusion
@@ -95,7 +95,7 @@ def run_preflight(
         raise CollegiumError(
             "preflight: got no teacher; must be at least one; add one to `teachers`"
         )
-    distinct_scorers(teachers, ())
+    unique_scorers(teachers, ())
     windows = spread_windows(dataset, max_tokens)
     split = Calibration(dataset, windows, batch_size, progress)
     scalars = sweep_teachers(teachers, split, stored_at=stored_at)

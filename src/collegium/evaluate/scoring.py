@@ -98,7 +98,7 @@ def score_models(
         DataError: the dataset holds no target token.
         ModelError: a model gives values that are not numbers.
     """
-    scorers = distinct_scorers(models, teachers)
+    scorers = unique_scorers(models, teachers)
     if fusion is not None and not teachers:
         raise CollegiumError(
             "score_models: got a fusion without teachers; must have at least one; pass fusion=None"
@@ -121,7 +121,7 @@ def score_models(
     return {name: _metrics(name, columns, teacher_names, targets) for name in names}
 
 
-def distinct_scorers(models: Sequence[Scorer], teachers: Sequence[Scorer]) -> list[Scorer]:
+def unique_scorers(models: Sequence[Scorer], teachers: Sequence[Scorer]) -> list[Scorer]:
     """Every scorer once, in order.
 
     Raises:

@@ -35,7 +35,7 @@ from collegium.fusion.weights import (
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
 from collegium.types import STRICT, HiddenRows, Rows, TeacherRows
 
-LOWEST_SCORE = -1e300
+MIN_SCORE = -1e300
 """Stands for a log-weight of -inf where a rule may still change its mind, so that differences stay defined."""
 
 
@@ -389,7 +389,7 @@ class FusedTarget:
 
 
 def _finite(score_n: Tensor) -> Tensor:
-    return score_n.clamp(min=LOWEST_SCORE)
+    return score_n.clamp(min=MIN_SCORE)
 
 
 def _as_logp(pooled: tuple[DenseTarget, Tensor | None]) -> tuple[DenseTarget, Tensor | None]:

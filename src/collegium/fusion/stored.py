@@ -15,7 +15,7 @@ from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import RowStats
 from collegium.types import Rows, SparseRows, StoredRows
 
-LEAST_LOG_MASS = -50.0
+MIN_LOG_MASS = -50.0
 """Entries below have no effect on anything in float32, and are left out: the log of no mass at all is no number."""
 
 
@@ -50,7 +50,7 @@ def fuse_stored(
     for number, (one, temperature) in enumerate(pairs):
         row_E = one.rows.row_of_entry()
         mass_E = reweighted(one, temperature) + logw_KN[number][row_E].to(one.rows.logp.dtype)
-        is_kept_E = mass_E > LEAST_LOG_MASS
+        is_kept_E = mass_E > MIN_LOG_MASS
         cells.append((row_E * one.rows.vocab_size + one.rows.ids)[is_kept_E])
         masses.append(mass_E[is_kept_E].exp())
     target = _merged(torch.cat(cells), torch.cat(masses), len(rows), stored[0].rows.vocab_size)

@@ -16,13 +16,13 @@ from collegium.fusion.weights import RowStats
 from collegium.kernels.plain import TorchKernels
 from collegium.kernels.rows import (
     DenseTarget,
-    LogSum,
+    LogSumExp,
     RawRows,
     RowKernels,
     Workspace,
-    finished,
     floor_,
-    product,
+    head_product,
+    to_logits,
 )
 from collegium.types import HiddenRows, Rows, TeacherRows
 
@@ -75,7 +75,7 @@ class Member:
     """One teacher's distribution at n rows, as its head gave it; valid until the next member is read."""
 
     rows: RawRows
-    log_sum: LogSum
+    log_sum: LogSumExp
     stats: RowStats
     """(n,) each."""
     is_ours: bool
@@ -117,7 +117,7 @@ class TeacherReader:
         hidden_nD, weight_VD = scores.hidden[block], scores.head.weight
         shape = (hidden_nD.shape[0], weight_VD.shape[0])
         out_nV = self._workspace.matrix(buffer, shape, weight_VD)
-        return product(hidden_nD, scores.head, out_nV), True
+        return head_product(hidden_nD, scores.head, out_nV), True
 
     def read(
         self, number: int, block: slice, *, keep: Literal["prob", "logp"]
@@ -251,7 +251,7 @@ class Pool:
         rows = member.rows
         if not member.is_ours or self._workspace is None:
             # The values belong to the teacher, or the next reading overwrites them.
-            values_nV = finished(rows, torch.empty_like(rows.values_nV, dtype=rows.dtype))
+            values_nV = to_logits(rows, torch.empty_like(rows.values_nV, dtype=rows.dtype))
             rows = RawRows(values_nV)
         return DenseTarget(rows, "logits", member.log_sum)
 
@@ -263,7 +263,7 @@ class Pool:
         return self._workspace.matrix("pool", shape, values_nV.new_empty(0, dtype=dtype))
 
 
-def log_sum_of(kernels: RowKernels, logits_nV: Tensor) -> LogSum:
+def log_sum_of(kernels: RowKernels, logits_nV: Tensor) -> LogSumExp:
     """log sum_v exp z, without memory of the size of the rows."""
     labels_n = torch.zeros(logits_nV.shape[0], dtype=torch.int64, device=logits_nV.device)
     return kernels.read(RawRows(logits_nV), labels_n).log_sum

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collegium.kernels.plain import LEAST_LOGIT
-from collegium.kernels.rows import DenseTarget, LogSum, RawRows, Reading, floor
+from collegium.kernels.plain import MIN_LOGIT
+from collegium.kernels.rows import BlockStats, DenseTarget, LogSumExp, RawRows, floor
 
 
 def find_compiler() -> str | None:
@@ -33,19 +33,19 @@ class CompiledKernels:
 
     name = "compiled"
 
-    def read(self, rows: RawRows, labels_n: Tensor) -> Reading:
+    def read(self, rows: RawRows, labels_n: Tensor) -> BlockStats:
         x_nV = rows.values_nV
         max_n, log_sum_n, entropy_n = _compiled(_read, x_nV.dtype, rows.softcap is None)(
             x_nV, rows.scale, rows.softcap
         )
-        log_sum = LogSum(max_n, log_sum_n)
-        return Reading(log_sum, entropy_n, log_sum.logp(rows.at_labels(labels_n)[0]))
+        log_sum = LogSumExp(max_n, log_sum_n)
+        return BlockStats(log_sum, entropy_n, log_sum.logp(rows.at_labels(labels_n)[0]))
 
     def add_(
         self,
         pool_nV: Tensor,
         rows: RawRows,
-        log_sum: LogSum,
+        log_sum: LogSumExp,
         share_n: Tensor | None,
         *,
         is_log: bool,
@@ -57,7 +57,7 @@ class CompiledKernels:
         norm = (log_sum.max_n.to(dtype), log_sum.log_sum_n.to(dtype))
         _compiled(_add_, *variant)(pool_nV, x_nV, rows.scale, rows.softcap, *norm, share_n, is_log)
 
-    def softmax_(self, rows: RawRows, log_sum: LogSum, factor_n: Tensor) -> None:
+    def softmax_(self, rows: RawRows, log_sum: LogSumExp, factor_n: Tensor) -> None:
         x_nV = rows.values_nV
         _compiled(_softmax_, x_nV.dtype, rows.softcap is None)(
             x_nV, rows.scale, rows.softcap, log_sum.max_n, log_sum.log_sum_n, factor_n
@@ -71,13 +71,13 @@ class CompiledKernels:
         ce_n: Tensor,
         *,
         temperature: float,
-    ) -> tuple[LogSum, Tensor]:
+    ) -> tuple[LogSumExp, Tensor]:
         x_nV, cap = rows.values_nV, rows.softcap
         student = (x_nV, rows.scale, cap)
         variant = (x_nV.dtype, cap is None, temperature == 1.0)
         if target is None:
             max_n, log_sum_n = _compiled(_label_, *variant)(*student, ce_n)
-            return LogSum(max_n, log_sum_n), torch.zeros_like(max_n)
+            return LogSumExp(max_n, log_sum_n), torch.zeros_like(max_n)
         given = target.rows
         norm = None if target.log_sum is None else target.log_sum.max_n
         log_norm = None if target.log_sum is None else target.log_sum.log_sum_n
@@ -90,7 +90,7 @@ class CompiledKernels:
             ce_n,
             None if temperature == 1.0 else temperature,
         )
-        return LogSum(max_n, log_sum_n), kl_n
+        return LogSumExp(max_n, log_sum_n), kl_n
 
 
 @cache
@@ -120,7 +120,7 @@ def _read(x_nV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor
     shifted_nV = z_nV - max_n1
     exp_nV = shifted_nV.exp()
     sum_n = exp_nV.sum(-1)
-    dot_n = (exp_nV * shifted_nV.clamp(min=LEAST_LOGIT)).sum(-1)
+    dot_n = (exp_nV * shifted_nV.clamp(min=MIN_LOGIT)).sum(-1)
     log_sum_n = sum_n.log()
     return max_n1[:, 0], log_sum_n, log_sum_n - dot_n / sum_n
 

@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 
 from collegium.kernels.rows import (
+    BlockStats,
     DenseTarget,
-    LogSum,
+    LogSumExp,
     RawRows,
-    Reading,
     Workspace,
-    finished,
     floor,
+    to_logits,
 )
 
 CPU_STRIP_BYTES = 2**19
 """Size of one (s, V) buffer, per thread; up to six of them are in use at a time."""
 GPU_STRIP_BYTES = 2**27
 """A device needs many rows to be busy."""
-LEAST_LOGIT = -1e30
+MIN_LOGIT = -1e30
 """Stands for z - max z = -inf: exp of it is 0, and 0 times it is no NaN."""
 
 LEAST_TAME, MOST_TAME = -40.0, 50.0
 """Between them the largest logit of every row lets exp z be taken without a shift, in float32: 2^20 times exp 50 is exp 64, and it ends at exp 88."""
-LEAST_UNIT = 1e-30
+MIN_UNIT = 1e-30
 """Of a pool whose probabilities are u times its values: the values stay below 1 / u."""
 
 
@@ -44,45 +44,45 @@ class TorchKernels:
     def __init__(self) -> None:
         self._scratch = Workspace()
 
-    def read(self, rows: RawRows, labels_n: Tensor) -> Reading:
+    def read(self, rows: RawRows, labels_n: Tensor) -> BlockStats:
         reading = self._read(rows, labels_n, has_excluded=False)
         if rows.values_nV.device.type != "cpu" or bool(reading.entropy_n.isnan().any()):
             # Tokens that are ruled out are rare enough to pay for them only where they are.
             return self._read(rows, labels_n, has_excluded=True)
         return reading
 
-    def _read(self, rows: RawRows, labels_n: Tensor, *, has_excluded: bool) -> Reading:
+    def _read(self, rows: RawRows, labels_n: Tensor, *, has_excluded: bool) -> BlockStats:
         max_n, sum_n, dot_n = self._empty_rows(rows, 3)
         shift_n = torch.zeros_like(max_n)
         for part in self._strips(rows):
             z_sV = self._logits(rows, part, "z")
             exp_sV = self._strip(z_sV, "exp")
             max_s = torch.amax(z_sV, -1, out=max_n[part])
-            if has_excluded or not _is_tame(max_s):
+            if has_excluded or not _exp_is_safe(max_s):
                 shift_n[part] = max_s
                 z_sV = torch.sub(z_sV, max_s[:, None], out=self._strip(z_sV, "shifted"))
             torch.exp(z_sV, out=exp_sV)
             torch.sum(exp_sV, -1, out=sum_n[part])
             if has_excluded:
-                z_sV.clamp_(min=LEAST_LOGIT)
+                z_sV.clamp_(min=MIN_LOGIT)
             torch.sum(exp_sV.mul_(z_sV), -1, out=dot_n[part])
         above_n = max_n - shift_n  # exactly 0 where there was a shift
-        log_sum = LogSum(max_n, (sum_n * torch.exp(-above_n)).log())
+        log_sum = LogSumExp(max_n, (sum_n * torch.exp(-above_n)).log())
         label_logp_n = log_sum.logp(rows.at_labels(labels_n)[0])
-        return Reading(log_sum, (above_n - dot_n / sum_n) + log_sum.log_sum_n, label_logp_n)
+        return BlockStats(log_sum, (above_n - dot_n / sum_n) + log_sum.log_sum_n, label_logp_n)
 
     def add_(
         self,
         pool_nV: Tensor,
         rows: RawRows,
-        log_sum: LogSum,
+        log_sum: LogSumExp,
         share_n: Tensor | None,
         *,
         is_log: bool,
         unit_n: Tensor | None = None,
         is_last: bool = True,
     ) -> Tensor | None:
-        if not is_log and _is_tame(log_sum.max_n):
+        if not is_log and _exp_is_safe(log_sum.max_n):
             units = _units(log_sum, share_n, unit_n)
             if units is not None:
                 self._add_unscaled_(
@@ -128,7 +128,7 @@ class TorchKernels:
             if is_last:
                 pool_sV.mul_(unit_n[part, None])
 
-    def softmax_(self, rows: RawRows, log_sum: LogSum, factor_n: Tensor) -> None:
+    def softmax_(self, rows: RawRows, log_sum: LogSumExp, factor_n: Tensor) -> None:
         factor_n = factor_n * torch.exp(-log_sum.log_sum_n)
         for part in self._strips(rows):
             z_sV = self._logits(rows, part, "z")
@@ -144,7 +144,7 @@ class TorchKernels:
         ce_n: Tensor,
         *,
         temperature: float,
-    ) -> tuple[LogSum, Tensor]:
+    ) -> tuple[LogSumExp, Tensor]:
         max_n, log_sum_n, kl_n = self._empty_rows(rows, 3)
         for part in self._strips(rows):
             z_sV, raw_sV = self._logits(rows, part, "z"), rows.values_nV[part]
@@ -175,7 +175,7 @@ class TorchKernels:
                 dot_s = logp_sV.sub_(shifted_sV).mul_(prob_sV).sum(-1)
                 kl_n[part] = dot_s + (mass_s1 * kd_sum_s1.log())[:, 0]
             self._store(rows, part, z_sV, exp_sV)
-        return LogSum(max_n, log_sum_n), kl_n
+        return LogSumExp(max_n, log_sum_n), kl_n
 
     def _target(self, target: DenseTarget, part: slice) -> tuple[Tensor, Tensor]:
         """(s, V) probabilities of a strip of the target, and their logarithms, which may be overwritten."""
@@ -210,7 +210,7 @@ class TorchKernels:
         if raw_sV.dtype == rows.dtype and rows.scale == 1.0 and rows.softcap is None:
             return raw_sV
         out_sV = self._scratch.matrix(name, _shape(raw_sV), raw_sV.new_empty(0, dtype=rows.dtype))
-        return finished(RawRows(raw_sV, rows.scale, rows.softcap), out_sV)
+        return to_logits(RawRows(raw_sV, rows.scale, rows.softcap), out_sV)
 
     def _strip(self, like_sV: Tensor, name: str) -> Tensor:
         return self._scratch.matrix(name, _shape(like_sV), like_sV)
@@ -228,7 +228,7 @@ class TorchKernels:
             yield slice(start, min(start + size, num_rows))
 
 
-def _is_tame(max_n: Tensor) -> bool:
+def _exp_is_safe(max_n: Tensor) -> bool:
     """Whether exp z may be taken as it is: nothing overflows, and what underflows is nothing beside exp max z.
 
     A device is not asked, for it would have to answer.
@@ -238,7 +238,7 @@ def _is_tame(max_n: Tensor) -> bool:
 
 
 def _units(
-    log_sum: LogSum, share_n: Tensor | None, unit_n: Tensor | None
+    log_sum: LogSumExp, share_n: Tensor | None, unit_n: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """The pool's new unit u' and the factor of exp z, with u' (pool + factor exp z) = (1 - share) u pool + share P.
 
@@ -250,7 +250,7 @@ def _units(
     new_n = (1.0 - share_n) if unit_n is None else (1.0 - share_n) * unit_n
     factor_n = share_n * inverse_n / new_n
     # The factor is the larger the lower the logits of its member lie, and may leave the dtype alone.
-    if not bool(((new_n >= LEAST_UNIT) & factor_n.isfinite()).all()):
+    if not bool(((new_n >= MIN_UNIT) & factor_n.isfinite()).all()):
         return None
     return new_n, factor_n
 

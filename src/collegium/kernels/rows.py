@@ -70,7 +70,7 @@ class RawRows:
 
 
 @dataclass(frozen=True, slots=True)
-class LogSum:
+class LogSumExp:
     """log sum_v exp z of n rows in two parts, so that log P = (z - max) - log_sum is exact to a rounding for any size of z."""
 
     max_n: Tensor
@@ -78,9 +78,9 @@ class LogSum:
     log_sum_n: Tensor
     """(n,) log sum_v exp(z - max)."""
 
-    def to(self, dtype: torch.dtype) -> LogSum:
+    def to(self, dtype: torch.dtype) -> LogSumExp:
         """The same in another dtype."""
-        return LogSum(self.max_n.to(dtype), self.log_sum_n.to(dtype))
+        return LogSumExp(self.max_n.to(dtype), self.log_sum_n.to(dtype))
 
     def total(self) -> Tensor:
         """(n,) log sum_v exp z."""
@@ -92,10 +92,10 @@ class LogSum:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class BlockStats:
     """What one sweep over n rows tells, (n,) each, in float32 or wider."""
 
-    log_sum: LogSum
+    log_sum: LogSumExp
     entropy_n: Tensor
     """Nats."""
     label_logp_n: Tensor
@@ -113,7 +113,7 @@ class DenseTarget:
 
     rows: RawRows
     kind: Literal["logits", "logp", "prob"]
-    log_sum: LogSum | None = None
+    log_sum: LogSumExp | None = None
     """Of the rows, where they are logits."""
 
     @classmethod
@@ -136,7 +136,7 @@ class DenseTarget:
             return values_nV
         if self.kind == "prob":
             return values_nV.clamp_(min=torch.finfo(values_nV.dtype).tiny).log_()
-        logits_nV = finished(self.rows, values_nV)
+        logits_nV = to_logits(self.rows, values_nV)
         if logits_nV.is_contiguous() or self.log_sum is None:
             return floor_(torch.log_softmax(logits_nV, -1, out=logits_nV))
         # Into rows with gaps it would have to be copied.
@@ -149,7 +149,7 @@ class RowKernels(Protocol):
 
     name: str
 
-    def read(self, rows: RawRows, labels_n: Tensor) -> Reading:
+    def read(self, rows: RawRows, labels_n: Tensor) -> BlockStats:
         """Statistics of n rows; the rows stay as they are."""
         ...
 
@@ -157,7 +157,7 @@ class RowKernels(Protocol):
         self,
         pool_nV: Tensor,
         rows: RawRows,
-        log_sum: LogSum,
+        log_sum: LogSumExp,
         share_n: Tensor | None,
         *,
         is_log: bool,
@@ -182,7 +182,7 @@ class RowKernels(Protocol):
         """
         ...
 
-    def softmax_(self, rows: RawRows, log_sum: LogSum, factor_n: Tensor) -> None:
+    def softmax_(self, rows: RawRows, log_sum: LogSumExp, factor_n: Tensor) -> None:
         """x <- factor softmax(z) dz/dx: the dense part of the gradient of a loss with a sparse target."""
         ...
 
@@ -194,7 +194,7 @@ class RowKernels(Protocol):
         ce_n: Tensor,
         *,
         temperature: float,
-    ) -> tuple[LogSum, Tensor]:
+    ) -> tuple[LogSumExp, Tensor]:
         """Forward KL of each row and its gradient at the head's product, with the dense part of that of cross-entropy.
 
         With Q_T = softmax(z / T): KL_n = sum_v P (log P - log Q_T), and
@@ -216,7 +216,7 @@ def floor_(logp_nV: Tensor) -> Tensor:
     return logp_nV.clamp_(min=floor(logp_nV.dtype))
 
 
-def finished(rows: RawRows, out_nV: Tensor) -> Tensor:
+def to_logits(rows: RawRows, out_nV: Tensor) -> Tensor:
     """The logits: in `out_nV` where it has their dtype, else in new memory."""
     if out_nV.dtype != rows.dtype:
         out_nV = torch.empty_like(rows.values_nV, dtype=rows.dtype)
@@ -227,7 +227,7 @@ def finished(rows: RawRows, out_nV: Tensor) -> Tensor:
     return out_nV if rows.scale == 1.0 else out_nV.mul_(rows.scale)
 
 
-def product(hidden_nD: Tensor, head: Head, out_nV: Tensor) -> RawRows:
+def head_product(hidden_nD: Tensor, head: Head, out_nV: Tensor) -> RawRows:
     """Apply a head's matrix, and nothing else, into `out_nV`: no gradient, no new memory of its size."""
     weight_VD = head.weight.detach()
     hidden_nD = hidden_nD.detach().to(weight_VD.dtype)
@@ -240,14 +240,14 @@ def product(hidden_nD: Tensor, head: Head, out_nV: Tensor) -> RawRows:
     return RawRows(out_nV, head.scale, head.softcap)
 
 
-def row_bytes(device: torch.device) -> int:
+def row_alignment_bytes(device: torch.device) -> int:
     """Of what the length of a row of a block is a multiple: a device reads 16 aligned bytes at a time, or one value."""
     return 1 if device.type == "cpu" else 128
 
 
 def _unit(like: Tensor) -> int:
     """`row_bytes` in elements of a tensor."""
-    return max(1, row_bytes(like.device) // like.element_size())
+    return max(1, row_alignment_bytes(like.device) // like.element_size())
 
 
 def spans(weight_VD: Tensor) -> list[slice]:

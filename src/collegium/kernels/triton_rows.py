@@ -16,15 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from collegium.kernels.plain import LEAST_LOGIT
-from collegium.kernels.rows import DenseTarget, LogSum, RawRows, Reading, floor
+from collegium.kernels.plain import MIN_LOGIT
+from collegium.kernels.rows import BlockStats, DenseTarget, LogSumExp, RawRows, floor
 
-MOST_TILE = 4096
+MAX_TILE = 4096
 """Columns that a program holds at a time."""
 COLUMNS_PER_WARP = 256
 """Eight per thread, 16 bytes of bfloat16: with more, so many registers are taken that fewer warps hide the memory of a multiprocessor."""
 KINDS = {None: 0, "logits": 1, "logp": 2, "prob": 3}
-_LEAST = tl.constexpr(LEAST_LOGIT)
+_MIN = tl.constexpr(MIN_LOGIT)
 _NONE, _LOGITS, _PROB = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
 
 
@@ -33,20 +33,20 @@ class TritonKernels:
 
     name = "triton"
 
-    def read(self, rows: RawRows, labels_n: Tensor) -> Reading:
+    def read(self, rows: RawRows, labels_n: Tensor) -> BlockStats:
         x_nV = rows.values_nV
         max_n, log_sum_n, entropy_n = _empty_rows(rows, 3)
         _read_kernel[(x_nV.shape[0],)](
             x_nV, max_n, log_sum_n, entropy_n, **_head(rows), **_shape(rows)
         )
-        log_sum = LogSum(max_n, log_sum_n)
-        return Reading(log_sum, entropy_n, log_sum.logp(rows.at_labels(labels_n)[0]))
+        log_sum = LogSumExp(max_n, log_sum_n)
+        return BlockStats(log_sum, entropy_n, log_sum.logp(rows.at_labels(labels_n)[0]))
 
     def add_(
         self,
         pool_nV: Tensor,
         rows: RawRows,
-        log_sum: LogSum,
+        log_sum: LogSumExp,
         share_n: Tensor | None,
         *,
         is_log: bool,
@@ -67,7 +67,7 @@ class TritonKernels:
             **_shape(rows),
         )
 
-    def softmax_(self, rows: RawRows, log_sum: LogSum, factor_n: Tensor) -> None:
+    def softmax_(self, rows: RawRows, log_sum: LogSumExp, factor_n: Tensor) -> None:
         x_nV = rows.values_nV
         norm = (log_sum.max_n, log_sum.log_sum_n)
         _softmax_kernel[_tiles(rows)](x_nV, *norm, factor_n, **_head(rows), **_shape(rows))
@@ -80,7 +80,7 @@ class TritonKernels:
         ce_n: Tensor,
         *,
         temperature: float,
-    ) -> tuple[LogSum, Tensor]:
+    ) -> tuple[LogSumExp, Tensor]:
         x_nV = rows.values_nV
         max_n, log_sum_n, kl_n = _empty_rows(rows, 3)
         given = rows if target is None else target.rows
@@ -105,7 +105,7 @@ class TritonKernels:
             **_head(rows),
             **_shape(rows),
         )
-        return LogSum(max_n, log_sum_n), kl_n
+        return LogSumExp(max_n, log_sum_n), kl_n
 
 
 def _head(rows: RawRows) -> dict[str, float]:
@@ -126,7 +126,7 @@ def _shape(rows: RawRows) -> dict[str, object]:
 
 
 def _tile(rows: RawRows) -> int:
-    return min(MOST_TILE, triton.next_power_of_2(rows.values_nV.shape[1]))
+    return min(MAX_TILE, triton.next_power_of_2(rows.values_nV.shape[1]))
 
 
 def _tiles(rows: RawRows) -> tuple[int, int]:
@@ -161,7 +161,7 @@ def _slope(z, scale: tl.constexpr, cap: tl.constexpr):
 @triton.jit
 def _finite(z):
     """-inf as a number; what is not a number stays so."""
-    return tl.where(z < _LEAST, _LEAST, z)
+    return tl.where(z < _MIN, _MIN, z)
 
 
 # Tiles that a row fills and the rest of the row are two copies of one loop: without a mask the compiler reads 16 bytes at a time.
@@ -209,14 +209,14 @@ def _read_kernel(
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     whole = num_columns // tile * tile
-    most = tl.full((), _LEAST, wide)
+    most = tl.full((), _MIN, wide)
     total = tl.full((), 0.0, wide)
     dot = tl.full((), 0.0, wide)
     for is_rest in tl.static_range(2):
         for start in range(is_rest * whole, whole + is_rest * (num_columns - whole), tile):
             columns = start + tl.arange(0, tile)
             z = _logits(_load(x_ptr, columns, num_columns, wide, is_rest), scale, cap)
-            z = _finite(_inside(z, _LEAST, columns, num_columns, is_rest))
+            z = _finite(_inside(z, _MIN, columns, num_columns, is_rest))
             higher = tl.maximum(most, tl.max(z, 0))
             # What was summed below another maximum.
             shrink = tl.exp(most - higher)
@@ -348,14 +348,14 @@ def _distill_kernel(
     x_ptr += row * x_stride
     target_ptr += row * target_stride
     whole = num_columns // tile * tile
-    most = tl.full((), _LEAST, wide)
+    most = tl.full((), _MIN, wide)
     total = tl.full((), 0.0, wide)
     soft = tl.full((), 0.0, wide)  # the total at the temperature
     for is_rest in tl.static_range(2):
         for start in range(is_rest * whole, whole + is_rest * (num_columns - whole), tile):
             columns = start + tl.arange(0, tile)
             z = _logits(_load(x_ptr, columns, num_columns, wide, is_rest), scale, cap)
-            z = _finite(_inside(z, _LEAST, columns, num_columns, is_rest))
+            z = _finite(_inside(z, _MIN, columns, num_columns, is_rest))
             higher = tl.maximum(most, tl.max(z, 0))
             exp = _inside(tl.exp(z - higher), 0.0, columns, num_columns, is_rest)
             total = total * tl.exp(most - higher) + tl.sum(exp, 0)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from collegium.kernels.rows import RawRows, Workspace, product, spans
+from collegium.kernels.rows import RawRows, Workspace, head_product, spans
 from collegium.types import Head
 
 RowLosses = Callable[[Tensor, slice], Mapping[str, Tensor]]
@@ -36,8 +36,8 @@ AUTOGRAD_BYTES = 32
 AUTOGRAD_CPU_BYTES = 8 * 10**6
 """One buffer of a loss under autograd on a CPU: each of its operations goes over the whole block, fastest from a cache."""
 
-LEAST_AUTOGRAD_BLOCK = 128
-MOST_BLOCK = 4096
+MIN_AUTOGRAD_BLOCK = 128
+MAX_BLOCK = 4096
 """Bounds of the default block: each block reads and writes the whole (V, D) gradient of the head, so a few rows per block
 would spend the time there."""
 
@@ -137,13 +137,13 @@ def default_block_size(
     bytes_per_logit: int | None = None,
     megabytes: int | None = None,
 ) -> int:
-    """Rows per block whose buffers fit the memory, at least 1 and at most `MOST_BLOCK`; without `bytes_per_logit` under autograd."""
+    """Rows per block whose buffers fit the memory, at least 1 and at most `MAX_BLOCK`; without `bytes_per_logit` under autograd."""
     is_cpu = device.type == "cpu"
     memory = (megabytes or (CPU_MEGABYTES if is_cpu else GPU_MEGABYTES)) * 2**20
     size = memory // (vocab_size * (bytes_per_logit or AUTOGRAD_BYTES))
     if is_cpu and megabytes is None and bytes_per_logit is None:
-        size = min(size, max(LEAST_AUTOGRAD_BLOCK, AUTOGRAD_CPU_BYTES // (4 * vocab_size)))
-    return max(1, min(MOST_BLOCK, size))
+        size = min(size, max(MIN_AUTOGRAD_BLOCK, AUTOGRAD_CPU_BYTES // (4 * vocab_size)))
+    return max(1, min(MAX_BLOCK, size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +299,7 @@ def _add_in_place(
     def gradient(weights: Mapping[str, float]) -> tuple[Mapping[str, Tensor], Tensor]:
         shape = (hidden_nD.shape[0], weight_VD.shape[0])
         out_nV = losses.workspace.matrix("logits", shape, weight_VD)
-        rows = product(hidden_nD, plan.head, out_nV)
+        rows = head_product(hidden_nD, plan.head, out_nV)
         return losses.terms_(rows, weights), rows.values_nV
 
     is_trained = any(plan.needs)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collegium.kernels.rows import DenseTarget, LogSum, RawRows, RowKernels, Workspace
+from collegium.kernels.rows import DenseTarget, LogSumExp, RawRows, RowKernels, Workspace
 from collegium.losses.sparse import row_sums, sparse_kl
 from collegium.types import SparseRows
 
@@ -101,7 +101,7 @@ class ClosedForm:
 
     def _sparse_(
         self, rows: RawRows, target: SparseRows, labels_n: Tensor, kd_n: Tensor, ce_n: Tensor
-    ) -> tuple[LogSum, Tensor]:
+    ) -> tuple[LogSumExp, Tensor]:
         num_rows, row_E = len(labels_n), target.row_of_entry()
         z_E, slope_E = rows.at(row_E, target.ids)
         if target.log_tail is None:
@@ -112,7 +112,7 @@ class ClosedForm:
             )
         else:
             log_sum = self.kernels.read(rows, labels_n).log_sum
-        logq_E = LogSum(log_sum.max_n[row_E], log_sum.log_sum_n[row_E]).logp(z_E)
+        logq_E = LogSumExp(log_sum.max_n[row_E], log_sum.log_sum_n[row_E]).logp(z_E)
         kl_n, grad_E = sparse_kl(logq_E, row_E, target)
         grad_E = grad_E * kd_n[row_E]
         if target.log_tail is not None:

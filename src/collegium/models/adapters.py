@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from collegium.errors import ModelError
 
 
-def without_adapters(layer: Any) -> Any:
+def base_layer(layer: Any) -> Any:
     """The layer that adapters were put on; any other one as it is."""
     return layer.get_base_layer() if hasattr(layer, "lora_A") else layer
 
 
-def adapted_weight(layer: Any) -> Tensor:
+def effective_weight(layer: Any) -> Tensor:
     """(V, D) W + sum_a s_a B_a A_a over the active adapters, with a graph to A_a (r, D) and B_a (V, r); W itself without any.
 
     The block driver gives a gradient for this sum, and autograd sends it on: the sum exists, as the gradient of a trained head would.
@@ -28,7 +28,7 @@ def adapted_weight(layer: Any) -> Tensor:
 
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
-    weight_VD = without_adapters(layer).weight
+    weight_VD = base_layer(layer).weight
     if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
         return weight_VD
     for name in layer.active_adapters:

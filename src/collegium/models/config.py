@@ -25,12 +25,12 @@ def load_config(options: ModelOptions, *, where: str) -> PretrainedConfig:
         )
     except Exception as error:  # whatever the values of a file can do to a constructor
         raise ModelError(
-            f"{where}: the config of {options.model} cannot be loaded ({one_line(error)}); give a model "
+            f"{where}: the config of {options.model} cannot be loaded ({first_line(error)}); give a model "
             "folder, or check the hub id and the network"
         ) from error
 
 
-def one_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first sentence of a library's error, with its kind where the text alone says little."""
     text = " ".join(str(error).split("\n\n")[0].split())
     return text if " " in text else f"{type(error).__name__}: {text}"

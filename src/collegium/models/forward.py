@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from collegium.errors import ModelError, nearest
-from collegium.models.adapters import adapted_weight, without_adapters
+from collegium.models.adapters import base_layer, effective_weight
 from collegium.types import IGNORE, Batch, Head, HiddenRows, Rows
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def model_head(model: PreTrainedModel, vocab_size: int) -> Head:
         ModelError: the head is not a plain linear layer, or has fewer than V rows.
     """
     layer, config = head_layer(model), model.config.get_text_config()
-    weight_VD = adapted_weight(model.get_output_embeddings())
+    weight_VD = effective_weight(model.get_output_embeddings())
     rows = layer.weight.shape[0]
     if rows < vocab_size:
         raise ModelError(
@@ -58,7 +58,7 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
     Raises:
         ModelError: the model has none.
     """
-    layer = without_adapters(model.get_output_embeddings())
+    layer = base_layer(model.get_output_embeddings())
     if not isinstance(layer, nn.Linear):
         raise ModelError(
             f"{model.config.model_type}: the head is {type(layer).__name__}; must be a linear layer; "

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from collegium.errors import ModelError, nearest
-from collegium.models.config import load_config, one_line
+from collegium.models.config import first_line, load_config
 from collegium.models.folder import ModelOptions, read_headers, resolve_folder, shards
 from collegium.models.forward import head_layer
 
@@ -177,7 +177,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a plain one
-        reason = one_line(error)
+        reason = first_line(error)
         raise ModelError(f"{where}: no tokenizer can be loaded from {path}; {reason}") from error
     if not tokenizer.is_fast:
         raise ModelError(
@@ -202,7 +202,7 @@ def empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     except Exception as error:  # whatever the values of a file can do to a constructor
         raise ModelError(
-            f"{where}: makes no {config.model_type} model ({one_line(error)}); must be a config that "
+            f"{where}: makes no {config.model_type} model ({first_line(error)}); must be a config that "
             "transformers can build; correct its values"
         ) from error
 
@@ -226,7 +226,7 @@ def build_model(
                 full, dtype=torch.float32, attn_implementation=_attention(full, attention)
             )
     except Exception as error:
-        reason = one_line(error)
+        reason = first_line(error)
         raise ModelError(f"config: {settings['model_type']} cannot be built; {reason}") from error
 
 
@@ -300,7 +300,7 @@ def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
         return AutoConfig.for_model(settings["model_type"], **arguments)
     except Exception as error:  # whatever the values of a recipe can do to a constructor
         raise ModelError(
-            f"config: {settings['model_type']} does not take these values; {one_line(error)}"
+            f"config: {settings['model_type']} does not take these values; {first_line(error)}"
         ) from error
 
 

@@ -16,7 +16,7 @@ from collegium.report.files import LogStep, Number
 
 SMOOTH_FROM = 60
 """Curves with more points than this are drawn as a running mean over a faint line."""
-LARGEST = 1e12
+MAX_DRAWN = 1e12
 """Larger values are not drawn."""
 MAX_ANNOTATED = 14
 """Heat maps with more rows or columns than this carry no numbers."""
@@ -53,7 +53,7 @@ def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64
 
 def array(values: Sequence[Number]) -> NDArray[np.float64]:
     """NaN, a gap in the curve, for what is not known or larger than any axis can show."""
-    known = (math.nan if value is None or abs(value) > LARGEST else value for value in values)
+    known = (math.nan if value is None or abs(value) > MAX_DRAWN else value for value in values)
     return np.array(list(known), dtype=float)
 
 

@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from collegium.errors import CollegiumError
 from collegium.report import preflight_tables, tables
 from collegium.report.files import RunFiles, read_run
+from collegium.report.headline import gap_closed, headline_of, key_figures
 from collegium.report.plots import draw_all
-from collegium.report.verdict import gap_closed, judge, key_figures
 
 __all__ = ["RunFiles", "read_run", "render_page", "write_report"]
 
@@ -72,7 +72,7 @@ def render_page(run: RunFiles) -> str:
     )
     return environment.get_template("page.html").render(
         run=run,
-        verdict=judge(run),
+        verdict=headline_of(run),
         tiles=key_figures(run),
         figures=[
             Figure(plot.key, plot.title, plot.caption, _data_address(plot.svg))

@@ -25,8 +25,8 @@ from collegium.report.canvas import (
 from collegium.report.colors import control_color, row_color
 from collegium.report.files import LogStep, Number, ResultRow, RunFiles
 from collegium.report.formats import perplexity
-from collegium.report.marks import LARGEST, curve, heat_map, keys, legend, stack, steps_axis
-from collegium.report.verdict import score
+from collegium.report.headline import score
+from collegium.report.marks import MAX_DRAWN, curve, heat_map, keys, legend, stack, steps_axis
 
 WIDE = 10.4
 """Width of a figure in inches; the page is as wide."""
@@ -69,7 +69,7 @@ def perplexity_plot(run: RunFiles) -> bytes | None:
     ]
     if not rows:
         return None
-    values = [min(value, LARGEST) for _, value in rows]
+    values = [min(value, MAX_DRAWN) for _, value in rows]
     figure, (axes,) = new_figure(WIDE, 0.9 + 0.3 * len(rows))
     is_wide = max(values) / min(values) > 8
     colors = [row_color(row, run) for row, _ in rows]

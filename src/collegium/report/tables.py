@@ -19,7 +19,7 @@ from collegium.report.formats import (
     signed_percent,
     whole,
 )
-from collegium.report.verdict import best, score
+from collegium.report.headline import best, score
 
 GROUPS = (
     ("student", "Distilled"),

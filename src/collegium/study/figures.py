@@ -18,13 +18,13 @@ from collegium.report.canvas import (
     new_figure,
     render,
 )
-from collegium.study.measures import spearman, summarize
+from collegium.study.measurements import spearman, summarize
 from collegium.study.options import MEASURES, FigureOptions
 from collegium.study.sweep import Row, setting_name
 
 WIDE = 10.4
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LONGEST = 44
+MAX_LABEL_LENGTH = 44
 
 
 def draw_figures(
@@ -88,7 +88,7 @@ def scatter(rows: Sequence[Row], options: FigureOptions, factors: Sequence[str])
         color = TEACHERS[number % len(TEACHERS)]
         for at, (seed, x, y) in enumerate(points):
             marker = MARKERS[seeds.index(seed) % len(MARKERS)]
-            text = label(f"{number + 1}  {name}", LONGEST) if at == 0 else None
+            text = label(f"{number + 1}  {name}", MAX_LABEL_LENGTH) if at == 0 else None
             axes.scatter(x, y, color=color, marker=marker, s=42, label=text, zorder=3)
             axes.annotate(str(number + 1), (x, y), (5, 4), textcoords="offset points", fontsize=8)
     axes.set_title(_correlation_title(correlations(rows, options.x, options.y, factors)))
@@ -139,7 +139,7 @@ def lines(rows: Sequence[Row], options: FigureOptions, factors: Sequence[str]) -
             *zip(*points, strict=True),
             color=color,
             marker="o",
-            label=label(name or "mean", LONGEST),
+            label=label(name or "mean", MAX_LABEL_LENGTH),
         )
         if len({row["seed"] for row in group}) > 1:
             for at, found in by_level.items():
@@ -180,7 +180,7 @@ def dots(rows: Sequence[Row], options: FigureOptions, factors: Sequence[str]) ->
         axes.scatter(found.values, [place] * len(found.values), color=STUDENT, s=26, zorder=3)
         if found.mean is not None:
             axes.scatter([found.mean], [place], color=MUTED, marker="|", s=220, zorder=2)
-    axes.set_yticks(range(len(groups)), [label(name, LONGEST) for name in groups])
+    axes.set_yticks(range(len(groups)), [label(name, MAX_LABEL_LENGTH) for name in groups])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(measure_label(options.y))

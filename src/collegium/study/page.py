@@ -14,7 +14,7 @@ from collegium.run_folder import environment, write_text
 from collegium.study.figures import correlations, draw_figures, measure_label
 from collegium.study.options import StudyOptions
 from collegium.study.sweep import Row
-from collegium.study.tables import TextTable, pivot_table, setting_table
+from collegium.study.tables import StudyTable, pivot_table, setting_table
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def factor_names(study: StudyOptions, rows: Sequence[Row]) -> list[str]:
     return list(found)
 
 
-def study_tables(study: StudyOptions, rows: Sequence[Row]) -> list[TextTable]:
+def study_tables(study: StudyOptions, rows: Sequence[Row]) -> list[StudyTable]:
     """One table over all settings; with two factors, also one per measure with one factor down and one across."""
     factors = factor_names(study, rows)
     tables = [setting_table(rows, study.measures, factors)]

@@ -9,7 +9,7 @@ from collegium.files import lock_folder
 from collegium.study.options import StudyOptions, load_study
 from collegium.study.page import study_tables, write_page
 from collegium.study.sweep import run_jobs
-from collegium.study.tables import TextTable
+from collegium.study.tables import StudyTable
 from collegium.study.zoo import prepare_zoo
 
 
@@ -18,7 +18,7 @@ class Finished:
     """What a study leaves."""
 
     page: Path
-    tables: list[TextTable]
+    tables: list[StudyTable]
 
 
 def run_study(path: Path) -> Finished:

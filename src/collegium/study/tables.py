@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from collegium.report.formats import MISSING, fixed, perplexity
 from collegium.study.figures import by_setting, measure_label
-from collegium.study.measures import Summary, summarize
+from collegium.study.measurements import Summary, summarize
 from collegium.study.sweep import Row
 
 LOW_IS_GOOD = (
@@ -23,7 +23,7 @@ COARSE = ("bytes_per_token", "train_seconds", "tokens_per_s")
 
 
 @dataclass(frozen=True)
-class TextTable:
+class StudyTable:
     """A table as text: a title, headings, and lines whose first cell names them."""
 
     title: str
@@ -47,7 +47,7 @@ class TextTable:
 
 def setting_table(
     rows: Sequence[Row], measures: Sequence[str], factors: Sequence[str]
-) -> TextTable:
+) -> StudyTable:
     """One line per setting, one column per measure."""
     groups = by_setting(rows, factors)
     found = [[summarize(group, measure) for measure in measures] for group in groups.values()]
@@ -59,10 +59,10 @@ def setting_table(
         _lowest(measure, [line[at] for line in found]) for at, measure in enumerate(measures)
     )
     columns = (" · ".join(factors), *(measure_label(measure) for measure in measures))
-    return TextTable("All settings", columns, lines, best)
+    return StudyTable("All settings", columns, lines, best)
 
 
-def pivot_table(rows: Sequence[Row], measure: str, *, down: str, across: str) -> TextTable:
+def pivot_table(rows: Sequence[Row], measure: str, *, down: str, across: str) -> StudyTable:
     """One measure of two factors: the levels of one go down, those of the other across."""
     downs = list(dict.fromkeys(row["levels"][down] for row in rows if down in row["levels"]))
     acrosses = list(dict.fromkeys(row["levels"][across] for row in rows if across in row["levels"]))
@@ -79,7 +79,7 @@ def pivot_table(rows: Sequence[Row], measure: str, *, down: str, across: str) ->
         for one, line in zip(downs, found, strict=True)
     )
     best = tuple(_lowest(measure, [line[i] for line in found]) for i in range(len(acrosses)))
-    return TextTable(measure_label(measure), (f"{down} \\ {across}", *acrosses), lines, best)
+    return StudyTable(measure_label(measure), (f"{down} \\ {across}", *acrosses), lines, best)
 
 
 def cell(measure: str, found: Summary) -> str:

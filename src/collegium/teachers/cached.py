@@ -15,7 +15,7 @@ from collegium.cache.store import TargetCache
 from collegium.errors import RecipeError
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import Entropy
-from collegium.teachers.ahead import ReadAhead
+from collegium.teachers.prefetch import Prefetcher
 from collegium.types import Batch, Rows, SparseRows, StoredRows, TeacherRows, is_row
 
 
@@ -24,7 +24,7 @@ class _ReadTeacher:
 
     def __init__(self, name: str, read: Callable[[Batch], SparseRows | StoredRows]) -> None:
         self.name = name
-        self._read = ReadAhead(read)
+        self._read = Prefetcher(read)
 
     def expect(self, batch: Batch) -> None:
         """Begin to read what will be asked for this batch."""

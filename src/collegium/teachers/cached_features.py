@@ -16,9 +16,9 @@ from collegium.cache.features import FeatureCacheOptions, Projection
 from collegium.cache.shards import document_hash
 from collegium.data.pack import Collator, PackedDataset
 from collegium.models.loading import choose_device
-from collegium.teachers.ahead import ReadAhead
 from collegium.teachers.cached import BatchKeys, StoredTeacher, pieces_of
 from collegium.teachers.encoders import shard_windows
+from collegium.teachers.prefetch import Prefetcher
 from collegium.types import Batch, Rows, Teacher, TeacherRows
 
 
@@ -31,7 +31,7 @@ class TappedTeacher:
         self.name = teacher.name
         self._teacher = teacher
         self._features = features
-        self._read = ReadAhead(lambda batch: features.rows(keys(batch), features.taps))
+        self._read = Prefetcher(lambda batch: features.rows(keys(batch), features.taps))
 
     def expect(self, batch: Batch) -> None:
         """Begin to read what will be asked for this batch."""

@@ -167,7 +167,7 @@ def survey(run_folder: Path) -> tuple[Path | None, list[str]]:
     return None, failures
 
 
-def require_sound(run_folder: Path) -> None:
+def require_valid_checkpoint(run_folder: Path) -> None:
     """Refuse a run whose checkpoints are all damaged, before anything is loaded; nothing is renamed.
 
     Raises:

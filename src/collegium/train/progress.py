@@ -140,7 +140,7 @@ class StopSignals:
         self._previous = {}
 
 
-class Flow(TrainerCallback):
+class StopCallback(TrainerCallback):
     """Logs the last step whatever `logging_steps` says, and saves and stops after a signal."""
 
     def __init__(self) -> None:

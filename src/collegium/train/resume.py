@@ -16,7 +16,7 @@ from collegium.errors import Interrupted, TrainingError
 from collegium.train import checkpoint, state
 from collegium.train.meter import RunLog, StepMeter
 from collegium.train.objective import Objective
-from collegium.train.progress import Flow, Progress
+from collegium.train.progress import Progress, StopCallback
 
 
 class ResumableTrainer(Trainer):
@@ -28,7 +28,7 @@ class ResumableTrainer(Trainer):
     objective: Objective
     _meter: StepMeter
     _log: RunLog
-    _flow: Flow
+    _flow: StopCallback
     _progress: Progress
     _use_cache: bool | None
 

@@ -27,8 +27,8 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.errors import TrainingError
 from collegium.models import forward_rows
 from collegium.teachers.routed import score_teachers
-from collegium.train.blame import bad_gradients, find_bad_rows, sample_list
 from collegium.train.meter import RunLog, StepMeter
+from collegium.train.nan_diagnosis import bad_gradients, first_bad_rows, sample_list
 from collegium.train.objective import InertTermCheck, Objective
 from collegium.train.options import TrainOptions, training_arguments
 from collegium.train.parts import (
@@ -38,7 +38,7 @@ from collegium.train.parts import (
     named_teachers,
     vocabulary_size,
 )
-from collegium.train.progress import Flow, Progress
+from collegium.train.progress import Progress, StopCallback
 from collegium.train.resume import ResumableTrainer
 from collegium.types import Batch, LossSum, Rows, StudentRows, Teacher, TeacherRows, is_row
 
@@ -95,7 +95,7 @@ class DistillTrainer(ResumableTrainer):
         self.run_folder = Path(args.output_dir or "runs/student")
         self.vocab_size = vocabulary_size(model, processing_class)
         self._use_cache = model.config.use_cache
-        self._flow = Flow()
+        self._flow = StopCallback()
         shown = [callback for callback in callbacks or () if isinstance(callback, Progress)]
         self._progress = shown[0] if shown else Progress()
         others = [callback for callback in callbacks or () if callback is not self._progress]
@@ -232,7 +232,7 @@ class DistillTrainer(ResumableTrainer):
         with torch.no_grad():
             for inputs in self._micro_batches:
                 student, teachers, loss, rows = self._score(inputs)
-                found = find_bad_rows(student, teachers, loss, rows)
+                found = first_bad_rows(student, teachers, loss, rows)
                 if found is not None:
                     return found
                 samples.append(rows.samples)

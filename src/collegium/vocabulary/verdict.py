@@ -107,7 +107,7 @@ def compare(
     )
 
 
-def require_same(verdict: Verdict) -> None:
+def require_compatible(verdict: Verdict) -> None:
     """Let identical and compatible vocabularies pass.
 
     Raises:

@@ -16,7 +16,7 @@ _BLOCK = 512
 _SHOWN = 8
 
 
-def find_bad_rows(
+def first_bad_rows(
     student: StudentRows, teachers: Sequence[TeacherRows], loss: LossSum, rows: Rows
 ) -> tuple[str, Tensor] | None:
     """Name the first of teachers, student and terms that is not finite, with the samples it is seen in.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from collegium.evaluate.folds import balanced_folds
-from collegium.evaluate.measures import (
+from collegium.evaluate.weight_quality import (
     best_teacher_share,
     difference_interval,
     rank_correlation,

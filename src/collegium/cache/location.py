@@ -17,7 +17,7 @@ from collegium.files import CHUNK_BYTES, sha256_of
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """A folder that is read."""
 
     root: str
@@ -28,7 +28,7 @@ class Place:
     """The file system behind a URL."""
 
     @classmethod
-    def of(cls, where: Path | str) -> Place:
+    def of(cls, where: Path | str) -> Location:
         """A folder or a URL.
 
         Raises:
@@ -50,7 +50,7 @@ class Place:
     def __str__(self) -> str:
         return self.url or self.root
 
-    def name_of(self, name: str) -> str:
+    def path_of(self, name: str) -> str:
         """A file of the folder, for messages."""
         return f"{self}/{name}"
 
@@ -105,15 +105,15 @@ class Place:
             source = self.files.open(self._inside(name), "rb")
         return pq.ParquetFile(source, page_checksum_verification=True)
 
-    def parts(self, pattern: str) -> list[Place]:
+    def parts(self, pattern: str) -> list[Location]:
         """The folders below this one that hold a file like `pattern`, such as `teachers/*/*/manifest.json`."""
         if self.files is None:
             found = sorted(Path(self.root).glob(pattern))
-            return [Place(str(file.parent)) for file in found]
+            return [Location(str(file.parent)) for file in found]
         depth = pattern.count("/") + 1
         names = sorted(self.files.glob(self._inside(pattern)))
         ends = ["/".join(str(name).split("/")[-depth:-1]) for name in names]
-        return [Place(self._inside(end), f"{self.url}/{end}", self.files) for end in ends]
+        return [Location(self._inside(end), f"{self.url}/{end}", self.files) for end in ends]
 
     def _inside(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from collegium.types import Batch
 
-MOST_EXPECTED = 64
+MAX_PENDING = 64
 """Batches that may wait, the oldest is forgotten: those of one optimizer step and one more."""
 T = TypeVar("T")
 
 
-class ReadAhead(Generic[T]):
+class Prefetcher(Generic[T]):
     """A function of a batch that may be told in advance what it will be asked; it runs on one thread, in order."""
 
     def __init__(self, read: Callable[[Batch], T]) -> None:
@@ -36,7 +36,7 @@ class ReadAhead(Generic[T]):
         if key in self._expected:
             return
         self._expected[key] = self._pool.submit(self._read, batch)
-        if len(self._expected) > MOST_EXPECTED:
+        if len(self._expected) > MAX_PENDING:
             self._expected.popitem(last=False)[1].cancel()
 
     def __call__(self, batch: Batch) -> T:
@@ -45,7 +45,7 @@ class ReadAhead(Generic[T]):
         return (future or self._pool.submit(self._read, batch)).result()
 
 
-class ReadsAhead(Protocol):
+class Prefetches(Protocol):
     """A teacher that can be told of a batch in advance."""
 
     def expect(self, batch: Batch) -> None:
@@ -53,13 +53,13 @@ class ReadsAhead(Protocol):
         ...
 
 
-class Announcing:
+class PrefetchingCollator:
     """A collator that tells teachers of each batch that it makes; for data loaders without worker processes."""
 
     def __init__(
         self,
         collator: Callable[[Sequence[dict[str, object]]], dict[str, Tensor]],
-        teachers: Sequence[ReadsAhead],
+        teachers: Sequence[Prefetches],
     ) -> None:
         """Make batches with `collator`."""
         self._collator = collator

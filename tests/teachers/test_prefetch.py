@@ -9,7 +9,7 @@ import torch
 
 from collegium.data.pack import Collator
 from collegium.errors import CacheError
-from collegium.teachers.ahead import MOST_EXPECTED, Announcing, ReadAhead
+from collegium.teachers.prefetch import MAX_PENDING, Prefetcher, PrefetchingCollator
 from collegium.types import Batch
 
 
@@ -31,7 +31,7 @@ def test_an_expected_batch_is_read_once_and_before_it_is_asked_for() -> None:
         done.set()
         return int(batch.input_ids.sum())
 
-    ahead = ReadAhead(answer)
+    ahead = Prefetcher(answer)
     ahead.expect(_batch(0))
     assert done.wait(10)
     assert ahead(_batch(0)) == int(_batch(0).input_ids.sum()), "an equal batch is the same batch"
@@ -42,7 +42,7 @@ def test_an_expected_batch_is_read_once_and_before_it_is_asked_for() -> None:
 
 
 def test_batches_may_be_asked_for_in_any_order() -> None:
-    ahead = ReadAhead(lambda batch: int(batch.input_ids.sum()))
+    ahead = Prefetcher(lambda batch: int(batch.input_ids.sum()))
     for seed in range(5):
         ahead.expect(_batch(seed))
     for seed in (3, 0, 7, 4, 1, 2):
@@ -50,7 +50,7 @@ def test_batches_may_be_asked_for_in_any_order() -> None:
 
 
 def test_labels_belong_to_what_is_expected() -> None:
-    ahead = ReadAhead(lambda batch: batch.labels.clone())
+    ahead = Prefetcher(lambda batch: batch.labels.clone())
     ahead.expect(_batch(0))
     items = _items(0)
     items[0]["labels"] = torch.full((9,), -100)
@@ -62,17 +62,17 @@ def test_an_error_is_raised_where_the_answer_is_asked_for() -> None:
     def answer(batch: Batch) -> int:
         raise CacheError("shard-1: damaged")
 
-    ahead = ReadAhead(answer)
+    ahead = Prefetcher(answer)
     ahead.expect(_batch(0))
     with pytest.raises(CacheError, match="shard-1: damaged"):
         ahead(_batch(0))
 
 
 def test_batches_that_nobody_asks_for_are_forgotten() -> None:
-    ahead = ReadAhead(lambda batch: 0)
-    for seed in range(MOST_EXPECTED + 9):
+    ahead = Prefetcher(lambda batch: 0)
+    for seed in range(MAX_PENDING + 9):
         ahead.expect(_batch(seed))
-    assert len(ahead._expected) == MOST_EXPECTED
+    assert len(ahead._expected) == MAX_PENDING
 
 
 def test_the_collator_announces_what_it_makes() -> None:
@@ -84,7 +84,7 @@ def test_the_collator_announces_what_it_makes() -> None:
             self.told.append(batch)
 
     teachers = [Teacher(), Teacher()]
-    made = Announcing(Collator(), teachers)(_items(1))
+    made = PrefetchingCollator(Collator(), teachers)(_items(1))
     assert made.keys() == Collator()(_items(1)).keys()
     for teacher in teachers:
         assert [torch.equal(b.input_ids, made["input_ids"]) for b in teacher.told] == [True]

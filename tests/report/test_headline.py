@@ -4,7 +4,7 @@ import pytest
 
 from collegium.report import formats
 from collegium.report.files import LogStep, ResultRow, RunFiles
-from collegium.report.verdict import gap_closed, judge, key_figures
+from collegium.report.headline import gap_closed, headline_of, key_figures
 
 
 def _row(name: str, kind: str, perplexity: float | None, **more: float) -> ResultRow:
@@ -22,7 +22,7 @@ STUDENT = _row("student", "student", 118.0, steps=900.0)
 
 
 def test_a_student_that_wins() -> None:
-    verdict = judge(
+    verdict = headline_of(
         _run(STUDENT, _row("ce", "control", 128.2, steps=900.0), _row("u", "control", 190.0))
     )
     assert verdict.tone == "good"
@@ -33,7 +33,7 @@ def test_a_student_that_wins() -> None:
 
 
 def test_a_student_that_loses_is_told_so() -> None:
-    verdict = judge(_run(STUDENT, _row("ce", "control", 100.0, steps=700.0)))
+    verdict = headline_of(_run(STUDENT, _row("ce", "control", 100.0, steps=700.0)))
     assert verdict.tone == "bad"
     assert "18.0 % above the best control, “ce” (100.0, 700 steps against 900)" in verdict.headline
     assert "a simpler way did better" in verdict.headline
@@ -41,13 +41,13 @@ def test_a_student_that_loses_is_told_so() -> None:
 
 @pytest.mark.parametrize("limit", [117.2, 118.0, 118.9])
 def test_a_hair_is_no_victory(limit: float) -> None:
-    verdict = judge(_run(STUDENT, _row("ce", "control", limit)))
+    verdict = headline_of(_run(STUDENT, _row("ce", "control", limit)))
     assert verdict.tone == "even"
     assert "too small for one seed" in verdict.headline
 
 
 def test_without_a_control_nothing_is_claimed() -> None:
-    verdict = judge(
+    verdict = headline_of(
         _run(
             STUDENT,
             _row("a", "teacher", 90.0),
@@ -64,13 +64,14 @@ def test_without_a_control_nothing_is_claimed() -> None:
 
 
 def test_what_is_not_evaluated_is_not_judged() -> None:
-    assert judge(RunFiles("run")).headline == "The student is not trained yet."
+    assert headline_of(RunFiles("run")).headline == "The student is not trained yet."
     trained = RunFiles("run", log=(LogStep(step=40),))
     assert (
-        judge(trained).headline == "Training has logged step 40; the student is not evaluated yet."
+        headline_of(trained).headline
+        == "Training has logged step 40; the student is not evaluated yet."
     )
-    assert "no distilled student" in judge(_run(_row("a", "teacher", 9.0))).headline
-    assert "no distilled student" in judge(_run(_row("student", "student", None))).headline
+    assert "no distilled student" in headline_of(_run(_row("a", "teacher", 9.0))).headline
+    assert "no distilled student" in headline_of(_run(_row("student", "student", None))).headline
     assert key_figures(_run()) == []
 
 

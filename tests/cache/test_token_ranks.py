@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from collegium.cache.ranks import (
+from collegium.cache.token_ranks import (
     from_gaps,
     from_heights,
     ranks_of,

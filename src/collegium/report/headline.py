@@ -50,7 +50,7 @@ def best(rows: tuple[ResultRow, ...]) -> ResultRow | None:
     return rows[min(scored)[1]] if scored else None
 
 
-def judge(run: RunFiles) -> Verdict:
+def headline_of(run: RunFiles) -> Verdict:
     """Compare the student with its best control, and name the other marks to measure it by."""
     student = best(run.rows("student"))
     if student is None:
