@@ -235,7 +235,7 @@ def test_nothing_is_written_between_the_rows(backend):
 def test_rows_of_a_device_begin_at_aligned_places(monkeypatch, dtype, vocab_size):
     assert row_alignment_bytes(torch.device("cuda")) % 128 == 0
     assert Workspace().matrix("logits", (N, V), torch.empty(0, dtype=dtype)).is_contiguous()
-    monkeypatch.setattr("collegium.kernels.rows.row_bytes", lambda device: 32)
+    monkeypatch.setattr("collegium.kernels.rows.row_alignment_bytes", lambda device: 32)
     like = torch.empty(0, dtype=dtype)
     values_nV = Workspace().matrix("logits", (N, vocab_size), like)
     assert values_nV.shape == (N, vocab_size)
@@ -249,7 +249,7 @@ def test_rows_of_a_device_begin_at_aligned_places(monkeypatch, dtype, vocab_size
 def test_products_of_a_device_have_even_sizes(monkeypatch, vocab_size, with_bias):
     weight = torch.randn(vocab_size, 4, dtype=torch.float64)
     assert spans(weight) == [slice(0, vocab_size)]
-    monkeypatch.setattr("collegium.kernels.rows.row_bytes", lambda device: 64)
+    monkeypatch.setattr("collegium.kernels.rows.row_alignment_bytes", lambda device: 64)
     parts = spans(weight)
     assert [v for part in parts for v in range(vocab_size)[part]] == list(range(vocab_size))
     assert [(part.stop - part.start) % 8 for part in parts[:-1]] == [0] * (len(parts) - 1)

@@ -49,7 +49,7 @@ def _aligned_rows(request: Any, monkeypatch: Any) -> None:
     """Where Triton's kernels run, the rows of a buffer have gaps between them, and are more than one tile."""
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and callspec.params.get("backend") == "triton":
-        monkeypatch.setattr("collegium.kernels.rows.row_bytes", lambda device: 32)
+        monkeypatch.setattr("collegium.kernels.rows.row_alignment_bytes", lambda device: 32)
         monkeypatch.setattr("collegium.kernels.triton_rows.MAX_TILE", 16)
 
 
