@@ -122,11 +122,11 @@ import sys
 from pathlib import Path
 import cache_cases
 from collegium.cache.build import build_cache
-from collegium.cache.processes import Share
+from collegium.cache.processes import Ranks
 targets = cache_cases.Samples(draws=20)
 found = build_cache(
     Path(sys.argv[1]), cache_cases.identity(targets), lambda n: cache_cases.pieces_of(n, targets),
-    shard_targets=[%d] * 5, share=Share.from_environment(),
+    shard_targets=[%d] * 5, share=Ranks.from_environment(),
 )
 print("last" if found else "done")
 """
