@@ -23,3 +23,25 @@ def _seeded(request: pytest.FixtureRequest) -> None:
 
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-messages",
+        action="store_true",
+        help="write the messages of errors to tests/messages.txt instead of comparing them",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from refusals import UPDATE
+
+    if config.getoption("--update-messages"):
+        os.environ[UPDATE] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _reset_message_count() -> None:
+    from refusals import _asked
+
+    _asked.clear()
