@@ -1,9 +1,8 @@
-"""A tiny run that would work, to be broken in one place, and what every refusal has in common."""
+"""A tiny valid run to break in one place, and the checks common to all refusals."""
 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from collegium.cli import app
+from refusals import check_message, stable
 
 MAX_SECONDS = 3
 LOADERS = (
@@ -25,34 +25,40 @@ LOADERS = (
 
 @dataclass(frozen=True)
 class Bench:
-    """A folder with `run.yaml` and the models and texts that it names, below `zoo/`."""
+    """A folder with `run.yaml` and the models and texts it names, in `zoo/`."""
 
     root: Path
 
     def invoke(self, *arguments: str) -> Result:
-        """One call of the command line."""
+        """Invoke the command line once."""
         return CliRunner().invoke(app, list(arguments))
 
-    def refused(self, expected: str, *overrides: str, command: str = "run") -> None:
-        """The whole message, exit code 2, no traceback, quick, and nothing written."""
+    def refused(
+        self, where: str, *overrides: str, command: str = "run", volatile: str = ""
+    ) -> None:
+        """Expect a refusal: exit code 2, no traceback, fast, and nothing written.
+
+        The message must start with the path `where`; the whole of it is compared with the snapshot.
+        `volatile` is as in `refusals.refused`.
+        """
         before, start = self.files(), time.process_time()
         result = self.invoke(command, "run.yaml", *overrides)
         seconds = time.process_time() - start
-        assert result.stderr == f"error: {expected}\n", result.stderr or result.exception
+        assert result.stderr.startswith("error: "), result.stderr or result.exception
+        assert result.stderr.endswith("\n")
+        message = result.stderr.removeprefix("error: ").removesuffix("\n")
+        check_message(message, stable(where, volatile), volatile=volatile)
         assert (result.exit_code, result.stdout) == (2, "")
         assert isinstance(result.exception, SystemExit)
         assert self.files() == before
         assert seconds < MAX_SECONDS
 
-    def refused_at(self, expected: str, *overrides: str) -> None:
-        """`refused` where the message begins with the place of a training row, whichever comes first."""
-        result = self.invoke("run", "run.yaml", *overrides)
-        place = re.match(r"error: (data\.train: zoo/\w+\.jsonl:\d+)", result.stderr)
-        assert place, result.stderr or result.exception
-        self.refused(place[1] + expected, *overrides)
+    def refused_at(self, rest: str, *overrides: str) -> None:
+        """`refused` where the path is a training row, whichever is read first; `rest` follows it."""
+        self.refused(f"data.train: ...{rest}", *overrides, volatile=r"zoo/\w+\.jsonl:\d+")
 
     def accepted(self, *overrides: str) -> list[str]:
-        """The lines that `check` prints for a run that would work; nothing is written."""
+        """Return the lines that `check` prints for a valid run; nothing is written."""
         before = self.files()
         result = self.invoke("check", "run.yaml", *overrides)
         assert (result.exit_code, result.stderr) == (0, ""), result.stderr or result.exception
@@ -60,12 +66,12 @@ class Bench:
         return result.stdout.splitlines()
 
     def files(self) -> dict[Path, tuple[int, int]]:
-        """Size and time of every file and folder."""
-        found = ((path, path.lstat()) for path in self.root.rglob("*"))
-        return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found}
+        """Return the size and mtime of every file and folder."""
+        stats = ((path, path.lstat()) for path in self.root.rglob("*"))
+        return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats}
 
     def edit(self, name: str, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
-        """Change a JSON file in place."""
+        """Edit a JSON file in place."""
         path = self.root / name
         value = json.loads(path.read_text(encoding="utf-8"))
         change(value)
