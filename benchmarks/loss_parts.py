@@ -109,7 +109,7 @@ def kernel_steps(kernels: RowKernels) -> dict[str, Callable[[], object]]:
     pool = torch.full((ROWS, VOCAB), 1.0 / VOCAB)
     labels, share = torch.randint(VOCAB, (ROWS,)), torch.full((ROWS,), 0.5)
     rows = RawRows(logits)
-    log_sum = kernels.read(rows, labels).log_sum
+    log_sum = kernels.read(rows, labels).logsumexp
     sums = torch.empty_like(pool)
     unit = kernels.add_(sums, rows, log_sum, None, is_log=False, is_last=False)
     more = {"unit_n": unit, "is_last": False}

@@ -1,4 +1,4 @@
-"""Rows, backends and tolerances, as the kernel tests use them."""
+"""Backends, dtypes, heads and tolerances of the kernel tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collegium.kernels.rows import RawRows, RowKernels
 
 HAS_TRITON, HAS_GPU = find_spec("triton") is not None, torch.cuda.is_available()
 if HAS_TRITON and not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when its functions are defined
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 BACKENDS: list[Any] = [
     "torch",
     pytest.param(
@@ -35,10 +35,10 @@ CASES = [
     for backend in (b if isinstance(b, type(pytest.param())) else pytest.param(b) for b in BACKENDS)
     for dtype in DTYPES
     for head in HEADS
-    # Each of its variants takes seconds to compile.
+    # Compilation takes seconds per variant.
     if backend.values != ("compiled",) or (dtype, head) in zip(DTYPES[1:], HEADS[::2], strict=True)
 ]
-"""Backend, dtype and head."""
+"""(backend, dtype, head)"""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -53,7 +53,7 @@ def kernels_of(backend: Backend) -> RowKernels:
 def raw_rows(
     num_rows: int, vocab_size: int, dtype: torch.dtype, *, seed: int = 0, **head: float
 ) -> tuple[RawRows, Tensor]:
-    """Rows of a head's product with gaps of NaN between them, and labels, on the default device."""
+    """Draw rows with NaN in the gaps between them, and labels, on the default device."""
     generator, home = torch.Generator().manual_seed(seed), torch.get_default_device()
     values = torch.empty(num_rows, vocab_size, dtype=torch.float64, device="cpu")
     values.normal_(std=3.0, generator=generator)
@@ -65,16 +65,16 @@ def raw_rows(
 
 
 def truth_of(rows: RawRows, *, with_raw: bool = False):
-    """The logits in float64, with a graph to the raw values where these are asked for."""
+    """Return the logits in float64; `with_raw` adds the raw values, connected by a graph."""
     raw = rows.values_nV.double().clone().requires_grad_(with_raw)
     z = rows.scale * raw
     z = z if rows.softcap is None else rows.softcap * torch.tanh(z / rows.softcap)
     return (z, raw) if with_raw else z
 
 
-def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Equal within the rounding of `dtype`, relative to the largest value."""
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Assert equality within the rounding of `dtype`, relative to the largest value."""
     expected = expected.detach()
     bound = TOLERANCE[dtype] * max(1e-3, float(expected.abs().max()))
-    assert found.shape == expected.shape
-    assert (found.double() - expected).abs().max() <= bound
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected).abs().max() <= bound

@@ -1,4 +1,4 @@
-"""The Triton kernels on a device at the vocabularies of real models: bfloat16 in, against float64."""
+"""Triton kernels on a GPU with the vocabulary sizes of real models, against float64."""
 
 import pytest
 import torch
@@ -26,21 +26,21 @@ def test_two_teachers_and_a_student(vocab_size, dtype):
     assert kernels.name == "triton"
     generator = torch.Generator(device).manual_seed(0)
     values = [3 * torch.randn(N, vocab_size, device=device, generator=generator) for _ in range(3)]
-    one, two, student = (RawRows(value.to(dtype)) for value in values)
+    first, second, student = (RawRows(value.to(dtype)) for value in values)
     labels_n = torch.randint(vocab_size, (N,), device=device, generator=generator)
     share_n = torch.rand(N, device=device, generator=generator)
-    logp = [rows.values_nV.double().log_softmax(-1) for rows in (one, two, student)]
+    logp = [rows.values_nV.double().log_softmax(-1) for rows in (first, second, student)]
     pool_nV = torch.empty(N, vocab_size, device=device)
-    for rows, truth, share in ((one, logp[0], None), (two, logp[1], share_n)):
-        reading = kernels.read(rows, labels_n)
+    for rows, truth, share in ((first, logp[0], None), (second, logp[1], share_n)):
+        stats = kernels.read(rows, labels_n)
         entropy_n = -(truth.exp() * truth).sum(-1)
-        torch.testing.assert_close(reading.entropy_n.double(), entropy_n, rtol=1e-5, atol=1e-5)
-        kernels.add_(pool_nV, rows, reading.log_sum, share, is_log=False)
+        torch.testing.assert_close(stats.entropy_n.double(), entropy_n, rtol=1e-5, atol=1e-5)
+        kernels.add_(pool_nV, rows, stats.logsumexp, share, is_log=False)
     p = (1 - share_n)[:, None] * logp[0].exp() + share_n[:, None] * logp[1].exp()
     torch.testing.assert_close(pool_nV.double(), p, rtol=1e-4, atol=1e-9)
-    one_n = torch.ones(N, device=device)
+    ones_n = torch.ones(N, device=device)
     target = DenseTarget(RawRows(pool_nV), "prob")
-    _, kl_n = kernels.distill_(student, target, 0.9 * one_n, 0.1 * one_n, temperature=1.0)
+    _, kl_n = kernels.distill_(student, target, 0.9 * ones_n, 0.1 * ones_n, temperature=1.0)
     kl = (p * (p.log() - logp[2])).sum(-1)
     torch.testing.assert_close(kl_n.double(), kl, rtol=1e-5, atol=1e-5)
     expected = logp[2].exp() - 0.9 * p
@@ -48,7 +48,7 @@ def test_two_teachers_and_a_student(vocab_size, dtype):
     assert (cosine > 0.9999).all()
 
 
-def test_products_are_added_in_float32_without_memory_of_their_size():
+def test_half_products_are_added_in_float32_without_a_temporary():
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     draw = [torch.randn(*s, device=device, generator=generator) for s in ((N, 128_256), (N, 1024))]
@@ -57,15 +57,15 @@ def test_products_are_added_in_float32_without_memory_of_their_size():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     add_product_(sum_RC, left_nR.T, right_nC)
-    grown = torch.cuda.max_memory_allocated() - before
-    # The product in bfloat16 would take half as much as the sum; cuBLAS has a workspace of some megabytes.
-    assert grown < sum_RC.nbytes / 4
+    growth = torch.cuda.max_memory_allocated() - before
+    # A temporary in bfloat16 would take half of the sum; cuBLAS has a workspace of some megabytes.
+    assert growth < sum_RC.nbytes / 4
     exact = 1 + left_nR.T.double() @ right_nC.double()
     torch.testing.assert_close(sum_RC.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("vocab_size", [32_000, 128_256, 262_144])
-def test_the_whole_loss_in_half_precision(vocab_size):
+def test_objective_in_bfloat16(vocab_size):
     device, width = torch.device("cuda"), 64
     generator = torch.Generator(device).manual_seed(0)
 
@@ -85,7 +85,7 @@ def test_the_whole_loss_in_half_precision(vocab_size):
     objective = Objective(ObjectiveOptions(block_size=6), fusion)
     total = objective(HiddenRows(student[0], Head(student[1])), teachers, rows).total / N
     grads = torch.autograd.grad(total, student)
-    # The same in float64, of the logits as bfloat16 leaves them.
+    # Reference in float64, from logits rounded to bfloat16.
     logp = [(x @ w.T).double().log_softmax(-1) for x, w in heads[:2]]
     p = 0.3 * logp[0].exp() + 0.7 * logp[1].exp()
     logits = (heads[2][0] @ heads[2][1].T).detach().double().requires_grad_()

@@ -1,4 +1,4 @@
-"""The Triton kernels compile to machine code of devices that are not here, as they are called, and use them well."""
+"""Triton kernels compile for GPUs that are not present, with few registers and wide loads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 @pytest.mark.parametrize("vocab_size", [128_256, 50_257])
-def test_kernels_compile_for_a_device_without_one(vocab_size: int, tmp_path: Path) -> None:
+def test_kernels_compile_without_a_gpu(vocab_size: int, tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--capabilities", "90", "--dtypes", "bfloat16"]
     command += ["--vocab", str(vocab_size), "--save", tmp_path / "table.md"]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
@@ -30,10 +30,10 @@ def test_kernels_compile_for_a_device_without_one(vocab_size: int, tmp_path: Pat
         for line in (tmp_path / "table.md").read_text().splitlines()
         if line.startswith("| sm_90 ")
     ]
-    # Two heads x (read, four ways to pool, softmax, four targets at two temperatures).
+    # Two heads x (read, four kinds of pooling, softmax, four targets at two temperatures).
     assert len({row[2] for row in rows}) == len(rows) == 2 * (1 + 4 + 1 + 8)
-    for _, _, name, warps, registers, spilled, at_a_time, widest_load in rows:
+    for _, _, name, warps, registers, spilled, resident, widest_load in rows:
         assert (int(warps), int(widest_load)) == (16, 16), name
         assert 16 <= int(registers) <= 64, name
         assert int(spilled) <= 16, name  # a handful of registers in a rare variant
-        assert int(at_a_time) >= 32, name
+        assert int(resident) >= 32, name

@@ -25,13 +25,13 @@ from kernel_cases import (
 )
 
 N, V = 9, 37
-# PyTorch's compiler uses what PyTorch deprecates.
+# torch.compile itself uses deprecated functions of torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
 def _on_its_device(request, monkeypatch):
-    """New tensors are where the backend wants them, and a row is two tiles and a rest."""
+    """Create tensors on the backend's device; a row is two full tiles and a partial one."""
     backend = (
         request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
     )
@@ -42,29 +42,29 @@ def _on_its_device(request, monkeypatch):
 
 
 @pytest.mark.parametrize(("backend", "dtype", "head"), CASES)
-def test_reading(backend, dtype, head):
+def test_read_matches_float64(backend, dtype, head):
     rows, labels = raw_rows(N, V, dtype, **head)
     before = rows.values_nV.clone()
-    reading = kernels_of(backend).read(rows, labels)
+    stats = kernels_of(backend).read(rows, labels)
     logp = truth_of(rows).log_softmax(-1)
     assert torch.equal(rows.values_nV, before)
-    close(reading.log_sum.total(), truth_of(rows).logsumexp(-1), rows.dtype)
-    close(reading.entropy_n, -(logp.exp() * logp).sum(-1), rows.dtype)
-    close(reading.label_logp_n, logp.gather(1, labels[:, None])[:, 0], rows.dtype)
-    close(reading.max_logp_n, logp.amax(-1), rows.dtype)
+    close(stats.logsumexp.total(), truth_of(rows).logsumexp(-1), rows.dtype)
+    close(stats.entropy_n, -(logp.exp() * logp).sum(-1), rows.dtype)
+    close(stats.label_logp_n, logp.gather(1, labels[:, None])[:, 0], rows.dtype)
+    close(stats.max_logp_n, logp.amax(-1), rows.dtype)
 
 
 @pytest.mark.parametrize("is_log", [False, True])
 @pytest.mark.parametrize(("backend", "dtype", "head"), CASES)
-def test_pooling(backend, dtype, head, is_log):
+def test_add_is_a_running_mean(backend, dtype, head, is_log):
     kernels = kernels_of(backend)
     one, labels = raw_rows(N, V, dtype, seed=1, **head)
     other, _ = raw_rows(N, V, dtype, seed=2, **head)
     share_n = torch.rand(N, dtype=one.dtype)
     share_n[0], share_n[1] = 0.0, 1.0
     pool_nV = torch.full((N, V), torch.nan, dtype=one.dtype)
-    kernels.add_(pool_nV, one, kernels.read(one, labels).log_sum, None, is_log=is_log)
-    kernels.add_(pool_nV, other, kernels.read(other, labels).log_sum, share_n, is_log=is_log)
+    kernels.add_(pool_nV, one, kernels.read(one, labels).logsumexp, None, is_log=is_log)
+    kernels.add_(pool_nV, other, kernels.read(other, labels).logsumexp, share_n, is_log=is_log)
     members = [truth_of(x).log_softmax(-1) for x in (one, other)]
     first, second = members if is_log else [x.exp() for x in members]
     share = share_n.double()[:, None]
@@ -72,13 +72,13 @@ def test_pooling(backend, dtype, head, is_log):
 
 
 @pytest.mark.parametrize(("backend", "dtype", "head"), CASES)
-def test_softmax_with_factors(backend, dtype, head):
+def test_softmax_is_scaled_by_row_factors(backend, dtype, head):
     rows, labels = raw_rows(N, V, dtype, **head)
     factor_n = torch.randn(N, dtype=rows.dtype)
     z, raw = truth_of(rows, with_raw=True)
     expected = factor_n.double()[:, None] * z.softmax(-1) * slope(z, raw)
     kernels = kernels_of(backend)
-    kernels.softmax_(rows, kernels.read(rows, labels).log_sum, factor_n)
+    kernels.softmax_(rows, kernels.read(rows, labels).logsumexp, factor_n)
     close(rows.values_nV, expected, dtype)
 
 
@@ -88,7 +88,7 @@ def test_softmax_with_factors(backend, dtype, head):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("has_all", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_pool_of_many_whatever_the_size_of_their_logits(backend, dtype, offsets, has_all):
+def test_pool_of_four_at_any_magnitude_of_logits(backend, dtype, offsets, has_all):
     kernels, unit_n = kernels_of(backend), None
     pool_nV, expected = torch.full((N, V), torch.nan, dtype=dtype), torch.zeros(N, V).double()
     for number, offset in enumerate(offsets):
@@ -96,35 +96,35 @@ def test_a_pool_of_many_whatever_the_size_of_their_logits(backend, dtype, offset
         rows = RawRows((rows.values_nV + offset).to(dtype))
         share_n = torch.rand(N, dtype=dtype)
         share_n[0], share_n[1] = 0.0, 1.0 - 1e-6
-        if has_all:  # the rest is then nothing, and no number of the pool's dtype is its unit
+        if has_all:  # earlier members have no share left, so the unit would be 0
             share_n[2] = 1.0 if number == 1 else 0.5
         share = 1.0 if number == 0 else share_n.double()[:, None]
         expected = (1.0 - share) * expected + share * truth_of(rows).softmax(-1)
         unit_n = kernels.add_(
             pool_nV,
             rows,
-            kernels.read(rows, labels).log_sum,
+            kernels.read(rows, labels).logsumexp,
             None if number == 0 else share_n,
             is_log=False,
             unit_n=unit_n,
             is_last=number == 3,
         )
-        whole_nV = pool_nV if unit_n is None else pool_nV * unit_n[:, None]
-        close(whole_nV, expected, dtype)
+        mean_nV = pool_nV if unit_n is None else pool_nV * unit_n[:, None]
+        close(mean_nV, expected, dtype)
     assert unit_n is None
 
 
 @pytest.mark.parametrize("offset", [-300.0, -39.0, 0.0, 40.0, 300.0])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_added_to_all_logits_changes_nothing(backend, offset):
+def test_statistics_ignore_a_constant_offset(backend, offset):
     rows, labels = raw_rows(N, V, torch.float32)
     truth = truth_of(rows)
-    rows.values_nV[4:] += offset  # rows of one strip may differ
+    rows.values_nV[4:] += offset  # only some rows of a strip need a shift
     truth[4:] = rows.values_nV[4:].double()
-    reading, logp = kernels_of(backend).read(rows, labels), truth.log_softmax(-1)
-    close(reading.log_sum.total(), truth.logsumexp(-1), torch.float32)
-    close(reading.entropy_n, -(logp.exp() * logp).sum(-1), torch.float32)
-    close(reading.label_logp_n, logp.gather(1, labels[:, None])[:, 0], torch.float32)
+    stats, logp = kernels_of(backend).read(rows, labels), truth.log_softmax(-1)
+    close(stats.logsumexp.total(), truth.logsumexp(-1), torch.float32)
+    close(stats.entropy_n, -(logp.exp() * logp).sum(-1), torch.float32)
+    close(stats.label_logp_n, logp.gather(1, labels[:, None])[:, 0], torch.float32)
 
 
 def slope(z, raw):
@@ -134,13 +134,13 @@ def slope(z, raw):
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.3])
 @pytest.mark.parametrize("kind", ["logits", "logp", "prob", None])
 @pytest.mark.parametrize(("backend", "dtype", "head"), CASES)
-def test_distilling(backend, dtype, head, kind, temperature):
+def test_distill_matches_float64(backend, dtype, head, kind, temperature):
     rows, _ = raw_rows(N, V, dtype, **head)
     teacher, labels = raw_rows(N, V, dtype, seed=3, **head)
     kernels = kernels_of(backend)
     logp = truth_of(teacher).log_softmax(-1).detach()
     target = {
-        "logits": DenseTarget(teacher, "logits", kernels.read(teacher, labels).log_sum),
+        "logits": DenseTarget(teacher, "logits", kernels.read(teacher, labels).logsumexp),
         "logp": DenseTarget.of_logp(logp.to(rows.dtype)),
         "prob": DenseTarget(RawRows(logp.exp().to(rows.dtype)), "prob"),
         None: None,
@@ -153,24 +153,24 @@ def test_distilling(backend, dtype, head, kind, temperature):
     lse = z.logsumexp(-1)
     total = (kd_n.double() * kl + ce_n.double() * lse).sum()
     expected = torch.autograd.grad(total, raw)[0]
-    log_sum, kl_n = kernels.distill_(rows, target, kd_n, ce_n, temperature=temperature)
-    close(log_sum.total(), lse, rows.dtype)
+    logsumexp, kl_n = kernels.distill_(rows, target, kd_n, ce_n, temperature=temperature)
+    close(logsumexp.total(), lse, rows.dtype)
     close(kl_n, kl, rows.dtype)
     close(rows.values_nV, expected, dtype)
 
 
 @pytest.mark.parametrize("kind", ["logits", "prob"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_student_that_equals_its_target_has_nothing_to_learn(backend, kind):
+def test_self_distillation_has_zero_loss_and_gradient(backend, kind):
     rows, labels = raw_rows(N, V, torch.float32)
     kernels = kernels_of(backend)
     teacher = RawRows(rows.values_nV.clone())
-    log_sum = kernels.read(teacher, labels).log_sum
-    target = DenseTarget(teacher, "logits", log_sum)
+    logsumexp = kernels.read(teacher, labels).logsumexp
+    target = DenseTarget(teacher, "logits", logsumexp)
     if kind == "prob":
         target = DenseTarget(RawRows(teacher.values_nV.softmax(-1)), "prob")
-    one_n = torch.ones(N)
-    _, kl_n = kernels.distill_(rows, target, one_n, 0 * one_n, temperature=1.0)
+    ones_n = torch.ones(N)
+    _, kl_n = kernels.distill_(rows, target, ones_n, 0 * ones_n, temperature=1.0)
     assert kl_n.abs().max() < 1e-6
     assert rows.values_nV.abs().max() < 1e-6
 
@@ -178,52 +178,52 @@ def test_a_student_that_equals_its_target_has_nothing_to_learn(backend, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ruled_out_tokens_and_huge_logits(backend, temperature, dtype):
+def test_excluded_tokens_and_huge_logits_stay_finite(backend, temperature, dtype):
     values = 300 * torch.randn(N, V, dtype=torch.float64)
     values[:, 3], values[2, 4:] = -torch.inf, -torch.inf
     labels = torch.full((N,), 3)
     rows, kernels = RawRows(values.to(dtype)), kernels_of(backend)
-    reading = kernels.read(rows, labels)
-    assert reading.entropy_n.isfinite().all()
-    assert reading.label_logp_n.isfinite().all()
+    stats = kernels.read(rows, labels)
+    assert stats.entropy_n.isfinite().all()
+    assert stats.label_logp_n.isfinite().all()
     pool_nV = torch.empty_like(rows.values_nV)
-    kernels.add_(pool_nV, rows, reading.log_sum, None, is_log=False)
+    kernels.add_(pool_nV, rows, stats.logsumexp, None, is_log=False)
     torch.testing.assert_close(pool_nV.sum(-1), torch.ones(N, dtype=dtype))
     target = DenseTarget(RawRows(pool_nV), "prob")
     student = RawRows(300 * torch.randn(N, V, dtype=dtype))
-    one_n = torch.ones(N, dtype=dtype)
-    _, kl_n = kernels.distill_(student, target, one_n, one_n, temperature=temperature)
+    ones_n = torch.ones(N, dtype=dtype)
+    _, kl_n = kernels.distill_(student, target, ones_n, ones_n, temperature=temperature)
     assert kl_n.isfinite().all()
     assert student.values_nV.isfinite().all()
-    by_logits = DenseTarget(rows, "logits", reading.log_sum)
+    by_logits = DenseTarget(rows, "logits", stats.logsumexp)
     student = RawRows(300 * torch.randn(N, V, dtype=dtype))
-    _, kl_n = kernels.distill_(student, by_logits, one_n, one_n, temperature=temperature)
+    _, kl_n = kernels.distill_(student, by_logits, ones_n, ones_n, temperature=temperature)
     assert kl_n.isfinite().all()
     assert student.values_nV.isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # of the interpreter
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # from the interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_that_is_not_finite_stays_alone(backend):
+def test_a_nan_row_does_not_affect_other_rows(backend):
     rows, labels = raw_rows(N, V, torch.float32)
-    alone = kernels_of(backend).read(RawRows(rows.values_nV[1:].clone()), labels[1:])
+    expected = kernels_of(backend).read(RawRows(rows.values_nV[1:].clone()), labels[1:])
     rows.values_nV[0] = torch.nan
-    reading = kernels_of(backend).read(rows, labels)
-    assert reading.entropy_n[0].isnan()
-    torch.testing.assert_close(reading.entropy_n[1:], alone.entropy_n, rtol=1e-6, atol=1e-6)
+    stats = kernels_of(backend).read(rows, labels)
+    assert stats.entropy_n[0].isnan()
+    torch.testing.assert_close(stats.entropy_n[1:], expected.entropy_n, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_is_written_between_the_rows(backend):
-    kernels, one_n = kernels_of(backend), torch.ones(N)
+def test_gaps_between_rows_are_not_written(backend):
+    kernels, ones_n = kernels_of(backend), torch.ones(N)
     (rows, labels), (pool, _) = raw_rows(N, V, torch.float32), raw_rows(N, V, torch.float32)
     teacher, _ = raw_rows(N, V, torch.float32, seed=1)
-    log_sum = kernels.read(teacher, labels).log_sum
-    for share_n in (None, 0.5 * one_n):
-        kernels.add_(pool.values_nV, teacher, log_sum, share_n, is_log=False)
+    logsumexp = kernels.read(teacher, labels).logsumexp
+    for share_n in (None, 0.5 * ones_n):
+        kernels.add_(pool.values_nV, teacher, logsumexp, share_n, is_log=False)
     target = DenseTarget(pool, "prob")
-    log_sum, _ = kernels.distill_(rows, target, one_n, one_n, temperature=1.0)
-    kernels.softmax_(teacher, log_sum, one_n)
+    logsumexp, _ = kernels.distill_(rows, target, ones_n, ones_n, temperature=1.0)
+    kernels.softmax_(teacher, logsumexp, ones_n)
     for values_nV in (rows.values_nV, pool.values_nV, teacher.values_nV):
         gap_nG = values_nV.as_strided((N, 3), values_nV.stride(), V)
         assert gap_nG.isnan().all()
@@ -232,7 +232,7 @@ def test_nothing_is_written_between_the_rows(backend):
 
 @pytest.mark.parametrize("vocab_size", [16, 29])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_of_a_device_begin_at_aligned_places(monkeypatch, dtype, vocab_size):
+def test_device_rows_are_aligned(monkeypatch, dtype, vocab_size):
     assert row_alignment_bytes(torch.device("cuda")) % 128 == 0
     assert Workspace().matrix("logits", (N, V), torch.empty(0, dtype=dtype)).is_contiguous()
     monkeypatch.setattr("collegium.kernels.rows.row_alignment_bytes", lambda device: 32)
@@ -246,7 +246,7 @@ def test_rows_of_a_device_begin_at_aligned_places(monkeypatch, dtype, vocab_size
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("vocab_size", [5, 16, 29])
-def test_products_of_a_device_have_even_sizes(monkeypatch, vocab_size, with_bias):
+def test_device_products_have_aligned_sizes(monkeypatch, vocab_size, with_bias):
     weight = torch.randn(vocab_size, 4, dtype=torch.float64)
     assert spans(weight) == [slice(0, vocab_size)]
     monkeypatch.setattr("collegium.kernels.rows.row_alignment_bytes", lambda device: 64)
@@ -261,10 +261,10 @@ def test_products_of_a_device_have_even_sizes(monkeypatch, vocab_size, with_bias
     torch.testing.assert_close(rows.values_nV, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_strips_do_not_change_the_result(monkeypatch):
+def test_result_does_not_depend_on_strip_size(monkeypatch):
     rows, labels = raw_rows(N, V, torch.float64, scale=0.5)
     whole = TorchKernels().read(rows, labels)
     monkeypatch.setattr("collegium.kernels.plain.CPU_STRIP_BYTES", 8 * V * 2)
     parts = TorchKernels().read(rows, labels)
     assert torch.equal(whole.entropy_n, parts.entropy_n)
-    assert isinstance(whole.log_sum, LogSumExp)
+    assert isinstance(whole.logsumexp, LogSumExp)

@@ -108,7 +108,7 @@ class TeacherReader:
         raw = raw.tempered(self._temperatures.get(teacher.name, 1.0))
         reading = self._kernels.read(raw, self._rows.labels[block])
         stats = RowStats(reading.entropy_n, reading.label_logp_n, reading.max_logp_n)
-        return Member(raw, reading.log_sum, stats, is_ours)
+        return Member(raw, reading.logsumexp, stats, is_ours)
 
     def _raw(self, teacher: TeacherRows, block: slice, buffer: str) -> tuple[RawRows, bool]:
         scores = teacher.scores
@@ -266,4 +266,4 @@ class Pool:
 def log_sum_of(kernels: RowKernels, logits_nV: Tensor) -> LogSumExp:
     """log sum_v exp z, without memory of the size of the rows."""
     labels_n = torch.zeros(logits_nV.shape[0], dtype=torch.int64, device=logits_nV.device)
-    return kernels.read(RawRows(logits_nV), labels_n).log_sum
+    return kernels.read(RawRows(logits_nV), labels_n).logsumexp

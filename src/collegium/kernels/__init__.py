@@ -1,1 +1,1 @@
-"""Arithmetic over the vocabulary, row by row and in place: one set of operations, several backends."""
+"""In-place arithmetic over the vocabulary, row by row: one set of operations, several backends."""

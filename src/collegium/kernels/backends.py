@@ -1,4 +1,4 @@
-"""Which kernels a run uses, decided once."""
+"""Selection of the kernel backend of a run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ Backend = Literal["auto", "torch", "compiled", "triton"]
 
 
 def kernels_for(backend: Backend, device: torch.device) -> RowKernels:
-    """The kernels that `backend` means on `device`; `auto` is `triton` on CUDA where it is installed, else `torch`.
+    """Return the kernels of a backend for a device.
+
+    `auto` is `triton` on CUDA if Triton is installed, else `torch`.
 
     Raises:
-        RecipeError: they cannot run here.
+        RecipeError: the backend cannot run here.
     """
     if backend == "auto":
         backend = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
@@ -28,10 +30,10 @@ def kernels_for(backend: Backend, device: torch.device) -> RowKernels:
 
 
 def require_backend(backend: Backend, device_type: str | None = None) -> None:
-    """Refuse a backend that cannot run here, on a device of this type where it is known.
+    """Check that a backend can run here, and on `device_type` if it is given.
 
     Raises:
-        RecipeError: no compiler, no Triton, or another kind of device.
+        RecipeError: no compiler, no Triton, or the wrong type of device.
     """
     where = f"objective.backend: got {backend}"
     if backend == "compiled":
@@ -44,6 +46,7 @@ def require_backend(backend: Backend, device_type: str | None = None) -> None:
     if backend == "triton":
         if find_spec("triton") is None:
             raise RecipeError(f"{where}; must find Triton; install triton or use torch")
+        # The interpreter runs the same kernels on a CPU; the tests rely on it.
         if device_type not in (None, "cuda") and not _is_interpreted():
             raise RecipeError(f"{where} on {device_type}; must be on CUDA; use auto")
 
@@ -56,7 +59,7 @@ def _is_interpreted() -> bool:
 
 @cache
 def _build(name: str) -> RowKernels:
-    # Late: the first needs a compiler, the second a package that a CPU has no use for.
+    # Lazy imports: `compiled` needs a compiler, and Triton is not installed on CPU-only machines.
     if name == "compiled":
         from collegium.kernels.compiled import CompiledKernels
 

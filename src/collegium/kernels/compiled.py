@@ -1,9 +1,9 @@
-"""The kernels as fused loops that PyTorch compiles for the CPU: each operation goes over a row in one or two sweeps.
+"""Kernels as fused loops that `torch.compile` generates for the CPU: one or two sweeps per row.
 
 Shapes: n rows of one block, V vocabulary.
 
-The sizes are symbols of the compiled code, so that neither the last block of a batch nor another batch compiles anew; only a
-single row does, once. Compiling takes some seconds per operation, and is cached on disk by PyTorch.
+Sizes are symbolic, so neither the last block of a batch nor another batch recompiles. Only a block
+of a single row does, once. Compilation takes some seconds per operation. PyTorch caches it on disk.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from collegium.kernels.plain import MIN_LOGIT
-from collegium.kernels.rows import BlockStats, DenseTarget, LogSumExp, RawRows, floor
+from collegium.kernels.rows import BlockStats, DenseTarget, LogSumExp, RawRows, logp_floor
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that PyTorch would use, None where there is none."""
+    """Return the path of the C++ compiler that PyTorch would use, or None."""
     names = (os.environ.get("CXX", "g++"), "clang++")
-    return next((found for name in names if (found := shutil.which(name))), None)
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 class CompiledKernels:
-    """`RowKernels` by `torch.compile`."""
+    """`RowKernels` compiled by `torch.compile`."""
 
     name = "compiled"
 
@@ -38,14 +38,14 @@ class CompiledKernels:
         max_n, log_sum_n, entropy_n = _compiled(_read, x_nV.dtype, rows.softcap is None)(
             x_nV, rows.scale, rows.softcap
         )
-        log_sum = LogSumExp(max_n, log_sum_n)
-        return BlockStats(log_sum, entropy_n, log_sum.logp(rows.at_labels(labels_n)[0]))
+        logsumexp = LogSumExp(max_n, log_sum_n)
+        return BlockStats(logsumexp, entropy_n, logsumexp.logp(rows.at_labels(labels_n)[0]))
 
     def add_(
         self,
         pool_nV: Tensor,
         rows: RawRows,
-        log_sum: LogSumExp,
+        logsumexp: LogSumExp,
         share_n: Tensor | None,
         *,
         is_log: bool,
@@ -54,13 +54,13 @@ class CompiledKernels:
     ) -> None:
         x_nV, dtype = rows.values_nV, pool_nV.dtype
         variant = (x_nV.dtype, dtype, rows.softcap is None, share_n is None, is_log)
-        norm = (log_sum.max_n.to(dtype), log_sum.log_sum_n.to(dtype))
+        norm = (logsumexp.max_n.to(dtype), logsumexp.log_sum_n.to(dtype))
         _compiled(_add_, *variant)(pool_nV, x_nV, rows.scale, rows.softcap, *norm, share_n, is_log)
 
-    def softmax_(self, rows: RawRows, log_sum: LogSumExp, factor_n: Tensor) -> None:
+    def softmax_(self, rows: RawRows, logsumexp: LogSumExp, factor_n: Tensor) -> None:
         x_nV = rows.values_nV
         _compiled(_softmax_, x_nV.dtype, rows.softcap is None)(
-            x_nV, rows.scale, rows.softcap, log_sum.max_n, log_sum.log_sum_n, factor_n
+            x_nV, rows.scale, rows.softcap, logsumexp.max_n, logsumexp.log_sum_n, factor_n
         )
 
     def distill_(
@@ -78,16 +78,17 @@ class CompiledKernels:
         if target is None:
             max_n, log_sum_n = _compiled(_label_, *variant)(*student, ce_n)
             return LogSumExp(max_n, log_sum_n), torch.zeros_like(max_n)
-        given = target.rows
-        norm = None if target.log_sum is None else target.log_sum.max_n
-        log_norm = None if target.log_sum is None else target.log_sum.log_sum_n
-        variant = (*variant, target.kind, given.values_nV.dtype, given.softcap is None)
+        t_rows = target.rows
+        t_max_n = None if target.logsumexp is None else target.logsumexp.max_n
+        t_log_sum_n = None if target.logsumexp is None else target.logsumexp.log_sum_n
+        variant = (*variant, target.kind, t_rows.values_nV.dtype, t_rows.softcap is None)
         max_n, log_sum_n, kl_n = _compiled(_distill_, *variant)(
             *student,
-            (given.values_nV, given.scale, given.softcap, norm, log_norm),
+            (t_rows.values_nV, t_rows.scale, t_rows.softcap, t_max_n, t_log_sum_n),
             target.kind,
             kd_n,
             ce_n,
+            # None is a constant of the compiled code and removes the second softmax.
             None if temperature == 1.0 else temperature,
         )
         return LogSumExp(max_n, log_sum_n), kl_n
@@ -95,14 +96,13 @@ class CompiledKernels:
 
 @cache
 def _compiled(function: Callable[..., Any], *variant: object) -> Callable[..., Any]:
-    """A compiled function for one variant.
-
-    Each variant would be compiled anew anyway; with code of its own it does not count towards the few recompilations after
-    which PyTorch gives up on a function.
-    """
+    """Compile a copy of a function for one variant of its arguments."""
+    # PyTorch gives up on a code object after `torch._dynamo.config.recompile_limit` (8) variants.
+    # With a copy of the code object, each variant has a count to itself.
     del variant
-    own = FunctionType(function.__code__.replace(), function.__globals__)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    clone = FunctionType(function.__code__.replace(), function.__globals__)
+    # fullgraph: raise on a graph break rather than run part of the loop uncompiled.
+    return torch.compile(clone, dynamic=True, fullgraph=True)
 
 
 def _logits(x_nV: Tensor, scale: float, cap: float | None) -> Tensor:
@@ -120,6 +120,7 @@ def _read(x_nV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor
     shifted_nV = z_nV - max_n1
     exp_nV = shifted_nV.exp()
     sum_n = exp_nV.sum(-1)
+    # Clamped: 0 * -inf of an excluded token would be NaN.
     dot_n = (exp_nV * shifted_nV.clamp(min=MIN_LOGIT)).sum(-1)
     log_sum_n = sum_n.log()
     return max_n1[:, 0], log_sum_n, log_sum_n - dot_n / sum_n
@@ -136,7 +137,7 @@ def _add_(
     is_log: bool,
 ) -> None:
     logp_nV = (_logits(x_nV, scale, cap) - max_n[:, None]) - log_sum_n[:, None]
-    member_nV = logp_nV.clamp(min=floor(logp_nV.dtype)) if is_log else logp_nV.exp()
+    member_nV = logp_nV.clamp(min=logp_floor(logp_nV.dtype)) if is_log else logp_nV.exp()
     if share_n is None:
         pool_nV.copy_(member_nV)
     else:
@@ -208,5 +209,7 @@ def _target(
         return values_nV, values_nV.clamp(min=torch.finfo(values_nV.dtype).tiny).log()
     logp_nV = _logits(values_nV, scale, cap)
     if max_n is not None and log_sum_n is not None:
-        logp_nV = ((logp_nV - max_n[:, None]) - log_sum_n[:, None]).clamp(min=floor(logp_nV.dtype))
+        logp_nV = ((logp_nV - max_n[:, None]) - log_sum_n[:, None]).clamp(
+            min=logp_floor(logp_nV.dtype)
+        )
     return logp_nV.exp(), logp_nV

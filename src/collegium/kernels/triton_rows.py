@@ -1,13 +1,14 @@
-"""The kernels in Triton: one program per row, or per row and tile of it; bfloat16 in, float32 inside.
+"""Kernels in Triton: one program per row or per tile of a row, bfloat16 in, float32 inside.
 
 Shapes: n rows of one block, V vocabulary.
 
-Passes over a block, r reads and w writes of (n, V): statistics r; pooling r of the logits, r and w of the pool; distilling 2 r
-and w of the logits, the second r in part from the cache of the device, and r of the target. The mass of a target counts as 1.
+Passes over an (n, V) block: statistics 1 read, pooling 2 reads and 1 write, distilling 3 reads (one
+of them partly from the L2 cache) and 1 write. Targets are assumed to have mass 1.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# Triton is not installed everywhere, and what its compiler takes as a constant has the type of one.
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# Triton may not be installed, and `tl.constexpr` parameters are annotated as constants.
 
 from __future__ import annotations
 
@@ -17,19 +18,20 @@ import triton.language as tl
 from torch import Tensor
 
 from collegium.kernels.plain import MIN_LOGIT
-from collegium.kernels.rows import BlockStats, DenseTarget, LogSumExp, RawRows, floor
+from collegium.kernels.rows import BlockStats, DenseTarget, LogSumExp, RawRows, logp_floor
 
 MAX_TILE = 4096
-"""Columns that a program holds at a time."""
+"""Columns that a program holds at once."""
+# 8 columns per thread, 16 bytes of bfloat16. With 64, 32, 16 and 8, kernels for capability 9.0 use
+# up to 123, 80, 64 and 40 registers, so 16, 24, 32 and 48 of 64 warps are resident.
 COLUMNS_PER_WARP = 256
-"""Eight per thread, 16 bytes of bfloat16: with more, so many registers are taken that fewer warps hide the memory of a multiprocessor."""
 KINDS = {None: 0, "logits": 1, "logp": 2, "prob": 3}
 _MIN = tl.constexpr(MIN_LOGIT)
 _NONE, _LOGITS, _PROB = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
 
 
 class TritonKernels:
-    """`RowKernels` by Triton; on a CPU only in its interpreter."""
+    """`RowKernels` in Triton, on a CPU only in its interpreter."""
 
     name = "triton"
 
@@ -39,14 +41,14 @@ class TritonKernels:
         _read_kernel[(x_nV.shape[0],)](
             x_nV, max_n, log_sum_n, entropy_n, **_head(rows), **_shape(rows)
         )
-        log_sum = LogSumExp(max_n, log_sum_n)
-        return BlockStats(log_sum, entropy_n, log_sum.logp(rows.at_labels(labels_n)[0]))
+        logsumexp = LogSumExp(max_n, log_sum_n)
+        return BlockStats(logsumexp, entropy_n, logsumexp.logp(rows.at_labels(labels_n)[0]))
 
     def add_(
         self,
         pool_nV: Tensor,
         rows: RawRows,
-        log_sum: LogSumExp,
+        logsumexp: LogSumExp,
         share_n: Tensor | None,
         *,
         is_log: bool,
@@ -56,20 +58,20 @@ class TritonKernels:
         _add_kernel[_tiles(rows)](
             pool_nV,
             rows.values_nV,
-            log_sum.max_n,
-            log_sum.log_sum_n,
-            log_sum.max_n if share_n is None else share_n,
+            logsumexp.max_n,
+            logsumexp.log_sum_n,
+            logsumexp.max_n if share_n is None else share_n,
             pool_stride=pool_nV.stride(0),
             has_share=share_n is not None,
             is_log=is_log,
-            least=floor(pool_nV.dtype),
+            floor=logp_floor(pool_nV.dtype),
             **_head(rows),
             **_shape(rows),
         )
 
-    def softmax_(self, rows: RawRows, log_sum: LogSumExp, factor_n: Tensor) -> None:
+    def softmax_(self, rows: RawRows, logsumexp: LogSumExp, factor_n: Tensor) -> None:
         x_nV = rows.values_nV
-        norm = (log_sum.max_n, log_sum.log_sum_n)
+        norm = (logsumexp.max_n, logsumexp.log_sum_n)
         _softmax_kernel[_tiles(rows)](x_nV, *norm, factor_n, **_head(rows), **_shape(rows))
 
     def distill_(
@@ -83,11 +85,11 @@ class TritonKernels:
     ) -> tuple[LogSumExp, Tensor]:
         x_nV = rows.values_nV
         max_n, log_sum_n, kl_n = _empty_rows(rows, 3)
-        given = rows if target is None else target.rows
-        norm = None if target is None else target.log_sum
+        target_rows = rows if target is None else target.rows
+        norm = None if target is None else target.logsumexp
         _distill_kernel[(x_nV.shape[0],)](
             x_nV,
-            given.values_nV,
+            target_rows.values_nV,
             max_n if norm is None else norm.max_n,
             max_n if norm is None else norm.log_sum_n,
             kd_n,
@@ -95,12 +97,12 @@ class TritonKernels:
             max_n,
             log_sum_n,
             kl_n,
-            target_stride=given.values_nV.stride(0),
+            target_stride=target_rows.values_nV.stride(0),
             kind=KINDS[None if target is None else target.kind],
-            target_scale=given.scale,
-            target_cap=given.softcap or 0.0,
+            target_scale=target_rows.scale,
+            target_cap=target_rows.softcap or 0.0,
             temperature=temperature,
-            least=floor(rows.dtype),
+            floor=logp_floor(rows.dtype),
             tiny=torch.finfo(rows.dtype).tiny,
             **_head(rows),
             **_shape(rows),
@@ -113,12 +115,12 @@ def _head(rows: RawRows) -> dict[str, float]:
 
 
 def _shape(rows: RawRows) -> dict[str, object]:
-    """The extent, and what is compiled in. Multiplications and additions are fused, whatever the default of the Triton at hand."""
+    # enable_fp_fusion is explicit because its default depends on the Triton version.
     tile = _tile(rows)
     return {
         "num_columns": rows.values_nV.shape[1],
         "x_stride": rows.values_nV.stride(0),
-        "wide": tl.float64 if rows.dtype == torch.float64 else tl.float32,
+        "dtype": tl.float64 if rows.dtype == torch.float64 else tl.float32,
         "tile": tile,
         "num_warps": max(1, tile // COLUMNS_PER_WARP),
         "enable_fp_fusion": True,
@@ -143,10 +145,10 @@ def _empty_rows(rows: RawRows, count: int) -> tuple[Tensor, ...]:
 def _logits(x, scale: tl.constexpr, cap: tl.constexpr):
     z = x * scale
     if cap > 0.0:
-        # tanh by exponentials of what is never positive
-        bent = tl.exp(-2.0 * tl.abs(z / cap))
-        bent = (1.0 - bent) / (1.0 + bent)
-        z = cap * tl.where(z < 0.0, -bent, bent)
+        # tanh |y| = (1 - e) / (1 + e) with e = exp(-2 |y|), which cannot overflow.
+        decay = tl.exp(-2.0 * tl.abs(z / cap))
+        tanh = (1.0 - decay) / (1.0 + decay)
+        z = cap * tl.where(z < 0.0, -tanh, tanh)
     return z
 
 
@@ -160,35 +162,34 @@ def _slope(z, scale: tl.constexpr, cap: tl.constexpr):
 
 @triton.jit
 def _finite(z):
-    """-inf as a number; what is not a number stays so."""
+    """Replace -inf by a finite value and keep NaN."""
     return tl.where(z < _MIN, _MIN, z)
 
 
-# Tiles that a row fills and the rest of the row are two copies of one loop: without a mask the compiler reads 16 bytes at a time.
-
-
 @triton.jit
-def _load(ptr, columns, num_columns, wide: tl.constexpr, is_rest: tl.constexpr):
-    if is_rest:
+def _load(ptr, columns, num_columns, dtype: tl.constexpr, is_partial: tl.constexpr):
+    # Full tiles and the partial one at the end of a row are two copies of each loop. With a mask on
+    # full tiles too, an odd vocabulary makes the compiler emit loads of 2 bytes instead of 16.
+    if is_partial:
         values = tl.load(ptr + columns, mask=columns < num_columns, other=0.0)
     else:
         values = tl.load(ptr + columns)
-    return values.to(wide)
+    return values.to(dtype)
 
 
 @triton.jit
-def _store(ptr, columns, values, num_columns, is_rest: tl.constexpr):
+def _store(ptr, columns, values, num_columns, is_partial: tl.constexpr):
     values = values.to(ptr.dtype.element_ty)
-    if is_rest:
+    if is_partial:
         tl.store(ptr + columns, values, mask=columns < num_columns)
     else:
         tl.store(ptr + columns, values)
 
 
 @triton.jit
-def _inside(values, other, columns, num_columns, is_rest: tl.constexpr):
-    """The values where a row has columns, something else beyond its end."""
-    if is_rest:
+def _mask_partial(values, other, columns, num_columns, is_partial: tl.constexpr):
+    """Replace the values beyond the end of a row."""
+    if is_partial:
         values = tl.where(columns < num_columns, values, other)
     return values
 
@@ -203,32 +204,32 @@ def _read_kernel(
     x_stride,
     scale: tl.constexpr,
     cap: tl.constexpr,
-    wide: tl.constexpr,
+    dtype: tl.constexpr,
     tile: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
-    whole = num_columns // tile * tile
-    most = tl.full((), _MIN, wide)
-    total = tl.full((), 0.0, wide)
-    dot = tl.full((), 0.0, wide)
-    for is_rest in tl.static_range(2):
-        for start in range(is_rest * whole, whole + is_rest * (num_columns - whole), tile):
+    full = num_columns // tile * tile
+    row_max = tl.full((), _MIN, dtype)
+    sum_exp = tl.full((), 0.0, dtype)
+    dot = tl.full((), 0.0, dtype)
+    for is_partial in tl.static_range(2):
+        for start in range(is_partial * full, full + is_partial * (num_columns - full), tile):
             columns = start + tl.arange(0, tile)
-            z = _logits(_load(x_ptr, columns, num_columns, wide, is_rest), scale, cap)
-            z = _finite(_inside(z, _MIN, columns, num_columns, is_rest))
-            higher = tl.maximum(most, tl.max(z, 0))
-            # What was summed below another maximum.
-            shrink = tl.exp(most - higher)
-            dot = (dot + total * (most - higher)) * shrink
-            exp = _inside(tl.exp(z - higher), 0.0, columns, num_columns, is_rest)
-            total = total * shrink + tl.sum(exp, 0)
-            dot += tl.sum(exp * (z - higher), 0)
-            most = higher
-    log_sum = tl.log(total)
-    tl.store(max_ptr + row, most)
+            z = _logits(_load(x_ptr, columns, num_columns, dtype, is_partial), scale, cap)
+            z = _finite(_mask_partial(z, _MIN, columns, num_columns, is_partial))
+            new_max = tl.maximum(row_max, tl.max(z, 0))
+            # Online softmax: rescale the sums of the earlier tiles to the new maximum.
+            rescale = tl.exp(row_max - new_max)
+            dot = (dot + sum_exp * (row_max - new_max)) * rescale
+            exp = _mask_partial(tl.exp(z - new_max), 0.0, columns, num_columns, is_partial)
+            sum_exp = sum_exp * rescale + tl.sum(exp, 0)
+            dot += tl.sum(exp * (z - new_max), 0)
+            row_max = new_max
+    log_sum = tl.log(sum_exp)
+    tl.store(max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)
-    tl.store(entropy_ptr + row, log_sum - dot / total)
+    tl.store(entropy_ptr + row, log_sum - dot / sum_exp)
 
 
 @triton.jit
@@ -243,10 +244,10 @@ def _add_kernel(
     pool_stride,
     has_share: tl.constexpr,
     is_log: tl.constexpr,
-    least: tl.constexpr,
+    floor: tl.constexpr,
     scale: tl.constexpr,
     cap: tl.constexpr,
-    wide: tl.constexpr,
+    dtype: tl.constexpr,
     tile: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -254,21 +255,21 @@ def _add_kernel(
     pool_ptr += row * pool_stride
     start = tl.program_id(1) * tile
     columns = start + tl.arange(0, tile)
-    most, log_sum = tl.load(max_ptr + row), tl.load(log_sum_ptr + row)
-    for is_rest in tl.static_range(2):
-        if (start + tile > num_columns) == is_rest:
-            z = _logits(_load(x_ptr, columns, num_columns, wide, is_rest), scale, cap)
-            z = _inside(z, most, columns, num_columns, is_rest)
-            member = (z - most) - log_sum
+    row_max, log_sum = tl.load(max_ptr + row), tl.load(log_sum_ptr + row)
+    for is_partial in tl.static_range(2):
+        if (start + tile > num_columns) == is_partial:
+            z = _logits(_load(x_ptr, columns, num_columns, dtype, is_partial), scale, cap)
+            z = _mask_partial(z, row_max, columns, num_columns, is_partial)
+            member = (z - row_max) - log_sum
             if is_log:
-                member = tl.where(member < least, least, member)
+                member = tl.where(member < floor, floor, member)
             else:
                 member = tl.exp(member)
             if has_share:
                 share = tl.load(share_ptr + row)
-                pool = _load(pool_ptr, columns, num_columns, wide, is_rest)
+                pool = _load(pool_ptr, columns, num_columns, dtype, is_partial)
                 member = pool * (1.0 - share) + member * share
-            _store(pool_ptr, columns, member, num_columns, is_rest)
+            _store(pool_ptr, columns, member, num_columns, is_partial)
 
 
 @triton.jit
@@ -281,32 +282,32 @@ def _softmax_kernel(
     x_stride,
     scale: tl.constexpr,
     cap: tl.constexpr,
-    wide: tl.constexpr,
+    dtype: tl.constexpr,
     tile: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     start = tl.program_id(1) * tile
     columns = start + tl.arange(0, tile)
-    most, log_sum = tl.load(max_ptr + row), tl.load(log_sum_ptr + row)
+    row_max, log_sum = tl.load(max_ptr + row), tl.load(log_sum_ptr + row)
     factor = tl.load(factor_ptr + row)
-    for is_rest in tl.static_range(2):
-        if (start + tile > num_columns) == is_rest:
-            z = _logits(_load(x_ptr, columns, num_columns, wide, is_rest), scale, cap)
-            z = _inside(z, most, columns, num_columns, is_rest)
-            grad = factor * tl.exp((z - most) - log_sum) * _slope(z, scale, cap)
-            _store(x_ptr, columns, grad, num_columns, is_rest)
+    for is_partial in tl.static_range(2):
+        if (start + tile > num_columns) == is_partial:
+            z = _logits(_load(x_ptr, columns, num_columns, dtype, is_partial), scale, cap)
+            z = _mask_partial(z, row_max, columns, num_columns, is_partial)
+            grad = factor * tl.exp((z - row_max) - log_sum) * _slope(z, scale, cap)
+            _store(x_ptr, columns, grad, num_columns, is_partial)
 
 
 @triton.jit
 def _target_logp(
     value,
-    most,
+    row_max,
     log_sum,
     kind: tl.constexpr,
     target_scale: tl.constexpr,
     target_cap: tl.constexpr,
-    least: tl.constexpr,
+    floor: tl.constexpr,
     tiny: tl.constexpr,
 ):
     if kind == _PROB:
@@ -314,8 +315,8 @@ def _target_logp(
     else:
         logp = _logits(value, target_scale, target_cap)
         if kind == _LOGITS:
-            logp = (logp - most) - log_sum
-        logp = tl.where(logp < least, least, logp)
+            logp = (logp - row_max) - log_sum
+        logp = tl.where(logp < floor, floor, logp)
     return logp
 
 
@@ -337,62 +338,63 @@ def _distill_kernel(
     target_scale: tl.constexpr,
     target_cap: tl.constexpr,
     temperature: tl.constexpr,
-    least: tl.constexpr,
+    floor: tl.constexpr,
     tiny: tl.constexpr,
     scale: tl.constexpr,
     cap: tl.constexpr,
-    wide: tl.constexpr,
+    dtype: tl.constexpr,
     tile: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     target_ptr += row * target_stride
-    whole = num_columns // tile * tile
-    most = tl.full((), _MIN, wide)
-    total = tl.full((), 0.0, wide)
-    soft = tl.full((), 0.0, wide)  # the total at the temperature
-    for is_rest in tl.static_range(2):
-        for start in range(is_rest * whole, whole + is_rest * (num_columns - whole), tile):
+    full = num_columns // tile * tile
+    row_max = tl.full((), _MIN, dtype)
+    sum_exp = tl.full((), 0.0, dtype)
+    soft_sum = tl.full((), 0.0, dtype)
+    for is_partial in tl.static_range(2):
+        for start in range(is_partial * full, full + is_partial * (num_columns - full), tile):
             columns = start + tl.arange(0, tile)
-            z = _logits(_load(x_ptr, columns, num_columns, wide, is_rest), scale, cap)
-            z = _finite(_inside(z, _MIN, columns, num_columns, is_rest))
-            higher = tl.maximum(most, tl.max(z, 0))
-            exp = _inside(tl.exp(z - higher), 0.0, columns, num_columns, is_rest)
-            total = total * tl.exp(most - higher) + tl.sum(exp, 0)
+            z = _logits(_load(x_ptr, columns, num_columns, dtype, is_partial), scale, cap)
+            z = _finite(_mask_partial(z, _MIN, columns, num_columns, is_partial))
+            new_max = tl.maximum(row_max, tl.max(z, 0))
+            exp = _mask_partial(tl.exp(z - new_max), 0.0, columns, num_columns, is_partial)
+            sum_exp = sum_exp * tl.exp(row_max - new_max) + tl.sum(exp, 0)
             if temperature != 1.0:
-                exp = tl.exp((z - higher) / temperature)
-                exp = _inside(exp, 0.0, columns, num_columns, is_rest)
-                soft = soft * tl.exp((most - higher) / temperature) + tl.sum(exp, 0)
-            most = higher
-    log_sum = tl.log(total)
-    log_soft = log_sum
+                exp = tl.exp((z - new_max) / temperature)
+                exp = _mask_partial(exp, 0.0, columns, num_columns, is_partial)
+                soft_sum = soft_sum * tl.exp((row_max - new_max) / temperature) + tl.sum(exp, 0)
+            row_max = new_max
+    log_sum = tl.log(sum_exp)
+    log_soft_sum = log_sum
     if temperature != 1.0:
-        log_soft = tl.log(soft)
+        log_soft_sum = tl.log(soft_sum)
     kd, ce = tl.load(kd_ptr + row), tl.load(ce_ptr + row)
-    target_most, target_log_sum = most, log_sum
+    target_max, target_log_sum = row_max, log_sum
     if kind == _LOGITS:
-        target_most = tl.load(target_max_ptr + row)
+        target_max = tl.load(target_max_ptr + row)
         target_log_sum = tl.load(target_log_sum_ptr + row)
-    kl = tl.full((), 0.0, wide)
-    for is_rest in tl.static_range(2):
-        for start in range(is_rest * whole, whole + is_rest * (num_columns - whole), tile):
+    kl = tl.full((), 0.0, dtype)
+    for is_partial in tl.static_range(2):
+        for start in range(is_partial * full, full + is_partial * (num_columns - full), tile):
             columns = start + tl.arange(0, tile)
-            z = _logits(_load(x_ptr, columns, num_columns, wide, is_rest), scale, cap)
-            z = _inside(z, most, columns, num_columns, is_rest)
-            grad = ce * tl.exp((z - most) - log_sum)
+            z = _logits(_load(x_ptr, columns, num_columns, dtype, is_partial), scale, cap)
+            z = _mask_partial(z, row_max, columns, num_columns, is_partial)
+            grad = ce * tl.exp((z - row_max) - log_sum)
             if kind != _NONE:
-                value = _load(target_ptr, columns, num_columns, wide, is_rest)
+                value = _load(target_ptr, columns, num_columns, dtype, is_partial)
                 logp = _target_logp(
-                    value, target_most, target_log_sum, kind, target_scale, target_cap, least, tiny
+                    value, target_max, target_log_sum, kind, target_scale, target_cap, floor, tiny
                 )
+                # logp is clamped at the floor; a probability of exactly 0 must stay 0.
                 prob = tl.exp(logp)
                 if kind == _PROB:
                     prob = value
-                logq = (_finite(z) - most) / temperature - log_soft
+                logq = (_finite(z) - row_max) / temperature - log_soft_sum
                 part = prob * (logp - logq)
-                kl += tl.sum(_inside(part, 0.0, columns, num_columns, is_rest), 0)
+                kl += tl.sum(_mask_partial(part, 0.0, columns, num_columns, is_partial), 0)
                 grad += kd * (tl.exp(logq) - prob) / temperature
-            _store(x_ptr, columns, grad * _slope(z, scale, cap), num_columns, is_rest)
-    tl.store(max_ptr + row, most)
+            _store(x_ptr, columns, grad * _slope(z, scale, cap), num_columns, is_partial)
+    tl.store(max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)
     tl.store(kl_ptr + row, kl)

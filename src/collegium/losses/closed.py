@@ -111,7 +111,7 @@ class ClosedForm:
                 rows, None, kd_n, ce_n + kd_n * pull_n, temperature=1.0
             )
         else:
-            log_sum = self.kernels.read(rows, labels_n).log_sum
+            log_sum = self.kernels.read(rows, labels_n).logsumexp
         logq_E = LogSumExp(log_sum.max_n[row_E], log_sum.log_sum_n[row_E]).logp(z_E)
         kl_n, grad_E = sparse_kl(logq_E, row_E, target)
         grad_E = grad_E * kd_n[row_E]

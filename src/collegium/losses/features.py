@@ -1,9 +1,10 @@
-"""Feature terms: the student's hidden states, through one trained adapter per teacher and layer, against the teachers'.
+"""Feature losses between adapted hidden states of the student and hidden states of the teachers.
 
 Shapes: N rows, D width of the teacher's hidden states, K teachers with a feature term.
 
-One adapter per teacher is not a luxury: in one shared space the sum of the K terms would be one term against the mean of K
-unrelated spaces. Both sides are normalised, for raw norms differ by orders of magnitude between model families.
+Each teacher and pair of layers has a trained adapter. In one shared space the sum of the K terms
+would reduce to one term against the mean of K unrelated spaces. Both sides are normalized because
+raw norms differ by orders of magnitude between model families.
 """
 
 from __future__ import annotations
@@ -27,23 +28,26 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FeatureOptions:
-    """How hidden states of the student are drawn to those of the teachers; the adapters are not part of the student."""
+    """Options of the feature losses. The adapters are not part of the student."""
 
     loss: Literal["mse", "cosine"] = "mse"
-    """`mse`: mean over the width of the squared difference of RMS-normalised states; `cosine`: 1 - cos."""
+    """`mse` is the mean squared difference of RMS-normalized states, `cosine` is 1 - cos."""
     layers: Literal["uniform", "last"] | dict[str, str] = "uniform"
-    """Which layers are paired: spread evenly, the last ones only, or tap of the student -> tap of the teacher."""
+    """Paired layers: evenly spread, only the last ones, or tap of student -> tap of teacher."""
     num_layers: Annotated[int, Field(ge=1)] = 1
     """Number of pairs for `uniform`."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor of all feature terms."""
     teacher_weights: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
-    """Factor per teacher, 1 where not named; 0 turns a teacher's term off."""
+    """Factor per teacher, default 1. A factor of 0 disables the term of a teacher."""
     dynamic_scale: bool = True
-    """Scale each term by (distribution loss / feature term) of the previous optimizer step, so that `weight` means a share."""
+    """Scale each term by (distribution loss / feature term) of the previous optimizer step.
+
+    `weight` is then relative to the distribution loss.
+    """
 
     def teacher_weight(self, teacher: str) -> float:
-        """Factor of one teacher's term, before any dynamic scale."""
+        """Return the factor of one teacher's term, without its dynamic scale."""
         return self.weight * self.teacher_weights.get(teacher, 1.0)
 
 
@@ -52,24 +56,26 @@ def feature_map(
 ) -> list[tuple[str, str]]:
     """Pair taps of the student with taps of one teacher.
 
-    `uniform` with m pairs takes layers ceil(i L / m) of L for i = 1 ... m on both sides, so the last two always meet.
+    `uniform` with m pairs takes layers ceil(i L / m) of L for i = 1 ... m on both sides. The last
+    layers are therefore always a pair.
 
     Args:
-        options: what to pair.
+        options: feature options of the recipe.
         student_layers: all tap names of the student, in order of depth.
         teacher_layers: all tap names of the teacher, in order of depth.
 
     Raises:
         RecipeError: a named tap does not exist, or there are fewer layers than pairs.
     """
+    # Few mappings on purpose: the choice hardly matters (arXiv 2502.04499).
     if isinstance(options.layers, dict):
-        for tap, known in (
+        for tap, taps in (
             *((tap, student_layers) for tap in options.layers),
             *((tap, teacher_layers) for tap in options.layers.values()),
         ):
-            if tap not in known:
+            if tap not in taps:
                 raise RecipeError(
-                    f"features.layers: got `{tap}`; must be a tap of the model{nearest(tap, known)}"
+                    f"features.layers: got `{tap}`; must be a tap of the model{nearest(tap, taps)}"
                 )
         return list(options.layers.items())
     num_pairs = 1 if options.layers == "last" else options.num_layers
@@ -79,11 +85,12 @@ def feature_map(
 
 
 def _spread(taps: Sequence[str], num_pairs: int) -> list[str]:
-    """`num_pairs` of the layers among the taps, evenly spaced, the last one included."""
+    """Select `num_pairs` evenly spaced layers, the last one included."""
     layers = [tap for tap in taps if tap.startswith("layer_")]
     if num_pairs > len(layers):
         raise RecipeError(
-            f"features.num_layers: got {num_pairs}; must be at most {len(layers)}, the layers of the smallest model; lower it"
+            f"features.num_layers: got {num_pairs}; must be at most {len(layers)}, "
+            "the layers of the smallest model; lower it"
         )
     return [layers[math.ceil(i * len(layers) / num_pairs) - 1] for i in range(1, num_pairs + 1)]
 
@@ -91,10 +98,12 @@ def _spread(taps: Sequence[str], num_pairs: int) -> list[str]:
 class FeatureLoss(nn.Module):
     """One feature term per teacher, with its trained adapters and its dynamic scale.
 
-    F_k(n) = mean over the pairs of mean_d (norm(W f_student)_d - norm(f_teacher)_d)^2 with norm(x) = x / rms(x), or of
-    1 - cos(W f_student, f_teacher). The mean over the width keeps the size of a term from growing with the model.
+    F_k(n) = mean over the pairs of mean_d (norm(W f_student)_d - norm(f_teacher)_d)^2 with
+    norm(x) = x / rms(x), or of 1 - cos(W f_student, f_teacher). The mean over the width keeps a
+    term from growing with the model.
 
-    Source: FitNets, arXiv 1412.6550, with normalised states; the scale as in the loss balancing of NVIDIA ModelOpt.
+    Source: FitNets, arXiv 1412.6550, with normalized states. The scale follows NVIDIA ModelOpt's
+    `LogitsAndIntermediatesLossBalancer`.
     """
 
     scale_K: Tensor
@@ -110,10 +119,10 @@ class FeatureLoss(nn.Module):
         """Build the adapters.
 
         Args:
-            options: the choices of the recipe.
+            options: feature options of the recipe.
             student_widths: width of each tap of the student, in order of depth.
             teacher_widths: the same for each teacher.
-            seed: the adapters' initial weights follow from it alone.
+            seed: determines the initial weights of the adapters.
 
         Raises:
             RecipeError: a named teacher or tap does not exist.
@@ -122,7 +131,8 @@ class FeatureLoss(nn.Module):
         for name in options.teacher_weights:
             if name not in teacher_widths:
                 raise RecipeError(
-                    f"features.teacher_weights: got `{name}`; must be a teacher{nearest(name, teacher_widths)}"
+                    f"features.teacher_weights: got `{name}`; must be a teacher"
+                    f"{nearest(name, teacher_widths)}"
                 )
         self.options = options
         self.pairs = {
@@ -131,7 +141,7 @@ class FeatureLoss(nn.Module):
             if options.teacher_weight(name) > 0
         }
         generator = torch.Generator().manual_seed(seed)
-        # Lists, not dictionaries: names of teachers may hold dots, which names of modules may not.
+        # ModuleList, not ModuleDict: names of teachers may contain dots, module names may not.
         self.adapters = nn.ModuleList(
             nn.ModuleList(
                 _adapter(student_widths[ours], teacher_widths[name][theirs], generator)
@@ -145,15 +155,15 @@ class FeatureLoss(nn.Module):
 
     @property
     def student_taps(self) -> list[str]:
-        """The taps that all terms read of the student, each once."""
+        """Taps of the student that the terms read, without duplicates."""
         return list(dict.fromkeys(ours for pairs in self.pairs.values() for ours, _ in pairs))
 
     def teacher_taps(self, name: str) -> list[str]:
-        """The taps that the term of one teacher reads; none for a teacher without a term."""
+        """Return the taps that the term of one teacher reads, empty if it has no term."""
         return list(dict.fromkeys(theirs for _, theirs in self.pairs.get(name, [])))
 
     def weights(self) -> dict[str, float]:
-        """The present factor of each term: weight * teacher weight * dynamic scale."""
+        """Return the current factor of each term: weight * teacher weight * dynamic scale."""
         return {
             f"feature/{name}": self.options.teacher_weight(name) * scale
             for name, scale in zip(self.pairs, self.scale_K.tolist(), strict=True)
@@ -162,7 +172,9 @@ class FeatureLoss(nn.Module):
     def forward(
         self, student_features: Mapping[str, Tensor], teachers: Sequence[TeacherRows]
     ) -> dict[str, Tensor]:
-        """Compare: taps of the student (N, D_s), taps of the teachers (N, D) -> `feature/NAME`: (N,) in float32 or wider.
+        """Compute the feature term of each teacher per row.
+
+        Student taps (N, D_s), teacher taps (N, D) -> `feature/NAME`: (N,) in float32 or wider.
 
         Raises:
             TrainingError: a teacher with a term is missing.
@@ -188,7 +200,7 @@ class FeatureLoss(nn.Module):
         return losses
 
     def record(self, reference: Tensor, sums: Mapping[str, Tensor]) -> None:
-        """Add one micro-batch's sums, over its rows, of the distribution loss and of the feature terms."""
+        """Accumulate a micro-batch's sums over rows of the distribution loss and feature terms."""
         sums_K = torch.stack([sums[f"feature/{name}"].detach() for name in self.pairs])
         reference = reference.detach()
         if self._sums_K is not None and self._reference is not None:
@@ -196,12 +208,12 @@ class FeatureLoss(nn.Module):
         self._sums_K, self._reference = sums_K, reference
 
     def end_step(self) -> None:
-        """Turn the sums of the optimizer step that just ended into the scales of the next.
+        """Update the dynamic scales from the sums of the optimizer step that just ended.
 
-        The scale is constant within a step and made of sums over the whole step and all processes: any split of a batch
-        gives the same gradient. A scale taken from each micro-batch would weigh small ones as much as large ones. The first step has
-        scale 1, for nothing was measured before it.
+        The scales are constant within a step, and the first step has scale 1.
         """
+        # Sums cover the whole step and all ranks, so any split of a batch gives the same gradient.
+        # Scales per micro-batch would give small micro-batches the weight of large ones.
         sums_K, reference = self._sums_K, self._reference
         self._sums_K = self._reference = None
         if sums_K is None or reference is None or not self.options.dynamic_scale:
@@ -210,13 +222,14 @@ class FeatureLoss(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         ratio_K = sums[0] / sums[1:]
-        # A step without rows, or one where a loss vanished, says nothing of the next.
+        # Without rows, or with a loss of zero, a step has no usable ratio: keep the previous scale.
         is_usable_K = ratio_K.isfinite() & (ratio_K > 0)
         self.scale_K.copy_(torch.where(is_usable_K, ratio_K.to(self.scale_K.dtype), self.scale_K))
 
 
 def _adapter(student_width: int, teacher_width: int, generator: torch.Generator) -> nn.Linear:
-    """A linear map without bias whose outputs start with the size of its inputs; the global generator stays untouched."""
+    """Create a linear map without bias that initially preserves the size of its inputs."""
+    # skip_init: the default initialization would advance the global random generator.
     adapter = cast(
         nn.Linear, nn.utils.skip_init(nn.Linear, student_width, teacher_width, bias=False)
     )
@@ -226,7 +239,7 @@ def _adapter(student_width: int, teacher_width: int, generator: torch.Generator)
 
 def _distance(adapter: nn.Linear, student_ND: Tensor, teacher_ND: Tensor, loss: str) -> Tensor:
     """(N, D_s), (N, D) -> (N,)."""
-    # Autocast would run the map and the norms in half precision.
+    # Autocast would run the adapter and the norms in half precision.
     with torch.autocast(student_ND.device.type, enabled=False):
         ours_ND = _normalize(adapter(student_ND.to(adapter.weight.dtype)))
         theirs_ND = _normalize(teacher_ND).to(ours_ND.dtype)
@@ -236,6 +249,7 @@ def _distance(adapter: nn.Linear, student_ND: Tensor, teacher_ND: Tensor, loss: 
 
 
 def _normalize(x_ND: Tensor) -> Tensor:
-    """x / rms(x) in float32 or wider; the mean over D of the product of two such states is their cosine."""
+    """x / rms(x) in float32 or wider."""
+    # The mean over D of the product of two normalized states is their cosine.
     x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
     return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + EPSILON)

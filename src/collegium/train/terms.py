@@ -76,7 +76,7 @@ class RowTerms:
         if temperature != 1.0:
             values_nV = target.logp_().div_(temperature)
             reading = kernels.read(RawRows(values_nV), self._labels_N[block] * 0)
-            target = DenseTarget(RawRows(values_nV), "logits", reading.log_sum)
+            target = DenseTarget(RawRows(values_nV), "logits", reading.logsumexp)
         return BlockTarget(target, kd_factor_n)
 
     def _differentiable(self, logits_nV: Tensor, block: slice) -> dict[str, Tensor]:
