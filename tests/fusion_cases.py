@@ -1,4 +1,4 @@
-"""Rows, teachers and every weighting rule, as the fusion tests use them."""
+"""Rows, teachers and one or more cases of every weighting rule, for the fusion tests."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ WEIGHTING_CASES: list[Weighting] = [
     AvgCE(tau=0.5),
 ]
 SCALAR_CASES = [weighting for weighting in WEIGHTING_CASES if not weighting.needs_consensus]
-"""Those that the scalars of each teacher alone are enough for."""
+"""Rules that need only the scalars of each teacher, not whole distributions."""
 POOL_CASES: list[dict[str, Any]] = [
     {"pool": "linear"},
     {"pool": "log_linear"},
@@ -92,33 +92,33 @@ POOL_CASES: list[dict[str, Any]] = [
 
 
 class CountedRows:
-    """Logits held whole that count how often each block is asked for."""
+    """Full logits that record every block that is read."""
 
     def __init__(self, logits_NV: Tensor) -> None:
         self.logits_NV = logits_NV
-        self.asked: list[tuple[int, int]] = []
+        self.blocks: list[tuple[int, int]] = []
 
     def logits(self, block: slice) -> Tensor:
-        self.asked.append((block.start, block.stop))
+        self.blocks.append((block.start, block.stop))
         return self.logits_NV[block]
 
 
 def make_rows(labels: Tensor, documents: Sequence[int]) -> Rows:
-    """Rows of the given documents; the domain of a document follows from its number."""
+    """Rows of the documents passed in; the domain of a document follows from its number."""
     numbers = torch.tensor(list(documents))
     domains = torch.tensor([domain_number(name) for name in domains_of(documents)])
     return Rows(torch.arange(len(labels)), labels, numbers, numbers, domains)
 
 
 def domains_of(documents: Sequence[int]) -> list[str]:
-    """The domain of each row's document."""
+    """Domain of each row's document."""
     return [DOMAINS[number % len(DOMAINS)] for number in documents]
 
 
 def stats_of(
     teachers: Sequence[TeacherRows], rows: Rows, temperatures: dict[str, float] | None = None
 ) -> RowStats:
-    """All statistics of all rows, with the divergence from the consensus."""
+    """Statistics of all rows, including the divergence from the consensus."""
     reader = TeacherReader(teachers, rows, temperatures or {})
     return reader.stats(slice(0, len(rows)), consensus=True)
 
@@ -132,7 +132,7 @@ def make_teachers(logits_KNV: Tensor, names: Sequence[str] = NAMES) -> list[Teac
 def fuse(
     fusion: Fusion, teachers: Sequence[TeacherRows], rows: Rows, block_size: int = 4
 ) -> FusedBlock:
-    """All rows of a fused target, asked block by block and glued together."""
+    """Fuse all rows block by block and concatenate the blocks."""
     target = FusedTarget(fusion, teachers, rows)
     starts = range(0, len(rows), block_size)
     blocks = [target.block(slice(s, min(s + block_size, len(rows)))) for s in starts]
@@ -146,11 +146,11 @@ def fuse(
         max_logp_Kn=torch.cat([b.max_logp_Kn for b in blocks], dim=1),
         log_normalizer_n=torch.cat(normalizers) if normalizers else None,
         pooled_temperature=fusion.pooled_temperature,
-        conflict=_glued(conflicts) if conflicts else None,
+        conflict=_concatenated(conflicts) if conflicts else None,
     )
 
 
-def _glued(parts: Sequence[ConflictBlock]) -> ConflictBlock:
+def _concatenated(parts: Sequence[ConflictBlock]) -> ConflictBlock:
     factors = [part.kd_factor_n for part in parts if part.kd_factor_n is not None]
     return ConflictBlock(
         torch.cat([part.disagreement_n for part in parts]),

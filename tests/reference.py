@@ -1,4 +1,4 @@
-"""The naive truth about fusion: plain loops over Python floats, written from the formulas alone.
+"""Naive reference for fusion: plain loops over Python floats, written from the formulas only.
 
 Distributions are lists over V, teachers are lists over K, rows are lists over N: logits[k][t][v].
 """
@@ -42,7 +42,7 @@ def entropy_weights(entropies: list[float], form: str, tau: float) -> list[float
 
 
 def averaged(values: list[float], documents: list[int], granularity: str) -> list[float]:
-    """Each row's value replaced by the mean over the rows it is averaged with."""
+    """Replace each row's value by the mean over its group of rows."""
     result = []
     for t in range(len(values)):
         if granularity == "token":
@@ -70,7 +70,7 @@ def prefix_weights(
 
 
 def interpolated(x: float, knots: list[list[float]]) -> float:
-    """Straight lines between the knots, constant beyond them."""
+    """Interpolate linearly between the knots, constant beyond them."""
     if x <= knots[0][0]:
         return knots[0][1]
     for (x0, y0), (x1, y1) in itertools.pairwise(knots):
@@ -84,7 +84,7 @@ def mean_distribution(logps: list[list[float]]) -> list[float]:
 
 
 def consensus_kl(logps: list[list[float]]) -> list[float]:
-    """KL of each of K distributions to their plain mean, at one row."""
+    """KL of each of K distributions to their mean, at one row."""
     mean = mean_distribution(logps)
     return [
         math.fsum(math.exp(x) * (x - math.log(m)) for x, m in zip(lp, mean, strict=True))
@@ -144,17 +144,17 @@ def label_aware_weights(name: str, options: dict, ce: list[list[float]]) -> list
 
 
 def disagreement(logps: list[list[float]], weights: list[float]) -> float:
-    """sum_k w_k KL(P_k || P) / H(w) at one row: the share of the most that K teachers of these weights can disagree."""
-    spread = max(1e-3, -math.fsum(w * math.log(w) for w in weights if w > 0))
+    """sum_k w_k KL(P_k || P) / H(w) at one row: disagreement as a fraction of its maximum."""
+    weight_entropy = max(1e-3, -math.fsum(w * math.log(w) for w in weights if w > 0))
     mixture = [
         math.fsum(w * math.exp(lp[v]) for w, lp in zip(weights, logps, strict=True))
         for v in range(len(logps[0]))
     ]
-    apart = [
+    kl = [
         math.fsum(math.exp(x) * (x - math.log(m)) for x, m in zip(lp, mixture, strict=True))
         for lp in logps
     ]
-    return math.fsum(w * kl for w, kl in zip(weights, apart, strict=True)) / spread
+    return math.fsum(w * x for w, x in zip(weights, kl, strict=True)) / weight_entropy
 
 
 def pool(
@@ -239,7 +239,10 @@ def fuse(
     names: list[str],
     domains: list[str] | None = None,
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """(logp[t][v], weights[t][k]) of a fusion given as the `fusion:` section of a recipe, without its conflict policy."""
+    """Fuse by the `fusion:` section of a recipe, without its conflict policy.
+
+    Returns logp[t][v] and weights[t][k].
+    """
     temperatures = [recipe["temperatures"].get(n, 1.0) for n in names]
     logps = [
         [log_softmax(row, temperature) for row in rows]
@@ -257,7 +260,7 @@ def fuse(
 
 
 def em_weights(label_logp: list[list[float]], num_iterations: int) -> list[float]:
-    """Weights of K teachers after some steps of EM from uniform ones, from label_logp[k][t]."""
+    """Weights of K teachers after EM steps from uniform weights, from label_logp[k][t]."""
     weights = [1.0 / len(label_logp)] * len(label_logp)
     num_rows = len(label_logp[0])
     for _ in range(num_iterations):
@@ -278,7 +281,10 @@ def gate_value(
     decay: float,
     ridge: float,
 ) -> float:
-    """Mean log sum_k w_k P_k(y) minus ridge / 2 |(a, s b)|^2, s_f the root mean square of the centered feature f."""
+    """Mean log sum_k w_k P_k(y) minus ridge / 2 |(a, s b)|^2.
+
+    s_f is the root mean square of the centered feature f.
+    """
     num_teachers, num_rows = len(offsets), len(documents)
     label_logp = columns["label_logp"]
     features = {name: columns[name] for name in ("entropy", "max_logp", "consensus")}
@@ -308,7 +314,7 @@ def gate_value(
 
 
 def expected_calibration_error(confidence: list[float], is_correct: list[bool], bins: int) -> float:
-    """Equal-mass bins of distinct confidences."""
+    """ECE over equal-mass bins of distinct confidences."""
     pairs = sorted(zip(confidence, is_correct, strict=True))
     error = 0.0
     for m in range(bins):

@@ -1,4 +1,4 @@
-"""Calibration error, and temperatures that reach the minimum they promise."""
+"""Calibration error, and fitted temperatures that reach the minimum of the NLL."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood, Uniform
 from collegium.types import Rows, TeacherRows
 from fusion_cases import NAMES, SCALAR_CASES, CountedRows, fuse, make_rows, make_teachers, stats_of
+from refusals import refused
 
 K, V = 3, 8
 
 
 def _sampled(num_rows: int, sharpness: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, Rows]:
-    """Logits whose softmax at temperature `sharpness` is the law of the labels, in documents of ten rows."""
+    """Logits whose softmax at temperature `sharpness` generated the labels; ten rows a document."""
     generator = torch.Generator().manual_seed(seed)
     truth_NV = 1.5 * torch.randn(num_rows, V, generator=generator, dtype=torch.float64)
     labels = torch.multinomial(truth_NV.softmax(-1), 1, generator=generator)[:, 0]
@@ -41,7 +42,7 @@ def _sampled(num_rows: int, sharpness: float = 1.0, seed: int = 0) -> tuple[torc
 def _noisy(
     num_rows: int, noise: float = 1.0, seed: int = 0
 ) -> tuple[list[TeacherRows], Rows, torch.Tensor]:
-    """Three teachers that know the truth up to noise, the first of them overconfident."""
+    """Three teachers with the true logits plus noise, the first one overconfident."""
     truth_NV, rows = _sampled(num_rows, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     shape = (K, num_rows, V)
@@ -108,11 +109,11 @@ def test_entropy_bins_average_each_column():
     }
 
 
-def test_table_holds_the_scalars_of_tempered_logits():
+def test_table_equals_the_scalars_of_tempered_logits():
     logits_NV, rows = _sampled(9)
     counted = CountedRows(logits_NV)
     table = temperature_table(TeacherRows("law", counted), rows, grid=(0.5, 1.7), block_size=4)
-    assert counted.asked == [(0, 4), (4, 8), (8, 9)]
+    assert counted.blocks == [(0, 4), (4, 8), (8, 9)]
     for g, temperature in enumerate((0.5, 1.7)):
         for t in range(9):
             logp = reference.log_softmax(logits_NV[t].tolist(), temperature)
@@ -142,7 +143,7 @@ def test_temperature_stays_inside_the_grid(sharpness, edge):
     assert fit_temperature(tables, "law") == edge
 
 
-def test_flat_teacher_has_some_temperature():
+def test_flat_teacher_gets_a_temperature_of_the_grid():
     rows = make_rows(torch.zeros(5, dtype=torch.long), [0] * 5)
     tables = TemperatureTables()
     tables.add(make_teachers(torch.zeros(1, 5, V)), rows)
@@ -167,27 +168,27 @@ def test_batches_add_up_and_documents_stay_apart():
         torch.testing.assert_close(
             parts.teacher(name).entropy_KN, whole.teacher(name).entropy_KN, rtol=0, atol=1e-12
         )
-    one, other = (fit_joint_temperatures(t, PrefixLikelihood()) for t in (whole, parts))
-    assert one == other
+    at_once, in_parts = (fit_joint_temperatures(t, PrefixLikelihood()) for t in (whole, parts))
+    assert at_once == in_parts
 
 
 def test_batches_must_have_the_same_teachers():
     teachers, rows, _ = _noisy(10)
     tables = TemperatureTables()
     tables.add(teachers, rows)
-    with pytest.raises(ValueError, match="as in the first batch"):
+    with refused(ValueError, "TemperatureTables.add: "):
         tables.add(teachers[::-1], rows)
 
 
-def test_a_fit_without_rows_says_so():
-    with pytest.raises(ValueError, match="no rows"):
+def test_fit_without_rows_is_refused():
+    with refused(ValueError, "TemperatureTables.rows: "):
         TemperatureTables().rows()
-    with pytest.raises(ValueError, match="no rows"):
+    with refused(ValueError, "fit_pooled_temperature: "):
         fit_pooled_temperature(Fusion(), [])
 
 
 @pytest.mark.parametrize("weighting", SCALAR_CASES, ids=str)
-def test_pool_nll_from_scalars_is_that_of_the_fused_target(weighting):
+def test_pool_nll_from_scalars_equals_that_of_the_fused_target(weighting):
     teachers, rows, _ = _noisy(30)
     block = fuse(Fusion(weighting=weighting), teachers, rows)
     nll_N = linear_pool_nll(stats_of(teachers, rows), weighting, rows, NAMES)
@@ -229,7 +230,7 @@ def test_joint_fit_cools_the_overconfident_teacher():
 @pytest.mark.parametrize("weighting", [Uniform(), PrefixLikelihood()], ids=str)
 def test_pooled_temperature_is_the_minimum(pool, weighting):
     teachers, rows, _ = _noisy(400, noise=2.0)
-    # A pooled temperature of the given fusion is not to be applied on top.
+    # The pooled temperature of the fusion passed in must be ignored.
     fusion = Fusion(weighting=weighting, pool=pool, pooled_temperature=3.0)
     fitted = fit_pooled_temperature(fusion, [(teachers, rows)], block_size=64)
 
@@ -242,8 +243,8 @@ def test_pooled_temperature_is_the_minimum(pool, weighting):
     assert nll(fitted) <= min(nll(0.97 * fitted), nll(1.03 * fitted)) + 1e-6
 
 
-def test_pool_of_calibrated_teachers_wants_sharpening():
-    """Teachers that each see part of the truth are calibrated alone and under-confident together."""
+def test_pool_of_calibrated_teachers_is_underconfident():
+    """Teachers that each see part of the truth are calibrated one by one, but not pooled."""
     generator = torch.Generator().manual_seed(0)
     clues_KNV = torch.randn(K, 3000, V, generator=generator, dtype=torch.float64)
     labels = torch.multinomial(clues_KNV.sum(0).softmax(-1), 1, generator=generator)[:, 0]
@@ -256,7 +257,7 @@ def test_pool_of_calibrated_teachers_wants_sharpening():
     assert fit_pooled_temperature(fusion, [(teachers, rows)]) < 0.8
 
 
-def test_pooled_fit_reads_batches_one_at_a_time_and_heads_once():
+def test_pooled_fit_reads_each_batch_and_applies_each_head_once():
     counted: list[CountedRows] = []
 
     def batches():
@@ -268,7 +269,7 @@ def test_pooled_fit_reads_batches_one_at_a_time_and_heads_once():
 
     fusion = Fusion(weighting=Fixed(weights=dict.fromkeys(NAMES, 1 / 3)))
     fit_pooled_temperature(fusion, batches(), block_size=15)
-    assert [scores.asked for scores in counted] == [[(0, 15), (15, 20)]] * 9
+    assert [scores.blocks for scores in counted] == [[(0, 15), (15, 20)]] * 9
 
 
 def test_raw_is_on_the_grid():

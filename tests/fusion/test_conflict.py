@@ -1,4 +1,4 @@
-"""Conflict: how far teachers contradict each other, and what each policy makes of it."""
+"""Disagreement of the teachers, and the effect of each conflict policy."""
 
 from __future__ import annotations
 
@@ -71,27 +71,27 @@ def _applied(block: FusedBlock) -> torch.Tensor:
 
 @pytest.mark.parametrize("pool", POOL_CASES, ids=str)
 @pytest.mark.parametrize("weighting", WEIGHTING_CASES, ids=str)
-def test_disagreement_is_the_share_of_the_most_possible(weighting, pool, logits_KNV, rows):
-    """c = sum_k w_k KL(P_k || P) / H(w) with P the linear pool, whatever pool makes the target."""
+def test_disagreement_is_a_fraction_of_its_maximum(weighting, pool, logits_KNV, rows):
+    """c = sum_k w_k KL(P_k || P) / H(w) with P the linear pool, for every pool of the target."""
     fusion = Fusion(weighting=weighting, **pool, conflict=TruthFallback())
     block = fuse(fusion, make_teachers(logits_KNV), rows)
-    found_n = _disagreement(block)
-    assert ((found_n >= 0) & (found_n <= 1)).all()
+    conflict_n = _disagreement(block)
+    assert ((conflict_n >= 0) & (conflict_n <= 1)).all()
     for t in range(N):
         weights = block.weights_Kn[:, t].tolist()
         expected = reference.disagreement(_logps(logits_KNV, t), weights)
-        assert found_n[t].item() == pytest.approx(expected, abs=1e-9)
+        assert conflict_n[t].item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_disagreement_is_between_clones_and_strangers():
+def test_disagreement_of_clones_is_zero_and_of_disjoint_teachers_one():
     rows = make_rows(torch.zeros(2, dtype=torch.long), [0, 0])
     logits_KNV = torch.zeros(K, 2, V, dtype=torch.float64)
     for number in range(K):
         logits_KNV[number, 1, number] = 1e4
     fusion = Fusion(weighting=MIX, conflict=TruthFallback())
-    found = _disagreement(fuse(fusion, make_teachers(logits_KNV), rows))
-    assert found.tolist() == pytest.approx([0.0, 1.0], abs=1e-12)
-    # Clones that are uncertain do not contradict each other, and one voice contradicts nobody.
+    conflict_n = _disagreement(fuse(fusion, make_teachers(logits_KNV), rows))
+    assert conflict_n.tolist() == pytest.approx([0.0, 1.0], abs=1e-12)
+    # Uncertain clones do not disagree, and a single teacher has no disagreement.
     for weighting in (
         BestSingle(teacher="law"),
         Fixed(weights={"law": 1, "medicine": 0, "prose": 0}),
@@ -112,19 +112,19 @@ def test_one_teacher_has_no_conflict(policy, logits_KNV, rows):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("pool", POOL_CASES, ids=str)
-def test_every_policy_gives_a_distribution_whatever_the_blocks(policy, pool, logits_KNV, rows):
+def test_every_policy_gives_a_distribution_for_any_block_size(policy, pool, logits_KNV, rows):
     options = {"temperatures": {"law": 1.3}, "pooled_temperature": 0.8, "conflict": policy}
     fusion = Fusion(**options, **pool)
-    one, other = (fuse(fusion, make_teachers(logits_KNV), rows, size) for size in (2, N))
-    torch.testing.assert_close(one.logp_nV, other.logp_nV, rtol=0, atol=1e-12)
-    torch.testing.assert_close(_applied(one), _applied(other), rtol=0, atol=1e-12)
-    torch.testing.assert_close(one.logp_nV.exp().sum(-1), torch.ones(N).double())
-    torch.testing.assert_close(one.weights_Kn.sum(0), torch.ones(N).double())
-    assert ((_applied(one) >= 0) & (_applied(one) <= 1)).all()
+    split, whole = (fuse(fusion, make_teachers(logits_KNV), rows, size) for size in (2, N))
+    torch.testing.assert_close(split.logp_nV, whole.logp_nV, rtol=0, atol=1e-12)
+    torch.testing.assert_close(_applied(split), _applied(whole), rtol=0, atol=1e-12)
+    torch.testing.assert_close(split.logp_nV.exp().sum(-1), torch.ones(N).double())
+    torch.testing.assert_close(split.weights_Kn.sum(0), torch.ones(N).double())
+    assert ((_applied(split) >= 0) & (_applied(split) <= 1)).all()
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_rows_that_a_policy_leaves_alone_are_those_without_it(policy, logits_KNV, rows):
+def test_policy_changes_only_the_rows_marked_as_applied(policy, logits_KNV, rows):
     logits_KNV[:, :3] = logits_KNV[0, :3]
     rows.labels[:3] = logits_KNV[0, :3].argmax(-1)
     plain = fuse(Fusion(weighting=MIX), make_teachers(logits_KNV), rows)
@@ -138,7 +138,7 @@ def test_rows_that_a_policy_leaves_alone_are_those_without_it(policy, logits_KNV
         assert 0 < changed_n.sum() < N
 
 
-def test_truth_fallback_hands_the_row_to_the_label(logits_KNV, rows):
+def test_truth_fallback_moves_weight_to_the_label(logits_KNV, rows):
     fusion = Fusion(weighting=MIX, conflict=TruthFallback(power=2.0))
     block = fuse(fusion, make_teachers(logits_KNV), rows)
     assert block.conflict is not None
@@ -150,7 +150,7 @@ def test_truth_fallback_hands_the_row_to_the_label(logits_KNV, rows):
 
 
 @pytest.mark.parametrize("margin", [0.2, 0.01])
-def test_a_corrected_label_leads_by_the_margin_and_the_rest_keeps_its_shape(
+def test_corrected_label_leads_by_the_margin_and_other_tokens_keep_proportions(
     margin, logits_KNV, rows
 ):
     plain = fuse(Fusion(weighting=MIX, pooled_temperature=1.2), make_teachers(logits_KNV), rows)
@@ -174,7 +174,7 @@ def test_a_corrected_label_leads_by_the_margin_and_the_rest_keeps_its_shape(
     assert fusion.uses_label
 
 
-def test_correction_survives_a_label_that_was_ruled_out(rows):
+def test_correction_of_a_label_with_probability_zero_is_finite(rows):
     logits_KNV = torch.zeros(K, N, V)
     logits_KNV[:, torch.arange(N), rows.labels] = -torch.inf
     block = fuse(Fusion(conflict=TargetCorrection()), make_teachers(logits_KNV), rows)
@@ -183,18 +183,18 @@ def test_correction_survives_a_label_that_was_ruled_out(rows):
     assert (block.logp_nV.argmax(-1) == rows.labels).all()
 
 
-def test_consistent_subset_drops_whom_the_label_contradicts(logits_KNV, rows):
+def test_consistent_subset_drops_teachers_that_rule_out_the_label(logits_KNV, rows):
     policy = ConsistentSubset(threshold=0.1, share=0.2)
     block = fuse(Fusion(weighting=MIX, conflict=policy), make_teachers(logits_KNV), rows)
-    given = [MIX.weights[name] for name in NAMES]
+    prior = [MIX.weights[name] for name in NAMES]
     num_dropped = 0
     for t in range(N):
         logps = _logps(logits_KNV, t)
         label_prob = [math.exp(logp[int(rows.labels[t])]) for logp in logps]
         is_kept = [p >= 0.2 * max(label_prob) for p in label_prob]
-        if reference.disagreement(logps, given) <= 0.1:
+        if reference.disagreement(logps, prior) <= 0.1:
             is_kept = [True] * K
-        weights = reference.normalized([w * kept for w, kept in zip(given, is_kept, strict=True)])
+        weights = reference.normalized([w * kept for w, kept in zip(prior, is_kept, strict=True)])
         assert block.weights_Kn[:, t].tolist() == pytest.approx(weights, abs=1e-12)
         expected = reference.pool(logps, weights, "linear")
         assert block.logp_nV[t].tolist() == pytest.approx(expected, abs=1e-9)
@@ -202,8 +202,8 @@ def test_consistent_subset_drops_whom_the_label_contradicts(logits_KNV, rows):
     assert num_dropped == int(_applied(block).sum()) > 0
 
 
-def test_consistent_subset_asks_only_teachers_with_weight(logits_KNV, rows):
-    """A teacher without a vote who alone knows the label does not silence the others."""
+def test_consistent_subset_ignores_teachers_without_weight(logits_KNV, rows):
+    """A teacher without weight that knows the label must not exclude the others."""
     logits_KNV[0] = 0.0
     logits_KNV[0, torch.arange(N), rows.labels] = 50.0
     weighting = Fixed(weights={"law": 0.0, "medicine": 0.5, "prose": 0.5})
@@ -213,7 +213,7 @@ def test_consistent_subset_asks_only_teachers_with_weight(logits_KNV, rows):
     torch.testing.assert_close(block.weights_Kn.sum(0), torch.ones(N).double())
 
 
-def test_follow_highest_takes_one_teacher_where_they_disagree(logits_KNV, rows):
+def test_follow_highest_uses_one_teacher_where_they_disagree(logits_KNV, rows):
     plain = fuse(Fusion(weighting=MIX, conflict=TruthFallback()), make_teachers(logits_KNV), rows)
     threshold = float(_disagreement(plain).median())
     fusion = Fusion(weighting=MIX, conflict=FollowHighest(threshold=threshold))
@@ -221,12 +221,12 @@ def test_follow_highest_takes_one_teacher_where_they_disagree(logits_KNV, rows):
     is_above_n = _disagreement(plain) > threshold
     assert torch.equal(_applied(block) == 1, is_above_n)
     assert 0 < is_above_n.sum() < N
-    alone_nV = logits_KNV[1].log_softmax(-1)
-    torch.testing.assert_close(block.logp_nV[is_above_n], alone_nV[is_above_n])
+    medicine_nV = logits_KNV[1].log_softmax(-1)
+    torch.testing.assert_close(block.logp_nV[is_above_n], medicine_nV[is_above_n])
     torch.testing.assert_close(block.logp_nV[~is_above_n], plain.logp_nV[~is_above_n])
 
 
-def test_teachers_of_equal_weight_are_not_told_apart(logits_KNV, rows):
+def test_follow_highest_keeps_teachers_of_equal_weight(logits_KNV, rows):
     fusion = Fusion(weighting=Uniform(), conflict=FollowHighest(threshold=0.0))
     block = fuse(fusion, make_teachers(logits_KNV), rows)
     assert _applied(block).sum() == 0
@@ -238,10 +238,10 @@ def test_teachers_of_equal_weight_are_not_told_apart(logits_KNV, rows):
 def test_order_of_teachers_does_not_matter(policy, weighting, logits_KNV, rows):
     fusion = Fusion(weighting=weighting, conflict=policy)
     order = [2, 0, 1]
-    one = fuse(fusion, make_teachers(logits_KNV), rows)
-    other = fuse(fusion, make_teachers(logits_KNV[order], [NAMES[k] for k in order]), rows)
-    torch.testing.assert_close(one.logp_nV, other.logp_nV, rtol=0, atol=1e-10)
-    torch.testing.assert_close(_applied(one), _applied(other), rtol=0, atol=1e-10)
+    plain = fuse(fusion, make_teachers(logits_KNV), rows)
+    permuted = fuse(fusion, make_teachers(logits_KNV[order], [NAMES[k] for k in order]), rows)
+    torch.testing.assert_close(plain.logp_nV, permuted.logp_nV, rtol=0, atol=1e-10)
+    torch.testing.assert_close(_applied(plain), _applied(permuted), rtol=0, atol=1e-10)
 
 
 def test_heads_are_applied_again_only_in_blocks_where_weights_change(logits_KNV, rows):
@@ -254,7 +254,7 @@ def test_heads_are_applied_again_only_in_blocks_where_weights_change(logits_KNV,
     target = FusedTarget(Fusion(weighting=MIX, conflict=policy), teachers, rows)
     for block in (slice(0, 4), slice(4, 9)):
         target.block(block)
-    assert all(scores.asked == [(0, 4), (4, 9), (4, 9)] for scores in counted)
+    assert all(scores.blocks == [(0, 4), (4, 9), (4, 9)] for scores in counted)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -275,7 +275,7 @@ def test_no_policy_is_the_default_and_costs_nothing(logits_KNV, rows):
     counted = CountedRows(logits_KNV[0])
     block = fuse(Fusion(), [TeacherRows("law", counted)], rows, N)
     assert block.conflict is None
-    assert counted.asked == [(0, N)]
+    assert counted.blocks == [(0, N)]
 
 
 def test_descriptions_and_snippets():
@@ -297,6 +297,7 @@ def test_descriptions_and_snippets():
         (NoConflictPolicy, {"power": 1.0}),
     ],
 )
-def test_options_refuse(option_class, options):
-    with pytest.raises(ValidationError, match=next(iter(options))):
+def test_invalid_options_are_refused(option_class, options):
+    with pytest.raises(ValidationError) as caught:
         option_class(**options)
+    assert caught.value.errors()[0]["loc"] == tuple(options)

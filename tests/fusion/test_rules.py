@@ -1,4 +1,4 @@
-"""What the rules beyond the plain ones promise: who sees a label, which table a domain finds, what the gate reads."""
+"""Label-aware, domain, consensus and gate rules: label use, domain tables, gate features."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from collegium.fusion.rules import (
 from collegium.fusion.weights import RowStats, Uniform
 from collegium.types import Batch, Rows, domain_number
 from fusion_cases import NAMES, WEIGHTING_CASES, fuse, make_rows, make_teachers, stats_of
+from refusals import check_message, refused
 
 K, V = 3, 6
 
@@ -33,35 +34,35 @@ def _logits(num_rows: int, seed: int = 0, num_teachers: int = K) -> torch.Tensor
 
 
 def _cross_entropies(*rows: list[float]) -> RowStats:
-    """Statistics of which only the label's log-probability matters."""
+    """Statistics where only the label's log-probability matters."""
     logp_KN = -torch.tensor(rows, dtype=torch.float64)
     return RowStats(logp_KN, logp_KN, logp_KN)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTING_CASES, ids=str)
-def test_only_rules_that_say_so_see_the_label_they_weigh(weighting):
+def test_only_rules_with_uses_label_depend_on_the_current_label(weighting):
     logits_KNV = _logits(6)
     rows = make_rows(torch.tensor([0, 1, 2, 3, 4, 5]), [0] * 6)
     changed = make_rows(torch.tensor([0, 1, 2, 4, 4, 5]), [0] * 6)
-    one, other = (
+    before, after = (
         fuse(Fusion(weighting=weighting), make_teachers(logits_KNV), r).weights_Kn[:, 3]
         for r in (rows, changed)
     )
-    # The one that selects may well select the same teacher again.
+    # `min_ce` may select the same teacher for both labels.
     if weighting.uses_label and not isinstance(weighting, MinCE):
-        assert not torch.equal(one, other)
+        assert not torch.equal(before, after)
     if not weighting.uses_label:
-        assert torch.equal(one, other)
+        assert torch.equal(before, after)
 
 
-def test_min_ce_sees_the_label_it_weighs():
+def test_min_ce_uses_the_current_label():
     assert MinCE().uses_label
     assert Fusion(weighting=MinCE()).uses_label
     assert not Fusion(weighting=Gate(offsets={})).uses_label
 
 
-def test_confidence_aware_weights_are_those_of_the_paper():
-    """Five teachers, one of them perfect: .2496 against .1876; nobody can get more than 1 / (K - 1)."""
+def test_confidence_aware_weights_equal_those_of_the_paper():
+    """Five teachers, one perfect: .2496 against .1876. No weight exceeds 1 / (K - 1)."""
     stats = _cross_entropies([0.0], *[[6.0]] * 4)
     rows = make_rows(torch.zeros(1), [0])
     weights = ConfidenceAware().log_scores(stats, rows, list("abcde"))[0].softmax(0)[:, 0]
@@ -69,7 +70,7 @@ def test_confidence_aware_weights_are_those_of_the_paper():
     assert weights.tolist() == pytest.approx([(1 - share) / 4] + [(1 - (1 - share) / 4) / 4] * 4)
 
 
-def test_confidence_aware_drops_the_one_that_is_certainly_wrong():
+def test_confidence_aware_drops_a_teacher_that_is_certainly_wrong():
     stats = _cross_entropies([1e30, 0.0], [1.0, 1e30], [2.0, 0.0])
     rows = make_rows(torch.zeros(2), [0, 0])
     weights = ConfidenceAware().log_scores(stats, rows, NAMES)[0].softmax(0)
@@ -78,14 +79,14 @@ def test_confidence_aware_drops_the_one_that_is_certainly_wrong():
     assert weights[:, 1].tolist() == pytest.approx([0.5, 0.0, 0.5])
 
 
-def test_min_ce_takes_the_best_of_each_document_and_shares_ties():
+def test_min_ce_selects_the_best_of_each_document_and_shares_ties():
     stats = _cross_entropies([1.0, 9.0, 1.0, 1.0], [4.0, 4.0, 5.0, 5.0], [4.0, 4.0, 1.0, 1.0])
     rows = make_rows(torch.zeros(4), [0, 0, 1, 1])
     weights = MinCE().log_scores(stats, rows, NAMES)[0].softmax(0)
     assert weights.T.tolist() == [[0.0, 0.5, 0.5]] * 2 + [[0.5, 0.0, 0.5]] * 2
 
 
-def test_avg_ce_of_fusellm_is_close_to_uniform_and_tau_is_not():
+def test_avg_ce_of_fusellm_is_close_to_uniform_and_tau_sharpens_it():
     """CE 2, 2.5 and 3 give .35, .33 and .32."""
     stats = _cross_entropies([2.0], [2.5], [3.0])
     rows = make_rows(torch.zeros(1), [0])
@@ -96,7 +97,7 @@ def test_avg_ce_of_fusellm_is_close_to_uniform_and_tau_is_not():
     assert sharp[0] > 0.99
 
 
-def test_an_outlier_loses_its_vote_and_no_divergence_exceeds_log_k():
+def test_outlier_loses_weight_and_no_divergence_exceeds_log_k():
     logits_KNV = torch.zeros(K, 1, V, dtype=torch.float64)
     logits_KNV[0, 0, 1], logits_KNV[1:, 0, 2] = 200.0, 200.0
     rows = make_rows(torch.zeros(1, dtype=torch.long), [0])
@@ -104,12 +105,12 @@ def test_an_outlier_loses_its_vote_and_no_divergence_exceeds_log_k():
     assert kl_K.tolist() == pytest.approx([math.log(3), math.log(1.5), math.log(1.5)])
     block = fuse(Fusion(weighting=Consensus(tau=0.1)), make_teachers(logits_KNV), rows)
     assert block.weights_Kn[0, 0] < 1e-2
-    alone = stats_of(make_teachers(logits_KNV[:1]), rows).consensus_kl()
-    assert alone.tolist() == [[0.0]]
+    single_KN = stats_of(make_teachers(logits_KNV[:1]), rows).consensus_kl()
+    assert single_KN.tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
-def test_consensus_is_taken_after_the_temperatures(block_size):
+def test_consensus_is_measured_after_the_temperatures(block_size):
     temperatures = {"law": 2.0, "prose": 0.5}
     logits_KNV, rows = _logits(4), make_rows(torch.zeros(4, dtype=torch.long), [0] * 4)
     fusion = Fusion(weighting=Consensus(), temperatures=temperatures)
@@ -123,14 +124,14 @@ def test_consensus_is_taken_after_the_temperatures(block_size):
         assert block.weights_Kn[:, t].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_scalars_alone_are_not_enough_for_the_consensus():
+def test_consensus_needs_more_than_scalars():
     stats, rows = _cross_entropies([1.0], [2.0]), make_rows(torch.zeros(1), [0])
-    with pytest.raises(ValueError, match="consensus_kl: got none"):
+    with refused(ValueError, "RowStats.consensus_kl: "):
         Consensus().log_scores(stats, rows, NAMES[:2])
     assert RowStats.cat([stats, stats]).consensus_kl_KN is None
 
 
-def test_a_domain_finds_its_table_and_any_other_the_default():
+def test_domain_uses_its_table_and_other_domains_the_default():
     weighting = DomainWeights(
         weights={"court": {"law": 1.0, "medicine": 0.0, "prose": 0.0}},
         default={"law": 0.2, "medicine": 0.3, "prose": 0.5},
@@ -172,36 +173,54 @@ def test_gate_features_are_centered_and_causal():
     torch.testing.assert_close(feature_KNF[:, 2, 3], decayed_K - decayed_K.mean())
 
 
-def test_a_gate_of_zeros_is_uniform_and_offsets_are_odds():
+def test_gate_of_zeros_is_uniform_and_offsets_are_log_odds():
     logits_KNV, rows = _logits(4), make_rows(torch.zeros(4, dtype=torch.long), [0] * 4)
     teachers = make_teachers(logits_KNV)
     zeros = Gate(offsets=dict.fromkeys(NAMES, 5.0))
-    one, other = (fuse(Fusion(weighting=w), teachers, rows) for w in (zeros, Uniform()))
-    torch.testing.assert_close(one.logp_nV, other.logp_nV)
+    gate, uniform = (fuse(Fusion(weighting=w), teachers, rows) for w in (zeros, Uniform()))
+    torch.testing.assert_close(gate.logp_nV, uniform.logp_nV)
     odds = Gate(offsets={"law": math.log(3.0), "medicine": 0.0, "prose": 0.0})
     weights = fuse(Fusion(weighting=odds), teachers, rows).weights_Kn
     torch.testing.assert_close(weights[0] / weights[1], torch.full((4,), 3.0).double())
 
 
 @pytest.mark.parametrize(
-    ("option_class", "options", "message"),
+    ("option_class", "options", "path", "kind"),
     [
-        (DomainWeights, {"weights": {}, "default": {"a": 0.5}}, "sum to 0.50"),
-        (DomainWeights, {"weights": {"x": {"a": 2.0}}, "default": {"a": 1.0}}, "sum to 2.00"),
-        (DomainWeights, {"weights": {"x": {"a": -1.0}}, "default": {"a": 1.0}}, "equal to 0"),
-        (DomainWeights, {"weights": {}}, "default"),
-        (Consensus, {"tau": 0.0}, "greater than 0"),
-        (Gate, {}, "offsets"),
-        (Gate, {"offsets": {"a": math.nan}}, "finite"),
-        (Gate, {"offsets": {"a": 0.0}, "decay": 1.5}, "less than or equal to 1"),
-        (ConfidenceAware, {"granularity": "batch"}, "sequence"),
-        (AvgCE, {"tau": -1.0}, "greater than 0"),
-        (MinCE, {"tau": 1.0}, "tau"),
+        (
+            DomainWeights,
+            {"weights": {"x": {"a": -1.0}}, "default": {"a": 1.0}},
+            "weights.x.a",
+            "greater_than_equal",
+        ),
+        (DomainWeights, {"weights": {}}, "default", "missing"),
+        (Consensus, {"tau": 0.0}, "tau", "greater_than"),
+        (Gate, {}, "offsets", "missing"),
+        (Gate, {"offsets": {"a": math.nan}}, "offsets.a", "finite_number"),
+        (Gate, {"offsets": {"a": 0.0}, "decay": 1.5}, "decay", "less_than_equal"),
+        (ConfidenceAware, {"granularity": "batch"}, "granularity", "literal_error"),
+        (AvgCE, {"tau": -1.0}, "tau", "greater_than"),
+        (MinCE, {"tau": 1.0}, "tau", "unexpected_keyword_argument"),
     ],
 )
-def test_options_refuse(option_class, options, message):
-    with pytest.raises(ValidationError, match=message):
+def test_invalid_options_are_refused(option_class, options, path, kind):
+    with pytest.raises(ValidationError) as caught:
         option_class(**options)
+    error = caught.value.errors()[0]
+    assert (".".join(map(str, error["loc"])), error["type"]) == (path, kind)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": {}, "default": {"a": 0.5}},
+        {"weights": {"x": {"a": 2.0}}, "default": {"a": 1.0}},
+    ],
+)
+def test_weights_of_a_domain_must_sum_to_one(options):
+    with pytest.raises(ValidationError) as caught:
+        DomainWeights(**options)
+    check_message(caught.value.errors()[0]["msg"], "Value error, teacher weights")
 
 
 def test_descriptions():

@@ -1,4 +1,4 @@
-"""How far stated confidence is from the truth, and the temperatures that bring it closer.
+"""Calibration error, and temperatures fitted to reduce the NLL.
 
 Shapes: N rows, n rows of one block, V vocabulary, K teachers, G temperatures of a grid.
 """
@@ -20,23 +20,23 @@ from collegium.fusion.weights import RowStats, Weighting
 from collegium.types import Rows, StoredRows, TeacherRows
 
 TEMPERATURES: tuple[float, ...] = tuple(2.0 ** ((step - 6) / 6) for step in range(19))
-"""Six temperatures per octave from 1/2 to 4; 1, the raw teacher, is one of them."""
+"""Six temperatures per octave from 1/2 to 4, including 1, the uncalibrated teacher."""
 MIN_GAIN = 1e-7
-"""Nats per token that a temperature other than the current one must gain."""
+"""Minimum gain in nats per token for a temperature to replace the current one."""
 
 
 def expected_calibration_error(
     confidence_N: Tensor | np.ndarray, is_correct_N: Tensor | np.ndarray, bins: int = 15
 ) -> float:
-    """ECE = sum_m |B_m| / N * |accuracy_m - confidence_m| over bins of equal mass.
+    """Compute ECE = sum_m |B_m| / N * |accuracy_m - confidence_m| over bins of equal mass.
 
     Args:
         confidence_N: probability of the most likely token.
         is_correct_N: whether that token was the label.
-        bins: number of bins; equal confidences share a bin, so there may be fewer.
+        bins: number of bins. Equal confidences share a bin, so there may be fewer.
 
     Returns:
-        A share in [0, 1]; NaN without rows.
+        A fraction in [0, 1], NaN without rows.
     """
     binned = reliability_bins(confidence_N, is_correct_N, bins)
     if not binned["count"]:
@@ -50,10 +50,10 @@ def expected_calibration_error(
 def over_under_confidence(
     confidence_N: Tensor | np.ndarray, is_correct_N: Tensor | np.ndarray, bins: int = 15
 ) -> tuple[float, float]:
-    """The calibration error's two halves: of bins more confident than right, and of bins more right than confident.
+    """Split the calibration error into the parts of overconfident and underconfident bins.
 
-    over = sum_m |B_m| / N * max(0, confidence_m - accuracy_m), under the same with the signs turned; over + under = ECE, with the
-    bins of `expected_calibration_error`. NaN twice without rows.
+    over = sum_m |B_m| / N * max(0, confidence_m - accuracy_m), and under with the signs swapped.
+    over + under = ECE, with the bins of `expected_calibration_error`. Both NaN without rows.
     """
     binned = reliability_bins(confidence_N, is_correct_N, bins)
     if not binned["count"]:
@@ -68,7 +68,7 @@ def over_under_confidence(
 def reliability_bins(
     confidence_N: Tensor | np.ndarray, is_correct_N: Tensor | np.ndarray, bins: int = 15
 ) -> dict[str, list[float]]:
-    """Mean `confidence`, `accuracy` and `count` per bin of equal mass, in order of confidence."""
+    """Return mean `confidence`, `accuracy` and the `count` per equal-mass bin, by confidence."""
     columns = {"confidence": confidence_N, "accuracy": is_correct_N}
     return _binned("confidence", columns, bins)
 
@@ -79,7 +79,7 @@ def entropy_bins(
     nll_N: Tensor | np.ndarray,
     bins: int = 15,
 ) -> dict[str, list[float]]:
-    """Mean `entropy`, `accuracy`, `nll` and `count` per bin of equal mass, in order of entropy."""
+    """Return mean `entropy`, `accuracy`, `nll` and the `count` per equal-mass bin, by entropy."""
     columns = {"entropy": entropy_N, "accuracy": is_correct_N, "nll": nll_N}
     return _binned("entropy", columns, bins)
 
@@ -87,14 +87,14 @@ def entropy_bins(
 def _binned(
     key: str, columns: Mapping[str, Tensor | np.ndarray], bins: int
 ) -> dict[str, list[float]]:
-    """Sort by one column, cut into bins of equal mass, and average every column in each."""
+    """Sort by one column, cut into bins of equal mass, and average every column per bin."""
     arrays = {name: _float64(column) for name, column in columns.items()}
     order = np.argsort(arrays[key], kind="stable")
     if order.size == 0:
         return {**{name: [] for name in arrays}, "count": []}
     sorted_key = arrays[key][order]
     edges = np.linspace(0, order.size, min(bins, order.size) + 1).round().astype(int)[:-1]
-    # Equal values go to one bin: otherwise the result would depend on the order of the rows.
+    # Ties share a bin: otherwise the result would depend on the order of the rows.
     starts = np.unique(np.searchsorted(sorted_key, sorted_key[edges], side="left"))
     count = np.diff(starts, append=order.size)
     result = {
@@ -118,12 +118,11 @@ def temperature_table(
     grid: Sequence[float] = TEMPERATURES,
     block_size: int = 256,
 ) -> RowStats:
-    """Read a teacher's scalars at every temperature of the grid; its head is applied once per row.
+    """Read a teacher's scalars at every temperature of the grid, with one pass of its head.
 
-    Of a per-teacher cache they are read as they are kept; the grid must be among what it keeps.
-
+    A per-teacher cache is read as stored, so the grid must be among its temperatures.
     Returns:
-        Statistics (G, N) on the CPU: the first axis is the temperature, not the teacher.
+        Statistics (G, N) on the CPU. The first axis is the temperature, not the teacher.
     """
     if isinstance(teacher.scores, StoredRows):
         return _on_cpu(RowStats.stack([stored_stats(teacher.scores, value) for value in grid]))
@@ -142,9 +141,10 @@ def _on_cpu(table: RowStats) -> RowStats:
 
 
 class TemperatureTables:
-    """The temperature tables of all teachers over many batches: K * G * N scalars, no distribution.
+    """Temperature tables of all teachers over many batches: K * G * N scalars, no distributions.
 
-    Documents of different batches are kept apart, so every weighting can be asked about all rows at once.
+    Documents of different batches get different numbers, so a weighting can score all rows at
+    once.
     """
 
     def __init__(self, *, grid: Sequence[float] = TEMPERATURES, block_size: int = 256) -> None:
@@ -161,15 +161,16 @@ class TemperatureTables:
         return self._names
 
     def add(self, teachers: Sequence[TeacherRows], rows: Rows) -> None:
-        """Take in one batch; one application of each head.
+        """Add one batch, at the cost of one application of each head.
 
         Raises:
-            ValueError: the teachers are not those of the batches before.
+            ValueError: the teachers differ from those of earlier batches.
         """
         names = [teacher.name for teacher in teachers]
         if self._batches and names != self._names:
             raise ValueError(
-                f"TemperatureTables.add: got teachers {names}; must be {self._names}, as in the first batch"
+                f"TemperatureTables.add: got teachers {names}; must be {self._names}, as in the "
+                "first batch"
             )
         self._names = names
         if len(rows) == 0:
@@ -187,7 +188,7 @@ class TemperatureTables:
         self._rows.append(dataclasses.replace(rows, documents=documents))
 
     def rows(self) -> Rows:
-        """The rows of all batches, one after the other, with document numbers that are unique among them.
+        """Return the rows of all batches in order, with document numbers unique among them.
 
         Raises:
             ValueError: no batch had a row.
@@ -208,28 +209,29 @@ class TemperatureTables:
         )
 
     def part(self, is_kept_N: Tensor) -> TemperatureTables:
-        """The tables of some of the rows; whole documents, so that what looks back finds what it looks for."""
+        """Return the tables of a subset of the rows, made of whole documents."""
+        # Whole documents, since prefix rules read the earlier rows of a document.
         part = TemperatureTables(grid=self.grid, block_size=self._block_size)
         part._names = list(self._names)
-        part._batches = [[_kept(self.teacher(name), is_kept_N) for name in self._names]]
+        part._batches = [[_select(self.teacher(name), is_kept_N) for name in self._names]]
         part._rows = [self.rows().part(is_kept_N)]
         return part
 
     def teacher(self, name: str) -> RowStats:
-        """Statistics (G, N) of one teacher over all batches."""
+        """Return statistics (G, N) of one teacher over all batches."""
         number = self._names.index(name)
         return RowStats.cat([batch[number] for batch in self._batches])
 
 
-def _kept(table: RowStats, is_kept_N: Tensor) -> RowStats:
+def _select(table: RowStats, is_kept_N: Tensor) -> RowStats:
     columns = (table.entropy_KN, table.label_logp_KN, table.max_logp_KN)
     return RowStats(*[column_GN[:, is_kept_N] for column_GN in columns])
 
 
 def fit_temperature(tables: TemperatureTables, teacher: str) -> float:
-    """T* = argmin_T mean NLL of softmax(z / T) for one teacher alone, inside the grid.
+    """Fit T* = argmin_T mean NLL of softmax(z / T) for one teacher, inside the grid.
 
-    The grid's best temperature is refined by the parabola through it and its neighbors.
+    A parabola through the grid's best temperature and its neighbors refines the result.
     """
     label_logp_GN = tables.teacher(teacher).label_logp_KN
     return temperature_of_least_nll(tables.grid, -label_logp_GN.double().mean(1))
@@ -238,35 +240,38 @@ def fit_temperature(tables: TemperatureTables, teacher: str) -> float:
 def fit_joint_temperatures(
     tables: TemperatureTables, weighting: Weighting, *, num_rounds: int = 5
 ) -> dict[str, float]:
-    """Temperatures of all teachers that minimize the NLL of their linear pool, weights included.
+    """Fit the temperatures of all teachers that minimize the NLL of their linear pool.
 
-    Coordinate descent on the grid from T = 1, hence never worse than the raw teachers. In the gradient of
-    -log sum_k w_k P_k(y) each token of a teacher counts by its responsibility, so that a specialist is calibrated
-    on what it is asked about: one temperature fitted alone would soften it for its mistakes elsewhere.
+    Coordinate descent on the grid from T = 1, so never worse than the uncalibrated teachers. In
+    the gradient of -log sum_k w_k P_k(y) each token of a teacher counts by its responsibility, so
+    a specialist is calibrated on the rows where it has weight.
 
     Args:
-        tables: what `TemperatureTables.add` gathered.
-        weighting: the rule whose weights are to be used; its own statistics change with the temperatures.
-        num_rounds: most passes over the teachers.
+        tables: the temperature tables of the calibration split.
+        weighting: the rule to pool with; its statistics change with the temperatures.
+        num_rounds: maximum number of passes over the teachers.
     """
+    # Fitted one by one, specialists are softened (T of 1.4 to 1.9) for mistakes off their domain.
+    # Fitted jointly they are sharpened a little (0.89), see "Temperatures of specialists" in
+    # docs/log.md.
     pool = _PoolOnGrid(tables, weighting)
     raw = min(range(len(tables.grid)), key=lambda g: abs(np.log(tables.grid[g])))
-    chosen = [raw] * len(tables.names)
-    best = float(pool.nll(0, chosen)[raw])
+    indices = [raw] * len(tables.names)
+    best = float(pool.nll(0, indices)[raw])
     for _ in range(num_rounds):
         before = best
-        for number in range(len(chosen)):
-            nll_G = pool.nll(number, chosen)
-            column = int(nll_G.argmin())
-            if nll_G[column] < best - MIN_GAIN:
-                best, chosen[number] = float(nll_G[column]), column
+        for number in range(len(indices)):
+            nll_G = pool.nll(number, indices)
+            index = int(nll_G.argmin())
+            if nll_G[index] < best - MIN_GAIN:
+                best, indices[number] = float(nll_G[index]), index
         if best == before:
             break
-    return {name: tables.grid[g] for name, g in zip(tables.names, chosen, strict=True)}
+    return {name: tables.grid[g] for name, g in zip(tables.names, indices, strict=True)}
 
 
 class _PoolOnGrid:
-    """The mean NLL of the linear pool as a function of one grid column per teacher."""
+    """Mean NLL of the linear pool as a function of one grid index per teacher."""
 
     def __init__(self, tables: TemperatureTables, weighting: Weighting) -> None:
         self._names = tables.names
@@ -274,27 +279,29 @@ class _PoolOnGrid:
         self._rows = tables.rows()
         self._tables = [tables.teacher(name) for name in self._names]
         self._score_KGN = [
-            self._streamed(name, table)
+            self._streaming_scores(name, table)
             for name, table in zip(self._names, self._tables, strict=True)
             if weighting.streams
         ]
 
-    def _streamed(self, name: str, table: RowStats) -> Tensor:
-        """(G, N) scores of a streaming rule: each depends on one teacher, so a grid has only K * G of them."""
+    def _streaming_scores(self, name: str, table: RowStats) -> Tensor:
+        """Score (G, N) of one teacher under a streaming rule, at every temperature."""
+        # Scores of a streaming rule do not depend on other teachers: the grid has K * G of them,
+        # not G ** K. The temperature takes the place of the teacher's axis.
         return self._weighting.log_scores(table, self._rows, [name] * len(table.entropy_KN))[0]
 
-    def nll(self, number: int, columns: Sequence[int]) -> Tensor:
-        """(G,) mean nats per row with teacher `number` at each temperature of the grid, teacher k at columns[k]."""
+    def nll(self, number: int, indices: Sequence[int]) -> Tensor:
+        """Return (G,) nats per row: teacher `number` at each temperature, k at indices[k]."""
         if not self._weighting.streams:
             grid = range(len(self._tables[number].entropy_KN))
-            trials = [[*columns[:number], g, *columns[number + 1 :]] for g in grid]
-            return torch.stack([self._nll_of(trial) for trial in trials])
+            trials = [[*indices[:number], g, *indices[number + 1 :]] for g in grid]
+            return torch.stack([self._nll_at(trial) for trial in trials])
         table = self._tables[number]
         score_GN = self._score_KGN[number]
         total_GN = score_GN
         label_GN = score_GN + table.label_logp_KN.double()
-        # What the others contribute is the same at every temperature of this one.
-        for other, g in enumerate(columns):
+        # The other teachers contribute the same at every temperature of this one.
+        for other, g in enumerate(indices):
             if other == number:
                 continue
             score_N = self._score_KGN[other][g]
@@ -303,11 +310,11 @@ class _PoolOnGrid:
             label_GN = torch.logaddexp(label_GN, score_N + label_logp_N)
         return (total_GN - label_GN).mean(1)
 
-    def _nll_of(self, columns: Sequence[int]) -> Tensor:
+    def _nll_at(self, indices: Sequence[int]) -> Tensor:
         stats = RowStats.stack(
             [
                 RowStats(table.entropy_KN[g], table.label_logp_KN[g], table.max_logp_KN[g])
-                for table, g in zip(self._tables, columns, strict=True)
+                for table, g in zip(self._tables, indices, strict=True)
             ]
         )
         return linear_pool_nll(stats, self._weighting, self._rows, self._names).mean()
@@ -316,12 +323,12 @@ class _PoolOnGrid:
 def linear_pool_nll(
     stats: RowStats, weighting: Weighting, rows: Rows, teachers: Sequence[str]
 ) -> Tensor:
-    """-log sum_k w_k P_k(y) at every row from scalars alone: (N,) float64 nats.
+    """Compute -log sum_k w_k P_k(y) at every row from scalars: (N,) float64 nats.
 
     Args:
         stats: (K, N) each, of the calibrated teachers.
-        weighting: the rule that weighs them.
-        rows: all N rows; documents must be unique over everything that was concatenated.
+        weighting: the rule that sets the weights.
+        rows: all N rows; document numbers must be unique across concatenated batches.
         teachers: names in the order of `stats`.
     """
     score_KN, _ = weighting.log_scores(stats, rows, teachers)
@@ -329,6 +336,7 @@ def linear_pool_nll(
 
 
 def _pool_nll(score_KN: Tensor, label_logp_KN: Tensor) -> Tensor:
+    # Scores are unnormalized log-weights, so take the difference of two logsumexps.
     total_N = torch.logsumexp(score_KN, dim=0)
     return total_N - torch.logsumexp(score_KN + label_logp_KN.double(), dim=0)
 
@@ -341,10 +349,11 @@ def fit_pooled_temperature(
     grid: Sequence[float] = TEMPERATURES,
     block_size: int = 256,
 ) -> float:
-    """T = argmin mean NLL of pool^(1/T), renormalized, with the fusion's own weights, pool and teachers' temperatures.
+    """Fit T = argmin mean NLL of pool^(1/T), renormalized, with the fusion's other options fixed.
 
-    A pool of calibrated teachers is under-confident, since pooling adds their disagreement to its entropy; this
-    temperature is therefore fitted after fusing. Batches are read once, one at a time.
+    The fusion's weights, pool and teacher temperatures apply, its pooled temperature does not.
+    A pool of calibrated teachers is underconfident, since pooling adds their disagreement to its
+    entropy. This temperature is therefore fitted after fusing. Each batch is read once.
 
     Raises:
         ValueError: no batch had a row.
@@ -370,12 +379,13 @@ def fit_pooled_temperature(
 
 
 def temperature_of_least_nll(grid: Sequence[float], nll_G: Tensor) -> float:
-    """The temperature of least NLL: the vertex of a parabola in log T through the best three points."""
+    """Return the temperature of lowest NLL: vertex of a parabola in log T through three points."""
     best = int(nll_G.argmin())
     if best in (0, len(grid) - 1):
         return grid[best]
     log_grid = np.log(np.asarray(grid[best - 1 : best + 2]))
     square, linear, _ = np.polyfit(log_grid - log_grid[1], nll_G[best - 1 : best + 2].numpy(), 2)
+    # Not convex at the minimum, as for a flat teacher: there is no vertex to move to.
     if square <= 0:
         return grid[best]
     vertex = log_grid[1] - linear / (2 * square)

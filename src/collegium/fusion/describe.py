@@ -1,4 +1,4 @@
-"""A fusion in words: a short name, and the section of a recipe that gives it."""
+"""Descriptions of a fusion: a short name, and its section of a recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collegium.fusion.weights import Weighting
 
 
 def describe(fusion: Fusion) -> str:
-    """A short name, such as `prefix_likelihood(eta=0.3, decay=0.9), linear`."""
+    """Return a short name, such as `prefix_likelihood(eta=0.3, decay=0.9), linear`."""
     pool = f"power_mean(r={fusion.exponent:.3g})" if fusion.pool == "power_mean" else fusion.pool
     parts = [_call(_name_of(fusion.weighting, WEIGHTINGS), _options_of(fusion.weighting)), pool]
     if fusion.temperatures:
@@ -25,7 +25,7 @@ def describe(fusion: Fusion) -> str:
 
 
 def to_recipe(fusion: Fusion) -> dict[str, object]:
-    """The `fusion:` section of a recipe that gives this fusion: plain dicts, strings and numbers."""
+    """Return the `fusion:` section of a recipe for this fusion, in plain dicts and numbers."""
     snippet: dict[str, object] = {
         "weighting": {
             "name": _name_of(fusion.weighting, WEIGHTINGS),
@@ -35,6 +35,7 @@ def to_recipe(fusion: Fusion) -> dict[str, object]:
         "temperatures": dict(fusion.temperatures),
         "pooled_temperature": fusion.pooled_temperature,
     }
+    # Other pools reject an exponent other than the default.
     if fusion.pool == "power_mean":
         snippet["exponent"] = fusion.exponent
     if fusion.conflict.is_active:
@@ -55,7 +56,8 @@ def _options_of(option: Weighting | Conflict) -> dict[str, object]:
 
 
 def _call(name: str, options: Mapping[str, object]) -> str:
-    """`name(key=value, ...)`; a dict among the values is written out in its place."""
+    """Format `name(key=value, ...)` and inline the entries of dicts."""
+    # Kept short for tables: three digits, and only the number of knots.
     inner = ", ".join(
         f"{key}={value:.3g}"
         if isinstance(value, float)
@@ -69,7 +71,7 @@ def _call(name: str, options: Mapping[str, object]) -> str:
 
 
 def _flat(options: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Inner dicts lose their own key; what stands two levels deep keeps one, as in `domain/teacher`."""
+    """Flatten nested dicts: the outer key is dropped, a second level gives `domain/teacher`."""
     flat: dict[str, object] = {}
     for key, value in options.items():
         if not isinstance(value, dict):

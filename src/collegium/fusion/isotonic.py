@@ -1,4 +1,4 @@
-"""An increasing map from a teacher's entropy to the NLL that such an entropy has meant so far.
+"""Isotonic regression of the NLL on the entropy, one increasing map per teacher.
 
 Shapes: N rows of the calibration split, M knots.
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 from collegium.fusion.weights import RowStats
 
 MAX_KNOTS = 32
-"""Knots that a fitted map keeps: enough for its shape, few enough for a recipe."""
+"""Knots of a fitted map: enough for its shape, few enough to read in a recipe."""
 
 
 def pool_adjacent_violators(value_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
-    """The nondecreasing sequence closest to `value_N` in (weighted) squares: (N,) float64.
+    """Return the nondecreasing sequence closest to `value_N` in (weighted) squares: (N,) float64.
 
-    Neighbors that are out of order are replaced by their mean until none is.
+    Adjacent values that are out of order are replaced by their mean until none are.
 
     Source: Ayer et al. 1955.
     """
@@ -28,9 +28,9 @@ def pool_adjacent_violators(value_N: Tensor, weight_N: Tensor | None = None) -> 
     for value, weight in zip(value_N.tolist(), weights, strict=True):
         mean, total, count = value, weight, 1
         while blocks and blocks[-1][0] >= mean:
-            before, before_total, before_count = blocks.pop()
-            mean = (before * before_total + mean * total) / (before_total + total)
-            total, count = before_total + total, before_count + count
+            left_mean, left_total, left_count = blocks.pop()
+            mean = (left_mean * left_total + mean * total) / (left_total + total)
+            total, count = left_total + total, left_count + count
         blocks.append((mean, total, count))
     means = [mean for mean, _, count in blocks for _ in range(count)]
     return torch.tensor(means, dtype=torch.float64)
@@ -39,10 +39,11 @@ def pool_adjacent_violators(value_N: Tensor, weight_N: Tensor | None = None) -> 
 def fit_entropy_maps(
     stats: RowStats, teachers: Sequence[str], *, max_knots: int = MAX_KNOTS
 ) -> dict[str, list[tuple[float, float]]]:
-    """For each teacher the increasing map H -> E[NLL | H] as knots (entropy, NLL), both in nats, entropies ascending.
+    """Fit an increasing map H -> E[NLL | H] per teacher, as knots (entropy, NLL) in nats.
 
-    Rows are put into bins of equal mass by entropy, and the bins' mean NLL is made nondecreasing: an over-confident teacher has a map far
-    above the diagonal, one whose entropy says nothing has a flat one.
+    Entropies ascend. Rows are binned by entropy into bins of equal mass, and the bins' mean NLL is
+    made nondecreasing. An overconfident teacher has a map far above the diagonal. A teacher whose
+    entropy carries no information has a flat one.
 
     Raises:
         ValueError: there are no rows.
@@ -60,16 +61,18 @@ def _knots(entropy_N: Tensor, nll_N: Tensor, max_knots: int) -> list[tuple[float
     entropy_M = torch.stack([entropy_N[part].mean() for part in parts])
     nll_M = torch.stack([nll_N[part].mean() for part in parts])
     count_M = torch.tensor([float(len(part)) for part in parts])
-    found = zip(entropy_M.tolist(), pool_adjacent_violators(nll_M, count_M).tolist(), strict=True)
+    pairs = zip(entropy_M.tolist(), pool_adjacent_violators(nll_M, count_M).tolist(), strict=True)
+    # Knots must ascend strictly: equal entropies after rounding keep the last, highest NLL.
     knots: dict[float, float] = {}
-    for entropy, nll in found:
+    for entropy, nll in pairs:
         knots[round(entropy, 4)] = round(nll, 4)
     return list(knots.items())
 
 
 def interpolate(entropy_N: Tensor, knots: Sequence[Sequence[float]]) -> Tensor:
-    """Straight lines between the knots, constant beyond the first and the last: (N,) float64."""
+    """Interpolate linearly between the knots, constant beyond both ends: (N,) float64."""
     x_M, y_M = torch.tensor(knots, dtype=torch.float64, device=entropy_N.device).T.contiguous()
+    # `searchsorted` below needs two knots, but a teacher of constant entropy has one.
     if len(x_M) == 1:
         return y_M.expand(len(entropy_N))
     inside_N = entropy_N.double().clamp(x_M[0], x_M[-1])
