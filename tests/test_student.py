@@ -1,8 +1,7 @@
-"""The student: fresh or from a folder, never resized, able to stop."""
+"""The student: built from a config or loaded from a folder, never resized, with a stop token."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from collegium.student import (
     load_student_tokenizer,
     student_config,
 )
+from refusals import check_message, refused
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 CONFIG = {
@@ -39,7 +39,7 @@ def fresh(tokenizer: str, changes: dict[str, object] | None = None) -> StudentOp
     return StudentOptions(config={**CONFIG, **(changes or {})}, tokenizer=tokenizer, device="cpu")
 
 
-def test_fresh_student_has_the_ids_of_its_tokenizer(tokenizer: str) -> None:
+def test_new_student_has_the_ids_of_its_tokenizer(tokenizer: str) -> None:
     options = fresh(tokenizer)
     check_student(options, where="student")
     student = build_student(options, seed=3, where="student")
@@ -70,15 +70,15 @@ def test_student_from_a_folder(tmp_path: Path) -> None:
     )
 
 
-def test_weights_of_a_student_are_compared_with_its_config(tmp_path: Path) -> None:
+def test_weights_are_compared_with_the_config(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('_layers": 2', '_layers": 1'))
-    with pytest.raises(ModelError, match=r"^student: the weights hold 2 layers"):
+    with refused(ModelError, "student"):
         check_student(StudentOptions(model=str(folder)), where="student")
 
 
-def test_the_config_of_a_student_is_known_before_it_is_made(tokenizer: str, tmp_path: Path) -> None:
+def test_the_config_is_available_before_the_model(tokenizer: str, tmp_path: Path) -> None:
     changed = fresh(tokenizer, {"max_position_embeddings": 77})
     assert student_config(changed, where="student").max_position_embeddings == 77
     saved = StudentOptions(model=str(save_tiny(tmp_path / "m")))
@@ -97,14 +97,11 @@ def test_token_without_a_row(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     tiny_model(300).save_pretrained(tmp_path / "m")
     options = StudentOptions(model=str(tmp_path / "m"), device="cpu")
-    last = len(tiny_tokenizer()) - 1
     for call in (
         lambda: build_student(options, seed=0, where="student"),
         lambda: check_student(options, where="student"),
     ):
-        with pytest.raises(
-            ModelError, match=rf"has id {last}, the model has 300 rows; must have a row"
-        ):
+        with refused(ModelError, "student"):
             call()
 
 
@@ -123,10 +120,7 @@ def test_tokenizer_without_eos(tmp_path: Path) -> None:
         tmp_path / "t"
     )
     for call in (load_student_tokenizer, check_student):
-        with pytest.raises(
-            ModelError,
-            match=r"has no eos token, so a student could not learn .*\(candidates: `<\|end\|>`\)",
-        ):
+        with refused(ModelError, "student"):
             call(fresh(str(tmp_path / "t")), where="student")
 
 
@@ -148,44 +142,56 @@ def test_gradient_checkpointing(tokenizer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "where"),
     [
-        ({"hiden_size": 8}, "student.config.hiden_size: no such key of llama; did you mean"),
-        ({"vocab_size": 7}, "student.config.vocab_size: got 7; must be "),
-        ({"model_type": "lama"}, "student.config.model_type: got 'lama'"),
-        ({"hidden_size": 30}, "student.config: llama does not take these values"),
-        ({"num_attention_heads": 0}, "student.config: llama does not take these values; integer"),
-        ({"hidden_size": -4}, "student.config: makes no llama model (Trying to create tensor"),
+        ({"hiden_size": 8}, "student.config.hiden_size"),
+        ({"vocab_size": 7}, "student.config.vocab_size"),
+        ({"model_type": "lama"}, "student.config.model_type"),
+        ({"hidden_size": 30}, "student.config: llama"),
+        ({"num_attention_heads": 0}, "student.config: llama"),
+        ({"hidden_size": -4}, "student.config"),
     ],
+    ids=str,
 )
-def test_config_is_checked_before_anything_is_made(
-    tokenizer: str, changes: dict[str, object], message: str
+def test_config_is_checked_before_anything_is_built(
+    tokenizer: str, changes: dict[str, object], where: str
 ) -> None:
+    # Reasons of transformers and its nearest model type differ between versions.
+    volatile = r"(?<=these values; ).*|(?<=qwen3`).*|(?<=model \()[^)]*"
     for call in (
         lambda options: check_student(options, where="student"),
         lambda options: build_student(options, seed=0, where="student"),
     ):
-        with pytest.raises(ModelError, match=re.escape(message)):
+        with refused(ModelError, where, volatile=volatile):
             call(fresh(tokenizer, changes))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options",
     [
-        ({}, "got both or neither of `model` and `config`"),
-        ({"model": "m", "config": CONFIG, "tokenizer": "t"}, "got both or neither"),
-        ({"config": CONFIG}, "got `config` without `tokenizer`"),
-        ({"model": "m", "dtype": "auto"}, "dtype"),
-        ({"model": "m", "vocab": 3}, "vocab"),
+        {},
+        {"model": "m", "config": {"model_type": "llama"}, "tokenizer": "t"},
+        {"config": {"model_type": "llama"}},
     ],
+    ids=str,
 )
-def test_options_are_strict(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_options_are_checked_together(options: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as caught:
         StudentOptions(**options)  # type: ignore[arg-type]
+    check_message(caught.value.errors()[0]["msg"], "Value error, got ")
+
+
+@pytest.mark.parametrize(
+    ("options", "field"), [({"dtype": "auto"}, "dtype"), ({"vocab": 3}, "vocab")]
+)
+def test_options_are_strict(options: dict[str, object], field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        StudentOptions(model="m", **options)  # type: ignore[arg-type]
+    assert [error["loc"] for error in caught.value.errors()] == [(field,)]
 
 
 def test_missing_folders(tmp_path: Path) -> None:
     missing = str(tmp_path / "none")
     for options in (StudentOptions(model=missing), fresh(missing)):
-        with pytest.raises(ModelError, match=r"student: got .*none, which does not exist"):
+        with refused(ModelError, "student"):
             check_student(options, where="student")

@@ -1,4 +1,4 @@
-"""Tiny real tokenizers and models, made in memory: the fixtures of the suite."""
+"""Tiny real tokenizers and models, built in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 
 @lru_cache(maxsize=4)
 def tiny_tokenizer(vocab_size: int = 400, chat: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with `<|end|>` as its stop token and `<|pad|>` as pad."""
+    """Train a byte-level BPE tokenizer with `<|end|>` as eos and `<|pad|>` as pad token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,7 +51,7 @@ def tiny_model(
     width: int = 32,
     **config: object,
 ) -> PreTrainedModel:
-    """A random causal LM of two layers in float32, on CPU, in eval mode."""
+    """Build a random two-layer causal LM in float32, on CPU, in eval mode."""
     import torch
 
     settings: dict[str, object] = {
@@ -76,8 +76,9 @@ def tiny_model(
 def save_tiny(
     folder: Path, *, vocab_size: int = 400, seed: int = 0, chat: bool = False, **config: object
 ) -> Path:
-    """Write a tiny model and its tokenizer as a Hugging Face folder."""
+    """Save a tiny model and its tokenizer as a Hugging Face folder."""
     tokenizer = tiny_tokenizer(vocab_size, chat)
-    tiny_model(len(tokenizer), seed=seed, **config).save_pretrained(folder)  # type: ignore[arg-type]
+    model = tiny_model(len(tokenizer), seed=seed, **config)  # type: ignore[arg-type]
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

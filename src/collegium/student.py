@@ -1,4 +1,4 @@
-"""The one model that learns: from a folder, or fresh from a config and a tokenizer."""
+"""The student: loaded from a folder, or built from a config and a tokenizer."""
 
 from __future__ import annotations
 
@@ -46,33 +46,33 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StudentOptions:
-    """The student: `model` to start from trained weights, or `config` and `tokenizer` to start fresh."""
+    """Options of the student: `model` for pretrained weights, or `config` and `tokenizer`."""
 
     model: str | None = None
     """A Hugging Face model folder, or a hub id `owner/name`."""
     config: dict[str, Any] | None = None
-    """A transformers config with its `model_type`; `vocab_size` is the tokenizer's and may be left out."""
+    """A transformers config with `model_type`. `vocab_size` defaults to the tokenizer's."""
     tokenizer: str | None = None
-    """Folder of the tokenizer; with `config` it must be given."""
+    """Folder of the tokenizer, required with `config`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number type of the trained weights."""
+    """Data type of the trained weights."""
     device: Device = "auto"
-    """`auto` is the first CUDA device, else Apple's, else the CPU."""
+    """`auto` is the first CUDA device, else MPS, else the CPU."""
     attention: Attention = "auto"
-    """`auto` is `sdpa` where the model has it, else `eager`."""
+    """`auto` is `sdpa` if the model supports it, else `eager`."""
     trust_remote_code: bool = False
-    """Run the Python files that come with the model; review them first."""
+    """Run the Python files shipped with the model; review them first."""
     gradient_checkpointing: bool = False
-    """Recompute the hidden states of each block in the backward pass, to save memory."""
+    """Recompute each block in the backward pass to save memory."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> StudentOptions:
+    def _check_source(self) -> StudentOptions:
         if (self.model is None) == (self.config is None):
             raise ValueError(
-                "got both or neither of `model` and `config`; must be one of them: "
-                "`model` for trained weights, `config` for a fresh student"
+                "got both or neither of `model` and `config`; must be exactly one: "
+                "`model` for pretrained weights, `config` for a new student"
             )
         if self.config is not None and self.tokenizer is None:
             raise ValueError("got `config` without `tokenizer`; must name a tokenizer folder")
@@ -80,10 +80,10 @@ class StudentOptions:
 
 
 def check_student(options: StudentOptions, *, where: str) -> None:
-    """Check everything that can be known about the student without loading a weight.
+    """Validate the student without loading weights.
 
     Raises:
-        ModelError: the folder, the config, the tokenizer or the device cannot be used.
+        ModelError: the folder, config, tokenizer or device cannot be used.
     """
     if options.model is not None:
         model = _model_options(options)
@@ -100,10 +100,10 @@ def check_student(options: StudentOptions, *, where: str) -> None:
 
 
 def student_config(options: StudentOptions, *, where: str) -> PretrainedConfig:
-    """The config of the student, trained or fresh, without a weight.
+    """Return the config of the student without loading weights.
 
     Raises:
-        ModelError: as `check_student`.
+        ModelError: the config or the tokenizer cannot be used.
     """
     if options.model is not None:
         return load_config(_model_options(options), where=where)
@@ -112,25 +112,26 @@ def student_config(options: StudentOptions, *, where: str) -> PretrainedConfig:
 
 
 def load_student_tokenizer(options: StudentOptions, *, where: str) -> PreTrainedTokenizerFast:
-    """Load the tokenizer whose ids are the vocabulary of the whole run.
+    """Load the tokenizer that defines the vocabulary of the run.
 
     Raises:
-        ModelError: no fast tokenizer there, or one without an end-of-text token.
+        ModelError: no fast tokenizer found, or it has no end-of-text token.
     """
     path = _tokenizer_path(options)
+    # `revision` belongs to the repository of the model, not to that of another tokenizer.
     revision = options.revision if path == options.model else None
     tokenizer = load_tokenizer(path, revision=revision, where=where)
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"{where}: the tokenizer of {path} has no eos token, so a student could not learn to "
-            f"stop; must name one; set `eos_token` in its tokenizer_config.json "
+            f"{where}: the tokenizer of {path} has no eos token, so a student cannot learn to "
+            f"stop; must define one; set `eos_token` in its tokenizer_config.json "
             f"(candidates: {eos_candidates(tokenizer)})"
         )
     return tokenizer
 
 
 def build_student(options: StudentOptions, *, seed: int, where: str) -> PreTrainedModel:
-    """Load or make the student; its embeddings are never resized.
+    """Load or build the student.
 
     Raises:
         ModelError: the model cannot be loaded, or has fewer rows than the tokenizer has ids.
@@ -146,6 +147,7 @@ def build_student(options: StudentOptions, *, seed: int, where: str) -> PreTrain
             attention=options.attention,
         )
         nn.Module.to(model, choose_device(options.device), DTYPES[options.dtype])
+    # Embeddings are never resized: vocabulary surgery breaks exports (ggml-org/llama.cpp#6111).
     rows = min(input_layer(model).num_embeddings, head_layer(model).out_features)
     _check_rows(rows, tokenizer, where=where)
     _set_stop_token(model, tokenizer)
@@ -168,8 +170,9 @@ def _model_options(options: StudentOptions) -> ModelOptions:
 def _fresh_config(
     options: StudentOptions, tokenizer: PreTrainedTokenizerFast, *, where: str
 ) -> dict[str, Any]:
-    """The config of a fresh student, with the special tokens of its tokenizer where it names none."""
+    """Return the config of a new student, with special ids of the tokenizer where it has none."""
     config = dict(options.config or {})
+    # All three are set: the defaults of a model type are ids of its usual vocabulary.
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config.setdefault(name, {"bos_token_id": tokenizer.bos_token_id}.get(name))
     config["eos_token_id"] = config["eos_token_id"] or tokenizer.eos_token_id
@@ -190,12 +193,13 @@ def _check_rows(rows: int, tokenizer: PreTrainedTokenizerFast, *, where: str) ->
 
 
 def _set_stop_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let generation stop at the token that training teaches, beside those the model knew."""
+    # Keep the stop tokens of the model, and add the one that is trained: without it generation with
+    # the exported student does not end.
     config = model.generation_config
     if config is None:
         return
-    known: Any = config.eos_token_id
-    stops: list[Any] = [] if known is None else [known] if isinstance(known, int) else list(known)
+    eos: Any = config.eos_token_id
+    stops: list[Any] = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if tokenizer.eos_token_id not in stops:
         stops.append(tokenizer.eos_token_id)
     config.eos_token_id = stops[0] if len(stops) == 1 else stops

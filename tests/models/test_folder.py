@@ -1,9 +1,8 @@
-"""Every way a model folder can be wrong, and what the user reads."""
+"""Every way a model folder can be invalid, and the error that the user sees."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import struct
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from collegium.errors import ModelError
 from collegium.models import ModelOptions, check_model_folder, weights_digest
 from collegium.models.folder import ignored_settings, weights_size
+from refusals import refused
 from tiny import save_tiny
 
 HERE = "teachers[0]"
@@ -33,7 +33,8 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 
 def check(folder: Path, **options: object) -> None:
-    check_model_folder(ModelOptions(model=str(folder), **options), where=HERE)  # type: ignore[arg-type]
+    model_options = ModelOptions(model=str(folder), **options)  # type: ignore[arg-type]
+    check_model_folder(model_options, where=HERE)
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -43,17 +44,16 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 
 def shard(folder: Path, names: dict[str, str]) -> None:
-    """Replace the one file of weights by an index."""
+    """Write an index of shards, which takes precedence over the single weight file."""
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
-def refused(folder: Path, message: str, **options: object) -> None:
-    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+def rejects(folder: Path, *, volatile: str = "", **options: object) -> None:
+    with refused(ModelError, HERE, volatile=volatile):
         check(folder, **options)
-    assert str(caught.value).startswith(HERE)
 
 
-def test_a_good_folder_passes(folder: Path) -> None:
+def test_a_valid_folder_passes(folder: Path) -> None:
     check(folder)
 
 
@@ -61,68 +61,60 @@ def test_a_hub_id_passes() -> None:
     check(Path("someone/some-model-1.5B"))
 
 
-def test_missing_path_lists_what_is_there(folder: Path) -> None:
-    refused(
-        folder.parent / "n",
-        f"got {folder.parent / 'n'}, which does not exist; must be a model folder or a hub id "
-        f"`owner/name`; in {folder.parent} there are: m",
-    )
-    refused(Path("./nowhere"), "got nowhere, which does not exist")
+def test_missing_path_lists_its_parent(folder: Path) -> None:
+    rejects(folder.parent / "n")
+    # Lists the current folder.
+    rejects(Path("./nowhere"), volatile=r"(?<=contains: ).*")
 
 
-def test_missing_path_in_an_existing_folder_is_no_hub_id(
+def test_missing_path_in_an_existing_folder_is_not_a_hub_id(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.parent)
-    refused(Path("m/final"), "got m/final, which does not exist")
+    rejects(Path("m/final"))
 
 
 def test_path_is_a_file(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    refused(file, f"got {file}, which is a file; must be the folder that holds config.json")
+    rejects(folder / "model.safetensors")
 
 
 def test_config_missing(folder: Path) -> None:
     (folder / "config.json").unlink()
-    refused(folder, f"no config.json in {folder} (found: ")
+    rejects(folder)
 
 
 def test_config_truncated(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
-    refused(folder, f"{folder}/config.json ends at byte 15 inside a value; must be JSON")
+    rejects(folder)
     (folder / "config.json").write_text('{"model_type": "lla')
-    refused(folder, "ends at byte 19 inside a value")
+    rejects(folder)
     (folder / "config.json").write_text('{"a": 1,\n "b" 2}')
-    refused(folder, "config.json line 2, column 6: Expecting ':' delimiter")
+    rejects(folder)
     (folder / "config.json").write_bytes(b"\xff\xfe{}")
-    refused(folder, "config.json is not UTF-8 text")
+    rejects(folder)
     (folder / "config.json").write_text("[]")
-    refused(folder, "config.json holds list; must be a JSON object")
+    rejects(folder)
 
 
 def test_config_without_model_type(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
-    refused(folder, f"{folder}/config.json has no `model_type`")
+    rejects(folder)
 
 
 def test_unknown_model_type(folder: Path) -> None:
     edit_config(folder, model_type="lama")
-    refused(folder, "has model_type `lama`, which transformers ")
-    refused(folder, "does not know; did you mean `")
+    # The version is that of the machine, and the suggestion depends on it.
+    rejects(folder, volatile=r"transformers \S+|(?<=mean )`\w+`")
     edit_config(folder, model_type="zzzz9999")
-    refused(folder, "does not know; is it custom code, or of a newer release?")
+    rejects(folder, volatile=r"transformers \S+")
 
 
 def test_a_model_that_does_not_predict_the_next_token(folder: Path) -> None:
     edit_config(folder, model_type="t5")
-    refused(
-        folder,
-        f"{folder}/config.json has model_type `t5`, which is no causal language model; must predict "
-        f"the next token; give another model",
-    )
+    rejects(folder)
 
 
-def test_kernels_that_a_config_asks_for_are_told(folder: Path) -> None:
+def test_kernels_in_a_config_are_reported(folder: Path) -> None:
     options = ModelOptions(model=str(folder))
     assert ignored_settings(options, where=HERE) == []
     assert ignored_settings(ModelOptions(model="some/model"), where=HERE) == []
@@ -133,55 +125,46 @@ def test_kernels_that_a_config_asks_for_are_told(folder: Path) -> None:
 
 
 def test_attention_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = "transformers.utils.import_utils.is_flash_attn_2_available"
-    monkeypatch.setattr(found, lambda: False)
-    refused(
-        folder,
-        ".attention: got flash_attention_2, and the package flash-attn is not installed or finds no "
-        "CUDA device; must be installed; set `attention: auto`",
-        attention="flash_attention_2",
-    )
-    monkeypatch.setattr(found, lambda: True)
+    target = "transformers.utils.import_utils.is_flash_attn_2_available"
+    monkeypatch.setattr(target, lambda: False)
+    rejects(folder, attention="flash_attention_2")
+    monkeypatch.setattr(target, lambda: True)
     check(folder, attention="flash_attention_2")
 
 
-def test_a_path_that_no_system_has_is_just_missing() -> None:
+def test_an_impossible_path_is_missing() -> None:
+    # The message lists the current folder.
     for path in ("~nosuchuser/m", "a" * 5000, "a\0b"):
-        with pytest.raises(ModelError, match="which does not exist"):
-            check_model_folder(ModelOptions(model=path), where=HERE)
+        rejects(Path(path), volatile=r"(?<=contains: ).*|a{9,}|\0")
 
 
 def test_custom_code_is_refused_unless_trusted(folder: Path) -> None:
     edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_x.X"}, model_type="xx")
     (folder / "modeling_x.py").write_text("raise SystemExit('ran')")
-    refused(
-        folder,
-        f"{folder} needs its own Python code (modeling_x.py); refused; review it, then set "
-        f"`trust_remote_code: true`",
-    )
+    rejects(folder)
     check(folder, trust_remote_code=True)
 
 
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    refused(folder, f"no model.safetensors in {folder} (found: config.json, generation_config.json")
+    rejects(folder)
 
 
 def test_only_pickles(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
-    refused(folder, f"{folder}/pytorch_model.bin is a pickle, which can run code, and is refused")
+    rejects(folder)
 
 
 def test_only_an_adapter(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "adapter_config.json").write_text("{}")
-    refused(folder, "holds an adapter, not a model; merge it")
+    rejects(folder)
 
 
 def test_git_lfs_pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
-    refused(folder, "model.safetensors is a git-lfs pointer, not weights; run `git lfs pull`")
+    rejects(folder)
 
 
 def test_truncated_and_lengthened_weights(folder: Path) -> None:
@@ -189,45 +172,46 @@ def test_truncated_and_lengthened_weights(folder: Path) -> None:
     data = file.read_bytes()
     for cut in (data[:-1], data + b"x", data[:200]):
         file.write_bytes(cut)
-        refused(folder, f"model.safetensors has {len(cut):,} bytes, its header needs ")
+        rejects(folder)
 
 
 @pytest.mark.parametrize(
     "data",
     [b"", b"abc", struct.pack("<Q", 1 << 60) + b"{}", struct.pack("<Q", 0) + b"x" * 50],
+    ids=["empty", "short", "huge header", "no header"],
 )
 def test_not_a_safetensors_file(folder: Path, data: bytes) -> None:
     (folder / "model.safetensors").write_bytes(data)
-    refused(folder, "model.safetensors is not a safetensors file; copy it again")
+    rejects(folder)
 
 
 @pytest.mark.parametrize(
-    "text", [b"{]", b"[]", b'{"a": 1}', b'{"a": {}}', b'{"a": {"data_offsets": 3}}']
+    "text",
+    [b"{]", b"[]", b'{"a": 1}', b'{"a": {}}', b'{"a": {"data_offsets": 3}}'],
+    ids=["no JSON", "list", "number", "no offsets", "bad offsets"],
 )
 def test_damaged_header(folder: Path, text: bytes) -> None:
     data = struct.pack("<Q", len(text)) + text
     (folder / "model.safetensors").write_bytes(data)
-    refused(folder, "model.safetensors has a damaged header; copy it again")
+    rejects(folder)
 
 
 def test_shard_missing(folder: Path) -> None:
     shard(folder, {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"})
-    refused(
-        folder, "model.safetensors.index.json names model-00002-of-00002.safetensors; it is not"
-    )
+    rejects(folder)
 
 
 @pytest.mark.parametrize("name", ["../../etc/x", "/etc/passwd", "a/../../b"])
 def test_shard_outside(folder: Path, name: str) -> None:
     shard(folder, {"a": name})
-    refused(folder, f"`{name}` in model.safetensors.index.json lies outside the model folder")
+    rejects(folder)
 
 
 def test_link_out_of_the_folder(folder: Path) -> None:
     outside = folder.parent / "outside.safetensors"
     (folder / "model.safetensors").rename(outside)
     (folder / "model.safetensors").symlink_to(outside)
-    refused(folder, "is a link out of the model folder")
+    rejects(folder)
 
 
 def test_layout_of_the_hub_cache_is_accepted(folder: Path) -> None:
@@ -242,32 +226,27 @@ def test_layout_of_the_hub_cache_is_accepted(folder: Path) -> None:
 
 def test_index_without_map(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{}")
-    refused(folder, "model.safetensors.index.json has no `weight_map`")
+    rejects(folder)
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.bool, "BOOL")])
-def test_weights_that_are_no_floats(folder: Path, dtype: torch.dtype, name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool], ids=str)
+def test_weights_that_are_not_floats(folder: Path, dtype: torch.dtype) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    refused(folder, f"is {name}; must be one of F64, F32, F16, BF16")
+    rejects(folder)
 
 
 def test_tokenizer_missing(folder: Path, original: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    refused(folder, f"got {folder}, without a tokenizer; must hold tokenizer.json")
+    rejects(folder)
     check(folder, tokenizer=str(original))
 
 
 def test_no_such_device(folder: Path) -> None:
     count = torch.cuda.device_count()
-    refused(
-        folder,
-        f".device: got cuda:{count}, and {count} CUDA devices were found; must be a device of this "
-        f"machine; set `device: cpu`",
-        device=f"cuda:{count}",
-    )
+    rejects(folder, device=f"cuda:{count}", volatile=r"cuda:\d+|\d+(?= CUDA)")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +257,7 @@ def test_options_are_strict(options: dict[str, str]) -> None:
         ModelOptions(**{"model": "m", **options})  # type: ignore[arg-type]
 
 
-def test_digest_tells_weights_apart(folder: Path, original: Path) -> None:
+def test_digest_distinguishes_weights(folder: Path, original: Path) -> None:
     assert weights_digest(str(folder)) == weights_digest(str(original))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] += 1

@@ -1,10 +1,9 @@
-"""Weights fit their config one to one and are finite, or nothing is loaded."""
+"""Loaded weights match their config one to one and are finite."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from collegium.models import (
     scan_weights,
     vocab_size_of,
 )
+from refusals import refused
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 HERE = "teachers[0]"
@@ -61,10 +61,9 @@ def check(request: pytest.FixtureRequest) -> Check:
     return request.param
 
 
-def refused(check: Check, folder: Path, message: str) -> None:
-    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+def rejects(check: Check, folder: Path, where: str = HERE) -> None:
+    with refused(ModelError, where):
         check(ModelOptions(model=str(folder), device="cpu"), where=HERE)
-    assert str(caught.value).startswith(HERE)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -95,46 +94,38 @@ def test_dtype(folder: Path, dtype: torch.dtype) -> None:
 
 def test_missing_tensor(folder: Path, check: Check) -> None:
     change(folder, lambda t: t.pop("model.layers.1.mlp.down_proj.weight"))
-    refused(check, folder, "1 tensors are missing: model.layers.1.mlp.down_proj.weight; must fit")
+    rejects(check, folder)
 
 
 def test_unexpected_tensor(folder: Path, check: Check) -> None:
     change(folder, lambda t: t.update({"foo.bar": torch.zeros(2)}))
-    refused(check, folder, "1 tensors fit nothing in the model of config.json: foo.bar")
+    rejects(check, folder)
 
 
 def test_wrong_shape(folder: Path, check: Check) -> None:
     change(folder, lambda t: t.update({"model.norm.weight": torch.ones(31)}))
-    refused(
-        check,
-        folder,
-        "1 tensors have another shape than config.json says: model.norm.weight is [31], must be [32]",
-    )
+    rejects(check, folder)
 
 
 def test_fewer_layers_in_the_config(folder: Path, check: Check) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    messages = {
-        load_model: "9 tensors fit nothing in the model of config.json: model.layers.1.",
-        check_weights: "the weights hold 2 layers (model.layers), config.json says 1; must be the same;",
-    }
-    refused(check, folder, messages[check])
+    rejects(check, folder)
 
 
-def test_tensors_of_no_layer_are_no_layers(folder: Path) -> None:
+def test_numbered_tensors_outside_the_model_are_not_layers(folder: Path) -> None:
     change(folder, lambda t: t.update({"foo.9.bar": torch.zeros(2)}))
-    refused(check_weights, folder, "1 tensors fit nothing in the model of config.json: foo.9.bar")
+    rejects(check_weights, folder)
 
 
-def test_the_files_are_scanned_without_a_model(folder: Path) -> None:
+def test_files_are_scanned_without_a_model(folder: Path) -> None:
     options = ModelOptions(model=str(folder))
     assert scan_folder(options, where=HERE) == []
     assert scan_folder(ModelOptions(model="someone/model"), where=HERE) == []
     change(folder, lambda t: t["lm_head.weight"].zero_())
     assert scan_folder(options, where=HERE) == [f"{HERE}: lm_head.weight is all zeros"]
     change(folder, lambda t: t["model.norm.weight"].__setitem__(3, float("inf")))
-    refused(scan_folder, folder, "model.norm.weight has 1 non-finite values, first at [3]")
+    rejects(scan_folder, folder, f"{HERE}: model.norm.weight")
 
 
 @pytest.mark.parametrize(
@@ -149,9 +140,10 @@ def test_the_files_are_scanned_without_a_model(folder: Path) -> None:
     ],
     ids=str,
 )
-def test_a_config_that_makes_no_model(folder: Path, values: dict[str, object]) -> None:
+def test_a_config_that_does_not_build_a_model(folder: Path, values: dict[str, object]) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **values}))
+    # The message quotes an error of transformers, which differs between versions.
     with pytest.raises(ModelError) as caught:
         check_weights(ModelOptions(model=str(folder)), where=HERE)
     assert str(caught.value).startswith(HERE)
@@ -161,16 +153,14 @@ def test_a_config_that_makes_no_model(folder: Path, values: dict[str, object]) -
 def test_non_finite_weight_that_attention_would_hide(folder: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     change(folder, lambda t: t[name].fill_(float("nan")))
-    refused(load_model, folder, f"{name} has 1024 non-finite values, first at [0, 0]")
+    rejects(load_model, folder, f"{HERE}: {name}")
 
 
 def test_scan_finds_one_infinite_value() -> None:
     model = tiny_model(96)
     scan_weights(model, HERE)
     model.lm_head.weight.data[5, 7] = float("-inf")
-    with pytest.raises(
-        ModelError, match=r"lm_head.weight has 1 non-finite values, first at \[5, 7\]"
-    ):
+    with refused(ModelError, f"{HERE}: lm_head.weight"):
         scan_weights(model, HERE)
 
 
@@ -195,7 +185,9 @@ def test_config_cannot_choose_an_attention_kernel(folder: Path) -> None:
 
 def test_pickles_are_never_read(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(load_model, folder, f"{folder} cannot be loaded; ")
+    # The message quotes an error of transformers, which differs between versions.
+    with refused(ModelError, HERE, volatile=r"(?s)(?<=cannot be loaded; ).*"):
+        load_model(ModelOptions(model=str(folder), device="cpu"), where=HERE)
 
 
 def test_load_tokenizer(folder: Path, tmp_path: Path) -> None:
@@ -203,15 +195,14 @@ def test_load_tokenizer(folder: Path, tmp_path: Path) -> None:
     assert tokenizer("café").input_ids == tiny_tokenizer()("café").input_ids
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ModelError, match=r"teachers\[0\]: no tokenizer can be loaded from"):
+    # The messages quote errors of transformers, which differ between versions.
+    with refused(ModelError, HERE, volatile=f"(?<={empty.name}; ).*"):
         load_tokenizer(str(empty), where=HERE)
     (empty / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(
-        ModelError, match=r"teachers\[0\]: no tokenizer can be loaded from"
-    ) as caught:
+    # `.` does not match a newline: the message is a single line.
+    with refused(ModelError, HERE, volatile=f"(?<={empty.name}; ).*"):
         load_tokenizer(str(empty), where=HERE)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ModelError, match="does not exist"):
+    with refused(ModelError, HERE):
         load_tokenizer(str(tmp_path / "none"), where=HERE)
 
 
@@ -224,7 +215,7 @@ def test_vocab_size_counts_holes_and_added_tokens() -> None:
     assert vocab_size_of(tiny_tokenizer()) == len(tiny_tokenizer())
 
 
-def test_build_is_a_function_of_the_seed_alone() -> None:
+def test_build_depends_only_on_the_seed() -> None:
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
     models = [build_model(CONFIG, vocab_size=96, seed=seed) for seed in (1, 1, 2)]
@@ -242,23 +233,26 @@ def test_build_drops_special_tokens_outside_the_vocabulary() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "where"),
     [
-        ({"hiden_size": 3}, "config.hiden_size: no such key of llama; did you mean `hidden_size`?"),
-        ({"model_type": "lama"}, "config.model_type: got 'lama'; must be a causal language model"),
-        ({"model_type": None}, "config.model_type: got None; must be"),
-        ({"model_type": "bert_generation_x"}, "config.model_type: got 'bert_generation_x'"),
-        ({"vocab_size": 97}, "config.vocab_size: got 97; must be 96"),
-        ({"num_hidden_layers": "two"}, "config: llama does not take these values"),
-        ({"hidden_size": 30, "num_attention_heads": 4}, "config: llama "),
+        ({"hiden_size": 3}, "config.hiden_size"),
+        ({"model_type": "lama"}, "config.model_type"),
+        ({"model_type": None}, "config.model_type"),
+        ({"model_type": "bert_generation_x"}, "config.model_type"),
+        ({"vocab_size": 97}, "config.vocab_size"),
+        ({"num_hidden_layers": "two"}, "config: llama"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "config: llama"),
     ],
+    ids=str,
 )
-def test_build_refuses(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ModelError, match=re.escape(message)):
+def test_build_refuses(change: dict[str, object], where: str) -> None:
+    # Reasons of transformers and its nearest model type differ between versions.
+    volatile = r"(?<=these values; ).*|(?<=qwen3`).*"
+    with refused(ModelError, where, volatile=volatile):
         build_model({**CONFIG, **change}, vocab_size=96, seed=0)
 
 
-def test_aliases_of_keys_are_known() -> None:
+def test_aliases_of_keys_are_accepted() -> None:
     config = {"model_type": "gpt2", "hidden_size": 32, "num_hidden_layers": 2, "n_head": 4}
     model = build_model(config, vocab_size=96, seed=0)
     assert model.config.n_embd == 32

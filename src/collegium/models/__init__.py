@@ -1,6 +1,6 @@
-"""Load a causal language model and its tokenizer, and call it: the only rooms that know Hugging Face models.
+"""Loading and calling Hugging Face causal language models, which no other package touches.
 
-`folder` reads files and never a weight, `loading` makes models, `forward` calls them.
+`folder` validates files without reading weights, `loading` builds models, `forward` runs them.
 """
 
 from collegium.models.folder import ModelOptions, check_model_folder, weights_digest

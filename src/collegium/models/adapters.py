@@ -1,4 +1,4 @@
-"""A head with LoRA adapters on it, as PEFT puts them there; known by what they have, so that PEFT need not be installed.
+"""LoRA adapters of PEFT on the head of a model.
 
 Shapes: V vocabulary, D width, r rank of an adapter.
 """
@@ -14,17 +14,18 @@ from collegium.errors import ModelError
 
 
 def base_layer(layer: Any) -> Any:
-    """The layer that adapters were put on; any other one as it is."""
+    """Return the layer that the adapters wrap. A layer without adapters is returned unchanged."""
+    # Detected by attribute, not by type, so PEFT stays an optional dependency.
     return layer.get_base_layer() if hasattr(layer, "lora_A") else layer
 
 
 def effective_weight(layer: Any) -> Tensor:
-    """(V, D) W + sum_a s_a B_a A_a over the active adapters, with a graph to A_a (r, D) and B_a (V, r); W itself without any.
+    """Return the merged weight (V, D): W + sum_a s_a B_a A_a over the active adapters.
 
-    The block driver gives a gradient for this sum, and autograd sends it on: the sum exists, as the gradient of a trained head would.
+    It is differentiable with respect to A_a (r, D) and B_a (V, r). Without adapters it is W itself.
 
     Raises:
-        ModelError: an adapter is no such product, or drops out some of its inputs.
+        ModelError: an adapter is not plain LoRA, or has dropout.
 
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
@@ -34,7 +35,9 @@ def effective_weight(layer: Any) -> Tensor:
     for name in layer.active_adapters:
         if name in layer.lora_A:
             _require_plain(layer, name)
-            # Autocast would round the sum to half precision.
+            # The loss engine returns a gradient for this sum and autograd propagates it to A and B.
+            # Materializing the sum costs as much memory as the gradient of a fully trained head.
+            # Autocast would round it to half precision.
             with torch.autocast(weight_VD.device.type, enabled=False):
                 weight_VD = weight_VD + layer.get_delta_weight(name).to(weight_VD.dtype)
     return weight_VD
@@ -43,12 +46,15 @@ def effective_weight(layer: Any) -> Tensor:
 def _require_plain(layer: Any, name: str) -> None:
     if name in getattr(layer, "lora_variant", {}) or getattr(layer, "lora_bias", {}).get(name):
         raise ModelError(
-            f"adapter `{name}` on the head: got more than B A; must be plain LoRA without a bias; leave out DoRA and the like, "
-            "or leave the head out of target_modules"
+            f"adapter `{name}` on the head: got a LoRA variant or a bias; must be plain LoRA; "
+            "disable DoRA and lora_bias, or leave the head out of target_modules"
         )
+    # The engine multiplies by the merged weight and never runs the adapter's forward, so it cannot
+    # apply dropout to the adapter's inputs.
     dropout = layer.lora_dropout[name] if name in layer.lora_dropout else nn.Identity()
     if layer.training and getattr(dropout, "p", 0.0) > 0:
         raise ModelError(
-            f"adapter `{name}` on the head: got lora_dropout {dropout.p:g}; must be 0, since the head's product is not the "
-            "adapter's own; set it to 0, or leave the head out of target_modules"
+            f"adapter `{name}` on the head: got lora_dropout {dropout.p:g}; must be 0, since "
+            "the adapter's forward is not called; set it to 0, or leave the head out of "
+            "target_modules"
         )

@@ -1,4 +1,4 @@
-"""What a model's config says, for folders and hub ids alike."""
+"""Model configs, from folders and hub ids."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def load_config(options: ModelOptions, *, where: str) -> PretrainedConfig:
-    """Load the config alone.
+    """Load only the config of a model.
 
     Raises:
-        ModelError: it cannot be had.
+        ModelError: it cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -23,24 +23,25 @@ def load_config(options: ModelOptions, *, where: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(
             options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
-    except Exception as error:  # whatever the values of a file can do to a constructor
+    # Bad values in the file make config constructors raise errors of any type.
+    except Exception as error:
         raise ModelError(
-            f"{where}: the config of {options.model} cannot be loaded ({first_line(error)}); give a model "
-            "folder, or check the hub id and the network"
+            f"{where}: the config of {options.model} cannot be loaded ({first_line(error)}); "
+            "give a model folder, or check the hub id and the network"
         ) from error
 
 
 def first_line(error: Exception) -> str:
-    """The first sentence of a library's error, with its kind where the text alone says little."""
+    """Return the first paragraph of an error as one line, with its class if it is one word."""
     text = " ".join(str(error).split("\n\n")[0].split())
     return text if " " in text else f"{type(error).__name__}: {text}"
 
 
 def head_rows(options: ModelOptions, *, where: str) -> int:
-    """Rows of the model's head according to its config; no weight is loaded.
+    """Return the number of head rows that the config declares, without loading weights.
 
     Raises:
-        ModelError: the config cannot be had, or names no vocabulary size.
+        ModelError: the config cannot be loaded, or has no vocabulary size.
     """
     rows = load_config(options, where=where).get_text_config().vocab_size
     if not isinstance(rows, int):
@@ -49,6 +50,6 @@ def head_rows(options: ModelOptions, *, where: str) -> int:
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
-    """Tokens of the longest text that the model was made for; None where its config names no limit."""
+    """Return the maximum sequence length in tokens, or None if the config sets no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

@@ -1,4 +1,4 @@
-"""What a model folder tells before a weight is loaded: its files are data, read with care and never run."""
+"""Validation of model folders before weights are loaded. Files are untrusted and never executed."""
 
 from __future__ import annotations
 
@@ -36,31 +36,32 @@ HUB_ID = re.compile(r"^[\w.\-]+/[\w.\-]+$")
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelOptions:
-    """Where a model is and how it is loaded; nothing is inherited from another model."""
+    """Location and loading options of one model, independent of those of other models."""
 
+    # Inheriting quantization or dtype from the student is a known trap (huggingface/trl#6720).
     model: Annotated[str, Field(min_length=1)]
     """A Hugging Face model folder, or a hub id `owner/name`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     tokenizer: str | None = None
-    """Folder of the tokenizer, where it is not the model's own."""
+    """Folder of the tokenizer if it differs from `model`."""
     dtype: DType = "auto"
-    """Number type of the weights; `auto` keeps the one they were saved in."""
+    """Data type of the weights. `auto` keeps the type of the checkpoint."""
     device: Device = "auto"
-    """`auto` is the first CUDA device, else Apple's, else the CPU."""
+    """`auto` is the first CUDA device, else MPS, else the CPU."""
     attention: Attention = "auto"
-    """`auto` is `sdpa` where the model has it, else `eager`."""
+    """`auto` is `sdpa` if the model supports it, else `eager`."""
     trust_remote_code: bool = False
-    """Run the Python files that come with the model; review them first."""
+    """Run the Python files shipped with the model; review them first."""
 
     @property
     def tokenizer_path(self) -> str:
-        """Where the tokenizer is: `tokenizer`, else the model itself."""
+        """Path of the tokenizer: `tokenizer`, defaulting to `model`."""
         return self.tokenizer or self.model
 
 
 def check_model_folder(options: ModelOptions, *, where: str) -> None:
-    """Check everything that can be known about a model without loading a weight; a hub id passes.
+    """Check device, attention and files of a model without loading weights or fetching a hub id.
 
     Raises:
         ModelError: the folder, a file in it, or the device cannot be used.
@@ -78,7 +79,8 @@ def check_model_folder(options: ModelOptions, *, where: str) -> None:
 
 
 def ignored_settings(options: ModelOptions, *, where: str) -> list[str]:
-    """What a config asks for and does not get: kernels of its own choice, which are code from elsewhere."""
+    """Return one warning per attention kernel that the config names. They are ignored."""
+    # Such a name can refer to a kernel on the hub, which is third-party code.
     folder = resolve_folder(options.model, where=where)
     config = {} if folder is None else _read_json(folder / CONFIG, where=where)
     return [
@@ -89,7 +91,7 @@ def ignored_settings(options: ModelOptions, *, where: str) -> list[str]:
 
 
 def check_device(device: str, *, where: str) -> None:
-    """Refuse a device that this machine does not have.
+    """Check that the device exists on this machine.
 
     Raises:
         ModelError: no such device.
@@ -98,7 +100,7 @@ def check_device(device: str, *, where: str) -> None:
         number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
         if number >= count:
             raise ModelError(
-                f"{where}.device: got {device}, and {count} CUDA devices were found; "
+                f"{where}.device: got {device}, but {count} CUDA devices were found; "
                 f"must be a device of this machine; set `device: cpu`"
             )
     if device == "mps" and not torch.backends.mps.is_available():
@@ -106,7 +108,7 @@ def check_device(device: str, *, where: str) -> None:
 
 
 def check_attention(attention: str, *, where: str) -> None:
-    """Refuse an implementation of attention that is not installed.
+    """Check that the attention implementation is installed.
 
     Raises:
         ModelError: the package is missing.
@@ -116,52 +118,53 @@ def check_attention(attention: str, *, where: str) -> None:
 
         if not is_flash_attn_2_available():
             raise ModelError(
-                f"{where}.attention: got {attention}, and the package flash-attn is not installed or "
-                "finds no CUDA device; must be installed; set `attention: auto`"
+                f"{where}.attention: got {attention}, but the package flash-attn is not installed "
+                "or finds no CUDA device; must be installed; set `attention: auto`"
             )
 
 
 def check_tokenizer_folder(path: str, *, where: str) -> None:
-    """Refuse a folder without tokenizer files; a hub id passes.
+    """Check that a folder has tokenizer files. A no-op for hub ids.
 
     Raises:
-        ModelError: the folder does not exist or holds no tokenizer.
+        ModelError: the folder does not exist or has no tokenizer.
     """
     folder = resolve_folder(path, where=where)
     if folder is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
-            f"{where}: got {folder}, without a tokenizer; must hold tokenizer.json or "
+            f"{where}: got {folder}, without a tokenizer; must contain tokenizer.json or "
             f"tokenizer.model (found: {_listing(folder)}); set `tokenizer:`"
         )
 
 
 def resolve_folder(path: str, *, where: str) -> Path | None:
-    """The existing folder at `path`, or None for a hub id.
+    """Return the existing folder at `path`, or None for a hub id.
 
     Raises:
-        ModelError: a file, or neither an existing path nor shaped like a hub id.
+        ModelError: `path` is a file, or neither exists nor looks like a hub id.
     """
+    # Unknown users and overlong names are just missing to `os.path`; `pathlib` raises.
     folder = Path(os.path.expanduser(path))
     if os.path.isdir(folder):
         return folder
     if os.path.isfile(folder):
         raise ModelError(
-            f"{where}: got {path}, which is a file; must be the folder that holds {CONFIG}"
+            f"{where}: got {path}, which is a file; must be the folder that contains {CONFIG}"
         )
     if HUB_ID.match(path) and not path.startswith(".") and not os.path.isdir(folder.parent):
         return None
     parent = next((p for p in folder.parents if os.path.isdir(p)), Path("."))
     raise ModelError(
         f"{where}: got {path}, which does not exist; must be a model folder or a hub id "
-        f"`owner/name`; in {parent} there are: {_listing(parent)}"
+        f"`owner/name`; {parent} contains: {_listing(parent)}"
     )
 
 
 def read_header(path: Path, *, where: str) -> dict[str, dict[str, Any]]:
-    """Names, dtypes and shapes of the tensors of a safetensors file, which must be as long as they need.
+    """Return the header of a safetensors file: dtype and shape by tensor name.
 
     Raises:
-        ModelError: a git-lfs pointer, a damaged header, a truncated file.
+        ModelError: a git-lfs pointer, a damaged header, or a size other than the header implies.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -189,10 +192,10 @@ def read_header(path: Path, *, where: str) -> dict[str, dict[str, Any]]:
 
 
 def read_headers(folder: Path, *, where: str) -> dict[str, dict[str, Any]]:
-    """`read_header` over all shards of a model folder.
+    """Merge the headers of all shards of a model folder.
 
     Raises:
-        ModelError: no weights, or a shard that cannot be used.
+        ModelError: no weights, or an unusable shard.
     """
     headers: dict[str, dict[str, Any]] = {}
     for shard in shards(folder, where=where):
@@ -201,15 +204,15 @@ def read_headers(folder: Path, *, where: str) -> dict[str, dict[str, Any]]:
 
 
 def weights_size(path: str) -> int:
-    """Bytes of the safetensors files of a folder; 0 for a hub id."""
+    """Return the total size of a folder's safetensors files in bytes, 0 for a hub id."""
     folder = Path(os.path.expanduser(path))
     return sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
 
 
 def weights_digest(path: str) -> str:
-    """SHA-256 over the safetensors files of a folder, which tells the same weights under two names.
+    """Return the SHA-256 of a folder's safetensors files, equal for copies of the same weights.
 
-    A hub id is not fetched; its digest is that of the name.
+    A hub id is not fetched: its digest is that of the name.
     """
     folder = Path(os.path.expanduser(path))
     digest = hashlib.sha256()
@@ -243,7 +246,7 @@ def _read_json(path: Path, *, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ModelError(f"{where}: {path} is not UTF-8 text; copy it again") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{where}: {path} holds {type(value).__name__}; must be a JSON object")
+        raise ModelError(f"{where}: {path}: got {type(value).__name__}; must be a JSON object")
     return value
 
 
@@ -255,7 +258,7 @@ def _check_model_type(
             return
         files = ", ".join(sorted(p.name for p in folder.glob("*.py"))) or "elsewhere"
         raise ModelError(
-            f"{where}: {folder} needs its own Python code ({files}); refused; "
+            f"{where}: {folder} requires custom Python code ({files}); refused; "
             f"review it, then set `trust_remote_code: true`"
         )
     model_type = config.get("model_type")
@@ -264,7 +267,7 @@ def _check_model_type(
             f"{where}: {folder / CONFIG} has no `model_type`; must be a transformers config; "
             f"copy it again"
         )
-    # the tables of names alone, which take a second less than the models themselves
+    # Only the name tables: importing the model classes would take a second longer.
     import transformers
     from transformers.models.auto.configuration_auto import (
         CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
@@ -274,35 +277,37 @@ def _check_model_type(
     if model_type not in CONFIG_MAPPING_NAMES:
         raise ModelError(
             f"{where}: {folder / CONFIG} has model_type `{model_type}`, which transformers "
-            f"{transformers.__version__} does not know{_did_you_mean(model_type, CONFIG_MAPPING_NAMES)}"
+            f"{transformers.__version__} does not know"
+            f"{_did_you_mean(model_type, CONFIG_MAPPING_NAMES)}"
         )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
-            f"{where}: {folder / CONFIG} has model_type `{model_type}`, which is no causal language "
-            f"model; must predict the next token; give another model"
+            f"{where}: {folder / CONFIG} has model_type `{model_type}`, which is not a causal "
+            f"language model; must predict the next token; use another model"
         )
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The nearest name, without the list of all of them: there are hundreds."""
-    hint = nearest(name, known)
-    return hint if hint.startswith("; did") else "; is it custom code, or of a newer release?"
+def _did_you_mean(name: str, model_types: Iterable[str]) -> str:
+    # There are hundreds of model types: suggest the nearest name, never the whole list.
+    hint = nearest(name, model_types)
+    return hint if hint.startswith("; did") else "; is it custom code or from a newer release?"
 
 
 def shards(folder: Path, *, where: str) -> list[Path]:
-    """The files that hold the weights, in the order of the index; each exists inside the folder."""
+    """Return the weight files in index order, each an existing file inside the folder."""
     if (folder / INDEX).is_file():
         weight_map = _read_json(folder / INDEX, where=where).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{where}: {folder / INDEX} has no `weight_map`; copy it again")
         names = list(dict.fromkeys(str(name) for name in weight_map.values()))
-        return [_inside(folder, name, where=where) for name in names]
+        return [_shard_path(folder, name, where=where) for name in names]
     if (folder / WEIGHTS).exists():
-        return [_inside(folder, WEIGHTS, where=where)]
+        return [_shard_path(folder, WEIGHTS, where=where)]
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{where}: {folder} holds an adapter, not a model; merge it into its base model first"
+            f"{where}: {folder} contains an adapter, not a model; merge it into its base model "
+            "first"
         )
     if pickles:
         raise ModelError(
@@ -312,21 +317,21 @@ def shards(folder: Path, *, where: str) -> list[Path]:
     raise ModelError(f"{where}: no {WEIGHTS} in {folder} (found: {_listing(folder)})")
 
 
-def _inside(folder: Path, name: str, *, where: str) -> Path:
+def _shard_path(folder: Path, name: str, *, where: str) -> Path:
     path = folder / name
-    # A cache of the hub links every file into a folder beside it; a link out of a plain folder is no
-    # way to reach weights either, but it stays readable. Names that climb are refused.
+    # The index is untrusted: absolute names and `..` could reach any file of the machine.
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ModelError(
-            f"{where}: `{name}` in {INDEX} lies outside the model folder {folder}; refused"
+            f"{where}: `{name}` in {INDEX} is outside the model folder {folder}; refused"
         )
     if not path.is_file():
-        raise ModelError(f"{where}: {INDEX} names {name}; it is not in {folder}; copy it again")
+        raise ModelError(f"{where}: {INDEX} lists {name}, which is not in {folder}; copy it again")
     root = folder.resolve()
+    # The hub cache symlinks every file of a snapshot into the `blobs` folder next to it.
     allowed = (root, root.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
+    if not any(path.resolve().is_relative_to(parent) for parent in allowed):
         raise ModelError(
-            f"{where}: {path} is a link out of the model folder, to {path.resolve()}; refused"
+            f"{where}: {path} is a symlink out of the model folder, to {path.resolve()}; refused"
         )
     return path
 
@@ -342,7 +347,7 @@ def _check_dtypes(header: Mapping[str, Mapping[str, Any]], path: Path, *, where:
 
 def _truncated(path: Path, size: int, needed: int, *, where: str) -> ModelError:
     return ModelError(
-        f"{where}: {path} has {size:,} bytes, its header needs {needed:,}; copy it again"
+        f"{where}: {path} has {size:,} bytes but its header needs {needed:,}; copy it again"
     )
 
 

@@ -1,4 +1,4 @@
-"""The only place that calls a Hugging Face model: token ids in, hidden states of chosen rows and a head out.
+"""Forward pass of Hugging Face models: token ids in, hidden states of selected rows and a head out.
 
 Shapes: B batch, T time, N rows (the trained positions of a batch), D width, V vocabulary.
 """
@@ -21,16 +21,22 @@ from collegium.types import IGNORE, Batch, Head, HiddenRows, Rows
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+# Config keys by which model families scale or cap their logits; `probe` catches a missing one.
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISOR = "logits_scaling"
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# HyperCLOVA X multiplies by the key that Granite divides by.
 MULTIPLIES_BY_DIVISOR = ("hyperclovax",)
+# MPT's config has `logit_scale`, but its model ignores it.
 UNUSED_FACTOR = ("mpt",)
 LAYER = re.compile(r"^layer_(\d+)$")
 
 
 def model_head(model: PreTrainedModel, vocab_size: int) -> Head:
-    """The last layer of a model cut to V rows: views of its parameters, so gradients reach them; or their sum with LoRA adapters.
+    """Return the head of a model, truncated to V rows.
+
+    Weight and bias are views of the parameters, so gradients reach them. With LoRA adapters the
+    weight is the merged one.
 
     Raises:
         ModelError: the head is not a plain linear layer, or has fewer than V rows.
@@ -53,7 +59,7 @@ def model_head(model: PreTrainedModel, vocab_size: int) -> Head:
 
 
 def head_layer(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer that makes the logits, pad rows included and adapters left out.
+    """Return the linear layer that computes the logits, with pad rows and without adapters.
 
     Raises:
         ModelError: the model has none.
@@ -61,14 +67,14 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
     layer = base_layer(model.get_output_embeddings())
     if not isinstance(layer, nn.Linear):
         raise ModelError(
-            f"{model.config.model_type}: the head is {type(layer).__name__}; must be a linear layer; "
-            f"choose a causal language model whose head has no adapter, or a LoRA one"
+            f"{model.config.model_type}: the head is {type(layer).__name__}; must be a linear "
+            f"layer; use a causal language model whose head has no adapter or a LoRA adapter"
         )
     return layer
 
 
 def input_layer(model: PreTrainedModel) -> nn.Embedding:
-    """The embedding of the token ids, pad rows included.
+    """Return the embedding of the token ids, with pad rows.
 
     Raises:
         ModelError: the model has none.
@@ -76,8 +82,8 @@ def input_layer(model: PreTrainedModel) -> nn.Embedding:
     layer = model.get_input_embeddings()
     if not isinstance(layer, nn.Embedding):
         raise ModelError(
-            f"{model.config.model_type}: the input is {type(layer).__name__}; must be an embedding; "
-            f"choose a causal language model"
+            f"{model.config.model_type}: the input is {type(layer).__name__}; must be an "
+            f"embedding; use a causal language model"
         )
     return layer
 
@@ -90,43 +96,51 @@ def forward_rows(
     vocab_size: int,
     taps: Sequence[str] = (),
 ) -> HiddenRows:
-    """Run the body of a model, never its head, and gather the chosen rows: (B, T) -> (N, D).
+    """Run the body of a model without its head and gather the selected rows: (B, T) -> (N, D).
 
-    No attention mask is passed: documents are kept apart by `position_ids`.
+    Args:
+        model: student or teacher.
+        batch: packed windows.
+        rows: positions to gather.
+        vocab_size: V, rows that the head is truncated to.
+        taps: names of hidden states to return as `features`, see `tap_names`.
 
     Raises:
         ModelError: a tap that the model does not have.
     """
     input_ids, position_ids = batch.input_ids, batch.position_ids
     if "flash" in str(model.config._attn_implementation):
-        # flash kernels see documents only in a single flat window
+        # Flash attention separates documents by position only in a single flat window.
         input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
-    with _captured(model, taps) as found:
+    # No attention mask: transformers 5 separates documents by `position_ids`, which `probe` checks.
+    with _capture_outputs(model, taps) as outputs:
         output = _body(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     hidden_ND = _gather(output.last_hidden_state, rows)
     features = {
-        tap: hidden_ND if tap == "final_postnorm" else _gather(found[tap], rows) for tap in taps
+        tap: hidden_ND if tap == "final_postnorm" else _gather(outputs[tap], rows) for tap in taps
     }
     return HiddenRows(hidden=hidden_ND, head=model_head(model, vocab_size), features=features)
 
 
 def num_layers(model: PreTrainedModel) -> int:
-    """Number of blocks of a model."""
+    """Return the number of blocks of a model."""
     return len(_blocks(model))
 
 
 def tap_names(model: PreTrainedModel) -> list[str]:
-    """Names of the hidden states that `forward_rows` can return, from the input on.
+    """Return the names of the hidden states that `forward_rows` can return, in forward order.
 
-    `embed` is the output of the input embedding, `layer_i` that of block i, `final_prenorm` that of the last
-    block (the same tensor as the last `layer_i`), `final_postnorm` what the head reads.
+    `embed` is the output of the input embedding, `layer_i` that of block i, `final_prenorm` that of
+    the last block (the same tensor as the last `layer_i`), `final_postnorm` the input of the head.
     """
+    # `hidden_states[-1]` is before or after the final norm depending on the model
+    # (huggingface/transformers#26142), so taps are named explicitly.
     layers = [f"layer_{i}" for i in range(num_layers(model))]
     return ["embed", *layers, "final_prenorm", "final_postnorm"]
 
 
 def tap_width(model: PreTrainedModel, tap: str) -> int:
-    """Width D of a tapped hidden state.
+    """Return the width D of a tapped hidden state.
 
     Raises:
         ModelError: a tap that the model does not have.
@@ -141,54 +155,55 @@ def tap_width(model: PreTrainedModel, tap: str) -> int:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
-    """Try a short random input: our logits equal the model's own, and packed documents do not see each other.
+    """Check on random ids that the logits match the model's and that documents are independent.
 
     Raises:
-        ModelError: the model computes its logits in an unknown way, or mixes packed documents.
+        ModelError: the logits are computed in an unsupported way, or packed documents interact.
     """
     model_type = model.config.model_type
     if "position_ids" not in inspect.signature(_body(model).forward).parameters:
         raise ModelError(
-            f"{where}: {model_type} takes no position_ids, so packed documents would see each "
-            f"other; choose another model family"
+            f"{where}: {model_type} takes no position_ids, so packed documents would attend "
+            f"to each other; use another model family"
         )
     device = head_layer(model).weight.device
     first, second = _random_windows(vocab_size, device)
     with _eval_mode(model):
         ours = forward_rows(model, first, _all_rows(first), vocab_size=vocab_size)
-        own_BTV = model(
+        expected_BTV = model(
             input_ids=first.input_ids, position_ids=first.position_ids, use_cache=False
         ).logits
         other = forward_rows(model, second, _all_rows(second), vocab_size=vocab_size)
-        alone = [_alone(model, first, span, vocab_size) for span in _SPANS]
+        unpacked = [_document_hidden(model, first, span, vocab_size) for span in _SPANS]
     dtype = ours.hidden.dtype
-    own_NV = own_BTV[..., :vocab_size].flatten(0, 1)
-    # One linear map lies between the two. In half precision, 64 roundings of it would be half of the largest logit.
+    expected_NV = expected_BTV[..., :vocab_size].flatten(0, 1)
+    # The two differ by the rounding of one linear map. In half precision 64 roundings would be half
+    # of the largest logit and hide a wrong factor.
     factor = 64 if torch.finfo(dtype).bits >= 32 else 8
-    if not _close(ours.logits(slice(None)), own_NV, dtype, factor=factor):
+    if not _close(ours.logits(slice(None)), expected_NV, dtype, factor=factor):
         raise ModelError(
-            f"{where}: {model_type} computes its logits in a way that is not known here (largest "
-            f"difference {_gap(ours.logits(slice(None)), own_NV):.3g}); choose another model family"
+            f"{where}: {model_type} computes its logits in an unsupported way (largest difference "
+            f"{_gap(ours.logits(slice(None)), expected_NV):.3g}); use another model family"
         )
     hidden_BTD = ours.hidden.view(*first.input_ids.shape, -1)
     start = _SPANS[1].start
     changed_BTD = other.hidden.view_as(hidden_BTD)
     leaks = not _close(hidden_BTD[:, start:], changed_BTD[:, start:], dtype, factor=8)
-    differs = not _close(hidden_BTD, torch.cat(alone, dim=1), dtype, factor=64)
+    differs = not _close(hidden_BTD, torch.cat(unpacked, dim=1), dtype, factor=64)
     if leaks or differs:
         raise ModelError(
-            f"{where}: {model_type} lets packed documents see each other (hidden states "
-            f"{'change with the document before' if leaks else 'differ from those of each alone'}); "
-            f"must keep documents apart by position_ids; choose another model family or attention"
+            f"{where}: {model_type} lets packed documents attend to each other (hidden states "
+            f"{'change with the previous document' if leaks else 'differ from unpacked ones'}); "
+            f"must separate documents by position_ids; use another model family or attention"
         )
 
 
 _SPANS = (slice(0, 5), slice(5, 12))
-"""The two documents of each window of the probe."""
+"""The two documents of each probe window."""
 
 
 def _random_windows(vocab_size: int, device: torch.device) -> tuple[Batch, Batch]:
-    """Two batches that differ in the first document of each window only."""
+    """Return two batches that differ only in the first document of each window."""
     generator = torch.Generator().manual_seed(0)
     length = _SPANS[-1].stop
     ids = torch.randint(vocab_size, (2, length), generator=generator)
@@ -203,7 +218,7 @@ def _random_windows(vocab_size: int, device: torch.device) -> tuple[Batch, Batch
     return batches[0], batches[1]
 
 
-def _alone(model: PreTrainedModel, batch: Batch, span: slice, vocab_size: int) -> Tensor:
+def _document_hidden(model: PreTrainedModel, batch: Batch, span: slice, vocab_size: int) -> Tensor:
     part = Batch(
         batch.input_ids[:, span].contiguous(),
         batch.position_ids[:, span].contiguous(),
@@ -224,7 +239,7 @@ def _gap(left: Tensor, right: Tensor) -> float:
 
 
 def _close(left: Tensor, right: Tensor, dtype: torch.dtype, *, factor: float) -> bool:
-    """Within `factor` roundings of the largest value; not a number is never close."""
+    """Compare to within `factor` roundings of the largest value. NaN is never close."""
     largest = max(1.0, float(right.float().abs().max()))
     return _gap(left, right) <= factor * torch.finfo(dtype).eps * largest
 
@@ -241,12 +256,9 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _captured(model: PreTrainedModel, taps: Sequence[str]) -> Iterator[Mapping[str, Tensor]]:
-    """Collect the outputs of the tapped modules while the model runs.
-
-    The hook only keeps a reference: an operation in it would run inside gradient checkpointing.
-    """
-    found: dict[str, Tensor] = {}
+def _capture_outputs(model: PreTrainedModel, taps: Sequence[str]) -> Iterator[Mapping[str, Tensor]]:
+    """Collect the outputs of the tapped modules while the model runs."""
+    outputs: dict[str, Tensor] = {}
     handles = []
     if taps:
         _check_taps(model, taps)
@@ -255,17 +267,18 @@ def _captured(model: PreTrainedModel, taps: Sequence[str]) -> Iterator[Mapping[s
             continue
 
         def keep(_module: nn.Module, _inputs: Any, output: Any, tap: str = tap) -> None:
-            found[tap] = output[0] if isinstance(output, tuple) else output
+            # Only keep a reference: an operation here would run inside gradient checkpointing.
+            outputs[tap] = output[0] if isinstance(output, tuple) else output
 
-        handles.append(_tapped(model, tap).register_forward_hook(keep))
+        handles.append(_tapped_module(model, tap).register_forward_hook(keep))
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _tapped(model: PreTrainedModel, tap: str) -> nn.Module:
+def _tapped_module(model: PreTrainedModel, tap: str) -> nn.Module:
     if tap == "embed":
         return input_layer(model)
     layer = LAYER.match(tap)
@@ -273,11 +286,11 @@ def _tapped(model: PreTrainedModel, tap: str) -> nn.Module:
 
 
 def _check_taps(model: PreTrainedModel, taps: Sequence[str]) -> None:
-    known = tap_names(model)
+    names = tap_names(model)
     for tap in taps:
-        if tap not in known:
+        if tap not in names:
             raise ModelError(
-                f"{model.config.model_type}: no hidden state `{tap}`{nearest(tap, known)}"
+                f"{model.config.model_type}: no hidden state `{tap}`{nearest(tap, names)}"
             )
 
 
@@ -289,14 +302,14 @@ def _body(model: PreTrainedModel) -> nn.Module:
     body = model.base_model
     if body is model:
         raise ModelError(
-            f"{model.config.model_type}: has no body apart from its head; must be a causal "
+            f"{model.config.model_type}: has no body separate from its head; must be a causal "
             f"language model"
         )
     return body
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of blocks: the outermost list as long as the config says there are layers."""
+    """Return the outermost `ModuleList` whose length is the config's number of layers."""
     count = int(model.config.get_text_config().num_hidden_layers)
     lists = [
         (name.count("."), module)
@@ -308,11 +321,11 @@ def _blocks(model: PreTrainedModel) -> nn.ModuleList:
             f"{model.config.model_type}: no list of {count} blocks was found, so its layers "
             f"cannot be tapped; remove `features`"
         )
-    return min(lists, key=lambda found: found[0])[1]
+    return min(lists, key=lambda item: item[0])[1]
 
 
 def _head_scale(config: PretrainedConfig) -> float:
-    """What the logits are multiplied with: Cohere, Falcon-H1 multiply, Granite divides."""
+    """Return the factor of the logits: Cohere and Falcon-H1 multiply, Granite divides."""
     scale = 1.0
     for name in FACTORS:
         factor = getattr(config, name, None)

@@ -1,4 +1,4 @@
-"""Make models and tokenizers, from folders or from a config, and prove that every weight is there and finite."""
+"""Building models and tokenizers, with checks that all weights are present and finite."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, Stri
 
 
 class HasVocabulary(Protocol):
-    """What `vocab_size_of` asks of a tokenizer."""
+    """Anything with a token-to-id mapping."""
 
     def get_vocab(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model on its device, with its weights checked."""
+    """A model on its device, with validated weights."""
 
     model: PreTrainedModel
     head_size: int
@@ -47,10 +47,10 @@ class LoadedModel:
 
 
 def load_model(options: ModelOptions, *, where: str) -> LoadedModel:
-    """Load a causal language model whose weights fit its config one to one and are finite.
+    """Load a causal language model whose weights are finite and match its config one to one.
 
     Raises:
-        ModelError: a missing, superfluous, misshapen or non-finite tensor, or an unusable folder.
+        ModelError: a missing, unexpected, misshapen or non-finite tensor, or an unusable folder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,7 +58,7 @@ def load_model(options: ModelOptions, *, where: str) -> LoadedModel:
     source = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(options.model, **source)
-        # always said aloud, so that a config cannot choose a kernel of its own
+        # Always explicit: a checkpoint must not select the attention kernel.
         config._attn_implementation_internal = None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             options.model,
@@ -66,6 +66,7 @@ def load_model(options: ModelOptions, *, where: str) -> LoadedModel:
             dtype=options.dtype,
             attn_implementation=_attention(config, options.attention),
             use_safetensors=True,
+            # Report mismatches instead of raising, so that `_check_loading` names all of them.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **source,
@@ -81,12 +82,13 @@ def load_model(options: ModelOptions, *, where: str) -> LoadedModel:
 
 
 def check_weights(options: ModelOptions, *, where: str) -> None:
-    """Compare names and shapes of the saved tensors with the model of the config, without reading one.
+    """Compare names and shapes of the saved tensors with those of the config, reading no tensor.
 
-    Model types whose tensors are renamed on loading are left to `load_model`, as are hub ids.
+    Skipped for hub ids and for model types whose tensors are renamed on loading, which `load_model`
+    checks.
 
     Raises:
-        ModelError: a tensor is missing, fits nothing, or has another shape.
+        ModelError: a tensor is missing, unexpected, or has another shape.
     """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -100,20 +102,22 @@ def check_weights(options: ModelOptions, *, where: str) -> None:
     saved = {
         name: tuple(entry["shape"]) for name, entry in read_headers(folder, where=where).items()
     }
-    known = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    saved = {_full_name(name, known, model.base_model_prefix): s for name, s in saved.items()}
-    _check_layers(saved, known, where=where)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    saved = {
+        _prefixed_name(name, expected, model.base_model_prefix): s for name, s in saved.items()
+    }
+    _check_layers(saved, expected, where=where)
     tied = set(model.all_tied_weights_keys)
     _check_loading(
         {
-            "missing_keys": set(known) - set(saved) - tied,
+            "missing_keys": set(expected) - set(saved) - tied,
             "unexpected_keys": {
-                name for name in set(saved) - set(known) if not _is_ignored(model, name)
+                name for name in set(saved) - set(expected) if not _is_ignored(model, name)
             },
             "mismatched_keys": {
-                (name, saved[name], known[name])
-                for name in set(saved) & set(known)
-                if saved[name] != known[name]
+                (name, saved[name], expected[name])
+                for name in set(saved) & set(expected)
+                if saved[name] != expected[name]
             },
         },
         where=where,
@@ -121,20 +125,21 @@ def check_weights(options: ModelOptions, *, where: str) -> None:
 
 
 def scan_weights(model: nn.Module, where: str) -> None:
-    """Look at every parameter and buffer: attention can hide a non-finite weight from a forward pass.
+    """Check that every parameter and buffer is finite, and warn about all-zero matrices.
 
     Raises:
         ModelError: a weight is not finite.
     """
+    # A forward pass is not enough: attention can hide a non-finite weight.
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         for line in _check_values(name, tensor.detach(), where=where):
             logger.warning(line)
 
 
 def scan_folder(options: ModelOptions, *, where: str) -> list[str]:
-    """`scan_weights` over the files of a folder, one tensor at a time and without a model; a hub id passes.
+    """Run `scan_weights` on the files of a folder, one tensor at a time. A no-op for hub ids.
 
-    Returns: one line for every matrix of zeros.
+    Returns: one warning per all-zero matrix.
 
     Raises:
         ModelError: a weight is not finite.
@@ -143,7 +148,7 @@ def scan_folder(options: ModelOptions, *, where: str) -> list[str]:
     lines: list[str] = []
     for shard in [] if folder is None else shards(folder, where=where):
         with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (no mapping: it has no other way to list them)
+            for name in file.keys():  # noqa: SIM118  (`safe_open` is not a mapping)
                 lines += _check_values(name, file.get_tensor(name), where=where)
     return lines
 
@@ -166,51 +171,52 @@ def _check_values(name: str, tensor: Tensor, *, where: str) -> list[str]:
 def load_tokenizer(
     path: str, *, revision: str | None = None, where: str
 ) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer, which alone knows the bytes of its tokens.
+    """Load a fast tokenizer. Slow ones do not expose the bytes of their tokens.
 
     Raises:
-        ModelError: no tokenizer there, or only a slow one.
+        ModelError: no tokenizer found, or only a slow one.
     """
     from transformers import AutoTokenizer
 
     resolve_folder(path, where=where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except Exception as error:  # a damaged tokenizer.json raises a plain one
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         reason = first_line(error)
         raise ModelError(f"{where}: no tokenizer can be loaded from {path}; {reason}") from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"{where}: {path} holds a slow tokenizer; must have tokenizer.json; convert it once with "
+            f"{where}: {path} is a slow tokenizer; must have tokenizer.json; convert it once with "
             f"`AutoTokenizer.from_pretrained(...).save_pretrained(...)`"
         )
     return tokenizer
 
 
 def empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:
-    """The model of a config without memory for its weights: names and shapes alone.
+    """Build the model of a config on the meta device: names and shapes without weight memory.
 
     Raises:
-        ModelError: the values of the config make no model.
+        ModelError: the config does not build a model.
     """
     from transformers import AutoModelForCausalLM
 
-    # always said aloud, so that a config cannot choose a kernel of its own
+    # Always explicit: a checkpoint must not select the attention kernel.
     config._attn_implementation_internal = None
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except Exception as error:  # whatever the values of a file can do to a constructor
+    # Bad values in the file make model constructors raise errors of any type.
+    except Exception as error:
         raise ModelError(
-            f"{where}: makes no {config.model_type} model ({first_line(error)}); must be a config that "
-            "transformers can build; correct its values"
+            f"{where}: builds no {config.model_type} model ({first_line(error)}); must be a config "
+            "that transformers can build; fix its values"
         ) from error
 
 
 def build_model(
     config: Mapping[str, Any], *, vocab_size: int, seed: int, attention: str = "auto"
 ) -> PreTrainedModel:
-    """A fresh random model in float32 from a transformers config; the global generators stay as they are.
+    """Build a randomly initialized float32 model without touching the global generators.
 
     Raises:
         ModelError: unknown model type or key, or a `vocab_size` other than the tokenizer's.
@@ -218,7 +224,7 @@ def build_model(
     from transformers import AutoModelForCausalLM
 
     settings = check_config(config, vocab_size=vocab_size)
-    full = _own_config(settings, vocab_size)
+    full = _complete_config(settings, vocab_size)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -231,10 +237,11 @@ def build_model(
 
 
 def check_config(config: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:
-    """The config with its `vocab_size`, once its model type knows every key and takes every value.
+    """Validate all keys and values of a config and return it with its `vocab_size` set.
 
     Raises:
-        ModelError: as `build_model`.
+        ModelError: unknown model type or key, a value that the model type does not accept, or a
+            `vocab_size` other than the tokenizer's.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -247,34 +254,34 @@ def check_config(config: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any
             f"config.model_type: got {model_type!r}; must be a causal language model of "
             f"transformers, such as `llama` or `qwen3`{hint}"
         )
-    known = _config_keys(model_type)
+    valid_keys = _config_keys(model_type)
     for key in settings:
-        if key not in known:
-            raise ModelError(f"config.{key}: no such key of {model_type}{nearest(key, known)}")
-    given = settings.setdefault("vocab_size", vocab_size)
-    if given != vocab_size:
+        if key not in valid_keys:
+            raise ModelError(f"config.{key}: unknown key of {model_type}{nearest(key, valid_keys)}")
+    config_size = settings.setdefault("vocab_size", vocab_size)
+    if config_size != vocab_size:
         raise ModelError(
-            f"config.vocab_size: got {given}; must be {vocab_size}, the number of ids of the "
+            f"config.vocab_size: got {config_size}; must be {vocab_size}, the number of ids of the "
             f"tokenizer; leave it out"
         )
-    empty_model(_own_config(settings, vocab_size), "config")
+    empty_model(_complete_config(settings, vocab_size), "config")
     return settings
 
 
 def vocab_size_of(tokenizer: HasVocabulary) -> int:
-    """V, the largest token id + 1: added tokens count, holes too."""
+    """Return V, the largest token id + 1, including added tokens and holes."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each block in the backward pass instead of keeping what it made."""
-    # the older name warns from transformers 5.23 on, and the newer does not exist before
+    """Enable gradient checkpointing: recompute each block in the backward pass."""
+    # transformers 5.23 deprecated `gradient_checkpointing_enable`; older versions have only that.
     newer = getattr(model, "activation_checkpointing_enable", None)
     (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
+    """Return the number of parameters, counting tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -288,25 +295,26 @@ def _config_keys(model_type: str) -> set[str]:
 
 
 def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
-    """A config out of its keys and values.
+    """Build a config from its keys and values.
 
     Raises:
-        ModelError: its model type does not take these values.
+        ModelError: the model type does not accept these values.
     """
     from transformers import AutoConfig
 
     arguments = {key: value for key, value in settings.items() if key != "model_type"}
     try:
         return AutoConfig.for_model(settings["model_type"], **arguments)
-    except Exception as error:  # whatever the values of a recipe can do to a constructor
+    # Bad values in a recipe make config constructors raise errors of any type.
+    except Exception as error:
         raise ModelError(
-            f"config: {settings['model_type']} does not take these values; {first_line(error)}"
+            f"config: {settings['model_type']} does not accept these values; {first_line(error)}"
         ) from error
 
 
-def _own_config(settings: Mapping[str, Any], vocab_size: int) -> PretrainedConfig:
-    """The config of a fresh model, without the special tokens of the vocabulary that its type usually has."""
+def _complete_config(settings: Mapping[str, Any], vocab_size: int) -> PretrainedConfig:
     config = make_config(settings)
+    # Default special ids refer to the usual vocabulary of the type and may be out of range here.
     for name in SPECIAL_IDS:
         value = getattr(config, name, None)
         if name not in settings and isinstance(value, int) and value >= vocab_size:
@@ -315,18 +323,18 @@ def _own_config(settings: Mapping[str, Any], vocab_size: int) -> PretrainedConfi
 
 
 def _attention(config: PretrainedConfig, choice: str) -> str:
-    """The implementation to ask for by name; a model without `sdpa` gets `eager`."""
+    """Resolve `auto`: `sdpa` if the model supports it or is unknown, else `eager`."""
     from transformers import AutoModelForCausalLM
 
     if choice != "auto":
         return choice
     mapping: Any = AutoModelForCausalLM._model_mapping
-    known = type(config) in mapping
-    return "sdpa" if not known or mapping[type(config)]._supports_sdpa else "eager"
+    is_registered = type(config) in mapping
+    return "sdpa" if not is_registered or mapping[type(config)]._supports_sdpa else "eager"
 
 
 def choose_device(choice: str) -> torch.device:
-    """The device that `auto` stands for: the first CUDA device, else Apple's, else the CPU."""
+    """Resolve `auto` to the first CUDA device, else MPS, else the CPU."""
     if choice != "auto":
         return torch.device(choice)
     if torch.cuda.is_available():
@@ -335,56 +343,56 @@ def choose_device(choice: str) -> torch.device:
 
 
 def _check_loading(info: Mapping[str, Iterable[Any]], *, where: str) -> None:
-    """Refuse what `from_pretrained` would only report, and then train on invented weights."""
+    # `from_pretrained` only reports these, and goes on with randomly initialized weights.
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
-        name, saved, wanted = mismatched[0]
+        name, saved, expected = mismatched[0]
         raise ModelError(
-            f"{where}: {len(mismatched)} tensors have another shape than config.json says: {name} "
-            f"is {list(saved)}, must be {list(wanted)}; use the config of these weights"
+            f"{where}: tensors with wrong shapes for config.json ({len(mismatched)}): {name} "
+            f"is {list(saved)}, must be {list(expected)}; use the config of these weights"
         )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"{where}: {len(missing)} tensors are missing: {_some(missing)}; must fit config.json "
-            f"one to one; copy the model again"
+            f"{where}: missing tensors ({len(missing)}): {_preview(missing)}; must match "
+            f"config.json one to one; copy the model again"
         )
     unexpected = sorted(info["unexpected_keys"])
     if unexpected:
         raise ModelError(
-            f"{where}: {len(unexpected)} tensors fit nothing in the model of config.json: "
-            f"{_some(unexpected)}; use the config of these weights"
+            f"{where}: tensors not in the model of config.json ({len(unexpected)}): "
+            f"{_preview(unexpected)}; use the config of these weights"
         )
 
 
-def _check_layers(saved: Iterable[str], known: Iterable[str], *, where: str) -> None:
-    """Say it in one number where config and weights differ by whole layers."""
-    found, wanted = _depths(saved), _depths(known)
-    for place, depth in wanted.items():
-        if found.get(place, depth) != depth:
+def _check_layers(saved: Iterable[str], expected: Iterable[str], *, where: str) -> None:
+    # A different number of layers is one message, not a list of tensors.
+    saved_depths, expected_depths = _layer_counts(saved), _layer_counts(expected)
+    for prefix, depth in expected_depths.items():
+        if saved_depths.get(prefix, depth) != depth:
             raise ModelError(
-                f"{where}: the weights hold {found[place]} layers ({place}), config.json says {depth}; "
-                f"must be the same; use the config of these weights"
+                f"{where}: the weights have {saved_depths[prefix]} layers ({prefix}), config.json "
+                f"has {depth}; must be equal; use the config of these weights"
             )
 
 
-def _depths(names: Iterable[str]) -> dict[str, int]:
-    """`model.layers` -> number of layers there, by the names of their tensors."""
+def _layer_counts(names: Iterable[str]) -> dict[str, int]:
+    """Count layers by tensor name: `model.layers.3.x` gives at least 4 for `model.layers`."""
     depths: dict[str, int] = {}
     for match in filter(None, map(LAYER.match, names)):
-        place, number = match[1], int(match[2])
-        depths[place] = max(depths.get(place, 0), number + 1)
+        prefix, number = match[1], int(match[2])
+        depths[prefix] = max(depths.get(prefix, 0), number + 1)
     return depths
 
 
-def _some(names: list[str]) -> str:
+def _preview(names: list[str]) -> str:
     rest = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f", and {rest} more" if rest > 0 else "")
 
 
-def _full_name(name: str, known: Mapping[str, Any], prefix: str) -> str:
-    """Old files name the tensors of the body without its prefix."""
-    return f"{prefix}.{name}" if name not in known and f"{prefix}.{name}" in known else name
+def _prefixed_name(name: str, expected: Mapping[str, Any], prefix: str) -> str:
+    # Old checkpoints name the tensors of the body without its prefix.
+    return f"{prefix}.{name}" if name not in expected and f"{prefix}.{name}" in expected else name
 
 
 def _is_ignored(model: PreTrainedModel, name: str) -> bool:

@@ -1,1 +1,1 @@
-"""Do a teacher and the student mean the same bytes by the same token id?"""
+"""Vocabulary compatibility between a teacher and the student, compared as bytes per token id."""

@@ -1,4 +1,4 @@
-"""The verdict on two tokenizers: does every token id of the student mean the same bytes to the teacher?"""
+"""Comparison of a teacher's vocabulary with the student's, id by id, as bytes."""
 
 from __future__ import annotations
 
@@ -12,34 +12,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = b"\xff\xfe"
-"""In front of the name of a special token, which is not the same as those bytes in a text."""
-_SHOWN = 5
+"""Prefix of special tokens. It is not valid UTF-8, so no text encodes to it."""
+_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one teacher's tokenizer is to the student's."""
+    """Result of comparing one teacher's tokenizer with the student's."""
 
+    # Equal sizes do not imply equal vocabularies: with other ids the loss is wrong but finite
+    # (huggingface/trl#4562, MakazhanAlpamys/Soup#681). Strict equality would refuse teachers with
+    # harmless extra tokens, so there are three kinds.
     kind: Literal["identical", "compatible", "different"]
-    """`identical`: same ids, same bytes; `compatible`: the same for every id of the student, and the teacher's
-    further ids or pad rows are dropped; `different`: some id means other bytes."""
+    """`identical`: same ids, same bytes. `compatible`: the same for every id of the student, while
+    the teacher's extra ids or pad rows are dropped. `different`: some id maps to other bytes."""
     vocab_size: int
-    """V: largest id of the student's tokenizer + 1; heads are cut to V rows."""
+    """V: largest id of the student's tokenizer + 1. Heads are truncated to V rows."""
     differing: tuple[tuple[int, bytes | None, bytes | None], ...]
-    """(id, student's bytes, teacher's bytes) of the first ids that differ."""
+    """(id, student's bytes, teacher's bytes) of the first ids that differ, at most 5."""
     num_differing: int
     num_pad_rows: int
-    """Rows of the teacher's head beyond V, which are dropped."""
+    """Number of rows of the teacher's head beyond V, which are dropped."""
     message: str
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes | None]:
-    """The bytes that each id stands for; None where no token has the id, and `SPECIAL` + name for special tokens."""
+    """Return the bytes of each token id: None for unused ids, `SPECIAL` + name for special ones."""
     vocabulary = tokenizer.get_vocab()
     added = tokenizer.added_tokens_decoder
     size = max([*vocabulary.values(), *added], default=-1) + 1
     tokens: list[bytes | None] = [None] * size
     backend = tokenizer.backend_tokenizer
+    # Backend components expose no common type, only a JSON-like repr.
     kind = repr(backend.decoder) + repr(backend.pre_tokenizer)
     if "ByteLevel" in kind:
         for token, number in vocabulary.items():
@@ -62,17 +66,23 @@ def compare(
     teacher_head_size: int | None,
     where: str,
 ) -> Verdict:
-    """Compare two tokenizers id by id; `where` names the teacher, such as `teachers.w1`.
+    """Compare two tokenizers id by id.
 
-    Head sizes are the rows of the models' output layers; None where that is not known yet.
+    Args:
+        student_tokenizer: defines the vocabulary of the run.
+        teacher_tokenizer: is compared with it.
+        student_head_size: rows of the student's output layer, None if not known yet.
+        teacher_head_size: the same for the teacher.
+        where: path of the teacher, such as `teachers.w1`.
 
     Raises:
-        VocabularyError: a token id of the student has no row in the student's or the teacher's head.
+        VocabularyError: a token id of the student has no row in the student's or teacher's head.
     """
     student = token_bytes(student_tokenizer)
     teacher = token_bytes(teacher_tokenizer)
     size = len(student)
     _check_head(student, student_head_size, "student")
+    # Holes in the student's ids are skipped: no text produces them.
     padded = teacher[:size] + [None] * (size - len(teacher))
     pairs = zip(student, padded, strict=True)
     differing = [
@@ -92,15 +102,16 @@ def compare(
             kind = "compatible"
     notes = _notes(student_tokenizer, teacher_tokenizer)
     message = {
-        "identical": f"{where}: {size:,} token ids mean the same bytes as in the student's tokenizer",
-        "compatible": f"{where}: all {size:,} token ids of the student mean the same bytes; "
-        f"{num_extra:,} further ids and {num_pad_rows:,} rows of the head are dropped",
+        "identical": f"{where}: {size:,} token ids map to the same bytes as in the student's "
+        "tokenizer",
+        "compatible": f"{where}: all {size:,} token ids of the student map to the same bytes; "
+        f"{num_extra:,} extra ids and {num_pad_rows:,} head rows are dropped",
         "different": _differing_message(differing, size, where),
     }[kind]
     return Verdict(
         kind=kind,
         vocab_size=size,
-        differing=tuple(differing[:_SHOWN]),
+        differing=tuple(differing[:_MAX_SHOWN]),
         num_differing=len(differing),
         num_pad_rows=num_pad_rows,
         message="; ".join([message, *notes]),
@@ -108,10 +119,10 @@ def compare(
 
 
 def require_compatible(verdict: Verdict) -> None:
-    """Let identical and compatible vocabularies pass.
+    """Check that the vocabularies are identical or compatible.
 
     Raises:
-        VocabularyError: some id means other bytes.
+        VocabularyError: some id maps to other bytes.
     """
     if verdict.kind == "different":
         raise VocabularyError(verdict.message)
@@ -124,21 +135,23 @@ def _differing_message(
         return ""
     number, ours, theirs = differing[0]
     return (
-        f"{where}: {len(differing):,} token ids mean other bytes than in the student's tokenizer "
+        f"{where}: {len(differing):,} token ids map to other bytes than in the student's tokenizer "
         f"(id {number}: {_show(theirs)} here, {_show(ours)} there); must be the same for all "
-        f"{size:,} ids; use a teacher with the student's tokenizer, or make the student with this one"
+        f"{size:,} ids; use a teacher with the student's tokenizer, or build the student with this "
+        "one"
     )
 
 
 def _notes(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast) -> list[str]:
+    # These do not make the teacher's distributions wrong, so they are reported, not refused.
     notes = []
     if student.eos_token_id != teacher.eos_token_id:
         notes.append(
-            f"the eos id is {teacher.eos_token_id} here and {student.eos_token_id} in the student's "
-            "tokenizer: the two end a text differently"
+            f"the eos id is {teacher.eos_token_id} here and {student.eos_token_id} in the "
+            "student's tokenizer, so they end texts differently"
         )
     if student.chat_template and teacher.chat_template != student.chat_template:
-        notes.append("the chat template is not the student's; the student's is used for all")
+        notes.append("the chat template differs from the student's, which is used for all")
     return notes
 
 
@@ -161,9 +174,9 @@ def _show(token: bytes | None) -> str:
 
 
 def _byte_alphabet() -> dict[int, int]:
-    """Code point that stands for a byte in a byte-level vocabulary -> the byte.
+    """Map each code point of a byte-level vocabulary to its byte.
 
-    Printable bytes stand for themselves, the others for the code points from 256 on, in order.
+    Printable bytes map to themselves, the others take the code points from 256 on, in order.
     Source: Radford et al., "Language models are unsupervised multitask learners", 2019.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
