@@ -33,13 +33,11 @@ class Bench:
         """Invoke the command line once."""
         return CliRunner().invoke(app, list(arguments))
 
-    def refused(
-        self, where: str, *overrides: str, command: str = "run", volatile: str = ""
-    ) -> None:
-        """Expect a refusal: exit code 2, no traceback, fast, and nothing written.
+    def refused(self, where: str, *overrides: str, command: str = "run", volatile: str = "") -> str:
+        """Expect a refusal: exit code 2, no traceback, fast, nothing written. Return the message.
 
-        The message must start with the path `where`; the whole of it is compared with the snapshot.
-        `volatile` is as in `refusals.refused`.
+        The message must start with the path `where`. All of it is compared with the snapshot, where
+        parts that match `volatile` are left out.
         """
         before, start = self.files(), time.process_time()
         result = self.invoke(command, "run.yaml", *overrides)
@@ -52,9 +50,10 @@ class Bench:
         assert isinstance(result.exception, SystemExit)
         assert self.files() == before
         assert seconds < MAX_SECONDS
+        return message
 
     def refused_at(self, rest: str, *overrides: str) -> None:
-        """`refused` where the path is a training row, whichever is read first; `rest` follows it."""
+        """Run `refused` on a message about some training row. `rest` follows its path."""
         self.refused(f"data.train: ...{rest}", *overrides, volatile=r"zoo/\w+\.jsonl:\d+")
 
     def accepted(self, *overrides: str) -> list[str]:

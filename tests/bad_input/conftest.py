@@ -1,4 +1,4 @@
-"""A tiny run that would work, to be broken in one place."""
+"""A tiny valid run to break in one place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny_run import recipe_text, write_zoo
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models and texts; one check has imported what every check imports."""
+    """The models and texts. One `check` has run, so the imports of the libraries are not timed."""
     root = write_zoo(tmp_path_factory.mktemp("zoo"))
     (root / "run.yaml").write_text(recipe_text(root))
     assert CliRunner().invoke(app, ["check", str(root / "run.yaml")]).exit_code == 0
@@ -26,7 +26,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lab(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """A bench on which models may be loaded."""
+    """A bench that may load models."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(zoo, "zoo")
     Path("run.yaml").write_text(recipe_text(Path("zoo")).replace("zoo/run", "out"))
@@ -35,7 +35,7 @@ def lab(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 @pytest.fixture
 def bench(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """A bench on which no model may be loaded."""
+    """A bench on which loading a model fails the test."""
 
     def load(*args: object, **kwargs: object) -> None:
         raise AssertionError("a weight was loaded")
