@@ -180,7 +180,7 @@ def test_check_refuses_another_vocabulary(zoo: Path, tmp_path: Path) -> None:
     first, second = list(vocab)[-2:]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     file.write_text(json.dumps(tokenizer), encoding="utf-8")
-    with pytest.raises(VocabularyError, match=r"teachers\.code: 2 token ids mean other bytes"):
+    with pytest.raises(VocabularyError, match=r"teachers\.code: 2 token ids map to other bytes"):
         pipeline.check(_recipe(zoo, tmp_path, f"teachers.code.model={tmp_path / 'other'}"))
 
 
