@@ -1,4 +1,4 @@
-"""What is trained on: targets, stop tokens and bytes per token."""
+"""Targets, stop tokens and bytes per token of encoded documents."""
 
 import copy
 import threading
@@ -17,6 +17,7 @@ from collegium.data.encode import Encoder, encode, split_of
 from collegium.data.sources import Document
 from collegium.data.tokens import bytes_of_tokens
 from collegium.errors import DataError
+from refusals import refused
 
 EOS, USER, ASSISTANT = 0, 2, 3
 TURNS = (
@@ -39,6 +40,7 @@ def document(**content):
 
 
 def with_template(template):
+    # A copy, since `tiny_tokenizer` is cached.
     tokenizer = copy.copy(tiny.tiny_tokenizer(400, chat=True))
     tokenizer.chat_template = template
     return tokenizer
@@ -48,7 +50,7 @@ def targets(encoded, tokenizer):
     return tokenizer.decode(encoded.ids[encoded.is_target])
 
 
-def test_text_every_token_but_the_first_and_the_stop_token():
+def test_targets_of_a_text_are_all_tokens_but_the_first_and_the_stop_token():
     tokenizer = tiny.tiny_tokenizer()
     encoded = encode(document(text=tiny.TEXT[0]), tokenizer, max_length=4)
     assert encoded.ids.tolist() == [*tokenizer(tiny.TEXT[0])["input_ids"], EOS]
@@ -58,7 +60,7 @@ def test_text_every_token_but_the_first_and_the_stop_token():
     assert encoded.can_split
 
 
-def test_beginning_token_only_where_the_tokenizer_adds_one():
+def test_bos_only_if_the_tokenizer_adds_it():
     plain = tiny.tiny_tokenizer()
     backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
     backend.post_processor = processors.TemplateProcessing(
@@ -75,12 +77,12 @@ def test_beginning_token_only_where_the_tokenizer_adds_one():
     body = plain("to be")["input_ids"]
     assert encode(document(text="to be"), adds, max_length=9).ids.tolist() == [USER, *body, EOS]
     assert encode(document(text="to be"), silent, max_length=9).ids.tolist() == [*body, EOS]
-    asked = encode(document(prompt="to be", completion="or"), adds, max_length=99)
-    assert asked.ids[0] == USER
-    assert not asked.is_target[: 1 + len(body)].any()
+    pair = encode(document(prompt="to be", completion="or"), adds, max_length=99)
+    assert pair.ids[0] == USER
+    assert not pair.is_target[: 1 + len(body)].any()
 
 
-def test_prompt_is_no_target_and_the_boundary_is_clean():
+def test_a_prompt_is_not_a_target_and_no_token_spans_the_boundary():
     tokenizer = tiny.tiny_tokenizer()
     encoded = encode(document(prompt="the que", completion="stion"), tokenizer, max_length=99)
     size = len(tokenizer("the que")["input_ids"])
@@ -92,13 +94,13 @@ def test_prompt_is_no_target_and_the_boundary_is_clean():
 
 
 @pytest.mark.parametrize("template", [BLOCKS, PLAIN, CHATML], ids=["blocks", "plain", "chatml"])
-def test_only_assistant_turns_with_their_stop_token(template):
+def test_targets_of_a_chat_are_assistant_turns_with_their_stop_token(template):
     tokenizer = with_template(template)
     encoded = encode(document(messages=TURNS), tokenizer, max_length=99)
     assert tokenizer.decode(encoded.ids) == tokenizer.apply_chat_template(TURNS, tokenize=False)
     assert targets(encoded, tokenizer) == "yo all<|end|>no<|end|>"
-    spoken = encoded.num_bytes[encoded.is_target]
-    assert spoken.sum() == len("yo all" + "no")
+    target_bytes = encoded.num_bytes[encoded.is_target]
+    assert target_bytes.sum() == len("yo all" + "no")
     assert (encoded.num_bytes[encoded.ids == EOS] == 0).all()
 
 
@@ -118,7 +120,7 @@ def test_an_end_of_turn_token_other_than_eos_counts_as_stop():
     ids=["outside the block", "newline", "nothing"],
 )
 def test_stop_token_outside_the_targets_is_refused(template):
-    with pytest.raises(DataError, match="17: the stop token is never supervised: an assistant"):
+    with refused(DataError, "17"):
         encode(document(messages=TURNS), with_template(template), max_length=99)
 
 
@@ -126,32 +128,28 @@ def test_template_that_rewrites_earlier_turns_is_refused():
     rewrites = (
         "{% for m in messages %}{% if loop.last %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     )
-    with pytest.raises(DataError, match=r"rewrites earlier turns \(messages\[2\]\)"):
+    with refused(DataError, "17"):
         encode(document(messages=TURNS), with_template(rewrites), max_length=99)
 
 
 def test_missing_and_broken_templates():
-    with pytest.raises(DataError, match="has no chat template; must have one"):
+    with refused(DataError, "17"):
         encode(document(messages=TURNS), tiny.tiny_tokenizer(), max_length=99)
     broken = with_template("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"17: the chat template fails \(.*roles must alternate"):
+    with refused(DataError, "17"):
         encode(document(messages=TURNS), broken, max_length=99)
 
 
-def test_a_template_that_does_not_end_is_refused_and_stopped(monkeypatch):
-    # ten thousand million steps, of which each is a bytecode or more
+def test_an_endless_template_is_refused_and_stopped(monkeypatch):
+    # 10^10 steps of at least one bytecode each.
     endless = with_template(
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     )
     monkeypatch.setattr("collegium.data.chat.PROBE_SECONDS", 0.2)
     before = set(threading.enumerate())
     start = time.monotonic()
-    with pytest.raises(DataError) as caught:
+    with refused(DataError, "data.train: tokenizer"):
         Encoder(endless, max_length=99, where="data.train").encode([document(messages=TURNS)])
-    assert str(caught.value) == (
-        "data.train: tokenizer: its chat template took more than 0.2 s for two short messages; must end; "
-        "refused (tokenizer_config.json or chat_template.jinja)"
-    )
     for thread in set(threading.enumerate()) - before:
         thread.join(5)
     assert set(threading.enumerate()) == before
@@ -161,39 +159,39 @@ def test_a_template_that_does_not_end_is_refused_and_stopped(monkeypatch):
 
 def test_a_template_cannot_reach_into_python():
     escape = with_template("{{ messages.__class__.__mro__ }}")
-    with pytest.raises(DataError, match=r"17: the chat template fails \(SecurityError: access to"):
+    with refused(DataError, "17"):
         encode(document(messages=TURNS), escape, max_length=99)
 
 
 def test_no_eos_token_names_candidates():
     backend = tiny.tiny_tokenizer().backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    with pytest.raises(DataError, match=r"has no eos token; .*\(candidates: `<\|end\|>`\)"):
+    with refused(DataError, "tokenizer"):
         encode(document(text="a"), tokenizer, max_length=9)
 
 
-def test_truncation_happens_after_the_targets_are_decided():
+def test_targets_are_decided_before_truncation():
     tokenizer = tiny.tiny_tokenizer()
-    asked = document(prompt="abc", completion="xyz")
-    whole = encode(asked, tokenizer, max_length=99)
-    right = encode(asked, tokenizer, max_length=5, truncate="right")
-    left = encode(asked, tokenizer, max_length=5, truncate="left")
+    pair = document(prompt="abc", completion="xyz")
+    whole = encode(pair, tokenizer, max_length=99)
+    right = encode(pair, tokenizer, max_length=5, truncate="right")
+    left = encode(pair, tokenizer, max_length=5, truncate="left")
     assert right.ids.tolist() == whole.ids[:5].tolist()
     assert right.is_target.tolist() == [False, False, False, True, True]
     assert left.ids.tolist() == whole.ids[2:].tolist()
     assert left.is_target.tolist() == [False, True, True, True, True]
-    assert encode(asked, tokenizer, max_length=6, truncate="drop") is None
-    with pytest.raises(DataError, match=r"1 samples exceed 6 tokens \(longest 7: 17\)"):
-        encode(asked, tokenizer, max_length=6, truncate="error")
-    assert len(encode(asked, tokenizer, max_length=7, truncate="error")) == 7
+    assert encode(pair, tokenizer, max_length=6, truncate="drop") is None
+    with refused(DataError, "1 samples"):
+        encode(pair, tokenizer, max_length=6, truncate="error")
+    assert len(encode(pair, tokenizer, max_length=7, truncate="error")) == 7
 
 
 def test_samples_without_targets():
     tokenizer = with_template(PLAIN)
     silent = document(messages=TURNS[:2])
-    with pytest.raises(DataError, match=r"1 samples have no token to learn from \(first: id 17\)"):
+    with refused(DataError, "1 samples"):
         encode(silent, tokenizer, max_length=99)
-    with pytest.raises(DataError, match="have no token to learn from"):
+    with refused(DataError, "1 samples"):
         encode(document(prompt="abc", completion="x"), tokenizer, max_length=3)
     encoder = Encoder(tokenizer, max_length=99)
     first, second = encoder.encode([silent, document(text="ab")])
@@ -211,14 +209,15 @@ def test_batches_equal_single_documents():
         document(text="x"),
     ]
     together = Encoder(tokenizer, max_length=64).encode(documents)
-    for one, encoded in zip(documents, together, strict=True):
-        alone = encode(one, tokenizer, max_length=64)
+    for item, encoded in zip(documents, together, strict=True):
+        single = encode(item, tokenizer, max_length=64)
         for name in ("ids", "is_target", "num_bytes"):
-            assert getattr(alone, name).tolist() == getattr(encoded, name).tolist()
+            assert getattr(single, name).tolist() == getattr(encoded, name).tolist()
 
 
 @lru_cache
 def sentencepiece():
+    # Byte fallback as in Llama 2: a character outside the vocabulary becomes one token per byte.
     vocabulary = {"<unk>": 0, "</s>": 1, **{f"<0x{byte:02X}>": 2 + byte for byte in range(256)}}
     vocabulary |= {piece: 300 + i for i, piece in enumerate(["▁", "a", "b", "▁a", "é"])}
     tokenizer = Tokenizer(
@@ -246,7 +245,7 @@ def test_bytes_sum_to_the_text(text, other, is_piece):
 
 
 def test_bytes_of_shared_skipped_and_trailing_characters():
-    # a | é is shared by two tokens | a space belongs to no token | 数 | trailing space | empty tokens (0)
+    # a | é shared by two tokens | a space in no token | 数 | trailing space | empty tokens (0)
     ends = np.array([1, 2, 2, 0, 4, 0])
     assert bytes_of_tokens("aé 数 ", ends).tolist() == [1, 2, 0, 0, 4, 1]
     assert bytes_of_tokens("", np.zeros(0, np.int64)).tolist() == []
@@ -256,17 +255,19 @@ def test_bytes_of_shared_skipped_and_trailing_characters():
 @given(TEXTS, st.integers(0, 2**31))
 def test_split_is_a_function_of_content_and_seed(text, seed):
     def part(name, domain):
-        one = Document(id=name, domain=domain, text=text)
-        return split_of(one, seed=seed, calibration=0.3, validation=0.3)
+        copy_of_text = Document(id=name, domain=domain, text=text)
+        return split_of(copy_of_text, seed=seed, calibration=0.3, validation=0.3)
 
     assert part("a", "d") == part("b", "e")
 
 
-def test_split_keeps_its_shares_and_follows_the_seed():
+def test_split_fractions_hold_and_follow_the_seed():
     documents = [document(text=f"text {i}") for i in range(2000)]
     parts = [split_of(d, seed=3, calibration=0.1, validation=0.2) for d in documents]
+    # Tolerances of about 3.4 standard deviations of the binomial.
     assert parts.count("calibration") == pytest.approx(200, abs=45)
     assert parts.count("validation") == pytest.approx(400, abs=60)
     assert parts != [split_of(d, seed=4, calibration=0.1, validation=0.2) for d in documents]
+    # The validation split does not depend on the calibration fraction.
     wider = [split_of(d, seed=3, calibration=0.0, validation=0.2) for d in documents]
     assert [p == "validation" for p in wider] == [p == "validation" for p in parts]

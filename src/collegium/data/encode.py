@@ -1,11 +1,11 @@
-"""From documents to token ids: the only place that decides what is trained on.
+"""Document encoding: the only module that decides which tokens are targets.
 
-- text: every token is a target except the first, and the stop token is appended as a target. A beginning-of-text
-  token is put in front only where the tokenizer itself adds one.
-- prompt + completion: the completion and the stop token are targets. The two are encoded separately, so that no
-  token spans the boundary and the prompt gets the same ids as at inference.
-- messages: rendered with the tokenizer's own chat template; the assistant's words and the stop token that ends each
-  of its turns are targets.
+- text: all tokens but the first, and an appended stop token. A beginning-of-text token is prepended
+  only if the tokenizer adds one itself.
+- prompt + completion: the completion and an appended stop token. The two are encoded separately, so
+  no token spans the boundary and the prompt gets the same ids as at inference.
+- messages: rendered with the tokenizer's chat template. Targets are the assistant's tokens and the
+  stop token that ends each of its turns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Truncate = Literal["right", "left", "drop", "error"]
-_USUAL_EOS = (
+_COMMON_EOS = (
     "</s>",
     "<|endoftext|>",
     "<|im_end|>",
@@ -39,23 +39,23 @@ _USUAL_EOS = (
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The tokens of one document of L tokens."""
+    """Tokens of an encoded document of length L."""
 
     ids: np.ndarray
     """(L,) int64."""
     is_target: np.ndarray
-    """(L,) bool: the token is trained on; never the first."""
+    """(L,) bool: the token is a target (never the first one)."""
     num_bytes: np.ndarray
-    """(L,) int64: UTF-8 bytes of the document's text that the token stands for; 0 for tokens that were added."""
+    """(L,) int64: UTF-8 bytes of the document's text per token, 0 for added tokens."""
     can_split: bool
-    """Whether the document may be cut over windows; a prompt or a chat may not."""
+    """Whether the document may span several windows. Prompts and chats may not."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
 
 class Encoder:
-    """Encodes documents with one tokenizer and keeps count of those that could not be used."""
+    """Document encoder for one tokenizer, with a record of the documents it could not use."""
 
     def __init__(
         self,
@@ -65,10 +65,10 @@ class Encoder:
         truncate: Truncate = "right",
         where: str = "",
     ) -> None:
-        """Look at the tokenizer.
+        """Check the tokenizer.
 
         Raises:
-            DataError: the tokenizer has no stop token.
+            DataError: it has no stop token.
         """
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -76,9 +76,9 @@ class Encoder:
         self.where = where
         self.num_seen = 0
         self.too_long: list[tuple[str, int]] = []
-        """(document, tokens) of every document that may not be cut over windows and is too long."""
+        """(id, number of tokens) of every unsplittable document over `max_length`."""
         self.untrained: list[str] = []
-        """Documents without a target."""
+        """Ids of the documents without a target."""
         self._has_probed = False
         eos = tokenizer.eos_token_id
         if not isinstance(eos, int):
@@ -91,7 +91,8 @@ class Encoder:
         self._eos = Tokens.added([eos], is_target=True)
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded | None]:
-        """Encode documents; None where one is dropped for its length or has no target."""
+        """Encode documents. None stands for one that was too long or has no target."""
+        # Probed on first use: a corpus without chats never renders the template.
         if not self._has_probed and any(d.messages is not None for d in documents):
             probe_template(self.tokenizer, where=self.where)
             self._has_probed = True
@@ -115,10 +116,10 @@ class Encoder:
         return encoded
 
     def check(self) -> None:
-        """Judge what was encoded so far.
+        """Check the documents encoded so far.
 
         Raises:
-            DataError: nothing can be learned from any document; or some are too long and `truncate` is `error`.
+            DataError: no document has a target, or some are too long and `truncate` is `error`.
         """
         if self.too_long and self.truncate == "error":
             longest = max(self.too_long, key=lambda pair: pair[1])
@@ -129,34 +130,36 @@ class Encoder:
             )
         if self.untrained and len(self.untrained) == self.num_seen:
             raise DataError(
-                f"{at(self.where, f'{len(self.untrained):,} samples')} have no token to learn from "
-                f"(first: id {self.untrained[0]}); must hold a completion or an assistant turn that "
-                "is not cut off; look at the rows, `max_length` and `truncate`"
+                f"{at(self.where, f'{len(self.untrained):,} samples')} have no target token "
+                f"(first: id {self.untrained[0]}); must have a completion or an assistant turn "
+                "that is not truncated; check the rows, `max_length` and `truncate`"
             )
 
     def _finish(self, document: Document, tokens: Tokens) -> Encoded | None:
         self.num_seen += 1
         can_split = document.text is not None
         length = len(tokens.ids)
-        kept = slice(0, length)
+        span = slice(0, length)
         if not can_split and length > self.max_length:
             self.too_long.append((document.id, length))
             if self.truncate in ("drop", "error"):
                 return None
             is_left = self.truncate == "left"
-            kept = slice(length - self.max_length, length) if is_left else slice(0, self.max_length)
-        is_target = tokens.is_target[kept].copy()
+            # Targets are already decided, so truncation only drops tokens.
+            span = slice(length - self.max_length, length) if is_left else slice(0, self.max_length)
+        is_target = tokens.is_target[span].copy()
+        # The first token has no context to be predicted from.
         is_target[:1] = False
         if not is_target.any():
             self.untrained.append(document.id)
             return None
-        return Encoded(tokens.ids[kept], is_target, tokens.num_bytes[kept], can_split)
+        return Encoded(tokens.ids[span], is_target, tokens.num_bytes[span], can_split)
 
 
 def eos_candidates(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The usual names of a stop token that this tokenizer has, for a message."""
+    """List the common stop tokens in the vocabulary of this tokenizer, for a message."""
     vocabulary = tokenizer.get_vocab()
-    return ", ".join(f"`{name}`" for name in _USUAL_EOS if name in vocabulary) or "none"
+    return ", ".join(f"`{name}`" for name in _COMMON_EOS if name in vocabulary) or "none"
 
 
 def encode(
@@ -166,14 +169,14 @@ def encode(
     max_length: int,
     truncate: Truncate = "right",
 ) -> Encoded | None:
-    """Encode one document; None where it is dropped for its length.
+    """Encode one document, or return None if it is dropped for its length.
 
-    A text is never cut here: it goes over as many windows as it needs. `truncate` cuts prompts and chats, after the
-    targets were decided.
+    Texts are never truncated: they span as many windows as they need. `truncate` applies to prompts
+    and chats, after the targets are decided.
 
     Raises:
-        DataError: the tokenizer has no stop token or no chat template, a stop token would not be trained on, the
-            document is too long and `truncate` is `error`, or it has no token to learn from.
+        DataError: the tokenizer has no stop token or no chat template, a stop token is not a
+            target, the document is too long and `truncate` is `error`, or it has no target.
     """
     encoder = Encoder(tokenizer, max_length=max_length, truncate=truncate)
     (encoded,) = encoder.encode([document])
@@ -184,24 +187,25 @@ def encode(
 def split_of(
     document: Document, *, seed: int, calibration: float, validation: float
 ) -> Literal["train", "calibration", "validation"]:
-    """Which part a document belongs to: a function of its content and the seed alone.
+    """Assign a document to a split, as a function of its content and the seed only.
 
-    u = SHA-256(seed, content) in [0, 1); validation where u < validation, calibration where
-    u < validation + calibration, train elsewhere. Identical documents always land in the same part.
+    u = SHA-256(seed, content) in [0, 1). The split is validation if u < validation, calibration if
+    u < validation + calibration, else train. Identical documents always get the same split.
     """
-    share = hash_order(document, seed, "split") / 2**64
+    share = seeded_hash(document, seed, "split") / 2**64
     if share < validation:
         return "validation"
     return "calibration" if share < validation + calibration else "train"
 
 
-def hash_order(document: Document, seed: int, purpose: str) -> int:
-    """A number in [0, 2^64) drawn from the content, the seed and what it is for."""
+def seeded_hash(document: Document, seed: int, purpose: str) -> int:
+    """Return a hash in [0, 2^64) of the content, the seed and the purpose."""
     digest = hashlib.sha256(f"{purpose}:{seed}:{document.content_hash()}".encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def _bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     bos = tokenizer.bos_token_id
+    # A tokenizer may define a bos token and never add it, like GPT-2's.
     first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
     return first if isinstance(bos, int) and first == [bos] else []

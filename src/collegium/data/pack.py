@@ -1,4 +1,4 @@
-"""From the options of a recipe to the windows of the train, calibration and validation parts."""
+"""Packed train, calibration and validation datasets, built from the options of a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from collegium.data.encode import Encoded, Encoder, hash_order, split_of
+from collegium.data.encode import Encoded, Encoder, seeded_hash, split_of
 from collegium.data.sources import Document, SourceOptions, read_documents
 from collegium.data.windows import Collator, PackedDataset
 from collegium.errors import DataError, nearest
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Collator", "DataOptions", "PackedDataset", "build_datasets"]
 
 _PARTS = ("train", "calibration", "validation")
+# Documents are encoded in chunks: fast tokenizers work on batches, and a chunk bounds the memory.
 _CHUNK_DOCUMENTS = 512
 _CHUNK_CHARACTERS = 1_000_000
 _Keyed = tuple[int, Document, Encoded]
@@ -29,42 +30,42 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataOptions:
-    """The corpora, and how they become windows of tokens."""
+    """Corpora, and how they are encoded into windows of tokens."""
 
     train: Annotated[list[SourceOptions], Field(min_length=1)]
     """Sources to train on."""
     calibration: list[SourceOptions] = Field(default_factory=list)
-    """Sources for calibration; by default documents held out of `train`."""
+    """Calibration sources. Defaults to documents held out of `train`."""
     validation: list[SourceOptions] = Field(default_factory=list)
-    """Sources for evaluation; by default documents held out of `train`."""
+    """Evaluation sources. Defaults to documents held out of `train`."""
     max_length: Annotated[int, Field(ge=2)] = 1024
-    """Tokens of a window."""
+    """Tokens per window."""
     packing: bool = True
-    """Put several documents into one window, kept apart; otherwise one document, or part of one, each."""
+    """Pack documents together, kept apart. Otherwise one document, or part of one, per window."""
     calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the documents of `train` held out for calibration, where it has no sources of its own."""
+    """Fraction of the `train` documents held out for calibration, if it has no sources."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the documents of `train` held out for evaluation, where it has no sources of its own."""
+    """Fraction of the `train` documents held out for evaluation, if it has no sources."""
     split_seed: int = 0
-    """Seed of which documents are held out and of the order of all."""
+    """Seed of the held-out split and of the order of the documents."""
     truncate: Literal["right", "left", "drop", "error"] = "right"
-    """What to do with prompts and chats longer than a window; texts are never cut off."""
+    """Handling of prompts and chats longer than a window. Texts are never truncated."""
     max_train_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Train on at most this many tokens, taken evenly from the domains."""
+    """Train on at most this many tokens, balanced over the domains."""
     max_calibration_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Calibrate on at most this many tokens, taken evenly from the domains."""
+    """Calibrate on at most this many tokens, balanced over the domains."""
     max_validation_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Evaluate on at most this many tokens, taken evenly from the domains."""
+    """Evaluate on at most this many tokens, balanced over the domains."""
 
     @model_validator(mode="after")
-    def _leaves_a_train_part(self) -> DataOptions:
+    def _check_fractions(self) -> DataOptions:
         if self.calibration_fraction + self.validation_fraction >= 1:
             raise ValueError("calibration_fraction + validation_fraction must be less than 1")
         return self
 
     @property
     def sources(self) -> dict[str, list[SourceOptions]]:
-        """The sources of each part."""
+        """Sources of each part."""
         return {
             "train": self.train,
             "calibration": self.calibration,
@@ -79,14 +80,14 @@ def build_datasets(
     where: str,
     teachers: Collection[str] = (),
 ) -> dict[str, PackedDataset]:
-    """Read, split, encode and pack: `train`, `calibration` and `validation`, disjoint by content.
+    """Read, split, encode and pack `train`, `calibration` and `validation`, disjoint by content.
 
-    Documents stand in an order drawn from their content and the seed, and so do the windows: any first part of a
-    data set is a fair mixture. A document may name one of the `teachers`.
+    Documents are ordered by a hash of their content and the seed, and the windows are shuffled with
+    the seed, so any prefix of a dataset is a fair mixture. A document may name one of `teachers`.
 
     Raises:
-        DataError: a source cannot be read, a part is empty, parts share documents, a document names a teacher that is not there,
-            or nothing can be learned.
+        DataError: a source cannot be read, a part is empty, parts share documents, a document names
+            an unknown teacher, or nothing can be learned.
     """
     parts = _split(options, where, teachers)
     _check_disjoint(parts, where)
@@ -119,11 +120,11 @@ def _split(
             remedy = (
                 "lower the fractions"
                 if part == "train"
-                else f"raise `{part}_fraction`, give `{part}` sources"
+                else f"raise `{part}_fraction`, add `{part}` sources"
             )
             raise DataError(
-                f"{where}.{part}: none of {num_documents:,} documents fell into this part; must hold "
-                f"at least one; {remedy}, or cut the texts finer with `split_on: blank_line`"
+                f"{where}.{part}: none of {num_documents:,} documents fell into this part; must "
+                f"have at least one; {remedy}, or split the texts with `split_on: blank_line`"
             )
     return parts
 
@@ -137,7 +138,8 @@ def _read_sources(
             name = document.teacher
             if name is not None and name not in teachers:
                 raise DataError(
-                    f"{place}: {document.id}: `{source.teacher_column}`: got `{name}`; must be the name of a teacher, or null"
+                    f"{place}: {document.id}: `{source.teacher_column}`: got `{name}`; "
+                    "must be the name of a teacher, or null"
                     f"{nearest(name, teachers)}"
                 )
             yield document
@@ -149,12 +151,13 @@ def _check_disjoint(parts: dict[str, list[Document]], where: str) -> None:
         ("calibration", "train"),
         ("validation", "calibration"),
     ):
-        known = {document.content_hash() for document in parts[earlier]}
-        shared = [d.id for d in parts[later] if d.content_hash() in known]
+        hashes = {document.content_hash() for document in parts[earlier]}
+        shared = [d.id for d in parts[later] if d.content_hash() in hashes]
         if shared:
             raise DataError(
-                f"{where}.{later}: {len(shared):,} of {len(parts[later]):,} {later} documents also occur "
-                f"in {earlier} (first: {shared[0]}); must be disjoint; remove them from one of the two"
+                f"{where}.{later}: {len(shared):,} of {len(parts[later]):,} {later} documents also "
+                f"occur in {earlier} (first: {shared[0]}); must be disjoint; remove them from one "
+                "of the two"
             )
 
 
@@ -167,20 +170,23 @@ def _build(
     where: str,
 ) -> PackedDataset:
     seed = options.split_seed
-    keyed = [(hash_order(document, seed, "order"), document) for document in documents]
+    keyed = [(seeded_hash(document, seed, "order"), document) for document in documents]
+    # Ids break ties between identical documents.
     keyed.sort(key=lambda pair: (pair[0], pair[1].id))
     encoder = Encoder(
         tokenizer, max_length=options.max_length, truncate=options.truncate, where=where
     )
-    chosen = _choose(keyed, max_tokens, encoder)
+    chosen = _select(keyed, max_tokens, encoder)
     encoder.check()
     if not chosen:
         raise DataError(
-            f"{where}: no document left ({len(encoder.too_long):,} too long for {options.max_length:,} "
-            "tokens); must hold at least one; raise `max_length` or the limit of tokens, or set "
-            "`truncate: right`"
+            f"{where}: no document left ({len(encoder.too_long):,} too long for "
+            f"{options.max_length:,} tokens); must have at least one; raise `max_length` or the "
+            "token limit, or set `truncate: right`"
         )
-    _report(encoder, where)
+    _log_warnings(encoder, where)
+    # The pad id may be eos: padding is masked by position, never by id. A mask by id removed the
+    # real eos from the loss in https://github.com/huggingface/trl/issues/6357
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return PackedDataset.from_encoded(
         [encoded for _, encoded in chosen],
@@ -194,11 +200,12 @@ def _build(
     )
 
 
-def _choose(
+def _select(
     keyed: list[tuple[int, Document]], max_tokens: int | None, encoder: Encoder
 ) -> list[tuple[Document, Encoded]]:
-    """Encode documents in order of their keys, always of the domain with the fewest tokens, up to the limit."""
+    """Encode documents in key order, balanced over the domains up to `max_tokens`."""
     domains = sorted({document.domain for _, document in keyed})
+    # Streams are lazy: past the token limit, no more chunks are encoded.
     streams = {
         name: _encode_stream([pair for pair in keyed if pair[1].domain == name], encoder)
         for name in domains
@@ -206,14 +213,15 @@ def _choose(
     if max_tokens is None:
         chosen = [item for stream in streams.values() for item in stream]
     else:
-        chosen = list(_take_evenly(streams, max_tokens))
+        chosen = list(_balance_domains(streams, max_tokens))
     return [(d, e) for _, d, e in sorted(chosen, key=lambda item: (item[0], item[1].id))]
 
 
-def _take_evenly(streams: dict[str, Iterator[_Keyed]], max_tokens: int) -> Iterator[_Keyed]:
-    """Take from the domain with the fewest tokens until `max_tokens` are reached or all is taken.
+def _balance_domains(streams: dict[str, Iterator[_Keyed]], max_tokens: int) -> Iterator[_Keyed]:
+    """Yield from the domain with the fewest tokens, until `max_tokens` or the end of all streams.
 
-    A text too long for what its domain may still take is cut; a prompt or chat that passes the limit ends its domain.
+    A text over the remaining share of its domain is truncated. A prompt or chat over the limit ends
+    its domain.
     """
     used = dict.fromkeys(streams, 0)
     room = max_tokens
@@ -224,9 +232,10 @@ def _take_evenly(streams: dict[str, Iterator[_Keyed]], max_tokens: int) -> Itera
             del streams[name]
             continue
         key, document, encoded = item
+        # Tokens per domain once all remaining domains have equally many.
         level = (room + sum(used[domain] for domain in streams)) // len(streams)
         share = min(room, max(2, level - used[name])) if encoded.can_split else room
-        encoded = _cut(encoded, share)
+        encoded = _truncate(encoded, share)
         if encoded is None:
             del streams[name]
             continue
@@ -235,7 +244,7 @@ def _take_evenly(streams: dict[str, Iterator[_Keyed]], max_tokens: int) -> Itera
         room -= len(encoded)
 
 
-def _cut(encoded: Encoded, room: int) -> Encoded | None:
+def _truncate(encoded: Encoded, room: int) -> Encoded | None:
     if len(encoded) <= room:
         return encoded
     if not encoded.can_split:
@@ -256,22 +265,22 @@ def _encode_stream(keyed: list[tuple[int, Document]], encoder: Encoder) -> Itera
             characters += len(document.text or "") + len(document.prompt or "")
             stop += 1
         encoded = encoder.encode([document for _, document in keyed[start:stop]])
-        for (key, document), one in zip(keyed[start:stop], encoded, strict=True):
-            if one is not None:
-                yield key, document, one
+        for (key, document), tokens in zip(keyed[start:stop], encoded, strict=True):
+            if tokens is not None:
+                yield key, document, tokens
         start = stop
 
 
-def _report(encoder: Encoder, where: str) -> None:
+def _log_warnings(encoder: Encoder, where: str) -> None:
     if encoder.too_long:
         longest = max(length for _, length in encoder.too_long)
-        done = "dropped" if encoder.truncate == "drop" else f"cut ({encoder.truncate})"
+        action = "dropped" if encoder.truncate == "drop" else f"truncated ({encoder.truncate})"
         _LOG.warning(
             "%s: %d samples exceed %d tokens (longest %d) and were %s",
-            where, len(encoder.too_long), encoder.max_length, longest, done,
+            where, len(encoder.too_long), encoder.max_length, longest, action,
         )  # fmt: skip
     if encoder.untrained:
         _LOG.warning(
-            "%s: %d of %d samples have no token to learn from (first: id %s) and were left out",
+            "%s: %d of %d samples have no target token (first: id %s) and were skipped",
             where, len(encoder.untrained), encoder.num_seen, encoder.untrained[0],
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where documents come from: files, folders and hub data sets, read one document at a time."""
+"""Document sources: files, folders and hub datasets, read one document at a time."""
 
 from __future__ import annotations
 
@@ -41,50 +41,53 @@ _FIRST_ROWS = 3
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SourceOptions:
-    """One source of documents: exactly one of `path` and `hub`."""
+    """A source of documents: exactly one of `path` and `hub`."""
 
     path: str | None = None
     """A file, a glob such as `data/*.txt`, or a folder of files."""
     hub: str | None = None
-    """A data set of the Hugging Face hub, loaded with `datasets.load_dataset`."""
+    """A dataset of the Hugging Face hub, loaded with `datasets.load_dataset`."""
     name: str | None = None
-    """Configuration of the hub data set."""
+    """Configuration of the hub dataset."""
     split: str = "train"
-    """Split of the hub data set."""
+    """Split of the hub dataset."""
     revision: str | None = None
-    """Commit or tag of the hub data set."""
+    """Commit or tag of the hub dataset."""
     streaming: bool = False
-    """Read the hub data set without downloading it whole."""
+    """Stream the hub dataset instead of downloading it."""
     domain: str | None = None
-    """Label for weights and tables by domain; by default the name of the file, folder or data set."""
+    """Label in weights and tables. Defaults to the name of the file, folder or dataset."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """Format of the files; `auto` goes by the ending of the name."""
+    """File format. `auto` infers it from the extension."""
     split_on: Literal["file", "blank_line", "line"] = "file"
-    """What one document of a text file is."""
+    """Unit of a text file that makes one document."""
     text_column: str = "text"
-    """Field of a row that holds the text."""
+    """Row field with the text."""
     teacher_column: str | None = None
-    """Field of a row that names its teacher, for `route`; null leaves the choice to the domain. Not for text files."""
+    """Row field with the name of its teacher, for `route`. Not for text files.
+
+    Null falls back to the domain.
+    """
     limit: Annotated[int, Field(ge=1)] | None = None
     """Read at most this many documents."""
     max_line_bytes: Annotated[int, Field(ge=1)] = 8_000_000
     """Longest line of a JSONL file."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> SourceOptions:
+    def _check_origin(self) -> SourceOptions:
         if (self.path is None) == (self.hub is None):
             raise ValueError("give exactly one of `path` and `hub`")
         return self
 
 
 def read_documents(options: SourceOptions, *, where: str) -> Iterator[Document]:
-    """Yield the documents of a source in the order in which they are stored; blank ones are left out.
+    """Yield the documents of a source in stored order, skipping blank ones.
 
-    Rows are told apart by their columns: `messages`, `prompt` + `completion`, or the text column.
+    Columns decide the kind of a row: `messages`, `prompt` + `completion`, or the text column.
 
     Raises:
-        DataError: a file is missing, not readable, or holds a row that is not a document;
-            or the source holds no document at all.
+        DataError: a file is missing or unreadable, a row is not a document, or the source has no
+            documents.
     """
     num_rows = num_documents = 0
     for document in _read_all(options, where):
@@ -97,27 +100,30 @@ def read_documents(options: SourceOptions, *, where: str) -> Iterator[Document]:
             return
     label = options.path or options.hub or ""
     if num_rows == 0:
-        raise DataError(f"{at(where, label)}: 0 rows; must hold at least one document")
+        raise DataError(f"{at(where, label)}: 0 rows; must have at least one document")
     if num_documents == 0:
         raise DataError(
             f"{at(where, label)}: {num_rows:,} of {num_rows:,} rows have an empty "
-            f"`{options.text_column}`; must hold text; set `text_column` to the field that does"
+            f"`{options.text_column}`; must have text; set `text_column` to the right field"
         )
 
 
 def check_sources(options_list: Sequence[SourceOptions], *, where: str) -> None:
-    """Look at every source without reading it whole: files exist, formats are known, first rows parse.
+    """Check that files exist, formats are known and first rows parse, without reading in full.
 
     Raises:
         DataError: as `read_documents`, for the first rows.
     """
     for number, options in enumerate(options_list):
         place = f"{where}[{number}]"
+        # Checking a hub dataset would download it.
         if options.hub is not None:
             continue
         for file in _find_files(options, place):
-            _first_bytes_readable(file, place)
+            _check_readable(file, place)
+            # The domain may stay empty: these documents are discarded.
             list(islice(_parse_file(file, options, "", place), _FIRST_ROWS))
+        # Reads up to the first document, and raises for a source that has none.
         next(read_documents(options, where=place))
 
 
@@ -137,8 +143,8 @@ def _parse_file(
     kind = _format_of(file, options, where)
     if kind == "text" and options.teacher_column is not None:
         raise DataError(
-            f"{at(where, str(file))}: `teacher_column` given for a text file; must be rows of named fields; use JSONL or "
-            "Parquet, or name the teacher of its domain"
+            f"{at(where, str(file))}: got `teacher_column` for a text file; must have named "
+            "fields; use JSONL or parquet, or name the teacher of its domain"
         )
     if kind == "text":
         for line, text in read_text_file(file, options.split_on, where):
@@ -166,11 +172,12 @@ def _read_hub(options: SourceOptions, where: str) -> Iterator[Document | None]:
             revision=options.revision,
             streaming=options.streaming,
         )
+    # Wide on purpose: the errors of `load_dataset` have no common base class.
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"{at(where, options.hub)}: cannot be loaded ({type(error).__name__}: {reason}); "
-            "must be a data set that `datasets.load_dataset` opens; check the name, the network, "
+            "must be a dataset that `datasets.load_dataset` opens; check the name, the network, "
             "`name`, `split` and `revision`"
         ) from error
     domain = options.domain or options.hub.rstrip("/").rsplit("/", 1)[-1]
@@ -192,10 +199,11 @@ def _parse_rows(
 def _find_files(options: SourceOptions, where: str) -> list[Path]:
     assert options.path is not None
     path = Path(os.path.expanduser(options.path))
+    # Unlike Path.is_file, os.path.isfile is False for a name that is too long for the system.
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
-        files = sorted(f for f in path.rglob("*") if f.is_file() and _ending(f) in _FORMATS)
+        files = sorted(f for f in path.rglob("*") if f.is_file() and _extension(f) in _FORMATS)
         if not files:
             raise DataError(
                 f"{at(where, options.path)}: no {', '.join(_FORMATS)} file; {_contents(path)}"
@@ -213,7 +221,7 @@ def _find_files(options: SourceOptions, where: str) -> list[Path]:
 def _contents(folder: Path) -> str:
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return f"{folder} holds: {shown or 'nothing'}"
+    return f"{folder} contains: {shown or 'nothing'}"
 
 
 def _default_domain(options: SourceOptions, files: Sequence[Path]) -> str:
@@ -223,10 +231,10 @@ def _default_domain(options: SourceOptions, files: Sequence[Path]) -> str:
         return path.resolve().name
     if len(files) > 1:
         return files[0].resolve().parent.name
-    return files[0].name[: len(files[0].name) - len(_ending(files[0]))] or files[0].name
+    return files[0].name[: len(files[0].name) - len(_extension(files[0]))] or files[0].name
 
 
-def _ending(file: Path) -> str:
+def _extension(file: Path) -> str:
     suffixes = "".join(file.suffixes[-2:]).lower()
     return suffixes if suffixes in _FORMATS else file.suffix.lower()
 
@@ -234,16 +242,16 @@ def _ending(file: Path) -> str:
 def _format_of(file: Path, options: SourceOptions, where: str) -> str:
     if options.format != "auto":
         return options.format
-    kind = _FORMATS.get(_ending(file))
+    kind = _FORMATS.get(_extension(file))
     if kind is None:
         raise DataError(
-            f"{at(where, str(file))}: unknown ending `{_ending(file)}`; must be one of "
+            f"{at(where, str(file))}: unknown extension `{_extension(file)}`; must be one of "
             f"{', '.join(_FORMATS)}; set `format` if the content is one of these"
         )
     return kind
 
 
-def _first_bytes_readable(file: Path, where: str) -> None:
+def _check_readable(file: Path, where: str) -> None:
     try:
         with file.open("rb") as handle:
             handle.read(1)

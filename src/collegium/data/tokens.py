@@ -1,4 +1,4 @@
-"""Token ids of plain text with the number of bytes that each token stands for."""
+"""Token ids of plain text, with the number of UTF-8 bytes per token."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Tokens:
 
     @classmethod
     def added(cls, ids: Sequence[int], *, is_target: bool) -> Tokens:
-        """Special tokens that stand for no byte of the text."""
+        """Return special tokens, which cover no bytes of the text."""
         return cls(
             np.array(ids, np.int64), np.full(len(ids), is_target), np.zeros(len(ids), np.int64)
         )
 
     def with_target(self, is_target: bool) -> Tokens:
-        """The same tokens, all or none of them targets."""
+        """Return a copy with all tokens, or none, marked as targets."""
         return replace(self, is_target=np.full(len(self.ids), is_target))
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
-    """One after the other."""
+    """Concatenate tokens in order."""
     return Tokens(
         np.concatenate([p.ids for p in parts]),
         np.concatenate([p.is_target for p in parts]),
@@ -42,7 +42,7 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
-    """Encode texts without special tokens; no token is a target yet."""
+    """Encode texts without special tokens and without targets."""
     return [
         Tokens(ids, np.zeros(len(ids), bool), bytes_of_tokens(text, offsets[:, 1]))
         for text, (ids, offsets) in zip(texts, encode_offsets(texts, tokenizer), strict=True)
@@ -52,9 +52,10 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[T
 def encode_offsets(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ids (L,) and character offsets (L, 2) of each text, without special tokens."""
+    """Return the ids (L,) and character offsets (L, 2) of each text, without special tokens."""
     if not texts:
         return []
+    # Not verbose: a text may exceed the model's length, since it is split into windows later.
     encoding = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -73,22 +74,23 @@ def encode_offsets(
 
 
 def bytes_of_tokens(text: str, ends: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes per token (L,), from the character (L,) after each token's last; sums to the bytes of the text.
+    """Return the UTF-8 bytes per token (L,), given the end of each token in characters (L,).
 
-    n_i = e_i - e_(i-1), where e_i is the number of bytes before the furthest end so far: a character shared by
-    several tokens counts for the first of them, what no token covers counts for the next one, and the last token
-    takes the rest.
+    n_i = e_i - e_(i-1), where e_i is the number of bytes before the largest end so far, so that the
+    counts sum to the bytes of the text. A character shared by several tokens counts for the first
+    of them, uncovered characters count for the next token, and the last token takes the rest.
     """
     if not len(ends):
         return np.zeros(0, np.int64)
     before = _byte_offsets(text)
-    reached = np.maximum.accumulate(before[ends])
-    reached[-1] = before[-1]
-    return np.diff(reached, prepend=0)
+    # Ends can repeat or go back: tokens share a character under byte fallback, or cover none.
+    end_bytes = np.maximum.accumulate(before[ends])
+    end_bytes[-1] = before[-1]
+    return np.diff(end_bytes, prepend=0)
 
 
 def _byte_offsets(text: str) -> np.ndarray:
-    """(characters + 1,) number of UTF-8 bytes before each character."""
+    """Return the number of UTF-8 bytes before each character, (characters + 1,)."""
     if text.isascii():
         return np.arange(len(text) + 1)
     code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)

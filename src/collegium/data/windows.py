@@ -1,8 +1,8 @@
-"""Windows of tokens: documents laid out in rows of `max_length`, and the collator that makes batches of them.
+"""Windows of `max_length` tokens, packed or padded, and their collator.
 
-A text that does not fit into what is left of a window goes on in the next one. The continuation repeats the last
-token of the piece before as context, never as a target, so that packing, padding and any `max_length` give the
-same targets.
+A text that does not fit the rest of a window continues in the next one. The continuation repeats
+the last token of the previous piece as context, never as a target, so packing, padding and any
+`max_length` give the same targets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collegium.types import IGNORE, domain_number, teacher_number
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens [start, stop) of a document; None is padding of that length."""
+    """Tokens [start, stop) of a document, or padding of that length if `document` is None."""
 
     document: int | None
     start: int
@@ -33,11 +33,14 @@ class Piece:
 class PackedDataset(Dataset[dict[str, torch.Tensor]]):
     """Windows of tokens, each a dict of 1-D int64 tensors.
 
-    `input_ids`; `position_ids`, from 0 in every piece of a document and in the padding; `labels`, not shifted: the
-    token's id where it is a target, `IGNORE` elsewhere; `sample_ids`, the number of the document in this data set,
-    -1 in padding; `domain_ids`, `domain_number` of its domain, 0 in padding; `num_bytes`, UTF-8 bytes of text behind
-    each token, counted once per document. Where a document names its teacher, also `teacher_ids`: `teacher_number` of that, 0 in
-    padding and for the documents that name none.
+    - `input_ids`
+    - `position_ids`: restart at 0 in every piece of a document and in the padding
+    - `labels`: the token id where it is a target, else `IGNORE` (not shifted)
+    - `sample_ids`: index of the document in this dataset, -1 in padding
+    - `domain_ids`: `domain_number` of the document's domain, 0 in padding
+    - `num_bytes`: UTF-8 bytes of text per token, counted once per document
+    - `teacher_ids`: `teacher_number` of the teacher that the document names, 0 in padding or if it
+      names none. Absent if no document names a teacher.
     """
 
     def __init__(
@@ -54,16 +57,16 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         self._columns = columns
         self._starts = starts
         self.domains = domains
-        """Names of the domains."""
+        """Domain names."""
         self.sample_domains = sample_domains
         """(documents,) index into `domains`."""
         numbers = np.array([domain_number(name) for name in domains], np.int64)
-        # One more entry, so that sample -1, which is padding, finds 0.
+        # An extra last entry, so that index -1 (padding) reads 0.
         self._domain_numbers = np.append(numbers[sample_domains], 0)
         self.sample_names = sample_names
         """Id of each document."""
         self.sample_teachers = list(sample_teachers)
-        """The teacher that each document names, None for none; empty where no document does."""
+        """Teacher named by each document or None. Empty if no document names one."""
         named = [0 if name is None else teacher_number(name) for name in sample_teachers]
         self._teacher_numbers = np.array([*named, 0], np.int64)
         pieces = [piece for window in windows for piece in window if piece.document is not None]
@@ -72,10 +75,10 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         self._piece_starts = np.cumsum([0, *counts])
         is_document = columns["sample_ids"] >= 0
         self.num_tokens = int((is_document & ~columns["is_repeat"]).sum())
-        """Tokens of the documents, without padding and repeated context."""
+        """Document tokens, without padding and repeated context."""
         self.num_target_tokens = int(columns["is_target"].sum())
         self.fingerprint = self._hash()
-        """SHA-256, in hex, of everything a model would see."""
+        """SHA-256 hex digest of everything that a model sees."""
 
     @classmethod
     def from_encoded(
@@ -90,24 +93,24 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         order_seed: int | None = None,
         teachers: Sequence[str | None] = (),
     ) -> PackedDataset:
-        """Lay documents out in windows, in their order; `order_seed` then puts the windows in a random order.
+        """Lay documents out in windows, in order; `order_seed` then shuffles the windows.
 
-        `domains` and `names` hold one entry per document, and so does `teachers` where any names one.
+        `domains` and `names` have one entry per document, as does `teachers` if any names one.
 
         Raises:
-            ValueError: a document that may not be split is longer than `max_length`.
+            ValueError: an unsplittable document is longer than `max_length`.
         """
         domains = ["default"] * len(encoded) if domains is None else domains
         names = [str(i) for i in range(len(encoded))] if names is None else names
-        windows = (_pack if packing else _pad)(encoded, max_length)
+        windows = (_pack if packing else _one_per_window)(encoded, max_length)
         if order_seed is not None:
-            windows = [windows[i] for i in np.argsort(_mix(len(windows), order_seed))]
-        known = sorted(set(domains))
-        index = {name: number for number, name in enumerate(known)}
+            windows = [windows[i] for i in np.argsort(_splitmix64(len(windows), order_seed))]
+        unique_domains = sorted(set(domains))
+        index = {name: number for number, name in enumerate(unique_domains)}
         return cls(
-            _columns(encoded, windows, pad_token_id),
+            _build_columns(encoded, windows, pad_token_id),
             np.cumsum([0, *(sum(p.stop - p.start for p in window) for window in windows)]),
-            domains=known,
+            domains=unique_domains,
             sample_domains=np.array([index[name] for name in domains], np.int64),
             sample_names=list(names),
             sample_teachers=teachers if any(name is not None for name in teachers) else (),
@@ -132,24 +135,24 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         return {name: torch.from_numpy(a.astype(np.int64)) for name, a in arrays.items()}
 
     def pieces(self, index: int) -> list[Piece]:
-        """The stretches of documents in a window, in order; padding is none."""
+        """Return the document pieces of a window in order, without padding."""
         span = slice(self._piece_starts[index], self._piece_starts[index + 1])
         return [Piece(*row) for row in self._pieces[span].tolist()]
 
     def targets_per_window(self) -> np.ndarray:
-        """(windows,) number of target tokens."""
+        """Return the number of target tokens per window, (windows,)."""
         return np.add.reduceat(self._columns["is_target"].astype(np.int64), self._starts[:-1])
 
     def require_windows(self, num_windows: int, *, where: str) -> None:
-        """Say so if one step needs more windows than there are.
+        """Check that there are enough windows for one step.
 
         Raises:
             DataError: fewer than `num_windows` windows.
         """
         if len(self) < num_windows:
             raise DataError(
-                f"{where}: {len(self)} windows, one step needs {num_windows}; must fill one step; "
-                "give more data, or lower the batch size or `max_length`"
+                f"{where}: got {len(self)} windows; must have at least {num_windows} for one step; "
+                "add data, or lower the batch size or `max_length`"
             )
 
     def _hash(self) -> str:
@@ -160,6 +163,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         digest.update(np.ascontiguousarray(self._starts.astype(np.int64)).tobytes())
         digest.update(self.sample_domains.tobytes())
         digest.update("\0".join(self.domains).encode())
+        # Only if used, so that data without teachers keeps its fingerprint and its caches.
         if self.sample_teachers:
             digest.update(self._teacher_numbers.tobytes())
         return digest.hexdigest()
@@ -167,21 +171,25 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Makes a batch of (B, T) tensors out of windows, or of ordinary Hugging Face items.
+    """Collator of windows, or of ordinary Hugging Face items, into (B, T) tensors.
 
-    Rows are padded on the right to the longest. Padding, ours or what an `attention_mask` of 0 marks, has label
-    `IGNORE`, sample -1 and positions that restart at 0, so it counts as one more document.
+    Rows are padded on the right to the longest. Padding, added here or marked by an
+    `attention_mask` of 0, has label `IGNORE`, sample -1 and positions that restart at 0, so it
+    counts as one more document.
     """
+
+    # No attention mask is returned: models of transformers 5 keep documents apart by the restarts
+    # of `position_ids` (checked when a model is loaded).
 
     pad_token_id: int = 0
 
     def __call__(self, items: Sequence[dict[str, object]]) -> dict[str, torch.Tensor]:
-        """(T_i,) tensors or lists per item -> (B, T) int64 tensors.
+        """Collate items of (T_i,) tensors or lists into (B, T) int64 tensors.
 
         Raises:
             DataError: an item has no `input_ids` or no `labels`, or columns of unequal length.
         """
-        rows = [_row(item, number) for number, item in enumerate(items)]
+        rows = [_normalize_item(item, number) for number, item in enumerate(items)]
         length = max(len(row["input_ids"]) for row in rows)
         names = [name for name in rows[0] if all(name in row for row in rows)]
         fill = {"input_ids": self.pad_token_id, "labels": IGNORE, "sample_ids": -1}
@@ -193,6 +201,7 @@ class Collator:
             size = len(row["input_ids"])
             for name in names:
                 batch[name][number, :size] = row[name]
+            # Padding added here continues the positions of the row's own padding, if any.
             tail_starts_at = 0
             if size and row["sample_ids"][-1] < 0:
                 tail_starts_at = int(row["position_ids"][-1]) + 1
@@ -200,12 +209,12 @@ class Collator:
         return batch
 
 
-def _row(item: dict[str, object], number: int) -> dict[str, torch.Tensor]:
+def _normalize_item(item: dict[str, object], number: int) -> dict[str, torch.Tensor]:
     missing = [name for name in ("input_ids", "labels") if name not in item]
     if missing:
         raise DataError(
-            f"item {number} of a batch: `{missing[0]}` is missing (has: {', '.join(item)}); must have "
-            "`input_ids` and `labels`"
+            f"batch item {number}: `{missing[0]}` is missing (has: {', '.join(item)}); must "
+            "have `input_ids` and `labels`"
         )
     names = ("input_ids", "labels", "position_ids", "sample_ids", "domain_ids", "num_bytes")
     names = (*names, "teacher_ids", "attention_mask")
@@ -213,22 +222,23 @@ def _row(item: dict[str, object], number: int) -> dict[str, torch.Tensor]:
     size = len(row["input_ids"])
     if ragged := [name for name, values in row.items() if values.shape != (size,)]:
         raise DataError(
-            f"item {number} of a batch: `{ragged[0]}` has shape {tuple(row[ragged[0]].shape)}; must be "
-            f"({size},) like `input_ids`"
+            f"batch item {number}: `{ragged[0]}` has shape {tuple(row[ragged[0]].shape)}; "
+            f"must be ({size},) like `input_ids`"
         )
     is_padding = row.pop("attention_mask", torch.ones(size)) == 0
     if "sample_ids" in row:
         is_padding |= row["sample_ids"] < 0
     samples = row.get("sample_ids", torch.full((size,), number))
-    positions = _restart(row.get("position_ids", torch.arange(size)), is_padding)
+    positions = _restart_positions(row.get("position_ids", torch.arange(size)), is_padding)
     row["position_ids"] = positions
     row["sample_ids"] = samples.masked_fill(is_padding, -1)
+    # The first token of a document is context only, whatever label the item gives it.
     row["labels"] = row["labels"].masked_fill(is_padding | (positions == 0), IGNORE)
     return row
 
 
-def _restart(positions: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
-    """Let positions begin at 0 in every run of padding and in every run of tokens."""
+def _restart_positions(positions: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
+    """Restart positions at 0 in every run of padding and of tokens."""
     positions = positions.clone()
     edges = (is_padding[1:] != is_padding[:-1]).nonzero()[:, 0] + 1
     bounds = [0, *edges.tolist(), len(positions)]
@@ -239,6 +249,7 @@ def _restart(positions: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
         if is_padding[start]:
             run.copy_(torch.arange(stop - start))
             continue
+        # After left padding, for example, a run starts at a later position.
         zeros = (run == 0).nonzero()
         first = int(zeros[0]) if len(zeros) else len(run)
         run[:first] -= run[0].clone()
@@ -260,6 +271,7 @@ def _pack(encoded: Sequence[Encoded], max_length: int) -> list[list[Piece]]:
         size, start = len(document), 0
         _check_size(document, number, max_length)
         while True:
+            # A piece of one token has no target: its first token is context only.
             needed = min(2, size) if document.can_split else size
             if room < needed:
                 open_window()
@@ -274,7 +286,7 @@ def _pack(encoded: Sequence[Encoded], max_length: int) -> list[list[Piece]]:
     return windows
 
 
-def _pad(encoded: Sequence[Encoded], max_length: int) -> list[list[Piece]]:
+def _one_per_window(encoded: Sequence[Encoded], max_length: int) -> list[list[Piece]]:
     windows: list[list[Piece]] = []
     for number, document in enumerate(encoded):
         size, start = len(document), 0
@@ -293,12 +305,12 @@ def _check_size(document: Encoded, number: int, max_length: int) -> None:
         raise ValueError(f"max_length: got {max_length}; must be at least 2")
     if not document.can_split and len(document) > max_length:
         raise ValueError(
-            f"document {number}: {len(document)} tokens; must be at most max_length = {max_length}, "
-            "because it may not be split"
+            f"document {number}: {len(document)} tokens; must be at most max_length = "
+            f"{max_length}, because it may not be split"
         )
 
 
-def _columns(
+def _build_columns(
     encoded: Sequence[Encoded], windows: list[list[Piece]], pad_token_id: int
 ) -> dict[str, np.ndarray]:
     total = sum(piece.stop - piece.start for window in windows for piece in window)
@@ -310,12 +322,12 @@ def _columns(
         "is_target": np.zeros(total, bool),
         "is_repeat": np.zeros(total, bool),
     }
-    at = 0
+    offset = 0
     for window in windows:
         for piece in window:
             size = piece.stop - piece.start
-            to = slice(at, at + size)
-            at += size
+            to = slice(offset, offset + size)
+            offset += size
             columns["position_ids"][to] = np.arange(size)
             if piece.document is None:
                 continue
@@ -324,6 +336,7 @@ def _columns(
             columns["sample_ids"][to] = piece.document
             columns["num_bytes"][to] = document.num_bytes[piece.start : piece.stop]
             columns["is_target"][to] = document.is_target[piece.start : piece.stop]
+            # The first token of a piece is context; bytes of a repeated one were counted before.
             columns["is_target"][to.start] = False
             if piece.start:
                 columns["num_bytes"][to.start] = 0
@@ -331,11 +344,14 @@ def _columns(
     return columns
 
 
-def _mix(count: int, seed: int) -> np.ndarray:
-    """(count,) pseudo-random uint64, the same on every machine and version.
+def _splitmix64(count: int, seed: int) -> np.ndarray:
+    """Return (count,) pseudo-random uint64, the same on every machine and version.
 
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014 (SplitMix64).
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014
+    (SplitMix64).
     """
+    # NumPy's generators may change their streams: https://numpy.org/neps/nep-0019-rng-policy.html
+    # Overflow is intended: the arithmetic is modulo 2^64.
     with np.errstate(over="ignore"):
         z = np.arange(1, count + 1, dtype=np.uint64) + np.uint64(seed % 2**64) * np.uint64(
             count + 1

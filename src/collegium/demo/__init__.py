@@ -1,1 +1,1 @@
-"""The offline example: real text from packages, specialist teachers, one recipe."""
+"""Demo with real text from Python packages, specialist teachers and one recipe."""

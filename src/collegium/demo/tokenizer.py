@@ -1,4 +1,4 @@
-"""One byte-level BPE tokenizer for all models of the demo, trained on an even mixture of its domains."""
+"""Byte-level BPE tokenizer of the demo, trained on a balanced mixture of its domains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def train_tokenizer(
     vocab_size: int,
     characters_per_domain: int = 1_000_000,
 ) -> Path:
-    """Train and save a Hugging Face tokenizer folder."""
+    """Train a tokenizer and save it as a Hugging Face folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +27,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END, PAD],
+        # All 256 bytes, so that any text can be encoded without an unknown token.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -38,6 +39,7 @@ def train_tokenizer(
 
 def _texts(corpora: Sequence[Path], limit: int) -> Iterator[str]:
     for path in corpora:
+        # The same budget for every domain, so that no domain dominates the merges.
         left = limit
         with path.open(encoding="utf-8") as file:
             for line in file:
