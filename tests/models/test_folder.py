@@ -167,12 +167,15 @@ def test_git_lfs_pointer(folder: Path) -> None:
     rejects(folder)
 
 
+REASON = r"(?<=bytes; )[^)]*"  # of the safetensors library
+
+
 def test_truncated_and_lengthened_weights(folder: Path) -> None:
     file = folder / "model.safetensors"
     data = file.read_bytes()
     for cut in (data[:-1], data + b"x", data[:200]):
         file.write_bytes(cut)
-        rejects(folder)
+        rejects(folder, volatile=REASON)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,7 @@ def test_truncated_and_lengthened_weights(folder: Path) -> None:
 )
 def test_not_a_safetensors_file(folder: Path, data: bytes) -> None:
     (folder / "model.safetensors").write_bytes(data)
-    rejects(folder)
+    rejects(folder, volatile=REASON)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_not_a_safetensors_file(folder: Path, data: bytes) -> None:
 def test_damaged_header(folder: Path, text: bytes) -> None:
     data = struct.pack("<Q", len(text)) + text
     (folder / "model.safetensors").write_bytes(data)
-    rejects(folder)
+    rejects(folder, volatile=REASON)
 
 
 def test_shard_missing(folder: Path) -> None:

@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError, safe_open
 
 from collegium.errors import ModelError, nearest
 from collegium.types import STRICT
@@ -28,10 +28,17 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 FLOATS = ("F64", "F32", "F16", "BF16")
-MAX_HEADER_BYTES = 100_000_000
 KERNEL_KEYS = ("_attn_implementation", "_attn_implementation_internal", "attn_implementation")
 LFS_MAGIC = b"version https://git-lfs"
 HUB_ID = re.compile(r"^[\w.\-]+/[\w.\-]+$")
+
+
+class TensorInfo(NamedTuple):
+    """Entry of a safetensors header."""
+
+    dtype: str
+    """Name in the format, such as `BF16`."""
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -160,44 +167,40 @@ def resolve_folder(path: str, *, where: str) -> Path | None:
     )
 
 
-def read_header(path: Path, *, where: str) -> dict[str, dict[str, Any]]:
-    """Return the header of a safetensors file: dtype and shape by tensor name.
+def read_header(path: Path, *, where: str) -> dict[str, TensorInfo]:
+    """Return dtype and shape of the tensors of a safetensors file by name, reading no tensor.
 
     Raises:
         ModelError: a git-lfs pointer, a damaged header, or a size other than the header implies.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(len(LFS_MAGIC))
-        if start == LFS_MAGIC:
+    with path.open("rb") as binary:
+        if binary.read(len(LFS_MAGIC)) == LFS_MAGIC:
             raise ModelError(
                 f"{where}: {path} is a git-lfs pointer, not weights; run `git lfs pull`"
             )
-        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-        if not 2 <= length <= MAX_HEADER_BYTES:
-            raise ModelError(f"{where}: {path} is not a safetensors file; copy it again")
-        file.seek(8)
-        text = file.read(length)
-    if len(text) < length:
-        raise _truncated(path, size, 8 + length, where=where)
     try:
-        header = json.loads(text)
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(f"{where}: {path} has a damaged header; copy it again") from error
-    if size != 8 + length + end:
-        raise _truncated(path, size, 8 + length + end, where=where)
-    return tensors
+        # The header is validated on opening, including that the tensors cover the file exactly.
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: TensorInfo(part.get_dtype(), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise ModelError(
+            f"{where}: {path} is truncated, damaged or not a safetensors file "
+            f"({path.stat().st_size:,} bytes; {reason}); copy it again"
+        ) from error
 
 
-def read_headers(folder: Path, *, where: str) -> dict[str, dict[str, Any]]:
+def read_headers(folder: Path, *, where: str) -> dict[str, TensorInfo]:
     """Merge the headers of all shards of a model folder.
 
     Raises:
         ModelError: no weights, or an unusable shard.
     """
-    headers: dict[str, dict[str, Any]] = {}
+    headers: dict[str, TensorInfo] = {}
     for shard in shards(folder, where=where):
         headers.update(read_header(shard, where=where))
     return headers
@@ -336,19 +339,13 @@ def _shard_path(folder: Path, name: str, *, where: str) -> Path:
     return path
 
 
-def _check_dtypes(header: Mapping[str, Mapping[str, Any]], path: Path, *, where: str) -> None:
-    for name, entry in header.items():
-        if entry.get("dtype") not in FLOATS:
+def _check_dtypes(header: Mapping[str, TensorInfo], path: Path, *, where: str) -> None:
+    for name, tensor in header.items():
+        if tensor.dtype not in FLOATS:
             raise ModelError(
-                f"{where}: {name} in {path} is {entry.get('dtype')}; must be one of "
+                f"{where}: {name} in {path} is {tensor.dtype}; must be one of "
                 f"{', '.join(FLOATS)}; quantized weights are not supported"
             )
-
-
-def _truncated(path: Path, size: int, needed: int, *, where: str) -> ModelError:
-    return ModelError(
-        f"{where}: {path} has {size:,} bytes but its header needs {needed:,}; copy it again"
-    )
 
 
 def _listing(folder: Path, limit: int = 12) -> str:

@@ -99,9 +99,7 @@ def check_weights(options: ModelOptions, *, where: str) -> None:
     model = empty_model(config, f"{where}: {folder}/config.json")
     if get_checkpoint_conversion_mapping(config.model_type):
         return
-    saved = {
-        name: tuple(entry["shape"]) for name, entry in read_headers(folder, where=where).items()
-    }
+    saved = {name: tensor.shape for name, tensor in read_headers(folder, where=where).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     saved = {
         _prefixed_name(name, expected, model.base_model_prefix): s for name, s in saved.items()
