@@ -1,4 +1,4 @@
-"""Small datasets, and teachers that are written down instead of trained."""
+"""Small datasets, and teachers with hand-written logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = {
 
 
 def text_dataset(*, packing: bool = True, max_length: int = 48) -> PackedDataset:
-    """Five short texts of two domains."""
+    """Pack five short texts of two domains."""
     documents = [
         Document(id=f"{domain}/{number}", domain=domain, text=text)
         for domain, texts in TEXTS.items()
@@ -29,7 +29,7 @@ def text_dataset(*, packing: bool = True, max_length: int = 48) -> PackedDataset
     ]
     encoded = [encode(d, tiny.tiny_tokenizer(), max_length=max_length) for d in documents]
     return PackedDataset.from_encoded(
-        [one for one in encoded if one is not None],
+        [document for document in encoded if document is not None],
         max_length=max_length,
         packing=packing,
         domains=[document.domain for document in documents],
@@ -39,7 +39,7 @@ def text_dataset(*, packing: bool = True, max_length: int = 48) -> PackedDataset
 def id_dataset(
     documents: Sequence[Sequence[int]], domains: Sequence[str], *, max_length: int = 32
 ) -> PackedDataset:
-    """Documents given as token ids, two bytes each."""
+    """Pack documents of token ids, two bytes per token."""
     encoded = [
         Encoded(
             np.array(ids, np.int64),
@@ -53,7 +53,7 @@ def id_dataset(
 
 
 class BigramTeacher:
-    """Logits that depend on the current token alone."""
+    """A teacher whose logits depend only on the current token."""
 
     provides = frozenset({"dense"})
 
@@ -69,7 +69,7 @@ class BigramTeacher:
 
 
 def bigram_logits(*, vocab_size: int, step: int, sharpness: float) -> Tensor:
-    """A teacher that expects token v + step after token v, and nothing else in particular."""
+    """Return logits that favor token v + step after token v, uniform over the others."""
     logits_VV = torch.zeros(vocab_size, vocab_size)
     current_V = torch.arange(vocab_size)
     logits_VV[current_V, (current_V + step) % vocab_size] = sharpness
@@ -79,7 +79,7 @@ def bigram_logits(*, vocab_size: int, step: int, sharpness: float) -> Tensor:
 def walks(
     *, vocab_size: int, step: int, noise: float, number: int, length: int, seed: int
 ) -> list[list[int]]:
-    """Documents in which token v is followed by v + step, or with probability `noise` by any token."""
+    """Generate documents in which v + step follows v, or with probability `noise` any token."""
     generator = np.random.default_rng(seed)
     documents = []
     for _ in range(number):

@@ -29,7 +29,7 @@ from collegium.console import progress
 from collegium.errors import CollegiumError, RecipeError
 from collegium.evaluate.preflight import run_preflight
 from collegium.evaluate.scoring import score_models
-from collegium.evaluate.table import About, results_rows
+from collegium.evaluate.table import ModelInfo, results_rows
 from collegium.fusion.pooling import Fusion
 from collegium.models import count_parameters
 from collegium.recipe import Recipe, decode_fusion, load_recipe, write_fusion
@@ -275,20 +275,22 @@ def _controls(workspace: Workspace, fusion: Fusion | None) -> list[Variant]:
 
 def _models_to_score(
     workspace: Workspace, students: list[tuple[Variant, Path]]
-) -> tuple[list[LocalTeacher], dict[str, About]]:
+) -> tuple[list[LocalTeacher], dict[str, ModelInfo]]:
     """The untouched student, each teacher and every trained student, wrapped alike, and what is known of them."""
     vocab_size = workspace.vocab_size
     untouched = workspace.new_student()
     models = [LocalTeacher("student (untouched)", untouched, vocab_size=vocab_size)]
-    about = {models[0].name: About(kind="untouched", num_parameters=count_parameters(untouched))}
+    about = {
+        models[0].name: ModelInfo(kind="untouched", num_parameters=count_parameters(untouched))
+    }
     for teacher in workspace.teachers:
         models.append(teacher)
-        about[teacher.name] = About(kind="teacher", num_parameters=teacher.num_parameters)
+        about[teacher.name] = ModelInfo(kind="teacher", num_parameters=teacher.num_parameters)
     for variant, place in students:
         options = TeacherOptions(model=str(place), device=workspace.recipe.student.device)
         model = LocalTeacher.load(variant.label, options, vocab_size=vocab_size, where=str(place))
         models.append(model)
         summary = read_json(place.parent / "train" / "summary.json")
         kind = "student" if variant.name == "student" else "control"
-        about[variant.label] = About(kind=kind, num_parameters=model.num_parameters, **summary)
+        about[variant.label] = ModelInfo(kind=kind, num_parameters=model.num_parameters, **summary)
     return models, about

@@ -1,4 +1,4 @@
-"""Metrics against naive loops in float64, and what must not change them."""
+"""Metrics against naive float64 loops, and their invariance to layout and block size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import tiny
 from collegium.data.windows import PackedDataset
 from collegium.errors import CollegiumError, DataError, ModelError
-from collegium.evaluate.metrics import Metrics, Targets
+from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.evaluate.preflight import run_preflight
 from collegium.evaluate.scoring import FUSED, iterate_chunks, paired_bootstrap, score_models
 from collegium.fusion.pooling import Fusion
@@ -23,6 +23,7 @@ from collegium.fusion.weights import PrefixLikelihood, Uniform
 from collegium.teachers.local import LocalTeacher
 from collegium.types import Batch, Rows, TeacherRows
 from evaluation_cases import TEXTS, BigramTeacher, bigram_logits, id_dataset, text_dataset
+from refusals import refused
 
 VOCAB = len(tiny.tiny_tokenizer())
 
@@ -33,7 +34,7 @@ def local(name: str, seed: int, dtype: torch.dtype = torch.float64) -> LocalTeac
 
 
 def document_probabilities(teacher: LocalTeacher, ids: list[int]) -> np.ndarray:
-    """(L - 1, V) next-token probabilities of one document alone."""
+    """Return (L - 1, V) next-token probabilities of a document scored without others."""
     with torch.no_grad():
         logits = teacher.model(input_ids=torch.tensor([ids])).logits[0, :-1]
     return logits.double().softmax(-1).numpy()
@@ -51,24 +52,24 @@ def naive_ece(confidence: list[float], correct: list[bool]) -> float:
 
 
 def naive_figures(student: LocalTeacher, teachers: list[LocalTeacher]) -> dict[str, float]:
-    """Everything with loops, one document at a time, for uniform weights and the linear pool."""
+    """Compute all metrics with loops over documents, for uniform weights and a linear pool."""
     sums = {"nll": 0.0, "entropy": 0.0, "kl": 0.0, "fused": 0, "first": 0, "top1": 0, "bytes": 0}
     confidence, correct = [], []
     for texts in TEXTS.values():
         for text in texts:
-            # A text is followed by the stop token, which has no bytes.
+            # The EOS token after each text has no bytes.
             ids = tiny.tiny_tokenizer()(text)["input_ids"] + [tiny.tiny_tokenizer().eos_token_id]
             first = tiny.tiny_tokenizer().decode(ids[:1])
             sums["bytes"] += len(text.encode()) - len(first.encode())
             q = document_probabilities(student, ids)
-            answers = [document_probabilities(teacher, ids) for teacher in teachers]
+            outputs = [document_probabilities(teacher, ids) for teacher in teachers]
             for t, label in enumerate(ids[1:]):
-                p = sum(answer[t] for answer in answers) / len(answers)
+                p = sum(output[t] for output in outputs) / len(outputs)
                 sums["nll"] -= math.log(q[t, label])
                 sums["entropy"] -= sum(x * math.log(x) for x in q[t])
                 sums["kl"] += sum(a * math.log(a / b) for a, b in zip(p, q[t], strict=True))
                 sums["fused"] += int(p.argmax() == q[t].argmax())
-                sums["first"] += int(answers[0][t].argmax() == q[t].argmax())
+                sums["first"] += int(outputs[0][t].argmax() == q[t].argmax())
                 correct.append(bool(q[t].argmax() == label))
                 confidence.append(float(q[t].max()))
     size = len(correct)
@@ -83,6 +84,7 @@ def naive_figures(student: LocalTeacher, teachers: list[LocalTeacher]) -> dict[s
         "top1": sum(correct) / size,
         "kl_to_fused": sums["kl"] / size,
         "agreement_fused": sums["fused"] / size,
+        # Agreement with the first teacher.
         "agreement": sums["first"] / size,
         "num_tokens": size,
     }
@@ -92,15 +94,15 @@ def test_figures_equal_naive_loops() -> None:
     student, teachers = local("student", 0), [local("a", 1), local("b", 2)]
     expected = naive_figures(student, teachers)
     fusion, data = Fusion(weighting=Uniform()), text_dataset(packing=False)
-    found = score_models([student], teachers, fusion, data, batch_size=2)["student"]
-    figures = found.to_dict()
+    scored = score_models([student], teachers, fusion, data, batch_size=2)["student"]
+    figures = scored.to_dict()
     figures["agreement"] = figures["agreement"]["a"]  # type: ignore[index]
     for key, value in expected.items():
         assert figures[key] == pytest.approx(value, rel=2e-5, abs=1e-6), key
 
 
 def test_the_calibration_error_has_fifteen_bins_of_equal_mass() -> None:
-    """Accuracy falls below confidence in the odd fifteenths and rises above it in the even ones: fewer bins see less."""
+    """Accuracy alternates below and above confidence by fifteenths, so fewer bins see less."""
     size = 15 * 8
     confidence_N = np.linspace(0.2, 0.8, size).astype(np.float32)
     fifteenth_N = np.arange(size) // 8
@@ -139,10 +141,10 @@ def test_a_single_teacher_is_its_fused_target() -> None:
     assert figures["nll"] == pytest.approx(scored[FUSED].nll, rel=1e-6)
 
 
-def assert_same(one: dict[str, Metrics], other: dict[str, Metrics]) -> None:
-    assert list(one) == list(other)
-    for name in one:
-        a, b = one[name].to_dict(), other[name].to_dict()
+def assert_same(first: dict[str, Metrics], other: dict[str, Metrics]) -> None:
+    assert list(first) == list(other)
+    for name in first:
+        a, b = first[name].to_dict(), other[name].to_dict()
         for key in ("nll", "bits_per_byte", "entropy", "ece", "top1", "kl_to_fused"):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), (name, key)
         assert a["num_tokens"] == b["num_tokens"]
@@ -163,23 +165,24 @@ def test_layout_and_block_size_do_not_matter(
     assert_same(base, other)
 
 
-def test_each_scorer_is_asked_once_per_batch() -> None:
+def test_each_scorer_runs_once_per_batch() -> None:
     dataset = id_dataset([[1, 2, 3, 4]] * 4, ["x"] * 4, max_length=8)
     teacher = BigramTeacher("a", bigram_logits(vocab_size=8, step=1, sharpness=2.0))
     score_models([teacher], [teacher], Fusion(), dataset, batch_size=1)
+    # Four documents of four tokens fill two windows of eight.
     assert teacher.num_calls == len(dataset) == 2
 
 
-def test_batches_are_dropped_after_their_turn() -> None:
-    """What is kept of a batch are columns on the CPU: a whole dataset on the accelerator would be a leak."""
+def test_batches_are_freed_after_scoring() -> None:
+    """Only columns on the CPU are kept: batches on the accelerator would be a leak."""
     live: list[weakref.ref] = []
-    most = 0
+    max_live = 0
 
     class Watching(BigramTeacher):
         def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
-            nonlocal most
+            nonlocal max_live
             live.append(weakref.ref(batch.input_ids))
-            most = max(most, sum(ref() is not None for ref in live))
+            max_live = max(max_live, sum(ref() is not None for ref in live))
             return super().score(batch, rows, taps)
 
     dataset = id_dataset([[1, 2, 3, 4]] * 12, ["x"] * 12, max_length=8)
@@ -187,11 +190,11 @@ def test_batches_are_dropped_after_their_turn() -> None:
     score_models([teacher], [teacher], Fusion(), dataset, batch_size=1)
     run_preflight([teacher], dataset, batch_size=1)
     assert len(live) >= 2 * len(dataset)
-    assert most <= 2, "the batch before may still be there, no other"
+    assert max_live <= 2, "only the previous batch may still be alive"
 
 
-def test_an_accelerator_that_is_not_there_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build of torch for CUDA names CUDA as its accelerator on machines without one, too."""
+def test_an_unavailable_accelerator_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA build of torch names CUDA as its accelerator even on machines without one."""
 
     def current(check_available: bool = False) -> torch.device | None:
         return None if check_available else torch.device("cuda")
@@ -221,32 +224,33 @@ def test_domains_add_up() -> None:
 def test_max_tokens_reads_a_part() -> None:
     dataset = id_dataset([[1, 2, 3, 4] * 4] * 20, ["x"] * 20, max_length=16)
     teacher = BigramTeacher("a", bigram_logits(vocab_size=8, step=1, sharpness=2.0))
-    found = score_models([teacher], [], None, dataset, batch_size=3, max_tokens=60)["a"]
-    assert len(found.targets) == 60
-    assert sorted(set(found.targets.samples_N)) == [0, 5, 10, 15]
+    scored = score_models([teacher], [], None, dataset, batch_size=3, max_tokens=60)["a"]
+    # A window has 15 targets, so 60 tokens are 4 of the 20 windows.
+    assert len(scored.targets) == 60
+    assert sorted(set(scored.targets.samples_N)) == [0, 5, 10, 15]
 
 
-def test_two_models_of_one_name() -> None:
+def test_duplicate_model_names() -> None:
     models = [local("a", 1), local("a", 2)]
-    with pytest.raises(CollegiumError, match="`a` twice; must be unique"):
+    with refused(CollegiumError, "score_models"):
         score_models(models, [], None, text_dataset(), batch_size=2)
 
 
 def test_nothing_to_score() -> None:
     empty: PackedDataset = id_dataset([[1]], ["x"])
-    with pytest.raises(DataError, match="got no target token"):
+    with refused(DataError, "evaluation"):
         score_models([local("a", 1)], [], None, empty, batch_size=2)
 
 
-def test_not_a_number_is_named() -> None:
+def test_a_model_with_nan_is_named() -> None:
     broken = BigramTeacher("broken", torch.full((8, 8), math.nan))
-    with pytest.raises(ModelError, match="`broken`: got log-probabilities that are not numbers"):
+    with refused(ModelError, "model `broken`"):
         score_models([broken], [], None, id_dataset([[1, 2, 3]], ["x"]), batch_size=1)
 
 
 def metrics_of(nll: list[float], samples: list[int], name: str = "a") -> Metrics:
     size = len(nll)
-    targets = Targets(np.array(samples), np.zeros(size, int), np.ones(size, int), ("x",))
+    targets = ScoredTokens(np.array(samples), np.zeros(size, int), np.ones(size, int), ("x",))
     ones = np.ones(size, np.float32)
     values = np.array(nll, np.float32)
     return Metrics(
@@ -267,7 +271,7 @@ def test_bootstrap_covers_the_difference() -> None:
     b = metrics_of(hard.tolist(), samples, "b")
     low, high = paired_bootstrap(a, b, seed=1)
     assert low < a.nll - b.nll < high
-    # Paired: documents differ by 1 nat, yet the interval is narrow.
+    # Documents differ by 1 nat, yet pairing keeps the interval narrow.
     assert 0.08 < low < high < 0.12
     assert paired_bootstrap(b, a, seed=1) == pytest.approx((-high, -low))
     assert paired_bootstrap(a, b, seed=1) == (low, high)
@@ -276,7 +280,7 @@ def test_bootstrap_covers_the_difference() -> None:
 
 def test_bootstrap_needs_the_same_documents() -> None:
     a, b = metrics_of([1.0, 2.0], [0, 1]), metrics_of([1.0, 2.0], [0, 2], "b")
-    with pytest.raises(CollegiumError, match="different documents"):
+    with refused(CollegiumError, "paired_bootstrap"):
         paired_bootstrap(a, b, seed=0)
-    with pytest.raises(CollegiumError, match="got 1 document"):
+    with refused(CollegiumError, "paired_bootstrap"):
         paired_bootstrap(metrics_of([1.0], [0]), metrics_of([2.0], [0]), seed=0)

@@ -1,4 +1,4 @@
-"""Rows of results.json and how they are printed."""
+"""Rows of results.json and their tables."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import json
 import math
 
 import numpy as np
-import pytest
 from rich.console import Console
 from rich.table import Table
 
 from collegium.errors import CollegiumError
-from collegium.evaluate.metrics import Metrics, Targets
+from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.evaluate.preflight import run_preflight
 from collegium.evaluate.scoring import FUSED, score_models
 from collegium.evaluate.table import (
-    About,
+    ModelInfo,
     markdown_table,
     preflight_tables,
     render_table,
@@ -24,6 +23,7 @@ from collegium.evaluate.table import (
 from collegium.fusion.pooling import Fusion
 from collegium.report.files import ResultRow
 from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
+from refusals import refused
 
 DATASET = id_dataset(
     walks(vocab_size=8, step=1, noise=0.2, number=6, length=12, seed=0), ["x"] * 6, max_length=12
@@ -38,14 +38,14 @@ def rows() -> list[dict]:
     teachers = [model("a", 3.0), model("b", 2.0)]
     models = [model("distilled", 2.5), model("untouched", 0.1), *teachers, model("ce_only", 1.0)]
     scored = score_models(models, teachers, Fusion(), DATASET, batch_size=4)
-    about = {
-        "distilled": About(kind="student", num_parameters=1_100_000, steps=10, train_tokens=99),
-        "untouched": About(kind="untouched", num_parameters=1_100_000),
-        "ce_only": About(kind="control", num_parameters=1_100_000, note="equal steps"),
-        "a": About(kind="teacher", num_parameters=2_560_000_000),
-        "b": About(kind="teacher", num_parameters=999),
+    model_info = {
+        "distilled": ModelInfo(kind="student", num_parameters=1_100_000, steps=10, train_tokens=99),
+        "untouched": ModelInfo(kind="untouched", num_parameters=1_100_000),
+        "ce_only": ModelInfo(kind="control", num_parameters=1_100_000, note="equal steps"),
+        "a": ModelInfo(kind="teacher", num_parameters=2_560_000_000),
+        "b": ModelInfo(kind="teacher", num_parameters=999),
     }
-    return results_rows(scored, about)
+    return results_rows(scored, model_info)
 
 
 def printed(table: Table) -> str:
@@ -56,35 +56,36 @@ def printed(table: Table) -> str:
 
 
 def test_rows_have_the_keys_of_the_file_format() -> None:
-    found = rows()
-    assert [row["kind"] for row in found] == [
+    table_rows = rows()
+    assert [row["kind"] for row in table_rows] == [
         "untouched", "teacher", "teacher", "fused", "control", "student",
     ]  # fmt: skip
-    wanted = set(ResultRow.model_fields)
-    for row in found:
-        assert wanted <= set(row)
+    expected = set(ResultRow.model_fields)
+    for row in table_rows:
+        assert expected <= set(row)
         ResultRow.model_validate(row)
         assert len(row["reliability"]["count"]) == len(row["reliability"]["accuracy"])
+        # 6 documents of 12 tokens have 11 targets each, of 2 bytes.
         assert sum(row["entropy_bins"]["count"]) == row["num_tokens"] == 66
         assert row["num_bytes"] == 132
-    assert found[3]["name"] == FUSED
-    assert found[3]["num_parameters"] is None
-    assert found[4]["note"] == "equal steps"
-    assert found[5]["steps"] == 10
-    json.dumps(found, allow_nan=False)
+    assert table_rows[3]["name"] == FUSED
+    assert table_rows[3]["num_parameters"] is None
+    assert table_rows[4]["note"] == "equal steps"
+    assert table_rows[5]["steps"] == 10
+    json.dumps(table_rows, allow_nan=False)
 
 
 def test_infinite_values_become_null() -> None:
     ones = np.ones(2, np.float32)
-    endless = Metrics(
+    infinite = Metrics(
         name="a",
-        targets=Targets(np.zeros(2, int), np.zeros(2, int), np.zeros(2, int), ("x",)),
+        targets=ScoredTokens(np.zeros(2, int), np.zeros(2, int), np.zeros(2, int), ("x",)),
         nll_N=np.array([math.inf, 1.0], np.float32),
         entropy_N=ones,
         confidence_N=ones,
         is_correct_N=ones > 0,
     )
-    (row,) = results_rows({"a": endless}, {"a": About(kind="teacher")})
+    (row,) = results_rows({"a": infinite}, {"a": ModelInfo(kind="teacher")})
     json.dumps(row, allow_nan=False)
     assert row["nll"] is row["perplexity"] is row["bits_per_byte"] is row["overconfidence"] is None
     (domain,) = row["domains"].values()
@@ -96,6 +97,7 @@ def test_infinite_values_become_null() -> None:
 
 def test_a_huge_nll_has_no_perplexity() -> None:
     huge = score_models([model("a", 0.1)], [], None, DATASET, batch_size=4)["a"]
+    # exp(5000) overflows float64.
     big = Metrics(
         name="a",
         targets=huge.targets,
@@ -110,7 +112,7 @@ def test_a_huge_nll_has_no_perplexity() -> None:
 
 def test_a_model_without_description() -> None:
     scored = score_models([model("a", 3.0)], [], None, DATASET, batch_size=4)
-    with pytest.raises(CollegiumError, match="got metrics of `a`; must be described"):
+    with refused(CollegiumError, "results"):
         results_rows(scored, {})
 
 
@@ -129,8 +131,8 @@ def test_terminal_table() -> None:
 
 def test_markup_in_a_name_is_text() -> None:
     scored = score_models([model("[red]a", 3.0)], [], None, DATASET, batch_size=4)
-    found = results_rows(scored, {"[red]a": About(kind="teacher")})
-    assert "[red]a" in printed(render_table(found))
+    table_rows = results_rows(scored, {"[red]a": ModelInfo(kind="teacher")})
+    assert "[red]a" in printed(render_table(table_rows))
 
 
 def test_markdown_table() -> None:
@@ -144,11 +146,11 @@ def test_markdown_table() -> None:
 
 def test_preflight_tables() -> None:
     teachers = [model("a", 3.0), model("b", 1.0)]
-    found = run_preflight(teachers, DATASET, batch_size=4)
-    tables = preflight_tables(found)
+    result = run_preflight(teachers, DATASET, batch_size=4)
+    tables = preflight_tables(result)
     text = "".join(printed(table) for table in tables)
-    assert [printed(t) for t in tables] == [printed(t) for t in preflight_tables(found.to_dict())]
+    assert [printed(t) for t in tables] == [printed(t) for t in preflight_tables(result.to_dict())]
     assert len(tables) == 3
-    assert f"{found.to_dict()['teachers']['a']['perplexity']:.2f}" in text
-    assert f"{found.to_dict()['chosen']['nll']:.4f}" in text
+    assert f"{result.to_dict()['teachers']['a']['perplexity']:.2f}" in text
+    assert f"{result.to_dict()['chosen']['nll']:.4f}" in text
     assert "0.000 / 0%" in text

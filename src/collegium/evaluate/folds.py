@@ -1,4 +1,4 @@
-"""What a pre-flight fits on a part of the calibration rows, so that it can be judged on the others.
+"""Weights and temperatures fitted on one fold of the calibration split, to be scored on the other.
 
 Shapes: N rows of the calibration split, K teachers.
 """
@@ -24,20 +24,20 @@ from collegium.fusion.pooling import Fusion, PoolKind
 from collegium.fusion.rules import CalibratedEntropy
 from collegium.fusion.weights import BestSingle, RowStats, Uniform, Weighting
 
+# Only a few dozen parameters are fitted: more rows cost time and change nothing.
 FIT_ROWS = 65_536
-"""About how many rows weights and temperatures are fitted on: a few dozen numbers, for which more would cost time and change nothing."""
-
+"""Approximate number of rows that weights and temperatures are fitted on."""
 
 MIN_DOCUMENTS = 8
-"""Documents of a domain from which on they are kept whole in one fold."""
+"""Number of documents from which a domain is split by whole documents."""
 
 
 class Fits:
-    """Fitted weights and temperatures of some of the rows; each is fitted once."""
+    """Weights and temperatures fitted on a subset of the rows, each fitted on first use."""
 
     def __init__(self, scalars: Scalars, is_fit_N: Tensor) -> None:
         self.scalars = scalars
-        self._is_fit_N = _thinned(is_fit_N, scalars.rows.documents)
+        self._is_fit_N = _subsample(is_fit_N, scalars.rows.documents)
         self._joint: dict[str, dict[str, float]] = {}
 
     @cached_property
@@ -46,25 +46,27 @@ class Fits:
         return self.scalars.tables.part(self._is_fit_N)
 
     @cached_property
-    def alone(self) -> dict[str, float]:
-        """The temperature of each teacher alone: in a product, every teacher answers for every token."""
+    def individual(self) -> dict[str, float]:
+        """Temperature of each teacher, fitted without the others, for products."""
+        # In a product every teacher counts fully at every token, so no responsibilities apply.
         return {name: fit_temperature(self.tables, name) for name in self.scalars.teachers}
 
     def joint(self, weighting: Weighting) -> dict[str, float]:
-        """Temperatures that suit the linear pool of a weighting, those that stayed at 1 left out."""
+        """Return the temperatures for the linear pool of a weighting, without those equal to 1."""
         key = repr(weighting)
         if key not in self._joint:
-            # What the consensus is at other temperatures, scalars do not say; uniform weights come nearest.
-            known = Uniform() if weighting.needs_consensus else weighting
-            self._joint[key] = _fitted(fit_joint_temperatures(self.tables, known))
+            # Scalars do not determine the consensus at other temperatures; uniform weights are the
+            # closest rule that they do determine.
+            proxy = Uniform() if weighting.needs_consensus else weighting
+            self._joint[key] = _drop_ones(fit_joint_temperatures(self.tables, proxy))
         return self._joint[key]
 
     def constant_weights(self, temperatures: Mapping[str, float]) -> Weighting:
-        """Constant weights of highest likelihood."""
+        """Fit constant weights by maximum likelihood (EM)."""
         return fit_em_weights(self._stats(temperatures), self.scalars.teachers)
 
     def domain_weights(self, temperatures: Mapping[str, float]) -> Weighting:
-        """The same in each domain."""
+        """Fit constant weights by maximum likelihood in each domain."""
         return fit_domain_weights(
             self._stats(temperatures),
             self.tables.rows(),
@@ -73,7 +75,7 @@ class Fits:
         )
 
     def calibrated_entropy(self, temperatures: Mapping[str, float]) -> Weighting:
-        """Entropy weights by what an entropy of each teacher has been worth."""
+        """Fit entropy weights on each teacher's isotonic map from entropy to NLL."""
         names = self.scalars.teachers
         maps = fit_entropy_maps(self._stats(temperatures), names)
         return CalibratedEntropy(
@@ -81,7 +83,8 @@ class Fits:
         )
 
     def gate(self, temperatures: Mapping[str, float]) -> Weighting:
-        """The learned gate of the raw teachers: one of its features, the consensus, is known for those alone."""
+        """Fit the learned gate on the raw teachers, whatever the temperatures."""
+        # The consensus, one of its features, is stored for the raw teachers only.
         del temperatures
         return fit_gate(
             self._stats({}),
@@ -91,7 +94,7 @@ class Fits:
         )
 
     def route(self, temperatures: Mapping[str, float]) -> Weighting:
-        """The best teacher of each domain, alone."""
+        """Fit the route that sends each domain to its best teacher."""
         return fit_route(
             self._stats(temperatures),
             self.tables.rows(),
@@ -112,71 +115,76 @@ class Fits:
 
 @dataclass(frozen=True)
 class Rule:
-    """A weighting that is as it is, or that has to be fitted."""
+    """A weighting with fixed or fitted parameters."""
 
     weighting: Callable[[Fits, Mapping[str, float]], Weighting]
-    """What it is for teachers of these temperatures, fitted on these rows."""
+    """Returns the weighting fitted on these rows, for teachers at these temperatures."""
     family: str
-    """Rules of one family differ in their options alone; the best of them speaks for it."""
+    """Rules of one family differ only in their options. The best one represents the family."""
     is_single: bool = False
-    """Whether it takes one teacher, so that there is nothing to pool."""
+    """Whether it uses one teacher per row, so that there is nothing to pool."""
 
     @classmethod
     def plain(cls, weighting: Weighting, family: str) -> Rule:
-        """A weighting without fitted parts."""
+        """Wrap a weighting without fitted parameters."""
         return cls(lambda *_: weighting, family, isinstance(weighting, BestSingle))
 
     def fusion(self, fits: Fits, pool: PoolKind, *, calibrated: bool) -> Fusion:
-        """The fusion of this rule and pool, fitted on these rows; the temperatures suit the kind of pool."""
+        """Return the fusion of this rule and pool, with temperatures fitted for that pool."""
         temperatures: dict[str, float] = {}
         if calibrated and pool == "linear":
             temperatures = fits.joint(self.weighting(fits, {}))
         elif calibrated:
-            temperatures = dict(fits.alone)
+            # Products of generalists gain 0.01 nats from these. Products of specialists lose 0.4
+            # (docs/results/fusion.md), so the raw product is always tried as well.
+            temperatures = dict(fits.individual)
         weighting = self.weighting(fits, temperatures)
         return Fusion(weighting=weighting, pool=pool, temperatures=temperatures)
 
 
 def balanced_folds(samples_N: Tensor, pieces_N: Tensor, domains_N: Tensor) -> Tensor:
-    """(N,) int64, 0 or 1: two folds with about as many rows of each domain, the same rows every time.
+    """Split rows into two folds with about equal numbers of rows per domain: (N,) int64, 0 or 1.
 
-    Whole documents, where a domain has at least eight; of fewer, whole pieces (what a window holds of a document), since halves of two or three
-    long documents would leave a domain without text to fit on. The units of each domain, the longest first, go where fewer
-    rows of that domain are, at first where fewer rows are at all. With one unit there is no second fold.
+    Domains with at least eight documents are split by whole documents, others by whole pieces (the
+    part of a document within one window). Units are assigned longest first, each to the fold with
+    fewer rows of its domain, then with fewer rows overall. Deterministic. A single unit leaves the
+    second fold empty.
 
     Args:
-        samples_N: (N,) the document of each row.
-        pieces_N: (N,) the piece of each row, unique among all documents.
-        domains_N: (N,) the domain of each row.
+        samples_N: (N,) document of each row.
+        pieces_N: (N,) piece of each row, unique across documents.
+        domains_N: (N,) domain of each row.
     """
     fold_N = torch.zeros_like(samples_N)
     total = [0, 0]
     for domain in domains_N.unique():
         rows_n = (domains_N == domain).nonzero()[:, 0]
         units_n = samples_N[rows_n]
+        # Splitting two or three long documents would leave a fold without text of this domain.
         if len(units_n.unique()) < MIN_DOCUMENTS:
             units_n = pieces_N[rows_n]
-        _, place_n, count_U = units_n.unique(return_inverse=True, return_counts=True)
+        _, unit_n, count_U = units_n.unique(return_inverse=True, return_counts=True)
         fold_U = torch.zeros_like(count_U)
-        here = [0, 0]
+        in_domain = [0, 0]
+        # Longest first (Graham's LPT rule): short units at the end even out the sizes.
         for unit in torch.argsort(count_U, descending=True, stable=True).tolist():
-            fold = 0 if (here[0], total[0]) <= (here[1], total[1]) else 1
+            fold = 0 if (in_domain[0], total[0]) <= (in_domain[1], total[1]) else 1
             fold_U[unit] = fold
-            here[fold] += int(count_U[unit])
+            in_domain[fold] += int(count_U[unit])
             total[fold] += int(count_U[unit])
-        fold_N[rows_n] = fold_U[place_n]
+        fold_N[rows_n] = fold_U[unit_n]
     return fold_N
 
 
-def _thinned(is_fit_N: Tensor, documents_N: Tensor) -> Tensor:
-    """Every n-th piece of a document among these rows, so that about FIT_ROWS are left."""
+def _subsample(is_fit_N: Tensor, documents_N: Tensor) -> Tensor:
+    """Keep every n-th piece, about FIT_ROWS rows in total."""
     size = int(is_fit_N.sum())
     if size <= FIT_ROWS:
         return is_fit_N
+    # Whole pieces, since rules such as prefix likelihood read the earlier rows of a piece.
     kept = documents_N[is_fit_N].unique()[:: -(-size // FIT_ROWS)]
     return is_fit_N & torch.isin(documents_N, kept)
 
 
-def _fitted(temperatures: Mapping[str, float]) -> dict[str, float]:
-    """Without those that stayed at 1."""
+def _drop_ones(temperatures: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in temperatures.items() if value != 1.0}

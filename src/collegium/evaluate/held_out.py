@@ -1,4 +1,4 @@
-"""What a pre-flight says of text that it neither fits nor chooses anything on: how well everyone is calibrated, by domain."""
+"""Calibration of the teachers and the fused target by domain, on text not used for fitting."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from collegium.data.pack import PackedDataset
 from collegium.evaluate.metrics import Metrics, finite
-from collegium.evaluate.scoring import FUSED, Progress, Scorer, score_models
+from collegium.evaluate.scoring import FUSED, OnProgress, Scorer, score_models
 from collegium.fusion.pooling import Fusion
 from collegium.types import Batch, RowLogits, Rows, TeacherRows
 
-CALIBRATED = " at its temperature"
-"""Behind the name of a teacher, in the second of its two rows."""
+CALIBRATED_SUFFIX = " (calibrated)"
+"""Suffix of the calibrated row of a teacher."""
 
 
 def held_out_report(
@@ -28,17 +28,24 @@ def held_out_report(
     temperatures: Mapping[str, float | None],
     batch_size: int,
     max_tokens: int | None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """NLL, entropy, over-confidence and ECE of each teacher, raw and at its own temperature, and of the fused target.
+    """Measure NLL, entropy, overconfidence and ECE of each teacher and of the fused target.
 
-    Returns: `{"num_tokens", "teachers": {name: {"raw": figures, "temperature": T, "calibrated": figures}}, "fused": figures}`, with figures
-    `{"nll", "entropy", "overconfidence", "ece", "ece_over", "ece_under", "domains": {domain: the same}}`.
+    Each teacher is scored raw and at its individually fitted temperature (None counts as 1).
+
+    Returns:
+        `{"num_tokens", "teachers": {name: {"raw": figures, "temperature": T, "calibrated":
+        figures}}, "fused": figures}`, with figures `{"nll", "entropy", "overconfidence", "ece",
+        "ece_over", "ece_under", "domains": {domain: same keys}}`.
 
     Raises:
-        DataError: the split holds no target token.
+        DataError: the split has no target tokens.
     """
-    calibrated = [_Calibrated(teacher, temperatures[teacher.name] or 1.0) for teacher in teachers]
+    # Raw and calibrated teachers share one pass over the data.
+    calibrated = [
+        _ScaledTeacher(teacher, temperatures[teacher.name] or 1.0) for teacher in teachers
+    ]
     scored = score_models(
         [*teachers, *calibrated],
         teachers,
@@ -51,46 +58,49 @@ def held_out_report(
     return {
         "num_tokens": len(scored[FUSED].targets),
         "teachers": {
-            one.teacher.name: {
-                "raw": _figures(scored[one.teacher.name]),
-                "temperature": one.temperature,
-                "calibrated": _figures(scored[one.name]),
+            scaled.teacher.name: {
+                "raw": _figures(scored[scaled.teacher.name]),
+                "temperature": scaled.temperature,
+                "calibrated": _figures(scored[scaled.name]),
             }
-            for one in calibrated
+            for scaled in calibrated
         },
         "fused": _figures(scored[FUSED]),
     }
 
 
 def _figures(metrics: Metrics) -> dict[str, Any]:
-    everywhere_N = np.ones(len(metrics.nll_N), dtype=np.bool_)
+    all_rows_N = np.ones(len(metrics.nll_N), dtype=np.bool_)
     return {
         "nll": finite(metrics.nll),
-        **metrics.calibration(everywhere_N),
+        **metrics.calibration(all_rows_N),
         "domains": metrics.by_domain(),
     }
 
 
 @dataclass(frozen=True)
-class _Calibrated:
-    """A teacher with all its logits divided by one temperature."""
+class _ScaledTeacher:
+    """A teacher whose logits are divided by one temperature."""
 
     teacher: Scorer
     temperature: float
 
     @property
     def name(self) -> str:
-        return f"{self.teacher.name}{CALIBRATED}"
+        return f"{self.teacher.name}{CALIBRATED_SUFFIX}"
 
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
-        answer = self.teacher.score(batch, rows, taps)
-        return replace(answer, name=self.name, scores=_Divided(answer.scores, self.temperature))
+        outputs = self.teacher.score(batch, rows, taps)
+        return replace(
+            outputs, name=self.name, scores=_ScaledRows(outputs.scores, self.temperature)
+        )
 
 
 @dataclass(frozen=True)
-class _Divided:
+class _ScaledRows:
     rows: RowLogits
     temperature: float
 
     def logits(self, block: slice) -> Tensor:
+        # Out of place: the block may belong to the teacher.
         return torch.div(self.rows.logits(block), self.temperature)

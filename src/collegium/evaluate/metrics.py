@@ -1,4 +1,4 @@
-"""What one model scored on a dataset, row by row, and every figure that is read from it.
+"""Per-row scores of one model on a dataset, and the metrics derived from them.
 
 Shapes: N rows (target tokens) of the dataset, D documents.
 """
@@ -21,8 +21,10 @@ from collegium.fusion.calibration import (
     reliability_bins,
 )
 
+# Equal mass rather than equal width, so that no bin is nearly empty
+# (Nixon et al. 2019, https://arxiv.org/abs/1904.01685).
 NUM_BINS = 15
-"""Bins of equal mass, for the calibration error and both curves."""
+"""Bins of equal mass, for the calibration error and for both reliability curves."""
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -30,25 +32,26 @@ Ints = NDArray[np.int64]
 
 
 def finite(value: float | None) -> float | None:
-    """The value itself, or None where strict JSON has no way to write it."""
+    """Return the value, or None for infinity and NaN, which strict JSON cannot represent."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 def perplexity(nll: float) -> float:
-    """exp(mean NLL in nats), infinite where float64 ends."""
+    """Return exp(mean NLL in nats), or infinity where float64 would overflow."""
+    # math.exp raises OverflowError above 709.78.
     return math.exp(nll) if nll < 700 else math.inf
 
 
 @dataclass(frozen=True, eq=False)
-class Targets:
+class ScoredTokens:
     """The N target tokens of a dataset, shared by all models scored on it."""
 
     samples_N: Ints
-    """Number of the document in its dataset."""
+    """Index of the document in its dataset."""
     domains_N: Ints
     """Index into `domains`."""
     num_bytes_N: Ints
-    """Bytes of text behind each target token."""
+    """Bytes of text that each target token covers."""
     domains: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -57,10 +60,10 @@ class Targets:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Metrics:
-    """One model on N target tokens; means are per token and in nats."""
+    """Scores of one model on N target tokens. Means are per token and in nats."""
 
     name: str
-    targets: Targets
+    targets: ScoredTokens
     nll_N: Floats
     entropy_N: Floats
     confidence_N: Floats
@@ -68,11 +71,11 @@ class Metrics:
     is_correct_N: Bools
     """Whether the most likely token is the target."""
     kl_to_fused_N: Floats | None = None
-    """KL(fused || model) of each row; None without a fused target."""
+    """KL(fused || model) of each row, or None without a fused target."""
     agrees_fused_N: Bools | None = None
-    """Whether the most likely token is that of the fused target."""
+    """Whether the most likely token agrees with the fused target."""
     agrees_N: Mapping[str, Bools] = field(default_factory=dict)
-    """Teacher -> whether the most likely token is the teacher's."""
+    """Teacher -> whether the most likely token agrees with that teacher."""
 
     @property
     def nll(self) -> float:
@@ -91,7 +94,7 @@ class Metrics:
 
     @property
     def overconfidence(self) -> float:
-        """Mean NLL minus mean entropy: 0 when calibrated, above 0 when the model trusts itself too much."""
+        """Mean NLL minus mean entropy: 0 if calibrated, positive if overconfident."""
         return self.nll - self.entropy
 
     @property
@@ -101,7 +104,7 @@ class Metrics:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Total NLL / ln 2 / bytes of the target tokens; None when the bytes are not known."""
+        """Total NLL / ln 2 / bytes of the target tokens, or None if their bytes are unknown."""
         return _bits_per_byte(self.nll_N, self.targets.num_bytes_N)
 
     @property
@@ -112,33 +115,36 @@ class Metrics:
         return float(expected_calibration_error(confidence_N, is_correct_N, bins=NUM_BINS))
 
     def document_sums(self) -> tuple[Ints, NDArray[np.float64], Ints]:
-        """Per document: its number (D,), total NLL (D,) in nats, and number of target tokens (D,)."""
-        numbers_D, which_N = np.unique(self.targets.samples_N, return_inverse=True)
-        size = len(numbers_D)
+        """Return each document's index, total NLL in nats and number of target tokens, all (D,)."""
+        indices_D, document_N = np.unique(self.targets.samples_N, return_inverse=True)
+        size = len(indices_D)
         total_D = np.zeros(size, np.float64)
-        np.add.at(total_D, which_N, self.nll_N)
-        return numbers_D, total_D, np.bincount(which_N, minlength=size)
+        np.add.at(total_D, document_N, self.nll_N)
+        return indices_D, total_D, np.bincount(document_N, minlength=size)
 
     def by_domain(self) -> dict[str, dict[str, float | int | None]]:
-        """Domain -> its NLL, perplexity, bits per byte, calibration and number of tokens, for domains with any target."""
+        """NLL, perplexity, bits per byte, calibration and token count of each non-empty domain."""
         figures: dict[str, dict[str, float | int | None]] = {}
-        for number, domain in enumerate(self.targets.domains):
-            of_domain_N = self.targets.domains_N == number
-            if not of_domain_N.any():
+        for index, domain in enumerate(self.targets.domains):
+            in_domain_N = self.targets.domains_N == index
+            if not in_domain_N.any():
                 continue
-            nll = _mean(self.nll_N[of_domain_N])
-            bytes_n = self.targets.num_bytes_N[of_domain_N]
+            nll = _mean(self.nll_N[in_domain_N])
+            bytes_n = self.targets.num_bytes_N[in_domain_N]
             figures[domain] = {
                 "nll": finite(nll),
                 "perplexity": finite(perplexity(nll)),
-                "bits_per_byte": finite(_bits_per_byte(self.nll_N[of_domain_N], bytes_n)),
-                **self.calibration(of_domain_N),
-                "num_tokens": int(of_domain_N.sum()),
+                "bits_per_byte": finite(_bits_per_byte(self.nll_N[in_domain_N], bytes_n)),
+                **self.calibration(in_domain_N),
+                "num_tokens": int(in_domain_N.sum()),
             }
         return figures
 
     def calibration(self, is_kept_N: Bools) -> dict[str, float | None]:
-        """How far confidence is from the truth on some of the rows: `entropy` H, `overconfidence` NLL - H, `ece` and its halves."""
+        """Measure calibration on the kept rows, with the keys of results.json.
+
+        `entropy` H, `overconfidence` NLL - H, and `ece` = `ece_over` + `ece_under`.
+        """
         entropy = _mean(self.entropy_N[is_kept_N])
         columns = (
             torch.from_numpy(self.confidence_N[is_kept_N]),
@@ -154,7 +160,7 @@ class Metrics:
         }
 
     def to_dict(self) -> dict[str, object]:
-        """The figures with the keys of results.json; values that do not exist are None, never NaN."""
+        """Return the metrics with the keys of results.json. Undefined values are None, not NaN."""
         confidence_N = torch.from_numpy(self.confidence_N)
         is_correct_N = torch.from_numpy(self.is_correct_N)
         entropy_N, nll_N = torch.from_numpy(self.entropy_N), torch.from_numpy(self.nll_N)
@@ -174,36 +180,43 @@ class Metrics:
             "num_tokens": len(self.targets),
             "num_bytes": int(self.targets.num_bytes_N.sum()),
             "domains": self.by_domain(),
-            "reliability": _strict(reliability_bins(confidence_N, is_correct_N, bins=NUM_BINS)),
-            "entropy_bins": _strict(entropy_bins(entropy_N, is_correct_N, nll_N, bins=NUM_BINS)),
+            "reliability": _nan_to_none(
+                reliability_bins(confidence_N, is_correct_N, bins=NUM_BINS)
+            ),
+            "entropy_bins": _nan_to_none(
+                entropy_bins(entropy_N, is_correct_N, nll_N, bins=NUM_BINS)
+            ),
         }
 
 
 def paired_bootstrap(
     a: Metrics, b: Metrics, *, seed: int, draws: int = 1000
 ) -> tuple[float, float]:
-    """95 % interval of NLL(a) - NLL(b) in nats per token, by drawing documents with replacement.
+    """Return the 95 % interval of NLL(a) - NLL(b) in nats per token, by a bootstrap over documents.
 
-    Each draw takes the same documents for both models, so what is hard for both cancels out. The interval covers the choice of
-    documents alone, not the seed of a training run.
+    Documents are drawn with replacement, the same ones for both models, so their difficulty cancels
+    out. The interval covers the choice of documents, not the seed of a training run.
 
     Raises:
-        CollegiumError: the two were scored on different documents, or on fewer than two.
+        CollegiumError: the models were scored on different documents, or on fewer than two.
 
-    Source: Koehn 2004, "Statistical significance tests for machine translation evaluation".
+    Source: Koehn 2004, "Statistical significance tests for machine translation evaluation",
+    https://aclanthology.org/W04-3250.
     """
-    numbers_D, total_a_D, count_D = a.document_sums()
-    numbers_b_D, total_b_D, count_b_D = b.document_sums()
-    if not (np.array_equal(numbers_D, numbers_b_D) and np.array_equal(count_D, count_b_D)):
+    indices_D, total_a_D, count_D = a.document_sums()
+    indices_b_D, total_b_D, count_b_D = b.document_sums()
+    if not (np.array_equal(indices_D, indices_b_D) and np.array_equal(count_D, count_b_D)):
         raise CollegiumError(
-            f"paired_bootstrap: got `{a.name}` and `{b.name}` scored on different documents; must be the same "
-            "dataset; score both in one call of score_models"
+            f"paired_bootstrap: got `{a.name}` and `{b.name}` scored on different documents; "
+            "must be the same dataset; score both in one call of score_models"
         )
-    size = len(numbers_D)
+    size = len(indices_D)
     if size < 2:
         raise CollegiumError(
-            f"paired_bootstrap: got {size} document(s); must be at least 2; evaluate on more documents"
+            f"paired_bootstrap: got {size} document(s); must be at least 2; "
+            "evaluate on more documents"
         )
+    # Rows of one document are correlated: drawing rows would make the interval too narrow.
     generator = np.random.default_rng(seed)
     difference_D = total_a_D - total_b_D
     differences = np.empty(draws)
@@ -215,6 +228,7 @@ def paired_bootstrap(
 
 
 def _mean(values_N: Floats | Bools) -> float:
+    # Rows are stored as float32 to save memory, but a mean over a million of them needs float64.
     return float(values_N.mean(dtype=np.float64))
 
 
@@ -223,5 +237,5 @@ def _bits_per_byte(nll_N: Floats, num_bytes_N: Ints) -> float | None:
     return float(nll_N.sum(dtype=np.float64)) / math.log(2) / num_bytes if num_bytes else None
 
 
-def _strict(bins: Mapping[str, list[float]]) -> dict[str, list[float | None]]:
+def _nan_to_none(bins: Mapping[str, list[float]]) -> dict[str, list[float | None]]:
     return {key: [finite(value) for value in values] for key, values in bins.items()}

@@ -1,4 +1,4 @@
-"""Before any training: how good, how calibrated and how different the teachers are, and which fusion to use.
+"""Preflight: quality, calibration and disagreement of the teachers, and the choice of a fusion.
 
 Shapes: N rows of the calibration split, K teachers, F fusions.
 """
@@ -18,10 +18,10 @@ from collegium.data.pack import PackedDataset
 from collegium.errors import CollegiumError
 from collegium.evaluate.advice import Findings, verdict_sentences
 from collegium.evaluate.held_out import held_out_report
-from collegium.evaluate.metrics import Metrics, Targets, finite
-from collegium.evaluate.scoring import Progress, Scorer, spread_windows, unique_scorers
+from collegium.evaluate.metrics import Metrics, ScoredTokens, finite
+from collegium.evaluate.scoring import OnProgress, Scorer, spread_windows, unique_scorers
 from collegium.evaluate.search import SAME_NLL, Candidate, Search, choose
-from collegium.evaluate.sweeps import Calibration, Scalars, sweep_teachers
+from collegium.evaluate.sweeps import CalibrationSplit, Scalars, sweep_teachers
 from collegium.evaluate.weight_quality import (
     best_teacher_share,
     difference_interval,
@@ -36,16 +36,16 @@ from collegium.fusion.weights import BestSingle, Uniform
 
 
 @dataclass(frozen=True, eq=False)
-class Preflight:
-    """The measurements, and the fusion they speak for."""
+class PreflightResult:
+    """The chosen fusion and the measurements behind the choice."""
 
     fusion: Fusion
     """The chosen fusion."""
     report: Mapping[str, Any]
-    """What preflight.json holds."""
+    """Content of preflight.json."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of preflight.json: strict JSON, numbers that do not exist are None."""
+        """Return the content of preflight.json: strict JSON, undefined numbers are None."""
         return dict(self.report)
 
 
@@ -59,36 +59,41 @@ def run_preflight(
     extended: bool = False,
     stored_at: Sequence[float] | None = None,
     held_out: PackedDataset | None = None,
-    progress: Progress | None = None,
-) -> Preflight:
-    """Measure the teachers and their fusions on the calibration split, and choose the fusion of lowest NLL.
+    progress: OnProgress | None = None,
+) -> PreflightResult:
+    """Measure teachers and fusions on the calibration split, and choose the fusion of lowest NLL.
 
-    Every weighting is tried as a linear pool, from one sweep of scalars; the best of each family in every pool, raw and with temperatures,
-    with and without a pooled temperature, in one more reading. All fusions are ranked on the same tokens (at most about 4096), each token
-    by weights and temperatures that were fitted on the other half of the text. Of those within 0.002 nats of the best, the simplest is chosen: fewer
-    fitted parts, then the linear pool; it is fitted on all documents.
+    Every weighting is tried as a linear pool, from one sweep that keeps scalars only. A second
+    sweep tries the best rule of each family in every pool, raw and with temperatures, with and
+    without a pooled temperature. All fusions are ranked on the same tokens (about 4096 at most),
+    each token under weights and temperatures fitted on the other half of the text. Among fusions
+    within 0.002 nats of the best, the simplest wins: fewer fitted parts, then the linear pool.
+    The chosen fusion is then fitted on all documents.
 
-    The chosen fusion is the best of many on the tokens that rank them, so its NLL is a little optimistic there. `held_out`, which nothing
-    is fitted or chosen on, says what it is worth, and how well everyone is calibrated, by domain.
+    Its NLL is slightly optimistic on the tokens that ranked it. `held_out`, on which nothing is
+    fitted or chosen, gives an unbiased value, and the calibration of all models by domain.
 
-    Teachers may also be read out of a per-teacher cache of the split. Only fusions that such a cache can give are then compared: linear pools, at
-    the temperatures that it keeps, and no rule that needs whole distributions; all of them on all tokens.
+    Teachers may also come from a per-teacher cache of the split. Only fusions that such a cache
+    supports are then compared, on all tokens: linear pools at the stored temperatures, without
+    rules that need whole distributions.
 
     Args:
-        teachers: the frozen models, or all of them out of a cache.
+        teachers: the frozen models, or all of them read from a cache.
         dataset: the calibration split.
         batch_size: windows per forward pass.
-        max_tokens: about how many target tokens to read, in windows spread over the split; None for all.
-        candidates: fusions to compare as they are, beside uniform weights and the best single teacher; None tries the usual ones.
-        extended: also try fitted weights, the learned gate, the consensus rule and the power mean, and measure the route by domain, which is
-            never chosen over a fusion.
-        stored_at: the temperatures beside 1 that the cache keeps; None for live teachers.
-        held_out: the validation split, of which as many tokens are read.
+        max_tokens: approximate number of target tokens to read, in windows spread over the split.
+            None reads all.
+        candidates: fusions to compare unchanged, besides uniform weights and the best single
+            teacher. None compares the default rules.
+        extended: also try fitted weights, the learned gate, the consensus rule and the power mean,
+            and measure the route by domain, which is never chosen over a fusion.
+        stored_at: temperatures besides 1 that the cache stores, or None for live teachers.
+        held_out: the validation split, of which about `max_tokens` are read.
         progress: called with (batches done, all batches) of each sweep.
 
     Raises:
-        CollegiumError: there is no teacher, or two share a name.
-        DataError: the split holds no target token.
+        CollegiumError: there is no teacher, or two teachers share a name.
+        DataError: the split has no target tokens.
     """
     started = time.perf_counter()
     if not teachers:
@@ -97,7 +102,7 @@ def run_preflight(
         )
     unique_scorers(teachers, ())
     windows = spread_windows(dataset, max_tokens)
-    split = Calibration(dataset, windows, batch_size, progress)
+    split = CalibrationSplit(dataset, windows, batch_size, progress)
     scalars = sweep_teachers(teachers, split, stored_at=stored_at)
     metrics = {name: scalars.metrics(name) for name in scalars.teachers}
     best_single = min(metrics, key=lambda name: metrics[name].nll)
@@ -122,12 +127,12 @@ def run_preflight(
             "jsd": scalars.jsd_KK.tolist(),
             "top1": scalars.differs_KK.tolist(),
         },
-        "fusions": [_fusion_report(one, chosen, search) for one in ranked],
+        "fusions": [_fusion_report(candidate, chosen, search) for candidate in ranked],
         "chosen": {
             "name": describe(chosen.fusion),
             "nll": finite(chosen.nll),
             "fusion": to_recipe(chosen.fusion),
-            "weights": findings.shares,
+            "weights": findings.mean_weights,
             "leave_one_out": _leave_one_out(scalars, chosen),
         },
         "best_single": {"teacher": best_single, "nll": finite(findings.best_single_nll)},
@@ -144,7 +149,7 @@ def run_preflight(
             progress=progress,
         )
     report["seconds"] = time.perf_counter() - started
-    return Preflight(chosen.fusion, report)
+    return PreflightResult(chosen.fusion, report)
 
 
 def _teacher_report(scalars: Scalars, metrics: Metrics) -> dict[str, Any]:
@@ -163,22 +168,22 @@ def _teacher_report(scalars: Scalars, metrics: Metrics) -> dict[str, Any]:
     }
 
 
-def _fusion_report(one: Candidate, chosen: Candidate, search: Search) -> dict[str, Any]:
+def _fusion_report(candidate: Candidate, chosen: Candidate, search: Search) -> dict[str, Any]:
     samples_N = torch.from_numpy(search.scalars.targets.samples_N)[search.is_shared_N]
-    interval = difference_interval(one.nll_N, torch.zeros_like(one.nll_N), samples_N)
-    to_chosen = difference_interval(one.nll_N, chosen.nll_N, samples_N)
+    interval = difference_interval(candidate.nll_N, torch.zeros_like(candidate.nll_N), samples_N)
+    to_chosen = difference_interval(candidate.nll_N, chosen.nll_N, samples_N)
     return {
-        "name": describe(one.fusion),
-        "nll": finite(one.nll),
-        "num_tokens": len(one.nll_N),
-        "nll_all_tokens": finite(one.nll_all),
-        "fusion": to_recipe(one.fusion),
-        "calibration": one.calibration,
-        "is_chosen": one is chosen,
+        "name": describe(candidate.fusion),
+        "nll": finite(candidate.nll),
+        "num_tokens": len(candidate.nll_N),
+        "nll_all_tokens": finite(candidate.nll_all),
+        "fusion": to_recipe(candidate.fusion),
+        "calibration": candidate.calibration,
+        "is_chosen": candidate is chosen,
         "interval": _edges(interval),
         "interval_to_chosen": _edges(to_chosen),
-        **_weight_measures(one, search),
-        "domains": _domain_nll(one.nll_N, search.scalars.targets, search.is_shared_N),
+        **_weight_measures(candidate, search),
+        "domains": _domain_nll(candidate.nll_N, search.scalars.targets, search.is_shared_N),
     }
 
 
@@ -186,30 +191,33 @@ def _edges(interval: tuple[float, float] | None) -> list[float | None] | None:
     return None if interval is None else [finite(edge) for edge in interval]
 
 
-def _weight_measures(one: Candidate, search: Search) -> dict[str, Any]:
-    """Whether the weights favor the right teacher, and what they cost; None where scalars alone do not give the weights."""
-    scalars, fusion = search.scalars, one.fusion
+def _weight_measures(candidate: Candidate, search: Search) -> dict[str, Any]:
+    """Measure whether weights favor the right teacher, or None if scalars do not determine them."""
+    scalars, fusion = search.scalars, candidate.fusion
+    # The consensus is stored for the raw teachers only.
     if fusion.weighting.needs_consensus and fusion.temperatures:
         return {"rank_correlation": None, "best_teacher_share": None, "regret": None}
     stats = scalars.stats(fusion.temperatures, scalars.teachers)
-    weights_KN = search.weights(one)
+    weights_KN = search.weights(candidate)
     label_logp_KN = stats.label_logp_KN[:, search.is_shared_N]
-    costs = regret(one.nll_N, label_logp_KN)
+    regrets = regret(candidate.nll_N, label_logp_KN)
     return {
         "rank_correlation": rank_correlation(weights_KN, -label_logp_KN),
         "best_teacher_share": best_teacher_share(weights_KN, -label_logp_KN),
-        "regret": {name: finite(value) for name, value in costs.items()},
+        "regret": {name: finite(value) for name, value in regrets.items()},
     }
 
 
-def _domain_nll(nll_N: Tensor, targets: Targets, is_shared_N: Tensor) -> dict[str, float | None]:
+def _domain_nll(
+    nll_N: Tensor, targets: ScoredTokens, is_shared_N: Tensor
+) -> dict[str, float | None]:
     domains_N = torch.from_numpy(targets.domains_N)[is_shared_N]
-    found = {}
-    for number, domain in enumerate(targets.domains):
-        of_domain_N = domains_N == number
-        if of_domain_N.any():
-            found[domain] = finite(float(nll_N[of_domain_N].mean()))
-    return found
+    by_domain = {}
+    for index, domain in enumerate(targets.domains):
+        in_domain_N = domains_N == index
+        if in_domain_N.any():
+            by_domain[domain] = finite(float(nll_N[in_domain_N].mean()))
+    return by_domain
 
 
 def _findings(
@@ -219,11 +227,12 @@ def _findings(
     metrics: Mapping[str, Metrics],
 ) -> Findings:
     scalars, fusion = search.scalars, chosen.fusion
-    shares = scalars.shares(fusion.weighting, _readable(fusion))
+    mean_weights = scalars.mean_weights(fusion.weighting, _weight_temperatures(fusion))
     uniform = search.linear(Uniform(), {})
     single = search.linear(BestSingle(teacher=search.best_single), {})
-    alone = (BestSingle, Route)
-    several = [one for one in ranked if not isinstance(one.fusion.weighting, alone)]
+    # These give every row to one teacher, so they do not mix.
+    unmixed = (BestSingle, Route)
+    several = [other for other in ranked if not isinstance(other.fusion.weighting, unmixed)]
     return Findings(
         fusion_name=describe(fusion),
         num_tokens=len(chosen.nll_N),
@@ -231,53 +240,57 @@ def _findings(
         uniform_nll=uniform.nll,
         best_single=search.best_single,
         best_single_nll=single.nll,
-        best_several_nll=several[0].nll if several and len(shares) > 1 else None,
-        shares=shares,
-        rises=_idle_teachers(scalars, chosen),
-        overconfidence={name: one.overconfidence for name, one in metrics.items()},
+        best_several_nll=several[0].nll if several and len(mean_weights) > 1 else None,
+        mean_weights=mean_weights,
+        idle_teachers=_idle_teachers(scalars, chosen),
+        overconfidence={name: scored.overconfidence for name, scored in metrics.items()},
     )
 
 
 def _idle_teachers(scalars: Scalars, chosen: Candidate) -> dict[str, float]:
-    """Teachers that can be left out together, and by how much the NLL rises when each goes: each by less than 0.002 nats.
+    """Return the teachers that can be dropped together -> NLL increase of each, < 0.002 nats.
 
-    They go one after the other, the least useful first, so that of two equal teachers one stays. The rise is that of the linear pool
-    with the chosen weighting and temperatures, also when the chosen pool is log-linear.
+    The NLL is that of the linear pool with the chosen weighting and temperatures, even when the
+    chosen pool is log-linear.
     """
+    # Dropped one after the other, least useful first, so that one of two equal teachers stays.
     weighting = chosen.fusion.weighting
-    left = [name for name in scalars.teachers if not weighting.excludes(name)]
-    idle = {name: 0.0 for name in scalars.teachers if name not in left}
-    while len(left) > 1:
-        rises = _rises(scalars, chosen, left)
-        least = min(rises, key=lambda name: rises[name])
-        # Not judged by its weight: the specialist of a rare domain has little, and is missed when it goes.
-        if rises[least] >= SAME_NLL:
+    kept = [name for name in scalars.teachers if not weighting.excludes(name)]
+    idle = {name: 0.0 for name in scalars.teachers if name not in kept}
+    while len(kept) > 1:
+        increases = _nll_increases(scalars, chosen, kept)
+        least = min(increases, key=lambda name: increases[name])
+        # Not decided by weight: the specialist of a rare domain has little weight but is needed.
+        if increases[least] >= SAME_NLL:
             break
-        idle[least] = rises[least]
-        left.remove(least)
+        idle[least] = increases[least]
+        kept.remove(least)
     return idle
 
 
 def _leave_one_out(scalars: Scalars, chosen: Candidate) -> dict[str, float | None]:
-    """How far the NLL of the linear pool with the chosen weighting and temperatures rises without each teacher, one at a time."""
+    """Return the increase of the linear pool's NLL when each teacher is dropped, one by one."""
     weighting = chosen.fusion.weighting
     members = [name for name in scalars.teachers if not weighting.excludes(name)]
-    rises = _rises(scalars, chosen, members) if len(members) > 1 else {}
-    return {name: finite(rises.get(name, 0.0)) for name in scalars.teachers if name in rises}
+    increases = _nll_increases(scalars, chosen, members) if len(members) > 1 else {}
+    return {
+        name: finite(increases.get(name, 0.0)) for name in scalars.teachers if name in increases
+    }
 
 
-def _readable(fusion: Fusion) -> Mapping[str, float]:
-    """The temperatures at which scalars know the weights: a consensus is measured of the raw teachers alone."""
+def _weight_temperatures(fusion: Fusion) -> Mapping[str, float]:
+    # A consensus is measured for the raw teachers only.
     return {} if fusion.weighting.needs_consensus else fusion.temperatures
 
 
-def _rises(scalars: Scalars, chosen: Candidate, members: Sequence[str]) -> dict[str, float]:
-    """Rise of the NLL when each member goes; infinite where nobody with weight is left at some row."""
-    weighting, temperatures = chosen.fusion.weighting, _readable(chosen.fusion)
-    now = float(scalars.linear_nll(weighting, temperatures, members).mean())
-    rises = {}
+def _nll_increases(scalars: Scalars, chosen: Candidate, members: Sequence[str]) -> dict[str, float]:
+    """Return the NLL increase without each member, infinite if some row keeps no weight."""
+    weighting, temperatures = chosen.fusion.weighting, _weight_temperatures(chosen.fusion)
+    base_nll = float(scalars.linear_nll(weighting, temperatures, members).mean())
+    increases = {}
     for name in members:
         others = [other for other in members if other != name]
-        rise = float(scalars.linear_nll(weighting, temperatures, others).mean()) - now
-        rises[name] = math.inf if math.isnan(rise) else rise
-    return rises
+        increase = float(scalars.linear_nll(weighting, temperatures, others).mean()) - base_nll
+        # Where no member has weight at some row, its NLL is -inf - -inf = NaN.
+        increases[name] = math.inf if math.isnan(increase) else increase
+    return increases

@@ -1,4 +1,4 @@
-"""One teacher-forced pass over a dataset: how well each model predicts it, and how close it is to the fused target.
+"""Teacher-forced scoring of models against the text and the fused target in one pass.
 
 Shapes: N rows (target tokens) of a batch, n block of rows, V vocabulary, K teachers.
 """
@@ -17,27 +17,27 @@ from torch.utils.data import DataLoader, Subset
 
 from collegium.data.pack import Collator, PackedDataset
 from collegium.errors import CollegiumError, DataError, ModelError
-from collegium.evaluate.metrics import Metrics, Targets
+from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.evaluate.metrics import paired_bootstrap as paired_bootstrap
 from collegium.fusion.pooling import FusedTarget, Fusion
 from collegium.models.loading import choose_device
 from collegium.types import Batch, RowLogits, Rows, TeacherRows, is_row
 
 FUSED = "fused target"
-"""Name under which the fused target itself is scored."""
+"""Name of the row of the fused target."""
 
 BLOCK_ELEMENTS = 2**23
-"""Elements of one [n, V] buffer when no block size is given: 32 MiB in float32."""
+"""Elements of one [n, V] buffer if no block size is given: 32 MiB in float32."""
 
 Columns = dict[str, list[Tensor]]
-"""Per-row values of one model by name, one piece (n,) per block."""
+"""Per-row values of one model by name, one tensor (n,) per block."""
 
-Progress = Callable[[int, int], None]
-"""Called after each batch with the number done and the number of all batches."""
+OnProgress = Callable[[int, int], None]
+"""Called after each batch with the number of batches done and their total."""
 
 
 class Scorer(Protocol):
-    """Whatever scores rows: a teacher, or a student wrapped as one."""
+    """Anything that scores rows: a teacher, or a student wrapped as one."""
 
     @property
     def name(self) -> str: ...
@@ -49,7 +49,9 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Origins:
-    """What the rows of one batch stand for, (N,) int64 each on the CPU: all of a batch that outlives its turn."""
+    """Document, domain and bytes of each row of one batch, (N,) int64 each, on the CPU."""
+
+    # All that is kept of a batch: keeping batches would hold the dataset in GPU memory.
 
     samples_N: Tensor
     domains_N: Tensor
@@ -58,7 +60,7 @@ class Origins:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One batch of a dataset with its rows, on the device that scores, and what each row stands for."""
+    """One batch and its rows on the scoring device, with the origins of the rows."""
 
     batch: Batch
     rows: Rows
@@ -74,29 +76,31 @@ def score_models(
     batch_size: int,
     block_size: int | None = None,
     max_tokens: int | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, Metrics]:
-    """Score every model and the fused target of the teachers in one pass, in blocks of rows.
+    """Score every model and the fused target of the teachers in one pass.
 
-    A model that is also a teacher is scored once. No [N, V] tensor is held: each block of rows is read, measured and dropped.
+    A model that is also a teacher is scored once. Rows are processed in blocks, so no [N, V] tensor
+    is materialized.
 
     Args:
-        models: what gets a row in the result, in this order.
-        teachers: what the fusion is made of; agreement is measured with each of them.
-        fusion: how the teachers become one target; None leaves out the fused target and every distance to it.
+        models: models that get a row in the result, in this order.
+        teachers: members of the fusion. Agreement is measured with each of them.
+        fusion: how the teachers are fused. None skips the fused target and all distances to it.
         dataset: packed or padded documents.
         batch_size: windows per forward pass.
-        block_size: rows per block; None chooses about 32 MiB per buffer.
-        max_tokens: about how many target tokens to score, in windows spread over the dataset; None for all.
+        block_size: rows per block. None chooses about 32 MiB per buffer.
+        max_tokens: approximate number of target tokens to score, in windows spread over the
+            dataset. None scores all.
         progress: called with (batches done, all batches).
 
     Returns:
-        The metrics by name of the model; with a fusion also `fused target`, last.
+        Metrics by model name, and with a fusion also those of `fused target`, last.
 
     Raises:
         CollegiumError: two models share a name.
-        DataError: the dataset holds no target token.
-        ModelError: a model gives values that are not numbers.
+        DataError: the dataset has no target tokens.
+        ModelError: a model outputs NaN.
     """
     scorers = unique_scorers(models, teachers)
     if fusion is not None and not teachers:
@@ -110,6 +114,7 @@ def score_models(
     with torch.no_grad():
         for chunk in source:
             scores = {scorer.name: scorer.score(chunk.batch, chunk.rows) for scorer in scorers}
+            # Deferred: the rows must first be on the device of the outputs (`_measure_rows`).
             fused_of = None
             if fusion is not None:
                 fused_of = partial(FusedTarget, fusion, [scores[t.name] for t in teachers])
@@ -122,19 +127,19 @@ def score_models(
 
 
 def unique_scorers(models: Sequence[Scorer], teachers: Sequence[Scorer]) -> list[Scorer]:
-    """Every scorer once, in order.
+    """Return every scorer once, in order.
 
     Raises:
-        CollegiumError: two different scorers share a name, or one is called like the fused target.
+        CollegiumError: two different scorers share a name, or one is named `fused target`.
     """
-    known: dict[str, Scorer] = {}
+    by_name: dict[str, Scorer] = {}
     for scorer in (*models, *teachers):
-        if scorer.name == FUSED or known.setdefault(scorer.name, scorer) is not scorer:
+        if scorer.name == FUSED or by_name.setdefault(scorer.name, scorer) is not scorer:
             raise CollegiumError(
-                f"score_models: got the name `{scorer.name}` twice; must be unique (and not `{FUSED}`); "
-                "give each model its own name"
+                f"score_models: got the name `{scorer.name}` twice; must be unique (and not "
+                f"`{FUSED}`); give each model a different name"
             )
-    return list(known.values())
+    return list(by_name.values())
 
 
 def iterate_chunks(
@@ -142,15 +147,18 @@ def iterate_chunks(
     *,
     batch_size: int,
     windows: Sequence[int] | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Iterator[Chunk]:
-    """The batches of a dataset in order, without those that have no target; `windows` chooses some of them."""
+    """Yield the batches of a dataset in order, skipping those without targets.
+
+    `windows` selects a subset of the windows.
+    """
     chosen = range(len(dataset)) if windows is None else windows
     domain_of = torch.as_tensor(_domain_indices(dataset))
     loader = DataLoader(
         Subset(dataset, list(chosen)), batch_size=batch_size, shuffle=False, collate_fn=Collator()
     )
-    # Teachers answer on the device of the batch: on the CPU, every block of logits would have to travel.
+    # Teachers put their logits on the device of the batch. On the CPU, every block would be copied.
     device = choose_device("auto")
     for step, inputs in enumerate(loader):
         batch = Batch.from_inputs(inputs)
@@ -163,42 +171,44 @@ def iterate_chunks(
             progress(step + 1, len(loader))
 
 
-def gather_targets(origins: Sequence[Origins], dataset: PackedDataset) -> Targets:
-    """What the rows of all batches stand for.
+def gather_targets(origins: Sequence[Origins], dataset: PackedDataset) -> ScoredTokens:
+    """Concatenate the origins of all batches.
 
     Raises:
-        DataError: there is no batch.
+        DataError: there are no batches.
     """
     if not origins:
         raise DataError(
-            "evaluation: got no target token; must be at least one; use a larger validation split"
+            "evaluation: got no target token; must have at least one; use a larger validation split"
         )
-    return Targets(
-        samples_N=_numpy([one.samples_N for one in origins]),
-        domains_N=_numpy([one.domains_N for one in origins]),
-        num_bytes_N=_numpy([one.num_bytes_N for one in origins]),
+    return ScoredTokens(
+        samples_N=_numpy([part.samples_N for part in origins]),
+        domains_N=_numpy([part.domains_N for part in origins]),
+        num_bytes_N=_numpy([part.num_bytes_N for part in origins]),
         domains=tuple(dataset.domains),
     )
 
 
 def window_counts(dataset: PackedDataset, windows: Sequence[int]) -> list[int]:
-    """Number of target tokens in each of the windows."""
+    """Count the target tokens of each window."""
     items = (dataset[window] for window in windows)
     return [int(is_row(item["labels"], item["position_ids"]).sum()) for item in items]
 
 
 def spread_windows(dataset: PackedDataset, max_tokens: int | None) -> list[int]:
-    """Windows spread evenly over the dataset that hold about `max_tokens` targets; all of them for None."""
+    """Return evenly spread windows with about `max_tokens` targets in total, or all for None."""
     size = len(dataset)
     if max_tokens is None or size == 0:
         return list(range(size))
     total = sum(window_counts(dataset, range(size)))
-    wanted = max(1, min(size, round(size * max_tokens / max(1, total))))
-    return [int(at) for at in np.linspace(0, size, wanted, endpoint=False)]
+    # Evenly spread, so that an ordered dataset is represented by all of its domains.
+    num_windows = max(1, min(size, round(size * max_tokens / max(1, total))))
+    return [int(at) for at in np.linspace(0, size, num_windows, endpoint=False)]
 
 
 def blocks_of(rows: Rows, scores: RowLogits, block_size: int | None) -> tuple[Rows, list[slice]]:
-    """The rows on the device of the scores, and the slices to read them in."""
+    """Return the rows on the device of the scores, and the slices to read them in."""
+    # Only logits reveal the vocabulary size and the device of a scorer: read one row.
     probe_1V = scores.logits(slice(0, 1))
     size = block_size or max(16, BLOCK_ELEMENTS // probe_1V.shape[1])
     device = probe_1V.device
@@ -207,11 +217,12 @@ def blocks_of(rows: Rows, scores: RowLogits, block_size: int | None) -> tuple[Ro
     ]
 
 
-def measure(logp_nV: Tensor, labels_n: Tensor) -> dict[str, Tensor]:
-    """NLL, entropy, confidence and most likely token of (n, V) log-probabilities, each (n,)."""
+def row_measures(logp_nV: Tensor, labels_n: Tensor) -> dict[str, Tensor]:
+    """Return NLL, entropy, confidence and top-1 token of (n, V) log-probabilities, each (n,)."""
     confidence_n, top1_n = logp_nV.max(1)
     return {
         "nll": -logp_nV.gather(1, labels_n[:, None]).squeeze(1),
+        # entr(0) = 0, whereas p * log p would be NaN.
         "entropy": torch.special.entr(logp_nV.exp()).sum(1),
         "confidence": confidence_n.exp(),
         "top1": top1_n,
@@ -220,7 +231,7 @@ def measure(logp_nV: Tensor, labels_n: Tensor) -> dict[str, Tensor]:
 
 
 def forward_kl(target_logp_nV: Tensor, logp_nV: Tensor) -> Tensor:
-    """KL(target || model) = sum_v P (log P - log Q), (n, V) twice -> (n,) in nats; 0 log 0 = 0."""
+    """Return KL(target || model) = sum_v P (log P - log Q), (n, V) -> (n,) nats; 0 log 0 = 0."""
     target_nV = target_logp_nV.exp()
     terms_nV = target_nV * (target_logp_nV - logp_nV)
     return torch.where(target_nV > 0, terms_nV, torch.zeros_like(terms_nV)).sum(1)
@@ -233,7 +244,8 @@ def _measure_rows(
     rows: Rows,
     block_size: int | None,
 ) -> None:
-    """Measure everyone on the rows of one batch; the head of a teacher is applied here and in the fusion."""
+    """Append the measures of all models on the rows of one batch to `columns`."""
+    # The head of a teacher is applied twice per block: here and in the fusion.
     rows, blocks = blocks_of(rows, next(iter(scores.values())).scores, block_size)
     fused = None if fused_of is None else fused_of(rows)
     for block in blocks:
@@ -241,46 +253,46 @@ def _measure_rows(
         target_nV = None
         if fused is not None:
             target_nV = fused.block(block).logp_nV
-            _append(columns, FUSED, measure(target_nV, labels_n), target_nV, target_nV)
-        for name, answer in scores.items():
-            logp_nV = answer.scores.logits(block).to(labels_n.device).log_softmax(1)
-            _append(columns, name, measure(logp_nV, labels_n), logp_nV, target_nV)
+            _append(columns, FUSED, row_measures(target_nV, labels_n), target_nV, target_nV)
+        for name, outputs in scores.items():
+            logp_nV = outputs.scores.logits(block).to(labels_n.device).log_softmax(1)
+            _append(columns, name, row_measures(logp_nV, labels_n), logp_nV, target_nV)
 
 
 def _append(
     columns: dict[str, Columns],
     name: str,
-    measured: dict[str, Tensor],
+    measures: dict[str, Tensor],
     logp_nV: Tensor,
     target_nV: Tensor | None,
 ) -> None:
     if target_nV is not None:
-        measured["kl"] = forward_kl(target_nV, logp_nV)
-    for key, values_n in measured.items():
+        measures["kl"] = forward_kl(target_nV, logp_nV)
+    for key, values_n in measures.items():
         kept_n = values_n.float() if values_n.is_floating_point() else values_n
         columns.setdefault(name, {}).setdefault(key, []).append(kept_n.cpu())
 
 
 def _metrics(
-    name: str, columns: Mapping[str, Columns], teachers: Sequence[str], targets: Targets
+    name: str, columns: Mapping[str, Columns], teachers: Sequence[str], targets: ScoredTokens
 ) -> Metrics:
-    own = {key: torch.cat(parts).numpy() for key, parts in columns[name].items()}
-    if np.isnan(own["nll"]).any():
+    column = {key: torch.cat(parts).numpy() for key, parts in columns[name].items()}
+    if np.isnan(column["nll"]).any():
         raise ModelError(
-            f"model `{name}`: got log-probabilities that are not numbers; must be finite; "
+            f"model `{name}`: got NaN log-probabilities; must be finite; "
             "load it in float32 or bfloat16 and check its weights"
         )
-    agrees = {other: own["top1"] == _top1(columns, other) for other in teachers}
+    agrees_N = {other: column["top1"] == _top1(columns, other) for other in teachers}
     return Metrics(
         name=name,
         targets=targets,
-        nll_N=own["nll"],
-        entropy_N=own["entropy"],
-        confidence_N=own["confidence"],
-        is_correct_N=own["is_correct"],
-        kl_to_fused_N=own.get("kl"),
-        agrees_fused_N=own["top1"] == _top1(columns, FUSED) if FUSED in columns else None,
-        agrees_N=agrees,
+        nll_N=column["nll"],
+        entropy_N=column["entropy"],
+        confidence_N=column["confidence"],
+        is_correct_N=column["is_correct"],
+        kl_to_fused_N=column.get("kl"),
+        agrees_fused_N=column["top1"] == _top1(columns, FUSED) if FUSED in columns else None,
+        agrees_N=agrees_N,
     )
 
 
@@ -289,10 +301,10 @@ def _top1(columns: Mapping[str, Columns], name: str) -> np.ndarray:
 
 
 def _domain_indices(dataset: PackedDataset) -> list[int]:
-    """Index into `dataset.domains` of each document of the dataset."""
-    number = {domain: index for index, domain in enumerate(dataset.domains)}
+    """Return the index into `dataset.domains` of each document."""
+    indices = {domain: index for index, domain in enumerate(dataset.domains)}
     return [
-        number[domain] if isinstance(domain, str) else int(domain)
+        indices[domain] if isinstance(domain, str) else int(domain)
         for domain in dataset.sample_domains
     ]
 

@@ -1,4 +1,4 @@
-"""The rows of results.json, and the tables of an evaluation and of a pre-flight for terminal and documentation."""
+"""Rows of results.json, and tables of an evaluation and a preflight."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.text import Text
 
 from collegium.errors import CollegiumError
 from collegium.evaluate.metrics import Metrics
-from collegium.evaluate.preflight import Preflight
+from collegium.evaluate.preflight import PreflightResult
 from collegium.evaluate.scoring import FUSED
 
 Kind = Literal["untouched", "teacher", "fused", "student", "control"]
-Row = Mapping[str, Any]
+ResultsRow = Mapping[str, Any]
 """One object of results.json."""
 
 KINDS: tuple[Kind, ...] = ("untouched", "teacher", "fused", "control", "student")
@@ -32,22 +32,21 @@ COLUMNS = (
     "KL to fused",
     "agreement",
 )
-SHORT = {
+SHORT_HEADINGS = {
     "perplexity": "ppl",
     "bits/byte": "bits/\nbyte",
     "KL to fused": "KL to\nfused",
     "agreement": "agree",
 }
-"""Headings with which the table fits a terminal of 80 columns."""
+"""Headings that let the table fit a terminal of 80 columns."""
 
-
-SHOWN_FUSIONS = 15
-"""Fusions in the terminal's table, the best first; the chosen one is always among them."""
+MAX_SHOWN_FUSIONS = 15
+"""Number of fusions in the terminal table, best first. The chosen one is always included."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
-    """What is known of a scored model besides its metrics; None where it does not apply."""
+class ModelInfo:
+    """Facts about a scored model besides its metrics, None where not applicable."""
 
     kind: Kind
     num_parameters: int | None = None
@@ -58,65 +57,66 @@ class About:
 
 
 def results_rows(
-    metrics: Mapping[str, Metrics], about: Mapping[str, About]
+    metrics: Mapping[str, Metrics], model_info: Mapping[str, ModelInfo]
 ) -> list[dict[str, Any]]:
-    """The rows of results.json: what is known of each model, and what it scored.
+    """Return the rows of results.json: the description and the metrics of each model.
 
-    Rows come in the order untouched, teacher, fused, control, student, and within one kind in the order of `metrics`. The fused target
-    needs no entry in `about`.
+    Rows are ordered untouched, teacher, fused, control, student, and within one kind as in
+    `metrics`. The fused target needs no entry in `model_info`.
 
     Raises:
-        CollegiumError: a scored model is missing in `about`.
+        CollegiumError: a scored model is missing in `model_info`.
     """
     rows = []
     for name, scored in metrics.items():
-        known = about.get(name, About(kind="fused") if name == FUSED else None)
-        if known is None:
+        info = model_info.get(name, ModelInfo(kind="fused") if name == FUSED else None)
+        if info is None:
             raise CollegiumError(
-                f"results: got metrics of `{name}`; must be described too; add it to `about`"
+                f"results: got metrics of `{name}`; must have a description; add it to `model_info`"
             )
         row: dict[str, Any] = {
             "name": name,
-            "kind": known.kind,
-            "num_parameters": known.num_parameters,
-            "steps": known.steps,
-            "train_tokens": known.train_tokens,
-            "train_seconds": known.train_seconds,
-            "note": known.note,
+            "kind": info.kind,
+            "num_parameters": info.num_parameters,
+            "steps": info.steps,
+            "train_tokens": info.train_tokens,
+            "train_seconds": info.train_seconds,
+            "note": info.note,
         }
         rows.append(row | scored.to_dict())
     return sorted(rows, key=lambda row: KINDS.index(row["kind"]))
 
 
-def render_table(rows: Sequence[Row], *, title: str = "Held-out evaluation") -> Table:
-    """The evaluation as a table for the terminal; the best student or control is bold."""
+def render_table(rows: Sequence[ResultsRow], *, title: str = "Held-out evaluation") -> Table:
+    """Render the evaluation for the terminal. The best student or control is bold."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.collapse_padding, table.pad_edge = True, False
     table.add_column("model", min_width=20)
     for column in COLUMNS[1:]:
-        table.add_column(SHORT.get(column, column), justify="right", no_wrap=True)
+        table.add_column(SHORT_HEADINGS.get(column, column), justify="right", no_wrap=True)
     best = _best_trained(rows)
     for number, row in enumerate(rows):
         style = "bold" if row["name"] == best else ""
         ends = number + 1 < len(rows) and rows[number + 1]["kind"] != row["kind"]
+        # Text: a model name such as `[red]a` must not be read as rich markup.
         table.add_row(*(Text(cell) for cell in _cells(row)), style=style, end_section=ends)
     return table
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The evaluation as a Markdown table, one line per row and no line break at the end."""
+def markdown_table(rows: Sequence[ResultsRow]) -> str:
+    """Render the evaluation as a Markdown table without a trailing newline."""
     lines = [" | ".join(COLUMNS), " | ".join(["---"] + ["---:"] * (len(COLUMNS) - 1))]
     lines += [" | ".join(cell.replace("|", "\\|") for cell in _cells(row)) for row in rows]
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def preflight_tables(preflight: Preflight | Mapping[str, Any]) -> list[Table]:
-    """The tables of a pre-flight: teachers, fusions, how much the teachers disagree, and calibration on held-out text."""
-    report = preflight.to_dict() if isinstance(preflight, Preflight) else preflight
-    found = [_teacher_table(report), _fusion_table(report), _disagreement_table(report)]
+def preflight_tables(preflight: PreflightResult | Mapping[str, Any]) -> list[Table]:
+    """Render the teachers, fusions, disagreement and held-out calibration of a preflight."""
+    report = preflight.to_dict() if isinstance(preflight, PreflightResult) else preflight
+    tables = [_teacher_table(report), _fusion_table(report), _disagreement_table(report)]
     if report.get("held_out"):
-        found.append(_held_out_table(report["held_out"]))
-    return found
+        tables.append(_held_out_table(report["held_out"]))
+    return tables
 
 
 def _teacher_table(report: Mapping[str, Any]) -> Table:
@@ -136,11 +136,14 @@ def _teacher_table(report: Mapping[str, Any]) -> Table:
 
 def _fusion_table(report: Mapping[str, Any]) -> Table:
     entries = report["fusions"]
-    is_shown = [at < SHOWN_FUSIONS or entry.get("is_chosen") for at, entry in enumerate(entries)]
+    is_shown = [
+        at < MAX_SHOWN_FUSIONS or entry.get("is_chosen") for at, entry in enumerate(entries)
+    ]
     shown = [entry for entry, is_here in zip(entries, is_shown, strict=True) if is_here]
     rest = len(entries) - len(shown)
     table = Table(
-        title="Fused targets on the calibration split, each token judged by what was fitted on the other half",
+        title="Fused targets on the calibration split, "
+        "each token scored under the fit of the other half",
         title_justify="left",
         caption=f"{rest} more in preflight.json and in the report" if rest else None,
         caption_justify="left",
@@ -180,12 +183,13 @@ def _held_out_table(held_out: Mapping[str, Any]) -> Table:
             rows.append((f"{name}, T={teacher['temperature']:.2f}", teacher["calibrated"]))
     rows.append(("fused target", held_out["fused"]))
     for title, figures in rows:
-        found = [figures, *(figures["domains"].get(domain, {}) for domain in domains)]
+        groups = [figures, *(figures["domains"].get(domain, {}) for domain in domains)]
+        # With a single domain its column would repeat `all`.
         if len(domains) < 2:
-            found = found[:1]
+            groups = groups[:1]
         cells = [
-            f"{_number(one.get('overconfidence'), '+.2f')} / {_number(one.get('ece'), '.3f')}"
-            for one in found
+            f"{_number(group.get('overconfidence'), '+.2f')} / {_number(group.get('ece'), '.3f')}"
+            for group in groups
         ]
         table.add_row(Text(title), *cells, style="bold" if title == "fused target" else "")
     return table
@@ -209,7 +213,7 @@ def _disagreement_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: ResultsRow) -> list[str]:
     return [
         str(row["name"]),
         _count(row["num_parameters"]),
@@ -235,6 +239,6 @@ def _count(value: int | None) -> str:
     return str(value)
 
 
-def _best_trained(rows: Sequence[Row]) -> str | None:
+def _best_trained(rows: Sequence[ResultsRow]) -> str | None:
     trained = [r for r in rows if r["kind"] in ("student", "control") and r["nll"] is not None]
     return min(trained, key=lambda row: row["nll"])["name"] if trained else None

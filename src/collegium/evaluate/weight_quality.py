@@ -1,4 +1,4 @@
-"""What tells weightings apart: do they favor the right teacher, what do they cost, and is a difference more than luck.
+"""Measures of weightings: rank correlation, regret, and the significance of NLL differences.
 
 Shapes: N rows, K teachers, D documents. All values are in nats.
 """
@@ -14,10 +14,10 @@ from collegium.fusion.weights import RowStats
 
 
 def rank_correlation(weights_KN: Tensor, nll_KN: Tensor) -> float | None:
-    """Mean over the rows of the Spearman correlation over the teachers of weight and -NLL.
+    """Return the Spearman correlation over the teachers of weight and -NLL, averaged over rows.
 
-    1: at every token the better teacher has more weight. Equal values share their mean rank. Rows where all weights or all NLL are
-    equal say nothing and are left out; None where no row is left.
+    1 means that at every row the better teacher has more weight. Ties share their mean rank. Rows
+    whose weights or NLLs are all equal are skipped. None if no row is left.
     """
     weight_KN, quality_KN = _centered_ranks(weights_KN), _centered_ranks(-nll_KN)
     spread_N = (weight_KN.square().sum(0) * quality_KN.square().sum(0)).sqrt()
@@ -29,7 +29,8 @@ def rank_correlation(weights_KN: Tensor, nll_KN: Tensor) -> float | None:
 
 
 def _centered_ranks(value_KN: Tensor) -> Tensor:
-    """Ranks over the teachers, equal values sharing the mean of theirs, minus their mean: (K, N) float64."""
+    """Return ranks over the teachers minus their mean, ties sharing a rank: (K, N) float64."""
+    # O(K^2 N) comparisons: K is small, and argsort does not average ties.
     is_below_KKN = value_KN[:, None] > value_KN[None]
     is_equal_KKN = value_KN[:, None] == value_KN[None]
     rank_KN = is_below_KKN.sum(1).double() + (is_equal_KKN.sum(1).double() - 1) / 2
@@ -37,9 +38,9 @@ def _centered_ranks(value_KN: Tensor) -> Tensor:
 
 
 def best_teacher_share(weights_KN: Tensor, nll_KN: Tensor) -> float:
-    """P(highest weight = best teacher): share of the rows whose teacher of highest weight has the lowest NLL.
+    """Return P(highest weight = best teacher) over the rows.
 
-    Teachers of equal weight count as one of them drawn at random: uniform weights score
+    Among teachers of equal weight one is drawn at random, in expectation: uniform weights score
     1/K where no two teachers are equally good.
     """
     is_highest_KN = (weights_KN == weights_KN.amax(0)).double()
@@ -48,14 +49,16 @@ def best_teacher_share(weights_KN: Tensor, nll_KN: Tensor) -> float:
 
 
 def regret(nll_N: Tensor, label_logp_KN: Tensor) -> dict[str, float]:
-    """NLL of a fused target minus that of the best convex weights in hindsight.
+    """Return the NLL of a fused target minus that of the best convex weights in hindsight.
 
     Returns:
-        `constant`: against the best weights that are the same at every row (EM on these very rows); `per_token`: against the best
-        weights at each row, which put everything on its best teacher. Negative values are possible for the first alone.
+        `constant`: against the best constant weights, fitted by EM on these very rows. May be
+        negative. `per_token`: against the best weights at each row, which put everything on the
+        best teacher of that row.
     """
     logp_KN = label_logp_KN.double()
     names = [str(k) for k in range(len(logp_KN))]
+    # EM reads only the label log-probabilities; the other two columns are placeholders.
     best = fit_em_weights(RowStats(logp_KN, logp_KN, logp_KN), names).weights
     weight_K = logp_KN.new_tensor(list(best.values()))
     constant_N = -(weight_K.log()[:, None] + logp_KN).logsumexp(0) + weight_K.sum().log()
@@ -69,19 +72,21 @@ def regret(nll_N: Tensor, label_logp_KN: Tensor) -> dict[str, float]:
 def difference_interval(
     nll_N: Tensor, other_N: Tensor, samples_N: Tensor, *, seed: int = 0, draws: int = 1000
 ) -> tuple[float, float] | None:
-    """95 % interval of mean NLL minus mean other NLL, by drawing documents with replacement; None for fewer than two documents.
+    """Return the 95 % interval of mean NLL minus mean other NLL, by a bootstrap over documents.
 
-    Each draw takes the same documents for both, so what is hard for both cancels out.
+    Documents are drawn with replacement, the same ones for both, so their difficulty cancels out.
+    None for fewer than two documents.
 
-    Source: Koehn 2004, "Statistical significance tests for machine translation evaluation".
+    Source: Koehn 2004, "Statistical significance tests for machine translation evaluation",
+    https://aclanthology.org/W04-3250.
     """
-    _, place_N, count_D = torch.unique(samples_N, return_inverse=True, return_counts=True)
+    _, document_N, count_D = torch.unique(samples_N, return_inverse=True, return_counts=True)
     size = len(count_D)
     if size < 2:
         return None
     total_D = torch.zeros(size, dtype=torch.float64)
-    total_D.index_add_(0, place_N, nll_N.double() - other_N.double())
-    # How often each document is drawn is all that matters.
+    total_D.index_add_(0, document_N, nll_N.double() - other_N.double())
+    # Only the number of times each document is drawn matters: one multinomial draw per replicate.
     times_dD = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=draws)
     differences = (times_dD @ total_D.numpy()) / (times_dD @ count_D.numpy())
     low, high = np.quantile(differences, (0.025, 0.975))
