@@ -1,4 +1,4 @@
-"""The naive truth of the losses: probabilities in float64, written as on paper."""
+"""Reference losses: textbook formulas on float64 probabilities."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def logits(hidden, weight, bias=None, scale: float = 1.0, softcap: float | None 
 
 
 def objective(z, p, labels, *, kd_ratio: float, temperature: float, divergence: str) -> Tensor:
-    """sum_n kd_ratio T^2 D(p^(1/T) / Z, softmax(z / T)) + (1 - kd_ratio) CE, p the fused target."""
+    """sum_n kd_ratio T^2 D(p^(1/T) / Z, softmax(z / T)) + (1 - kd_ratio) CE for a target p."""
     tempered = p ** (1 / temperature)
     tempered = tempered / tempered.sum(-1, keepdim=True)
     kd = DIVERGENCES[divergence](tempered, (z / temperature).softmax(-1)).sum()
@@ -58,7 +58,7 @@ def objective(z, p, labels, *, kd_ratio: float, temperature: float, divergence: 
 
 
 def feature_mse(ours, theirs, adapter) -> Tensor:
-    """Mean over the width of the squared difference of RMS-normalised states, per row."""
+    """Mean over the width of the squared difference of RMS-normalized states, per row."""
     a = ours @ adapter.T
     a = a / a.square().mean(-1, keepdim=True).sqrt()
     b = theirs / theirs.square().mean(-1, keepdim=True).sqrt()

@@ -1,4 +1,4 @@
-"""The terms of a sparse target row by row, with their gradients at the student's logits."""
+"""Differentiable per-row terms of a sparse target, for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collegium.types import SparseRows
 
 
 class _Term(torch.autograd.Function):
-    """One term of the closed form per row, with the gradient that it leaves behind."""
+    """One term of `ClosedForm` per row, with its in-place gradient as the backward pass."""
 
     @staticmethod
     def forward(ctx, logits, labels, target, name):
@@ -29,5 +29,5 @@ class _Term(torch.autograd.Function):
 
 
 def sparse_terms(logits: Tensor, labels: Tensor, target: SparseRows) -> tuple[Tensor, Tensor]:
-    """(n,) cross-entropy and (n,) KL."""
+    """Return (n,) cross-entropy and (n,) KL."""
     return _Term.apply(logits, labels, target, "ce"), _Term.apply(logits, labels, target, "kd")

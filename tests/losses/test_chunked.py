@@ -1,4 +1,4 @@
-"""The block driver against plain autograd on whole logits."""
+"""Block driver against plain autograd on full logits."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import reference_losses
 from collegium.losses.chunked import add_product_, block_losses, default_block_size
 from collegium.losses.divergences import ForwardKL
 from collegium.types import Head
+from refusals import refused
 
 N, V, D = 19, 23, 5
 WEIGHTS = {"kd": 0.7, "ce": 0.3}
@@ -53,6 +54,7 @@ class Problem:
         return sum(WEIGHTS[name] * value for name, value in self.plain_terms().items())
 
 
+# Cohere scales its logits, Gemma 2 caps them.
 HEADS = [{}, {"bias": False}, {"scale": 0.25}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 5.0}]
 
 
@@ -73,7 +75,7 @@ def test_equals_plain_autograd(head, block_size):
     assert sums.grad_norms == {}
 
 
-def test_blocks_come_once_and_in_order():
+def test_each_block_is_evaluated_once_in_order():
     problem, seen = Problem(), []
 
     def row_losses(logits, block):
@@ -95,25 +97,26 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(total, problem.inputs)
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_raise():
     problem = Problem()
     (grad,) = torch.autograd.grad(problem.sums().total ** 2, problem.hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-def test_a_graph_that_is_kept_can_be_asked_again():
+def test_retained_graph_allows_a_second_backward():
     problem = Problem()
     total = problem.sums().total
     first = torch.autograd.grad(2 * total, problem.inputs, retain_graph=True)
     again = torch.autograd.grad(total, problem.inputs)
-    for one, two in zip(first, again, strict=True):
-        torch.testing.assert_close(one, 2 * two)
-    with pytest.raises(RuntimeError, match="second backward pass; must be one"):
+    for doubled, grad in zip(first, again, strict=True):
+        torch.testing.assert_close(doubled, 2 * grad)
+    # A backward pass without retain_graph scales the gradients in-place and drops them.
+    with refused(RuntimeError, "block_losses"):
         total.backward()
 
 
-def test_blocks_that_are_not_asked_for_have_one_size(monkeypatch):
+def test_default_blocks_have_equal_sizes(monkeypatch):
     monkeypatch.setattr("collegium.losses.chunked.MAX_BLOCK", 8)
     problem, seen = Problem(), []
 
@@ -122,6 +125,7 @@ def test_blocks_that_are_not_asked_for_have_one_size(monkeypatch):
         return problem.row_losses(logits, block)
 
     block_losses(problem.hidden, problem.head, row_losses, WEIGHTS)
+    # Not 8, 8, 3: each block reads and writes the whole gradient of the head.
     assert seen == [7, 7, 5]
 
 
@@ -139,8 +143,8 @@ def test_frozen_inputs_get_no_gradient(frozen):
     assert [x.grad is None for x in problem.inputs] == [not x.requires_grad for x in problem.inputs]
 
 
-def test_a_tied_head_cut_to_v_rows_gets_both_gradients():
-    """The weight is a view of the embedding that the hidden states come from."""
+def test_tied_head_with_padding_rows_gets_both_gradients():
+    """The weight is a view of the embedding table that also produces the hidden states."""
     problem = Problem(bias=False)
     table = torch.randn(V + 3, D, dtype=torch.float64, requires_grad=True)
     ids = torch.arange(N)
@@ -159,7 +163,7 @@ def test_a_tied_head_cut_to_v_rows_gets_both_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_with_wide_losses(dtype):
+def test_half_precision_weights_with_float32_losses(dtype):
     problem = Problem(dtype=dtype)
     sums = problem.sums(block_size=6)
     assert sums.total.dtype == torch.float32
@@ -176,7 +180,7 @@ def test_half_precision_weights_with_wide_losses(dtype):
 
 
 def test_sums_of_half_gradients_do_not_overflow():
-    """In float16 a sum over rows may pass 65504 where its mean does not."""
+    """In float16 the sum over rows may exceed 65504 although the mean does not."""
     hidden = torch.full((4, 1), 100.0, dtype=torch.float16)
     weight = torch.zeros(2, 1, dtype=torch.float16, requires_grad=True)
     sums = block_losses(
@@ -216,7 +220,7 @@ def test_evaluation_forms_no_gradient(context):
     torch.testing.assert_close(sums.total, problem.plain().detach())
 
 
-def test_no_rows_still_have_a_graph():
+def test_zero_rows_keep_a_graph():
     problem = Problem()
     hidden = problem.hidden[:0]
     sums = block_losses(hidden, problem.head, problem.row_losses, WEIGHTS, measure=True)
@@ -230,7 +234,7 @@ def test_no_rows_still_have_a_graph():
 
 
 @pytest.mark.parametrize("block_size", [4, N])
-def test_measured_norms_are_those_of_each_weighted_term(block_size):
+def test_measured_norms_match_each_weighted_term(block_size):
     problem = Problem(softcap=3.0)
     plain_total = problem.sums(block_size=block_size).total
     sums = problem.sums(block_size=block_size, measure=True)
@@ -252,6 +256,7 @@ def test_a_term_that_ignores_the_student_has_no_gradient():
             "dead_too": torch.ones(len(logits), requires_grad=True),
         }
 
+    # "dead" has no graph at all; "dead_too" has one that does not reach the logits.
     weights = {"dead": 1.0, "dead_too": 1.0}
     sums = block_losses(problem.hidden, problem.head, row_losses, weights, measure=True)
     assert sums.grad_norms == {"dead": 0, "dead_too": 0}
@@ -261,7 +266,7 @@ def test_a_term_that_ignores_the_student_has_no_gradient():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation makes."""
+    """Records the number of elements of the largest tensor that any operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -274,7 +279,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_of_rows_by_vocabulary():
+def test_no_tensor_has_rows_times_vocabulary_elements():
     rows, vocab, width = 40, 300, 4
     hidden = torch.randn(rows, width, requires_grad=True)
     weight = torch.randn(vocab, width, requires_grad=True)
@@ -298,8 +303,9 @@ def test_no_tensor_of_rows_by_vocabulary():
     assert largest(8) == 8 * vocab
 
 
-def test_default_block_size_keeps_to_the_memory():
+def test_default_block_size_fits_the_memory_budget():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    # Vocabularies of SmolLM2, Qwen 2.5 and Gemma 3.
     for vocab_size, num_bytes in [(49_152, 8), (151_936, 6), (262_144, None), (49_152, 16)]:
         for device, megabytes in [(cpu, 256), (gpu, 1024)]:
             size = default_block_size(vocab_size, device, bytes_per_logit=num_bytes)
@@ -315,7 +321,7 @@ def test_default_block_size_keeps_to_the_memory():
 
 @pytest.fixture
 def wide_products(monkeypatch):
-    """What devices have, on a CPU: the operation as PyTorch declares it, with the sum in the wider dtype."""
+    """Register CUDA's mixed-dtype `addmm` on a CPU and record the shapes of its outputs."""
     seen = []
 
     def addmm(total, left, right, out_dtype, *, beta=1, alpha=1, out):
@@ -325,6 +331,7 @@ def wide_products(monkeypatch):
         seen.append(out.shape)
         return out.mul_(beta).add_(alpha * (left.float() @ right.float()))
 
+    # PyTorch implements this overload for CUDA only.
     library = torch.library.Library("aten", "IMPL")
     library.impl("addmm.dtype_out", addmm, "CPU")
     monkeypatch.setattr("collegium.losses.chunked._adds_wide_products", lambda device: True)
@@ -341,6 +348,7 @@ def test_products_of_half_precision_are_added_in_float32(wide_products, dtype):
         truth.target = problem.target.double()
     problem.sums(block_size=8).total.backward()
     truth.plain().backward()
+    # Per block: the gradient of the hidden states, then of the head.
     assert wide_products == [(8, D), (V, D), (8, D), (V, D), (3, D), (V, D)]
     for ours, exact in zip(problem.inputs, truth.inputs, strict=True):
         assert ours.grad.dtype == dtype
@@ -348,7 +356,7 @@ def test_products_of_half_precision_are_added_in_float32(wide_products, dtype):
         assert cosine > 0.9999
 
 
-def test_a_wider_sum_than_a_device_offers_is_left_to_two_operations(wide_products):
+def test_float64_sums_of_half_products_use_two_operations(wide_products):
     sums, left, right = torch.ones(3, 2).double(), torch.ones(3, 4).half(), torch.ones(4, 2).half()
     add_product_(sums, left, right)
     assert wide_products == []

@@ -1,4 +1,4 @@
-"""Losses on sparse targets against the dense formula in float64, values and gradients."""
+"""Losses on sparse targets against the dense formula in float64, in value and gradient."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _draw(seed: int = 0, *, scale: float = 2.0) -> tuple[torch.Tensor, torch.Ten
 
 
 def _sampled(seed: int = 1) -> SparseRows:
-    """Rows with one to five tokens, ragged."""
+    """Draw ragged rows of one to five tokens."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [1 + int(torch.randint(5, (), generator=generator)) for _ in range(N)]
     ids = [torch.randperm(V, generator=generator)[:size] for size in sizes]
@@ -35,7 +35,7 @@ def _sampled(seed: int = 1) -> SparseRows:
 
 
 def _top_k(k: int, seed: int = 2) -> tuple[SparseRows, torch.Tensor]:
-    """Top k with the tail, and the dense distribution behind it."""
+    """Draw a top-k target with its tail, and the dense distribution that it truncates."""
     generator = torch.Generator().manual_seed(seed)
     logp = torch.randn(N, V, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
     top = logp.topk(k)
@@ -63,7 +63,7 @@ def test_draws_match_the_dense_formula_in_value_and_gradient() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 5, V - 1, V])
-def test_top_k_is_the_kl_over_kept_tokens_and_one_bucket(k: int) -> None:
+def test_top_k_is_the_kl_over_kept_tokens_and_a_tail_bucket(k: int) -> None:
     logits, labels = _draw()
     target, logp = _top_k(k)
     _, kl = sparse_terms(logits, labels, target)
@@ -76,7 +76,8 @@ def test_top_k_is_the_kl_over_kept_tokens_and_one_bucket(k: int) -> None:
     torch.testing.assert_close(_gradient(kl, logits), _gradient(expected, logits))
 
 
-def test_the_bucket_of_a_student_that_equals_its_target_costs_nothing() -> None:
+def test_self_distillation_from_top_k_has_zero_loss_and_gradient() -> None:
+    # A truncated KL without a tail has a gradient even here (verl-project/verl#7856).
     target, logp = _top_k(4)
     logits = logp.clone().requires_grad_()
     _, kl = sparse_terms(logits, torch.zeros(N, dtype=torch.int64), target)
@@ -85,8 +86,9 @@ def test_the_bucket_of_a_student_that_equals_its_target_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_student_without_a_tail_is_pulled_back_and_nothing_overflows(dtype: torch.dtype) -> None:
+def test_student_without_tail_mass_has_a_finite_gradient(dtype: torch.dtype) -> None:
     logits = torch.zeros(1, V, dtype=dtype)
+    # The mass of the other tokens, 22 exp(-60), rounds to 0 in 1 - q.
     logits[0, 0] = 60.0
     logits.requires_grad_()
     starts, ids = torch.tensor([0, 1]), torch.tensor([0])
@@ -101,20 +103,21 @@ def test_a_student_without_a_tail_is_pulled_back_and_nothing_overflows(dtype: to
     assert torch.isfinite(_gradient(kl, logits)).all()
 
 
-def test_below_the_floor_the_tail_still_has_a_gradient() -> None:
+def test_tail_below_the_floor_still_has_a_gradient() -> None:
     logits = torch.zeros(1, V, dtype=torch.float64)
-    logits[0, 0] = 18.0  # a tail of 3e-7
+    logits[0, 0] = 18.0  # tail mass 3e-7
     logits.requires_grad_()
+    starts, ids = torch.tensor([0, 1]), torch.tensor([0])
     target = SparseRows(
-        torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([math.log(0.9)]), torch.tensor([math.log(0.1)]), V
-    )  # fmt: skip
+        starts, ids, torch.tensor([math.log(0.9)]), torch.tensor([math.log(0.1)]), V
+    )
     _, kl = sparse_terms(logits, torch.zeros(1, dtype=torch.int64), target)
     gradient = _gradient(kl, logits)
     assert gradient[0, 0] > 0.01
     assert (gradient[0, 1:] < 0).all()
 
 
-def test_an_empty_tail_is_no_nan() -> None:
+def test_empty_tail_is_finite() -> None:
     logits, labels = _draw()
     target, _ = _top_k(V)
     target = SparseRows(target.starts, target.ids, target.logp, torch.full((N,), -torch.inf), V)
@@ -123,7 +126,7 @@ def test_an_empty_tail_is_no_nan() -> None:
     assert torch.isfinite(_gradient(kl, logits)).all()
 
 
-def test_blocks_of_a_target_are_its_rows() -> None:
+def test_blocks_of_a_target_match_the_whole() -> None:
     logits, labels = _draw()
     for target in (_sampled(), _top_k(3)[0]):
         whole = sparse_terms(logits, labels, target)[1]
@@ -134,8 +137,8 @@ def test_blocks_of_a_target_are_its_rows() -> None:
         torch.testing.assert_close(torch.cat(parts), whole)
 
 
-def test_the_gradient_of_draws_is_unbiased() -> None:
-    """The mean over many draws is the gradient of the dense target, within five standard errors."""
+def test_gradient_of_draws_is_unbiased() -> None:
+    """The mean over many draws is the dense gradient within five standard errors."""
     from cache_cases import Samples, row_keys
     from collegium.cache.codec import SCALARS, decode_rows, encode_rows
 
@@ -154,5 +157,6 @@ def test_the_gradient_of_draws_is_unbiased() -> None:
     _, kl = sparse_terms(student, torch.zeros(num_repeats, dtype=torch.int64), target)
     gradient = _gradient(kl, student)
     p = logp[0].exp()
+    # Standard error of a multinomial frequency.
     error = (p * (1 - p) / draws / num_repeats).sqrt()
     assert ((gradient.mean(0) - (q - p)).abs() < 5 * error + 1e-6).all()
