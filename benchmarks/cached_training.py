@@ -1,11 +1,12 @@
-"""Training speed and memory: labels alone, the fused target from a cache, and live teachers; same student, same batches.
+"""Training speed and memory with labels only, a cached fused target, and live teachers.
 
     python benchmarks/cached_training.py --save docs/results/cache.md
 
-Untrained models of the given sizes on made-up windows: speed does not depend on what they know, and the teachers' logits are scaled
-until a target has as many different draws as on real text (printed). Batches come through the data loader and collator of training,
-in another order than the cache was built in. The three ways take turns step by step, so that a change of the machine's speed meets
-all of them; medians over rounds. Peak memory is that of a process of its own for each way. Nothing else should run meanwhile.
+All three modes train the same student on the same batches. Models are untrained and windows are
+random, because speed does not depend on the content. Teacher logits are scaled until a target has
+as many unique draws as on real text (printed). Batches come through the data loader and collator
+of training, in another order than the cache was built in. Speeds are medians over rounds. Peak
+memory is measured in a separate process per mode. Nothing else should run at the same time.
 """
 
 from __future__ import annotations
@@ -46,37 +47,44 @@ from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.types import Batch, Teacher
 
-WAYS = {"ce": "(a) labels alone", "cached": "(b) cached teachers", "live": "(c) live teachers"}
+MODES = {"ce": "(a) labels only", "cached": "(b) cached teachers", "live": "(c) live teachers"}
 SHARPNESS = 9.0
-"""Factor on the teachers' heads."""
+"""Factor on the weights of the teachers' heads."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teachers", type=int, default=5)
     parser.add_argument("--vocab", type=int, default=16_384)
-    parser.add_argument("--width", type=int, default=256, help="of the student; teachers: twice")
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=256,
+        help="width of the student; the teachers have twice as much",
+    )
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--save", type=Path, help="Markdown file whose section `Speed` is replaced")
+    parser.add_argument(
+        "--save", type=Path, help="Markdown file in which to replace the section `Speed`"
+    )
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
-        way, folder = options.memory.split(":", 1)
-        run_alone(way, Path(folder), options)
+        mode, folder = options.memory.split(":", 1)
+        run_mode(mode, Path(folder), options)
         return
     started = time.perf_counter()
     dataset = make_dataset(options)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
         teachers = make_teachers(options)
         entries = make_cache(folder, teachers, dataset, options)
         sources = {"ce": [], "cached": [open_teacher(folder, dataset)], "live": teachers}
-        steps = {way: make_step(found, dataset, options) for way, found in sources.items()}
+        steps = {mode: make_step(source, dataset, options) for mode, source in sources.items()}
         speeds = measure(steps, options.rounds)
         del sources, steps, teachers
-        peaks = {way: peak_of(way, folder) for way in WAYS}
+        peaks = {mode: measure_peak(mode, folder) for mode in MODES}
     text = table(speeds, peaks) + "\n\n" + origin(entries, options, time.perf_counter() - started)
     print(text)
     if options.save:
@@ -84,7 +92,7 @@ def main() -> None:
 
 
 def make_model(vocab_size: int, width: int, *, sharpness: float | None = None) -> Any:
-    """An untrained model of four layers; with a sharpness, its head is its own and not its embeddings."""
+    """Return an untrained model of four layers. `sharpness` scales its head and unties it."""
     config = AutoConfig.for_model(
         "llama",
         vocab_size=vocab_size,
@@ -97,13 +105,14 @@ def make_model(vocab_size: int, width: int, *, sharpness: float | None = None) -
     )
     model = AutoModelForCausalLM.from_config(config)
     if sharpness is not None:
+        # Untied, or the embeddings would be scaled as well.
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(sharpness)
     return model
 
 
 def make_teachers(options: argparse.Namespace) -> list[Teacher]:
-    """Teachers twice as wide as the student."""
+    """Return teachers twice as wide as the student."""
     torch.manual_seed(1)
     width, vocab_size = 2 * options.width, options.vocab
     models = [make_model(vocab_size, width, sharpness=SHARPNESS) for _ in range(options.teachers)]
@@ -111,7 +120,7 @@ def make_teachers(options: argparse.Namespace) -> list[Teacher]:
 
 
 def make_dataset(options: argparse.Namespace) -> PackedDataset:
-    """Enough windows of random tokens for every round."""
+    """Return enough windows of random tokens for all rounds."""
     size = options.length * options.batch * (options.rounds + 1)
     ids = np.random.default_rng(0).integers(options.vocab, size=size)
     document = Encoded(ids, np.arange(size) > 0, np.ones(size, np.int64), True)
@@ -121,7 +130,7 @@ def make_dataset(options: argparse.Namespace) -> PackedDataset:
 def make_cache(
     folder: Path, teachers: Sequence[Teacher], dataset: PackedDataset, options: argparse.Namespace
 ) -> float:
-    """Let the teachers read all windows once; returns the number of entries per target."""
+    """Build the cache and return its number of entries per target."""
     cache = CacheOptions(batch_size=4)
     encoder = FusedEncoder(
         lambda: teachers, Fusion(), dataset, options=cache, seed=0, vocab_size=options.vocab
@@ -147,19 +156,19 @@ def make_cache(
 
 
 def open_teacher(folder: Path, dataset: PackedDataset) -> CachedTeacher:
-    """The cache in the place of the teachers."""
+    """Open the cache as a teacher."""
     return CachedTeacher(open_cache(folder), dataset.sample_names)
 
 
 def make_step(
     teachers: Sequence[Teacher], dataset: PackedDataset, options: argparse.Namespace
 ) -> Callable[[], int]:
-    """One training step on the next batch; returns its number of rows."""
+    """Return a function that runs one training step and returns its number of rows."""
     torch.manual_seed(0)
     student = make_model(options.vocab, options.width)
     objective = Objective(ObjectiveOptions(), Fusion() if teachers else None)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    batches = one_ahead(dataset, teachers, options)
+    batches = prefetch_batches(dataset, teachers, options)
 
     def step() -> int:
         batch = Batch.from_inputs(next(batches))
@@ -174,10 +183,10 @@ def make_step(
     return step
 
 
-def one_ahead(
+def prefetch_batches(
     dataset: PackedDataset, teachers: Sequence[Teacher], options: argparse.Namespace
 ) -> Iterator[Mapping[str, torch.Tensor]]:
-    """Shuffled batches, each made before the one in hand is used up, as the data loader of training does."""
+    """Yield shuffled batches, prefetching one like the data loader of training."""
     stored = [teacher for teacher in teachers if isinstance(teacher, CachedTeacher)]
     loader = DataLoader(
         dataset,
@@ -186,37 +195,36 @@ def one_ahead(
         generator=torch.Generator().manual_seed(0),
         collate_fn=PrefetchingCollator(Collator(), stored),
     )
-    found = iter(loader)
-    in_hand = next(found)
-    for following in found:
-        yield in_hand
-        in_hand = following
-    yield in_hand
+    batches = iter(loader)
+    current = next(batches)
+    for following in batches:
+        yield current
+        current = following
+    yield current
 
 
 def measure(steps: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, float]:
-    """Take turns; median tokens per second of each way. The first round warms up.
-
-    Every order of the ways comes up, since a step is slower after one that has used all memory and caches.
-    """
-    speeds: dict[str, list[float]] = {way: [] for way in steps}
+    """Return the median tokens per second of each mode. The first round is a warm-up."""
+    # Modes alternate, so that a change of the machine's speed affects all of them. Rounds cycle
+    # through every order, because a step is slower after one that filled memory and caches.
+    speeds: dict[str, list[float]] = {mode: [] for mode in steps}
     orders = list(itertools.permutations(steps))
     for number in range(rounds + 1):
-        for way in orders[number % len(orders)]:
+        for mode in orders[number % len(orders)]:
             started = time.perf_counter()
-            num_rows = steps[way]()
+            num_rows = steps[mode]()
             if number:
-                speeds[way].append(num_rows / (time.perf_counter() - started))
-    return {way: statistics.median(values) for way, values in speeds.items()}
+                speeds[mode].append(num_rows / (time.perf_counter() - started))
+    return {mode: statistics.median(values) for mode, values in speeds.items()}
 
 
-def run_alone(way: str, folder: Path, options: argparse.Namespace) -> None:
-    """Three steps of one way, and the peak memory of this process in MB."""
+def run_mode(mode: str, folder: Path, options: argparse.Namespace) -> None:
+    """Run three steps of one mode, and print the peak memory of this process in MB."""
     dataset = make_dataset(options)
     teachers: list[Teacher] = []
-    if way == "live":
+    if mode == "live":
         teachers = make_teachers(options)
-    elif way == "cached":
+    elif mode == "cached":
         teachers = [open_teacher(folder, dataset)]
     step = make_step(teachers, dataset, options)
     for _ in range(3):
@@ -225,7 +233,8 @@ def run_alone(way: str, folder: Path, options: argparse.Namespace) -> None:
 
 
 def peak_megabytes() -> float:
-    """Peak resident memory of this process; on Linux `ru_maxrss` would count that of the process that started it."""
+    """Return the peak resident memory of this process, in MB."""
+    # On Linux `ru_maxrss` includes the peak of the parent process.
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
@@ -233,34 +242,38 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def peak_of(way: str, folder: Path) -> float:
-    """Peak memory in MB of a process that trains in one way alone."""
-    command = [sys.executable, *sys.argv, "--memory", f"{way}:{folder}"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
-    return float(done.stdout.split()[-1])
+def measure_peak(mode: str, folder: Path) -> float:
+    """Return the peak memory in MB of a subprocess that trains in one mode."""
+    # A process per mode, because the peak of a process never decreases.
+    command = [sys.executable, *sys.argv, "--memory", f"{mode}:{folder}"]
+    process = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+    return float(process.stdout.split()[-1])
 
 
 def table(speeds: Mapping[str, float], peaks: Mapping[str, float]) -> str:
-    """The three ways as Markdown."""
-    lines = ["| way | tokens/s | of (a) | peak memory, MB |", "|---|---:|---:|---:|"]
-    for way, title in WAYS.items():
-        share = speeds[way] / speeds["ce"]
-        lines.append(f"| {title} | {speeds[way]:,.0f} | {share:.3f} | {peaks[way]:,.0f} |")
+    """Format the three modes as a Markdown table."""
+    lines = ["| targets | tokens/s | relative to (a) | peak memory, MB |", "|---|---:|---:|---:|"]
+    for mode, title in MODES.items():
+        relative = speeds[mode] / speeds["ce"]
+        lines.append(f"| {title} | {speeds[mode]:,.0f} | {relative:.3f} | {peaks[mode]:,.0f} |")
     ratio = speeds["cached"] / speeds["live"]
-    return "\n".join([*lines, "", f"(b) / (c): {ratio:.2f}. Wanted: (b) at least 0.92 of (a)."])
+    return "\n".join([*lines, "", f"(b) / (c): {ratio:.2f}. Goal: (b) at least 0.92 of (a)."])
 
 
 def origin(entries: float, options: argparse.Namespace, seconds: float) -> str:
-    """Sizes, date, machine, versions and command."""
+    """Describe the sizes, date, machine, versions and command."""
     versions = " ".join(
         f"{name} {metadata.version(name)}" for name in ("torch", "pyarrow", "numpy")
     )
     return (
-        f"{options.teachers} teachers of width {2 * options.width}, a student of width {options.width}, 4 layers each, "
-        f"V = {options.vocab:,}, batches of {options.batch} windows of {options.length} tokens, 50 draws "
-        f"({entries:.1f} different ones), medians of {options.rounds} rounds.\n\n"
-        f"{date.today()}, {environment()['processor']}, {torch.get_num_threads()} threads, {versions}, {seconds:.0f} s:\n"
-        f"`python benchmarks/cached_training.py --teachers {options.teachers} --rounds {options.rounds}`\n"
+        f"{options.teachers} teachers of width {2 * options.width}, a student of width "
+        f"{options.width}, 4 layers each, V = {options.vocab:,}, batches of {options.batch} "
+        f"windows of {options.length} tokens, 50 draws ({entries:.1f} unique), medians of "
+        f"{options.rounds} rounds.\n\n"
+        f"{date.today()}, {environment()['processor']}, {torch.get_num_threads()} threads, "
+        f"{versions}, {seconds:.0f} s:\n"
+        f"`python benchmarks/cached_training.py --teachers {options.teachers} "
+        f"--rounds {options.rounds}`\n"
     )
 
 

@@ -383,11 +383,11 @@ def _build(path: Path, identity: Mapping[str, Any], encoder: CorpusEncoder, *, w
                 f"{what}: {num_targets:,} targets, about {size / 1e6:,.1f} MB to write to {path}"
             ),
             progress=advance,
-            share=share,
+            ranks=share,
         )
     if manifest is None:
         say(
-            f"{what}: the shards of process {share.rank} of {share.world} are finished; the last process ends the cache"
+            f"{what}: the shards of process {share.rank} of {share.world_size} are finished; the last process ends the cache"
         )
     else:
         say(f"{what}: {summary(manifest)}")

@@ -1,4 +1,4 @@
-"""Building: resumable, byte-identical, one writer at a time, and a full disk stops it cleanly."""
+"""Cache builds: resumable, byte-identical, with a single writer and a clean stop on a full disk."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from collegium.cache.layout import Layout
 from collegium.cache.store import open_cache
 from collegium.errors import CacheError, CollegiumError
 from collegium.files import lock_folder
+from refusals import refused
 
 TARGETS = Samples(draws=20)
 PER_SHARD = sum(cache_cases.LENGTHS) - len(cache_cases.LENGTHS)
@@ -29,43 +30,45 @@ class _Stop(Exception):
     pass
 
 
-def _build(path: Path, *, asked: list[int] | None = None, stop_at: int = -1) -> dict:
+def _build(path: Path, *, encoded: list[int] | None = None, stop_at: int = -1) -> dict:
     def encode(number: int):
         if number == stop_at:
             raise _Stop
-        if asked is not None:
-            asked.append(number)
+        if encoded is not None:
+            encoded.append(number)
         return cache_cases.pieces_of(number, TARGETS)
 
-    found = build_cache(path, cache_cases.identity(TARGETS), encode, shard_targets=[PER_SHARD] * 4)
-    assert found is not None
-    return found
+    manifest = build_cache(
+        path, cache_cases.identity(TARGETS), encode, shard_targets=[PER_SHARD] * 4
+    )
+    assert manifest is not None
+    return manifest
 
 
-def test_a_build_goes_on_where_it_stopped_and_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_build_resumes_and_gives_the_same_bytes(tmp_path: Path) -> None:
     _build(tmp_path / "whole")
     with pytest.raises(_Stop):
         _build(tmp_path / "broken", stop_at=2)
-    with pytest.raises(CacheError, match="no finished cache"):
+    with refused(CacheError, "TMP/broken: "):
         open_cache(tmp_path / "broken")
     (tmp_path / "broken" / ".shard-00002-aa.parquet.tmp").write_bytes(b"half a shard")
-    asked: list[int] = []
-    _build(tmp_path / "broken", asked=asked)
-    assert asked == [2, 3]
+    encoded: list[int] = []
+    _build(tmp_path / "broken", encoded=encoded)
+    assert encoded == [2, 3]
     assert cache_cases.content(tmp_path / "broken") == cache_cases.content(tmp_path / "whole")
 
 
-def test_a_finished_cache_is_left_alone(tmp_path: Path) -> None:
+def test_a_finished_cache_is_not_rebuilt(tmp_path: Path) -> None:
     first = _build(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("shard-*")}
-    asked: list[int] = []
-    assert _build(tmp_path, asked=asked) == first
-    assert asked == []
+    encoded: list[int] = []
+    assert _build(tmp_path, encoded=encoded) == first
+    assert encoded == []
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("shard-*")} == before
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing"])
-def test_a_damaged_shard_alone_is_built_again(tmp_path: Path, damage: str) -> None:
+def test_only_a_damaged_shard_is_built_again(tmp_path: Path, damage: str) -> None:
     _build(tmp_path)
     good = cache_cases.content(tmp_path)
     victim = sorted(tmp_path.glob("shard-*"))[1]
@@ -75,13 +78,13 @@ def test_a_damaged_shard_alone_is_built_again(tmp_path: Path, damage: str) -> No
         victim.write_bytes(data)
     else:
         victim.unlink()
-    asked: list[int] = []
-    _build(tmp_path, asked=asked)
-    assert asked == [1]
+    encoded: list[int] = []
+    _build(tmp_path, encoded=encoded)
+    assert encoded == [1]
     assert cache_cases.content(tmp_path) == good
 
 
-def test_files_of_others_are_not_touched(tmp_path: Path) -> None:
+def test_foreign_files_are_kept(tmp_path: Path) -> None:
     (tmp_path / "shard-mine.parquet").write_bytes(b"mine")
     _build(tmp_path)
     assert (tmp_path / "shard-mine.parquet").read_bytes() == b"mine"
@@ -92,60 +95,56 @@ def test_shards_of_another_run_are_refused_by_field(tmp_path: Path, is_finished:
     _build(tmp_path)
     if not is_finished:
         (tmp_path / "manifest.json").unlink()
-    with pytest.raises(CacheError, match="seed: 3 -> 4"):
+    with refused(CacheError, "TMP: "):
         cache_cases.build(tmp_path, TARGETS, seed=4)
 
 
-def test_of_two_builders_one_wins_and_the_other_says_so(tmp_path: Path) -> None:
-    with (
-        lock_folder(tmp_path, "wait"),
-        pytest.raises(CollegiumError, match="another process is running"),
-    ):
+def test_a_second_builder_is_refused(tmp_path: Path) -> None:
+    with lock_folder(tmp_path, "wait"), refused(CollegiumError, "TMP: "):
         _build(tmp_path)
     _build(tmp_path)
 
 
 def _limit_file_size(num_bytes: int) -> None:
+    # Larger writes then fail with EFBIG, which simulates a full disk.
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
 
 
-def test_a_full_disk_stops_cleanly_and_the_build_goes_on_later(tmp_path: Path) -> None:
+def test_a_full_disk_stops_cleanly_and_the_build_resumes_later(tmp_path: Path) -> None:
     _build(tmp_path / "whole")
     path = tmp_path / "cache"
     with pytest.raises(_Stop):
         _build(path, stop_at=2)
     kept = cache_cases.content(path)
     soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    _limit_file_size(500)
-    try:
-        with pytest.raises(
-            CacheError, match=r"the disk is full; about [\d,]+ bytes more are needed"
-        ) as told:
+    # Bytes needed and free depend on the version of Arrow and on the machine.
+    with refused(CacheError, "TMP/cache: ", volatile=r"[\d,]{3,}"):
+        _limit_file_size(500)
+        try:
             _build(path)
-    finally:
-        _limit_file_size(soft)
-    assert "2 of 4 shards are finished and kept" in str(told.value)
-    assert cache_cases.content(path) == kept, "nothing half written may stay"
+        finally:
+            _limit_file_size(soft)
+    assert cache_cases.content(path) == kept, "no partial file may remain"
     _build(path)
     assert cache_cases.content(path) == cache_cases.content(tmp_path / "whole")
 
 
-def test_too_little_space_is_told_before_anything_is_computed(
+def test_low_disk_space_is_refused_before_encoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1, 1, 10))
-    asked: list[int] = []
-    with pytest.raises(CacheError, match="the disk is full"):
-        _build(tmp_path, asked=asked)
-    assert asked == []
+    encoded: list[int] = []
+    with refused(CacheError, "TMP: "):
+        _build(tmp_path, encoded=encoded)
+    assert encoded == []
 
 
-def test_a_shard_with_a_target_too_few_is_never_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="71 targets instead of 72"):
+def test_a_shard_with_too_few_targets_is_not_written(tmp_path: Path) -> None:
+    with refused(ValueError, "shard 0: "):
         build_cache(
             tmp_path,
             cache_cases.identity(TARGETS),
@@ -155,27 +154,25 @@ def test_a_shard_with_a_target_too_few_is_never_written(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("shard-*"))
 
 
-def test_the_estimate_is_of_the_right_size() -> None:
+def test_the_size_estimate_is_in_the_measured_range() -> None:
     assert 25 < expected_bytes_per_token(Layout("fused", Samples(draws=50)), 49_152) < 48
     assert 80 < expected_bytes_per_token(Layout("fused", TopK(k=50)), 49_152) < 130
 
 
-def test_the_estimate_counts_the_entries_of_a_sample_and_then_of_what_stands(
-    tmp_path: Path,
-) -> None:
-    """No sample is asked for where shards tell, nor where nothing is missing."""
-    told: list[int] = []
-    asked: list[int] = []
+def test_the_estimate_uses_a_sample_and_then_the_finished_shards(tmp_path: Path) -> None:
+    """No sample is drawn once shards exist, nor if none is missing."""
+    estimates: list[int] = []
+    samples: list[int] = []
 
     def build(stop_at: int = -1) -> None:
         def encode(number: int):
-            assert told, "announced too late"
+            assert estimates, "announced too late"
             if number == stop_at:
                 raise _Stop
             return cache_cases.pieces_of(number, TARGETS)
 
         def sample() -> float:
-            asked.append(1)
+            samples.append(1)
             return 7.0
 
         build_cache(
@@ -184,7 +181,7 @@ def test_the_estimate_counts_the_entries_of_a_sample_and_then_of_what_stands(
             encode,
             shard_targets=[PER_SHARD] * 4,
             sample=sample,
-            announce=told.append,
+            announce=estimates.append,
         )
 
     with pytest.raises(_Stop):
@@ -192,13 +189,13 @@ def test_the_estimate_counts_the_entries_of_a_sample_and_then_of_what_stands(
     layout = Layout("fused", TARGETS)
     vocab_size = cache_cases.identity(TARGETS)["vocab_size"]
     per_token = expected_bytes_per_token(layout, vocab_size, 7.0)
-    assert told == [round(4 * PER_SHARD * per_token)]
+    assert estimates == [round(4 * PER_SHARD * per_token)]
     build()
-    assert told[1] == pytest.approx(
+    assert estimates[1] == pytest.approx(
         sum(p.stat().st_size for p in tmp_path.glob("shard-0000[01]*")), abs=1
     )
     build()
-    assert (len(told), len(asked)) == (2, 1)
+    assert (len(estimates), len(samples)) == (2, 1)
 
 
 KILLED = """
@@ -216,8 +213,8 @@ build_cache(Path(sys.argv[1]), cache_cases.identity(targets), encode, shard_targ
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_costs_one_shard_at_most(tmp_path: Path) -> None:
-    """SIGKILL three times at random moments; the end is byte for byte that of an unbroken build."""
+def test_a_kill_costs_at_most_one_shard(tmp_path: Path) -> None:
+    """After three SIGKILLs at random times, the bytes equal those of an uninterrupted build."""
     build_cache(
         tmp_path / "whole",
         cache_cases.identity(TARGETS),
@@ -240,5 +237,5 @@ def test_a_kill_at_any_moment_costs_one_shard_at_most(tmp_path: Path) -> None:
         started += [int(number) for number in rest]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     started += [int(number) for number in result.stdout.split()]
-    assert len(started) <= 12 + 3, "a kill may cost the shard that was under way, and no other"
+    assert len(started) <= 12 + 3, "a kill may cost only the shard in progress"
     assert cache_cases.content(tmp_path / "cut") == cache_cases.content(tmp_path / "whole")

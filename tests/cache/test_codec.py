@@ -1,4 +1,4 @@
-"""The codec: draws that are unbiased, a tail that is exact, nothing that depends on who asks when."""
+"""Codec: unbiased draws, an exact tail, and no dependence on batching."""
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from collegium.cache.codec import (
     id_dtype,
     row_keys,
 )
+from refusals import refused
 
 V = 60
 
@@ -38,7 +39,7 @@ def _encode(targets, logp, keys=None):
 
 
 def test_draws_are_unbiased() -> None:
-    """Chi-square of 400,000 draws against the distribution, and of ids with counts as they are stored."""
+    """Chi-square of 400,000 stored draws against the distribution."""
     num_rows, num_draws = 8000, 50
     logp_V = _logp(1)[0]
     encoded = _encode(Samples(draws=num_draws), logp_V.repeat(num_rows, 1))
@@ -50,8 +51,8 @@ def test_draws_are_unbiased() -> None:
     assert counts.sum() == num_rows * num_draws
 
 
-def test_draws_of_a_row_are_independent_of_each_other() -> None:
-    """Variance of a count over rows is N p (1 - p): neither stratified nor correlated."""
+def test_draws_of_a_row_are_independent() -> None:
+    """The variance of a count over rows is N p (1 - p): neither stratified nor correlated."""
     num_rows, num_draws = 20_000, 20
     drawn = draw(torch.log(torch.tensor([[0.3, 0.7]])).repeat(num_rows, 1), _keys(num_rows), 20)
     counts = (drawn == 0).sum(1).double()
@@ -61,7 +62,7 @@ def test_draws_of_a_row_are_independent_of_each_other() -> None:
     assert abs(neighbors.item()) < 0.03
 
 
-def test_draws_depend_on_seed_document_and_offset_alone() -> None:
+def test_draws_depend_only_on_seed_document_and_offset() -> None:
     logp = _logp(1).repeat(6, 1)
     documents = np.array([1, 1, 2, 2, 1, 1], np.uint64)
     offsets = np.array([4, 5, 4, 5, 4, 5])
@@ -69,8 +70,8 @@ def test_draws_depend_on_seed_document_and_offset_alone() -> None:
     assert torch.equal(drawn[:2], drawn[4:])
     assert len({tuple(row.tolist()) for row in drawn}) == 4
     assert not torch.equal(drawn, draw(logp, row_keys(1, documents, offsets), 40))
-    one = draw(logp[:1], row_keys(0, documents[:1], offsets[:1]), 40)
-    assert torch.equal(one[0], drawn[0]), "the other rows of a block must not matter"
+    single = draw(logp[:1], row_keys(0, documents[:1], offsets[:1]), 40)
+    assert torch.equal(single[0], drawn[0]), "the other rows of a block must not matter"
 
 
 def test_impossible_tokens_are_never_drawn() -> None:
@@ -83,7 +84,7 @@ def test_impossible_tokens_are_never_drawn() -> None:
     assert encoded.ids.max() < V - 1
 
 
-def test_stored_draws_are_what_was_drawn() -> None:
+def test_stored_draws_decode_to_the_drawn_counts() -> None:
     logp, keys = _logp(9), _keys(9)
     encoded = _encode(Samples(draws=30), logp, keys)
     rows = decode_rows(Samples(draws=30), encoded, V)
@@ -95,7 +96,7 @@ def test_stored_draws_are_what_was_drawn() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 7, 59, 60, 100])
-def test_top_k_holds_its_error_bound_and_an_exact_tail(k: int) -> None:
+def test_top_k_meets_its_error_bound_and_has_an_exact_tail(k: int) -> None:
     logp = _logp(40, scale=4.0).double()
     rows = decode_rows(TopK(k=k), _encode(TopK(k=k), logp), V)
     kept = min(k, V)
@@ -107,7 +108,7 @@ def test_top_k_holds_its_error_bound_and_an_exact_tail(k: int) -> None:
     assert torch.allclose(total, torch.ones(40, dtype=torch.float64), atol=1e-6)
 
 
-def test_a_tail_far_below_rounding_is_kept() -> None:
+def test_a_tail_below_rounding_is_kept() -> None:
     logp = torch.full((1, V), -40.0, dtype=torch.float64)
     logp[0, 5] = 0.0
     rows = decode_rows(TopK(k=1), _encode(TopK(k=1), logp), V)
@@ -118,7 +119,7 @@ def test_a_tail_far_below_rounding_is_kept() -> None:
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32), (151_936, np.uint32)]
 )
-def test_every_token_has_room(vocab_size: int, dtype: type) -> None:
+def test_the_largest_token_id_fits(vocab_size: int, dtype: type) -> None:
     assert id_dtype(vocab_size) is dtype
     logp = torch.full((1, vocab_size), -torch.inf)
     logp[0, vocab_size - 1] = 0.0
@@ -128,7 +129,7 @@ def test_every_token_has_room(vocab_size: int, dtype: type) -> None:
         assert decode_rows(targets, encoded, vocab_size).ids.tolist() == [vocab_size - 1]
 
 
-def test_counts_are_as_wide_as_the_number_of_draws() -> None:
+def test_the_dtype_of_counts_fits_the_number_of_draws() -> None:
     certain = torch.log(torch.tensor([[1.0, 0.0]]))
     for draws, dtype in ((255, np.uint8), (256, np.uint16)):
         encoded = _encode(Samples(draws=draws), certain)
@@ -141,22 +142,23 @@ def test_scalars_are_float16_and_finite() -> None:
     encoded = encode_rows(Samples(), _logp(1), _keys(1), scalars=scalars)
     assert all(values.dtype == np.float16 for values in encoded.scalars.values())
     assert np.isfinite(encoded.scalars["label_logp"]).all()
-    with pytest.raises(ValueError, match="entropy: is NaN for 1 rows"):
+    with refused(ValueError, "entropy: "):
         encode_rows(
             Samples(), _logp(1), _keys(1), scalars=scalars | {"entropy": torch.tensor([torch.nan])}
         )
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    "change",
     [
-        ({"values": np.array([3, 3], np.uint8)}, "counts of a row do not add up to 5"),
-        ({"ids": np.array([1, V], np.uint16)}, "not below 60"),
-        ({"sizes": np.array([1, 0], np.uint8)}, "entries do not match"),
-        ({"sizes": np.array([2, 0], np.uint8)}, "empty row"),
+        {"values": np.array([3, 3], np.uint8)},
+        {"ids": np.array([1, V], np.uint16)},
+        {"sizes": np.array([1, 0], np.uint8)},
+        {"sizes": np.array([2, 0], np.uint8)},
     ],
+    ids=["counts", "token id", "sizes", "empty row"],
 )
-def test_rows_that_no_encoder_wrote_are_refused(change: dict, told: str) -> None:
+def test_rows_that_no_encoder_writes_are_refused(change: dict) -> None:
     import dataclasses
 
     logp = torch.log(torch.tensor([[0.4, 0.6] + [0.0] * (V - 2)])).repeat(1, 1)
@@ -166,11 +168,11 @@ def test_rows_that_no_encoder_wrote_are_refused(change: dict, told: str) -> None
         sizes=np.array([2], np.uint8),
     )  # fmt: skip
     decode_rows(Samples(draws=5), good, V)
-    with pytest.raises(ValueError, match=told):
+    with refused(ValueError):
         decode_rows(Samples(draws=5), dataclasses.replace(good, **change), V)
 
 
-def test_the_ends_of_the_unit_interval_draw_possible_tokens(
+def test_both_ends_of_the_unit_interval_draw_possible_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ends = np.array([[0.0, 1 - 2.0**-53]])

@@ -1,4 +1,4 @@
-"""A cache behind a URL is read as one in a folder is, and its damage is seen as well."""
+"""Caches behind URLs: the same targets and the same damage checks as in a local folder."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 import cache_cases
 from collegium.cache.store import cache_folders, open_cache, require_manifest
 from collegium.cli import app
 from collegium.errors import CacheError, CollegiumError
+from refusals import refused, stable
 
 KEYS = [cache_cases.key_of(shard, 2, 17) for shard in range(3)]
 
 
 @pytest.fixture(params=["memory", "file"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of a copy of the cache in `tmp_path / "cache"`."""
+    """URL of a copy of the cache in `tmp_path / "cache"`."""
     cache_cases.build(tmp_path / "cache")
     target = "memory://bucket/cache" if request.param == "memory" else f"file://{tmp_path}/copy"
     files, root = fsspec.url_to_fs(target)
@@ -42,20 +44,19 @@ def test_damage_behind_a_url_is_named(url: str) -> None:
     files, root = fsspec.url_to_fs(url)
     name = sorted(n for n in files.ls(root, detail=False) if str(n).endswith(".parquet"))[1]
     good = files.cat_file(name)
-    damages = {"fails its sha256": bytes([good[0] ^ 1]) + good[1:], "bytes instead of": good[:-1]}
-    for told, data in damages.items():
+    where = stable(f"{url}/{str(name).rpartition('/')[2]}: ")
+    for data in (bytes([good[0] ^ 1]) + good[1:], good[:-1]):
         files.pipe_file(name, data)
-        with pytest.raises(CacheError, match=told) as caught:
+        # The size of a shard depends on the version of Arrow.
+        with refused(CacheError, where, volatile=r"\d+ bytes instead of \d+"):
             open_cache(url)
-        assert str(name).rpartition("/")[2] in str(caught.value)
-        assert url in str(caught.value)
     files.rm(name)
-    with pytest.raises(CacheError, match="missing"):
+    with refused(CacheError, where):
         open_cache(url)
 
 
-def test_no_cache_behind_a_url_is_told(url: str) -> None:
-    with pytest.raises(CacheError, match="no finished cache"):
+def test_a_missing_cache_behind_a_url_is_refused(url: str) -> None:
+    with refused(CacheError, stable(f"{url}/nothing: ")):
         open_cache(f"{url}/nothing")
 
 
@@ -77,16 +78,17 @@ def test_folders_of_teachers_are_found(tmp_path: Path) -> None:
     assert len(open_cache(cache_folders(url)[1])) == len(cache_cases.LENGTHS)
 
 
-def test_an_unknown_kind_of_url_is_refused() -> None:
-    with pytest.raises(CacheError, match=r"nowhere://x: cannot be opened .*; must be a URL"):
+def test_an_unknown_protocol_is_refused() -> None:
+    # The text in parentheses is that of fsspec.
+    with refused(CacheError, "nowhere://x: ", volatile=r"\(.*\)"):
         open_cache("nowhere://x")
 
 
-def test_a_recipe_reads_a_url_and_never_builds_there() -> None:
+def test_options_take_a_url_or_a_path() -> None:
     from collegium.cache.options import CacheOptions
 
-    with pytest.raises(ValueError, match="got both url and path"):
+    with refused(ValidationError, volatile=r" \[type=.*|For further .*"):
         CacheOptions(url="s3://b/c", path=Path("x"))
-    with pytest.raises(ValueError, match="url"):
+    with pytest.raises(ValidationError):
         CacheOptions(url="no url")
     assert issubclass(CacheError, CollegiumError)

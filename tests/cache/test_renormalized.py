@@ -1,4 +1,4 @@
-"""Top k without its tail: what other tools teach, kept here to be measured against."""
+"""Top-k without its tail: the target of other tools, kept as a baseline."""
 
 from __future__ import annotations
 

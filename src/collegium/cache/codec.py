@@ -1,12 +1,15 @@
-"""Dense distributions to sparse targets and back: random draws, or the top k with their tail.
+"""Codecs between dense distributions and sparse targets: random draws, or top-k with its tail.
 
-Shapes: n rows, V vocabulary, N draws per row, k kept tokens per row, E stored entries of all rows together.
+Shapes: n rows, V vocabulary, N draws per row, k kept tokens per row, E stored entries of all rows.
 
-Errors. Draws: the target t = counts / N has E[t] = p exactly and Var[t_i] = p_i (1 - p_i) / N; what is stored is exact.
-Top k: the tail is that of the distribution to float32; each kept log-probability is within `STEP` of the true one, since
-it is rounded to multiples of `STEP` and the kept ones are then scaled, by less than half a step, to sum to 1 - tail.
-Levels, the log-probabilities of drawn tokens, are within `STEP` / 2, down to `-MAX_LEVEL * STEP`.
-Scalars are float16: within 2^-11 of their value, below what bfloat16 teachers leave of it, at half the bytes of float32.
+Error bounds:
+    draws    t = counts / N has E[t] = p exactly and Var[t_i] = p_i (1 - p_i) / N. Storage is exact.
+    top-k    The tail is exact to float32. A kept log-probability is within `STEP` of the true one:
+             it is rounded to a multiple of `STEP`, then all kept ones are scaled, by less than half
+             a step, to sum to 1 - tail.
+    levels   Log-probabilities of drawn tokens are within `STEP` / 2, down to `-MAX_LEVEL * STEP`.
+    scalars  float16, a relative error of 2^-11: below the precision of a bfloat16 teacher, at half
+             the bytes of float32.
 """
 
 from __future__ import annotations
@@ -24,38 +27,39 @@ from torch import Tensor
 
 from collegium.types import STRICT, SparseRows
 
+# bfloat16 logits near 16 are spaced eight times as far apart.
 STEP = 1 / 64
-"""Nats between two log-probabilities that top k tells apart; logits of 16 in bfloat16 lie eight times as far apart."""
+"""Quantization step of stored log-probabilities, in nats."""
 MAX_LEVEL = 2**16 - 1
 MAX_DRAWS = 2**16 - 1
 SCALARS = ("entropy", "label_logp", "max_logp", "disagreement")
-"""Per row of a fused target, in nats: H(P), log P(label), max log P, and how far the teachers are apart."""
+"""Per row of a fused target, in nats: H(P), log P(label), max log P, teacher disagreement."""
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @plain_dataclass(frozen=True, slots=True)
 class EncodedRows:
-    """The targets of n rows as they are stored."""
+    """Stored form of the targets of n rows."""
 
     sizes: np.ndarray
-    """(n,) uint8 or uint16: entries of each row."""
+    """(n,) uint8 or uint16: number of entries of each row."""
     ids: np.ndarray
-    """(E,) uint16 or uint32: tokens, each once in a row."""
+    """(E,) uint16 or uint32: token ids, unique within a row."""
     values: np.ndarray
-    """(E,) counts as uint8 or uint16; or, for top k, levels: steps of `STEP` below 0, as uint16."""
+    """(E,) counts as uint8 or uint16. For top-k, levels: steps of `STEP` below 0, as uint16."""
     log_tail: np.ndarray | None
-    """(n,) float32: log of the mass of all other tokens; None for draws."""
+    """(n,) float32: log of the mass of all other tokens. None for draws."""
     scalars: Mapping[str, np.ndarray]
-    """(n,) float16 each, by name; which ones, the layout of the cache says."""
+    """(n,) float16 each, by name. The layout of the cache lists the names."""
     levels: np.ndarray | None = None
-    """(E,) uint16: -log P(token) of each drawn token in steps of `STEP`; None where nobody will ask."""
+    """(E,) uint16: -log P(token) of drawn tokens in `STEP`s. None for top-k and fused targets."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Samples:
-    """Independent draws from the distribution, as tokens with counts; unbiased.
+    """Independent draws from the distribution, stored as tokens with counts. Unbiased.
 
-    t_i = count_i / N. Serves forward KL and cross-entropy alone, at temperature 1.
+    t_i = count_i / N. Supports only forward KL and cross-entropy, at temperature 1.
 
     Source: Anshumann et al. 2025, arXiv 2503.16870.
     """
@@ -64,49 +68,56 @@ class Samples:
     """Draws per token of text."""
 
     def encode(self, logp_nV: Tensor, keys_n: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(n, V) log-probabilities, (n,) uint64 keys -> sizes, ids, counts; equal keys give equal draws."""
+        """Encode (n, V) log-probabilities with (n,) uint64 keys as sizes, ids and counts.
+
+        Equal keys give equal draws.
+        """
         drawn_nN = draw(logp_nV, keys_n, self.draws).sort(dim=1).values
+        # Run-length encoding of the sorted draws, vectorized over all rows. The first draw of each
+        # row starts a run, so no run crosses a row boundary.
         is_first_nN = torch.ones_like(drawn_nN, dtype=torch.bool)
         is_first_nN[:, 1:] = drawn_nN[:, 1:] != drawn_nN[:, :-1]
-        at = is_first_nN.flatten().nonzero().squeeze(1)
-        end = at.new_tensor([drawn_nN.numel()])
-        counts = torch.cat([at, end]).diff()
+        run_starts = is_first_nN.flatten().nonzero().squeeze(1)
+        end = run_starts.new_tensor([drawn_nN.numel()])
+        counts = torch.cat([run_starts, end]).diff()
         dtype = uint_for(self.draws)
         return (
             is_first_nN.sum(1).cpu().numpy().astype(dtype),
-            drawn_nN.flatten()[at].cpu().numpy(),
+            drawn_nN.flatten()[run_starts].cpu().numpy(),
             counts.cpu().numpy().astype(dtype),
         )
 
     def decode(self, encoded: EncodedRows) -> np.ndarray:
-        """(E,) float32: log(count / N)."""
+        """Return (E,) float32 log(count / N)."""
         return np.log(encoded.values.astype(np.float64) / self.draws).astype(np.float32)
 
-    def problem(self, encoded: EncodedRows) -> str | None:
-        """What is wrong with stored rows, if anything is."""
+    def find_problem(self, encoded: EncodedRows) -> str | None:
+        """Describe the first inconsistency of stored rows, or return None."""
         totals = row_sums(encoded.values.astype(np.int64), encoded.sizes)
         if (encoded.values == 0).any() or (totals != self.draws).any():
             return f"counts of a row do not add up to {self.draws}"
         return None
 
     def num_entries(self, vocab_size: int) -> int:
-        """Entries per row to expect, for an estimate: 9 of 24 draws differ on English text, and 15 of 50."""
+        """Estimate the entries per row."""
+        # Measured on English text: 9 of 24 draws are unique, and 15 of 50.
         return min(vocab_size, max(1, round(self.draws**0.7)))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TopK:
-    """The k most likely tokens, and all others as one bucket with its exact mass."""
+    """The k most likely tokens, with all others as one bucket of exact mass."""
 
     k: Annotated[int, Field(ge=1, le=MAX_DRAWS)] = 50
     """Tokens kept per token of text."""
     renormalized: bool = False
-    """Teach the kept tokens alone, as if the others had no mass: biased, and here to be measured against."""
+    """Drop the tail and renormalize the kept tokens. Biased: a baseline for comparisons."""
 
     def encode(self, logp_nV: Tensor) -> tuple[np.ndarray, ...]:
-        """(n, V) log-probabilities -> sizes, ids, levels and tail."""
+        """Encode (n, V) log-probabilities as sizes, ids, levels and log-tails."""
         num_kept = min(self.k, logp_nV.shape[1])
         top = logp_nV.topk(num_kept, dim=1)
+        # Logsumexp over the rest, because 1 - sum(kept) loses a tail below the rounding error.
         rest_nV = logp_nV.scatter(1, top.indices, -torch.inf)
         log_tail_n = rest_nV.logsumexp(1).clamp(max=0.0)
         level_nk = (-top.values.double() / STEP).round().clamp(0, MAX_LEVEL)
@@ -118,7 +129,7 @@ class TopK:
         )
 
     def decode(self, encoded: EncodedRows) -> np.ndarray:
-        """(E,) float32 log-probabilities that sum, with the tail, to 1."""
+        """Return (E,) float32 log-probabilities that sum, with the tail, to 1."""
         assert encoded.log_tail is not None
         sizes = encoded.sizes.astype(np.int64)
         logp = -encoded.values.astype(np.float64) * STEP
@@ -127,25 +138,26 @@ class TopK:
             if self.renormalized
             else encoded.log_tail.astype(np.float64)
         )
+        # The bound keeps log(0) out of rows whose tail rounds to the whole mass.
         log_kept = np.log(-np.expm1(np.minimum(log_tail, -1e-12)))
         scale = log_kept - np.log(row_sums(np.exp(logp), encoded.sizes))
         return (logp + np.repeat(scale, sizes)).astype(np.float32)
 
-    def problem(self, encoded: EncodedRows) -> str | None:
-        """What is wrong with stored rows, if anything is."""
+    def find_problem(self, encoded: EncodedRows) -> str | None:
+        """Describe the first inconsistency of stored rows, or return None."""
         tail = encoded.log_tail
         if tail is None or np.isnan(tail).any() or (tail > 0).any():
-            return "a tail is no log-probability"
+            return "a tail is not a log-probability"
         return None
 
     def num_entries(self, vocab_size: int) -> int:
-        """Entries per row."""
+        """Return the entries per row."""
         return min(self.k, vocab_size)
 
 
 Targets = Samples | TopK
 TARGETS: dict[str, type[Samples] | type[TopK]] = {"samples": Samples, "top_k": TopK}
-"""The names that a recipe knows."""
+"""Codecs by their names in recipes and manifests."""
 
 
 def encode_rows(
@@ -159,14 +171,14 @@ def encode_rows(
     """Encode the targets of n rows.
 
     Args:
-        targets: how.
+        targets: the codec.
         logp_nV: (n, V) normalized log-probabilities.
-        keys_n: (n,) uint64 from `row_keys`; read by draws alone.
+        keys_n: (n,) uint64 from `row_keys`, ignored by top-k.
         scalars: (n,) nats, by name.
-        with_levels: also keep the log-probabilities of drawn tokens; top k has them anyway.
+        with_levels: also keep the log-probabilities of drawn tokens (implied by top-k).
 
     Raises:
-        ValueError: a scalar is not a number.
+        ValueError: a scalar is NaN.
     """
     levels = None
     if isinstance(targets, Samples):
@@ -187,7 +199,7 @@ def encode_rows(
 
 
 def join_encoded(parts: Sequence[EncodedRows]) -> EncodedRows:
-    """Rows one after the other; at least one part."""
+    """Concatenate rows of at least one part."""
     tails = [part.log_tail for part in parts if part.log_tail is not None]
     levels = [part.levels for part in parts if part.levels is not None]
     names = parts[0].scalars
@@ -202,13 +214,13 @@ def join_encoded(parts: Sequence[EncodedRows]) -> EncodedRows:
 
 
 def split_encoded(rows: EncodedRows, counts: Sequence[int]) -> list[EncodedRows]:
-    """Rows cut into runs of `counts` rows each, which add up to all of them."""
+    """Split rows into runs of `counts` rows each, which must add up to all of them."""
     row_at = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     entry_at = np.concatenate([[0], np.cumsum(rows.sizes.astype(np.int64))])
-    found = []
+    parts = []
     for start, stop in pairwise(row_at.tolist()):
         entries = slice(int(entry_at[start]), int(entry_at[stop]))
-        found.append(
+        parts.append(
             EncodedRows(
                 sizes=rows.sizes[start:stop],
                 ids=rows.ids[entries],
@@ -218,14 +230,14 @@ def split_encoded(rows: EncodedRows, counts: Sequence[int]) -> list[EncodedRows]
                 levels=None if rows.levels is None else rows.levels[entries],
             )
         )
-    return found
+    return parts
 
 
 def decode_rows(targets: Targets, encoded: EncodedRows, vocab_size: int) -> SparseRows:
-    """Stored rows as distributions.
+    """Decode stored rows to distributions.
 
     Raises:
-        ValueError: the rows are not what `encode_rows` writes.
+        ValueError: `encode_rows` never writes such rows.
     """
     sizes = encoded.sizes.astype(np.int64)
     if sizes.sum() != len(encoded.ids) or len(encoded.ids) != len(encoded.values):
@@ -234,7 +246,7 @@ def decode_rows(targets: Targets, encoded: EncodedRows, vocab_size: int) -> Spar
         raise ValueError(f"an empty row, or a token not below {vocab_size}")
     if encoded.levels is not None and len(encoded.levels) != len(encoded.ids):
         raise ValueError("levels do not match the entries")
-    if problem := targets.problem(encoded):
+    if problem := targets.find_problem(encoded):
         raise ValueError(problem)
     tail = None
     if encoded.log_tail is not None and not (isinstance(targets, TopK) and targets.renormalized):
@@ -249,56 +261,61 @@ def decode_rows(targets: Targets, encoded: EncodedRows, vocab_size: int) -> Spar
 
 
 def draw(logp_nV: Tensor, keys_n: np.ndarray, num_draws: int) -> Tensor:
-    """(n, N) int64 independent draws from each row, by inverting the distribution function in float64."""
+    """Draw (n, N) int64 independent samples from each row by inverting its CDF in float64."""
     cdf_nV = logp_nV.to(torch.float64, copy=True).exp_().cumsum_(1)
     total_n1 = cdf_nV[:, -1:]
     uniform_nN = torch.from_numpy(_uniforms(keys_n, num_draws)).to(logp_nV.device)
-    # Strictly below the total, or a draw could land behind the last token.
+    # Strictly below the total, or a draw could land past the last token.
     level_nN = torch.minimum(
         uniform_nN * total_n1, torch.nextafter(total_n1, torch.zeros_like(total_n1))
     )
+    # right=True skips tokens of zero mass, whose CDF equals that of the token before.
     return torch.searchsorted(cdf_nV, level_nN, right=True)
 
 
 def row_keys(seed: int, document_n: np.ndarray, offset_n: np.ndarray) -> np.ndarray:
-    """(n,) uint64 keys of the tokens at `offset_n` of the documents with the hashes `document_n`."""
+    """Return (n,) uint64 keys of the tokens at `offset_n` of documents with hashes `document_n`."""
+    # Nothing else enters, so draws do not depend on batching, sharding or the order of the build.
     with np.errstate(over="ignore"):
         key_n = _mix(document_n.astype(np.uint64) ^ _mix(np.array([seed], np.uint64)))
         return _mix(key_n + _mix(offset_n.astype(np.uint64)))
 
 
 def id_dtype(vocab_size: int) -> type[np.unsignedinteger]:
-    """The narrowest type that holds every token of the vocabulary, none of them reserved."""
+    """Return the narrowest type that holds every token id, none of them reserved."""
+    # A fixed uint16 gave 45 % of a vocabulary of 119,547 the wrong id, and a sentinel of -1 is a
+    # valid token at V = 131,072: huggingface/transformers#2825, NVIDIA/Megatron-LM#5019.
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def uint_for(largest: int) -> type[np.unsignedinteger]:
-    """uint8 or uint16, whichever holds `largest`."""
+    """Return uint8 or uint16, whichever is the narrowest that holds `largest`."""
     return np.uint8 if largest < 2**8 else np.uint16
 
 
 def row_sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(E,) values summed over the entries of each of n rows; no row may be empty."""
+    """Sum (E,) values over the entries of each of n rows, none of them empty."""
+    # `reduceat` returns the next row's first value for an empty row, not 0.
     sizes = sizes.astype(np.int64)
     return np.add.reduceat(values, np.cumsum(sizes) - sizes) if len(sizes) else values[:0]
 
 
 def _levels(logp_nV: Tensor, sizes: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """(E,) log-probabilities of the entries of n rows, in steps."""
+    """Return (E,) log-probabilities of the entries of n rows, in steps."""
     rows = torch.arange(len(logp_nV)).repeat_interleave(torch.from_numpy(sizes.astype(np.int64)))
     logp_E = logp_nV[rows.to(logp_nV.device), torch.from_numpy(ids).to(logp_nV.device)]
     return (-logp_E.double() / STEP).round().clamp(0, MAX_LEVEL).cpu().numpy().astype(np.uint16)
 
 
 def _float16(name: str, values_n: Tensor) -> np.ndarray:
-    found = values_n.double().cpu().numpy()
-    if np.isnan(found).any():
-        raise ValueError(f"{name}: is NaN for {int(np.isnan(found).sum())} rows; must be a number")
-    return np.clip(found, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16)
+    exact = values_n.double().cpu().numpy()
+    if np.isnan(exact).any():
+        raise ValueError(f"{name}: is NaN for {int(np.isnan(exact).sum())} rows; must be a number")
+    return np.clip(exact, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16)
 
 
 def _uniforms(keys_n: np.ndarray, num_draws: int) -> np.ndarray:
-    """(n, N) float64 in [0, 1), a function of the keys alone."""
+    """Return (n, N) float64 in [0, 1), a pure function of the keys."""
     steps = np.arange(1, num_draws + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         bits = _mix(keys_n[:, None] + steps[None, :] * np.uint64(0x9E3779B97F4A7C15))
@@ -306,9 +323,9 @@ def _uniforms(keys_n: np.ndarray, num_draws: int) -> np.ndarray:
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 whose values look random.
+    """Apply a bijection of uint64 whose values look random (SplitMix64).
 
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014 (SplitMix64).
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
     with np.errstate(over="ignore"):
         z = z + np.uint64(0x9E3779B97F4A7C15)

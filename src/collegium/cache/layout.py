@@ -1,9 +1,10 @@
-"""Which columns a cache has beside its keys: how targets are kept, and what is kept of each position.
+"""Columns of a cache: the codec of its targets, and the scalars of each position.
 
-A cache of kind `fused` holds one target per position. A per-teacher cache is one such folder per teacher, which holds what
-this teacher says at temperature 1 and what it takes to read it at a few other temperatures:
+A `fused` cache holds one target per position. A per-teacher cache is one such folder per teacher.
+It holds the teacher's distribution at temperature 1, and the scalars to read it at a few others:
 
-    P_T(v) = P(v)^(1/T) / Z_T,   log Z_T = log sum_v P(v)^(1/T),   H_T = log Z_T - (1/T) sum_v P_T(v) log P(v)
+    P_T(v) = P(v)^(1/T) / Z_T,   log Z_T = log sum_v P(v)^(1/T),
+    H_T = log Z_T - (1/T) sum_v P_T(v) log P(v)
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ TEACHER_SCALARS = ("entropy", "label_logp", "max_logp")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The columns of a cache."""
+    """Columns of a cache."""
 
     kind: Kind
     targets: Targets
-    """How a distribution is kept."""
+    """Codec of the distributions."""
     temperatures: tuple[float, ...] = ()
-    """Those at which a per-teacher cache can be read beside 1."""
+    """Temperatures other than 1 at which a per-teacher cache can be read."""
 
     @classmethod
     def of_identity(cls, identity: Mapping[str, Any]) -> Layout:
-        """The columns of the cache that says this of itself."""
+        """Return the columns of a cache with this identity."""
+        # The identity of a fused cache has none.
         temperatures: Sequence[float] = identity.get("temperatures", ())
         return cls(identity["kind"], decode_targets(identity["targets"]), tuple(temperatures))
 
     @property
     def scalars(self) -> tuple[str, ...]:
-        """What is kept of each row beside its distribution, in nats."""
+        """Names of the scalars of each row, in nats."""
         if self.kind == "fused":
             return SCALARS
         names = (log_z_name, entropy_name)
@@ -45,21 +47,21 @@ class Layout:
 
     @property
     def has_levels(self) -> bool:
-        """Whether drawn tokens come with their log-probabilities."""
+        """True if drawn tokens are stored with their log-probabilities."""
         return self.kind == "per_teacher" and isinstance(self.targets, Samples)
 
 
 def log_z_name(temperature: float) -> str:
-    """Column of log Z_T."""
+    """Return the column name of log Z_T."""
     return f"log_z_{temperature:g}"
 
 
 def entropy_name(temperature: float) -> str:
-    """Column of H_T; of temperature 1 the plain entropy."""
+    """Return the column name of H_T, which is `entropy` at temperature 1."""
     return "entropy" if temperature == 1.0 else f"entropy_{temperature:g}"
 
 
 def decode_targets(snippet: Mapping[str, Any]) -> Targets:
-    """The codec out of a manifest."""
+    """Build the codec from its manifest entry."""
     options = {key: value for key, value in snippet.items() if key != "name"}
     return TARGETS[snippet["name"]](**options)

@@ -1,7 +1,4 @@
-"""Where a cache lies: a folder of this machine, or one behind any URL that fsspec opens, such as `s3://bucket/cache`.
-
-Shards are streamed, not memory-mapped: a file that shrinks under a map ends the process, where a short read is an error with a name.
-"""
+"""Location of a cache: a local folder, or a URL that fsspec opens, such as `s3://bucket/cache`."""
 
 from __future__ import annotations
 
@@ -18,32 +15,34 @@ from collegium.files import CHUNK_BYTES, sha256_of
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A folder that is read."""
+    """A readable folder, local or remote."""
 
     root: str
-    """Its path, or its path inside the file system of the URL."""
+    """Local path, or the path inside the file system of the URL."""
     url: str = ""
-    """As it was given; empty for a folder of this machine."""
+    """URL without a trailing slash. Empty for a local folder."""
     files: Any = None
-    """The file system behind a URL."""
+    """fsspec file system of the URL. None for a local folder."""
 
     @classmethod
     def of(cls, where: Path | str) -> Location:
-        """A folder or a URL.
+        """Parse a folder or a URL.
 
         Raises:
-            CacheError: nothing opens such a URL.
+            CacheError: fsspec cannot open the URL.
         """
         text = str(where)
         if isinstance(where, Path) or "://" not in text:
             return cls(text)
+        # Imported here, because only URLs need fsspec and the package of their protocol.
         from fsspec.core import url_to_fs
 
         try:
             files, root = url_to_fs(text)
         except (ImportError, ValueError) as error:
             raise CacheError(
-                f"{text}: cannot be opened ({error}); must be a URL that fsspec knows; install what it names"
+                f"{text}: cannot be opened ({error}); must be a URL that fsspec knows; install the "
+                "package it names"
             ) from error
         return cls(str(root), text.rstrip("/"), files)
 
@@ -51,11 +50,11 @@ class Location:
         return self.url or self.root
 
     def path_of(self, name: str) -> str:
-        """A file of the folder, for messages."""
+        """Return the full path of a file, for messages."""
         return f"{self}/{name}"
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
+        """Return the size of a file in bytes, or None if it does not exist."""
         if self.files is None:
             path = Path(self.root, name)
             return path.stat().st_size if path.is_file() else None
@@ -65,7 +64,7 @@ class Location:
             return None
 
     def read_bytes(self, name: str) -> bytes | None:
-        """The content of a small file; None where there is none.
+        """Read a small file, or None if it does not exist.
 
         Raises:
             OSError: it cannot be read.
@@ -79,7 +78,7 @@ class Location:
             return None
 
     def read_text(self, name: str) -> str | None:
-        """The same as text.
+        """Read a small UTF-8 text file, or None if it does not exist.
 
         Raises:
             OSError: it cannot be read.
@@ -89,7 +88,7 @@ class Location:
         return None if data is None else data.decode("utf-8")
 
     def sha256(self, name: str) -> str:
-        """SHA-256 of a file, in hex."""
+        """Return the SHA-256 of a file, in hex."""
         if self.files is None:
             return sha256_of(Path(self.root, name))
         digest = hashlib.sha256()
@@ -99,17 +98,20 @@ class Location:
         return digest.hexdigest()
 
     def parquet(self, name: str) -> pq.ParquetFile:
-        """A shard whose pages are verified as they are read."""
+        """Open a shard. Page checksums are verified on read."""
+        # Streamed, not memory-mapped: if a mapped file shrinks, the process dies of SIGBUS, while a
+        # short read raises an error that names the file.
         source = Path(self.root, name)
         if self.files is not None:
             source = self.files.open(self._inside(name), "rb")
         return pq.ParquetFile(source, page_checksum_verification=True)
 
     def parts(self, pattern: str) -> list[Location]:
-        """The folders below this one that hold a file like `pattern`, such as `teachers/*/*/manifest.json`."""
+        """Return the subfolders with a file matching `pattern`: `teachers/*/*/manifest.json`."""
         if self.files is None:
-            found = sorted(Path(self.root).glob(pattern))
-            return [Location(str(file.parent)) for file in found]
+            files = sorted(Path(self.root).glob(pattern))
+            return [Location(str(file.parent)) for file in files]
+        # fsspec returns paths of its file system. Keep their tails, which also extend the URL.
         depth = pattern.count("/") + 1
         names = sorted(self.files.glob(self._inside(pattern)))
         ends = ["/".join(str(name).split("/")[-depth:-1]) for name in names]

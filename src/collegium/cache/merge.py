@@ -1,4 +1,4 @@
-"""Putting together what processes without a common folder have built."""
+"""Merge of cache folders that processes without a shared file system have built."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from collegium.cache.store import require_identity
 from collegium.errors import CacheError
 from collegium.files import fsync
 
-OWN_FIELDS = ("format", "shard", "num_targets", "num_shards")
-"""What a shard says of itself beside the identity of its cache."""
+SHARD_FIELDS = ("format", "shard", "num_targets", "num_shards")
+"""Metadata fields of a shard in addition to the identity of its cache."""
 
 
 def merge_all(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """Merge caches of either kind: their own folders, or those of each teacher that any of them has, with its hidden states.
+    """Merge fused caches, or each teacher's targets and hidden states of per-teacher caches.
 
     Raises:
-        CacheError: as `merge_caches`, or hidden states of another run.
+        CacheError: hidden states are of another run, or `merge_caches` fails.
     """
     for path in paths:
         if not path.is_dir():
@@ -35,16 +35,17 @@ def merge_all(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
     parts = {file.relative_to(path) for path in paths for file in path.glob("teachers/*/*")}
     if not parts:
         return [(paths[0], merge_caches(paths))]
-    found = []
+    merged = []
     for part in sorted(parts):
         others = [path / part for path in paths[1:] if (path / part).is_dir()]
-        found.append((paths[0] / part, merge_caches([paths[0] / part, *others])))
-    return found + _merge_features(paths)
+        merged.append((paths[0] / part, merge_caches([paths[0] / part, *others])))
+    return merged + _merge_features(paths)
 
 
 def _merge_features(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """Copy hidden states that the first folder lacks: one process builds all of a teacher, so they are whole or absent."""
+    """Copy hidden states that are missing from the first folder."""
     merged = {}
+    # One process builds all hidden states of a teacher, so each folder is complete or missing.
     for path in paths:
         for source in map(Path, feature_folders(path)):
             target = paths[0] / source.relative_to(path)
@@ -56,92 +57,97 @@ def _merge_features(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
             if path != paths[0]:
                 names = [entry["name"] for entry in (manifest["projection"], *manifest["shards"])]
                 target.mkdir(parents=True, exist_ok=True)
-                for name in (
-                    *names,
-                    FEATURE_MANIFEST,
-                ):  # the manifest last: without it, nothing is finished
+                # The manifest last: a folder without one is unfinished.
+                for name in (*names, FEATURE_MANIFEST):
                     _copy(source / name, target)
     return sorted(merged.items())
 
 
 def merge_caches(paths: Sequence[Path]) -> dict[str, Any]:
-    """Copy the shards that the first folder lacks from the others, and write its manifest; returns it.
+    """Copy missing shards into the first folder, then write and return its manifest.
 
-    Nothing is computed and nothing removed from the other folders; shards that the first has are kept. The result has the same
-    bytes as a cache built in one folder.
+    Computes nothing and deletes nothing from the other folders, and keeps the shards of the first.
+    The result has the same bytes as a cache built in one folder.
 
     Raises:
-        CacheError: a folder holds no shard, one of another run or of another format, or some shard is in none of them.
+        CacheError: a folder holds no shard or one of another run or format, or a shard is missing.
     """
     first = paths[0]
-    nobody = Ranks(0, 2**63)  # of no shard the owner: nothing is removed
+    # Owns no shard above 0, so that `finished_shards` keeps the files of the other folders.
+    reader = Ranks(0, 2**63)
     with Ranks().lock(first):
-        found = {
-            path: finished_shards(path, Ranks() if path == first else nobody) for path in paths
+        shards = {
+            path: finished_shards(path, Ranks() if path == first else reader) for path in paths
         }
-        sources = {number: file for path in reversed(paths) for number, file in found[path].items()}
-        notes = {number: _note(file) for number, file in sources.items()}
+        # Reversed, so that the earliest folder wins and the first keeps its shards.
+        sources = {
+            number: file for path in reversed(paths) for number, file in shards[path].items()
+        }
+        metadata = {number: _shard_metadata(file) for number, file in sources.items()}
         for path in paths[1:]:
-            if not found[path]:
+            if not shards[path]:
                 raise CacheError(
-                    f"{path}: holds no shard; must be a folder in which a cache was built; leave it out"
+                    f"{path}: holds no shard; must be a folder in which a cache was built; "
+                    "leave it out"
                 )
-        if not notes:
+        if not metadata:
             raise CacheError(
-                f"{first}: holds no shard, and no other folder was given; name those to be merged"
+                f"{first}: holds no shard, and no other folder was given; name the folders to merge"
             )
-        example = next(file for path in paths for file in found[path].values())
-        wanted = _identity(_note(example))
+        example = next(file for path in paths for file in shards[path].values())
+        expected = _cache_metadata(_shard_metadata(example))
         for path in paths:
-            for file in found[path].values():
-                require_identity(path, _identity(_note(file)), wanted)
-        num_shards = wanted["num_shards"]
+            for file in shards[path].values():
+                require_identity(path, _cache_metadata(_shard_metadata(file)), expected)
+        num_shards = expected["num_shards"]
         missing = sorted(set(range(num_shards)) - set(sources))
         if missing:
             shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
             raise CacheError(
-                f"{first}: {len(missing)} of {num_shards} shards are in no folder ({shown}); must be all there; run the "
-                "processes that build them again, or name their folders"
+                f"{first}: {len(missing)} of {num_shards} shards are in no folder ({shown}); must "
+                "be complete; build them again, or name their folders"
             )
         for number, file in sources.items():
             if file.parent != first:
                 sources[number] = _copy(file, first)
         files = [sources[number] for number in range(num_shards)]
-        counts = [notes[number]["num_targets"] for number in range(num_shards)]
-        identity = {key: value for key, value in wanted.items() if key not in OWN_FIELDS}
+        counts = [metadata[number]["num_targets"] for number in range(num_shards)]
+        identity = {key: value for key, value in expected.items() if key not in SHARD_FIELDS}
         return write_manifest(first, identity, files, counts)
 
 
-def _note(file: Path) -> dict[str, Any]:
+def _shard_metadata(file: Path) -> dict[str, Any]:
     try:
-        note = read_identity(file)
+        metadata = read_identity(file)
     except (OSError, ValueError) as error:
         raise CacheError(
             f"{file}: cannot be read ({error}); delete it and build it again"
         ) from error
-    if not isinstance(note, dict) or not set(OWN_FIELDS) <= set(note):
+    if not isinstance(metadata, dict) or not set(SHARD_FIELDS) <= set(metadata):
         raise CacheError(
-            f"{file}: says nothing of its cache; must be a shard of this format; build it again"
+            f"{file}: has no cache metadata; must be a shard of this format; build it again"
         )
-    return note
+    return metadata
 
 
-def _identity(note: dict[str, Any]) -> dict[str, Any]:
-    """What all shards of a cache have in common."""
-    return {key: value for key, value in note.items() if key not in ("shard", "num_targets")}
+def _cache_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Keep the fields that all shards of a cache share."""
+    return {key: value for key, value in metadata.items() if key not in ("shard", "num_targets")}
 
 
 def _copy(file: Path, folder: Path) -> Path:
-    """A copy that is whole or absent."""
+    """Copy a file atomically."""
     path, temporary = folder / file.name, folder / f".{file.name}.tmp"
     try:
         shutil.copyfile(file, temporary)
+        # fsync before the rename, or a crash could publish a file without its content.
         fsync(temporary)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CacheError(
-            f"{path}: cannot be written ({error.strerror}); free space, then run the same command again"
+            f"{path}: cannot be written ({error.strerror}); free space, then run the same command "
+            "again"
         ) from error
     fsync(folder)
     return path

@@ -15,61 +15,68 @@ from collegium.cache.layout import Kind
 from collegium.types import STRICT
 
 _TARGETS = Samples()
+# Measured: 35.2 bytes per target at V = 49,152, of a budget of 36 (docs/results/cache.md).
 _TEACHER_DRAWS = 24
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CacheOptions:
-    """Targets written once by the teachers and read by every student that shares them."""
+    """Teacher targets, computed once and read by every student that shares them."""
 
     enabled: bool = False
-    """Train from the cache, and build it first where it is not there; otherwise teachers answer at every step."""
+    """Train from the cache, which is built first if missing. Otherwise teachers run every step."""
     path: Path | None = None
-    """Its folder; `cache` inside the run folder by default. Runs that agree in all that a target depends on may share it."""
+    """Folder. Defaults to `cache` in the run folder. Runs with equal identities can share it."""
     url: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://")] | None = None
-    """A finished cache elsewhere, as any URL that fsspec opens (`s3://bucket/cache`): read instead of `path`, never built."""
+    """fsspec URL of a finished cache (`s3://bucket/cache`), read instead of `path`, never built."""
     kind: Kind = "fused"
-    """fused: one target for all teachers, under the run's own fusion. per_teacher: what each teacher says, so that weights can change
-    and teachers can be added without asking the old ones again; for linear pools."""
+    """fused: one target for all teachers, under this run's fusion. per_teacher: the outputs of each
+    teacher, so that weights can change and teachers can be added without rerunning the others. Only
+    for linear pools."""
     targets: Targets = _TARGETS
-    """What is kept of each distribution: 50 draws by default, 24 of each teacher in a per-teacher cache."""
+    """Codec of the distributions. Defaults to 50 draws, or to 24 in a per-teacher cache."""
     temperatures: list[Annotated[float, Field(gt=0)]] = field(default_factory=list)
-    """Of a per-teacher cache: temperatures at which a teacher may be read later, beside 1 (`[1.25, 1.6]`); each costs about 3.4 bytes
-    per token and teacher."""
+    """Per-teacher caches only: temperatures other than 1 at which teachers can be read, such as
+    `[1.25, 1.6]`. Each costs about 3.4 bytes per token and teacher."""
     features: FeatureCacheOptions | None = None
-    """Of a per-teacher cache: also keep the hidden states that the feature terms of the objective read; none leaves those terms out."""
+    """Per-teacher caches only: also keep the hidden states that the objective's feature terms read.
+    Without them, those terms are skipped."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Windows that the teachers read at a time."""
+    """Windows per teacher batch."""
 
     @model_validator(mode="after")
-    def _has_one_place(self) -> CacheOptions:
+    def _has_one_source(self) -> CacheOptions:
         if self.url is not None and self.path is not None:
             raise ValueError("url: got both url and path; must be one of them; leave one out")
         return self
 
     @model_validator(mode="after")
-    def _temperatures_are_of_use(self) -> CacheOptions:
-        given = self.temperatures
-        if self.kind == "fused" and given:
+    def _temperatures_are_usable(self) -> CacheOptions:
+        temperatures = self.temperatures
+        if self.kind == "fused" and temperatures:
             raise ValueError(
-                "temperatures: got some with kind `fused`; must be left out unless the kind is `per_teacher`; leave it out"
+                "temperatures: got some with kind `fused`; must be empty unless the kind is "
+                "`per_teacher`; leave it out"
             )
-        if len({f"{value:g}" for value in (1.0, *given)}) != len(given) + 1:
+        # Compared as formatted, because that is how they name the columns of a shard.
+        if len({f"{value:g}" for value in (1.0, *temperatures)}) != len(temperatures) + 1:
             raise ValueError(
-                f"temperatures: got {', '.join(f'{value:g}' for value in given)}; must be different ones, and 1 is always "
-                "kept; leave out what is there twice"
+                f"temperatures: got {', '.join(f'{value:g}' for value in temperatures)}; must be "
+                "distinct, and 1 is always kept; leave out the duplicates"
             )
         return self
 
     @model_validator(mode="after")
-    def _features_are_of_one_teacher(self) -> CacheOptions:
+    def _features_are_per_teacher(self) -> CacheOptions:
         if self.features is not None and self.kind == "fused":
             raise ValueError(
-                "features: got some with kind `fused`; must be left out unless the kind is `per_teacher`, for hidden states "
-                "belong to single teachers; leave it out, or set cache.kind: per_teacher"
+                "features: got some with kind `fused`; must be empty unless the kind is "
+                "`per_teacher`, because hidden states belong to single teachers; leave it out, or "
+                "set cache.kind: per_teacher"
             )
         return self
 
     def __post_init__(self) -> None:
+        # By identity, not equality: 50 draws set in the recipe are kept.
         if self.kind == "per_teacher" and self.targets is _TARGETS:
             object.__setattr__(self, "targets", Samples(draws=_TEACHER_DRAWS))

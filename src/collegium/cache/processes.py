@@ -1,7 +1,7 @@
-"""Which process of several builds which shards: decided without a word between them.
+"""Assignment of shards to ranks, without communication.
 
-`accelerate launch` and `torchrun` start the same command several times and tell each its number. Every process builds the shards
-that are its own, whoever finishes last writes the manifest, and the bytes are those of one process alone.
+`accelerate launch` and `torchrun` start one command per rank. Each rank builds its own shards, the
+last one to finish writes the manifest, and the bytes equal those of a single process.
 """
 
 from __future__ import annotations
@@ -22,48 +22,51 @@ REMEDY = "wait for it, or set another cache.path"
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """One process of `world` that build a cache together."""
+    """Rank of this process among `world_size` that build a cache together."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
-        """What the launcher says in RANK and WORLD_SIZE; one process alone where it says nothing.
+        """Read RANK and WORLD_SIZE, as set by a launcher. Unset means a single process.
 
         Raises:
-            RecipeError: they are no numbers that fit each other.
+            RecipeError: a value is not a number, or the rank is not below the world size.
         """
-        told = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
-        if all(text.isdecimal() for text in told) and int(told[0]) < int(told[1]):
-            return cls(int(told[0]), int(told[1]))
+        values = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+        if all(text.isdecimal() for text in values) and int(values[0]) < int(values[1]):
+            return cls(int(values[0]), int(values[1]))
         raise RecipeError(
-            f"RANK, WORLD_SIZE: got {told[0]!r}, {told[1]!r}; must be a number below the second; start with a launcher, "
-            "or unset both"
+            f"RANK, WORLD_SIZE: got {values[0]!r}, {values[1]!r}; must be numbers, the first below "
+            "the second; start with a launcher, or unset both"
         )
 
     @property
     def is_single(self) -> bool:
-        """Whether there are no other processes."""
-        return self.world == 1
+        """True without other processes."""
+        return self.world_size == 1
 
     def owns(self, shard: int) -> bool:
-        """Whether this process builds a shard."""
-        return shard % self.world == self.rank
+        """Return True if this rank builds the shard."""
+        return shard % self.world_size == self.rank
 
     def set_device(self, environment: Mapping[str, str] = os.environ) -> None:
-        """Let each process of a machine compute on a GPU of its own, as LOCAL_RANK says."""
+        """Select one GPU per process of a machine by LOCAL_RANK. A no-op without CUDA."""
         if not self.is_single and torch.cuda.is_available():
+            # Without LOCAL_RANK the global rank works too, because of the modulo below.
             local_rank = int(environment.get("LOCAL_RANK", self.rank))
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
-        """Hold the folder against everybody but the processes with other ranks.
+        """Lock the folder against all processes except the other ranks of this build.
 
         Raises:
-            CollegiumError: a builder alone, or one of the same rank, is at work.
+            CollegiumError: a single-process builder or one with the same rank holds it.
         """
+        # Ranks share the folder lock, which excludes single processes. A second lock, exclusive and
+        # one per rank, excludes the same rank started twice.
         with ExitStack() as held:
             held.enter_context(lock_folder(path, REMEDY, shared=not self.is_single))
             if not self.is_single:

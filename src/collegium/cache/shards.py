@@ -1,8 +1,8 @@
-"""One shard of a cache: a Parquet file with one row per piece of a document, as any Parquet reader opens it.
+"""One shard of a cache: a Parquet file with one row per piece of a document.
 
-docs/cache-format.md describes the columns for readers without us. A piece of L tokens that are all trained on has exactly
-L - 1 targets: the first token is never one. The lists of a piece hold its targets in order of text, or the entries of all its
-targets one after the other; `ranks` says how tokens and log-probabilities become small numbers.
+docs/cache-format.md documents the columns for other readers. A piece of L trained tokens has L - 1
+targets, because its first token is never one. The lists of a piece hold its targets in text order,
+or the concatenated entries of its targets. `token_ranks` defines the encoding of the entries.
 
 Shapes: n targets, E entries.
 """
@@ -31,27 +31,28 @@ from collegium.cache.codec import (
 )
 from collegium.cache.layout import Layout
 from collegium.cache.token_ranks import (
+    build_vocabulary,
     from_gaps,
     from_heights,
-    ranks_of,
-    rising_order,
+    from_ranks,
+    rank_order,
     to_gaps,
     to_heights,
-    tokens_of,
-    vocabulary_of,
+    to_ranks,
 )
 
+# A row group is the unit of random access: reading one piece decodes all of its group.
 GROUP_TARGETS = 4096
-"""Targets per row group: what one random access decodes."""
+"""Minimum targets per row group, except for the last."""
 KEYS = ("document", "offset", "window")
 VOCABULARY = "vocabulary"
 ZSTD_LEVEL = 9
-_IDENTITY = b"collegium"
+_METADATA_KEY = b"collegium"
 
 
 @dataclass(frozen=True, slots=True)
 class PieceKey:
-    """Which stretch of which document, in which exact context."""
+    """Key of a piece: a span of one document in its exact context."""
 
     document: int
     """`document_hash` of the document's id."""
@@ -70,39 +71,41 @@ class PieceTargets:
 
 
 def document_hash(name: str) -> int:
-    """64 bits of a document's id."""
+    """Return a 64-bit hash of a document's id."""
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest(), "little")
 
 
 def window_hash(ids: np.ndarray, is_target: np.ndarray) -> bytes:
-    """128 bits of the (L,) tokens that a teacher saw and of which of them it was asked for."""
+    """Return a 128-bit hash of (L,) tokens and of the mask of those that are targets."""
+    # A target is valid only in its exact context: repacking or truncation changes the distribution,
+    # and a lookup by document and offset would not notice.
     digest = hashlib.blake2b(np.ascontiguousarray(ids, "<i8").tobytes(), digest_size=16)
     digest.update(np.ascontiguousarray(is_target, bool).tobytes())
     return digest.digest()
 
 
 def schema(layout: Layout, vocab_size: int) -> pa.Schema:
-    """The columns of a shard; nothing in them may be null."""
+    """Return the columns of a shard, none of them nullable."""
 
     def list_of(name: str, dtype: Any) -> pa.Field:
         item = pa.field("element", pa.from_numpy_dtype(dtype), nullable=False)
         return pa.field(name, pa.list_(item), nullable=False)
 
     targets = layout.targets
-    own = [list_of(VOCABULARY, id_dtype(vocab_size)), list_of("gaps", id_dtype(vocab_size))]
+    columns = [list_of(VOCABULARY, id_dtype(vocab_size)), list_of("gaps", id_dtype(vocab_size))]
     if isinstance(targets, Samples):
         count = uint_for(targets.draws)
-        own += [list_of("sizes", count), list_of("counts", count)]
+        columns += [list_of("sizes", count), list_of("counts", count)]
     else:
-        own += [list_of("sizes", uint_for(targets.k)), list_of("log_tail", np.float32)]
+        columns += [list_of("sizes", uint_for(targets.k)), list_of("log_tail", np.float32)]
     if layout.has_levels or isinstance(targets, TopK):
-        own += [list_of("heights", np.uint16), list_of("floor", np.uint16)]
+        columns += [list_of("heights", np.uint16), list_of("floor", np.uint16)]
     keys = [
         pa.field("document", pa.uint64(), nullable=False),
         pa.field("offset", pa.uint32(), nullable=False),
         pa.field("window", pa.binary(16), nullable=False),
     ]
-    return pa.schema([*keys, *own, *(list_of(name, np.float16) for name in layout.scalars)])
+    return pa.schema([*keys, *columns, *(list_of(name, np.float16) for name in layout.scalars)])
 
 
 def shard_bytes(
@@ -112,20 +115,21 @@ def shard_bytes(
     *,
     identity: Mapping[str, Any],
 ) -> memoryview:
-    """A whole Parquet file: the same bytes for the same pieces."""
+    """Serialize a Parquet file. Equal pieces give equal bytes."""
     columns = schema(layout, vocab_size)
-    note = {_IDENTITY: json.dumps(identity, sort_keys=True).encode("utf-8")}
+    metadata = {_METADATA_KEY: json.dumps(identity, sort_keys=True).encode("utf-8")}
     lists = [f"{field.name}.list.element" for field in columns if pa.types.is_list(field.type)]
     buffer = io.BytesIO()
     writer = pq.ParquetWriter(
         buffer,
-        columns.with_metadata(note),
+        columns.with_metadata(metadata),
         compression="zstd",
         compression_level=ZSTD_LEVEL,
         use_dictionary=False,
-        # Puts the bytes of one order together: high bytes of small numbers cost next to nothing.
+        # Groups bytes by significance, so the zero high bytes of small numbers compress away.
         use_byte_stream_split=lists,  # pyright: ignore[reportArgumentType]
         write_statistics=False,
+        # Readers verify these, so that damage after `open_cache` cannot return a wrong value.
         write_page_checksum=True,
     )
     table = _columns(pieces, layout, vocab_size)
@@ -136,18 +140,18 @@ def shard_bytes(
 
 
 def read_identity(path: Path) -> Any:
-    """What a shard says of the cache that it belongs to, or None where it says nothing.
+    """Read the identity of a shard's cache from its metadata, or None if it has none.
 
     Raises:
-        OSError: no Parquet file, or one cut short.
-        ValueError: the note is damaged.
+        OSError: not a Parquet file, or a truncated one.
+        ValueError: the metadata is damaged.
     """
-    note = (pq.read_schema(path).metadata or {}).get(_IDENTITY)
-    return None if note is None else json.loads(note)
+    metadata = (pq.read_schema(path).metadata or {}).get(_METADATA_KEY)
+    return None if metadata is None else json.loads(metadata)
 
 
 def read_vocabulary(file: pq.ParquetFile) -> np.ndarray:
-    """The ids that occur in a shard, by rank.
+    """Read the ids that occur in a shard, by rank.
 
     Raises:
         OSError: a page fails its checksum, or cannot be read.
@@ -163,24 +167,26 @@ def read_vocabulary(file: pq.ParquetFile) -> np.ndarray:
 def read_group(
     file: pq.ParquetFile, group: int, layout: Layout, vocabulary: np.ndarray
 ) -> tuple[EncodedRows, np.ndarray]:
-    """One row group: the targets of its pieces one after the other, and (pieces + 1,) where each piece begins.
+    """Read the targets of a row group, and the (pieces + 1,) row at which each piece starts.
 
     Raises:
         OSError: a page fails its checksum, or cannot be read.
-        ValueError: a column is not what `shard_bytes` writes.
+        ValueError: `shard_bytes` never writes such a column.
     """
     names = [name for name in file.schema_arrow.names if name not in (*KEYS, VOCABULARY)]
     table = file.read_row_group(group, columns=names, use_threads=False)
     lists = {name: _flat(table, name) for name in names}
     sizes, starts = lists["sizes"]
     entries = {"gaps", "counts", "heights"}
-    wanted = {name: int(sizes.sum()) if name in entries else len(sizes) for name in names}
+    expected = {name: int(sizes.sum()) if name in entries else len(sizes) for name in names}
     for name, (values, _) in lists.items():
-        if len(values) != wanted[name]:
-            raise ValueError(f"column `{name}` has {len(values)} values instead of {wanted[name]}")
+        if len(values) != expected[name]:
+            raise ValueError(
+                f"column `{name}` has {len(values)} values instead of {expected[name]}"
+            )
     if len(sizes) and not sizes.all():
         raise ValueError("an empty row")
-    ids = tokens_of(from_gaps(lists["gaps"][0], sizes), vocabulary)
+    ids = from_ranks(from_gaps(lists["gaps"][0], sizes), vocabulary)
     scalars = {name: lists[name][0] for name in layout.scalars}
     levels = None
     if "heights" in lists:
@@ -193,22 +199,22 @@ def read_group(
 
 
 def read_keys(file: pq.ParquetFile) -> list[list[PieceKey]]:
-    """The keys of the pieces of each row group."""
-    found = []
+    """Read the keys of the pieces of each row group."""
+    groups = []
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=list(KEYS), use_threads=False)
         columns = (table.column(name).to_pylist() for name in KEYS)
-        found.append([PieceKey(*key) for key in zip(*columns, strict=True)])
-    return found
+        groups.append([PieceKey(*key) for key in zip(*columns, strict=True)])
+    return groups
 
 
 def _starts(counts: Sequence[int] | np.ndarray) -> np.ndarray:
-    """(m,) counts -> (m + 1,) int64: where each begins, and the end."""
+    """Return (m + 1,) int64 offsets of consecutive runs with (m,) counts."""
     return np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))]).astype(np.int64)
 
 
 def _groups(pieces: Sequence[PieceTargets]) -> list[range]:
-    """Pieces cut into runs of at least `GROUP_TARGETS` targets; the last may be short."""
+    """Split pieces into runs of at least `GROUP_TARGETS` targets, except for the last."""
     groups: list[range] = []
     start = filled = 0
     for number, piece in enumerate(pieces):
@@ -221,20 +227,20 @@ def _groups(pieces: Sequence[PieceTargets]) -> list[range]:
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """The lists of a shard, those of all pieces one after the other."""
+    """List columns of a shard, concatenated over its pieces."""
 
     vocabulary: np.ndarray
     values: dict[str, np.ndarray]
-    """By the name of the column."""
+    """By column name."""
     starts: dict[str, np.ndarray]
-    """(pieces + 1,) where each piece begins in it."""
+    """(pieces + 1,) offsets of the pieces, by column name."""
 
 
 def _columns(pieces: Sequence[PieceTargets], layout: Layout, vocab_size: int) -> _Columns:
     rows = join_encoded([piece.rows for piece in pieces])
-    vocabulary = vocabulary_of(rows.ids, vocab_size)
-    ranks = ranks_of(rows.ids, vocabulary, vocab_size)
-    order = rising_order(ranks, rows.sizes)
+    vocabulary = build_vocabulary(rows.ids, vocab_size)
+    ranks = to_ranks(rows.ids, vocabulary, vocab_size)
+    order = rank_order(ranks, rows.sizes)
     entries = {"gaps": to_gaps(ranks[order], rows.sizes)}
     per_row = {"sizes": rows.sizes, **rows.scalars}
     levels = rows.levels
@@ -253,7 +259,7 @@ def _columns(pieces: Sequence[PieceTargets], layout: Layout, vocab_size: int) ->
 
 
 def _group_table(
-    pieces: Sequence[PieceTargets], group: range, found: _Columns, columns: pa.Schema
+    pieces: Sequence[PieceTargets], group: range, shard: _Columns, columns: pa.Schema
 ) -> pa.Table:
     span = slice(group.start, group.stop + 1)
     arrays = []
@@ -262,21 +268,22 @@ def _group_table(
             keys = [getattr(pieces[number].key, name) for number in group]
             arrays.append(pa.array(keys, kind))
         elif name == VOCABULARY:
-            sizes = [len(found.vocabulary) if number == 0 else 0 for number in group]
-            arrays.append(_list_array(found.vocabulary, _starts(sizes), kind))
+            # Stored once per shard, in its first row; the lists of all other rows are empty.
+            sizes = [len(shard.vocabulary) if number == 0 else 0 for number in group]
+            arrays.append(_list_array(shard.vocabulary, _starts(sizes), kind))
         else:
-            arrays.append(_list_array(found.values[name], found.starts[name][span], kind))
+            arrays.append(_list_array(shard.values[name], shard.starts[name][span], kind))
     return pa.Table.from_arrays(arrays, schema=columns)
 
 
 def _list_array(values: np.ndarray, starts: np.ndarray, kind: pa.ListType) -> pa.Array:
-    """Lists out of values that stand one after the other; the first may begin behind 0."""
+    """Build a list array from concatenated values. The first list may start after 0."""
     items = pa.array(values[starts[0] : starts[-1]].astype(kind.value_type.to_pandas_dtype()))
     return pa.ListArray.from_arrays(pa.array((starts - starts[0]).astype(np.int32)), items, kind)
 
 
 def _flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a column of lists, and where each list begins."""
+    """Return the concatenated values of a list column and the offset of each list."""
     array = table.column(name).combine_chunks()
     starts = array.offsets.to_numpy()
     return array.values.to_numpy(zero_copy_only=False), starts

@@ -1,44 +1,47 @@
-"""What makes a shard small: tokens as ranks of the shard's own vocabulary, in rising order within a row.
+"""Compact encoding of a shard: tokens as ranks in the shard's vocabulary, sorted within a row.
 
-    vocabulary   the ids that occur in the shard, those with most entries first (of equally many, the smaller id first)
-    rank         place of a token in it: small for common tokens
-    gap          rank minus the rank before it in the row; of the first entry of a row, the rank itself
-    floor        of a row: its largest level, that is, its least likely token
+    vocabulary   ids that occur in the shard, most frequent first, ties by smaller id
+    rank         position of a token in it: small for common tokens
+    gap          rank minus the previous rank of the row, or the rank itself for the first entry
+    floor        of a row: its largest level, which is its least likely token
     height       floor minus level
-
-Sorting a row saves log2(n!) bits of its n entries, and ranks make most of the gaps that are left fit a byte. Levels in that order
-have no order of their own; as heights they are mostly small, since most kept tokens are near the least likely one.
 
 Shapes: n rows, E entries.
 """
+
+# Sorting a row of n entries saves log2(n!) bits, and with ranks most of the remaining gaps fit a
+# byte. Levels in that order are unsorted. As heights they are mostly small, because most kept
+# tokens are near the least likely one.
 
 from __future__ import annotations
 
 import numpy as np
 
 
-def vocabulary_of(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The distinct ids by falling number of entries."""
+def build_vocabulary(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Return the distinct ids, most frequent first."""
     counts = np.bincount(ids, minlength=vocab_size)
+    # Stable, so equal counts keep the order of their ids: a shard's bytes are reproducible.
     order = np.argsort(-counts, kind="stable")
     return order[: np.count_nonzero(counts)].astype(ids.dtype)
 
 
-def ranks_of(ids: np.ndarray, vocabulary: np.ndarray, vocab_size: int) -> np.ndarray:
-    """(E,) ids -> (E,) int64 places in the vocabulary."""
+def to_ranks(ids: np.ndarray, vocabulary: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Map (E,) ids to (E,) int64 positions in the vocabulary."""
     rank_V = np.zeros(vocab_size, np.int64)
     rank_V[vocabulary] = np.arange(len(vocabulary))
     return rank_V[ids]
 
 
-def rising_order(ranks: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(E,) int64 indices that put the entries of each row in rising order of their ranks."""
+def rank_order(ranks: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return (E,) int64 indices that sort the entries of each row by rank."""
     row_E = np.repeat(np.arange(len(sizes)), sizes.astype(np.int64))
+    # Ranks stay below 2^32, so one argsort of row and rank sorts all rows.
     return np.argsort((row_E << 32) + ranks, kind="stable")
 
 
 def to_gaps(ranks: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(E,) ranks that rise within each row -> the difference to the one before, the first of a row as it is."""
+    """Convert (E,) ranks, ascending in each row, to differences, keeping the first of a row."""
     gaps = np.diff(ranks, prepend=ranks[:1])
     first = row_starts(sizes)
     gaps[first] = ranks[first]
@@ -46,26 +49,26 @@ def to_gaps(ranks: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def from_gaps(gaps: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """What `to_gaps` was given, as int64.
+    """Invert `to_gaps`, as int64.
 
     Raises:
-        ValueError: a token stands in a row twice.
+        ValueError: a row holds a token twice.
     """
     running = np.cumsum(gaps.astype(np.int64))
     first = row_starts(sizes)
     is_zero = gaps == 0
     is_zero[first] = False
     if is_zero.any():
-        raise ValueError("a token stands in a row twice")
+        raise ValueError("a row holds a token twice")
     before = np.concatenate([np.zeros(1, np.int64), running])[first]
     return running - np.repeat(before, sizes.astype(np.int64))
 
 
-def tokens_of(ranks: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
-    """(E,) ranks -> (E,) ids.
+def from_ranks(ranks: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
+    """Map (E,) ranks to (E,) ids.
 
     Raises:
-        ValueError: a rank is not one of the vocabulary.
+        ValueError: a rank is outside the vocabulary.
     """
     if ranks.size and int(ranks.max()) >= len(vocabulary):
         raise ValueError(f"a rank not below {len(vocabulary)}, the size of the shard's vocabulary")
@@ -73,24 +76,25 @@ def tokens_of(ranks: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
 
 
 def to_heights(levels: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(E,) levels -> (E,) heights above the floors, and (n,) floors; types stay."""
+    """Convert (E,) levels to (E,) heights and (n,) floors of the same dtype."""
     floors = np.maximum.reduceat(levels, row_starts(sizes)) if len(sizes) else levels[:0]
     return np.repeat(floors, sizes.astype(np.int64)) - levels, floors
 
 
 def from_heights(heights: np.ndarray, floors: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """What `to_heights` was given.
+    """Invert `to_heights`.
 
     Raises:
-        ValueError: a height is above zero nats.
+        ValueError: a log-probability is above 0.
     """
     floor_E = np.repeat(floors, sizes.astype(np.int64))
+    # Checked before the subtraction, which would wrap around in unsigned integers.
     if (heights > floor_E).any():
         raise ValueError("a log-probability is above 0")
     return floor_E - heights
 
 
 def row_starts(sizes: np.ndarray) -> np.ndarray:
-    """(n,) int64 first entry of each row."""
+    """Return the (n,) int64 index of the first entry of each row."""
     sizes = sizes.astype(np.int64)
     return np.cumsum(sizes) - sizes
