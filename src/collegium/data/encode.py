@@ -91,7 +91,7 @@ class Encoder:
         self._eos = Tokens.added([eos], is_target=True)
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded | None]:
-        """Encode documents. None stands for one that was too long or has no target."""
+        """Encode documents. None stands for one dropped for its length or without a target."""
         # Probed on first use: a corpus without chats never renders the template.
         if not self._has_probed and any(d.messages is not None for d in documents):
             probe_template(self.tokenizer, where=self.where)
