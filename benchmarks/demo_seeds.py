@@ -1,9 +1,9 @@
-"""Run the demo with several seeds and all controls, and print the table that docs/results/demo.md holds.
+"""Run the demo with several seeds and all controls, and print the table of docs/results/demo.md.
 
     python benchmarks/demo_seeds.py --seeds 0 1 2 --out runs/demo-seeds
 
-Teachers, student and data order are drawn anew for every seed; text, tokenizer and the split into documents stay. A seed that is
-finished is not run again. Nothing else should run on the machine, since the table also shows seconds.
+Each seed has its own teachers, student initialization and data order. Text, tokenizer and document
+split are shared. Finished seeds are skipped. Keep the machine idle, as the table includes seconds.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ def main() -> None:
 
 
 def run_seed(out: Path, seed: int, *, quick: bool) -> Path:
-    """One demo in a folder of its own; returns the folder."""
+    """Run the demo for one seed in its own folder, and return the folder."""
+    # Imported here, so that `--help` does not load PyTorch.
     from collegium.demo.run import run_demo
 
     folder = out / f"seed-{seed}"
     if not (folder / "report.html").is_file():
-        first = next((place for place in sorted(out.glob("seed-*")) if place != folder), None)
+        # The text does not depend on the seed, so a copy saves the download.
+        first = next((other for other in sorted(out.glob("seed-*")) if other != folder), None)
         if first is not None and not (folder / "text").exists():
             shutil.copytree(first / "text", folder / "text")
         run_demo(quick=quick, output_dir=folder, seed=seed, controls=CONTROLS)
@@ -53,32 +55,35 @@ def run_seed(out: Path, seed: int, *, quick: bool) -> Path:
 
 
 def markdown(folders: list[Path]) -> str:
-    """Mean and standard deviation over seeds of every row, and each seed's perplexities."""
+    """Return mean and standard deviation over seeds for each row, and the NLL gaps per seed."""
     runs = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in folders]
     by_name: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         for row in run:
             by_name.setdefault(_stable_name(row), []).append(row)
-    rows = sorted(by_name.values(), key=lambda found: KINDS.index(found[0]["kind"]))
+    rows = sorted(by_name.values(), key=lambda group: KINDS.index(group[0]["kind"]))
     lines = ["| model | parameters | steps | " + " | ".join(COLUMNS.values()) + " | seconds |"]
     lines.append("|---|" + "---:|" * (len(COLUMNS) + 3))
-    for found in rows:
+    for group in rows:
         cells = [
-            _stable_name(found[0]),
-            _count(found[0]["num_parameters"]),
-            _count(found[0]["steps"]),
+            _stable_name(group[0]),
+            _count(group[0]["num_parameters"]),
+            _count(group[0]["steps"]),
         ]
-        cells += [_spread([row[key] for row in found]) for key in COLUMNS]
-        cells.append(_spread([row["train_seconds"] for row in found], digits=0))
+        cells += [_spread([row[key] for row in group]) for key in COLUMNS]
+        cells.append(_spread([row["train_seconds"] for row in group], digits=0))
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *_paired(by_name)]
     return "\n".join(lines) + "\n"
 
 
 def _paired(by_name: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """NLL of each control minus that of the distilled student, seed by seed: above 0, the student is better."""
+    # Paired by seed: controls of a seed share its teachers, start and data order with the student.
     student = next(rows for rows in by_name.values() if rows[0]["kind"] == "student")
-    lines = ["| against | NLL of it minus NLL of the student, per seed | mean |", "|---|---|---:|"]
+    lines = [
+        "| compared with | its NLL minus the NLL of the student, per seed | mean |",
+        "|---|---|---:|",
+    ]
     for name, rows in by_name.items():
         if rows[0]["kind"] in ("control", "fused", "teacher"):
             gaps = [row["nll"] - ours["nll"] for row, ours in zip(rows, student, strict=True)]
@@ -88,7 +93,7 @@ def _paired(by_name: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _stable_name(row: dict[str, Any]) -> str:
-    """The best single teacher may be another one in another seed, and the compute ratio differ a little."""
+    # Controls carry details that vary by seed: the best single teacher and the compute ratio.
     return row["name"].partition(" (")[0] if row["kind"] == "control" else row["name"]
 
 

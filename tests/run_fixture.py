@@ -1,4 +1,4 @@
-"""A made-up run folder: four teachers on four domains, one student, two controls; numbers invented, shapes real."""
+"""A synthetic run folder: four teachers, four domains, a student and two controls."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_run(
     steps: int = 90,
     recipe: str = RECIPE,
 ) -> Path:
-    """Write every file that a report reads."""
+    """Write all files that a report reads, with made-up numbers in the real formats."""
     rng = random.Random(7)
     (folder / "train").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -46,8 +46,8 @@ def write_run(
     write_json(folder / "results.json", _results(teachers, domains, controls, rng))
     write_log(folder / "train", [_log(i, steps, teachers, domains, rng) for i in range(steps)])
     for name in controls:
-        own = teachers if name != "ce_only" else ()
-        lines = [_log(i, steps, own, domains, rng, lag=0.12) for i in range(steps)]
+        names = teachers if name != "ce_only" else ()
+        lines = [_log(i, steps, names, domains, rng, lag=0.12) for i in range(steps)]
         write_log(folder / "controls" / name.replace("/", "_") / "train", lines)
     return folder
 
@@ -157,9 +157,7 @@ def _preflight(
             "leave_one_out": {name: 0.1 * i for i, name in enumerate(teachers)},
         },
         "held_out": _held_out(measures),
-        "verdict": [
-            "The chosen fusion knows more than any single teacher (4.58 against 5.65 nats)."
-        ],
+        "verdict": ["The chosen fusion is better than any single teacher (4.58 vs. 5.65 nats)."],
         "best_single": {"teacher": single, "nll": measures[single]["nll"]} if single else None,
     }
 

@@ -21,33 +21,34 @@ def _run(*rows: ResultRow) -> RunFiles:
 STUDENT = _row("student", "student", 118.0, steps=900.0)
 
 
-def test_a_student_that_wins() -> None:
-    verdict = headline_of(
+def test_student_that_wins() -> None:
+    headline = headline_of(
         _run(STUDENT, _row("ce", "control", 128.2, steps=900.0), _row("u", "control", 190.0))
     )
-    assert verdict.tone == "good"
-    assert verdict.headline == (
-        "The distilled student reaches perplexity 118.0, 8.0 % below the best control, “ce” (128.2, 900 steps each)."
+    assert headline.tone == "good"
+    assert headline.text == (
+        "The distilled student reaches perplexity 118.0, 8.0 % below the best control, “ce” "
+        "(128.2, 900 steps each)."
     )
-    assert verdict.facts == ("Control u: 190.0 (student −37.9 %)",)
+    assert headline.facts == ("Control u: 190.0 (student −37.9 %)",)
 
 
-def test_a_student_that_loses_is_told_so() -> None:
-    verdict = headline_of(_run(STUDENT, _row("ce", "control", 100.0, steps=700.0)))
-    assert verdict.tone == "bad"
-    assert "18.0 % above the best control, “ce” (100.0, 700 steps against 900)" in verdict.headline
-    assert "a simpler way did better" in verdict.headline
+def test_student_that_loses() -> None:
+    headline = headline_of(_run(STUDENT, _row("ce", "control", 100.0, steps=700.0)))
+    assert headline.tone == "bad"
+    assert "18.0 % above the best control, “ce” (100.0, 700 steps vs. 900)" in headline.text
+    assert "a simpler method did better" in headline.text
 
 
 @pytest.mark.parametrize("limit", [117.2, 118.0, 118.9])
-def test_a_hair_is_no_victory(limit: float) -> None:
-    verdict = headline_of(_run(STUDENT, _row("ce", "control", limit)))
-    assert verdict.tone == "even"
-    assert "too small for one seed" in verdict.headline
+def test_difference_within_noise_is_no_win(limit: float) -> None:
+    headline = headline_of(_run(STUDENT, _row("ce", "control", limit)))
+    assert headline.tone == "even"
+    assert "too small to call with one seed" in headline.text
 
 
-def test_without_a_control_nothing_is_claimed() -> None:
-    verdict = headline_of(
+def test_without_a_control_no_claim() -> None:
+    headline = headline_of(
         _run(
             STUDENT,
             _row("a", "teacher", 90.0),
@@ -55,23 +56,23 @@ def test_without_a_control_nothing_is_claimed() -> None:
             _row("f", "fused", 70.0),
         )
     )
-    assert verdict.tone == "open"
-    assert "no control" in verdict.headline
-    assert verdict.facts == (
+    assert headline.tone == "open"
+    assert "no control" in headline.text
+    assert headline.facts == (
         "Best single teacher b: 80.0 (student +47.5 %)",
-        "Fused target itself: 70.0",
+        "Fused target: 70.0",
     )
 
 
-def test_what_is_not_evaluated_is_not_judged() -> None:
-    assert headline_of(RunFiles("run")).headline == "The student is not trained yet."
+def test_missing_evaluation() -> None:
+    assert headline_of(RunFiles("run")).text == "The student is not trained yet."
     trained = RunFiles("run", log=(LogStep(step=40),))
     assert (
-        headline_of(trained).headline
-        == "Training has logged step 40; the student is not evaluated yet."
+        headline_of(trained).text
+        == "Training has reached step 40; the student is not evaluated yet."
     )
-    assert "no distilled student" in headline_of(_run(_row("a", "teacher", 9.0))).headline
-    assert "no distilled student" in headline_of(_run(_row("student", "student", None))).headline
+    assert "no distilled student" in headline_of(_run(_row("a", "teacher", 9.0))).text
+    assert "no distilled student" in headline_of(_run(_row("student", "student", None))).text
     assert key_figures(_run()) == []
 
 
@@ -117,5 +118,5 @@ def test_gap_closed_runs_from_the_control_to_the_fused_target() -> None:
         (formats.perplexity_of(1e4), None),
     ],
 )
-def test_numbers_are_written_for_people(written: object, expected: object) -> None:
+def test_number_formats(written: object, expected: object) -> None:
     assert written == expected

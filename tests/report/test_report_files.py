@@ -6,6 +6,7 @@ import pytest
 import run_fixture
 from collegium.errors import CollegiumError
 from collegium.report.files import read_run
+from refusals import refused
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_an_empty_folder_is_a_run_without_files(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CollegiumError, match="nowhere: no such run folder"):
+    with refused(CollegiumError, "TMP/nowhere"):
         read_run(tmp_path / "nowhere")
 
 
@@ -41,39 +42,41 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[1, 2", "nonsense", "[" * 100_000, '"text"', "3"])
 def test_broken_json_names_its_file(name: str, text: str, folder: Path) -> None:
     (folder / name).write_text(text)
-    with pytest.raises(CollegiumError, match=rf"{name}: "):
+    # Not `refused`: the parser's message differs between Python versions.
+    with pytest.raises(CollegiumError) as caught:
         read_run(folder)
+    assert str(caught.value).startswith(f"{folder / name}: ")
 
 
 def test_a_wrong_value_names_its_key(folder: Path) -> None:
     rows = json.loads((folder / "results.json").read_text())
     rows[2]["nll"] = "4.5"
     run_fixture.write_json(folder / "results.json", rows)
-    with pytest.raises(CollegiumError, match=r"results\.json: 2\.nll: got '4\.5'; must be"):
+    with refused(CollegiumError, "TMP/run/results.json: 2.nll"):
         read_run(folder)
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "results.json", "train/log.jsonl"])
-def test_bytes_that_are_no_text_name_their_file(name: str, folder: Path) -> None:
+def test_bytes_that_are_not_text_name_their_file(name: str, folder: Path) -> None:
     (folder / name).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CollegiumError, match=rf"{name}: cannot be read"):
+    with refused(CollegiumError, f"TMP/run/{name}"):
         read_run(folder)
 
 
-def test_a_broken_line_of_the_log_has_its_number(folder: Path) -> None:
+def test_broken_log_line_is_named_by_its_number(folder: Path) -> None:
     path = folder / "train" / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(CollegiumError, match=r"log\.jsonl:2: got broken JSON"):
+    with refused(CollegiumError, "TMP/run/train/log.jsonl:2", volatile=r"\(.*\)"):
         read_run(folder)
 
 
-def test_a_line_that_is_still_being_written_is_left_out(folder: Path) -> None:
+def test_log_line_still_being_written_is_ignored(folder: Path) -> None:
     path = folder / "train" / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     assert [line.step for line in read_run(folder).log or ()] == [1]
 
 
-def test_a_resumed_run_counts_each_step_once_and_the_later_line_holds(folder: Path) -> None:
+def test_resumed_run_keeps_the_later_line_of_each_step(folder: Path) -> None:
     lines = [
         {"step": 1, "loss": 9.0},
         {"step": 2, "loss": 8.0},
@@ -85,7 +88,7 @@ def test_a_resumed_run_counts_each_step_once_and_the_later_line_holds(folder: Pa
     assert [(line.step, line.loss) for line in log] == [(1, 9.0), (2, 7.0), (3, None)]
 
 
-def test_not_a_number_is_a_gap(folder: Path) -> None:
+def test_nan_is_a_gap(folder: Path) -> None:
     path = folder / "train" / "log.jsonl"
     path.write_text(
         '{"step": 1, "loss": NaN, "terms": {"kd": Infinity}, "teacher_weights": null}\n'
@@ -96,7 +99,7 @@ def test_not_a_number_is_a_gap(folder: Path) -> None:
     assert line.teacher_weights == {}
 
 
-def test_keys_of_a_newer_version_are_left_alone(folder: Path) -> None:
+def test_keys_of_a_newer_version_are_ignored(folder: Path) -> None:
     run_fixture.write_json(folder / "stages.json", {"train": {"status": "done", "colour": 3}})
     stages = read_run(folder).stages
     assert stages is not None

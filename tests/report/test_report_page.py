@@ -8,6 +8,7 @@ import pytest
 
 import run_fixture
 from collegium.report import page, plots
+from refusals import refused
 
 MARKS = (
     "<script>alert(1)</script>",
@@ -110,16 +111,16 @@ class _Tags(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
 
 def _tags(text: str) -> list[tuple[str, dict[str, str | None]]]:
     parser = _Tags()
     parser.feed(text)
-    return parser.found
+    return parser.tags
 
 
 def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +133,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     return page.write_report(folder).read_text(encoding="utf-8")
 
 
-def test_says_who_won_and_by_how_much(report: str) -> None:
+def test_headline_names_the_winner_and_the_margin(report: str) -> None:
     assert (
-        "reaches perplexity 118.0, 7.9 % below the best control, “CE only, equal steps” (128.2, 900 steps each)."
-        in report
+        "reaches perplexity 118.0, 7.9 % below the best control, “CE only, equal steps” "
+        "(128.2, 900 steps each)." in report
     )
 
 
@@ -157,10 +158,10 @@ def test_marks_the_student_and_the_best_of_each_column(report: str) -> None:
     student = re.search(r'<tr class="mark">.*?</tr>', table, re.S)
     assert student is not None
     assert "<b>118.0</b>" in student.group()
-    assert "<b>97.1</b>" not in table  # the fused target is no student
+    assert "<b>97.1</b>" not in table  # the fused target does not compete
 
 
-def test_the_compression_is_all_teachers_against_the_student(report: str) -> None:
+def test_compression_counts_all_teachers(report: str) -> None:
     assert "9.29 ×" in report  # 4 * 2,561,280 / 1,102,464
 
 
@@ -245,8 +246,11 @@ def test_names_are_shown_and_never_run(
     tags = _tags(text)
     assert {tag for tag, _ in tags} <= ALLOWED_TAGS
     assert "<script" not in text.lower()
-    known = {"class", "id", "href", "src", "alt", "style", "scope", "colspan", "lang", "charset", "http-equiv", "content", "name"}  # fmt: skip
-    assert {key for _, attrs in tags for key in attrs} <= known
+    allowed = {
+        "class", "id", "href", "src", "alt", "style", "scope", "colspan", "lang", "charset",
+        "http-equiv", "content", "name",
+    }  # fmt: skip
+    assert {key for _, attrs in tags for key in attrs} <= allowed
     styles = [value or "" for _, attrs in tags for key, value in attrs.items() if key == "style"]
     assert all(re.fullmatch(r"background:#[0-9a-f]{6}", value) for value in styles)
     if "{{ 7" in payload:
@@ -267,7 +271,7 @@ def test_hostile_names_in_plots_are_paths_and_not_text(tmp_path: Path) -> None:
                 assert not key.endswith("href") or value.startswith(("#", "data:image/png;base64,"))
 
 
-def test_the_template_never_switches_escaping_off() -> None:
+def test_template_never_disables_escaping() -> None:
     text = Path(page.__file__).with_name("page.html").read_text(encoding="utf-8")
     assert "|safe" not in text.replace(" ", "")
     assert "autoescape" not in text
@@ -285,9 +289,7 @@ def test_a_failed_write_leaves_the_old_page(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(page.os, "fsync", full)
-    with pytest.raises(
-        page.CollegiumError, match=r"report\.html: cannot be written .*No space left"
-    ):
+    with refused(page.CollegiumError, "TMP/run/report.html"):
         page.write_report(folder)
     assert (folder / "report.html").read_text() == "old"
     assert not list(folder.glob(".report.html*"))

@@ -11,7 +11,9 @@ KEYS = ["perplexity", "loss", "weights", "trust", "disagreement", "gradients"]
 
 
 def _run(tmp_path: Path, **options: object) -> files.RunFiles:
-    return files.read_run(run_fixture.write_run(tmp_path / "run", **options))  # type: ignore[arg-type]
+    return files.read_run(
+        run_fixture.write_run(tmp_path / "run", **options)  # type: ignore[arg-type]
+    )
 
 
 def _keys(run: files.RunFiles) -> list[str]:
@@ -27,13 +29,13 @@ def test_draws_every_plot_for_any_number_of_teachers(num_teachers: int, tmp_path
     assert _keys(_run(tmp_path, teachers=names, steps=5)) == KEYS
 
 
-def test_one_teacher_disagrees_with_nobody(tmp_path: Path) -> None:
+def test_one_teacher_has_no_disagreement(tmp_path: Path) -> None:
     assert _keys(_run(tmp_path, teachers=["only"], steps=5)) == [
         k for k in KEYS if k != "disagreement"
     ]
 
 
-def test_without_teachers_nobody_teaches(tmp_path: Path) -> None:
+def test_without_teachers(tmp_path: Path) -> None:
     run = _run(tmp_path, teachers=[], controls=[], steps=5)
     assert _keys(run) == [k for k in KEYS if k not in ("weights", "disagreement")]
 
@@ -43,7 +45,7 @@ def test_draws_any_number_of_logged_steps(steps: int, tmp_path: Path) -> None:
     assert _keys(_run(tmp_path, steps=steps)) == KEYS
 
 
-def test_draws_nothing_from_nothing() -> None:
+def test_empty_runs_have_no_plots() -> None:
     assert plots.draw_all(files.RunFiles("empty")) == []
     assert (
         plots.draw_all(files.RunFiles("empty", log=(), results=(), preflight=files.Preflight()))
@@ -51,7 +53,7 @@ def test_draws_nothing_from_nothing() -> None:
     )
 
 
-def test_values_that_are_null_everywhere_leave_no_plot() -> None:
+def test_values_that_are_all_null_give_no_plot() -> None:
     line = files.LogStep(
         step=3, terms={"ce": None}, teacher_weights={"a": None}, grad_shares={"ce": None}
     )
@@ -59,7 +61,7 @@ def test_values_that_are_null_everywhere_leave_no_plot() -> None:
     assert _keys(files.RunFiles("nulls", log=(line,), results=(row,))) == []
 
 
-def test_gaps_and_absurd_values_are_left_out(tmp_path: Path) -> None:
+def test_gaps_and_oversized_values_are_skipped(tmp_path: Path) -> None:
     run = _run(tmp_path, steps=70)
     assert run.log is not None
     assert run.results is not None
@@ -73,17 +75,17 @@ def test_gaps_and_absurd_values_are_left_out(tmp_path: Path) -> None:
 
 
 def test_empty_bins_are_skipped(tmp_path: Path) -> None:
-    nothing = files.Reliability(confidence=[None] * 3, accuracy=[None] * 3, count=[0.0] * 3)
-    row = files.ResultRow(name="a", kind="teacher", nll=1.0, reliability=nothing)
+    empty = files.Reliability(confidence=[None] * 3, accuracy=[None] * 3, count=[0.0] * 3)
+    row = files.ResultRow(name="a", kind="teacher", nll=1.0, reliability=empty)
     assert _keys(files.RunFiles("bins", results=(row,))) == ["perplexity"]
 
 
-def test_the_same_data_give_the_same_bytes(tmp_path: Path) -> None:
+def test_same_data_gives_same_bytes(tmp_path: Path) -> None:
     run = _run(tmp_path, steps=4)
     assert [p.svg for p in plots.draw_all(run)] == [p.svg for p in plots.draw_all(run)]
 
 
-def test_plots_ignore_the_settings_of_the_reader(tmp_path: Path) -> None:
+def test_plots_ignore_user_settings(tmp_path: Path) -> None:
     import matplotlib
 
     run = _run(tmp_path, steps=4)
@@ -104,7 +106,7 @@ def test_plots_ignore_the_settings_of_the_reader(tmp_path: Path) -> None:
         ("a" * 60 + "-7b", "a" * 17 + "…" + "aaaaa-7b"),
     ],
 )
-def test_labels_can_always_be_drawn(name: str, drawn: str, tmp_path: Path) -> None:
+def test_labels_are_always_drawable(name: str, drawn: str, tmp_path: Path) -> None:
     assert canvas.label(name) == drawn
     assert len(_keys(_run(tmp_path, teachers=[name, "b"], domains=[name], steps=2))) == 6
 
@@ -116,7 +118,7 @@ def test_a_teacher_keeps_its_color_and_the_second_ten_get_dashes() -> None:
     assert canvas.teacher_dash("1", names) != canvas.teacher_dash("11", names)
 
 
-def test_domain_weights_are_the_mean_of_the_logged_ones() -> None:
+def test_domain_weights_average_the_logged_steps() -> None:
     log = [
         files.LogStep(step=1, domain_weights={"news": {"a": 0.2, "b": 0.8}}),
         files.LogStep(step=2, domain_weights={"news": {"a": 0.6, "b": None}}),

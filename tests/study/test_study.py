@@ -1,4 +1,4 @@
-"""A study is a grid of ordinary runs: done once, kept, summed up in one table and one page."""
+"""A study is a grid of ordinary runs, each done once, summarized in one table and one page."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from collegium.study.options import load_study
 from collegium.study.run import run_study
 from collegium.study.zoo import PermutedLabels
 from collegium.types import IGNORE, domain_number
+from refusals import refused
 from tiny_run import recipe_text, write_zoo
 
 ROOT = Path(__file__).parents[2]
@@ -55,9 +56,7 @@ def tiny_study(tmp_path: Path) -> Path:
     return file
 
 
-def test_every_setting_and_seed_is_one_run_and_is_done_once(
-    tiny_study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_setting_and_seed_runs_once(tiny_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, ["study", str(tiny_study)])
     assert result.exit_code == 0, result.output
     folder = tiny_study.parent / "study"
@@ -69,7 +68,7 @@ def test_every_setting_and_seed_is_one_run_and_is_done_once(
     assert page.count("data:image/svg+xml") == 3
     assert "Who is right?" in page
     assert "uniform · 0.9" in (folder / "table.md").read_text()
-    # The settings that pick a fitted fusion share one preflight per seed.
+    # Settings that pick a fitted fusion share one preflight per seed.
     assert len(list((folder / "preflight").iterdir())) == 2
     recipe = load_recipe(folder / "recipes" / "em_0.9_seed1.yaml")
     assert recipe.seed == 1
@@ -83,7 +82,7 @@ def test_every_setting_and_seed_is_one_run_and_is_done_once(
     assert json.loads((folder / "rows.json").read_text()) == rows
 
 
-def test_without_students_the_rows_are_the_fusions_of_each_preflight(tiny_study: Path) -> None:
+def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
     text = tiny_study.read_text()
     head = text[: text.index("measures")].replace("seeds: [0, 1]", "students: false")
     head = head.replace("    EM: {pick: {weighting: fixed}}\n", "")
@@ -97,51 +96,47 @@ def test_without_students_the_rows_are_the_fusions_of_each_preflight(tiny_study:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "problem"),
+    ("old", "new", "where"),
     [
-        (
-            "student_nll,",
-            "student_nil,",
-            "got `student_nil`; must be a measure; did you mean `student_nll`?",
-        ),
-        ("x: share", "x: shore", "got `shore`; must be a factor; did you mean `share`?"),
+        ("student_nll,", "student_nil,", "tiny.yaml"),
+        ("x: share", "x: shore", "tiny.yaml:14: figures"),
+        ("{weighting: fixed}", "{weighting: fxed}", "tiny.yaml: factors.weighting.EM.pick"),
         (
             "{weighting: fixed}",
-            "{weighting: fxed}",
-            "got `fxed`; must be a weighting; did you mean `fixed`?",
+            "{weighting: fixed, tau: 1}",
+            "tiny.yaml: factors.weighting.EM.pick",
         ),
-        ("{weighting: fixed}", "{weighting: fixed, tau: 1}", "pick: got `tau`; unknown key"),
         ('"0.9"', '"0 5"', None),
-        ("    EM:", "    Uniform:", "has the same folder as `uniform`"),
-        ("seeds: [0, 1]", "seeds: []", "seeds"),
-        ("question:", "questoin:", "unknown key"),
+        ("    EM:", "    Uniform:", "tiny.yaml: factors.weighting.Uniform"),
+        ("seeds: [0, 1]", "seeds: []", "tiny.yaml:5: seeds"),
+        ("question:", "questoin:", "tiny.yaml: question"),
     ],
+    ids=["measure", "factor", "weighting", "pick", "valid", "folder", "seeds", "question"],
 )
-def test_what_is_wrong_with_a_study_is_said_at_once(
-    tiny_study: Path, old: str, new: str, problem: str | None
+def test_invalid_study_is_refused_before_any_run(
+    tiny_study: Path, old: str, new: str, where: str | None
 ) -> None:
     text = tiny_study.read_text()
     assert old in text
     tiny_study.write_text(text.replace(old, new, 1), encoding="utf-8")
-    if problem is None:
+    if where is None:
         load_study(tiny_study)
         return
-    with pytest.raises(RecipeError) as caught:
+    with refused(RecipeError, where):
         load_study(tiny_study)
-    assert problem in str(caught.value)
 
 
-def test_a_setting_that_makes_no_recipe_names_the_key(tiny_study: Path) -> None:
+def test_setting_with_an_unknown_key_names_it(tiny_study: Path) -> None:
     text = tiny_study.read_text().replace("objective.kd_ratio", "objective.kd_raito")
     tiny_study.write_text(text, encoding="utf-8")
-    with pytest.raises(RecipeError, match="kd_raito"):
+    with refused(RecipeError, "uniform_0.9_seed0.yaml:16: objective.kd_raito"):
         run_study(tiny_study)
 
 
-def test_a_pick_that_preflight_does_not_try_says_what_it_tries(tiny_study: Path) -> None:
+def test_pick_outside_the_candidates_lists_them(tiny_study: Path) -> None:
     text = tiny_study.read_text().replace("{weighting: fixed}", "{weighting: min_ce}")
     tiny_study.write_text(text, encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"preflight has no fusion with .*min_ce"):
+    with refused(RecipeError, "EM, 0.5 (seed 0): preflight"):
         run_study(tiny_study)
 
 
@@ -155,13 +150,13 @@ def test_every_setting_of_every_study_decodes(
 ) -> None:
     study = load_study(path)
     uniform = {"weighting": {"name": "uniform"}}
-    monkeypatch.setattr(sweep, "_picked", lambda job, values, folder: uniform)
+    monkeypatch.setattr(sweep, "_fitted_fusion", lambda job, values, folder: uniform)
     for job in sweep.jobs_of(study, tmp_path):
         recipe = sweep._recipe(job, path.parent / study.base, tmp_path)
         assert "{" not in str([teacher.model for teacher in recipe.teachers.values()])
 
 
-def test_rank_correlation_is_that_of_the_definition() -> None:
+def test_rank_correlation_matches_its_definition() -> None:
     assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
     assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     # 1 - 6 sum d^2 / (n (n^2 - 1)) without ties
@@ -171,15 +166,15 @@ def test_rank_correlation_is_that_of_the_definition() -> None:
     assert spearman([1, 2], [1, 2]) is None
 
 
-def test_the_liar_permutes_the_labels_of_one_domain_alone() -> None:
+def test_contradicting_teacher_permutes_labels_of_one_domain_only() -> None:
     item = {
         "input_ids": torch.arange(6),
         "labels": torch.tensor([IGNORE, 1, 2, 3, 4, 5]),
         "domain_ids": torch.tensor([domain_number("a")] * 3 + [domain_number("b")] * 3),
     }
     dataset = PermutedLabels([item], "b", 50, seed=3)  # type: ignore[arg-type]
-    found = dataset[0]
-    assert found["labels"][:3].tolist() == [IGNORE, 1, 2]
-    assert found["labels"][3:].tolist() == dataset.permutation_V[3:6].tolist()
+    permuted = dataset[0]
+    assert permuted["labels"][:3].tolist() == [IGNORE, 1, 2]
+    assert permuted["labels"][3:].tolist() == dataset.permutation_V[3:6].tolist()
     assert sorted(dataset.permutation_V.tolist()) == list(range(50))
-    assert found["input_ids"] is item["input_ids"]
+    assert permuted["input_ids"] is item["input_ids"]

@@ -1,1 +1,1 @@
-"""One self-contained page about a run, made from its folder alone."""
+"""Self-contained HTML report of a run, rendered from the files in its folder."""

@@ -1,4 +1,4 @@
-"""Which color a model has, in every plot and table of a page."""
+"""Colors of models, the same in every plot and table of a page."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collegium.report.files import ResultRow, RunFiles
 
 
 def row_color(row: ResultRow, run: RunFiles) -> str:
-    """The color of a row of the evaluation."""
+    """Return the color of an evaluation row."""
     if row.kind == "teacher":
         return teacher_color(row.name, run.teachers())
     if row.kind == "control":
+        # By position: a log calls a control `ce_only`, its row "CE only, equal steps".
         return control_color([control.name for control in run.rows("control")].index(row.name))
     return {"student": STUDENT, "fused": FUSED}.get(row.kind, UNTOUCHED)
 
 
-def control_color(place: int) -> str:
-    """The color of a control: its place among the controls, in the evaluation as in the folder of the run."""
-    return CONTROLS[place % len(CONTROLS)]
+def control_color(index: int) -> str:
+    """Return the color of a control by its position, in the evaluation and the run folder alike."""
+    return CONTROLS[index % len(CONTROLS)]

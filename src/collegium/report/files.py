@@ -1,4 +1,4 @@
-"""The files of a run folder as typed records; a file that is not there is `None` or empty, never a guess."""
+"""Typed records of the files in a run folder. A missing file is `None` or empty, never a guess."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, Valida
 from collegium.errors import CollegiumError
 
 Number = float | None
-"""A measured value, or None where it does not apply or was not finite."""
+"""A measured value, or None if it does not apply or was not finite."""
 
 T = TypeVar("T")
 
@@ -26,8 +26,9 @@ Numbers = Annotated[dict[str, Number], BeforeValidator(_empty_if_null)]
 
 
 class Record(BaseModel):
-    """An object of a run's files: types are strict, unknown keys are left alone (a newer version may add some)."""
+    """An object in a run's files. Types are strict, unknown keys are ignored."""
 
+    # Strict: "4.5" where a number belongs is a broken file. A newer version may add keys.
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
@@ -49,7 +50,7 @@ class LogStep(Record):
 
 
 class DomainScore(Record):
-    """Metrics of one model on one domain; NLL in nats per token."""
+    """Metrics of one model on one domain, with NLL in nats per token."""
 
     nll: Number = None
     perplexity: Number = None
@@ -75,7 +76,7 @@ class EntropyBins(Record):
 
 
 class ResultRow(Record):
-    """One row of the evaluation table."""
+    """One row of the evaluation table, with NLL and entropy in nats per token."""
 
     name: str
     kind: Literal["untouched", "teacher", "fused", "student", "control"]
@@ -102,12 +103,12 @@ class ResultRow(Record):
 
     @property
     def title(self) -> str:
-        """The name where the kind is plain from its place."""
+        """The name without its kind, for places that already show the kind."""
         return self.name.removeprefix(f"{self.kind}: ")
 
 
 class TeacherMeasure(Record):
-    """What the preflight found out about one teacher."""
+    """Preflight metrics of one teacher, with NLL and entropy in nats per token."""
 
     nll: Number = None
     perplexity: Number = None
@@ -120,7 +121,7 @@ class TeacherMeasure(Record):
 
 
 class Disagreement(Record):
-    """Pairwise distances of the teachers: Jensen-Shannon divergence (nats) and share of different top-1 tokens."""
+    """Pairwise Jensen-Shannon divergence (nats) and top-1 disagreement (share) of teachers."""
 
     teachers: list[str] = []
     jsd: list[list[Number]] = []
@@ -128,7 +129,7 @@ class Disagreement(Record):
 
 
 class FusionMeasure(Record):
-    """One candidate fusion and the NLL of its fused target."""
+    """A candidate fusion and the NLL of its fused target, in nats per token."""
 
     name: str = ""
     nll: Number = None
@@ -145,7 +146,7 @@ class FusionMeasure(Record):
 
 
 class DomainCalibration(Record):
-    """How far the confidence of a model is from the truth; NLL and entropy in nats per token, ECE and its halves as shares."""
+    """Calibration of one model. NLL and entropy in nats per token, ECE and its halves as shares."""
 
     nll: Number = None
     entropy: Number = None
@@ -156,13 +157,13 @@ class DomainCalibration(Record):
 
 
 class CalibrationMeasure(DomainCalibration):
-    """The same on all held-out text, and on each domain of it."""
+    """Calibration on all held-out text and on each of its domains."""
 
     domains: dict[str, DomainCalibration] = {}
 
 
 class TeacherCalibration(Record):
-    """One teacher as it is, and at its own temperature."""
+    """Calibration of one teacher, raw and at its fitted temperature."""
 
     raw: CalibrationMeasure = CalibrationMeasure()
     temperature: Number = None
@@ -170,7 +171,7 @@ class TeacherCalibration(Record):
 
 
 class HeldOut(Record):
-    """What the preflight measured on text that it fitted and chose nothing on."""
+    """Preflight metrics on text that no fit and no selection has used."""
 
     num_tokens: Number = None
     teachers: dict[str, TeacherCalibration] = {}
@@ -178,14 +179,14 @@ class HeldOut(Record):
 
 
 class BestSingle(Record):
-    """The teacher with the lowest NLL on its own."""
+    """The single teacher with the lowest NLL."""
 
     teacher: str | None = None
     nll: Number = None
 
 
 class Preflight(Record):
-    """`preflight.json`."""
+    """Contents of `preflight.json`."""
 
     num_tokens: Number = None
     seconds: Number = None
@@ -199,7 +200,7 @@ class Preflight(Record):
 
 
 class Stage(Record):
-    """One stage of the pipeline and how long it took."""
+    """Status and wall time of one pipeline stage."""
 
     status: str | None = None
     started: str | None = None
@@ -209,7 +210,7 @@ class Stage(Record):
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """Everything a report can know about a run."""
+    """The files of a run that a report reads."""
 
     name: str
     """Name of the run folder."""
@@ -220,10 +221,11 @@ class RunFiles:
     results: tuple[ResultRow, ...] | None = None
     log: tuple[LogStep, ...] | None = None
     controls: Mapping[str, tuple[LogStep, ...]] = field(default_factory=dict)
-    """The training log of each control that has one, by name."""
+    """Training log of each control that has one, by folder name."""
 
     def teachers(self) -> tuple[str, ...]:
-        """Names of all teachers, in the order in which they are first met."""
+        """Return the names of all teachers in order of first appearance."""
+        # Any of the files may be missing, so names are collected from all of them.
         names: dict[str, None] = {}
         names.update(dict.fromkeys(row.name for row in self.rows("teacher")))
         if self.preflight is not None:
@@ -235,23 +237,23 @@ class RunFiles:
         return tuple(names)
 
     def rows(self, *kinds: str) -> tuple[ResultRow, ...]:
-        """Rows of the evaluation of these kinds, kind by kind."""
+        """Return the evaluation rows of these kinds, kind by kind."""
         return tuple(row for kind in kinds for row in self.results or () if row.kind == kind)
 
     def domains(self) -> tuple[str, ...]:
-        """Names of all evaluated domains, in the order in which they are first met."""
+        """Return the names of all evaluated domains in order of first appearance."""
         return tuple(dict.fromkeys(name for row in self.results or () for name in row.domains))
 
 
 def read_run(run_folder: Path) -> RunFiles:
-    """Read what is there of a run folder.
+    """Read the files that a run folder has.
 
     Raises:
-        CollegiumError: the folder is missing, or a file of it is not what its format says.
+        CollegiumError: the folder is missing, or a file does not match its format.
     """
     if not run_folder.is_dir():
         raise CollegiumError(
-            f"{run_folder}: no such run folder; must be the folder of a run; do `collegium run RECIPE`"
+            f"{run_folder}: not found; must be a run folder; create one with `collegium run RECIPE`"
         )
     stages = _read_json(run_folder / "stages.json", dict[str, Stage])
     controls: dict[str, tuple[LogStep, ...]] = {}
@@ -273,7 +275,7 @@ def read_run(run_folder: Path) -> RunFiles:
 
 
 def _control_names(run_folder: Path, stages: Mapping[str, Stage]) -> list[str]:
-    """In the order in which they were trained, which is the order of their rows in the evaluation."""
+    # Training order, as in the stage log and in results.json: colors go by position.
     order = list(stages)
     names = sorted(folder.name for folder in run_folder.glob("controls/*/"))
     stage_of = {name: f"control {name}" for name in names}
@@ -299,19 +301,21 @@ def _read_json(path: Path, form: type[T]) -> T | None:
 
 def _decode(text: str, form: type[T], *, where: str) -> T:
     try:
-        # A diverged run writes NaN: that is a gap in a curve, no reason to refuse the report.
+        # A diverged run logs NaN. That is a gap in a curve, not a reason to refuse the report.
         value = json.loads(text, parse_constant=lambda _: None)
         return TypeAdapter(form).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "the whole file"
         raise CollegiumError(
-            f"{where}: {key}: got {_short(first['input'])}; must be as in the file formats of a run "
-            f"({first['msg']}); do the stage that writes it again"
+            f"{where}: {key}: got {_short(first['input'])}; must match the file formats of a run "
+            f"({first['msg']}); rerun the stage that writes it"
         ) from error
+    # json raises RecursionError on deeply nested input.
     except (ValueError, RecursionError) as error:
         raise CollegiumError(
-            f"{where}: got broken JSON ({error}); must be one JSON value; do the stage that writes it again"
+            f"{where}: got broken JSON ({error}); must be one JSON value; "
+            "rerun the stage that writes it"
         ) from error
 
 
@@ -325,16 +329,16 @@ def _read_log(path: Path) -> tuple[LogStep, ...] | None:
     if text is None:
         return None
     lines = text.split("\n")
-    # Only what follows the last line end is left out: a run that is being written may stop mid-line.
+    # A run in progress may be in the middle of its last line, which has no newline yet.
     steps = (
         _decode(line, LogStep, where=f"{path}:{number}")
         for number, line in enumerate(lines[:-1], start=1)
         if line.strip()
     )
-    return _one_per_step(steps)
+    return _latest_per_step(steps)
 
 
-def _one_per_step(steps: Iterable[LogStep]) -> tuple[LogStep, ...]:
-    """A resumed run logs some steps twice; the later line is the one the weights come from."""
+def _latest_per_step(steps: Iterable[LogStep]) -> tuple[LogStep, ...]:
+    # A resumed run logs some steps twice; the weights come from the later line.
     latest = {line.step: line for line in steps}
     return tuple(latest[step] for step in sorted(latest))

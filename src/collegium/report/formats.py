@@ -1,32 +1,33 @@
-"""How numbers are written for people."""
+"""Number formatting for tables, plots and sentences."""
 
 from __future__ import annotations
 
 import math
 
 MISSING = "–"
+# As wide as a plus sign, unlike a hyphen.
 MINUS = "\N{MINUS SIGN}"
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
-    """`4.768`; a real minus sign, and a dash for what is not known."""
+    """Format with fixed digits and a real minus sign (`4.768`), or a dash if missing."""
     if value is None or not math.isfinite(value):
         return MISSING
     text = f"{value:,.{digits}f}"
-    # A value that is zero as written has no sign.
+    # -0.0001 would be written as -0.000: a value that rounds to zero has no sign.
     return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("-")
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """`+0.120` or `−0.120`."""
+    """Format with an explicit sign: `+0.120` or `−0.120`."""
     text = fixed(value, digits)
     is_positive = value is not None and value > 0 and any(digit in text for digit in "123456789")
     return f"+{text}" if is_positive else text
 
 
 def perplexity(value: float | None) -> str:
-    """Three to four digits that matter: `8.42`, `118.0`, `4,211`."""
+    """Format with three to four significant digits: `8.42`, `118.0`, `4,211`."""
     if value is None or not math.isfinite(value):
         return MISSING
     if value >= 1e6:
@@ -35,23 +36,23 @@ def perplexity(value: float | None) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share of 1 as `38.2 %`."""
+    """Format a fraction as percent: `38.2 %`."""
     text = fixed(None if share is None else 100 * share, digits)
     return text if text == MISSING else f"{text} %"
 
 
 def signed_percent(share: float | None, digits: int = 1) -> str:
-    """A change of 1 as `−8.0 %`."""
+    """Format a relative change as percent: `−8.0 %`."""
     text = signed(None if share is None else 100 * share, digits)
     return text if text == MISSING else f"{text} %"
 
 
 def amount(value: float | None) -> str:
-    """A count in three digits: `1.10 M`, `307 k`, `900`."""
+    """Format a count with three significant digits: `1.10 M`, `307 k`, `900`."""
     if value is None or not math.isfinite(value):
         return MISSING
     for size, unit in UNITS:
-        # From 999.5 k on, three digits round to the next unit.
+        # With three digits, 999.5 k already rounds to 1.00 M.
         if (abs(value) >= 0.9995 * size and size > 1e3) or abs(value) >= size:
             scaled = value / size
             digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
@@ -60,22 +61,23 @@ def amount(value: float | None) -> str:
 
 
 def whole(value: float | None) -> str:
-    """A count in full: `12,800`."""
+    """Format a count in full: `12,800`."""
     return fixed(value, 0)
 
 
 def ratio(value: float | None) -> str:
-    """A factor: `9.3 ×`."""
+    """Format a factor: `9.30 ×`, `23.2 ×`."""
     text = fixed(value, 1 if value is not None and value >= 10 else 2)
     return text if text == MISSING else f"{text} ×"
 
 
 def duration(seconds: float | None) -> str:
-    """`0.4 s`, `42 s`, `2 min 35 s`, `3 h 07 min`."""
+    """Format seconds: `0.4 s`, `42 s`, `2 min 35 s`, `3 h 07 min`."""
     if seconds is None or not math.isfinite(seconds) or seconds < 0:
         return MISSING
     if seconds < 10:
         return f"{seconds:.1f} s"
+    # Rounded before it is split, so that 59.7 s is 1 min 00 s and not 60 s.
     whole_s = round(seconds)
     if whole_s < 60:
         return f"{whole_s} s"
@@ -84,8 +86,9 @@ def duration(seconds: float | None) -> str:
     return f"{whole_s // 3600} h {whole_s % 3600 // 60:02d} min"
 
 
-def perplexity_of(nll: float | None, given: float | None = None) -> float | None:
-    """The given perplexity, or exp(NLL) where none is given; None when it would overflow."""
-    if given is not None:
-        return given
+def perplexity_of(nll: float | None, recorded: float | None = None) -> float | None:
+    """Return the recorded perplexity or else exp(NLL), or None if that would overflow."""
+    if recorded is not None:
+        return recorded
+    # exp overflows a double above 709.
     return math.exp(nll) if nll is not None and nll < 700 else None

@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page about a run, made from its folder alone."""
+"""`report.html`: a self-contained page about a run, rendered from the files in its folder."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["RunFiles", "read_run", "render_page", "write_report"]
 
 REPORT = "report.html"
 SHOWN_FUSIONS = 10
-"""Candidates of a preflight beyond these are folded away."""
+"""Number of preflight candidates above the fold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A file the run folder does not have, what the report lacks without it, and what makes it."""
+    """A missing file, the report content that depends on it, and the command that creates it."""
 
     file: str
     holds: str
@@ -33,49 +33,52 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class PageFigure:
     """One plot as the template shows it."""
 
     key: str
     title: str
     caption: str
     source: str
-    """A `data:` address of the SVG; an image runs no script."""
+    # https://developer.mozilla.org/en-US/docs/Web/SVG/SVG_as_an_Image
+    """A `data:` URL of the SVG. As an image, SVG cannot run scripts or load other files."""
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write `report.html` into a run folder, from its files alone; whole or not at all.
+    """Write `report.html` atomically into a run folder, from the files there.
 
     Raises:
-        CollegiumError: the folder is missing, a file of it is broken, or the page cannot be written.
+        CollegiumError: the folder is missing, a file in it is broken, or writing the page fails.
     """
     text = render_page(read_run(run_folder))
     path = run_folder / REPORT
     try:
-        _write_whole(path, text)
+        _write_atomic(path, text)
     except OSError as error:
         raise CollegiumError(
-            f"{path}: cannot be written ({error}); must be a folder with room for a few MB; "
-            "free some space or mend its permissions, then do `collegium report`"
+            f"{path}: cannot be written ({error}); must be in a writable folder; "
+            "free a few MB or fix its permissions, then run `collegium report`"
         ) from error
     return path
 
 
 def render_page(run: RunFiles) -> str:
-    """The page as HTML: no script, nothing loaded from elsewhere, every name of the run escaped."""
+    """Render the page as HTML without scripts or external resources, with every name escaped."""
     environment = Environment(
         loader=PackageLoader("collegium", "report"),
+        # Names of teachers, domains and controls are untrusted text.
         autoescape=True,
+        # A misspelled variable of the template raises instead of rendering as nothing.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     return environment.get_template("page.html").render(
         run=run,
-        verdict=headline_of(run),
+        headline=headline_of(run),
         tiles=key_figures(run),
         figures=[
-            Figure(plot.key, plot.title, plot.caption, _data_address(plot.svg))
+            PageFigure(plot.key, plot.title, plot.caption, _data_url(plot.svg))
             for plot in draw_all(run)
         ],
         evaluation=tables.evaluation_table(run),
@@ -90,42 +93,43 @@ def render_page(run: RunFiles) -> str:
         stages=tables.stage_table(run),
         environment=tables.environment_table(run),
         gap=gap_closed(run),
-        missing={one.file: one for one in missing_files(run)},
+        missing={missing.file: missing for missing in missing_files(run)},
     )
 
 
 def missing_files(run: RunFiles) -> list[Missing]:
-    """What the folder lacks, in the order of the stages."""
-    found = [
+    """Return the files that the folder lacks, in the order of the stages."""
+    files = [
         (run.recipe, Missing("recipe.yaml", "the resolved recipe", "check")),
-        (run.environment, Missing("environment.json", "versions and machine", "check")),
-        (run.stages, Missing("stages.json", "the time of each stage", "run")),
+        (run.environment, Missing("environment.json", "software versions and machine", "check")),
+        (run.stages, Missing("stages.json", "the stage timings", "run")),
         (
             run.preflight,
-            Missing("preflight.json", "what the teachers know, alone and fused", "preflight"),
+            Missing("preflight.json", "the quality of teachers and fusions", "preflight"),
         ),
-        (run.log, Missing("train/log.jsonl", "the course of the training", "train")),
+        (run.log, Missing("train/log.jsonl", "the training curves", "train")),
         (run.results, Missing("results.json", "the comparison of the models", "evaluate")),
     ]
-    return [missing for value, missing in found if value is None]
+    return [missing for value, missing in files if value is None]
 
 
-def _data_address(svg: bytes) -> str:
+def _data_url(svg: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Write beside the target, make it durable, and rename: a reader sees the old page or the new one."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def _write_atomic(path: Path, text: str) -> None:
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as stream:
             stream.write(text)
+            # fsync before the rename: after a crash, the old or the complete new page is there.
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes the file private; a report is as readable as any other file of the run.
+        # mkstemp creates files with mode 0600. A report is as readable as the other files of a run.
         temporary.chmod(0o644)
         temporary.replace(path)
+    # Also on KeyboardInterrupt: no temporary file may stay behind.
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -1,4 +1,4 @@
-"""The plots of a report: each function takes the run's files and gives SVG bytes, or None when there is nothing to draw."""
+"""Plots of a report. Each function returns SVG bytes, or None if there is nothing to draw."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from collegium.report.headline import score
 from collegium.report.marks import MAX_DRAWN, curve, heat_map, keys, legend, stack, steps_axis
 
 WIDE = 10.4
-"""Width of a figure in inches; the page is as wide."""
+"""Width of a figure in inches, the same as that of the page."""
 TERM_COLORS = {"kd": STUDENT, "ce": "#e0a030"}
+# From the palette of Paul Tol; these never share a panel with teachers.
 FEATURE_COLORS = ("#44aa99", "#aa4499", "#999933", "#88ccee", "#cc6677", "#117733")
 GROUP_ORDER = ("student", "control", "fused", "teacher", "untouched")
 
@@ -46,14 +47,24 @@ class Plot:
 
 
 def draw_all(run: RunFiles) -> list[Plot]:
-    """Every plot the run has data for, in the order of the page."""
+    """Draw all plots that the run has data for, in page order."""
     figures: list[tuple[str, str, str, Callable[[RunFiles], bytes | None]]] = [
-        ("perplexity", "Perplexity of every model", "Lower is better. The fused target is what the student imitates.", perplexity_plot),
-        ("loss", "Training", "Per target token, on the training text; the left panel is the same measure for all.", loss_plot),
-        ("weights", "Who teaches", "Mean fusion weight of each teacher, over the steps and on each domain.", weights_plot),
-        ("trust", "Can the teachers be trusted?", "Left: does a low entropy mean being right? A line that does not fall says no. Right: below the diagonal is over-confident.", trust_plot),
-        ("disagreement", "Do the teachers disagree?", "Measured before training. Teachers that agree everywhere have nothing to add to each other.", disagreement_plot),
-        ("gradients", "What moves the student", "Share of each loss term in the gradient at the hidden states, and training speed.", gradient_plot),
+        ("perplexity", "Perplexity of all models",
+         "Lower is better. The student is trained to match the fused target.", perplexity_plot),
+        ("loss", "Training loss",
+         "Nats per target token of the training text. The left panel shows the same measure for "
+         "all runs.", loss_plot),
+        ("weights", "Teacher weights",
+         "Mean fusion weight of each teacher over the steps and on each domain.", weights_plot),
+        ("trust", "Can the teachers be trusted?",
+         "Left: does low entropy mean high accuracy? If a line does not fall, it does not. "
+         "Right: points below the diagonal are overconfident.", trust_plot),
+        ("disagreement", "Teacher disagreement",
+         "Measured before training. Teachers that always agree add nothing to each other.",
+         disagreement_plot),
+        ("gradients", "Gradient shares and training speed",
+         "Share of each loss term in the gradient at the hidden states, and training throughput.",
+         gradient_plot),
     ]  # fmt: skip
     with house_style():
         drawn = [(key, title, caption, draw(run)) for key, title, caption, draw in figures]
@@ -61,7 +72,7 @@ def draw_all(run: RunFiles) -> list[Plot]:
 
 
 def perplexity_plot(run: RunFiles) -> bytes | None:
-    """Perplexity of all rows as bars; as points on a logarithmic axis when the range is wide."""
+    """Plot the perplexity of all rows as bars, or as points on a log axis if the range is wide."""
     rows = [
         (row, value)
         for row in run.rows(*GROUP_ORDER)
@@ -71,26 +82,27 @@ def perplexity_plot(run: RunFiles) -> bytes | None:
         return None
     values = [min(value, MAX_DRAWN) for _, value in rows]
     figure, (axes,) = new_figure(WIDE, 0.9 + 0.3 * len(rows))
+    # A bar starts at zero, which a logarithmic axis does not have.
     is_wide = max(values) / min(values) > 8
     colors = [row_color(row, run) for row, _ in rows]
-    places = np.arange(len(rows))
+    positions = np.arange(len(rows))
     if is_wide:
         floor = min(values) / 1.6
         axes.set_xscale("log")
-        axes.hlines(places, floor, values, colors=colors, linewidth=2.5, alpha=0.55)
-        axes.scatter(values, places, c=colors, s=46, zorder=3)
+        axes.hlines(positions, floor, values, colors=colors, linewidth=2.5, alpha=0.55)
+        axes.scatter(values, positions, c=colors, s=46, zorder=3)
         axes.set_xlim(floor, max(values) * 1.8)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
-        axes.barh(places, values, color=colors, height=0.66)
+        axes.barh(positions, values, color=colors, height=0.66)
         axes.set_xlim(0, max(values) * 1.12)
-    for place, value, (_, exact) in zip(places, values, rows, strict=True):
+    for position, value, (_, exact) in zip(positions, values, rows, strict=True):
         axes.annotate(
-            perplexity(exact), (value, place), (7, 0), textcoords="offset points", va="center"
+            perplexity(exact), (value, position), (7, 0), textcoords="offset points", va="center"
         )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.set_yticks(places, [label(row.title, 44) for row, _ in rows])
+    axes.set_yticks(positions, [label(row.title, 44) for row, _ in rows])
     axes.get_yticklabels()[0].set_fontweight("bold")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -100,9 +112,10 @@ def perplexity_plot(run: RunFiles) -> bytes | None:
 
 
 def loss_plot(run: RunFiles) -> bytes | None:
-    """Cross-entropy of the student and its controls, and the terms of the student."""
+    """Plot the cross-entropy of student and controls, and the loss terms of the student."""
     log = run.log or ()
     figure, panels = new_figure(WIDE, 3.5, 2 if log else 1)
+    # Only cross-entropy is comparable: totals of different objectives are not.
     has_ce = any("ce" in line.terms for line in log)
     panels[0].set_title("Cross-entropy" if has_ce or not log else "Loss")
     curve(panels[0], log, lambda line: line.terms.get("ce", line.loss), "student", STUDENT, "-")
@@ -110,7 +123,7 @@ def loss_plot(run: RunFiles) -> bytes | None:
         color = control_color(i)
         curve(panels[0], steps, lambda line: line.terms.get("ce", line.loss), name, color, "--")
     if log:
-        panels[1].set_title("Terms of the student's loss")
+        panels[1].set_title("Student loss terms")
         curve(panels[1], log, lambda line: line.loss, "total", canvas.INK, ":")
         for i, term in enumerate(keys(log, lambda line: line.terms)):
             color = _term_color(term, i)
@@ -129,12 +142,12 @@ def _finish_curves(axes: Axes, run: RunFiles) -> None:
     legend(axes)
 
 
-def _term_color(term: str, place: int) -> str:
-    return TERM_COLORS.get(term, FEATURE_COLORS[place % len(FEATURE_COLORS)])
+def _term_color(term: str, index: int) -> str:
+    return TERM_COLORS.get(term, FEATURE_COLORS[index % len(FEATURE_COLORS)])
 
 
 def weights_plot(run: RunFiles) -> bytes | None:
-    """Mean teacher weights over the steps as stacked areas, and per domain as a heat map."""
+    """Plot mean teacher weights over the steps (stacked areas) and per domain (heat map)."""
     log = [
         line for line in run.log or () if any(v is not None for v in line.teacher_weights.values())
     ]
@@ -146,9 +159,9 @@ def weights_plot(run: RunFiles) -> bytes | None:
     shares = {name: [line.teacher_weights.get(name) for line in log] for name in names}
     colors = [teacher_color(name, run.teachers()) for name in names]
     stack(panels[0], [line.step for line in log], shares, colors)
-    panels[0].set_title("Mean weight over the steps")
+    panels[0].set_title("Mean weight over steps")
     if domains:
-        panels[1].set_title("Mean weight on each domain")
+        panels[1].set_title("Mean weight by domain")
         heat_map(
             panels[1],
             table,
@@ -169,14 +182,14 @@ def _domain_weights(
     for i, domain in enumerate(domains):
         for j, name in enumerate(names):
             values = [line.domain_weights.get(domain, {}).get(name) for line in log]
-            known = [value for value in values if value is not None]
-            if known:
-                table[i, j] = sum(known) / len(known)
+            logged = [value for value in values if value is not None]
+            if logged:
+                table[i, j] = sum(logged) / len(logged)
     return domains, table
 
 
 def trust_plot(run: RunFiles) -> bytes | None:
-    """Accuracy against entropy, and accuracy against confidence, of teachers, fused target and student."""
+    """Plot accuracy against entropy and confidence for teachers, fused target and student."""
     rows = [
         row
         for row in run.rows("teacher", "fused", "student")
@@ -185,16 +198,17 @@ def trust_plot(run: RunFiles) -> bytes | None:
     if not rows:
         return None
     figure, (left, right) = new_figure(WIDE, 4.1, 2)
+    # On the diagonal, confidence equals accuracy.
     right.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
     for row in rows:
         bins, trust = row.entropy_bins, row.reliability
         if bins:
-            _bins(left, run, row, bins.entropy, bins.accuracy)
+            _plot_bins(left, run, row, bins.entropy, bins.accuracy)
         if trust:
-            _bins(right, run, row, trust.confidence, trust.accuracy)
+            _plot_bins(right, run, row, trust.confidence, trust.accuracy)
     left.set(
-        title="Correct when sure?",
-        xlabel="entropy of the prediction (nats)",
+        title="Accuracy by entropy",
+        xlabel="predictive entropy (nats)",
         ylabel="top-1 accuracy",
     )
     right.set(
@@ -204,6 +218,7 @@ def trust_plot(run: RunFiles) -> bytes | None:
     left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    # Any model may lack one of the two; the legend needs a panel that has labels.
     source = left if left.get_legend_handles_labels()[0] else right
     if not source.get_legend_handles_labels()[0]:
         return None
@@ -211,13 +226,11 @@ def trust_plot(run: RunFiles) -> bytes | None:
     return render(figure)
 
 
-def _bins(
-    axes: Axes, run: RunFiles, row: ResultRow, places: Sequence[Number], heights: Sequence[Number]
+def _plot_bins(
+    axes: Axes, run: RunFiles, row: ResultRow, xs: Sequence[Number], ys: Sequence[Number]
 ) -> None:
-    """One line through the bins that hold both values; empty bins are null."""
-    pairs = [
-        (x, y) for x, y in zip(places, heights, strict=False) if x is not None and y is not None
-    ]
+    # Empty bins are null in results.json.
+    pairs = [(x, y) for x, y in zip(xs, ys, strict=False) if x is not None and y is not None]
     if not pairs:
         return
     x, y = zip(*sorted(pairs), strict=True)
@@ -242,19 +255,19 @@ def _bins(
 
 
 def disagreement_plot(run: RunFiles) -> bytes | None:
-    """Jensen-Shannon divergence and share of different top-1 tokens of each pair of teachers."""
-    found = run.preflight.disagreement if run.preflight else None
-    if found is None or len(found.teachers) < 2:
+    """Plot Jensen-Shannon divergence and share of differing top-1 tokens per teacher pair."""
+    pairs = run.preflight.disagreement if run.preflight else None
+    if pairs is None or len(pairs.teachers) < 2:
         return None
-    size = len(found.teachers)
+    size = len(pairs.teachers)
     tables = [
-        ("Jensen-Shannon divergence (nats)", _square(found.jsd, size), "{:.3f}"),
-        ("Share of different top-1 tokens", _square(found.top1, size), "{:.0%}"),
+        ("Jensen-Shannon divergence (nats)", _square(pairs.jsd, size), "{:.3f}"),
+        ("Share of differing top-1 tokens", _square(pairs.top1, size), "{:.0%}"),
     ]
-    tables = [one for one in tables if np.isfinite(one[1]).any()]
+    tables = [entry for entry in tables if np.isfinite(entry[1]).any()]
     if not tables:
         return None
-    names = [label(name, 18) for name in found.teachers]
+    names = [label(name, 18) for name in pairs.teachers]
     figure, panels = new_figure(WIDE, max(2.8, 1.3 + 0.38 * size), len(tables))
     for axes, (title, table, form) in zip(panels, tables, strict=True):
         axes.set_title(title)
@@ -263,7 +276,8 @@ def disagreement_plot(run: RunFiles) -> bytes | None:
 
 
 def _square(values: Sequence[Sequence[Number]], size: int) -> NDArray[np.float64]:
-    """(size, size); the diagonal says nothing and is left empty."""
+    """Return the values as (size, size), with NaN where nothing was measured."""
+    # The diagonal is zero by definition and stays empty.
     table = np.full((size, size), np.nan)
     for i, line in enumerate(values[:size]):
         for j, value in enumerate(line[:size]):
@@ -273,7 +287,8 @@ def _square(values: Sequence[Sequence[Number]], size: int) -> NDArray[np.float64
 
 
 def gradient_plot(run: RunFiles) -> bytes | None:
-    """Share of each term in the gradient, and target tokens per second."""
+    """Plot the gradient share of each term and the target tokens per second."""
+    # Shares are measured where a term acts: kd and ce at the last hidden state, features at taps.
     log = [line for line in run.log or () if any(v is not None for v in line.grad_shares.values())]
     logs = [("student", run.log or (), STUDENT, "-")]
     for i, (name, steps) in enumerate(run.controls.items()):
@@ -288,7 +303,7 @@ def gradient_plot(run: RunFiles) -> bytes | None:
         shares = {term: [line.grad_shares.get(term) for line in log] for term in terms}
         colors = [_term_color(term, i) for i, term in enumerate(terms)]
         stack(panels[0], [line.step for line in log], shares, colors)
-        panels[0].set_title("Gradient share of each term")
+        panels[0].set_title("Gradient share by term")
         legend_below(figure, panels[0])
     if has_speed:
         axes = panels[-1]

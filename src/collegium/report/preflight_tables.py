@@ -1,4 +1,4 @@
-"""What a preflight measured, as tables: teachers, fusions, what each teacher is worth, and calibration on held-out text."""
+"""Preflight results as tables: teachers, fusions, and calibration on held-out text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from collegium.report.tables import Cell, Line, Table
 
 
 def teacher_table(run: RunFiles) -> Table:
-    """What the preflight measured of each teacher alone; the lowest NLL of each column in bold."""
+    """Return the preflight metrics of each teacher, with the lowest NLL per column in bold."""
     if run.preflight is None:
         return Table("Teacher", (), ())
     teachers = run.preflight.teachers
@@ -36,7 +36,7 @@ def teacher_table(run: RunFiles) -> Table:
             Cell(percent(measure.ece)),
             Cell(fixed(measure.temperature, 2)),
             Cell(percent(measure.top1)),
-            *_worth(run.preflight, name),
+            *_contribution(run.preflight, name),
         ]
         for domain in domains:
             value = measure.domains.get(domain)
@@ -51,26 +51,26 @@ def teacher_table(run: RunFiles) -> Table:
         "T",
         "Top-1",
         "Weight",
-        "Without it",
+        "ΔNLL without",
     )
     return Table("Teacher", titles + tuple(f"NLL {name}" for name in domains), tuple(lines))
 
 
-def _worth(preflight: Preflight, teacher: str) -> tuple[Cell, Cell]:
-    """Share of weight under the chosen fusion, and how far its NLL rises without the teacher."""
+def _contribution(preflight: Preflight, teacher: str) -> tuple[Cell, Cell]:
+    """Return the weight under the chosen fusion, and the rise of its NLL without the teacher."""
     chosen = preflight.chosen or FusionMeasure()
     rise = chosen.leave_one_out.get(teacher)
     return Cell(percent(chosen.weights.get(teacher))), Cell(signed(rise))
 
 
-def fusion_table(run: RunFiles, places: slice) -> Table:
-    """The candidate fusions at these places of the ranking, best first, against the chosen one, which is marked."""
+def fusion_table(run: RunFiles, ranks: slice) -> Table:
+    """Return the candidate fusions at these ranks by NLL, with the chosen one marked."""
     preflight = run.preflight
     if preflight is None or not preflight.fusions:
         return Table("Fusion", (), ())
-    ranked = sorted(preflight.fusions, key=lambda one: float("inf") if one.nll is None else one.nll)
+    ranked = sorted(preflight.fusions, key=lambda f: float("inf") if f.nll is None else f.nll)
     lines = []
-    for fusion in ranked[places]:
+    for fusion in ranked[ranks]:
         chosen = _is_chosen(fusion, preflight)
         cells = (
             Cell(fusion.calibration or "raw"),
@@ -83,17 +83,19 @@ def fusion_table(run: RunFiles, places: slice) -> Table:
             Cell("chosen" if chosen else "", chosen),
         )
         lines.append(Line(fusion.name, cells, mark=chosen))
+    # The chosen fusion is the simplest within noise of the best, so it need not be the first row.
     columns = (
-        "Calibration", "NLL", "95 %", "Against chosen, 95 %", "Best teacher first", "Rank correlation", "Regret", "",
+        "Calibration", "NLL", "95 % CI", "Vs. chosen, 95 % CI", "Best teacher first",
+        "Rank correlation", "Regret", "",
     )  # fmt: skip
     return Table("Fusion", columns, tuple(lines))
 
 
 def _is_chosen(fusion: FusionMeasure, preflight: Preflight) -> bool:
-    if any(one.is_chosen for one in preflight.fusions):
+    if any(candidate.is_chosen for candidate in preflight.fusions):
         return fusion.is_chosen
     chosen = preflight.chosen
-    # One name may stand for several calibrations: the chosen one has the chosen NLL as well.
+    # Files without `is_chosen`: a name may occur once per calibration, so the NLL must match too.
     return chosen is not None and (fusion.name, fusion.nll) == (chosen.name, chosen.nll)
 
 
@@ -104,7 +106,7 @@ def _interval(edges: list[Number] | None, write=fixed) -> str:
 
 
 def calibration_table(run: RunFiles) -> Table:
-    """NLL, entropy and calibration error on held-out text by domain: raw teachers, calibrated ones, the fused target."""
+    """Return NLL, entropy and ECE on held-out text by domain: teachers, calibrated ones, target."""
     held_out = run.preflight.held_out if run.preflight else None
     if held_out is None:
         return Table("Model", (), ())
@@ -113,6 +115,7 @@ def calibration_table(run: RunFiles) -> Table:
     for name, measure in held_out.teachers.items():
         color = teacher_color(name, names)
         lines += _calibration_lines(name, measure.raw, color)
+        # T = 1 would repeat the raw rows.
         if measure.temperature not in (None, 1.0):
             title = f"{name}, T = {fixed(measure.temperature, 2)}"
             lines += _calibration_lines(title, measure.calibrated, color)
@@ -124,6 +127,7 @@ def calibration_table(run: RunFiles) -> Table:
 def _calibration_lines(
     title: str, measure: CalibrationMeasure, color: str, *, mark: bool = False
 ) -> Iterator[Line]:
+    # The row of a single domain would repeat the total.
     rows = {"all": measure, **(measure.domains if len(measure.domains) > 1 else {})}
     for domain, row in rows.items():
         cells = (
@@ -139,5 +143,5 @@ def _calibration_lines(
 
 
 def _lowest(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return min(known, default=None)
+    measured = [value for value in values if value is not None]
+    return min(measured, default=None)

@@ -1,4 +1,4 @@
-"""The tables of the report as plain values: the template only lays them out."""
+"""Tables of the report as plain values. The template only lays them out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TRAINED = ("student", "control")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One value as text; `strong` marks the best of its column."""
+    """A formatted value. `strong` marks the best of its column."""
 
     text: str
     strong: bool = False
@@ -41,7 +41,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One row: a name with a swatch of its color, then its values; `group` opens a new block of rows."""
+    """A row: a name with a color swatch, then its values. `group` starts a new block of rows."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -52,7 +52,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table whose first column is text and whose others are numbers."""
+    """A table with text in the first column and numbers in the others."""
 
     first: str
     columns: tuple[str, ...]
@@ -61,7 +61,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """How one column reads a row, writes it, and which value is the best (`None`: no best)."""
+    """A column: reads a value from a row, formats it and ranks it (lowest is best, if any)."""
 
     title: str
     read: Callable[[ResultRow], float | None]
@@ -83,6 +83,7 @@ METRICS = (
     Column("Bits / byte", lambda row: row.bits_per_byte, fixed, _low),
     Column("Top-1", lambda row: row.top1, percent, _high),
     Column("ECE", lambda row: row.ece, percent, _low),
+    # By magnitude: underconfidence is as far from calibrated as overconfidence.
     Column("NLL − H", lambda row: row.overconfidence, signed, abs),
     Column("KL to target", lambda row: row.kl_to_fused, fixed, _low),
     Column("Agreement", lambda row: row.agreement_fused, percent, _high),
@@ -92,7 +93,7 @@ METRICS = (
 
 
 def evaluation_table(run: RunFiles) -> Table:
-    """All rows of `results.json`, the student first; bold is the best among the student and its controls."""
+    """Return all rows of `results.json`, student first, with the best trained model in bold."""
     columns = [
         column
         for column in METRICS
@@ -102,12 +103,12 @@ def evaluation_table(run: RunFiles) -> Table:
 
 
 def domain_table(run: RunFiles) -> Table:
-    """Perplexity of every row on every domain; bold is the best among the student and its controls."""
+    """Return perplexity by row and domain, with the best trained model in bold."""
 
     def reader(domain: str) -> Callable[[ResultRow], float | None]:
         def read(row: ResultRow) -> float | None:
-            found = row.domains.get(domain, DomainScore())
-            return perplexity_of(found.nll, found.perplexity)
+            domain_score = row.domains.get(domain, DomainScore())
+            return perplexity_of(domain_score.nll, domain_score.perplexity)
 
         return read
 
@@ -116,7 +117,7 @@ def domain_table(run: RunFiles) -> Table:
 
 
 def agreement_table(run: RunFiles) -> Table:
-    """Share of tokens on which the top-1 of a trained model is that of a teacher."""
+    """Return the share of tokens on which a model and a teacher have the same top-1 token."""
     rows = [
         row
         for row in run.rows(*TRAINED, "fused")
@@ -126,13 +127,14 @@ def agreement_table(run: RunFiles) -> Table:
     lines = []
     for row in rows:
         values = [row.agreement.get(name) for name in names]
-        top = max(value for value in values if value is not None)
-        cells = tuple(Cell(percent(value), value == top and len(names) > 1) for value in values)
+        highest = max(value for value in values if value is not None)
+        cells = tuple(Cell(percent(value), value == highest and len(names) > 1) for value in values)
         lines.append(Line(row.title, cells, row_color(row, run), mark=row.kind == "student"))
     return Table("Model", names, tuple(lines))
 
 
 def _result_table(run: RunFiles, columns: Sequence[Column], first: str) -> Table:
+    # Only trained models compete: the fused target and the teachers are not alternatives to them.
     trained = run.rows(*TRAINED)
     marks = [_best_of(column, trained) for column in columns]
     lines = []
@@ -142,7 +144,7 @@ def _result_table(run: RunFiles, columns: Sequence[Column], first: str) -> Table
             for column, mark in zip(columns, marks, strict=True):
                 value = column.read(row)
                 text = column.write(value)
-                # Equal as written is equal: two values that look the same are both the best.
+                # Compared as text: two values that look the same are both the best.
                 cells.append(Cell(text, kind in TRAINED and mark is not None and text == mark))
             lines.append(
                 Line(
@@ -164,7 +166,7 @@ def _best_of(column: Column, rows: Iterable[ResultRow]) -> str | None:
 
 
 def size_table(run: RunFiles) -> Table:
-    """Parameters of each model and how many times the student they are."""
+    """Return the parameters of each model, also relative to the student."""
     rows = [row for row in run.rows("student", "teacher") if row.num_parameters]
     student = best(run.rows("student"))
     base = student.num_parameters if student else None
@@ -172,9 +174,9 @@ def size_table(run: RunFiles) -> Table:
         _size_line(row.title, row.num_parameters, base, row_color(row, run), row.kind)
         for row in rows
     ]
-    together = [row.num_parameters or 0.0 for row in run.rows("teacher")]
-    if len(together) > 1 and sum(together):
-        lines.append(_size_line("all teachers together", sum(together), base, "", "sum"))
+    sizes = [row.num_parameters or 0.0 for row in run.rows("teacher")]
+    if len(sizes) > 1 and sum(sizes):
+        lines.append(_size_line("all teachers combined", sum(sizes), base, "", "sum"))
     return Table("Model", ("Parameters", "Exact", "Relative to student"), tuple(lines))
 
 
@@ -185,7 +187,7 @@ def _size_line(name: str, size: float | None, base: float | None, color: str, ki
 
 
 def cost_table(run: RunFiles) -> Table:
-    """Training cost of the student and of each control."""
+    """Return the training cost of the student and each control."""
     rows = [
         row for row in run.rows(*TRAINED) if row.steps is not None or row.train_seconds is not None
     ]
@@ -209,13 +211,11 @@ def cost_table(run: RunFiles) -> Table:
                 row.title, tuple(map(Cell, texts)), row_color(row, run), mark=row.kind == "student"
             )
         )
-    return Table(
-        "Model", ("Steps", "Tokens", "Time", "Tokens/s", "Time against student"), tuple(lines)
-    )
+    return Table("Model", ("Steps", "Tokens", "Time", "Tokens/s", "Time vs. student"), tuple(lines))
 
 
 def stage_table(run: RunFiles) -> Table:
-    """Status and wall time of each stage, and its share of the whole."""
+    """Return status, wall time and share of the total time of each stage."""
     stages = run.stages or {}
     total = sum(stage.seconds or 0.0 for stage in stages.values())
     lines = []
@@ -223,6 +223,7 @@ def stage_table(run: RunFiles) -> Table:
         share = stage.seconds / total if stage.seconds is not None and total > 0 else None
         texts = (
             stage.status or "–",
+            # Without the UTC offset.
             (stage.started or "–")[: len("2026-01-31T12:00:00")].replace("T", " "),
             duration(stage.seconds),
             percent(share),
@@ -231,12 +232,12 @@ def stage_table(run: RunFiles) -> Table:
         lines.append(Line(name, tuple(map(Cell, texts))))
     if lines:
         texts = ("", "", duration(total), "", "")
-        lines.append(Line("together", tuple(map(Cell, texts)), mark=True))
+        lines.append(Line("total", tuple(map(Cell, texts)), mark=True))
     return Table("Stage", ("Status", "Started", "Time", "Share", "Note"), tuple(lines))
 
 
 def environment_table(run: RunFiles) -> Table:
-    """Versions and machine, nested keys joined by dots."""
+    """Return versions and machine, with nested keys joined by dots."""
     lines = [Line(key, (Cell(text),)) for key, text in _flat("", run.environment or {})]
     return Table("Key", ("Value",), tuple(lines))
 

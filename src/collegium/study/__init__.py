@@ -1,1 +1,1 @@
-"""Questions over many runs: the same recipe under several settings and seeds, in one table and one page."""
+"""Studies: one recipe under several settings and seeds, summarized in tables and a page."""

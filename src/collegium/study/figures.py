@@ -1,4 +1,4 @@
-"""The plots of a study: one point per setting and seed, so that a difference can be held against its spread."""
+"""Plots of a study. Each seed is drawn, so that differences can be compared with the spread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from collegium.report.canvas import (
 )
 from collegium.study.measurements import spearman, summarize
 from collegium.study.options import MEASURES, FigureOptions
-from collegium.study.sweep import Row, setting_name
+from collegium.study.sweep import StudyRow, setting_name
 
 WIDE = 10.4
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -28,10 +28,10 @@ MAX_LABEL_LENGTH = 44
 
 
 def draw_figures(
-    rows: Sequence[Row], figures: Sequence[FigureOptions], factors: Sequence[str]
+    rows: Sequence[StudyRow], figures: Sequence[FigureOptions], factors: Sequence[str]
 ) -> list[bytes | None]:
-    """SVG bytes of each figure; None where no row has its measures."""
-    kinds: dict[str, Callable[[Sequence[Row], FigureOptions, Sequence[str]], bytes | None]] = {
+    """Return each figure as SVG bytes, or None where no row has its measures."""
+    kinds: dict[str, Callable[[Sequence[StudyRow], FigureOptions, Sequence[str]], bytes | None]] = {
         "scatter": scatter,
         "lines": lines,
         "dots": dots,
@@ -40,41 +40,46 @@ def draw_figures(
         return [kinds[options.kind](rows, options, factors) for options in figures]
 
 
-def by_setting(rows: Sequence[Row], factors: Sequence[str]) -> dict[str, list[Row]]:
-    """The rows of each setting, in the order in which they are first met."""
-    found: dict[str, list[Row]] = {}
+def by_setting(rows: Sequence[StudyRow], factors: Sequence[str]) -> dict[str, list[StudyRow]]:
+    """Group the rows by setting, in order of first appearance."""
+    groups: dict[str, list[StudyRow]] = {}
     for row in rows:
-        found.setdefault(setting_name(row["levels"], factors), []).append(row)
-    return found
+        groups.setdefault(setting_name(row["levels"], factors), []).append(row)
+    return groups
 
 
 def measure_label(name: str) -> str:
-    """A measure in words."""
+    """Return the label of a measure, such as `NLL of the student on code`."""
     base, _, domain = name.partition("@")
     return MEASURES[base] + (f" on {domain}" if domain else "")
 
 
-def correlations(rows: Sequence[Row], x: str, y: str, factors: Sequence[str]) -> dict[str, Any]:
-    """Rank correlation of two measures over the settings: of the means over seeds, and of each seed by itself."""
+def correlations(
+    rows: Sequence[StudyRow], x: str, y: str, factors: Sequence[str]
+) -> dict[str, Any]:
+    """Return the rank correlation of two measures over settings, of seed means and per seed."""
     pairs = [(row["seed"], row["values"].get(x), row["values"].get(y)) for row in rows]
     by_seed: dict[int, list[tuple[float, float]]] = {}
-    for seed, one, other in pairs:
-        if one is not None and other is not None:
-            by_seed.setdefault(seed, []).append((one, other))
+    for seed, x_value, y_value in pairs:
+        if x_value is not None and y_value is not None:
+            by_seed.setdefault(seed, []).append((x_value, y_value))
     means = []
     for group in by_setting(rows, factors).values():
-        one, other = summarize(group, x).mean, summarize(group, y).mean
-        if one is not None and other is not None:
-            means.append((one, other))
+        x_mean, y_mean = summarize(group, x).mean, summarize(group, y).mean
+        if x_mean is not None and y_mean is not None:
+            means.append((x_mean, y_mean))
+    # `preflight_predicts` has +0.98 for the means, +0.99 and +0.90 for its seeds.
     return {
         "settings": len(means),
         "means": spearman(*zip(*means, strict=True)) if means else None,
-        "seeds": {seed: spearman(*zip(*found, strict=True)) for seed, found in by_seed.items()},
+        "seeds": {seed: spearman(*zip(*xy, strict=True)) for seed, xy in by_seed.items()},
     }
 
 
-def scatter(rows: Sequence[Row], options: FigureOptions, factors: Sequence[str]) -> bytes | None:
-    """One point per setting and seed; each setting has a number, whose name stands in the legend."""
+def scatter(
+    rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str]
+) -> bytes | None:
+    """Plot one point per setting and seed, numbered by setting as in the legend."""
     groups = {
         name: points
         for name, group in by_setting(rows, factors).items()
@@ -86,9 +91,10 @@ def scatter(rows: Sequence[Row], options: FigureOptions, factors: Sequence[str])
     seeds = sorted({seed for points in groups.values() for seed, _, _ in points})
     for number, (name, points) in enumerate(groups.items()):
         color = TEACHERS[number % len(TEACHERS)]
-        for at, (seed, x, y) in enumerate(points):
+        for i, (seed, x, y) in enumerate(points):
             marker = MARKERS[seeds.index(seed) % len(MARKERS)]
-            text = label(f"{number + 1}  {name}", MAX_LABEL_LENGTH) if at == 0 else None
+            # Only the first point has a label, or the legend would repeat the setting per seed.
+            text = label(f"{number + 1}  {name}", MAX_LABEL_LENGTH) if i == 0 else None
             axes.scatter(x, y, color=color, marker=marker, s=42, label=text, zorder=3)
             axes.annotate(str(number + 1), (x, y), (5, 4), textcoords="offset points", fontsize=8)
     axes.set_title(_correlation_title(correlations(rows, options.x, options.y, factors)))
@@ -97,43 +103,43 @@ def scatter(rows: Sequence[Row], options: FigureOptions, factors: Sequence[str])
     return render(figure)
 
 
-def _points(rows: Sequence[Row], options: FigureOptions) -> list[tuple[int, float, float]]:
-    """(seed, x, y) of the rows that have both."""
-    found = [
+def _points(rows: Sequence[StudyRow], options: FigureOptions) -> list[tuple[int, float, float]]:
+    """Return (seed, x, y) of the rows that have both."""
+    points = [
         (row["seed"], row["values"].get(options.x), row["values"].get(options.y)) for row in rows
     ]
-    return [(seed, x, y) for seed, x, y in found if x is not None and y is not None]
+    return [(seed, x, y) for seed, x, y in points if x is not None and y is not None]
 
 
-def _correlation_title(found: Mapping[str, Any]) -> str:
-    if found["means"] is None:
+def _correlation_title(rho: Mapping[str, Any]) -> str:
+    if rho["means"] is None:
         return ""
     single = ", ".join(
-        f"seed {seed}: {rho:+.2f}" for seed, rho in found["seeds"].items() if rho is not None
+        f"seed {seed}: {value:+.2f}" for seed, value in rho["seeds"].items() if value is not None
     )
-    return f"Rank correlation over {found['settings']} settings: {found['means']:+.2f} ({single})"
+    return f"Rank correlation over {rho['settings']} settings: {rho['means']:+.2f} ({single})"
 
 
-def lines(rows: Sequence[Row], options: FigureOptions, factors: Sequence[str]) -> bytes | None:
-    """A measure over the levels of a factor: the mean as a line, each seed as a dot."""
-    known = [
+def lines(rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str]) -> bytes | None:
+    """Plot a measure over the levels of a factor: the mean as a line, each seed as a dot."""
+    measured = [
         row for row in rows if _value(row, options.y) is not None and options.x in row["levels"]
     ]
-    if not known:
+    if not measured:
         return None
-    levels = list(dict.fromkeys(row["levels"][options.x] for row in known))
-    places = _places(levels)
-    groups: dict[str, list[Row]] = {}
-    for row in known:
+    levels = list(dict.fromkeys(row["levels"][options.x] for row in measured))
+    positions = _positions(levels)
+    groups: dict[str, list[StudyRow]] = {}
+    for row in measured:
         groups.setdefault(row["levels"].get(options.by, ""), []).append(row)
     figure, (axes,) = new_figure(WIDE, 4.4)
     for number, (name, group) in enumerate(groups.items()):
         color = TEACHERS[number % len(TEACHERS)] if options.by else STUDENT
-        by_level = {at: [r for r in group if r["levels"][options.x] == at] for at in levels}
+        by_level = {x: [r for r in group if r["levels"][options.x] == x] for x in levels}
         points = [
-            (places[at], summarize(found, options.y).mean)
-            for at, found in by_level.items()
-            if found
+            (positions[x], summarize(level_rows, options.y).mean)
+            for x, level_rows in by_level.items()
+            if level_rows
         ]
         axes.plot(
             *zip(*points, strict=True),
@@ -141,45 +147,48 @@ def lines(rows: Sequence[Row], options: FigureOptions, factors: Sequence[str]) -
             marker="o",
             label=label(name or "mean", MAX_LABEL_LENGTH),
         )
+        # With one seed the dot would coincide with the mean.
         if len({row["seed"] for row in group}) > 1:
-            for at, found in by_level.items():
-                values = summarize(found, options.y).values
-                axes.scatter([places[at]] * len(values), values, color=color, s=12, alpha=0.6)
-    _level_axis(axes, levels, places)
+            for x, level_rows in by_level.items():
+                values = summarize(level_rows, options.y).values
+                axes.scatter([positions[x]] * len(values), values, color=color, s=12, alpha=0.6)
+    _level_axis(axes, levels, positions)
     axes.set(xlabel=options.x, ylabel=measure_label(options.y))
     legend_below(figure, axes)
     return render(figure)
 
 
-def _places(levels: Sequence[str]) -> dict[str, float]:
-    """Where a level stands: at its number where all are numbers, else at its turn."""
+def _positions(levels: Sequence[str]) -> dict[str, float]:
+    """Return the position of each level: its value if all are numbers, else its index."""
     try:
         return {level: float(level) for level in levels}
     except ValueError:
-        return {level: float(at) for at, level in enumerate(levels)}
+        return {level: float(index) for index, level in enumerate(levels)}
 
 
-def _level_axis(axes: Axes, levels: Sequence[str], places: Mapping[str, float]) -> None:
-    values = [places[level] for level in levels]
+def _level_axis(axes: Axes, levels: Sequence[str], positions: Mapping[str, float]) -> None:
+    values = [positions[level] for level in levels]
+    # Levels such as 10, 25, 50, 100 would crowd at the left of a linear axis.
     if min(values) > 0 and max(values) / min(values) >= 4:
         axes.set_xscale("log")
+        # Minor ticks would put labels between the levels.
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.minorticks_off()
     axes.set_xticks(values, [label(level, 18) for level in levels])
 
 
-def dots(rows: Sequence[Row], options: FigureOptions, factors: Sequence[str]) -> bytes | None:
-    """Every setting on a line of its own: the mean as a bar mark, each seed as a dot."""
-    known = [row for row in rows if _value(row, options.y) is not None]
-    if not known:
+def dots(rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str]) -> bytes | None:
+    """Plot each setting on its own line: the mean as a vertical mark, each seed as a dot."""
+    measured = [row for row in rows if _value(row, options.y) is not None]
+    if not measured:
         return None
-    groups = by_setting(known, factors)
+    groups = by_setting(measured, factors)
     figure, (axes,) = new_figure(WIDE, 1.1 + 0.3 * len(groups))
-    for place, group in enumerate(groups.values()):
-        found = summarize(group, options.y)
-        axes.scatter(found.values, [place] * len(found.values), color=STUDENT, s=26, zorder=3)
-        if found.mean is not None:
-            axes.scatter([found.mean], [place], color=MUTED, marker="|", s=220, zorder=2)
+    for position, group in enumerate(groups.values()):
+        seeds = summarize(group, options.y)
+        axes.scatter(seeds.values, [position] * len(seeds.values), color=STUDENT, s=26, zorder=3)
+        if seeds.mean is not None:
+            axes.scatter([seeds.mean], [position], color=MUTED, marker="|", s=220, zorder=2)
     axes.set_yticks(range(len(groups)), [label(name, MAX_LABEL_LENGTH) for name in groups])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -187,5 +196,5 @@ def dots(rows: Sequence[Row], options: FigureOptions, factors: Sequence[str]) ->
     return render(figure)
 
 
-def _value(row: Row, measure: str) -> float | None:
+def _value(row: StudyRow, measure: str) -> float | None:
     return row["values"].get(measure)

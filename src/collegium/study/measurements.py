@@ -1,4 +1,4 @@
-"""What a study reads off a run folder or a preflight, and what it says about all of them."""
+"""Measures read from run folders and preflights, and their statistics over seeds."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ Values = dict[str, float | None]
 
 
 @dataclass(frozen=True)
-class Found:
-    """One row of a study: measures by name, and further levels that the run itself brought."""
+class Measurement:
+    """Measures of one study row by name, and levels that the run itself adds."""
 
     values: Values
     levels: Mapping[str, str] = field(default_factory=dict)
 
 
-def run_row(folder: Path) -> Found:
-    """The measures of a finished run: its student, its fused target, its cache, its time."""
+def run_row(folder: Path) -> Measurement:
+    """Read the measures of a finished run: student, fused target, cache size and time."""
     rows = read_json(folder / "results.json")
     student = next(row for row in rows if row["kind"] == "student")
+    # A run without teachers has no fused target.
     fused = next((row for row in rows if row["kind"] == "fused"), {})
     values: Values = {
         "fused_nll": fused.get("nll"),
@@ -43,12 +44,12 @@ def run_row(folder: Path) -> Found:
         values[f"student_perplexity@{domain}"] = scores["perplexity"]
     for domain, scores in fused.get("domains", {}).items():
         values[f"fused_nll@{domain}"] = scores["nll"]
-    return Found(values)
+    return Measurement(values)
 
 
-def preflight_rows(report: Mapping[str, Any]) -> list[Found]:
-    """One row per fusion that a preflight compared, named as it is there."""
-    found = []
+def preflight_rows(report: Mapping[str, Any]) -> list[Measurement]:
+    """Return one row per fusion that a preflight compared, with its name as a level."""
+    measurements = []
     for entry in report["fusions"]:
         values: Values = {
             "calibration_nll": entry["nll"],
@@ -57,17 +58,18 @@ def preflight_rows(report: Mapping[str, Any]) -> list[Found]:
             "regret": (entry.get("regret") or {}).get("constant"),
         }
         levels = {"fusion": family(entry), "calibration": entry["calibration"]}
-        found.append(Found(values, levels))
-    return found
+        measurements.append(Measurement(values, levels))
+    return measurements
 
 
 def family(entry: Mapping[str, Any]) -> str:
-    """A fusion without its fitted numbers, so that those of two preflights can be compared: `gate, linear`."""
+    """Name a fusion without its fitted numbers, such as `gate, linear`."""
+    # Fitted numbers differ between seeds, but the seeds of a setting must share a name.
     weighting = entry["fusion"]["weighting"]
-    chosen = ("form", "granularity", "eta", "decay")
+    configured = ("form", "granularity", "eta", "decay")
     options = [
         f"{key}={weighting[key]}"
-        for key in chosen
+        for key in configured
         if key in weighting and weighting["name"] != "gate"
     ]
     name = weighting["name"] + (f"({', '.join(options)})" if options else "")
@@ -75,15 +77,16 @@ def family(entry: Mapping[str, Any]) -> str:
 
 
 def _bytes_per_token(cache: Path) -> float | None:
-    """Of all folders that a student reads: one, or one for each teacher."""
-    manifests = sorted(cache.rglob("manifest.json"))
-    found = [read_json(path) for path in manifests if path.parent.name != "calibration"]
-    sized = [m for m in found if m.get("num_targets")]
+    # A fused cache has one manifest, per-teacher caches have one each. A student reads them all.
+    paths = sorted(cache.rglob("manifest.json"))
+    # Only preflight reads the calibration split.
+    manifests = [read_json(path) for path in paths if path.parent.name != "calibration"]
+    sized = [m for m in manifests if m.get("num_targets")]
     return sum(m["num_bytes"] / m["num_targets"] for m in sized) if sized else None
 
 
 def _tokens_per_s(log: Path) -> float | None:
-    """Median over the logged steps."""
+    # The median over logged steps ignores a slow first step.
     if not log.is_file():
         return None
     lines = [
@@ -95,38 +98,40 @@ def _tokens_per_s(log: Path) -> float | None:
 
 @dataclass(frozen=True)
 class Summary:
-    """One measure of one setting over the seeds."""
+    """Values of one measure of one setting, one per seed."""
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float | None:
-        """None where no seed has it."""
+        """Mean, or None if no seed has the measure."""
         return statistics.fmean(self.values) if self.values else None
 
     @property
     def deviation(self) -> float | None:
-        """Sample standard deviation; None for fewer than two seeds."""
+        """Sample standard deviation (n - 1), or None for fewer than two seeds."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], measure: str) -> Summary:
-    """The values of a measure in these rows, those that are known."""
-    found = (row["values"].get(measure) for row in rows)
-    return Summary(tuple(value for value in found if value is not None))
+    """Collect the values of a measure in these rows, without missing ones."""
+    values = (row["values"].get(measure) for row in rows)
+    return Summary(tuple(value for value in values if value is not None))
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Rank correlation in [-1, 1], equal values sharing the mean of their ranks; None where it is not defined.
+    """Return Spearman's rank correlation in [-1, 1], or None where it is not defined.
 
-    rho = cov(rank x, rank y) / (sd(rank x) sd(rank y)).
+    rho = cov(rank x, rank y) / (sd(rank x) sd(rank y)). Ties share the mean of their ranks.
     """
+    # Constant values have no ranks to correlate, and two points always give +1 or -1.
     if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
         return None
     return statistics.correlation(_ranks(x), _ranks(y))
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
+    # Quadratic, which is fine for the few dozen settings of a study.
     below = [sum(other < value for other in values) for value in values]
     equal = [sum(other == value for other in values) for value in values]
     return [b + (e - 1) / 2 for b, e in zip(below, equal, strict=True)]

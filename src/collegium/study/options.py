@@ -1,4 +1,4 @@
-"""The file of a study: one base recipe, the factors that are varied, and what is read off every run."""
+"""The study file: a base recipe, the factors to vary, and the measures to read from each run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from collegium.types import STRICT
 from collegium.yaml12 import read_yaml
 
 PICK = "pick"
-"""Key of a level that takes its fusion from what preflight fitted: `{weighting: gate, pool: linear, calibration: raw}`, and any option
-of the weighting that tells its forms apart."""
+"""Level key that selects a fusion fitted by preflight, such as `{weighting: gate, pool: linear,
+calibration: raw}`. Any other option of the weighting narrows the selection."""
 ZooName = Literal["specialists", "generalists", "contradicting"]
 MEASURES = {
     "fused_nll": "NLL of the fused target",
@@ -37,7 +37,8 @@ MEASURES = {
     "tokens_per_s": "target tokens per second",
     "train_seconds": "seconds of training",
 }
-"""What can be read off a run; `NAME@DOMAIN` is the same on one domain, for the first three."""
+"""Measures of a run and their labels. `NAME@DOMAIN` is the value on one domain."""
+# results.json has other measures per domain as well, but studies read only these.
 BY_DOMAIN = ("fused_nll", "student_nll", "student_perplexity")
 Level = dict[str, Any]
 
@@ -47,57 +48,59 @@ class FigureOptions:
     """One plot of a study."""
 
     kind: Literal["scatter", "lines", "dots"]
-    """scatter: one point per setting, x and y measures, with their rank correlation. lines: y over the levels of the factor x, one line
-    per level of `by`. dots: y of every setting, one dot per seed."""
+    """scatter: one point per setting and seed, x and y measures, with their rank correlation.
+    lines: y over the levels of the factor x, one line per level of `by`.
+    dots: y of every setting, one dot per seed."""
     y: str
     """A measure."""
     x: str = ""
     """scatter: a measure. lines: a factor."""
     by: str = ""
-    """lines: a factor; one line without it."""
+    """lines: a factor, or a single line if empty."""
     title: str = ""
     caption: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StudyOptions:
-    """A study: every combination of the factors' levels, with every seed."""
+    """A study: all combinations of factor levels, each with every seed."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     question: str
-    """What it is to answer, in one sentence."""
+    """The question to answer, in one sentence."""
     base: Path
-    """A recipe beside this file; `{seed}` in it stands for the seed of a run."""
+    """A recipe file, relative to this one. `{seed}` in it is replaced by the seed of the run."""
     factors: dict[str, dict[str, Level]]
-    """Factor -> level -> changes of the base recipe by dotted key, as on the command line; `pick` takes the fusion of that
-    weighting, pool and calibration as preflight fitted it."""
+    """Factor -> level -> changes to the base recipe by dotted key, as on the command line.
+    `pick` selects the fusion of this weighting, pool and calibration that preflight fitted."""
     output_dir: Path = Path()
-    """Folder of the study; `runs/study/NAME` by default."""
+    """Folder of the study. Defaults to `runs/study/NAME`."""
     seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0])
-    """Each runs all settings; `{seed}` in the base picks teachers of its own for it."""
+    """Each seed runs all settings. `{seed}` in the base can select teachers per seed."""
     zoo: list[ZooName] = field(default_factory=list)
-    """Teachers that are trained first where they are missing, in runs/zoo."""
+    """Sets of teachers in runs/zoo to train first if they are missing."""
     students: bool = True
-    """Whether students are trained; without them, the rows are the fusions of the preflight of each setting."""
+    """Train students. If false, the rows are the fusions in the preflight of each setting."""
     measures: Annotated[list[str], Field(min_length=1)] = field(
         default_factory=lambda: ["fused_nll", "student_nll", "student_perplexity"]
     )
     """Columns of the table."""
     figures: list[FigureOptions] = field(default_factory=list)
-    """What the report shows."""
+    """Plots on the page."""
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> StudyOptions:
+    def _check_names(self) -> StudyOptions:
         if not self.factors or not all(self.factors.values()):
-            raise ValueError("factors: got none; must be at least one with one level; add it")
-        wanted = [*self.measures, *(figure.y for figure in self.figures)]
-        wanted += [figure.x for figure in self.figures if figure.kind == "scatter"]
-        for name in wanted:
+            raise ValueError("factors: got none; must be at least one with one level; add one")
+        measures = [*self.measures, *(figure.y for figure in self.figures)]
+        measures += [figure.x for figure in self.figures if figure.kind == "scatter"]
+        for name in measures:
             _check_measure(name)
+        # Without students, preflight_rows adds the level `fusion`.
         factors = [*self.factors, *(() if self.students else ("fusion",))]
         for figure in self.figures:
-            given = [figure.x, figure.by] if figure.kind == "lines" else [figure.by]
-            for factor in filter(None, given):
+            axes = [figure.x, figure.by] if figure.kind == "lines" else [figure.by]
+            for factor in filter(None, axes):
                 if factor not in factors:
                     raise ValueError(
                         f"figures: got `{factor}`; must be a factor{nearest(factor, factors)}"
@@ -107,7 +110,7 @@ class StudyOptions:
         return self
 
     def settings(self) -> Iterator[tuple[dict[str, str], Level]]:
-        """Every combination: factor -> name of its level, and the changes of all of them; later factors win."""
+        """Yield each combination as factor -> level name, and its changes (later factors win)."""
         for names in itertools.product(*self.factors.values()):
             levels = dict(zip(self.factors, names, strict=True))
             changes: Level = {}
@@ -121,21 +124,19 @@ def _check_measure(name: str) -> None:
     if base not in MEASURES:
         raise ValueError(f"got `{name}`; must be a measure{nearest(base, MEASURES)}")
     if at and (base not in BY_DOMAIN or not domain):
-        raise ValueError(f"got `{name}`; only {', '.join(BY_DOMAIN)} are known by domain")
+        raise ValueError(f"got `{name}`; only {', '.join(BY_DOMAIN)} exist by domain")
 
 
 def load_study(path: Path) -> StudyOptions:
-    """Read the file of a study.
+    """Read a study file.
 
     Raises:
-        RecipeError: with every problem found, one per line.
+        RecipeError: lists every problem, one per line.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"{path}: cannot be read ({error}); give the YAML file of a study"
-        ) from error
+        raise RecipeError(f"{path}: cannot be read ({error}); must be a study YAML file") from error
     document = read_yaml(text, path.name)
     if document.is_readable and not isinstance(document.data, dict):
         raise RecipeError(f"{path.name}: got {shown(document.data)}; must be a mapping of keys")
@@ -150,32 +151,36 @@ def load_study(path: Path) -> StudyOptions:
 
 
 def _check_levels(factors: Any, where: str) -> None:
-    """What the types cannot say: `pick` names a weighting, and factors that are to be told apart differ in their folder."""
+    """Check the names in `pick`, and that each level of a factor has its own folder name."""
+    # Types cannot express either rule.
     for factor, levels in factors.items() if isinstance(factors, dict) else ():
         slugs: dict[str, str] = {}
         for name, level in levels.items() if isinstance(levels, dict) else ():
-            place = f"{where}: factors.{factor}.{name}"
+            key_path = f"{where}: factors.{factor}.{name}"
             other = slugs.setdefault(slug(str(name)), str(name))
             if other != name:
+                # One folder for two levels would mix their runs.
                 raise RecipeError(
-                    f"{place}: has the same folder as `{other}`; must differ in a letter or digit"
+                    f"{key_path}: same folder as `{other}`; must differ in a letter or digit"
                 )
             if isinstance(level, Mapping) and PICK in level:
-                _check_pick(level[PICK], f"{place}.{PICK}")
+                _check_pick(level[PICK], f"{key_path}.{PICK}")
 
 
-def _check_pick(pick: Any, place: str) -> None:
+def _check_pick(pick: Any, key_path: str) -> None:
     name = pick.get("weighting") if isinstance(pick, Mapping) else None
     if name not in WEIGHTINGS:
         raise RecipeError(
-            f"{place}.weighting: got {shown(name)}; must be a weighting{nearest(str(name), WEIGHTINGS)}"
+            f"{key_path}.weighting: got {shown(name)}; "
+            f"must be a weighting{nearest(str(name), WEIGHTINGS)}"
         )
-    known = ["weighting", "pool", "calibration", *hints(WEIGHTINGS[name])]
+    allowed = ["weighting", "pool", "calibration", *hints(WEIGHTINGS[name])]
     for key in pick:
-        if key not in known:
-            raise RecipeError(f"{place}: got `{key}`; unknown key{nearest(str(key), known)}")
+        if key not in allowed:
+            raise RecipeError(f"{key_path}: got `{key}`; unknown key{nearest(str(key), allowed)}")
 
 
 def slug(text: str) -> str:
-    """A name as a folder: letters, digits, dots, signs; everything else one dash."""
+    """Return a folder name: letters, digits, dots and plus signs, with one dash for all else."""
+    # Lower case, since some file systems ignore case.
     return re.sub(r"[^A-Za-z0-9.+]+", "-", text).strip("-").lower() or "-"

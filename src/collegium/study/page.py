@@ -1,4 +1,4 @@
-"""The page of a study, and its tables as Markdown: what was asked, what came out, and the file that asks it again."""
+"""Page of a study, and its tables as Markdown: question, results and the study file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from collegium.run_folder import environment, write_text
 from collegium.study.figures import correlations, draw_figures, measure_label
 from collegium.study.options import StudyOptions
-from collegium.study.sweep import Row
+from collegium.study.sweep import StudyRow
 from collegium.study.tables import StudyTable, pivot_table, setting_table
 
 
 @dataclass(frozen=True)
-class Drawn:
+class StudyFigure:
     """A figure as the page shows it."""
 
     title: str
@@ -27,26 +27,27 @@ class Drawn:
 
     @property
     def source(self) -> str:
-        """A `data:` address; an image runs no script."""
+        """A `data:` URL. As an image, SVG cannot run scripts."""
         return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode('ascii')}"
 
 
-def write_page(study: StudyOptions, rows: Sequence[Row], folder: Path, *, text: str) -> Path:
-    """Write report.html, table.md and figure-N.svg into the folder of a study; returns the page.
+def write_page(study: StudyOptions, rows: Sequence[StudyRow], folder: Path, *, text: str) -> Path:
+    """Write report.html, table.md and figure-N.svg into a study folder, and return the page path.
 
     Args:
         study: the study.
-        rows: those of all its runs.
-        folder: where to write.
-        text: the file of the study, as it was given.
+        rows: rows of all its runs.
+        folder: output folder.
+        text: contents of the study file, shown on the page.
     """
     factors = factor_names(study, rows)
-    found = study_tables(study, rows)
-    drawn = _figures(study, rows, factors)
-    for number, figure in enumerate(drawn, start=1):
+    tables = study_tables(study, rows)
+    figures = _figures(study, rows, factors)
+    # Plain files beside the page: docs/results embeds copies of them.
+    for number, figure in enumerate(figures, start=1):
         write_text(folder / f"figure-{number}.svg", figure.svg.decode("utf-8"))
     facts = facts_of(study, rows)
-    markdown = [f"### {table.title}\n\n{table.markdown()}" for table in found]
+    markdown = [f"### {table.title}\n\n{table.markdown()}" for table in tables]
     write_text(folder / "table.md", "\n\n".join([*facts, *markdown]) + "\n")
     pages = Environment(
         loader=PackageLoader("collegium", "study"),
@@ -58,8 +59,9 @@ def write_page(study: StudyOptions, rows: Sequence[Row], folder: Path, *, text: 
     page = pages.get_template("page.html").render(
         study=study,
         facts=facts,
-        tables=found,
-        figures=drawn,
+        tables=tables,
+        figures=figures,
+        # Without students, a run has several rows.
         num_runs=len({row["folder"] for row in rows}),
         text=text,
         machine=_machine(environment()),
@@ -69,16 +71,16 @@ def write_page(study: StudyOptions, rows: Sequence[Row], folder: Path, *, text: 
     return path
 
 
-def factor_names(study: StudyOptions, rows: Sequence[Row]) -> list[str]:
-    """The factors of the study, then those that its runs brought."""
-    found = dict.fromkeys(study.factors)
+def factor_names(study: StudyOptions, rows: Sequence[StudyRow]) -> list[str]:
+    """Return the factors of the study, then those that its runs added."""
+    names = dict.fromkeys(study.factors)
     for row in rows:
-        found.update(dict.fromkeys(row["levels"]))
-    return list(found)
+        names.update(dict.fromkeys(row["levels"]))
+    return list(names)
 
 
-def study_tables(study: StudyOptions, rows: Sequence[Row]) -> list[StudyTable]:
-    """One table over all settings; with two factors, also one per measure with one factor down and one across."""
+def study_tables(study: StudyOptions, rows: Sequence[StudyRow]) -> list[StudyTable]:
+    """Return a table of all settings, preceded for two factors by one pivot table per measure."""
     factors = factor_names(study, rows)
     tables = [setting_table(rows, study.measures, factors)]
     if len(study.factors) == 2 and study.students:
@@ -88,10 +90,10 @@ def study_tables(study: StudyOptions, rows: Sequence[Row]) -> list[StudyTable]:
     return tables
 
 
-def facts_of(study: StudyOptions, rows: Sequence[Row]) -> list[str]:
-    """What the scatter plots say in one sentence each."""
+def facts_of(study: StudyOptions, rows: Sequence[StudyRow]) -> list[str]:
+    """Return one sentence per scatter plot, with its rank correlation."""
     factors = factor_names(study, rows)
-    found = []
+    facts = []
     for figure in study.figures:
         if figure.kind != "scatter":
             continue
@@ -99,22 +101,24 @@ def facts_of(study: StudyOptions, rows: Sequence[Row]) -> list[str]:
         if rho["means"] is None:
             continue
         seeds = ", ".join(f"{value:+.2f}" for value in rho["seeds"].values() if value is not None)
-        found.append(
-            f"Rank correlation of {measure_label(figure.x)} and {measure_label(figure.y)} over {rho['settings']} settings: "
-            f"{rho['means']:+.2f} (seed by seed: {seeds})."
+        facts.append(
+            f"Rank correlation of {measure_label(figure.x)} and {measure_label(figure.y)} "
+            f"over {rho['settings']} settings: {rho['means']:+.2f} (by seed: {seeds})."
         )
-    return found
+    return facts
 
 
-def _figures(study: StudyOptions, rows: Sequence[Row], factors: Sequence[str]) -> list[Drawn]:
-    drawn = draw_figures(rows, study.figures, factors)
+def _figures(
+    study: StudyOptions, rows: Sequence[StudyRow], factors: Sequence[str]
+) -> list[StudyFigure]:
+    plots = draw_figures(rows, study.figures, factors)
     return [
-        Drawn(options.title or measure_label(options.y), options.caption, svg)
-        for options, svg in zip(study.figures, drawn, strict=True)
+        StudyFigure(options.title or measure_label(options.y), options.caption, svg)
+        for options, svg in zip(study.figures, plots, strict=True)
         if svg is not None
     ]
 
 
-def _machine(found: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-    return f"{found['processor']}, {found['cpus']} cores; Python {found['python']}, {versions}"
+def _machine(info: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in info["packages"].items())
+    return f"{info['processor']}, {info['cpus']} cores; Python {info['python']}, {versions}"

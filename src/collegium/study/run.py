@@ -1,4 +1,4 @@
-"""A study from its file to its page: teachers, runs, tables, figures."""
+"""Run a study from its file to its page: teachers, runs, tables, figures."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from collegium.study.zoo import prepare_zoo
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What a study leaves."""
+class StudyResult:
+    """Page and tables of a finished study."""
 
     page: Path
     tables: list[StudyTable]
 
 
-def run_study(path: Path) -> Finished:
-    """Train the teachers that are missing, do every run that is not done, write the page.
+def run_study(path: Path) -> StudyResult:
+    """Train missing teachers, execute the unfinished runs, and write the page.
 
     Raises:
-        CollegiumError: the file of the study, a recipe, its data or a model cannot be used; finished runs are kept.
+        CollegiumError: the study file, a recipe, its data or a model is unusable. Finished runs
+            are kept.
     """
     study = load_study(path)
     folder = study_folder(study)
+    # Two processes in one study folder would execute the same runs.
     with lock_folder(folder, "wait for it, or choose another output_dir"):
         for zoo in study.zoo:
             for seed in study.seeds:
                 prepare_zoo(zoo, seed)
         rows = run_jobs(study, path.parent / study.base, folder)
         page = write_page(study, rows, folder, text=path.read_text(encoding="utf-8"))
-    return Finished(page, study_tables(study, rows))
+    return StudyResult(page, study_tables(study, rows))
 
 
 def study_folder(study: StudyOptions) -> Path:
-    """Where a study writes."""
+    """Return the output folder of a study."""
     return Path("runs") / "study" / study.name if study.output_dir == Path() else study.output_dir

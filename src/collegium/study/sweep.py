@@ -1,4 +1,4 @@
-"""From a study to runs: one ordinary recipe per setting and seed; what is finished is not run again."""
+"""Runs of a study: one ordinary recipe per setting and seed. Finished runs are skipped."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from collegium.run_folder import fingerprint, read_json, write_json, write_text
 from collegium.study.measurements import preflight_rows, run_row
 from collegium.study.options import PICK, Level, StudyOptions, slug
 
-Row = dict[str, Any]
+StudyRow = dict[str, Any]
 """`{"levels": {factor: level}, "seed", "folder", "values": {measure: number or None}}`."""
 SEED = "{seed}"
 NOT_MEASURED = ("student", "objective", "train", "cache", "evaluate", "fusion")
-"""Sections of a recipe that a preflight does not depend on, the student's tokenizer aside."""
+"""Recipe sections that a preflight does not depend on, except for the student's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,27 @@ class Job:
 
     @property
     def title(self) -> str:
-        """How it is called on the screen."""
+        """Name of the job in progress output and errors."""
         return f"{', '.join(self.levels.values())} (seed {self.seed})"
 
 
 def jobs_of(study: StudyOptions, folder: Path) -> list[Job]:
-    """All runs of a study, seed by seed."""
-    found = []
+    """Return all runs of a study, seed by seed."""
+    jobs = []
     for seed in study.seeds:
         for levels, changes in study.settings():
             name = "_".join(slug(level) for level in levels.values())
-            found.append(Job(levels, seed, changes, folder / "runs" / f"{name}_seed{seed}"))
-    return found
+            jobs.append(Job(levels, seed, changes, folder / "runs" / f"{name}_seed{seed}"))
+    return jobs
 
 
-def run_jobs(study: StudyOptions, base: Path, folder: Path) -> list[Row]:
-    """Do every run that is not done; returns the rows of all of them, and keeps them in rows.json after each.
+def run_jobs(study: StudyOptions, base: Path, folder: Path) -> list[StudyRow]:
+    """Execute the unfinished runs and return all rows. Each run updates rows.json.
 
     Raises:
-        CollegiumError: a recipe, its data or a model cannot be used; finished runs are kept.
+        CollegiumError: a recipe, its data or a model is unusable. Finished runs are kept.
     """
-    rows: list[Row] = []
+    rows: list[StudyRow] = []
     jobs = jobs_of(study, folder)
     for number, job in enumerate(jobs, start=1):
         say(f"[{number}/{len(jobs)}] {job.title}")
@@ -66,67 +66,71 @@ def run_jobs(study: StudyOptions, base: Path, folder: Path) -> list[Row]:
     return rows
 
 
-def _run(study: StudyOptions, job: Job, base: Path, folder: Path) -> list[Row]:
+def _run(study: StudyOptions, job: Job, base: Path, folder: Path) -> list[StudyRow]:
     recipe = _recipe(job, base, folder)
-    note = job.folder / "study.json"
+    record = job.folder / "study.json"
+    # The hash of the whole recipe: after an edit of the base or a level, its runs are repeated.
     key = recipe_hash(recipe)
-    if note.is_file() and (done := read_json(note))["key"] == key:
+    if record.is_file() and (done := read_json(record))["key"] == key:
         return done["rows"]
     if study.students:
         pipeline.evaluate(recipe)
-        found = [run_row(recipe.output_dir)]
+        measured = [run_row(recipe.output_dir)]
     else:
-        found = preflight_rows(pipeline.preflight(recipe))
+        measured = preflight_rows(pipeline.preflight(recipe))
     head = {"seed": job.seed, "folder": str(job.folder)}
-    rows = [{"levels": {**job.levels, **one.levels}, **head, "values": one.values} for one in found]
-    write_json(note, {"key": key, "rows": rows})
+    rows = [{"levels": {**job.levels, **m.levels}, **head, "values": m.values} for m in measured]
+    write_json(record, {"key": key, "rows": rows})
     return rows
 
 
 def _recipe(job: Job, base: Path, folder: Path) -> Recipe:
-    """The recipe of a run, written beside the others; its fusion comes from a preflight where the setting picks one."""
+    """Write and load the recipe of a run, with the fitted fusion if the setting picks one."""
     changes = {key: value for key, value in job.changes.items() if key != PICK}
+    # Through JSON, so that `{seed}` is replaced at any depth.
     changes = json.loads(json.dumps(changes).replace(SEED, str(job.seed)))
-    values = _with_changes(_base(base, job.seed), changes, where=job.title)
+    values = _with_changes(_base_values(base, job.seed), changes, where=job.title)
     values |= {"name": job.folder.name, "seed": job.seed, "output_dir": job.folder.as_posix()}
     if PICK in job.changes:
-        values["fusion"] = _picked(job, values, folder)
-    return _written(folder / "recipes" / f"{job.folder.name}.yaml", values)
+        values["fusion"] = _fitted_fusion(job, values, folder)
+    return _write_recipe(folder / "recipes" / f"{job.folder.name}.yaml", values)
 
 
-def _picked(job: Job, values: Mapping[str, Any], folder: Path) -> Any:
-    """The fusion of the wanted weighting, pool and calibration as a preflight with these teachers fitted it."""
-    wanted = {"pool": "linear", "calibration": "raw", **job.changes[PICK]}
-    own = {
+def _fitted_fusion(job: Job, values: Mapping[str, Any], folder: Path) -> Any:
+    """Return the fusion that a preflight with these teachers fitted for the pick of a setting."""
+    pick = {"pool": "linear", "calibration": "raw", **job.changes[PICK]}
+    shared = {
         key: value
         for key, value in values.items()
         if key not in (*NOT_MEASURED, "name", "output_dir")
     }
-    name = f"preflight-{fingerprint(own)[:12]}"
-    place = {"name": name, "output_dir": (folder / "preflight" / name).as_posix()}
+    name = f"preflight-{fingerprint(shared)[:12]}"
+    location = {"name": name, "output_dir": (folder / "preflight" / name).as_posix()}
+    # `extended` tries every rule in every pool, so that a pick finds its candidate.
     options = {**(values.get("preflight") or {}), "candidates": "extended"}
-    # Training, evaluation and cache are left out: any settings that agree in the rest share one preflight.
+    # Without training, evaluation and cache: settings that agree in the rest share one preflight.
     measured = {
-        **own,
+        **shared,
         "student": values["student"],
-        **place,
+        **location,
         "preflight": options,
         "fusion": "auto",
     }
-    found = pipeline.preflight(_written(folder / "recipes" / f"{name}.yaml", measured))
-    for entry in found["fusions"]:
+    report = pipeline.preflight(_write_recipe(folder / "recipes" / f"{name}.yaml", measured))
+    for entry in report["fusions"]:
         fusion = entry["fusion"]
-        has = {**fusion["weighting"], "weighting": fusion["weighting"]["name"]}
-        has |= {"pool": fusion["pool"], "calibration": entry["calibration"]}
-        if all(has.get(key) == value for key, value in wanted.items()):
+        fitted = {**fusion["weighting"], "weighting": fusion["weighting"]["name"]}
+        fitted |= {"pool": fusion["pool"], "calibration": entry["calibration"]}
+        if all(fitted.get(key) == value for key, value in pick.items()):
             return fusion
     raise RecipeError(
-        f"{job.title}: preflight has no fusion with {json.dumps(wanted)}; must be one that it tries; "
-        f"known weightings: {', '.join(sorted({e['fusion']['weighting']['name'] for e in found['fusions']}))}"
+        f"{job.title}: preflight has no fusion with {json.dumps(pick)}; must be one that it tries; "
+        "weightings: "
+        f"{', '.join(sorted({e['fusion']['weighting']['name'] for e in report['fusions']}))}"
     )
 
 
-def _base(path: Path, seed: int) -> dict[str, Any]:
+def _base_values(path: Path, seed: int) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8").replace(SEED, str(seed))
     except OSError as error:
@@ -135,26 +139,26 @@ def _base(path: Path, seed: int) -> dict[str, Any]:
         ) from error
     values = YAML(typ="safe").load(text)
     if not isinstance(values, dict):
-        raise RecipeError(f"base: {path}: must be a mapping of keys, as every recipe is")
+        raise RecipeError(f"base: {path}: must be a mapping, like every recipe")
     return values
 
 
 def _with_changes(values: dict[str, Any], changes: Level, *, where: str) -> dict[str, Any]:
-    """The recipe with the values at dotted keys replaced; what lies on the way is made where it is missing."""
+    """Set the values at dotted keys, in-place. Missing mappings on the way are created."""
     for key, value in changes.items():
-        place: Any = values
+        section: Any = values
         *path, last = key.split(".")
         for part in path:
-            if place.get(part) is None:
-                place[part] = {}
-            place = place[part]
-            if not isinstance(place, dict):
-                raise RecipeError(f"{where}: {key}: `{part}` is no mapping; set it as a whole")
-        place[last] = value
+            if section.get(part) is None:
+                section[part] = {}
+            section = section[part]
+            if not isinstance(section, dict):
+                raise RecipeError(f"{where}: {key}: `{part}` is not a mapping; set it as a whole")
+        section[last] = value
     return values
 
 
-def _written(path: Path, values: Mapping[str, Any]) -> Recipe:
+def _write_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
     stream = io.StringIO()
     YAML(typ="safe").dump(dict(values), stream)
     text = stream.getvalue()
@@ -164,5 +168,5 @@ def _written(path: Path, values: Mapping[str, Any]) -> Recipe:
 
 
 def setting_name(levels: Mapping[str, str], factors: Sequence[str]) -> str:
-    """One setting in words: its levels, in the order of the factors."""
+    """Return the name of a setting: its levels in factor order."""
     return " · ".join(levels[factor] for factor in factors if factor in levels)

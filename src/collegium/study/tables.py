@@ -1,4 +1,4 @@
-"""The tables of a study: one line per setting, mean ± standard deviation over the seeds."""
+"""Tables of a study: one line per setting, mean ± standard deviation over the seeds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from collegium.report.formats import MISSING, fixed, perplexity
 from collegium.study.figures import by_setting, measure_label
 from collegium.study.measurements import Summary, summarize
-from collegium.study.sweep import Row
+from collegium.study.sweep import StudyRow
 
-LOW_IS_GOOD = (
+LOWER_IS_BETTER = (
     "fused_nll",
     "student_nll",
     "student_perplexity",
@@ -19,84 +19,85 @@ LOW_IS_GOOD = (
     "regret",
 )
 COARSE = ("bytes_per_token", "train_seconds", "tokens_per_s")
-"""Measures of few digits."""
+"""Measures written with one decimal."""
 
 
 @dataclass(frozen=True)
 class StudyTable:
-    """A table as text: a title, headings, and lines whose first cell names them."""
+    """A table as text: a title, column headings, and lines that start with their name."""
 
     title: str
     columns: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
     best: tuple[int | None, ...]
-    """Of each column but the first, the line with the lowest mean; None where low is not good."""
+    """Per column but the first, the line with the lowest mean. None unless lower is better."""
 
     def markdown(self) -> str:
-        """As Markdown; the best of a column is bold."""
+        """Render as Markdown, with the best of each column in bold."""
         head = [f"| {' | '.join(self.columns)} |", "|" + "---|" + "---:|" * (len(self.columns) - 1)]
         body = []
         for number, line in enumerate(self.lines):
             marks = [
-                f"**{cell}**" if at == number else cell
-                for cell, at in zip(line[1:], self.best, strict=True)
+                f"**{cell}**" if best == number else cell
+                for cell, best in zip(line[1:], self.best, strict=True)
             ]
+            # A bar in a setting's name would split its cell.
             body.append("| " + " | ".join([line[0].replace("|", "\\|"), *marks]) + " |")
         return "\n".join([*head, *body])
 
 
 def setting_table(
-    rows: Sequence[Row], measures: Sequence[str], factors: Sequence[str]
+    rows: Sequence[StudyRow], measures: Sequence[str], factors: Sequence[str]
 ) -> StudyTable:
-    """One line per setting, one column per measure."""
+    """Return a table with one line per setting and one column per measure."""
     groups = by_setting(rows, factors)
-    found = [[summarize(group, measure) for measure in measures] for group in groups.values()]
+    table = [[summarize(group, measure) for measure in measures] for group in groups.values()]
     lines = tuple(
-        (name, *(cell(measure, one) for measure, one in zip(measures, summaries, strict=True)))
-        for name, summaries in zip(groups, found, strict=True)
+        (name, *(cell(measure, value) for measure, value in zip(measures, summaries, strict=True)))
+        for name, summaries in zip(groups, table, strict=True)
     )
     best = tuple(
-        _lowest(measure, [line[at] for line in found]) for at, measure in enumerate(measures)
+        _lowest(measure, [line[i] for line in table]) for i, measure in enumerate(measures)
     )
     columns = (" · ".join(factors), *(measure_label(measure) for measure in measures))
     return StudyTable("All settings", columns, lines, best)
 
 
-def pivot_table(rows: Sequence[Row], measure: str, *, down: str, across: str) -> StudyTable:
-    """One measure of two factors: the levels of one go down, those of the other across."""
+def pivot_table(rows: Sequence[StudyRow], measure: str, *, down: str, across: str) -> StudyTable:
+    """Return one measure of two factors, with a line per `down` level and a column per `across`."""
     downs = list(dict.fromkeys(row["levels"][down] for row in rows if down in row["levels"]))
     acrosses = list(dict.fromkeys(row["levels"][across] for row in rows if across in row["levels"]))
 
-    def at(one: str, other: str) -> Summary:
+    def at(y: str, x: str) -> Summary:
         return summarize(
-            [r for r in rows if r["levels"].get(down) == one and r["levels"].get(across) == other],
+            [r for r in rows if r["levels"].get(down) == y and r["levels"].get(across) == x],
             measure,
         )
 
-    found = [[at(one, other) for other in acrosses] for one in downs]
+    table = [[at(y, x) for x in acrosses] for y in downs]
     lines = tuple(
-        (one, *(cell(measure, summary) for summary in line))
-        for one, line in zip(downs, found, strict=True)
+        (y, *(cell(measure, summary) for summary in line))
+        for y, line in zip(downs, table, strict=True)
     )
-    best = tuple(_lowest(measure, [line[i] for line in found]) for i in range(len(acrosses)))
+    best = tuple(_lowest(measure, [line[i] for line in table]) for i in range(len(acrosses)))
     return StudyTable(measure_label(measure), (f"{down} \\ {across}", *acrosses), lines, best)
 
 
-def cell(measure: str, found: Summary) -> str:
-    """`4.768 ± 0.012`, the deviation where there are seeds to have one."""
+def cell(measure: str, summary: Summary) -> str:
+    """Format as `4.768 ± 0.012`, without the deviation if there is only one seed."""
     name = measure.partition("@")[0]
     digits = 1 if name in COARSE else 3
-    if found.mean is None:
+    if summary.mean is None:
         return MISSING
     if name == "student_perplexity":
-        text, digits = perplexity(found.mean), 1
+        text, digits = perplexity(summary.mean), 1
     else:
-        text = fixed(found.mean, digits)
-    return text if found.deviation is None else f"{text} ± {fixed(found.deviation, digits)}"
+        text = fixed(summary.mean, digits)
+    return text if summary.deviation is None else f"{text} ± {fixed(summary.deviation, digits)}"
 
 
 def _lowest(measure: str, column: Sequence[Summary]) -> int | None:
-    if measure.partition("@")[0] not in LOW_IS_GOOD:
+    if measure.partition("@")[0] not in LOWER_IS_BETTER:
         return None
-    known = {number: one.mean for number, one in enumerate(column) if one.mean is not None}
-    return min(known, key=lambda number: known[number]) if len(known) > 1 else None
+    means = {i: summary.mean for i, summary in enumerate(column) if summary.mean is not None}
+    return min(means, key=lambda i: means[i]) if len(means) > 1 else None
