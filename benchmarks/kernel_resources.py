@@ -1,10 +1,11 @@
-"""What the Triton kernels take of a device, compiled for it on any machine: registers, spills, and how many warps that leaves room for.
+"""Registers, spills and occupancy of the Triton kernels, compiled without a GPU.
 
-    python benchmarks/kernel_resources.py                       # sm_80, sm_90 and sm_100; about a minute, no GPU
+    python benchmarks/kernel_resources.py           # sm_80, sm_90 and sm_100, about a minute
     python benchmarks/kernel_resources.py --capabilities 90 --dtypes bfloat16
 
-Each kernel is compiled as `TritonKernels` calls it, for every kind of target, and the machine code is asked what it uses. A multiprocessor
-has 65,536 registers and room for 64 warps; a register is given out to all threads of a program, in eights.
+Each kernel is compiled as `TritonKernels` calls it, for every kind of target. The resource usage is
+read from the machine code. A multiprocessor has 65,536 registers and room for 64 warps. Registers
+are allocated per thread in multiples of 8.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported
+os.environ["TRITON_INTERPRET"] = "0"  # read at the import of Triton
 
 import torch
 import triton
@@ -32,7 +33,8 @@ from collegium.kernels.rows import DenseTarget, LogSumExp, RawRows, row_alignmen
 from collegium.kernels.triton_rows import TritonKernels
 
 REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32
-"""Of one multiprocessor."""
+"""Limits of one multiprocessor."""
+# Output of `cuobjdump -res-usage`, and loads in PTX such as `ld.global.v4.b32`.
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 LOAD = re.compile(r"ld\.global(?:\.v(\d))?\.b(\d+)")
 
@@ -45,16 +47,18 @@ def main() -> None:
     parser.add_argument("--save", type=Path, default=Path("runs/benchmarks/kernel_resources.md"))
     options = parser.parse_args()
     lines = [
-        f"V = {options.vocab:,}; {time.strftime('%Y-%m-%d')}, Triton {triton.__version__}, torch {torch.__version__}",
+        f"V = {options.vocab:,}; {time.strftime('%Y-%m-%d')}, Triton {triton.__version__}, "
+        f"torch {torch.__version__}",
         "",
-        "| device | dtype | kernel | warps | registers | bytes spilled | warps at a time | widest load |",
+        "| device | dtype | kernel | warps | registers | bytes spilled | resident warps | "
+        "widest load |",
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for capability in options.capabilities:
         for dtype in options.dtypes:
-            with compiled_for(capability) as found:
+            with compiled_for(capability) as kernels:
                 call_all(aligned(options.vocab, getattr(torch, dtype)))
-            lines += [f"| sm_{capability} | {dtype} | {row(*kernel)} |" for kernel in found]
+            lines += [f"| sm_{capability} | {dtype} | {row(*kernel)} |" for kernel in kernels]
     text = "\n".join(lines) + "\n"
     print(text)
     options.save.parent.mkdir(parents=True, exist_ok=True)
@@ -62,13 +66,13 @@ def main() -> None:
 
 
 class Device:
-    """What Triton asks of a driver in order to compile."""
+    """Stub of a Triton driver with the methods that compilation needs."""
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
 
     def get_current_device(self) -> int:
-        # Triton keeps what it compiled by the number of the device.
+        # Triton caches compiled kernels by device index.
         return self._capability
 
     def get_current_stream(self, device: int) -> int:
@@ -80,75 +84,77 @@ class Device:
 
 @contextmanager
 def compiled_for(capability: int) -> Iterator[list[tuple[str, Any]]]:
-    """Compile where a kernel would be launched, and give what came out with its name."""
-    found: list[tuple[str, Any]] = []
+    """Compile kernels instead of launching them, and collect them by name."""
+    kernels: list[tuple[str, Any]] = []
     run = JITFunction.run
 
+    # The interpreter accepts anything that Python runs; compilation finds the rest.
     def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
-        kinds = {0: "labels alone", 1: "logits", 2: "log P", 3: "P"}
-        told = [kinds[kwargs["kind"]]] if "kind" in kwargs else []
-        told += [name for name in ("has_share", "is_log") if kwargs.get(name)]
+        kinds = {0: "labels only", 1: "logits", 2: "log P", 3: "P"}
+        variant = [kinds[kwargs["kind"]]] if "kind" in kwargs else []
+        variant += [name for name in ("has_share", "is_log") if kwargs.get(name)]
         if kwargs.get("temperature", 1.0) != 1.0:
-            told.append("T")
+            variant.append("T")
         if kwargs["cap"]:
-            told.append("capped")
+            variant.append("capped")
         name = self.__name__.strip("_").removesuffix("_kernel")
         kernel = run(self, *args, warmup=True, **kwargs)
-        found.append((f"{name} ({', '.join(told)})" if told else name, kernel))
+        kernels.append((f"{name} ({', '.join(variant)})" if variant else name, kernel))
 
     JITFunction.run = compile_only
     driver.set_active(Device(capability))
     try:
-        yield found
+        yield kernels
     finally:
         JITFunction.run = run
 
 
 def aligned(vocab_size: int, dtype: torch.dtype) -> RawRows:
-    """One row as a workspace of a device would lay it out."""
+    """Return one row with the alignment that a `Workspace` gives it on a GPU."""
     unit = row_alignment_bytes(torch.device("cuda")) // dtype.itemsize
     values_nV = torch.zeros(1, -(-vocab_size // unit) * unit, dtype=dtype)
     return RawRows(values_nV[:, :vocab_size])
 
 
 def call_all(rows: RawRows) -> None:
-    """Every kernel with every constant that changes its code."""
+    """Call every kernel with every constant that changes its code."""
     kernels, (num_rows, vocab_size) = TritonKernels(), rows.values_nV.shape
     labels_n = torch.zeros(num_rows, dtype=torch.int64)
-    one_n = torch.ones(num_rows, dtype=rows.dtype)
-    log_sum = LogSumExp(one_n, one_n)
+    ones_n = torch.ones(num_rows, dtype=rows.dtype)
+    logsumexp = LogSumExp(ones_n, ones_n)
     pool_nV = aligned(vocab_size, rows.dtype).values_nV
     capped = RawRows(rows.values_nV, 1.0, 30.0)
-    for given in (rows, capped):
-        kernels.read(given, labels_n)
+    for raw in (rows, capped):
+        kernels.read(raw, labels_n)
         for is_log in (False, True):
-            kernels.add_(pool_nV, given, log_sum, None, is_log=is_log)
-            kernels.add_(pool_nV, given, log_sum, one_n, is_log=is_log)
-        kernels.softmax_(given, log_sum, one_n)
+            kernels.add_(pool_nV, raw, logsumexp, None, is_log=is_log)
+            kernels.add_(pool_nV, raw, logsumexp, ones_n, is_log=is_log)
+        kernels.softmax_(raw, logsumexp, ones_n)
         targets = [
             None,
-            DenseTarget(given, "logits", log_sum),
+            DenseTarget(raw, "logits", logsumexp),
             DenseTarget.of_logp(pool_nV),
             DenseTarget(RawRows(pool_nV), "prob"),
         ]
         for target in targets:
+            # A temperature is a constant of the code, and only 1 saves the second sum.
             for temperature in (1.0, 2.0):
-                kernels.distill_(given, target, one_n, one_n, temperature=temperature)
+                kernels.distill_(raw, target, ones_n, ones_n, temperature=temperature)
 
 
 def row(name: str, kernel: Any) -> str:
-    """The last columns of the table."""
+    """Format the kernel's columns of the table."""
     registers, spilled = usage(kernel)
     warps = kernel.metadata.num_warps
-    given_out = -(-registers // 8) * 8 * 32 * warps
-    programs = min(REGISTERS // given_out, WARPS // warps, PROGRAMS)
+    allocated = -(-registers // 8) * 8 * 32 * warps
+    programs = min(REGISTERS // allocated, WARPS // warps, PROGRAMS)
     return (
         f"{name} | {warps} | {registers} | {spilled} | {programs * warps} | {widest_load(kernel)}"
     )
 
 
 def usage(kernel: Any) -> tuple[int, int]:
-    """Registers per thread, and bytes of it that went to memory for want of them."""
+    """Return the registers and the spilled bytes per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -156,14 +162,14 @@ def usage(kernel: Any) -> tuple[int, int]:
         done = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         )
-    found = USAGE.search(done.stdout)
-    assert found is not None, done.stdout
-    registers, stack, _, local = (int(number) for number in found.groups())
+    match = USAGE.search(done.stdout)
+    assert match is not None, done.stdout
+    registers, stack, _, local = (int(number) for number in match.groups())
     return registers, stack + local
 
 
 def widest_load(kernel: Any) -> int:
-    """Bytes that a thread reads at once where it reads most; 2 would be one value of bfloat16."""
+    """Return the bytes of a thread's widest load. 16 is the maximum, 2 is a single bfloat16."""
     return max(int(n or 1) * int(bits) // 8 for n, bits in LOAD.findall(kernel.asm["ptx"]))
 
 

@@ -1,12 +1,12 @@
-"""Time and memory of the loss on K teachers, beside plain PyTorch, the bare matrix products, and what others have for one teacher.
+"""Time and memory of the loss on K teachers, compared with plain PyTorch and peers.
 
-    python benchmarks/loss.py                       # the CPU table, about 12 minutes on two cores
-    python benchmarks/loss.py --quick               # small sizes, to see that it runs
-    python benchmarks/loss.py --device cuda         # the GPU table
+    python benchmarks/loss.py                       # CPU table, about 12 minutes on two cores
+    python benchmarks/loss.py --quick               # small sizes, as a smoke test
+    python benchmarks/loss.py --device cuda         # GPU table
 
-Each case is a process of its own. They take turns, step by step, so that a change of the machine's speed meets all of them; medians
-over rounds. Memory is the peak of a process above what it held with its inputs alone, gradients included. Peers are measured where
-they are installed (`pip install liger-kernel trl torchtune torchao`). Nothing else should run meanwhile.
+Each case runs in a separate process. Times are medians over rounds. Memory is the peak of a process
+above its inputs, gradients included. Peers support one teacher only and are measured if installed
+(`pip install liger-kernel trl torchtune torchao`). Run nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+# V and D of SmolLM2-135M on a CPU, of Llama 3 8B on a GPU.
 CPU = {"rows": 2048, "vocab": 49_152, "width": 576, "teachers": [1, 2, 5, 8]}
 GPU = {"rows": 8192, "vocab": 128_256, "width": 4096, "teachers": [1, 2, 5]}
 QUICK = {"rows": 256, "vocab": 8192, "width": 128, "teachers": [1, 2]}
@@ -34,10 +35,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--threads", type=int, default=0, help="0 for all cores")
     parser.add_argument("--teachers", type=int, nargs="+", help="numbers of teachers")
     parser.add_argument("--rows", type=int)
-    parser.add_argument("--cases", nargs="+", default=list(COLUMNS), help="also: compiled")
+    parser.add_argument("--cases", nargs="+", default=list(COLUMNS), help="also accepts compiled")
     parser.add_argument("--save", type=Path, default=Path("runs/benchmarks/loss.md"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -60,23 +61,25 @@ def main() -> None:
 
 
 def compare(cases: list[str], size: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Let the cases take turns; a case that cannot run gives its reason."""
+    """Time the cases in turns. The result of a case that cannot run is its error."""
     children = {}
     results: dict[str, Any] = {}
     for case in cases:
+        # VmHWM is the peak of a process, so cases must not share one.
         child = Child(case, {**size, "device": options.device, "threads": options.threads})
-        answer = child.read()  # after its first, untimed step
+        answer = child.read()  # after an untimed warm-up step
         if "error" in answer:
             results[case] = answer
         else:
             children[case] = child
     seconds: dict[str, list[float]] = {case: [] for case in children}
     for number in range(options.rounds):
+        # Interleaved and in alternating order, so drift of the machine's speed affects all cases.
         order = list(children) if number % 2 == 0 else list(children)[::-1]
         for case in order:
-            seconds[case].append(children[case].ask("step")["seconds"])
+            seconds[case].append(children[case].request("step")["seconds"])
     for case, child in children.items():
-        last = child.ask("stop")
+        last = child.request("stop")
         median = statistics.median(seconds[case])
         results[case] = {**last, "seconds": median, "all_seconds": seconds[case]}
         print(
@@ -86,7 +89,7 @@ def compare(cases: list[str], size: dict[str, Any], options: argparse.Namespace)
 
 
 class Child:
-    """A process that computes one case when asked."""
+    """Subprocess that runs one case on request."""
 
     def __init__(self, case: str, size: dict[str, Any]) -> None:
         self._process = subprocess.Popen(
@@ -104,33 +107,34 @@ class Child:
                 return json.loads(line)
         return {"error": f"exit code {self._process.wait()}"}
 
-    def ask(self, word: str) -> dict[str, Any]:
+    def request(self, word: str) -> dict[str, Any]:
         assert self._process.stdin is not None
         self._process.stdin.write(word + "\n")
         self._process.stdin.flush()
         return self.read()
 
 
-def serve(asked: dict[str, Any]) -> None:
-    """The other side of `Child`."""
+def serve(spec: dict[str, Any]) -> None:
+    """Run one case in the subprocess of a `Child`."""
+    # Imported here, so that the parent process stays small and does not touch the device.
     import torch
 
     from loss_cases import CASES, Inputs, Size
 
-    if asked["threads"]:
-        torch.set_num_threads(asked["threads"])
-    is_cpu = asked["device"] == "cpu"
+    if spec["threads"]:
+        torch.set_num_threads(spec["threads"])
+    is_cpu = spec["device"] == "cpu"
     dtype = torch.float32 if is_cpu else torch.bfloat16
-    size = Size(
-        asked["rows"], asked["vocab"], asked["width"], asked["teachers"], asked["device"], dtype
-    )
-    tiny = Size(32, 512, 32, asked["teachers"], asked["device"], dtype)
+    size = Size(spec["rows"], spec["vocab"], spec["width"], spec["teachers"], spec["device"], dtype)
+    tiny = Size(32, 512, 32, spec["teachers"], spec["device"], dtype)
     try:
-        CASES[asked["case"]](Inputs(tiny), tiny)()  # libraries loaded, code compiled
+        CASES[spec["case"]](
+            Inputs(tiny), tiny
+        )()  # load libraries and compile before measuring memory
         inputs = Inputs(size)
         reset_peak(is_cpu)
         before = memory(is_cpu, peak=False)
-        step = CASES[asked["case"]](inputs, size)
+        step = CASES[spec["case"]](inputs, size)
         loss = step()
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -141,7 +145,7 @@ def serve(asked: dict[str, Any]) -> None:
         if line.strip() == "stop":
             break
         started = time.perf_counter()
-        step()  # ends with a number on the host, so the device is done
+        step()  # returns a Python float, which waits for the device
         if not is_cpu:
             torch.cuda.synchronize()
         print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
@@ -149,8 +153,9 @@ def serve(asked: dict[str, Any]) -> None:
 
 
 def reset_peak(is_cpu: bool) -> None:
-    """Start to watch the peak anew (Linux)."""
+    """Reset the peak memory counter (Linux or CUDA)."""
     if is_cpu:
+        # Writing 5 resets VmHWM, see proc(5).
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     else:
         import torch
@@ -159,12 +164,12 @@ def reset_peak(is_cpu: bool) -> None:
 
 
 def memory(is_cpu: bool, *, peak: bool) -> float:
-    """Megabytes of this process, or of its tensors on the device."""
+    """Return the megabytes of this process, or of its tensors on the device."""
     if not is_cpu:
         import torch
 
-        held = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-        return held / 1e6
+        num_bytes = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        return num_bytes / 1e6
     key = "VmHWM" if peak else "VmRSS"
     status = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in status.splitlines() if line.startswith(key))
@@ -172,44 +177,43 @@ def memory(is_cpu: bool, *, peak: bool) -> float:
 
 
 def report(results: dict[int, Any], size: dict[str, Any], options: argparse.Namespace) -> str:
-    """The table in Markdown."""
+    """Format the table in Markdown."""
     import torch
 
     threads = options.threads or torch.get_num_threads()
     lines = [
         f"N = {size['rows']:,}, V = {size['vocab']:,}, D = {size['width']}; {options.device}, "
-        f"{threads} threads, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
+        f"{threads} threads, {platform.machine()}, {os.cpu_count()} cores, "
+        f"torch {torch.__version__}; "
         f"{time.strftime('%Y-%m-%d')}, medians of {options.rounds}",
         "",
-        "| K | case | seconds | / bound | naive / it | peak MB above inputs | loss per row |",
+        "| K | case | seconds | / bound | naive / this | peak MB above inputs | loss per row |",
         "|---:|---|---:|---:|---:|---:|---:|",
     ]
     for number, cases in results.items():
-        of = {case: found["seconds"] for case, found in cases.items() if "seconds" in found}
+        seconds = {case: row["seconds"] for case, row in cases.items() if "seconds" in row}
         for case in options.cases:
             if case not in cases:
                 continue
-            if case not in of:
+            if case not in seconds:
                 lines.append(f"| {number} | {case} | {cases[case]['error']} | | | | |")
                 continue
-            by_bound = f"{of[case] / of['bound']:.2f}" if "bound" in of else ""
-            by_naive = f"{of['naive'] / of[case]:.2f}" if "naive" in of else ""
+            by_bound = f"{seconds[case] / seconds['bound']:.2f}" if "bound" in seconds else ""
+            by_naive = f"{seconds['naive'] / seconds[case]:.2f}" if "naive" in seconds else ""
             lines.append(
-                f"| {number} | {case} | {of[case]:.3f} | {by_bound} | {by_naive} | "
+                f"| {number} | {case} | {seconds[case]:.3f} | {by_bound} | {by_naive} | "
                 f"{cases[case]['megabytes']:,.0f} | {cases[case]['loss']:.6f} |"
             )
-    return "\n".join([*lines, "", *told(options.cases)]) + "\n"
+    return "\n".join([*lines, "", *legend(options.cases)]) + "\n"
 
 
-def told(cases: list[str]) -> list[str]:
-    """What each case computes, and the version of whoever is not ours."""
+def legend(cases: list[str]) -> list[str]:
+    """Describe each case, with the version of the package for peers."""
     from loss_cases import CASES, PEERS
 
     lines = []
     for case in cases:
-        doc = " ".join(
-            (CASES[case].__doc__ or "The first, with loops compiled for the CPU.").split()
-        )
+        doc = " ".join((CASES[case].__doc__ or "Same as ours, with the compiled backend.").split())
         version = f" {metadata.version(PEERS[case])}" if case in PEERS and _has(PEERS[case]) else ""
         lines.append(f"- {case}{version}: {doc}")
     return lines

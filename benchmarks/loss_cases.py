@@ -1,4 +1,4 @@
-"""The ways to compute a loss on K teachers that `benchmarks/loss.py` compares; each makes its inputs and returns a step.
+"""Implementations of a loss on K teachers that `benchmarks/loss.py` compares.
 
 Shapes: N rows, V vocabulary, D width, K teachers, n rows of one block.
 """
@@ -19,12 +19,12 @@ from collegium.types import Head, HiddenRows, Rows, TeacherRows
 
 KD_RATIO = 0.9
 Step = Callable[[], float]
-"""One forward and backward; the gradients are dropped; returns the loss per row."""
+"""Runs one forward and backward pass, discards the gradients, returns the loss per row."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is computed, and where."""
+    """Problem size, device and dtype of a case."""
 
     rows: int
     vocab: int
@@ -35,7 +35,7 @@ class Size:
 
 
 class Inputs:
-    """Hidden states and heads of student and teachers, and labels, all drawn."""
+    """Random hidden states, heads and labels of a student and its teachers."""
 
     def __init__(self, size: Size) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ class Inputs:
             value = torch.empty(shape).normal_(std=std, generator=generator)
             return value.to(size.device, size.dtype)
 
-        # Logits with a standard deviation of 3: entropies as those of a model.
+        # Logits with a standard deviation of 3 have entropies similar to those of real models.
         std = 3.0 / size.width**0.5
         self.hidden = draw(size.rows, size.width, std=1.0).requires_grad_()
         self.weight = draw(size.vocab, size.width, std=std).requires_grad_()
@@ -53,6 +53,7 @@ class Inputs:
             for _ in range(size.teachers)
         ]
         labels = torch.randint(size.vocab, (size.rows,), generator=generator).to(size.device)
+        # Documents of 512 tokens: prefix-likelihood weights restart at each.
         index = torch.arange(size.rows, device=size.device)
         self.rows = Rows(index, labels, index // 512, index // 512)
 
@@ -78,17 +79,20 @@ def ours(inputs: Inputs, size: Size, backend: str = "auto") -> Step:
 
 
 def naive(inputs: Inputs, size: Size) -> Step:
-    """The same, written with whole logits in float32 and autograd."""
+    """Same as ours, with full logits in float32 and autograd."""
     rows = inputs.rows
     names = [f"t{k}" for k in range(size.teachers)]
 
+    # Keeps log-probabilities only. With all teachers' logits too, K = 5 would take 6 GB, not 3.3.
     def target() -> Tensor:
         logps = [(hidden @ weight.T).float().log_softmax(-1) for hidden, weight in inputs.teachers]
         label_logp_KN = torch.stack([x.gather(1, rows.labels[:, None])[:, 0] for x in logps])
         stats = RowStats(label_logp_KN, label_logp_KN, label_logp_KN)
         score_KN, _ = PrefixLikelihood().log_scores(stats, rows, names)
         weight_KN = score_KN.softmax(0).float()
-        return sum(w[:, None] * x.exp() for w, x in zip(weight_KN, logps, strict=True))  # pyright: ignore[reportReturnType]
+        return sum(  # pyright: ignore[reportReturnType]
+            w[:, None] * x.exp() for w, x in zip(weight_KN, logps, strict=True)
+        )
 
     def step() -> float:
         with torch.no_grad():
@@ -102,8 +106,8 @@ def naive(inputs: Inputs, size: Size) -> Step:
 
 
 def bound(inputs: Inputs, size: Size) -> Step:
-    """The matrix products alone: K heads of teachers, the student's, and its two backward products; in blocks, in one buffer."""
-    # Of ours: the logits, and a pool that is as wide as the losses.
+    """Matrix products only: K teachers' heads, the student's, two backward products, in blocks."""
+    # The block size of ours, whose buffers are the logits and a pool in the dtype of the losses.
     num_bytes = 2 * size.dtype.itemsize if size.teachers == 1 else size.dtype.itemsize + 4
     block = default_block_size(size.vocab, torch.device(size.device), bytes_per_logit=num_bytes)
     buffer_nV = torch.empty(block, size.vocab, device=size.device, dtype=size.dtype)
@@ -125,9 +129,10 @@ def bound(inputs: Inputs, size: Size) -> Step:
 
 
 def liger(inputs: Inputs, size: Size) -> Step:
-    """Liger-Kernel's chunked JSD at beta 0, that is forward KL, with CE: one teacher, no weights."""
+    """Liger-Kernel's chunked JSD at beta 0 (forward KL) plus CE, one teacher, no weights."""
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
+    # The defaults are 0.5 and 0.5, which TRL once trained with unnoticed (huggingface/trl#5731).
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=1 - KD_RATIO, weight_soft_loss=KD_RATIO, beta=0.0
     )
@@ -138,7 +143,7 @@ def liger(inputs: Inputs, size: Size) -> Step:
 
 
 def trl(inputs: Inputs, size: Size) -> Step:
-    """TRL's generalized JSD of its GKD trainer at beta 0, on whole logits: forward KL alone, no CE."""
+    """Generalized JSD of TRL's GKD trainer at beta 0 on full logits: forward KL, no CE."""
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
     hidden, weight = inputs.teachers[0]
@@ -156,10 +161,8 @@ def trl(inputs: Inputs, size: Size) -> Step:
 
 
 def torchtune(inputs: Inputs, size: Size) -> Step:
-    """torchtune's forward KL with outputs in 8 chunks: forward KL alone up to the entropy of the teacher, no CE."""
-    from torchtune.modules.loss.kd_losses import (
-        ForwardKLWithChunkedOutputLoss,
-    )
+    """torchtune's forward KL in 8 chunks, without the entropy of the teacher, no CE."""
+    from torchtune.modules.loss.kd_losses import ForwardKLWithChunkedOutputLoss
 
     loss, (hidden, weight) = ForwardKLWithChunkedOutputLoss(8), inputs.teachers[0]
 
@@ -182,4 +185,4 @@ CASES: dict[str, Callable[[Inputs, Size], Step]] = {
     "compiled": lambda inputs, size: ours(inputs, size, "compiled"),
 }
 PEERS = {"liger": "liger-kernel", "trl": "trl", "torchtune": "torchtune"}
-"""Cases of others, and the packages that they come from: one teacher only."""
+"""Cases from other packages, by package name. They support one teacher only."""
