@@ -1,4 +1,7 @@
-"""One process of two: each reads half of a batch, and all must find what a single process finds. Run by test_distributed."""
+"""One of two processes: each reads half of a batch and compares with a single process.
+
+Run by tests/train/test_distributed.py.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def make_step() -> DistillStep:
 
 
 def make_batch() -> Batch:
-    """Four windows; the last is not trained on, so that the second process has fewer rows than the first."""
+    """Make four windows, the last one untrained, so that the second rank has fewer rows."""
     ids = torch.randint(V, (4, LENGTH), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[2:, 5:] = -100
@@ -70,33 +73,34 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     teachers = [LocalTeacher(f"t{k}", tiny_model(V, seed=k), vocab_size=V) for k in range(2)]
-    batch, alone = make_batch(), make_step()
+    batch, single = make_batch(), make_step()
     num_rows = len(batch.rows())
-    expected = total(alone, batch, teachers) / num_rows
+    expected = total(single, batch, teachers) / num_rows
     expected.backward()
     module = wrapped(name, make_step())
-    for accumulated in (1, 2):  # a second micro-batch adds to the gradients of the first
+    for accumulated in (1, 2):  # the second micro-batch adds to the gradients
         loss = total(module, half(batch, rank), teachers) / num_rows
         (2 * loss).backward()
         loss = loss.detach()
         dist.all_reduce(loss)
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
-        for (path, one), (_, two) in zip(
-            alone.named_parameters(), module.named_parameters(), strict=True
+        for (path, reference), (_, sharded) in zip(
+            single.named_parameters(), module.named_parameters(), strict=True
         ):
-            assert one.grad is not None, path
-            assert two.grad is not None, path
-            grad = two.grad.full_tensor() if hasattr(two.grad, "full_tensor") else two.grad
+            assert reference.grad is not None, path
+            assert sharded.grad is not None, path
+            grad = sharded.grad
+            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
             torch.testing.assert_close(
                 grad,
-                accumulated * one.grad,
+                accumulated * reference.grad,
                 rtol=1e-4,
                 atol=1e-6,
                 msg=lambda m, p=path: f"{p}: {m}",
             )
     print("same as one process", flush=True)
     dist.barrier()
-    # Not by the end of the interpreter: there the group waits for its thread, which may wait for the lock that the end holds.
+    # Skips interpreter shutdown, where the process group can deadlock with its own thread.
     os._exit(0)
 
 

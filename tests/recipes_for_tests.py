@@ -1,4 +1,4 @@
-"""The smallest recipe that decodes, as text, and ways to change it."""
+"""Smallest valid recipe, as text, and variations of it."""
 
 MINIMAL = """\
 student: {model: models/student}
@@ -17,7 +17,7 @@ train:
 
 
 def minimal(**replaced: str) -> str:
-    """`MINIMAL` with whole sections replaced (`train="{max_steps: 3}"`), dropped (`""`) or added."""
+    """Render `MINIMAL` with sections replaced (`train="{max_steps: 3}"`), dropped (`""`) or new."""
     sections: dict[str, str] = {}
     for line in MINIMAL.splitlines():
         if not line.startswith(" "):

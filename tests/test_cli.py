@@ -1,4 +1,4 @@
-"""The command line: exit codes, what it prints, and how little it imports."""
+"""Command line: exit codes, output, and light imports."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from collegium.errors import CollegiumError, DataError, Interrupted
 from collegium.recipe import Recipe, load_recipe, write_fusion
 from collegium.starter import TEMPLATE
 from recipes_for_tests import MINIMAL
+from refusals import check_message
 
 COMMANDS = ("run", "check", "preflight", "train", "evaluate", "report", "demo", "init")
 
@@ -32,11 +33,18 @@ def recipe_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stands for `collegium.pipeline`: what each stage does is set by the test."""
+    """Replace `collegium.pipeline` by stages that the test defines."""
     stand_in = SimpleNamespace()
     monkeypatch.setitem(sys.modules, "collegium.pipeline", stand_in)
     monkeypatch.setattr(collegium, "pipeline", stand_in, raising=False)
     return vars(stand_in)
+
+
+def refusal(result: Result) -> str:
+    """Return the error of a refused command."""
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    return result.stderr.removeprefix("error: ").removesuffix("\n")
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -91,27 +99,26 @@ def test_init_does_not_overwrite(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("precious")
     result = invoke("init", path)
-    assert result.exit_code == 2
-    assert result.stderr == f"error: {path}: exists already; choose another name, or delete it\n"
+    check_message(refusal(result), "TMP/mine.yaml: ")
     assert path.read_text() == "precious"
     assert invoke("init", tmp_path / "no" / "folder.yaml").exit_code == 2
 
 
 def test_check_prints_lines_and_warnings(recipe_file: Path, stages: dict[str, Any]) -> None:
-    asked: list[Recipe] = []
+    recipes: list[Recipe] = []
 
     def check(recipe: Recipe) -> Any:
-        asked.append(recipe)
+        recipes.append(recipe)
         return SimpleNamespace(lines=["vocabulary: 400 tokens"], warnings=["little text"])
 
     stages["check"] = check
     result = invoke("check", recipe_file, "train.max_steps=7", "seed=3")
     assert result.exit_code == 0
     assert result.stdout == "vocabulary: 400 tokens\nwarning: little text\n"
-    assert (asked[0].train.max_steps, asked[0].seed) == (7, 3)
+    assert (recipes[0].train.max_steps, recipes[0].seed) == (7, 3)
 
 
-def test_train_and_report_print_where_the_result_is(
+def test_train_and_report_print_the_path_of_the_result(
     recipe_file: Path, stages: dict[str, Any]
 ) -> None:
     stages["train"] = lambda recipe: recipe.output_dir / "student"
@@ -171,7 +178,7 @@ def plain_fusion(recipe: Recipe) -> tuple[str, float]:
 
 
 def measured(fusion: dict[str, Any]) -> dict[str, Any]:
-    """The smallest preflight.json that can be printed."""
+    """Return the smallest preflight.json that can be printed."""
     teacher = {
         "num_tokens": 100,
         "nll": 2.0,
@@ -208,15 +215,14 @@ def measured(fusion: dict[str, Any]) -> dict[str, Any]:
 def test_user_errors_exit_with_2(recipe_file: Path, stages: dict[str, Any]) -> None:
     stages["run"] = failing(DataError("a.jsonl:7: got 5; must be text"))
     result = invoke("run", recipe_file)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error: a.jsonl:7: got 5; must be text\n"
+    assert refusal(result) == "a.jsonl:7: got 5; must be text"
 
 
-@pytest.mark.parametrize("place", [0, 1, 3])
-def test_debug_shows_the_traceback(place: int, recipe_file: Path, stages: dict[str, Any]) -> None:
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_debug_shows_the_traceback(index: int, recipe_file: Path, stages: dict[str, Any]) -> None:
     stages["run"] = failing(CollegiumError("broken"))
     arguments: list[str | Path] = ["run", recipe_file, "seed=1"]
-    arguments.insert(place, "--debug")
+    arguments.insert(index, "--debug")
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert "Traceback (most recent call last)" in result.stderr
@@ -230,9 +236,7 @@ def test_an_interrupted_run_exits_with_130(
     stages["train"] = failing(error)
     result = invoke("train", recipe_file)
     assert result.exit_code == 130
-    first, second = result.stderr.splitlines()
-    assert first == (str(error) or "interrupted")
-    assert second == "run the same command again to go on from the last checkpoint"
+    check_message(result.stderr.removesuffix("\n"), f"{str(error) or 'interrupted'}\n")
 
 
 def test_our_own_bugs_keep_their_traceback(recipe_file: Path, stages: dict[str, Any]) -> None:
@@ -249,20 +253,19 @@ def test_our_own_bugs_keep_their_traceback(recipe_file: Path, stages: dict[str, 
         (OSError("odd"), "odd"),
     ],
 )
-def test_what_the_disk_refuses_is_no_bug(
+def test_an_io_error_is_not_reported_as_a_bug(
     error: OSError, expected: str, recipe_file: Path, stages: dict[str, Any]
 ) -> None:
     stages["run"] = failing(error)
-    result = invoke("run", recipe_file)
-    assert (result.stderr, result.exit_code) == (f"error: {expected}\n", 2)
+    assert refusal(invoke("run", recipe_file)) == expected
 
 
-def test_a_plain_value_error_is_our_bug(recipe_file: Path, stages: dict[str, Any]) -> None:
+def test_a_plain_value_error_is_a_bug(recipe_file: Path, stages: dict[str, Any]) -> None:
     stages["evaluate"] = failing(ValueError("ours"))
     assert isinstance(invoke("evaluate", recipe_file).exception, ValueError)
 
 
-def test_an_option_refused_while_it_is_built_is_a_user_error(
+def test_an_invalid_option_built_in_python_is_a_user_error(
     recipe_file: Path, stages: dict[str, Any]
 ) -> None:
     from collegium.train.options import TrainOptions
@@ -271,21 +274,16 @@ def test_an_option_refused_while_it_is_built_is_a_user_error(
         return TrainOptions(learning_rate=-1, save_steps=0)
 
     stages["run"] = run
-    result = invoke("run", recipe_file)
-    assert result.exit_code == 2
-    assert result.stderr == (
-        "error: TrainOptions.learning_rate: got -1; must be greater than 0\n"
-        "TrainOptions.save_steps: got 0; must be at least 1\n"
-    )
+    check_message(refusal(invoke("run", recipe_file)), "TrainOptions.learning_rate: ")
 
 
-def test_demo_hands_on_its_options(
+def test_demo_passes_its_options_on(
     tmp_path: Path, stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, Any] = {}
+    received: dict[str, Any] = {}
 
     def run_demo(**options: Any) -> Path:
-        asked.update(options)
+        received.update(options)
         raise CollegiumError("enough")
 
     monkeypatch.setattr("collegium.demo.run.run_demo", run_demo)
@@ -299,7 +297,7 @@ def test_demo_hands_on_its_options(
         "seed": 3,
         "controls": ["ce_only", "uniform"],
     }
-    assert asked == expected
+    assert received == expected
 
 
 def test_the_installed_command_exits_with_2(tmp_path: Path) -> None:
@@ -312,4 +310,4 @@ def test_the_installed_command_exits_with_2(tmp_path: Path) -> None:
         check=False,
     )
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: none.yaml: not found; recipes in ./: none\n"
+    check_message(result.stderr.removesuffix("\n"), "error: none.yaml: ")

@@ -1,4 +1,4 @@
-"""What is asked of installed packages before anything is imported."""
+"""Version checks of installed packages, before anything is imported."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 
 import collegium
 from collegium.errors import FLOORS, CollegiumError, check_versions, require
+from refusals import refused
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_what_is_installed_here_is_safe() -> None:
+def test_the_installed_packages_are_safe() -> None:
     check_versions()
 
 
@@ -44,23 +45,17 @@ def test_versions_are_compared_by_number(
     if is_safe:
         check_versions()
         return
-    with pytest.raises(CollegiumError) as caught:
+    with refused(CollegiumError, f"torch: got version {version}; "):
         check_versions()
-    assert str(caught.value) == (
-        f"torch: got version {version}; must be at least 2.10 (CVE-2026-24747); "
-        "run `pip install --upgrade torch`"
-    )
 
 
-def test_the_names_of_the_package_ask_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lazy_names_of_the_package_check_versions_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "1.0")
     monkeypatch.delitem(vars(collegium), "Recipe", raising=False)
-    with pytest.raises(CollegiumError, match=r"torch: got version 1\.0"):
+    with refused(CollegiumError, "torch: got version 1.0; "):
         collegium.Recipe
 
 
 def test_a_missing_package_names_its_extra() -> None:
-    with pytest.raises(
-        CollegiumError, match=r"no_such_package: not installed; .*collegium\[eval\]"
-    ):
+    with refused(CollegiumError, "no_such_package: "):
         require("no_such_package", "eval")

@@ -1,6 +1,6 @@
-"""The whole step against a naive one: same gradient however documents are laid out, split and blocked.
+"""A training step against a naive one: same gradient for any layout, split and block size.
 
-The naive step reads each document alone, with the models' own logits, plain loops and no masks at all.
+The naive step reads one document per forward pass, with plain loops and no masks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KD_RATIO, TEMPERATURE, ETA, DECAY = 0.7, 2.0, 0.3, 0.9
 
 
 def make_documents() -> list[Encoded]:
-    """Seven documents of different lengths; half of them with a prompt that is not trained on."""
+    """Make seven documents of different lengths, half of them with an untrained prompt."""
     generator = np.random.default_rng(0)
     documents = []
     for number, length in enumerate((9, 2, 17, 5, 12, 3, 20)):
@@ -63,7 +63,7 @@ def gradient(
     block_size: int | None = None,
     choose_rows: Step = Batch.rows,
 ) -> Tensor:
-    """The gradient of one optimizer step over all batches, as the trainer forms it."""
+    """Return the gradient of one optimizer step over all batches, as in the trainer."""
     options = ObjectiveOptions(kd_ratio=KD_RATIO, temperature=TEMPERATURE, block_size=block_size)
     fusion = Fusion(weighting=PrefixLikelihood(eta=ETA, decay=DECAY))
     objective = Objective(options, fusion)
@@ -81,7 +81,7 @@ def gradient(
 def naive_gradient(
     student: torch.nn.Module, teachers: Sequence[LocalTeacher], documents: Sequence[Encoded]
 ) -> Tensor:
-    """One document at a time, one token at a time."""
+    """Return the same gradient from loops over documents and tokens."""
     total, num_items = torch.zeros((), dtype=torch.float64), 0
     for document in documents:
         ids = torch.as_tensor(document.ids)[None]
@@ -120,8 +120,8 @@ def lay_out(max_length: int, *, packing: bool, batch_size: int) -> list[dict[str
     return [Collator()(group) for group in groups]
 
 
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    assert float((found - expected).norm() / expected.norm()) < 1e-12
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    assert float((actual - expected).norm() / expected.norm()) < 1e-12
 
 
 @pytest.mark.parametrize("block_size", [None, 1, 7])
@@ -133,23 +133,23 @@ def test_layout_split_and_blocks_change_nothing(
     student, teachers, max_length, packing, batch_size, block_size
 ):
     batches = lay_out(max_length, packing=packing, batch_size=batch_size)
-    found = gradient(student, teachers, batches, block_size=block_size)
-    assert_same(found, naive_gradient(student, teachers, make_documents()))
+    actual = gradient(student, teachers, batches, block_size=block_size)
+    assert_same(actual, naive_gradient(student, teachers, make_documents()))
 
 
 def shifted(batch: Batch) -> Rows:
-    """Predict each token from itself: the shift forgotten."""
+    """Predict each token from itself: the shift is missing."""
     rows = batch.rows()
     return dataclasses.replace(rows, index=rows.index + 1)
 
 
 def unmasked(batch: Batch) -> Rows:
-    """Train on prompts as well: the mask forgotten."""
+    """Train on prompts as well: the mask is missing."""
     return dataclasses.replace(batch, labels=batch.input_ids).rows()
 
 
 def joined(batch: Batch) -> Rows:
-    """Let the evidence of one document count in the next one: the borders forgotten."""
+    """Carry evidence across documents: the boundaries are missing."""
     rows = batch.rows()
     return dataclasses.replace(rows, documents=torch.zeros_like(rows.documents))
 
@@ -157,13 +157,13 @@ def joined(batch: Batch) -> Rows:
 @pytest.mark.parametrize("mutation", [shifted, unmasked, joined])
 def test_the_test_above_can_fail(student, teachers, mutation):
     batches = lay_out(32, packing=True, batch_size=2)
-    found = gradient(student, teachers, batches, choose_rows=mutation)
+    actual = gradient(student, teachers, batches, choose_rows=mutation)
     with pytest.raises(AssertionError):
-        assert_same(found, naive_gradient(student, teachers, make_documents()))
+        assert_same(actual, naive_gradient(student, teachers, make_documents()))
 
 
-def test_means_of_micro_batches_would_be_another_gradient(student, teachers):
-    """The mistake that the global denominator avoids."""
+def test_means_of_micro_batches_would_give_another_gradient(student, teachers):
+    """The error that the global denominator avoids."""
     batches = lay_out(20, packing=False, batch_size=1)
     means = [gradient(student, teachers, [batch]) for batch in batches]
     expected = naive_gradient(student, teachers, make_documents())
@@ -171,7 +171,7 @@ def test_means_of_micro_batches_would_be_another_gradient(student, teachers):
 
 
 def test_untrained_positions_may_hold_anything(student, teachers, monkeypatch):
-    """NaN at every position that is no row, in the states of student and teachers alike."""
+    """NaN in the states of student and teachers at every position that is not a row."""
     batches = lay_out(32, packing=True, batch_size=2)
     expected = gradient(student, teachers, batches)
     read = [Batch.from_inputs(inputs) for inputs in batches]
@@ -186,15 +186,15 @@ def test_untrained_positions_may_hold_anything(student, teachers, monkeypatch):
     models = [student, *(teacher.model for teacher in teachers)]
     hooks = [model.model.norm.register_forward_hook(poison) for model in models]
     try:
-        found = gradient(student, teachers, batches)
+        actual = gradient(student, teachers, batches)
     finally:
         for hook in hooks:
             hook.remove()
-    assert torch.isfinite(found).all()
-    assert_same(found, expected)
+    assert torch.isfinite(actual).all()
+    assert_same(actual, expected)
 
 
-def test_a_student_that_is_its_only_teacher_has_nothing_to_learn(teachers):
+def test_a_student_equal_to_its_only_teacher_has_zero_gradient(teachers):
     model = tiny.tiny_model(V, seed=2, width=16).double()
     objective = Objective(ObjectiveOptions(kd_ratio=1.0), Fusion())
     for inputs in lay_out(32, packing=True, batch_size=2):

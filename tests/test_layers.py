@@ -1,4 +1,4 @@
-"""Rooms import from lower layers only; the contract is in .importlinter."""
+"""Packages import from lower layers only; the contract is in .importlinter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_rooms_import_from_lower_layers_only() -> None:
+def test_packages_import_from_lower_layers_only() -> None:
     result = subprocess.run(
         [
             sys.executable,

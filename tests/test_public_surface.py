@@ -1,4 +1,4 @@
-"""The names that users may rely on, and what it costs to ask for the package."""
+"""Public names of the package, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         collegium.Distiller  # type: ignore[attr-defined]
 
 
-def test_the_version_is_that_of_the_package() -> None:
+def test_the_version_matches_the_package_metadata() -> None:
     assert collegium.__version__ == metadata.version("collegium")
 
 

@@ -1,4 +1,4 @@
-"""What the README says is so: every file is in its map, every link leads somewhere, its recipe decodes."""
+"""Claims of the README: a complete file map, working links, a valid recipe."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def test_the_map_names_every_source_file() -> None:
     assert not missing
 
 
-def test_every_link_leads_to_a_file() -> None:
+def test_every_link_points_to_a_file() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []

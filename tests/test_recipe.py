@@ -1,4 +1,4 @@
-"""Recipes: reading, overriding, writing back, and what each scalar means."""
+"""Recipes: reading, overriding, writing back, and YAML scalars."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from collegium.teachers.local import TeacherOptions
 from collegium.train.objective import ObjectiveOptions
 from collegium.yaml12 import read_yaml, scalar
 from recipes_for_tests import MINIMAL, minimal
+from refusals import refused
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -51,7 +52,7 @@ def changed(path: Path, **sections: str) -> Recipe:
     return load_recipe(path)
 
 
-def test_what_is_left_out_has_a_default(recipe_file: Path) -> None:
+def test_missing_keys_have_defaults(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     assert recipe.name == "my-run"
     assert recipe.output_dir == Path("runs/my-run")
@@ -64,7 +65,7 @@ def test_what_is_left_out_has_a_default(recipe_file: Path) -> None:
     assert recipe.objective == ObjectiveOptions()
 
 
-def test_forms_are_looked_up_by_name(recipe_file: Path) -> None:
+def test_option_classes_are_looked_up_by_name(recipe_file: Path) -> None:
     short = changed(recipe_file, objective="{divergence: forward_kl}")
     assert short.objective.divergence == ForwardKL()
     long = changed(recipe_file, objective="{divergence: {name: skewed_forward_kl, skew: 0.2}}")
@@ -77,7 +78,7 @@ def test_forms_are_looked_up_by_name(recipe_file: Path) -> None:
     assert fused.fusion == expected
 
 
-def test_numbers_are_those_of_yaml_1_2(recipe_file: Path) -> None:
+def test_numbers_follow_yaml_1_2(recipe_file: Path) -> None:
     recipe = changed(recipe_file, train="{learning_rate: 1e-4, max_steps: 0x10}")
     assert recipe.train.learning_rate == 1e-4
     assert recipe.train.max_steps == 16
@@ -88,7 +89,7 @@ def test_plain_training_needs_no_teacher(recipe_file: Path) -> None:
     assert recipe.teachers == {}
 
 
-def test_an_empty_section_is_its_defaults(recipe_file: Path) -> None:
+def test_an_empty_section_gets_its_defaults(recipe_file: Path) -> None:
     recipe_file.write_text(MINIMAL + "evaluate:\npreflight:\n")
     assert load_recipe(recipe_file) == load_recipe(recipe_file, ["evaluate={}"])
 
@@ -117,9 +118,9 @@ def test_overrides(recipe_file: Path) -> None:
     assert list(recipe.teachers) == ["code", "prose", "new"]
 
 
-def test_an_override_mends_a_bad_value(recipe_file: Path) -> None:
+def test_an_override_fixes_an_invalid_value(recipe_file: Path) -> None:
     recipe_file.write_text(minimal(train="{max_steps: 010, learning_rate: 7}"))
-    with pytest.raises(RecipeError, match="leading zero"):
+    with refused(RecipeError, "my-run.yaml:"):
         load_recipe(recipe_file)
     recipe = load_recipe(recipe_file, ["train.max_steps=10", "train.learning_rate=1e-3"])
     assert (recipe.train.max_steps, recipe.train.learning_rate) == (10, 1e-3)
@@ -148,14 +149,16 @@ VARIETY: dict[str, dict[str, str]] = {
         "fusion": "{weighting: {name: route, default: code, domains: {law: code, '1e3': prose}}}"
     },
     "domain weights": {
-        "fusion": "{weighting: {name: domain_weights, weights: {law: {code: 0, prose: 1}, '1e3': {code: 0.5, prose: 0.5}}, "
-        "default: {code: 0.5, prose: 0.5}}}"
+        "fusion": "{weighting: {name: domain_weights, weights: {law: {code: 0, prose: 1}, "
+        "'1e3': {code: 0.5, prose: 0.5}}, default: {code: 0.5, prose: 0.5}}}"
     },
     "gate": {
-        "fusion": "{weighting: {name: gate, offsets: {code: 0, prose: -0.25}, consensus: -1.5, decay: 0.95}}"
+        "fusion": "{weighting: {name: gate, offsets: {code: 0, prose: -0.25}, consensus: -1.5, "
+        "decay: 0.95}}"
     },
     "entropy maps": {
-        "fusion": "{weighting: {name: calibrated_entropy, maps: {code: [[0, 1], [2.5, 3]], prose: [[1, 1]]}}}"
+        "fusion": "{weighting: {name: calibrated_entropy, "
+        "maps: {code: [[0, 1], [2.5, 3]], prose: [[1, 1]]}}}"
     },
     "average cross-entropy": {"fusion": "{weighting: {name: avg_ce, tau: 0.1}}"},
     "power mean": {"fusion": "{pool: power_mean, exponent: 0.25}"},
@@ -167,7 +170,7 @@ VARIETY: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("case", VARIETY, ids=str)
-def test_what_is_written_reads_back_equal(case: str, recipe_file: Path) -> None:
+def test_a_written_recipe_reads_back_equal(case: str, recipe_file: Path) -> None:
     recipe = changed(recipe_file, **VARIETY[case])
     text = dump_recipe(recipe)
     recipe_file.write_text(text)
@@ -183,10 +186,10 @@ def test_what_is_written_reads_back_equal(case: str, recipe_file: Path) -> None:
     rate=st.floats(min_value=1e-300, max_value=1, exclude_min=True),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_text_and_number_survives(
+def test_any_text_and_number_round_trips(
     tmp_path_factory: pytest.TempPathFactory, column: str, domain: str, rate: float, seed: int
 ) -> None:
-    # Not in a path: paths are held against the file system.
+    # Not in a path, which is checked against the file system.
     source = SourceOptions(path="corpus.txt", domain=domain, text_column=column)
     recipe = Recipe(
         student=StudentOptions(model="s"),
@@ -195,12 +198,12 @@ def test_any_text_and_number_survives(
         fusion=Fusion(weighting=Entropy(tau=rate)),
         teachers={"a": TeacherOptions(model="t")},
     )
-    path = tmp_path_factory.getbasetemp() / "survives.yaml"
+    path = tmp_path_factory.getbasetemp() / "round-trip.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8", newline="")
     assert load_recipe(path) == recipe
 
 
-def test_the_hash_follows_what_shapes_the_result(recipe_file: Path) -> None:
+def test_the_hash_covers_the_keys_that_affect_the_result(recipe_file: Path) -> None:
     base = recipe_hash(load_recipe(recipe_file))
     assert recipe_hash(load_recipe(recipe_file, ["output_dir=elsewhere", "name=x"])) == base
     assert recipe_hash(load_recipe(recipe_file, ["seed=1"])) != base
@@ -224,21 +227,19 @@ def test_write_fusion_keeps_comments(recipe_file: Path) -> None:
 
 def test_write_fusion_needs_a_mapping(recipe_file: Path) -> None:
     recipe_file.write_text("- 1\n")
-    with pytest.raises(RecipeError, match=r"^my-run\.yaml: cannot write `fusion`"):
+    with refused(RecipeError, "my-run.yaml: "):
         write_fusion(recipe_file, {"weighting": "uniform"})
     assert recipe_file.read_text() == "- 1\n"
 
 
-def test_a_fusion_snippet_decodes_alone() -> None:
+def test_a_fusion_snippet_decodes_without_a_recipe() -> None:
     fusion = Fusion(weighting=Fixed(weights={"a": 0.5, "b": 0.5}), pooled_temperature=1.5)
     assert decode_fusion(plain(fusion)) == fusion
-    with pytest.raises(
-        RecipeError, match=r"^preflight.json: pol: unknown key; did you mean `pool`\?$"
-    ):
+    with refused(RecipeError, "preflight.json: pol: "):
         decode_fusion({"weighting": "uniform", "pol": "linear"}, where="preflight.json")
 
 
-def test_a_snippet_holds_all_of_a_fusion() -> None:
+def test_a_snippet_contains_the_whole_fusion() -> None:
     same = {"a": 0.5, "b": 0.5}
     fusions = [
         Fusion(pool="power_mean", exponent=0.25, conflict=TruthFallback(power=2.0)),
@@ -256,11 +257,8 @@ def test_a_recipe_built_in_python_is_checked_across_sections() -> None:
         data=DataOptions(train=[SourceOptions(path="x")]),  # type: ignore[arg-type]
         output_dir=Path("s"),
     )
-    with pytest.raises(RecipeError) as caught:
+    with refused(RecipeError, "recipe: teachers: "):
         check_recipe(recipe)
-    lines = str(caught.value).splitlines()
-    assert lines[0].startswith("recipe: teachers: give at least one teacher")
-    assert lines[1].startswith("recipe: output_dir: got s, which is also the folder of the student")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -307,12 +305,12 @@ def test_scalars(text: str, value: Any) -> None:
 @pytest.mark.parametrize(
     "text", ["010", "-010", "00", "007.5", "01e3", ".inf", "-.INF", ".NaN", "1e999"]
 )
-def test_scalars_that_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"got"):
+def test_refused_scalars(text: str) -> None:
+    with refused(ValueError, f"got {text}"):
         scalar(text)
 
 
-def test_lines_are_remembered() -> None:
+def test_line_numbers_are_recorded() -> None:
     document = read_yaml("a:\n  - b: 1\n  -\n    c: 2\n", "x.yaml")
     assert document.data == {"a": [{"b": 1}, {"c": 2}]}
     assert document.origins["a", 1, "c"] == (4, "x.yaml:4")

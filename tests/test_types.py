@@ -1,4 +1,4 @@
-"""Which tokens are rows, and what a record is on another device."""
+"""Selection of rows, and moving records between devices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collegium.types import IGNORE, Batch, Rows, SparseRows, is_row
 
 
 def packed() -> Batch:
-    """Two windows: documents of 3, 1 and 2 tokens, then 4 and padding; some tokens are no targets."""
+    """Make two windows, of documents with 3, 1, 2 and 4 tokens; some are masked, some padding."""
     position = torch.tensor([[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 0, 1]])
     samples = torch.tensor([[4, 4, 4, 5, 6, 6], [7, 7, 7, 7, -1, -1]])
     ids = torch.arange(12).view(2, 6) + 20
@@ -18,7 +18,7 @@ def packed() -> Batch:
     return Batch(ids, position, labels, samples, domain_ids=samples % 2, teacher_ids=samples % 3)
 
 
-def test_sparse_rows_of_every_other_row_are_those_rows() -> None:
+def test_sparse_rows_support_strided_blocks() -> None:
     starts = torch.tensor([0, 2, 3, 6, 7])
     ids = torch.tensor([0, 1, 4, 0, 2, 3, 1])
     logp = torch.linspace(-3, -1, 7)
@@ -28,11 +28,12 @@ def test_sparse_rows_of_every_other_row_are_those_rows() -> None:
             assert torch.equal(rows.logits(block), rows.logits(slice(0, 4))[block])
 
 
-def test_rows_are_the_targets_that_have_a_predecessor_in_their_document() -> None:
+def test_rows_are_targets_with_a_predecessor_in_their_document() -> None:
     batch = packed()
     rows = batch.rows()
     flat = batch.input_ids.flatten()
-    # Token 20 + t is predicted from the position before it; 20, 23, 24 and 26 begin a document, 21 and 29 are no targets.
+    # Token 20 + t is predicted from the position before it.
+    # 20, 23, 24 and 26 start a document; 21 and 29 are masked.
     assert rows.labels.tolist() == [22, 25, 27, 28]
     assert flat[rows.index].tolist() == [21, 24, 26, 27]
     assert rows.samples.tolist() == [4, 6, 7, 7]
@@ -47,14 +48,14 @@ def test_rows_are_the_targets_that_have_a_predecessor_in_their_document() -> Non
     assert is_row(batch.labels[0], batch.position_ids[0]).tolist() == [0, 1, 0, 0, 1]
 
 
-def test_some_windows_of_a_batch_keep_every_column() -> None:
+def test_a_part_of_a_batch_keeps_every_column() -> None:
     batch = packed()
     part = batch.part(torch.tensor([1]))
     for name in type(batch).__dataclass_fields__:
         assert torch.equal(getattr(part, name), getattr(batch, name)[1:])
 
 
-def test_records_move_as_a_whole() -> None:
+def test_records_move_completely() -> None:
     batch = packed()
     rows = batch.rows()
     for record in (batch, rows):
@@ -69,7 +70,7 @@ def test_records_move_as_a_whole() -> None:
     assert isinstance(rows.to(torch.device("cpu")), Rows)
 
 
-def test_a_part_of_the_rows_is_cut_from_every_column() -> None:
+def test_a_part_of_the_rows_keeps_every_column() -> None:
     rows = packed().rows()
     for which in (slice(1, 3), torch.tensor([1, 2]), torch.tensor([False, True, True, False])):
         part = rows.part(which)

@@ -1,4 +1,4 @@
-"""The smallest whole run: two tiny teachers of one tokenizer, text of two domains, and the recipe that names them."""
+"""Smallest complete run: two tiny teachers with one tokenizer, text of two domains, a recipe."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ data:
   calibration_fraction: 0.2
   validation_fraction: 0.2
 objective: {{kd_ratio: 0.5}}
-train: {{learning_rate: 1e-2, max_steps: 4, per_device_train_batch_size: 4, logging_steps: 2, save_steps: 2}}
+train:
+  {{learning_rate: 1e-2, max_steps: 4, per_device_train_batch_size: 4, logging_steps: 2,
+  save_steps: 2}}
 preflight: {{max_tokens: 200, batch_size: 4}}
 evaluate: {{controls: [ce_only], batch_size: 4}}
 """
 
 
 def recipe_text(root: Path) -> str:
-    """The recipe over the folder that `write_zoo` filled."""
+    """Return a recipe for a folder filled by `write_zoo`."""
     return _RECIPE.format(root=root, config=json.dumps(CONFIG))
 
 

@@ -1,4 +1,4 @@
-"""Tiny runs for the tests of the trainer, importable by a child process that is to be killed."""
+"""Tiny training runs for tests, importable by child processes that are killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from collegium.fusion.pooling import Fusion
 from collegium.train.objective import Objective, ObjectiveOptions
-from collegium.train.progress import Progress
+from collegium.train.progress import TrainingProgress
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
 from collegium.types import IGNORE, Batch, DenseRows, Rows, TeacherRows
 from tiny import tiny_model
@@ -24,12 +24,12 @@ MODEL = {"width": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def small_model(seed: int = 0, **config: object) -> Any:
-    """A model of a few hundred parameters."""
+    """Return a model of a few hundred parameters."""
     return tiny_model(VOCAB, seed=seed, **(MODEL | config))  # type: ignore[arg-type]
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Windows of two packed documents each, with some untrained tokens and different numbers of targets."""
+    """Windows of two packed documents each, with varying numbers of untrained tokens."""
 
     def __init__(self, num: int = 12, length: int = 10) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -64,7 +64,7 @@ def stack(examples: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class FakeTeacher:
-    """Dense logits that depend on the label alone; `bad_step` counts its calls and then gives one NaN."""
+    """Dense logits that depend only on the label; NaN for `bad_sample` from call `bad_call` on."""
 
     provides = frozenset({"dense"})
 
@@ -90,7 +90,7 @@ def trainer(
     seed: int = 3,
     **more: Any,
 ) -> DistillTrainer:
-    """A trainer of six steps of two micro-batches by default, with dropout, so that generators matter."""
+    """Return a trainer: 8 steps of two micro-batches, with dropout, so that RNG states matter."""
     settings: dict[str, Any] = {
         "max_steps": 8,
         "per_device_train_batch_size": 2,
@@ -100,7 +100,7 @@ def trainer(
         "learning_rate": 1e-2,
     }
     more.setdefault("train_dataset", Windows())
-    more.setdefault("callbacks", [Progress(quiet=True)])
+    more.setdefault("callbacks", [TrainingProgress(quiet=True)])
     return DistillTrainer(
         model or small_model(attention_dropout=0.2),
         [small_model(1), small_model(2)] if teachers is None else teachers,
@@ -113,14 +113,14 @@ def trainer(
 
 
 def objective(**options: Any) -> Objective:
-    """An objective over a uniform mean of teachers."""
+    """Return an objective over the default fusion of the teachers."""
     return Objective(ObjectiveOptions(**options), Fusion())
 
 
 def run(
     folder: Path, *, resume: bool, before: Callable[[DistillTrainer], None] | None = None
 ) -> None:
-    """One run, from the start or from the newest checkpoint, and its final student."""
+    """Train from scratch or from the newest checkpoint, and save the final student."""
     torch.set_num_threads(1)
     made = trainer(folder)
     if before is not None:
@@ -130,7 +130,7 @@ def run(
 
 
 def run_until_killed(folder: Path, resume: bool, site: str, count: int) -> None:
-    """Send SIGKILL to this very process at the `count`-th call of `site`."""
+    """Send SIGKILL to this process at the `count`-th call of `site`."""
     calls = 0
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:

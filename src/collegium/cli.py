@@ -1,4 +1,4 @@
-"""The command line: one command per stage; what is heavy is imported inside the commands."""
+"""Command line: one command per stage; heavy imports are inside the commands."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ INTERRUPTED = 130
 
 
 class _Group(TyperGroup):
-    """Turns our errors into exit codes, and takes `--debug` at any place of the line."""
+    """Command group that maps our errors to exit codes and accepts `--debug` in any position."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # click takes a group's option only before the command; users append it to the line.
         debug = [arg for arg in args if arg == "--debug"]
         return super().parse_args(ctx, debug[:1] + [arg for arg in args if arg != "--debug"])
 
@@ -33,16 +34,16 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except (Interrupted, KeyboardInterrupt) as error:
             typer.echo(str(error) or "interrupted", err=True)
-            typer.echo("run the same command again to go on from the last checkpoint", err=True)
+            typer.echo("run the same command again to resume from the last checkpoint", err=True)
             raise typer.Exit(INTERRUPTED) from error
         except CollegiumError as error:
             _fail(ctx, str(error), error)
         except OSError as error:
-            # What a disk, a file or a permission refuses in the middle of a run is nothing we could have checked.
-            place = f"{error.filename}: " if error.filename else ""
-            _fail(ctx, f"{place}{error.strerror or error}", error)
+            # I/O errors during a run, such as a full disk, cannot be checked up front.
+            path = f"{error.filename}: " if error.filename else ""
+            _fail(ctx, f"{path}{error.strerror or error}", error)
         except ValueError as error:
-            # An option class refused a value while it was built in Python, not by the recipe reader.
+            # Raised by an option class that was built in Python, not by the recipe reader.
             from pydantic import ValidationError
 
             if not isinstance(error, ValidationError):
@@ -60,7 +61,7 @@ def _fail(ctx: Any, text: str, error: Exception) -> None:
 
 
 def recipe_error(error: ValidationError) -> RecipeError:
-    """The problems of options built in Python, one per line, as the recipe reader words them."""
+    """Format the errors of options built in Python like the recipe reader, one per line."""
     from collegium.decode import message
 
     lines = [
@@ -78,15 +79,15 @@ app = typer.Typer(
     help="Distill several frozen language models into one small student.",
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of the run.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes, for example train.max_steps=10."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe keys, e.g. train.max_steps=10."),
 ]
 
 
-def _show_version(is_asked: bool) -> None:
-    if is_asked:
+def _show_version(is_requested: bool) -> None:
+    if is_requested:
         from collegium import __version__
 
         typer.echo(f"collegium {__version__}")
@@ -95,16 +96,19 @@ def _show_version(is_asked: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     del debug, version
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
+    # Before the import: it must not load a vulnerable torch or transformers.
     check_versions()
     from collegium.recipe import load_recipe
 
@@ -113,7 +117,7 @@ def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
 
 @app.command()
 def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Do everything: check, preflight, train, evaluate, report; finished stages are skipped."""
+    """Run all stages: check, preflight, train, evaluate, report. Skips finished stages."""
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
@@ -124,14 +128,14 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Find what is wrong before anything heavy is loaded."""
+    """Check recipe, models, vocabularies, data and disk. Loads no model and writes nothing."""
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
-    found = pipeline.check(loaded)
-    for line in found.lines:
+    result = pipeline.check(loaded)
+    for line in result.lines:
         typer.echo(line)
-    for line in found.warnings:
+    for line in result.warnings:
         typer.echo(f"warning: {line}")
 
 
@@ -143,7 +147,7 @@ def preflight(
         bool, typer.Option("--apply", help="Write the chosen fusion into the recipe file.")
     ] = False,
 ) -> None:
-    """Measure the teachers on held-out text and choose how to fuse them."""
+    """Measure the teachers on held-out text and choose a fusion."""
     loaded = _load(recipe, overrides)
     from collegium import pipeline
     from collegium.evaluate.table import preflight_tables
@@ -161,7 +165,8 @@ def _print(*tables: Any) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)  # a file has no width of its own; 80 would cut tables
+        # rich assumes 80 columns without a terminal, which cuts tables in files and pipes.
+        console = Console(width=TABLE_WIDTH)
     for table in tables:
         console.print(table)
 
@@ -175,7 +180,7 @@ def _print_results(path: Path) -> None:
 
 
 class _CacheGroup(TyperGroup):
-    """Lets `cache RECIPE` stand for `cache build RECIPE`."""
+    """Command group in which `cache RECIPE` is short for `cache build RECIPE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
@@ -186,17 +191,15 @@ class _CacheGroup(TyperGroup):
 cache_app = typer.Typer(
     cls=_CacheGroup,
     no_args_is_help=True,
-    help="Let the teachers read the corpus once; `collegium cache RECIPE` builds.",
+    help="Build and inspect teacher caches; `collegium cache RECIPE` builds.",
 )
 app.add_typer(cache_app, name="cache")
-CacheFolder = Annotated[
-    str, typer.Argument(metavar="PATH", help="Folder of the cache, or its URL.")
-]
+CacheFolder = Annotated[str, typer.Argument(metavar="PATH", help="Folder or URL of the cache.")]
 
 
 @cache_app.command("build")
 def cache_build(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Write what the teachers say of every token, or go on where an interrupted build stopped."""
+    """Cache the teachers' outputs for the corpus. Resumes an interrupted build."""
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
@@ -207,7 +210,7 @@ def cache_build(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @cache_app.command("info")
 def cache_info(path: CacheFolder) -> None:
-    """Say what a cache holds and what it was made of."""
+    """Show the contents of a cache and the inputs it was built from."""
     import json
 
     from collegium.cache.feature_store import feature_folders, require_feature_manifest
@@ -222,7 +225,7 @@ def cache_info(path: CacheFolder) -> None:
 
 @cache_app.command("verify")
 def cache_verify(path: CacheFolder) -> None:
-    """Compare every byte of a cache with its manifest, and decode every target."""
+    """Verify the checksums of a cache, and decode every target."""
     from collegium.cache.feature_store import feature_folders, open_features
     from collegium.cache.store import cache_folders, open_cache
 
@@ -240,10 +243,13 @@ def cache_verify(path: CacheFolder) -> None:
 @cache_app.command("merge")
 def cache_merge(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Where to, then the other folders.")
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", help="Destination folder, then the folders to merge into it."
+        ),
     ],
 ) -> None:
-    """Put into the first folder what processes without a common folder have built."""
+    """Merge caches built by processes without a shared folder into the first folder."""
     from collegium.cache.merge import merge_all
 
     for folder, manifest in merge_all(paths):
@@ -258,7 +264,7 @@ def _print_cache(path: Path | str, manifest: Any) -> None:
 
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Train the student, or go on where an interrupted run stopped."""
+    """Train the student. Resumes an interrupted run."""
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
@@ -267,7 +273,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Compare the student with its teachers, the fused target and the controls."""
+    """Evaluate the student against its teachers, the fused target and the controls."""
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
@@ -277,7 +283,7 @@ def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Write the run's report as one HTML file."""
+    """Write the report of a run as one HTML file."""
     loaded = _load(recipe, overrides)
     from collegium import pipeline
 
@@ -289,18 +295,16 @@ def demo(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Two minutes: three tiny teachers, text that comes with Python."
+            "--quick", help="Two minutes: three tiny teachers, on text shipped with Python."
         ),
     ] = False,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Run folder; runs/demo or runs/demo-quick by default.")
+        Path | None, typer.Option(help="Run folder; defaults to runs/demo or runs/demo-quick.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of all that is random.")] = 0,
-    controls: Annotated[
-        str | None, typer.Option(help="Names of controls, separated by commas.")
-    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Random seed.")] = 0,
+    controls: Annotated[str | None, typer.Option(help="Comma-separated names of controls.")] = None,
 ) -> None:
-    """Train four specialists on real text out of packages and distill them into one small student."""
+    """Train four specialists on real text from packages and distill them into a small student."""
     names = None if controls is None else [name for name in controls.split(",") if name]
     check_versions()
     from collegium.demo.run import run_demo
@@ -312,9 +316,9 @@ def demo(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file of the study.")],
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (YAML).")],
 ) -> None:
-    """Run one recipe under many settings and seeds; ends with one table and one page."""
+    """Run one recipe under many settings and seeds. Ends with a table and an HTML page."""
     check_versions()
     from collegium.study.run import run_study
 
@@ -326,23 +330,23 @@ def study(
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("collegium.yaml"),
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("collegium.yaml"),
 ) -> None:
-    """Write a commented recipe to start from; never over an existing file."""
+    """Write a commented recipe to start from. Never overwrites a file."""
     from collegium.starter import TEMPLATE
 
     try:
         with path.open("x", encoding="utf-8") as stream:
             stream.write(TEMPLATE)
     except FileExistsError as error:
-        raise RecipeError(f"{path}: exists already; choose another name, or delete it") from error
+        raise RecipeError(f"{path}: already exists; choose another name, or delete it") from error
     except OSError as error:
         raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
     typer.echo(f"wrote {path}; edit it, then run `collegium check {path}`")
 
 
 def main() -> None:
-    """Entry point of the `collegium` command."""
+    """Run the `collegium` command."""
     app(prog_name="collegium")
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one line per stage, one bar for what takes long, nothing from libraries."""
+"""Console output of a run: one line per stage, a bar for long loops, nothing from libraries."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ SECONDS_PER_LINE = 60
 
 
 def say(text: str) -> None:
-    """Print a line to standard error, where it does not mix with results."""
+    """Print a line to standard error, apart from the results on standard output."""
     Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
 
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left for a loop that reports (done, total); without a terminal, a line a minute."""
+    """Yield a callback (done, total) that draws a bar; without a terminal, one line a minute."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _lines(title)
+        yield _line_printer(title)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -35,27 +35,31 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _lines(title: str, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
-    """Says how far a loop is and how long it will take, at most once in `SECONDS_PER_LINE`."""
-    started = said = clock()
-    begun: int | None = None
+def _line_printer(
+    title: str, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """Print progress and remaining time, at most once per `SECONDS_PER_LINE`."""
+    started = printed = clock()
+    first: int | None = None
 
     def advance(done: int, total: int) -> None:
-        nonlocal said, begun
+        nonlocal printed, first
         now = clock()
-        if begun is None:
-            begun = done  # what was done before costs no time
-        if now - said < SECONDS_PER_LINE or done <= begun:
+        # A resumed loop starts above 0; items finished earlier must not count as fast ones.
+        if first is None:
+            first = done
+        if now - printed < SECONDS_PER_LINE or done <= first:
             return
-        said = now
-        left = (now - started) / (done - begun) * (total - done)
+        printed = now
+        left = (now - started) / (done - first) * (total - done)
         say(f"{title}: {done:,} of {total:,}, about {max(1, round(left / 60)):,} min left")
 
     return advance
 
 
 def quiet_libraries() -> None:
-    """Keep loading bars and advice of the libraries off the screen; their warnings about errors stay."""
+    """Hide loading bars and advice of transformers; errors are still shown."""
+    # Imported here: `collegium --help` must not wait for transformers.
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The few kinds of error that a user can meet, and the one place that asks what is installed."""
+"""Error kinds that a user can meet, and checks of the installed packages."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ FLOORS = {
     "transformers": ("5.5", "CVE-2026-5241"),
     "jinja2": ("3.1.6", "CVE-2025-27516"),
 }
-"""The packages that read files of others: the first version that is safe to use, and the flaw of those before."""
+"""Packages that parse third-party files: minimum safe version, and the CVE it fixes."""
 
 
 class CollegiumError(Exception):
-    """Base of every error that a user can mend; the command line prints it without a traceback and exits with 2."""
+    """Base of all errors a user can fix; the CLI prints no traceback and exits with 2."""
 
 
 class RecipeError(CollegiumError):
-    """The recipe is wrong: unknown key, wrong type, value out of range, parts that do not fit together."""
+    """The recipe is invalid: unknown key, wrong type, value out of range, incompatible parts."""
 
 
 class DataError(CollegiumError):
-    """A corpus cannot be read, or holds nothing to learn from."""
+    """A corpus is unreadable or has nothing to train on."""
 
 
 class ModelError(CollegiumError):
-    """A model folder or its weights cannot be used."""
+    """A model folder or its weights are unusable."""
 
 
 class VocabularyError(CollegiumError):
-    """A teacher and the student do not give the same meaning to the same token id."""
+    """A token id has different meanings in a teacher and the student."""
 
 
 class TrainingError(CollegiumError):
-    """A run cannot go on: non-finite values, an inert loss term, a checkpoint that does not verify."""
+    """A run cannot continue: non-finite values, an inert loss term, a damaged checkpoint."""
 
 
 class CacheError(CollegiumError):
-    """A teacher cache is missing, damaged, or of another run."""
+    """A teacher cache is missing, damaged, or belongs to another run."""
 
 
 class Interrupted(CollegiumError):
@@ -50,10 +50,10 @@ class Interrupted(CollegiumError):
 
 
 def require(package: str, extra: str) -> ModuleType:
-    """Import an optional package, or say which extra brings it.
+    """Import an optional package.
 
     Raises:
-        CollegiumError: the package is not installed.
+        CollegiumError: the package is not installed; names the extra that installs it.
     """
     try:
         return importlib.import_module(package)
@@ -64,11 +64,12 @@ def require(package: str, extra: str) -> ModuleType:
 
 
 def check_versions() -> None:
-    """Refuse packages with a known flaw in how they read models; asked before any of them is imported.
+    """Check that no installed package has a known vulnerability in loading models.
 
     Raises:
-        CollegiumError: a package is older than its entry in `FLOORS`, or missing.
+        CollegiumError: a package is missing or older than its entry in `FLOORS`.
     """
+    # Reads metadata only: it has to run before the vulnerable code is imported.
     for package, (floor, flaw) in FLOORS.items():
         try:
             version = metadata.version(package)
@@ -82,13 +83,13 @@ def check_versions() -> None:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """`2.10.1+cpu` -> (2, 10, 1); nothing of it but the leading numbers is compared."""
+    """Parse the leading numbers of a version: `2.10.1+cpu` -> (2, 10, 1)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, match.group().split("."))) if match else ()
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known name closest to `name`, or the list of names when none is close."""
-    names = sorted(known)
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the closest candidate, else `; known: ` and all of them."""
+    names = sorted(candidates)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, their digests, and a lock on a folder."""
+"""Atomic file writes, checksums and folder locks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCK = ".lock"
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -26,7 +26,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Have the content of a file, or the names in a folder, on the disk before going on."""
+    """Flush a file or a directory to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,10 +35,10 @@ def fsync(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that is whole or absent: temporary name, fsync, rename, fsync of the folder.
+    """Write a file atomically: temporary name, fsync, rename, fsync of the folder.
 
     Raises:
-        OSError: it could not be written; nothing is left of it.
+        OSError: the write failed; no partial file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -51,17 +51,16 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+    # The rename is durable only once the directory entry is on disk.
     fsync(path.parent)
 
 
 @contextmanager
 def lock_folder(path: Path, remedy: str, *, shared: bool = False) -> Iterator[None]:
-    """Hold a folder while the context lasts; the lock ends with the process, whatever ends it.
-
-    With `shared`, others that share it may hold it too.
+    """Hold the lock of a folder, exclusively or `shared`.
 
     Raises:
-        CollegiumError: another process holds it; `remedy` says what to do.
+        CollegiumError: another process holds the lock; the message ends with `remedy`.
     """
     with hold_lock(path, LOCK, remedy, shared=shared):
         yield
@@ -69,10 +68,10 @@ def lock_folder(path: Path, remedy: str, *, shared: bool = False) -> Iterator[No
 
 @contextmanager
 def hold_lock(path: Path, name: str, remedy: str, *, shared: bool = False) -> Iterator[None]:
-    """Hold one lock file of a folder, as `lock_folder` does.
+    """Hold the lock file `name` of a folder, as `lock_folder` does.
 
     Raises:
-        CollegiumError: as `lock_folder`.
+        CollegiumError: another process holds the lock; the message ends with `remedy`.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / name).open("a+") as file:
@@ -85,9 +84,8 @@ def _lock_or_refuse(file: Any, path: Path, remedy: str, *, shared: bool) -> None
         return
     import fcntl
 
+    # The kernel releases a `flock` with its process, even after SIGKILL: no stale lock files.
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
-        raise CollegiumError(
-            f"{path}: another process is running on this folder; {remedy}"
-        ) from error
+        raise CollegiumError(f"{path}: another process is using this folder; {remedy}") from error

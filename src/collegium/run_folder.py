@@ -1,4 +1,4 @@
-"""A run's folder: stages with their state and time, files that are whole or absent, one writer at a time."""
+"""Run folder: stage states and times, atomic files, one writer at a time."""
 
 from __future__ import annotations
 
@@ -20,31 +20,34 @@ from collegium.errors import CollegiumError, Interrupted, RecipeError
 from collegium.files import LOCK, lock_folder, write_bytes
 
 REMEDY = "wait for it, or choose another output_dir"
-OWN_FILES = ("recipe.json", "stages.json")
-"""A folder that holds one of these is a run's."""
-OWN_FOLDERS = ("cache",)
-"""May be there before: several processes build a cache while one of them claims the folder."""
+RUN_FILES = ("recipe.json", "stages.json")
+"""A folder with one of these files is a run folder."""
+# Several ranks build a cache while one of them claims the folder.
+EARLY_FOLDERS = ("cache",)
+"""Folders that may exist before the run folder is claimed."""
 PACKAGES = ("collegium", "torch", "transformers", "tokenizers", "datasets", "numpy")
 FREE_SECTIONS = frozenset({"cache", "evaluate", "preflight", "name", "output_dir"})
-"""Parts of a recipe that may change between two calls on one folder: what is measured, which runs again, and the way to
-the folder, which may be moved."""
+"""Recipe sections that may change between calls on one run folder.
+
+Measurements are repeated, and a run folder may be renamed or moved.
+"""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is whole or absent."""
+    """Write a text file atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON (no NaN) that is whole or absent."""
+    """Write strict JSON (no NaN) atomically."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON, or None where the file does not exist.
+    """Read a JSON file; None if it does not exist.
 
     Raises:
-        CollegiumError: the file is no JSON.
+        CollegiumError: the file is not valid JSON.
     """
     if not path.is_file():
         return None
@@ -52,32 +55,32 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CollegiumError(
-            f"{path}: not valid JSON ({error}); delete it to make it again"
+            f"{path}: not valid JSON ({error}); delete it to recreate it"
         ) from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty where the file does not exist."""
+    """Read a JSON object; empty if the file does not exist."""
     value = read_json(path)
     if value is not None and not isinstance(value, dict):
-        raise CollegiumError(f"{path}: not a JSON object; delete it to make it again")
+        raise CollegiumError(f"{path}: not a JSON object; delete it to recreate it")
     return value or {}
 
 
 def last_row(path: Path) -> dict[str, Any]:
-    """The last object of a JSON-lines file."""
+    """Return the last object of a JSON Lines file."""
     return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
 
 
 def fingerprint(value: Any) -> str:
-    """sha256 of a JSON-able value, independent of the order of keys."""
+    """Return the SHA-256 of a JSON-serializable value, independent of key order."""
     return hashlib.sha256(
         json.dumps(value, sort_keys=True, default=str).encode("utf-8")
     ).hexdigest()
 
 
 def differing_fields(old: Any, new: Any, where: str = "") -> list[str]:
-    """`field: old value -> new value` for every leaf in which two recipes differ."""
+    """Return `field: old value -> new value` for every leaf that differs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines: list[str] = []
         for key in sorted({*old, *new}, key=str):
@@ -89,67 +92,70 @@ def differing_fields(old: Any, new: Any, where: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run; see the layout in docs/design/spine.md."""
+    """Folder of one run; docs/design/spine.md has its layout."""
 
     path: Path
 
     def check(self, recipe: Mapping[str, Any]) -> None:
-        """Refuse a folder that cannot be this recipe's; nothing is written.
+        """Check that this recipe can run in the folder, without writing anything.
 
         Raises:
-            RecipeError: the folder holds a run of a recipe that differs in a part that cannot change, or something else.
-            CollegiumError: it cannot be written.
+            RecipeError: the folder holds a run of an incompatible recipe, or is no run folder.
+            CollegiumError: the folder is not writable.
         """
         self.check_place()
         old = _read_object(self.path / "recipe.json")
         kept = {key: value for key, value in old.items() if key not in FREE_SECTIONS}
-        now = {key: value for key, value in recipe.items() if key not in FREE_SECTIONS}
-        fields = differing_fields(kept, now) if old else []
+        new = {key: value for key, value in recipe.items() if key not in FREE_SECTIONS}
+        fields = differing_fields(kept, new) if old else []
         if fields:
             raise RecipeError(
                 f"output_dir: {self.path} holds a run of another recipe ({'; '.join(fields[:5])}); "
-                "choose another output_dir, or delete that folder"
+                "choose another output_dir, or delete this folder"
             )
 
     def check_place(self, *, also: Collection[str] = ()) -> None:
-        """Refuse a folder that cannot be written, or that holds something other than a run and what `also` names.
+        """Check that the folder is writable and holds a run, only the names in `also`, or nothing.
 
         Raises:
-            CollegiumError: as said.
+            RecipeError: it holds other files.
+            CollegiumError: it is not writable.
         """
         nearest = next(p for p in (self.path, *self.path.parents) if p.exists())
         if not nearest.is_dir():
             raise self._not_writable(f"{nearest} is a file")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise self._not_writable(f"{nearest.absolute()} is read-only")
-        if nearest != self.path or any((self.path / name).is_file() for name in OWN_FILES):
+        if nearest != self.path or any((self.path / name).is_file() for name in RUN_FILES):
             return
         names = sorted(path.name for path in self.path.iterdir())
-        found = [
-            name for name in names if not name.startswith(".") and name not in (*OWN_FOLDERS, *also)
+        others = [
+            name
+            for name in names
+            if not name.startswith(".") and name not in (*EARLY_FOLDERS, *also)
         ]
-        if found:
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        if others:
+            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
             raise RecipeError(
-                f"output_dir: {self.path} holds what is no run ({', '.join(found[:5])}{more}); must be "
-                "new, empty or the folder of this run; choose another output_dir"
+                f"output_dir: {self.path} holds other data ({', '.join(others[:5])}{more}); "
+                "must be new, empty or the folder of this run; choose another output_dir"
             )
 
     def check_free(self) -> None:
-        """Refuse a folder that another process is running on.
+        """Check that no other process holds the folder, without holding it.
 
         Raises:
-            CollegiumError: as said.
+            CollegiumError: another process holds it.
         """
         if (self.path / LOCK).is_file():
             with lock_folder(self.path, REMEDY):
                 pass
 
     def make(self) -> None:
-        """Make the folder and those above it.
+        """Create the folder and its parents.
 
         Raises:
-            CollegiumError: it cannot be made.
+            CollegiumError: it cannot be created.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -157,10 +163,11 @@ class RunFolder:
             raise self._not_writable(str(error.strerror)) from error
 
     def claim(self, recipe: Mapping[str, Any], text: str) -> None:
-        """Make the folder this recipe's own.
+        """Create the folder if necessary, and record the recipe and the environment in it.
 
         Raises:
-            CollegiumError: as `check`.
+            RecipeError: as in `check`.
+            CollegiumError: the folder is not writable.
         """
         self.check(recipe)
         self.make()
@@ -178,7 +185,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder: a second run on it says so and stops.
+        """Hold the folder's lock during the context.
 
         Raises:
             CollegiumError: another process holds it.
@@ -188,19 +195,20 @@ class RunFolder:
             yield
 
     def stages(self) -> dict[str, Any]:
-        """State of every stage so far."""
+        """Return the state of every stage that has been started."""
         return _read_object(self.path / "stages.json")
 
     def is_done(self, stage: str, key: str) -> bool:
-        """Whether the stage was finished with the same inputs."""
+        """Return True if the stage was finished with the same inputs (`key`)."""
         state = self.stages().get(stage, {})
         return state.get("status") == "done" and state.get("key") == key
 
     @contextmanager
     def stage(self, name: str, key: str) -> Iterator[None]:
-        """Record a stage's start, end, seconds (added up over interruptions) and outcome."""
+        """Record a stage's start, seconds (summed over interruptions) and outcome."""
         started = time.monotonic()
         before = self.stages().get(name, {})
+        # Another key is other work: its time does not count.
         spent = before.get("seconds", 0.0) if before.get("key") == key else 0.0
         state = {
             "status": "running",
@@ -212,9 +220,10 @@ class RunFolder:
         say(f"{name} ...")
         try:
             yield
+        # BaseException, because Ctrl-C must not leave the stage as "running".
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | Interrupted)
-            state["status"] = "interrupted" if stopped else "failed"
+            is_stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+            state["status"] = "interrupted" if is_stopped else "failed"
             state["note"] = str(error)[:500]
             raise
         else:
@@ -231,7 +240,7 @@ class RunFolder:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the report."""
+    """Return package versions and machine data for the report."""
     versions = {}
     for package in PACKAGES:
         try:

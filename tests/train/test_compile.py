@@ -1,4 +1,4 @@
-"""A compiled body: the loss and gradients of the plain one, and no compilation per batch size."""
+"""`torch.compile` of the body: same loss and gradients, no recompilation per batch size."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def batch(num_windows: int) -> Batch:
 
 def gradients(model, num_windows: int) -> list[torch.Tensor]:
     objective = Objective(ObjectiveOptions(), None)
-    one = batch(num_windows)
-    rows = one.rows()
-    answer = forward_rows(model, one, rows, vocab_size=model.config.vocab_size)
+    inputs = batch(num_windows)
+    rows = inputs.rows()
+    answer = forward_rows(model, inputs, rows, vocab_size=model.config.vocab_size)
     total = objective(answer, [], rows).total / len(rows)
     return [total, *torch.autograd.grad(total, list(model.parameters()))]
 
 
-def test_no_batch_size_after_the_second_compiles_again():
+def test_no_batch_size_after_the_second_recompiles():
     torch._dynamo.reset()
     plain, model = tiny.tiny_model(seed=0), tiny.tiny_model(seed=0)
     counter = CompileCounter()
     model.base_model.compile(backend=counter)
     counts = []
     for size in (2, 3, 5, 7, 4):
-        found, expected = gradients(model, size), gradients(plain, size)
-        for one, two in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, two)
+        actual, expected = gradients(model, size), gradients(plain, size)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
         counts.append(counter.frame_count)
     assert counts[0] > 0
     assert counts[2:] == [counts[1]] * 3

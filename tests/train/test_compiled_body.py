@@ -1,4 +1,4 @@
-"""A compiled body is not compiled anew for every size of a batch, and the losses stay out of its graphs."""
+"""A compiled body is shared by all batch sizes, and its graphs do not include the losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_batch(num_windows: int, length: int = 16) -> Batch:
     return Batch(ids, position, ids.clone(), torch.zeros_like(ids))
 
 
-def test_sizes_of_batches_share_their_graphs() -> None:
+def test_batch_sizes_share_graphs() -> None:
     graphs = []
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -45,7 +45,7 @@ def test_sizes_of_batches_share_their_graphs() -> None:
             totals.append(total.detach())
         torch.testing.assert_close(*totals, rtol=1e-5, atol=1e-5)
         counts.append(len(graphs))
-    # The first size, and the second, which makes it a symbol.
+    # Only the first size compiles, and the second, which makes the size symbolic.
     assert counts[1:] == [counts[1]] * 4
-    for one, two in zip(student.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(student.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Two processes over gloo give the loss and the gradients of one."""
+"""Two gloo processes give the loss and gradients of a single one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a row of the log mean what their names say."""
+"""Definitions of the numbers in a log row."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collegium.train.meter import StepMeter
 from collegium.types import LossSum, Rows
 
 SAMPLE_DOMAINS = torch.tensor([1, 0, 1])
-"""Documents 0 and 2 are law, document 1 is code; nothing is prose."""
+"""Documents 0 and 2 are law, document 1 is code, none is prose."""
 
 
 def micro_batch(samples: list[int], weights_a: list[float], **norms: float) -> tuple[LossSum, Rows]:
-    """Rows of the given documents, with the weight of teacher `a`; the losses are 3 and 5 per row."""
+    """Make rows of these documents with weights of teacher `a`; losses are 3 and 5 per row."""
     size = len(samples)
     weights_N = torch.tensor(weights_a)
     loss = LossSum(
@@ -44,7 +44,7 @@ def test_a_row_holds_means_per_token_of_all_micro_batches() -> None:
     assert row["num_tokens"] == 4
 
 
-def test_the_next_row_starts_anew_but_counts_on() -> None:
+def test_the_next_row_resets_all_but_the_token_count() -> None:
     meter = StepMeter(["a", "b"], domains=["code", "law", "prose"], sample_domains=SAMPLE_DOMAINS)
     meter.add(*micro_batch([0, 1], [1.0, 1.0], kd=1.0, ce=1.0))
     meter.row()
@@ -56,7 +56,7 @@ def test_the_next_row_starts_anew_but_counts_on() -> None:
     assert row["grad_shares"] == {}
 
 
-def test_a_meter_goes_on_from_its_state() -> None:
+def test_a_meter_continues_from_its_state() -> None:
     whole, first = (
         StepMeter(["a", "b"], domains=["code", "law", "prose"], sample_domains=SAMPLE_DOMAINS)
         for _ in range(2)

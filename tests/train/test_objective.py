@@ -1,4 +1,4 @@
-"""The objective against the naive truth: its sum, its gradient, and what must not change them."""
+"""Objective against a naive reference: sum, gradient, and invariances."""
 
 import dataclasses
 import math
@@ -17,6 +17,7 @@ from collegium.losses.divergences import DIVERGENCES, JensenShannon, ReverseKL
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.train.objective import InertTermCheck, Objective, ObjectiveOptions
 from collegium.types import DenseRows, Head, HiddenRows, LossSum, Rows, SparseRows, TeacherRows
+from refusals import refused
 
 N, V, D = 13, 17, 4
 WIDTHS = {"a": 6, "b": 3}
@@ -118,7 +119,7 @@ def test_equals_the_formula(divergence, temperature, kd_ratio):
 
 
 def test_the_temperature_keeps_the_size_of_the_gradient():
-    """T^2 exactly undoes the 1/T of each side for warm targets, where the loss is half the squared logit distance."""
+    """T^2 cancels the 1/T of both sides at high T, where the loss is half the squared distance."""
     norms = []
     for temperature in (50.0, 100.0):
         step = Step()
@@ -193,7 +194,7 @@ def test_evaluation_does_not_move_the_scale():
     assert part(*Step().parts()).weights["feature/a"] == 1.0
 
 
-def test_features_with_labels_alone_are_scaled_by_the_cross_entropy():
+def test_features_without_kd_are_scaled_by_the_cross_entropy():
     part = objective(None, kd_ratio=0.0, features=FeatureOptions())
     assert part.needs_teachers
     first = part(*Step().parts())
@@ -230,7 +231,7 @@ def test_clones_of_one_teacher_are_that_teacher():
 @pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0, 20.0])
 def test_gradients_stay_finite(divergence, temperature):
-    """Sharp float32 logits, and tokens that the teachers rule out."""
+    """Sharp float32 logits, and tokens ruled out by the teachers."""
     step = Step()
     step.teacher_logits = {name: (10 * z).float() for name, z in step.teacher_logits.items()}
     for z in step.teacher_logits.values():
@@ -262,7 +263,7 @@ def test_positions_outside_the_rows_do_not_exist():
     assert (everything.grad[1::2] == 0).all()
 
 
-def test_labels_alone():
+def test_labels_only():
     step = Step()
     student, _, rows = step.parts()
     truth = torch.nn.functional.cross_entropy(step.logits(), step.labels, reduction="sum")
@@ -277,7 +278,7 @@ def test_labels_alone():
 
 
 class Silent:
-    """Scores that nobody may ask for."""
+    """Scores that must not be read."""
 
     def logits(self, block: slice) -> torch.Tensor:
         raise AssertionError("scored")
@@ -359,7 +360,7 @@ def test_measured_norms():
 
 
 def test_teachers_need_a_fusion():
-    with pytest.raises(RecipeError, match="fusion: got none for 2 teachers"):
+    with refused(RecipeError, "fusion: "):
         objective(None)(*Step().parts())
 
 
@@ -394,7 +395,7 @@ def test_an_inert_term_is_named():
     check(measured(0, kd=0.0, ce=0.0))
     check(measured())
     check(measured(kd=0.0, ce=0.0, off=0.0))
-    with pytest.raises(TrainingError, match=r"term `kd`: contributes no gradient in the first 3"):
+    with refused(TrainingError, "term `kd`: "):
         check(measured(kd=0.0, ce=0.0, off=0.0))
 
 
@@ -444,7 +445,7 @@ def test_clones_never_fall_back_to_the_truth():
     assert plain.conflict == {}
 
 
-def test_labels_alone_know_no_conflict():
+def test_labels_only_have_no_conflict():
     loss = objective(CONTRADICTION, kd_ratio=0.0)(*Step().parts())
     assert set(loss.terms) == {"ce"}
     assert loss.conflict == {}
@@ -476,7 +477,7 @@ def test_teachers_that_agree_are_not_an_inert_term():
 
 
 def _sparse_teachers(step: Step, *, k: int | None = None) -> list[TeacherRows]:
-    """A cached target of the rows: what teacher `a` says, whole, or as its top k with the tail."""
+    """Return teacher `a` as a cached target, either complete or as its top k with the tail."""
     logp = step.teacher_logits["a"].log_softmax(-1)
     top = logp.topk(V if k is None else k)
     starts = torch.arange(N + 1) * top.values.shape[1]
@@ -498,13 +499,13 @@ def test_a_cached_target_gives_the_loss_and_gradient_of_the_live_one(block_size:
         )
         loss.total.backward()
         results.append((loss, step))
-    (live, one), (cached, other) = results
+    (live, live_step), (cached, cached_step) = results
     torch.testing.assert_close(cached.total, live.total)
     for name in ("kd", "ce"):
         torch.testing.assert_close(cached.terms[name], live.terms[name])
         torch.testing.assert_close(cached.grad_norms[name], live.grad_norms[name])
-    torch.testing.assert_close(other.hidden.grad, one.hidden.grad)
-    torch.testing.assert_close(other.weight.grad, one.weight.grad)
+    torch.testing.assert_close(cached_step.hidden.grad, live_step.hidden.grad)
+    torch.testing.assert_close(cached_step.weight.grad, live_step.weight.grad)
     assert cached.teacher_weights_KN is None
 
 
@@ -518,23 +519,23 @@ def test_a_cached_target_without_one_of_the_terms(kd_ratio: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "path"),
     [
-        (ObjectiveOptions(divergence=ReverseKL()), "got ReverseKL; must be forward_kl"),
-        (ObjectiveOptions(divergence=JensenShannon()), "got JensenShannon; must be forward_kl"),
-        (ObjectiveOptions(temperature=2.0), "objective.temperature: got 2; must be 1"),
-        (ObjectiveOptions(features=FeatureOptions()), "hidden states of live teachers"),
+        (ObjectiveOptions(divergence=ReverseKL()), "objective.divergence: got ReverseKL"),
+        (ObjectiveOptions(divergence=JensenShannon()), "objective.divergence: got JensenShannon"),
+        (ObjectiveOptions(temperature=2.0), "objective.temperature: got 2"),
+        (ObjectiveOptions(features=FeatureOptions()), "objective.features: "),
     ],
 )
-def test_a_cached_target_refuses_what_it_cannot_give(options, told) -> None:
+def test_a_cached_target_refuses_unsupported_options(options, path) -> None:
     step = Step()
     student, _, rows = step.parts()
-    with pytest.raises(RecipeError, match=re.escape(told)):
+    with refused(RecipeError, path):
         Objective(options, Fusion(weighting=Uniform()))(student, _sparse_teachers(step), rows)
 
 
 def test_a_cached_target_does_not_mix_with_live_teachers() -> None:
     step = Step()
     student, teachers, rows = step.parts()
-    with pytest.raises(RecipeError, match="must be the cache alone"):
+    with refused(RecipeError, "objective: "):
         Objective(ObjectiveOptions(), MIX)(student, [*teachers, *_sparse_teachers(step)], rows)

@@ -1,4 +1,4 @@
-"""What a trainer is made of: feature terms with their adapters, teachers on their devices, seeds."""
+"""Parts of a trainer: feature terms with their adapters, devices of teachers, seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collegium.teachers.local import LocalTeacher
 from collegium.train.meter import RunLog
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.train.parts import adopt_arguments, named_teachers
-from collegium.train.progress import Progress
+from collegium.train.progress import TrainingProgress
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
 from training_runs import VOCAB, Windows, objective, small_model, stack, trainer
 
@@ -29,7 +29,7 @@ def featured() -> Objective:
     )
 
 
-def test_the_scale_of_feature_terms_is_renewed_by_every_step_and_by_no_micro_batch(
+def test_the_scale_of_feature_terms_changes_per_step_not_per_micro_batch(
     tmp_path: Path,
 ) -> None:
     scales, students = [], []
@@ -51,7 +51,7 @@ def test_the_scale_of_feature_terms_is_renewed_by_every_step_and_by_no_micro_bat
                 "gradient_accumulation_steps": accumulate,
                 "optim": "sgd",
             },
-            callbacks=[Keep(), Progress(quiet=True)],
+            callbacks=[Keep(), TrainingProgress(quiet=True)],
         )
         made.train()
         scales.append(torch.stack(seen))
@@ -63,19 +63,19 @@ def test_the_scale_of_feature_terms_is_renewed_by_every_step_and_by_no_micro_bat
         torch.testing.assert_close(students[1][name], value, rtol=1e-9, atol=1e-12)
 
 
-def test_live_models_move_to_the_device_of_the_run_and_nothing_else_does() -> None:
+def test_only_live_models_move_to_the_device_of_the_run() -> None:
     there = torch.device("meta")
     placed, live = LocalTeacher("placed", small_model(1), vocab_size=VOCAB), small_model(2)
-    found = named_teachers([placed, live], small_model(), VOCAB, there)
-    assert [teacher.name for teacher in found] == ["placed", "teacher_1"]
-    assert found[0] is placed
+    teachers = named_teachers([placed, live], small_model(), VOCAB, there)
+    assert [teacher.name for teacher in teachers] == ["placed", "teacher_1"]
+    assert teachers[0] is placed
     assert {parameter.device.type for parameter in placed.model.parameters()} == {"cpu"}
     assert {parameter.device for parameter in live.parameters()} == {there}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_teachers_on_both_devices_teach_a_student_on_the_gpu(tmp_path: Path) -> None:
+def test_teachers_on_both_devices_train_a_student_on_the_gpu(tmp_path: Path) -> None:
     losses = []
     for on_cpu in (True, False):
         args = training_arguments(
@@ -105,8 +105,8 @@ def test_adapters_are_in_the_optimizer_without_decay(tmp_path: Path) -> None:
     assert decays[id(made.student.model.norm.weight)] == 0.0
 
 
-def test_the_order_of_the_data_has_a_seed_of_its_own(tmp_path: Path) -> None:
-    """Without it, the order would depend on who drew random numbers before: a student with teachers, a control without."""
+def test_the_data_order_has_a_separate_seed(tmp_path: Path) -> None:
+    """Otherwise it depends on earlier random draws, so student and controls would differ."""
     args = TrainingArguments(output_dir=str(tmp_path), seed=7, report_to="none", use_cpu=True)
     assert args.data_seed is None
     adopt_arguments(args)

@@ -1,4 +1,4 @@
-"""What a run shows."""
+"""Progress display and signals of a run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import signal
 import threading
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from collegium.errors import TrainingError
-from collegium.train.progress import Progress, StopSignals
+from collegium.train.progress import StopSignals, TrainingProgress
+from refusals import refused
 from training_runs import FakeTeacher, trainer
 
 
 def shown(folder: Path, *, terminal: bool, quiet: bool = False) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
-    progress = Progress(quiet=quiet, console=console)
+    progress = TrainingProgress(quiet=quiet, console=console)
     teachers = [FakeTeacher("big"), FakeTeacher("old")]
     options = {"max_steps": 20, "logging_steps": 1}
     trainer(folder, teachers=teachers, options=options, callbacks=[progress]).train()
@@ -25,7 +25,7 @@ def shown(folder: Path, *, terminal: bool, quiet: bool = False) -> str:
     return console.file.getvalue()
 
 
-def test_away_from_a_terminal_there_is_a_line_per_tenth(tmp_path: Path) -> None:
+def test_without_a_terminal_a_line_per_tenth_is_printed(tmp_path: Path) -> None:
     lines = shown(tmp_path, terminal=False).splitlines()
     assert [line.split()[1] for line in lines] == [f"{2 * n}/20" for n in range(1, 11)]
     assert "loss " in lines[0]
@@ -33,20 +33,20 @@ def test_away_from_a_terminal_there_is_a_line_per_tenth(tmp_path: Path) -> None:
     assert "big 0.50 old 0.50" in lines[0]
 
 
-def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
+def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     text = shown(tmp_path, terminal=True)
     assert "20/20" in text
     assert "big 0.50 old 0.50" in text
 
 
-def test_quiet_shows_nothing(tmp_path: Path) -> None:
+def test_quiet_prints_nothing(tmp_path: Path) -> None:
     for terminal in (True, False):
         assert shown(tmp_path / str(terminal), terminal=terminal, quiet=True) == ""
 
 
-def test_the_bar_is_taken_away_after_an_error(tmp_path: Path) -> None:
+def test_the_bar_is_removed_after_an_error(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
-    progress = Progress(console=console)
+    progress = TrainingProgress(console=console)
     bad = FakeTeacher("bad", bad_call=1, bad_sample=2)
     made = trainer(
         tmp_path,
@@ -54,12 +54,12 @@ def test_the_bar_is_taken_away_after_an_error(tmp_path: Path) -> None:
         options={"per_device_train_batch_size": 6},
         callbacks=[progress],
     )
-    with pytest.raises(TrainingError, match="teacher `bad`"):
+    with refused(TrainingError, "step 1: "):
         made.train()
     assert progress._bar is None
 
 
-def test_signals_are_given_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopSignals() as signals:
         signal.raise_signal(signal.SIGTERM)
@@ -68,7 +68,7 @@ def test_signals_are_given_back() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_another_thread_leaves_signals_alone() -> None:
+def test_other_threads_set_no_signal_handlers() -> None:
     seen = []
 
     def inside() -> None:

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or damaged go on as if nothing had happened."""
+"""Killed, stopped or damaged runs resume exactly."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from collegium.models import tap_names, tap_width
 from collegium.train import checkpoint, state
 from collegium.train.meter import RunLog
 from collegium.train.objective import Objective, ObjectiveOptions
+from refusals import refused
 from training_runs import (
     FakeTeacher,
     Windows,
@@ -43,11 +44,11 @@ KILLED = -9
 
 @pytest.fixture(scope="session")
 def processes() -> Any:
-    """Child processes are forked from a clean server that has everything imported."""
+    """Context that forks children from a clean server with all imports done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_runs"])
     with pytest.MonkeyPatch.context() as patch:
-        # The server reads nothing but this variable to find what it preloads.
+        # The server finds the modules to preload through this variable only.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         first = context.Process(target=time.sleep, args=(0,))
         first.start()
@@ -64,7 +65,7 @@ def in_child(processes: Any, function: Callable[..., None], *arguments: Any) -> 
 
 
 def digest(folder: Path) -> dict[str, Any]:
-    """Everything of a finished run that must not depend on how often it was stopped."""
+    """Return everything of a finished run that must not depend on interruptions."""
     last = folder / "checkpoint-8"
     record = state.read(last)
     record["meter"].pop("sums")
@@ -84,9 +85,9 @@ def digest(folder: Path) -> dict[str, Any]:
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("unbroken")
     run(folder, resume=False)
-    found = digest(folder)
-    assert [row["step"] for row in found["log"]] == [2, 4, 6, 8]
-    return found
+    result = digest(folder)
+    assert [row["step"] for row in result["log"]] == [2, 4, 6, 8]
+    return result
 
 
 def finish(folder: Path) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def finish(folder: Path) -> dict[str, Any]:
     return digest(folder)
 
 
-# Every fsync and rename of a save has a number: eight files and folders, then the rename, then the parent.
+# Counts of fsync and rename calls: a save syncs eight files and folders, renames, syncs the parent.
 POINTS = [("step", 9), ("step", 14)] + [
     (site, count)
     for site, counts in {"fsync": (1, 7, 10, 13, 30), "rename": (2, 4)}.items()
@@ -128,14 +129,13 @@ def test_a_run_killed_again_and_again_resumes_bit_by_bit(
 def test_an_interrupted_run_saves_and_resumes_bit_by_bit(
     unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(Interrupted, match=r"SIGINT: stopped after step 5 of 8; .* resume"):
+    with refused(Interrupted, "SIGINT: "):
         run_until_signal(tmp_path, 5)
     assert next(path.name for path in checkpoint.checkpoints(tmp_path)) == "checkpoint-5"
-    found = finish(tmp_path)
-    assert found == unbroken
+    assert finish(tmp_path) == unbroken
 
 
-def test_a_second_signal_ends_the_process_at_once(processes: Any, tmp_path: Path) -> None:
+def test_a_second_signal_kills_the_process(processes: Any, tmp_path: Path) -> None:
     assert in_child(processes, run_until_second_signal, tmp_path) == -2
     assert checkpoint.checkpoints(tmp_path) == []
 
@@ -147,7 +147,7 @@ def run_until_second_signal(folder: Path) -> None:
 
 
 class Twice(TrainerCallback):
-    """Presses Ctrl-C twice within one step."""
+    """Sends SIGINT twice within one step."""
 
     def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         os.kill(os.getpid(), signal.SIGINT)
@@ -164,7 +164,7 @@ def test_a_damaged_newest_checkpoint_falls_back(unbroken: dict[str, Any], tmp_pa
     assert [path.name[:10] for path in tmp_path.glob("corrupt-*")] == ["corrupt-8-"]
 
 
-def test_a_finished_run_takes_no_step_more(unbroken: dict[str, Any], tmp_path: Path) -> None:
+def test_a_finished_run_takes_no_more_steps(unbroken: dict[str, Any], tmp_path: Path) -> None:
     run(tmp_path, resume=False)
     shutil.rmtree(tmp_path / "final")
     assert finish(tmp_path) == unbroken
@@ -203,46 +203,37 @@ def test_an_epoch_that_ends_at_a_checkpoint_resumes_bit_by_bit(tmp_path: Path) -
         assert torch.equal(ours, theirs)
 
 
-def test_what_belongs_to_another_run_is_refused_with_the_differences(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_with_the_differences(tmp_path: Path) -> None:
     trainer(tmp_path, options={"max_steps": 3}, identity={"recipe": "aa"}).train()
     other = trainer(
         tmp_path, teachers=[FakeTeacher("new")], seed=4, identity={"recipe": "bb"},
         train_dataset=Windows(8),
     )  # fmt: skip
-    with pytest.raises(TrainingError) as caught:
+    with refused(TrainingError, "checkpoint-3: "):
         other.train(resume_from_checkpoint=True)
-    message = str(caught.value)
-    assert (
-        "teachers: the checkpoint has ['teacher_0', 'teacher_1'], this run has ['new']" in message
-    )
-    assert "seed: the checkpoint has 3, this run has 4" in message
-    assert "recipe: the checkpoint has 'aa', this run has 'bb'" in message
-    assert "data: the checkpoint has 12, this run has 8" in message
-    assert "gradient_accumulation" not in message
 
 
 def test_nothing_to_resume_from_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"no usable checkpoint.*no folder named checkpoint-N"):
+    with refused(TrainingError, "TMP: "):
         trainer(tmp_path).train(resume_from_checkpoint=True)
     trainer(tmp_path, options={"max_steps": 2, "save_steps": 1}).train()
     (tmp_path / "checkpoint-1" / "state.json").unlink()
     (tmp_path / "checkpoint-2" / "MANIFEST.json").unlink()
-    with pytest.raises(TrainingError) as caught:
+    with refused(TrainingError, "TMP: "):
         trainer(tmp_path).train(resume_from_checkpoint=True)
-    assert "checkpoint-2: has no readable MANIFEST.json" in str(caught.value)
-    assert "checkpoint-1: state.json is missing" in str(caught.value)
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
     trainer(tmp_path, options={"max_steps": 1}).train()
-    with pytest.raises(TrainingError, match="holds checkpoint-1 of an earlier run"):
+    with refused(TrainingError, "TMP: "):
         trainer(tmp_path).train()
 
 
 def test_another_student_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, options={"max_steps": 2}).train()
     other = trainer(tmp_path, model=small_model(num_hidden_layers=1))
-    with pytest.raises(TrainingError, match="saved from another student"):
+    # torch lists the mismatched parameters, in words of its version.
+    with refused(TrainingError, "checkpoint-2: ", volatile=r"\(Error[\s\S]*\)"):
         other.train(resume_from_checkpoint=True)
 
 
@@ -258,7 +249,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(
         real(temporary, final)
 
     monkeypatch.setattr(checkpoint, "commit", commit)
-    with pytest.raises(TrainingError, match=r"cannot be saved.*No space left"):
+    with refused(TrainingError, "TMP/checkpoint-4: "):
         made.train()
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
     assert not list(tmp_path.glob(".tmp-*"))
@@ -284,7 +275,7 @@ def test_adapters_are_trained_saved_and_not_in_the_student(tmp_path: Path) -> No
         step = 3
 
     broken.add_callback(StopAt3(broken))
-    with pytest.raises(Interrupted):
+    with refused(Interrupted, "SIGTERM: "):
         broken.train()
     saved = load_file(str(tmp_path / "b" / "checkpoint-3" / state.OBJECTIVE))
     assert set(saved) >= set(start)
@@ -298,12 +289,12 @@ def test_adapters_are_trained_saved_and_not_in_the_student(tmp_path: Path) -> No
         assert torch.equal(ours, theirs)
     without = trainer(tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoint-8")
-    with pytest.raises(TrainingError, match="saved with other loss terms"):
+    with refused(TrainingError, "checkpoint-6: ", volatile=r"\(Error[\s\S]*\)"):
         without.train(resume_from_checkpoint=True)
 
 
 class FakeStop(TrainerCallback):
-    """Does what a signal does, at one step."""
+    """Simulates a signal during one step."""
 
     step = 0
 
@@ -329,11 +320,11 @@ def test_every_checkpoint_is_a_plain_student_without_pickle(tmp_path: Path) -> N
             assert torch.equal(ours, theirs)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(TrainingError, match="is in use"):
+    with refused(TrainingError, "TMP/mine: "):
         made.save_student(tmp_path / "mine")
 
 
-def test_generators_come_back_without_pickle() -> None:
+def test_random_generators_are_restored_without_pickle() -> None:
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
@@ -348,11 +339,11 @@ def test_an_optimizer_that_needs_pickle_is_refused() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     optimizer.state[parameter]["odd"] = object()
-    with pytest.raises(TrainingError, match="without pickle"):
+    with refused(TrainingError, "optimizer: "):
         state.optimizer_state(optimizer)
 
 
-def test_the_log_never_holds_a_step_twice(tmp_path: Path) -> None:
+def test_the_log_never_contains_a_step_twice(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "log.jsonl")
     assert log.rows() == []
     for step in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""Sums over the target tokens since the last row of the log, and that log.
+"""Loss statistics accumulated between two rows of the training log, and the log itself.
 
 Shapes: N rows, K teachers, M domains.
 """
@@ -19,7 +19,7 @@ from collegium.types import LossSum, Rows
 
 
 class StepMeter:
-    """Adds up what the objective says; nothing leaves the device before a row is due."""
+    """Accumulates the sums of the objective on the device until a log row is due."""
 
     def __init__(
         self,
@@ -38,14 +38,15 @@ class StepMeter:
         self._rows = 0
         self._sums: dict[str, Tensor] = {}
         self._term_weights: dict[str, float] = {}
-        self._fresh_rows = 0
+        # Unlike `_rows`, not restored by a resume: the clock runs for this process only.
+        self._timed_rows = 0
         self._started = time.monotonic()
 
     def add(self, loss: LossSum, rows: Rows) -> None:
-        """Count one micro-batch."""
+        """Add one micro-batch."""
         self.num_tokens += loss.num_rows
         self._rows += loss.num_rows
-        self._fresh_rows += loss.num_rows
+        self._timed_rows += loss.num_rows
         self._term_weights = dict(loss.weights)
         self._add("loss", loss.total.detach())
         for name, value in loss.terms.items():
@@ -61,12 +62,13 @@ class StepMeter:
             self._add_domains(f"conflict_domains/{name}", value_N[None], rows.samples)
 
     def _add(self, name: str, value: Tensor) -> None:
-        known = self._sums.get(name)
+        total = self._sums.get(name)
+        # No `.item()` here: every micro-batch would wait for the device.
         value = value.detach().float()
-        self._sums[name] = value.clone() if known is None else known + value
+        self._sums[name] = value.clone() if total is None else total + value
 
     def _add_domains(self, name: str, values_KN: Tensor, samples_N: Tensor) -> None:
-        """Sum (K, N) values to (K, M)."""
+        """Sum (K, N) values into (K, M)."""
         if self._sample_domains is not None:
             sums_KM = values_KN.new_zeros(values_KN.shape[0], len(self._domains))
             self._add(name, sums_KM.index_add(1, self._domains_of(samples_N), values_KN))
@@ -74,7 +76,7 @@ class StepMeter:
     def _count_domains(self, samples_N: Tensor) -> None:
         if self._sample_domains is not None:
             domain_N = self._domains_of(samples_N)
-            # Not `bincount`, which waits for the device to learn how long its answer is.
+            # Not `bincount`, which synchronizes with the device to size its output.
             ones_N = torch.ones_like(domain_N, dtype=torch.float32)
             zeros_M = ones_N.new_zeros(len(self._domains))
             self._add("domain_rows", zeros_M.index_add(0, domain_N, ones_N))
@@ -85,17 +87,22 @@ class StepMeter:
         return self._sample_domains[samples_N]
 
     def row(self) -> dict[str, Any]:
-        """The means since the last row, and a new start.
+        """Return the means since the last row, and reset.
 
-        - `loss`: nats per target token, the weighted sum of the terms; `terms`: each term per target token, without its factor.
-        - `term_weights`: factor of each term in the last micro-batch, T^2 and dynamic scales included.
-        - `grad_shares`: the terms' gradient norms over their sum, of the measured steps since the last row; empty where none was.
-          The norm of a term is taken at the states that it reads: `kd` and `ce` at the final hidden states, `feature/NAME` at the
-          tapped ones, each (N, D) of the student. Gradients at different depths are not on one scale, so compare `kd` with `ce`,
-          one feature term with another, and any share with itself over time; a feature share of 0.5 is not half of the update.
-        - `teacher_weights`, `domain_weights`: mean fusion weight per target token, of all and of each domain that had any.
-        - `num_tokens`: target tokens since the start of the run; `tokens_per_s`: target tokens per second since the last row, or since
-          this process began to train, saving included.
+        - `loss`: weighted sum of the terms, in nats per target token.
+        - `terms`: each term per target token, without its factor.
+        - `term_weights`: factor of each term in the last micro-batch, including T^2 and dynamic
+          scales.
+        - `grad_shares`: gradient norm of each term over the sum of all norms, over the measured
+          steps since the last row; empty if none was measured. `kd` and `ce` are measured at the
+          student's final hidden states (N, D), `feature/NAME` at its tapped ones. Gradients at
+          different depths have different scales: compare `kd` with `ce`, feature terms with each
+          other, and any share over time. A feature share of 0.5 is not half of the update.
+        - `teacher_weights`, `domain_weights`: mean fusion weight per target token, overall and
+          per domain with target tokens.
+        - `num_tokens`: target tokens since the start of the run.
+        - `tokens_per_s`: target tokens per second since the last row, or since this process
+          started to train; includes the time spent saving.
         """
         rows = max(self._rows, 1)
         norms = self._named("grad_norms/")
@@ -104,7 +111,7 @@ class StepMeter:
         loss = self._sums.get("loss")
         row = {
             "loss": 0.0 if loss is None else loss.item() / rows,
-            "tokens_per_s": self._fresh_rows / seconds,
+            "tokens_per_s": self._timed_rows / seconds,
             "num_tokens": self.num_tokens,
             "terms": {name: value / rows for name, value in self._named("terms/").items()},
             "term_weights": self._term_weights,
@@ -119,8 +126,8 @@ class StepMeter:
         return row
 
     def _named(self, prefix: str) -> dict[str, float]:
-        found = {n: v for n, v in self._sums.items() if n.startswith(prefix)}
-        return {name.removeprefix(prefix): value.item() for name, value in found.items()}
+        sums = {n: v for n, v in self._sums.items() if n.startswith(prefix)}
+        return {name.removeprefix(prefix): value.item() for name, value in sums.items()}
 
     def _teacher_weights(self, rows: int) -> dict[str, float]:
         if "teachers" not in self._sums:
@@ -140,7 +147,7 @@ class StepMeter:
         }
 
     def _conflict(self, rows: int) -> dict[str, Any]:
-        """Means per row of what the conflict policy saw and did, over all and per domain; empty without a policy."""
+        """Return the conflict policy's means per row, overall and per domain; empty without one."""
         means = {name: value / rows for name, value in self._named("conflict/").items()}
         if not means or "domain_rows" not in self._sums:
             return means
@@ -154,7 +161,7 @@ class StepMeter:
         return {**means, "domains": domains}
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to write the next row as if nothing had happened."""
+        """Return the state from which a resumed run continues the current row."""
         return {
             "num_tokens": self.num_tokens,
             "rows": self._rows,
@@ -163,7 +170,7 @@ class StepMeter:
         }
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Put back what `state` returned."""
+        """Restore the return value of `state`."""
         self._clear()
         self.num_tokens = int(state["num_tokens"])
         self._rows = int(state["rows"])
@@ -175,19 +182,19 @@ class StepMeter:
 
 
 class RunLog:
-    """`log.jsonl`: one object per logged step, never two for the same step; `StepMeter.row` says what its numbers mean."""
+    """`log.jsonl`: one JSON object per logged step, without duplicates; see `StepMeter.row`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row."""
+        """Append one row."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read the rows; a last line that was cut short is left out."""
+        """Read the rows; an incomplete last line is ignored."""
         if not self.path.exists():
             return []
         rows: list[dict[str, Any]] = []
@@ -195,14 +202,16 @@ class RunLog:
             try:
                 rows.append(json.loads(line))
             except ValueError:
+                # A kill during `append` leaves half a line, always the last one.
                 break
         return rows
 
     def truncate(self, step: int) -> None:
-        """Drop the rows after `step`, which a resumed run writes anew."""
+        """Drop the rows after `step`, which a resumed run writes again."""
         if not self.path.exists():
             return
         kept = [row for row in self.rows() if row["step"] <= step]
+        # Rename instead of writing in place: a kill here must not cost the rows to keep.
         temporary = self.path.with_name(f".tmp-{self.path.name}")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, self.path)

@@ -1,4 +1,4 @@
-"""After a non-finite step: which part said it first, and for which samples.
+"""Diagnosis of a non-finite step: the first component to produce it, and its samples.
 
 Shapes: N rows, n block of rows, V vocabulary.
 """
@@ -13,22 +13,23 @@ from torch import Tensor, nn
 from collegium.types import LossSum, RowLogits, Rows, StudentRows, TeacherRows
 
 _BLOCK = 512
-_SHOWN = 8
+_MAX_SHOWN = 8
 
 
 def first_bad_rows(
     student: StudentRows, teachers: Sequence[TeacherRows], loss: LossSum, rows: Rows
 ) -> tuple[str, Tensor] | None:
-    """Name the first of teachers, student and terms that is not finite, with the samples it is seen in.
+    """Name the first of teachers, student and loss terms that is not finite, with its samples.
 
-    A logit of -inf is a token ruled out, not an error.
+    A logit of -inf is a token ruled out, not an error. Returns None if everything is finite.
     """
+    # Teachers first: their logits are inputs of the loss, so they cannot be a consequence of it.
     for teacher in teachers:
         answered = teacher.answered
-        own = rows if answered is None else rows.part(answered.to(rows.samples.device))
-        is_bad_N = _bad_rows(teacher.scores, len(own))
+        scored = rows if answered is None else rows.part(answered.to(rows.samples.device))
+        is_bad_N = _bad_rows(teacher.scores, len(scored))
         if is_bad_N.any():
-            return f"teacher `{teacher.name}`", own.samples[is_bad_N]
+            return f"teacher `{teacher.name}`", scored.samples[is_bad_N]
     is_bad_N = _bad_rows(student, len(rows))
     if is_bad_N.any():
         return "the student's logits", rows.samples[is_bad_N]
@@ -41,7 +42,7 @@ def first_bad_rows(
 
 
 def bad_gradients(named: Iterator[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of the parameters whose gradient is not finite."""
+    """Return the names of the parameters whose gradient is not finite."""
     return [
         name
         for name, parameter in named
@@ -50,17 +51,19 @@ def bad_gradients(named: Iterator[tuple[str, nn.Parameter]]) -> list[str]:
 
 
 def sample_list(samples: Tensor, names: list[str] | None) -> str:
-    """`samples 3, 7, ...`, by name where there are names."""
+    """Format samples as `samples 3, 7, ...`, by name if they have one."""
     numbers: list[int] = samples.unique().tolist()
-    known = names or []
-    shown = [known[n] if 0 <= n < len(known) else str(n) for n in numbers]
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return f"samples {', '.join(shown[:_SHOWN])}{more}"
+    titles = names or []
+    shown = [titles[n] if 0 <= n < len(titles) else str(n) for n in numbers]
+    more = f" and {len(shown) - _MAX_SHOWN} more" if len(shown) > _MAX_SHOWN else ""
+    return f"samples {', '.join(shown[:_MAX_SHOWN])}{more}"
 
 
 def _bad_rows(scores: RowLogits, num_rows: int) -> Tensor:
-    found = [torch.zeros(0, dtype=torch.bool)]
+    # `cat` of an empty list raises, and a routed teacher may score no row.
+    flags = [torch.zeros(0, dtype=torch.bool)]
+    # In blocks: the step that failed never held (N, V) logits either.
     for start in range(0, num_rows, _BLOCK):
         logits_nV = scores.logits(slice(start, min(start + _BLOCK, num_rows)))
-        found.append((logits_nV.isnan() | logits_nV.isposinf()).any(-1).cpu())
-    return torch.cat(found)
+        flags.append((logits_nV.isnan() | logits_nV.isposinf()).any(-1).cpu())
+    return torch.cat(flags)

@@ -1,4 +1,4 @@
-"""How long, how fast and with which optimizer the student is trained."""
+"""Length, batch size and optimizer of a training run."""
 
 from __future__ import annotations
 
@@ -28,46 +28,46 @@ Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainOptions:
-    """The length, the batch and the optimizer of a run, under the names of Hugging Face training arguments."""
+    """Length, batch size and optimizer of a run, named like Hugging Face training arguments."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
     """Peak learning rate."""
     max_steps: int = -1
-    """Number of optimizer steps; -1 leaves the length to `num_train_epochs`."""
+    """Optimizer steps; -1 trains for `num_train_epochs`."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    """Passes over the training windows; not read where `max_steps` is given."""
+    """Passes over the training windows; ignored if `max_steps` is set."""
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
     """Windows per micro-batch."""
     per_device_eval_batch_size: Annotated[int, Field(ge=1)] = 8
-    """Windows per batch of an evaluation."""
+    """Windows per evaluation batch."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches per optimizer step; the gradient does not depend on the split."""
+    """Micro-batches per optimizer step; the gradient does not depend on this split."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0
-    """Steps of linear warm-up, or the share of all steps where it is below 1."""
+    """Linear warm-up in steps, or as a fraction of all steps if below 1."""
     lr_scheduler_type: Scheduler = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay; biases, norms and adapters have none."""
+    """Decoupled weight decay; not applied to biases, norms and adapters."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradients of the student are clipped to this norm; 0 turns clipping off."""
+    """Clip the student's gradients to this norm; 0 disables clipping."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     optim: Optimizer = "adamw_torch"
-    """Name of the optimizer."""
+    """Optimizer."""
     bf16: bool = False
-    """Run the student's layers in bfloat16; weights, head and losses stay as they are."""
+    """Run the student's layers in bfloat16; weights, head and losses keep their dtype."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, for memory."""
+    """Recompute activations in the backward pass to save memory."""
     logging_steps: Annotated[int, Field(ge=1)] = 10
-    """Steps between two rows of log.jsonl; the last step always has one."""
+    """Steps between rows of log.jsonl; the last step is always logged."""
     save_steps: Annotated[int, Field(ge=1)] = 200
-    """Steps between two checkpoints; the last step always has one."""
+    """Steps between checkpoints; the last step always saves one."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
-    """Checkpoints kept; at least two, so that a damaged one does not end a run."""
+    """Checkpoints to keep; at least 2, so that a run survives a damaged one."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that collate batches; 0 does it in the trainer's own."""
+    """Worker processes that collate batches; 0 collates in the training process."""
     torch_compile: bool = False
     """Compile the student's layers."""
 
@@ -75,12 +75,13 @@ class TrainOptions:
     def _consistent(self) -> Self:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
-                f"max_steps: got {self.max_steps}; must be at least 1, or -1 to train for num_train_epochs"
+                f"max_steps: got {self.max_steps}; must be at least 1, "
+                "or -1 to train for num_train_epochs"
             )
         if self.max_steps > 0 and self.warmup_steps > self.max_steps:
             raise ValueError(
-                f"warmup_steps: got {self.warmup_steps:g}; must be at most max_steps ({self.max_steps}), "
-                "or the peak learning rate is never reached"
+                f"warmup_steps: got {self.warmup_steps:g}; must be at most max_steps "
+                f"({self.max_steps}), or the peak learning rate is never reached"
             )
         return self
 
@@ -88,13 +89,13 @@ class TrainOptions:
 def training_arguments(
     options: TrainOptions, *, output_dir: str | Path, seed: int, on_cpu: bool | None = None
 ) -> TrainingArguments:
-    """Translate the options for transformers: nothing is reported elsewhere, nothing is filtered, all is seeded.
+    """Translate the options to transformers: no external reporting, no filtering, all seeded.
 
     Args:
-        options: the choices of the recipe.
-        output_dir: where log and checkpoints go.
-        seed: seed of dropout and of the order of the data.
-        on_cpu: stay on the CPU although there is an accelerator; None uses one where there is one.
+        options: the recipe's `train` section.
+        output_dir: folder of the log and the checkpoints.
+        seed: seed of dropout and of the data order.
+        on_cpu: stay on the CPU even if there is an accelerator; None uses an accelerator if any.
     """
     import torch
     from transformers import TrainingArguments
@@ -103,12 +104,15 @@ def training_arguments(
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         seed=seed,
+        # Without it the data order would depend on the random numbers drawn before.
         data_seed=seed,
         use_cpu=not on_accelerator,
         dataloader_pin_memory=on_accelerator,
         report_to="none",
         disable_tqdm=True,
+        # The student's `forward` takes no sample, domain or teacher ids; keep these columns.
         remove_unused_columns=False,
+        # By default transformers replaces a NaN loss in the log by the running mean.
         logging_nan_inf_filter=False,
         logging_strategy="steps",
         save_strategy="steps",
@@ -132,7 +136,7 @@ def training_arguments(
         dataloader_num_workers=options.dataloader_num_workers,
         torch_compile=options.torch_compile,
     )
-    # Set afterwards: the name of this argument changes in transformers 6, and both names are read here.
+    # Set afterwards: transformers 6 renames this argument, and both names are read here.
     arguments.gradient_checkpointing = options.gradient_checkpointing
     arguments.activation_checkpointing = options.gradient_checkpointing
     return arguments

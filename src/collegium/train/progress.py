@@ -1,4 +1,4 @@
-"""What the user sees of a run, and how the user stops it."""
+"""Progress display of a training run, and its graceful stop on a signal."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.progress import Progress as RichProgress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class Progress(TrainerCallback):
-    """A bar on a terminal, a line about every tenth of the way elsewhere, nothing where `quiet`."""
+class TrainingProgress(TrainerCallback):
+    """A progress bar on a terminal, else a line per 10 % of the steps; silent if `quiet`."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self._quiet = quiet
@@ -31,6 +31,7 @@ class Progress(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        # A resumed run does not repeat the line of the tenth it resumes in.
         self._last_tenth = 10 * state.global_step // max(state.max_steps, 1)
         self._text = ""
         if self._quiet or not self._console.is_terminal:
@@ -78,7 +79,7 @@ class Progress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the bar away, also after an error."""
+        """Remove the bar; also called after an error."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -111,14 +112,14 @@ def _summary(logs: Mapping[str, Any]) -> str:
 
 
 class StopSignals:
-    """Within this context the first SIGINT or SIGTERM is only noted; a second one ends the process at once."""
+    """Context that only records the first SIGINT or SIGTERM; a second one kills the process."""
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        # Python delivers signals to the main thread alone, and lets only that thread set handlers.
+        # Python delivers signals to the main thread only, and only that thread may set handlers.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
@@ -126,8 +127,9 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-        for known in self._previous:
-            signal.signal(known, signal.SIG_DFL)
+        # A step may hang: with the default handlers a second Ctrl-C still stops it.
+        for caught in self._previous:
+            signal.signal(caught, signal.SIG_DFL)
 
     def __exit__(
         self,
@@ -141,13 +143,13 @@ class StopSignals:
 
 
 class StopCallback(TrainerCallback):
-    """Logs the last step whatever `logging_steps` says, and saves and stops after a signal."""
+    """Logs the last step regardless of `logging_steps`; saves and stops after a signal."""
 
     def __init__(self) -> None:
         self.signals = StopSignals()
 
     def fresh_signals(self) -> StopSignals:
-        """Forget the signals of an earlier run."""
+        """Discard the signals of an earlier run."""
         self.signals = StopSignals()
         return self.signals
 

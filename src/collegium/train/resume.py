@@ -16,7 +16,7 @@ from collegium.errors import Interrupted, TrainingError
 from collegium.train import checkpoint, state
 from collegium.train.meter import RunLog, StepMeter
 from collegium.train.objective import Objective
-from collegium.train.progress import Progress, StopCallback
+from collegium.train.progress import StopCallback, TrainingProgress
 
 
 class ResumableTrainer(Trainer):
@@ -29,7 +29,7 @@ class ResumableTrainer(Trainer):
     _meter: StepMeter
     _log: RunLog
     _flow: StopCallback
-    _progress: Progress
+    _progress: TrainingProgress
     _use_cache: bool | None
 
     def fingerprint(self) -> dict[str, Any]:

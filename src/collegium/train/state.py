@@ -1,4 +1,7 @@
-"""Everything of a run but the student's weights, as JSON and safetensors: nothing here is ever unpickled."""
+"""Training state apart from the student's weights, as JSON and safetensors.
+
+Nothing here is ever unpickled.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,13 @@ STUDENT = "student"
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors, each in memory of its own, to a safetensors file."""
+    """Write tensors to a safetensors file."""
+    # Cloned, because safetensors refuses tensors that share memory.
     save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, str(path))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read what `save_tensors` wrote."""
+    """Read a file written by `save_tensors`."""
     return load_file(str(path))
 
 
@@ -39,7 +43,7 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `state.json`.
 
     Raises:
-        TrainingError: part of the record cannot be written as JSON.
+        TrainingError: part of the record is not JSON-serializable.
     """
     text = json.dumps({name: plain(value, name) for name, value in record.items()})
     (folder / STATE).write_text(text, encoding="utf-8")
@@ -54,7 +58,7 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Ten
     """Split an optimizer's state into JSON and tensors named `INDEX.KEY`.
 
     Raises:
-        TrainingError: the optimizer keeps something that is neither a number nor a tensor.
+        TrainingError: the optimizer holds a value that is neither a number nor a tensor.
     """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -76,13 +80,14 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Ten
 def load_optimizer_state(
     optimizer: Optimizer, record: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_state` returned."""
+    """Restore the return value of `optimizer_state`."""
     state: dict[int, dict[str, Any]] = {
         int(index): dict(values) for index, values in record["scalars"].items()
     }
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
+    # JSON turned tuples such as `betas` into lists.
     groups = [
         {
             key: tuple(value) if isinstance(value, list) and key != "params" else value
@@ -94,7 +99,7 @@ def load_optimizer_state(
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of the generators of Python, numpy and torch."""
+    """Return the states of the random generators of Python, numpy and torch."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     record: dict[str, Any] = {
@@ -108,7 +113,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def load_rng_state(record: Mapping[str, Any]) -> None:
-    """Put back what `rng_state` returned."""
+    """Restore the return value of `rng_state`."""
     version, internal, gauss = record["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = record["numpy"]
@@ -122,7 +127,7 @@ def load_student(model: PreTrainedModel, folder: Path) -> None:
     """Copy the weights of a saved student into a live one, bit by bit.
 
     Raises:
-        TrainingError: the folder holds a model of other parameters.
+        TrainingError: the folder holds a model with other parameters.
     """
     with no_shard_bars():
         saved = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True)
@@ -130,14 +135,14 @@ def load_student(model: PreTrainedModel, folder: Path) -> None:
         model.load_state_dict(saved.state_dict())
     except RuntimeError as error:
         raise TrainingError(
-            f"{folder.parent.name}: was saved from another student; must have the same layers and widths; "
-            f"resume with the student of that run ({error})"
+            f"{folder.parent.name}: was saved from another student; must have the same layers "
+            f"and widths; resume with the student of that run ({error})"
         ) from error
 
 
 @contextmanager
 def no_shard_bars() -> Iterator[None]:
-    """Keep the bars that transformers draws for each file of weights out of ours."""
+    """Suppress the progress bars of transformers, one per weight file, that would break ours."""
     was_enabled = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -148,17 +153,17 @@ def no_shard_bars() -> Iterator[None]:
 
 
 def save_objective(objective: nn.Module, folder: Path) -> None:
-    """Write adapters and running statistics of the objective, where it has any."""
+    """Write the adapters and running statistics of the objective, if any."""
     state = objective.state_dict()
     if state:
         save_tensors(state, folder / OBJECTIVE)
 
 
 def load_objective(objective: nn.Module, folder: Path) -> None:
-    """Put back what `save_objective` wrote.
+    """Restore a file written by `save_objective`.
 
     Raises:
-        TrainingError: the objective has other adapters than the saved one.
+        TrainingError: the adapters differ from the saved ones.
     """
     path = folder / OBJECTIVE
     saved = load_file(str(path)) if path.exists() else {}
@@ -166,16 +171,16 @@ def load_objective(objective: nn.Module, folder: Path) -> None:
         objective.load_state_dict(saved)
     except RuntimeError as error:
         raise TrainingError(
-            f"{folder.name}: was saved with other loss terms; must be the same; resume with the objective "
-            f"of that run ({error})"
+            f"{folder.name}: was saved with other loss terms; must be the same; resume with the "
+            f"objective of that run ({error})"
         ) from error
 
 
 def plain(value: Any, where: str) -> Any:
-    """Pass a value through JSON, so that what is written is what is read.
+    """Convert a value to plain JSON types, equal to the value that is read back.
 
     Raises:
-        TrainingError: the value cannot be written as JSON.
+        TrainingError: the value is not JSON-serializable.
     """
     try:
         return json.loads(json.dumps(value))
@@ -186,7 +191,7 @@ def plain(value: Any, where: str) -> Any:
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One line for each entry that is not the same on both sides."""
+    """Return one line per entry that differs."""
     return [
         f"{key}: the checkpoint has {saved.get(key)!r}, this run has {current.get(key)!r}"
         for key in sorted({*saved, *current})

@@ -38,7 +38,7 @@ from collegium.train.parts import (
     named_teachers,
     vocabulary_size,
 )
-from collegium.train.progress import Progress, StopCallback
+from collegium.train.progress import StopCallback, TrainingProgress
 from collegium.train.resume import ResumableTrainer
 from collegium.types import Batch, LossSum, Rows, StudentRows, Teacher, TeacherRows, is_row
 
@@ -82,7 +82,7 @@ class DistillTrainer(ResumableTrainer):
             objective: the loss; by default 0.9 forward KL to the linear pool of the teachers under prefix likelihood, and 0.1 CE.
             processing_class: the tokenizer, saved beside every student; gives V, else the student's head does.
             data_collator: makes a batch of examples; ours by default.
-            callbacks: further callbacks; a `Progress` among them replaces the default one.
+            callbacks: further callbacks; a `TrainingProgress` among them replaces the default one.
             optimizers: optimizer and scheduler, where the arguments shall not choose them.
             identity: what a resumed run must find unchanged beside seed, data and teachers, such as digests.
 
@@ -96,8 +96,8 @@ class DistillTrainer(ResumableTrainer):
         self.vocab_size = vocabulary_size(model, processing_class)
         self._use_cache = model.config.use_cache
         self._flow = StopCallback()
-        shown = [callback for callback in callbacks or () if isinstance(callback, Progress)]
-        self._progress = shown[0] if shown else Progress()
+        shown = [callback for callback in callbacks or () if isinstance(callback, TrainingProgress)]
+        self._progress = shown[0] if shown else TrainingProgress()
         others = [callback for callback in callbacks or () if callback is not self._progress]
         super().__init__(
             model=model,
