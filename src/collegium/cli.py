@@ -1,4 +1,4 @@
-"""Command line: one command per stage; heavy imports are inside the commands."""
+"""Command line: one command per stage, with heavy imports inside the commands."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ class _CacheGroup(TyperGroup):
 cache_app = typer.Typer(
     cls=_CacheGroup,
     no_args_is_help=True,
-    help="Build and inspect teacher caches; `collegium cache RECIPE` builds.",
+    help="Build and inspect teacher caches. `collegium cache RECIPE` builds one.",
 )
 app.add_typer(cache_app, name="cache")
 CacheFolder = Annotated[str, typer.Argument(metavar="PATH", help="Folder or URL of the cache.")]
@@ -299,7 +299,7 @@ def demo(
         ),
     ] = False,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Run folder; defaults to runs/demo or runs/demo-quick.")
+        Path | None, typer.Option(help="Run folder. Defaults to runs/demo or runs/demo-quick.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Random seed.")] = 0,
     controls: Annotated[str | None, typer.Option(help="Comma-separated names of controls.")] = None,

@@ -19,7 +19,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a callback (done, total) that draws a bar; without a terminal, one line a minute."""
+    """Yield a callback (done, total) that draws a bar. Without a terminal, one line a minute."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _line_printer(title)
@@ -58,7 +58,7 @@ def _line_printer(
 
 
 def quiet_libraries() -> None:
-    """Hide loading bars and advice of transformers; errors are still shown."""
+    """Hide loading bars and advice of transformers. Errors are still shown."""
     # Imported here: `collegium --help` must not wait for transformers.
     from transformers.utils import logging
 

@@ -18,7 +18,7 @@ FLOORS = {
 
 
 class CollegiumError(Exception):
-    """Base of all errors a user can fix; the CLI prints no traceback and exits with 2."""
+    """Base of all errors a user can fix. The CLI prints no traceback and exits with 2."""
 
 
 class RecipeError(CollegiumError):
@@ -46,14 +46,14 @@ class CacheError(CollegiumError):
 
 
 class Interrupted(CollegiumError):
-    """The user stopped the run; a checkpoint was saved (exit code 130)."""
+    """The user stopped the run. A checkpoint was saved (exit code 130)."""
 
 
 def require(package: str, extra: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        CollegiumError: the package is not installed; names the extra that installs it.
+        CollegiumError: the package is not installed. Names the extra that installs it.
     """
     try:
         return importlib.import_module(package)

@@ -38,7 +38,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file atomically: temporary name, fsync, rename, fsync of the folder.
 
     Raises:
-        OSError: the write failed; no partial file is left.
+        OSError: the write failed. No partial file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -60,7 +60,7 @@ def lock_folder(path: Path, remedy: str, *, shared: bool = False) -> Iterator[No
     """Hold the lock of a folder, exclusively or `shared`.
 
     Raises:
-        CollegiumError: another process holds the lock; the message ends with `remedy`.
+        CollegiumError: another process holds the lock. The message ends with `remedy`.
     """
     with hold_lock(path, LOCK, remedy, shared=shared):
         yield
@@ -71,7 +71,7 @@ def hold_lock(path: Path, name: str, remedy: str, *, shared: bool = False) -> It
     """Hold the lock file `name` of a folder, as `lock_folder` does.
 
     Raises:
-        CollegiumError: another process holds the lock; the message ends with `remedy`.
+        CollegiumError: another process holds the lock. The message ends with `remedy`.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / name).open("a+") as file:

@@ -44,7 +44,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; None if it does not exist.
+    """Read a JSON file, or None if it does not exist.
 
     Raises:
         CollegiumError: the file is not valid JSON.
@@ -60,7 +60,7 @@ def read_json(path: Path) -> Any:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if the file does not exist."""
+    """Read a JSON object, empty if the file does not exist."""
     value = read_json(path)
     if value is not None and not isinstance(value, dict):
         raise CollegiumError(f"{path}: not a JSON object; delete it to recreate it")
@@ -92,7 +92,7 @@ def differing_fields(old: Any, new: Any, where: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Folder of one run; docs/design/spine.md has its layout."""
+    """Folder of one run, laid out as in docs/design/spine.md."""
 
     path: Path
 
@@ -129,6 +129,7 @@ class RunFolder:
         if nearest != self.path or any((self.path / name).is_file() for name in RUN_FILES):
             return
         names = sorted(path.name for path in self.path.iterdir())
+        # The lock file is there before the first run claims the folder.
         others = [
             name
             for name in names
@@ -257,6 +258,7 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
+    # `platform.processor()` is often empty on Linux.
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -14,7 +14,7 @@ from collegium.errors import TrainingError
 from collegium.files import fsync, sha256_of
 
 FORMAT = 1
-"""Version of the checkpoint layout; newer ones are rejected."""
+"""Version of the checkpoint layout. Newer ones are rejected."""
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _OLD = ".tmp-old-"
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class NewerFormat(TrainingError):
-    """A checkpoint written by a newer version; never renamed or deleted."""
+    """A checkpoint written by a newer version, never renamed or deleted."""
 
 
 def temporary_folder(parent: Path, label: int | str) -> Path:
@@ -33,12 +33,12 @@ def temporary_folder(parent: Path, label: int | str) -> Path:
 
 
 def commit(temporary: Path, final: Path) -> None:
-    """Seal `temporary` with a manifest and publish it as `final`; safe against any crash.
+    """Seal `temporary` with a manifest and publish it as `final`, safe against any crash.
 
     Order: fsync(files), manifest, fsync(manifest), fsync(folders), rename, fsync(parent).
 
     Raises:
-        TrainingError: `final` exists; a committed folder is never overwritten.
+        TrainingError: `final` exists. A committed folder is never overwritten.
     """
     # The base trainer writes in place: in a test, 8 of 14 kills aimed at its saves left the newest
     # checkpoint unusable, and its resume picks the highest number without falling back.
@@ -55,6 +55,7 @@ def _seal(temporary: Path) -> None:
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
     fsync(manifest)
+    # After a power loss a file exists only if its directory entry was flushed as well.
     for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
         fsync(folder)
 
@@ -147,7 +148,7 @@ def step_of(folder: Path) -> int:
 
 
 def newest_verified(run_folder: Path) -> Path | None:
-    """Return the newest checkpoint that verifies; damaged ones are renamed `corrupt-N-*`.
+    """Return the newest checkpoint that verifies. Damaged ones are renamed `corrupt-N-*`.
 
     Raises:
         NewerFormat: the newest intact checkpoint has a newer format.
@@ -162,6 +163,7 @@ def survey(run_folder: Path) -> tuple[Path | None, list[str]]:
         try:
             verify(folder)
         except NewerFormat:
+            # Not damaged: falling back to an older one would discard its steps.
             raise
         except TrainingError as error:
             aside = folder.with_name(f"corrupt-{step_of(folder)}-{uuid.uuid4().hex[:8]}")
@@ -218,6 +220,7 @@ def set_aside_after(run_folder: Path, step: int) -> None:
 
 def prune(run_folder: Path, *, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints (at least 2)."""
+    # The newest one may turn out to be damaged, so never fewer than two.
     for folder in checkpoints(run_folder)[max(keep, 2) :]:
         # Renamed first: a kill during `rmtree` must not leave a partial checkpoint visible.
         doomed = folder.with_name(f".tmp-pruned-{uuid.uuid4().hex[:8]}")

@@ -94,7 +94,7 @@ class StepMeter:
         - `term_weights`: factor of each term in the last micro-batch, including T^2 and dynamic
           scales.
         - `grad_shares`: gradient norm of each term over the sum of all norms, over the measured
-          steps since the last row; empty if none was measured. `kd` and `ce` are measured at the
+          steps since the last row. Empty if none was measured. `kd` and `ce` are measured at the
           student's final hidden states (N, D), `feature/NAME` at its tapped ones. Gradients at
           different depths have different scales: compare `kd` with `ce`, feature terms with each
           other, and any share over time. A feature share of 0.5 is not half of the update.
@@ -102,7 +102,7 @@ class StepMeter:
           per domain with target tokens.
         - `num_tokens`: target tokens since the start of the run.
         - `tokens_per_s`: target tokens per second since the last row, or since this process
-          started to train; includes the time spent saving.
+          started to train, including the time spent saving.
         """
         rows = max(self._rows, 1)
         norms = self._named("grad_norms/")
@@ -147,7 +147,7 @@ class StepMeter:
         }
 
     def _conflict(self, rows: int) -> dict[str, Any]:
-        """Return the conflict policy's means per row, overall and per domain; empty without one."""
+        """Return the conflict policy's means per row, overall and per domain. Empty without one."""
         means = {name: value / rows for name, value in self._named("conflict/").items()}
         if not means or "domain_rows" not in self._sums:
             return means
@@ -182,7 +182,7 @@ class StepMeter:
 
 
 class RunLog:
-    """`log.jsonl`: one JSON object per logged step, without duplicates; see `StepMeter.row`."""
+    """`log.jsonl`: one JSON object per logged step, without duplicates. See `StepMeter.row`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -194,7 +194,7 @@ class RunLog:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read the rows; an incomplete last line is ignored."""
+        """Read the rows, ignoring an incomplete last line."""
         if not self.path.exists():
             return []
         rows: list[dict[str, Any]] = []

@@ -33,23 +33,23 @@ class TrainOptions:
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
     """Peak learning rate."""
     max_steps: int = -1
-    """Optimizer steps; -1 trains for `num_train_epochs`."""
+    """Optimizer steps. -1 trains for `num_train_epochs`."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    """Passes over the training windows; ignored if `max_steps` is set."""
+    """Passes over the training windows, ignored if `max_steps` is set."""
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
     """Windows per micro-batch."""
     per_device_eval_batch_size: Annotated[int, Field(ge=1)] = 8
     """Windows per evaluation batch."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches per optimizer step; the gradient does not depend on this split."""
+    """Micro-batches per optimizer step. The gradient does not depend on this split."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0
     """Linear warm-up in steps, or as a fraction of all steps if below 1."""
     lr_scheduler_type: Scheduler = "cosine"
     """Learning-rate schedule after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay; not applied to biases, norms and adapters."""
+    """Decoupled weight decay, not applied to biases, norms and adapters."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Clip the student's gradients to this norm; 0 disables clipping."""
+    """Clip the student's gradients to this norm. 0 disables clipping."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay rate of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -57,17 +57,17 @@ class TrainOptions:
     optim: Optimizer = "adamw_torch"
     """Optimizer."""
     bf16: bool = False
-    """Run the student's layers in bfloat16; weights, head and losses keep their dtype."""
+    """Run the student's layers in bfloat16. Weights, head and losses keep their dtype."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     logging_steps: Annotated[int, Field(ge=1)] = 10
-    """Steps between rows of log.jsonl; the last step is always logged."""
+    """Steps between rows of log.jsonl. The last step is always logged."""
     save_steps: Annotated[int, Field(ge=1)] = 200
-    """Steps between checkpoints; the last step always saves one."""
+    """Steps between checkpoints. The last step always saves one."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
-    """Checkpoints to keep; at least 2, so that a run survives a damaged one."""
+    """Checkpoints to keep, at least 2 so that a run survives a damaged one."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
-    """Worker processes that collate batches; 0 collates in the training process."""
+    """Worker processes that collate batches. 0 collates in the training process."""
     torch_compile: bool = False
     """Compile the student's layers."""
 
@@ -95,7 +95,7 @@ def training_arguments(
         options: the recipe's `train` section.
         output_dir: folder of the log and the checkpoints.
         seed: seed of dropout and of the data order.
-        on_cpu: stay on the CPU even if there is an accelerator; None uses an accelerator if any.
+        on_cpu: True stays on the CPU. None uses an accelerator if there is one.
     """
     import torch
     from transformers import TrainingArguments

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class TrainingProgress(TrainerCallback):
-    """A progress bar on a terminal, else a line per 10 % of the steps; silent if `quiet`."""
+    """A progress bar on a terminal, else a line per 10 % of the steps. Silent if `quiet`."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self._quiet = quiet
@@ -79,7 +79,7 @@ class TrainingProgress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Remove the bar; also called after an error."""
+        """Remove the bar, also after an error."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -112,7 +112,7 @@ def _summary(logs: Mapping[str, Any]) -> str:
 
 
 class StopSignals:
-    """Context that only records the first SIGINT or SIGTERM; a second one kills the process."""
+    """Context that only records the first SIGINT or SIGTERM. A second one kills the process."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -143,7 +143,7 @@ class StopSignals:
 
 
 class StopCallback(TrainerCallback):
-    """Logs the last step regardless of `logging_steps`; saves and stops after a signal."""
+    """Logs the last step regardless of `logging_steps`. Saves and stops after a signal."""
 
     def __init__(self) -> None:
         self.signals = StopSignals()

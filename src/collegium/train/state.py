@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from collegium.errors import TrainingError
 
+# transformers saves optimizer and random generators as pickles, which run code when loaded.
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 OBJECTIVE = "objective.safetensors"
