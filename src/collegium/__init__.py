@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collegium.fusion.pooling import Fusion
+    from collegium.fusion.fuse import Fusion
     from collegium.pipeline import distill
     from collegium.recipe import Recipe, load_recipe
     from collegium.teachers.local import LocalTeacher
@@ -28,7 +28,7 @@ __all__ = [
 
 _HOMES = {
     "DistillTrainer": "collegium.train.trainer",
-    "Fusion": "collegium.fusion.pooling",
+    "Fusion": "collegium.fusion.fuse",
     "LocalTeacher": "collegium.teachers.local",
     "Objective": "collegium.train.objective",
     "ObjectiveOptions": "collegium.train.objective",

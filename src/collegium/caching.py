@@ -32,9 +32,9 @@ from collegium.console import progress, say
 from collegium.errors import RecipeError
 from collegium.evaluate.scoring import spread_windows
 from collegium.fusion.describe import to_recipe
-from collegium.fusion.pooling import Fusion
+from collegium.fusion.fuse import Fusion
 from collegium.recipe import plain
-from collegium.teachers.cached import BatchKeys, StoredTeacher, require_static
+from collegium.teachers.cached import BatchKeys, CachedTeacher
 from collegium.teachers.cached_features import FeatureEncoder
 from collegium.teachers.encoders import (
     SHARD_TARGETS,
@@ -295,7 +295,7 @@ def calibration_identities(workspace: Workspace) -> dict[str, dict[str, Any]]:
     return {name: teacher_cache_identity(workspace, name, "calibration") for name in names}
 
 
-def calibration_teachers(workspace: Workspace) -> list[StoredTeacher]:
+def calibration_teachers(workspace: Workspace) -> list[CachedTeacher]:
     """What each teacher says on the calibration split, for a run with a per-teacher cache; built where it is not there.
 
     Raises:
@@ -304,7 +304,7 @@ def calibration_teachers(workspace: Workspace) -> list[StoredTeacher]:
     _refuse_others(workspace, workspace.recipe.teachers, "calibration")
     keys = BatchKeys(workspace.datasets["calibration"].sample_names)
     return [
-        StoredTeacher(name, _open_teacher(workspace, name, "calibration"), keys)
+        CachedTeacher(name, _open_teacher(workspace, name, "calibration"), keys)
         for name in workspace.recipe.teachers
     ]
 
@@ -331,7 +331,6 @@ def _open_teacher(workspace: Workspace, name: str, part: Part) -> TargetCache:
 
 
 def _build_fused(workspace: Workspace, fusion: Fusion) -> Built:
-    require_static(fusion)
     recipe = workspace.recipe
     encoder = FusedEncoder(
         lambda: workspace.teachers,

@@ -30,7 +30,7 @@ from collegium.errors import CollegiumError, RecipeError
 from collegium.evaluate.preflight import run_preflight
 from collegium.evaluate.scoring import score_models
 from collegium.evaluate.table import ModelInfo, results_rows
-from collegium.fusion.pooling import Fusion
+from collegium.fusion.fuse import Fusion
 from collegium.models import count_parameters
 from collegium.recipe import Recipe, decode_fusion, load_recipe, write_fusion
 from collegium.run_folder import fingerprint, last_row, read_json, write_json
@@ -178,7 +178,6 @@ def _preflight(workspace: Workspace) -> dict[str, Any]:
             batch_size=recipe.preflight.batch_size,
             max_tokens=recipe.preflight.max_tokens,
             extended=recipe.preflight.candidates == "extended",
-            stored_at=recipe.cache.temperatures if is_stored else None,
             # A cache of the calibration split says nothing of the validation split.
             held_out=None if is_stored else workspace.datasets["validation"],
             progress=advance,

@@ -21,21 +21,20 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from collegium.cache.codec import TARGETS, Samples
+from collegium.cache.codec import TARGETS
 from collegium.cache.options import CacheOptions
 from collegium.data.pack import DataOptions
 from collegium.decode import FAILED, decode, hints, members, shown
 from collegium.errors import RecipeError, nearest
 from collegium.fusion.conflict import CONFLICTS
-from collegium.fusion.pooling import Fusion
+from collegium.fusion.fuse import Fusion
+from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
 from collegium.fusion.rules import WEIGHTINGS
-from collegium.fusion.stored import require_linear
 from collegium.losses.divergences import DIVERGENCES
 from collegium.overrides import apply_override
 from collegium.student import StudentOptions
-from collegium.teachers.cached import require_static
 from collegium.teachers.local import TeacherOptions
-from collegium.train.objective import ObjectiveOptions, require_sparse_objective
+from collegium.train.objective import ObjectiveOptions
 from collegium.train.options import TrainOptions
 from collegium.types import STRICT
 from collegium.yaml12 import Document, KeyPath, read_yaml, refuse_secrets, scalar
@@ -325,29 +324,18 @@ def _check_cache(recipe: Recipe, document: Document) -> None:
     if not recipe.teachers or recipe.objective.kd_ratio == 0:
         text = "needs teachers and objective.kd_ratio > 0; set it to false"
         document.add(("cache", "enabled"), text)
-    try:
-        kept = recipe.cache.features is not None
-        require_sparse_objective(recipe.objective, where="objective", has_features=kept)
-        if kept and recipe.objective.features is None:
-            text = "got some, and no term reads them; must go with objective.features; leave it out, or add that"
-            document.add(("cache", "features"), text)
-        if recipe.cache.kind == "per_teacher":
-            _require_draws(recipe.cache)
-            require_linear(recipe.fusion, recipe.cache.temperatures)
-        else:
-            require_static(recipe.fusion)
-    except RecipeError as error:
-        key, _, text = str(error).partition(": ")
+    if recipe.cache.features is not None and recipe.objective.features is None:
+        text = "got some, and no term reads them; must go with objective.features; omit it, or add that"
+        document.add(("cache", "features"), text)
+    problems = unmet(recipe.objective.requirements(), recipe.cache.capabilities)
+    if isinstance(recipe.fusion, Fusion):
+        # A fused cache is built from live teachers, and may use any fusion that is fixed per row.
+        is_fused = recipe.cache.kind == "fused"
+        source = FIXED_PER_ROW if is_fused else recipe.cache.capabilities
+        problems += unmet(fusion_requirements(recipe.fusion), source)
+    for problem in problems:
+        key, _, text = problem.partition(": ")
         document.add(tuple(key.split(".")), text)
-
-
-def _require_draws(options: CacheOptions) -> None:
-    """The top k of several teachers do not add up to that of their pool, and change places when the weights do."""
-    if not isinstance(options.targets, Samples):
-        raise RecipeError(
-            "cache.targets: got top_k; must be samples with a per-teacher cache, since the k of several teachers are not those of "
-            "their pool; leave it out, or set cache.kind: fused"
-        )
 
 
 def _check_folders(recipe: Recipe, document: Document) -> None:

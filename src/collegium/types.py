@@ -1,4 +1,4 @@
-"""The records that flow through one training step, and the protocols of the exchangeable parts.
+"""Records of one training step: batches, their rows, the student's head and the summed loss.
 
 Shapes: B batch, T time, N rows (the trained positions of a batch), n block of rows, V vocabulary,
 K teachers, D width of a model's hidden states.
@@ -7,61 +7,65 @@ K teachers, D width of a model's hidden states.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from collegium.errors import DataError
+
 IGNORE = -100
 """Label of a token that is not trained on, as in Hugging Face datasets."""
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-"""Configuration of every option class: `@dataclass(frozen=True, kw_only=True, config=STRICT)` of pydantic."""
+"""Configuration of every option class, `@dataclass(frozen=True, kw_only=True, config=STRICT)`."""
 
 
 def is_row(labels: Tensor, position_ids: Tensor) -> Tensor:
-    """Which tokens but the first are predicted: targets that do not begin a document; (..., T) twice -> (..., T - 1) bool."""
+    """Mask of the predicted tokens: targets that do not start a document.
+
+    (..., T), (..., T) -> (..., T - 1) bool, for the tokens from the second on.
+    """
     return (labels[..., 1:] != IGNORE) & (position_ids[..., 1:] > 0)
 
 
 def domain_number(name: str) -> int:
-    """A domain as a number that every data set agrees on: 63 bits of the SHA-256 of its name."""
+    """63 bits of the SHA-256 of a domain's name, the same number in every data set."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 def teacher_number(name: str) -> int:
-    """A teacher that a row of text is meant for, as a number: made like `domain_number`, so that never 0."""
+    """The number of a teacher that a document names, computed like `domain_number`; never 0."""
     return domain_number(name)
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The N trained positions of a batch, chosen once; every later tensor is (N, ...).
+    """The N trained positions of a batch; every later tensor is (N, ...).
 
-    Rows stand in document order, and the rows of one document are contiguous.
+    Rows are in document order, and the rows of one document are contiguous.
     """
 
     index: Tensor
-    """(N,) int64: position, in the flattened B*T, whose hidden state predicts the label."""
+    """(N,) int64: position in the flattened B*T whose hidden state predicts the label."""
     labels: Tensor
     """(N,) int64: the token to predict."""
     documents: Tensor
-    """(N,) int64: which stretch of one document inside one window the row belongs to."""
+    """(N,) int64: the stretch of one document inside one window."""
     samples: Tensor
-    """(N,) int64: the number of the document in its dataset, for messages and statistics per domain."""
+    """(N,) int64: the number of the document in its dataset."""
     domains: Tensor | None = None
-    """(N,) int64: `domain_number` of the document's domain; None where the data says nothing of domains."""
+    """(N,) int64: `domain_number` of the document's domain; None for data without domains."""
     teachers: Tensor | None = None
-    """(N,) int64: `teacher_number` of the teacher that the document names, 0 where it names none; None where no document does."""
+    """(N,) int64: `teacher_number` of the teacher that the document names, 0 for none."""
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
     def part(self, which: slice | Tensor) -> Rows:
-        """Some of the rows, chosen by a slice, a mask or indices, in their order."""
+        """The rows of a slice, a mask or indices, in their order."""
         return Rows(
             self.index[which],
             self.labels[which],
@@ -85,29 +89,48 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A collated batch. Documents are kept apart by `position_ids`, which restart at 0 at each of them."""
+    """A collated batch. `position_ids` separate documents: they restart at 0 at each of them."""
 
     input_ids: Tensor
     """(B, T) int64."""
     position_ids: Tensor
     """(B, T) int64; padding is one more document at the end of a window."""
     labels: Tensor
-    """(B, T) int64, not shifted: the token's own id where it is a target, `IGNORE` elsewhere."""
+    """(B, T) int64, not shifted: the token's own id for a target, else `IGNORE`."""
     sample_ids: Tensor
     """(B, T) int64: number of the document in its dataset, -1 for padding."""
     domain_ids: Tensor | None = None
-    """(B, T) int64: `domain_number` of the document's domain; None where the data says nothing of domains."""
+    """(B, T) int64: `domain_number` of the document's domain; None for data without domains."""
     teacher_ids: Tensor | None = None
-    """(B, T) int64: `teacher_number` of the teacher that the document names, 0 where it names none; None where no document does."""
+    """(B, T) int64: `teacher_number` of the teacher that the document names, 0 for none."""
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Tensor]) -> Batch:
-        """Read the tensors out of what a data loader yields; other keys are ignored."""
+        """Read the output of our collator, or of one for Hugging Face causal language models.
+
+        Of the latter, `attention_mask` marks padding, on either side; `position_ids` default to the
+        place in the row, and `sample_ids` to the number of the row. Other keys are ignored.
+
+        Raises:
+            DataError: `input_ids` or `labels` is missing, or a mask is not (B, T).
+        """
+        for name in ("input_ids", "labels"):
+            if name not in inputs:
+                raise DataError(
+                    f"batch: got {', '.join(inputs)}; must have `{name}`; use a collator for "
+                    "causal language models"
+                )
+        ids_BT, labels_BT = inputs["input_ids"], inputs["labels"]
+        if "sample_ids" in inputs and "position_ids" in inputs:
+            position_BT, sample_BT = inputs["position_ids"], inputs["sample_ids"]
+        else:
+            position_BT, sample_BT = _positions(inputs)
+            labels_BT = labels_BT.masked_fill((sample_BT < 0) | (position_BT == 0), IGNORE)
         return cls(
-            inputs["input_ids"],
-            inputs["position_ids"],
-            inputs["labels"],
-            inputs["sample_ids"],
+            ids_BT,
+            position_BT,
+            labels_BT,
+            sample_BT,
             inputs.get("domain_ids"),
             inputs.get("teacher_ids"),
         )
@@ -124,7 +147,7 @@ class Batch:
         )
 
     def part(self, windows: Tensor) -> Batch:
-        """Some of the windows, chosen by (b,) indices."""
+        """The windows at (b,) indices."""
         return Batch(
             self.input_ids[windows],
             self.position_ids[windows],
@@ -134,8 +157,12 @@ class Batch:
             None if self.teacher_ids is None else self.teacher_ids[windows],
         )
 
+    def num_rows(self) -> Tensor:
+        """Scalar int64: the number of rows."""
+        return is_row(self.labels, self.position_ids).sum()
+
     def rows(self) -> Rows:
-        """Choose the trained positions: token t is predicted from t - 1 of the same document, never a first token."""
+        """Choose the trained positions: token t is predicted from t - 1 of the same document."""
         batch_size, length = self.input_ids.shape
         is_target = is_row(self.labels, self.position_ids)
         starts = self.position_ids == 0
@@ -152,15 +179,41 @@ class Batch:
         )
 
 
+def _positions(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, T) positions that restart at 0 at every change of the mask, and sample numbers."""
+    ids_BT = inputs["input_ids"]
+    mask_BT = inputs.get("attention_mask", torch.ones_like(ids_BT))
+    if mask_BT.shape != ids_BT.shape:
+        raise DataError(
+            f"batch: got an attention_mask of shape {tuple(mask_BT.shape)}; must be "
+            f"{tuple(ids_BT.shape)}; separate documents by position_ids"
+        )
+    place_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+    is_edge_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    is_edge_BT[:, 1:] = mask_BT[:, 1:] != mask_BT[:, :-1]
+    start_BT = torch.where(is_edge_BT, place_BT, 0).cummax(1).values
+    position_BT = place_BT - start_BT
+    if "position_ids" in inputs:
+        # Packed documents restart inside of a run of tokens; the run itself starts at 0.
+        given_BT = inputs["position_ids"].expand_as(ids_BT)
+        is_token_BT = mask_BT != 0
+        is_start_BT = is_edge_BT | (is_token_BT & (given_BT == 0))
+        start_BT = torch.where(is_start_BT, place_BT, 0).cummax(1).values
+        position_BT = place_BT - start_BT
+    row_B1 = torch.arange(ids_BT.shape[0], device=ids_BT.device)[:, None]
+    sample_BT = inputs.get("sample_ids", row_B1.expand_as(ids_BT))
+    return position_BT, sample_BT.masked_fill(mask_BT == 0, -1)
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The last layer of a language model: hidden states to logits over the V tokens of the shared vocabulary.
+    """The last layer of a language model: hidden states to logits over the V shared tokens.
 
-    logits = cap * tanh(scale * (h W^T + b) / cap), without the tanh where `softcap` is None.
+    logits = cap * tanh(scale * (h W^T + b) / cap), without the tanh for `softcap` None.
     """
 
     weight: Tensor
-    """(V, D), pad rows already cut off."""
+    """(V, D), without padding rows."""
     bias: Tensor | None = None
     """(V,)"""
     scale: float = 1.0
@@ -177,7 +230,7 @@ class Head:
         return replace(self, scale=self.scale * factor, softcap=cap)
 
     def finish(self, raw_nV: Tensor) -> Tensor:
-        """Scale and cap what the linear map gave: (n, V) -> (n, V), in float32 or wider."""
+        """Scale and cap the product: (n, V) -> (n, V), in float32 or wider."""
         logits_nV = raw_nV.to(torch.promote_types(raw_nV.dtype, torch.float32))
         if self.scale != 1.0:
             logits_nV = logits_nV * self.scale
@@ -186,187 +239,9 @@ class Head:
         return logits_nV
 
 
-class RowLogits(Protocol):
-    """Anything that gives the logits of a block of rows; what it keeps in memory is its own affair."""
-
-    def logits(self, block: slice) -> Tensor:
-        """(n, V) logits of the rows in `block`, in float32 or wider."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class HiddenRows:
-    """Hidden states of N rows and the head that turns them into logits."""
-
-    hidden: Tensor
-    """(N, D) after the final norm: what the head reads."""
-    head: Head
-    features: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tapped hidden states by name (`embed`, `layer_0` ..., `final_prenorm`, `final_postnorm`), each (N, D)."""
-
-    def logits(self, block: slice) -> Tensor:
-        return self.head.logits(self.hidden[block])
-
-
-@dataclass(frozen=True, slots=True)
-class DenseRows:
-    """Logits of N rows, held whole; for small vocabularies and tests."""
-
-    logits_NV: Tensor
-
-    def logits(self, block: slice) -> Tensor:
-        logits_nV = self.logits_NV[block]
-        return logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
-
-
-@dataclass(frozen=True, slots=True)
-class SparseRows:
-    """Target distributions of N rows that name E tokens in all, in compressed rows: row r owns entries starts[r] to starts[r+1].
-
-    Without a tail, a row's entries sum to 1. With a tail, the entries and the tail do: all other tokens together.
-    """
-
-    starts: Tensor
-    """(N + 1,) int64."""
-    ids: Tensor
-    """(E,) int64: no token twice in a row."""
-    logp: Tensor
-    """(E,) log-probabilities, float32 or wider."""
-    log_tail: Tensor | None
-    """(N,) log of the mass of all tokens that are not named, or None where that mass is zero by construction."""
-    vocab_size: int
-
-    def __len__(self) -> int:
-        return self.starts.shape[0] - 1
-
-    def to(self, device: torch.device) -> SparseRows:
-        """The same rows on another device."""
-        tail = None if self.log_tail is None else self.log_tail.to(device)
-        return SparseRows(
-            self.starts.to(device), self.ids.to(device), self.logp.to(device), tail, self.vocab_size
-        )
-
-    def block(self, block: slice) -> SparseRows:
-        """The rows of `block`, which may leave some out by its step."""
-        start, stop, step = block.indices(len(self))
-        if step != 1:
-            return self._spread(block)
-        starts = self.starts[start : stop + 1]
-        entries = slice(int(starts[0]), int(starts[-1]))
-        tail = None if self.log_tail is None else self.log_tail[start:stop]
-        return SparseRows(
-            starts - starts[0], self.ids[entries], self.logp[entries], tail, self.vocab_size
-        )
-
-    def _spread(self, block: slice) -> SparseRows:
-        """The rows that a step above 1 leaves."""
-        is_kept = torch.zeros(len(self), dtype=torch.bool, device=self.starts.device)
-        is_kept[block] = True
-        is_kept_E = is_kept[self.row_of_entry()]
-        sizes = self.starts.diff()[block]
-        starts = torch.cat([self.starts.new_zeros(1), sizes.cumsum(0)])
-        tail = None if self.log_tail is None else self.log_tail[block]
-        return SparseRows(starts, self.ids[is_kept_E], self.logp[is_kept_E], tail, self.vocab_size)
-
-    def row_of_entry(self) -> Tensor:
-        """(E,) int64: the row that owns each entry."""
-        rows = torch.arange(len(self), device=self.starts.device)
-        return rows.repeat_interleave(self.starts.diff(), output_size=self.ids.shape[0])
-
-    def logits(self, block: slice) -> Tensor:
-        """(n, V) log-probabilities, -inf for tokens without mass; a tail is spread evenly, as a reader must guess it."""
-        part = self.block(block)
-        log_rest_n1 = torch.full((len(part), 1), -torch.inf, dtype=self.logp.dtype)
-        log_rest_n1 = log_rest_n1.to(self.logp.device)
-        if part.log_tail is not None:
-            num_others = (self.vocab_size - part.starts.diff()).clamp(min=1)
-            log_rest_n1 = (part.log_tail - num_others.log()).to(self.logp.dtype)[:, None]
-        logp_nV = log_rest_n1.repeat(1, self.vocab_size)
-        logp_nV[part.row_of_entry(), part.ids] = part.logp
-        return logp_nV
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRows:
-    """What a cache keeps of one teacher at N rows: a distribution to be fused, at temperature 1 and at a few others."""
-
-    rows: SparseRows
-    """Draws, or the top k with their tail, at temperature 1."""
-    logp: Tensor
-    """(E,) log-probability of each entry at temperature 1."""
-    label_logp_N: Tensor
-    """(N,) log-probability of the label at temperature 1."""
-    max_logp_N: Tensor
-    """(N,) the same of the most likely token."""
-    entropy: Mapping[float, Tensor]
-    """Temperature -> (N,) nats; 1 is among them."""
-    log_z: Mapping[float, Tensor]
-    """Temperature T other than 1 -> (N,) log sum_v P(v)^(1/T)."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def to(self, device: torch.device) -> StoredRows:
-        """The same rows on another device."""
-        return StoredRows(
-            self.rows.to(device),
-            self.logp.to(device),
-            self.label_logp_N.to(device),
-            self.max_logp_N.to(device),
-            {value: entropy_N.to(device) for value, entropy_N in self.entropy.items()},
-            {value: log_z_N.to(device) for value, log_z_N in self.log_z.items()},
-        )
-
-    def logits(self, block: slice) -> Tensor:
-        """(n, V) log-probabilities at temperature 1 as far as they are kept; see `SparseRows.logits`."""
-        return self.rows.logits(block)
-
-
-StudentRows = HiddenRows
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherRows:
-    """What one teacher says about N rows, in the student's vocabulary."""
-
-    name: str
-    scores: RowLogits
-    """Its distributions; `SparseRows` are a finished target, not one to be fused, and `StoredRows` fuse with their like."""
-    features: Mapping[str, Tensor] = field(default_factory=dict)
-    answered: Tensor | None = None
-    """(m,) int64, ascending: the rows that `scores` speaks of, in their order, where the others were not asked for; None for all."""
-
-
-class Teacher(Protocol):
-    """A frozen model, or anything that answers in its place."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def provides(self) -> frozenset[str]:
-        """Of `dense` (full distributions) and `features` (hidden states); asked before a run starts."""
-        ...
-
-    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
-        """Score the rows without gradient; `taps` names the hidden states to return.
-
-        Logits and features are on the device of the batch, wherever the teacher computes them.
-        """
-        ...
-
-
-class Divergence(Protocol):
-    """A distance between two distributions per row."""
-
-    def __call__(self, target_logp_nV: Tensor, student_logp_nV: Tensor) -> Tensor:
-        """(n, V), (n, V) log-probabilities -> (n,) in nats."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """A loss summed over N rows; nobody but the trainer divides it."""
+    """A loss summed over N rows; only the trainer normalizes it."""
 
     total: Tensor
     """Scalar with a graph: the sum over terms of weight times value."""
@@ -375,9 +250,14 @@ class LossSum:
     weights: Mapping[str, float]
     """The factor of each term in `total`."""
     grad_norms: Mapping[str, Tensor]
-    """Norm of each weighted term's gradient at the hidden states it reads; empty unless asked for."""
-    num_rows: int
+    """Norm of each weighted term's gradient at the hidden states it reads; empty if unmeasured."""
+    rows: Rows
     teacher_weights_KN: Tensor | None = None
     """(K, N) fusion weights, detached; None without teachers."""
     conflict: Mapping[str, Tensor] = field(default_factory=dict)
-    """What a conflict policy saw and did, by name, each (N,) in [0, 1]; empty without a policy."""
+    """(N,) measurements of a conflict policy in [0, 1], by name; empty without one."""
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self.rows)

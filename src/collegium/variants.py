@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from collegium.fusion.pooling import Fusion
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.weights import BestSingle, Entropy, Uniform
 from collegium.recipe import Recipe, plain
 from collegium.train.objective import ObjectiveOptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,7 @@ from collegium.models.loading import empty_model
 from collegium.recipe import Recipe, dump_recipe, plain
 from collegium.run_folder import RunFolder, fingerprint
 from collegium.student import build_student, load_student_tokenizer, student_config
-from collegium.teachers.cached import BatchKeys, CachedTeacher, StoredTeacher
-from collegium.teachers.cached_features import TappedTeacher
+from collegium.teachers.cached import BatchKeys, CachedTargets, CachedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train.objective import Objective
@@ -184,9 +183,10 @@ class Workspace:
         dataset = self.datasets["train"]
         live = [] if caches else self.teachers_of(variant)
         features = features or {}
-        stored = self._stored_teachers(caches, features) if caches else []
-        # A worker process could not tell this one.
-        is_ahead = bool(stored) and not self.recipe.train.dataloader_num_workers
+        stored, targets = self._cached(caches, features) if caches else ([], None)
+        sources = [*stored, *([targets] if targets else [])]
+        # Worker processes have their own memory and cannot prefetch for this one.
+        is_ahead = bool(sources) and not self.recipe.train.dataloader_num_workers
         widths = {teacher.name: _tap_widths(teacher.model) for teacher in live}
         widths |= {name: self.teacher_widths[name] for name in caches or () if name in features}
         options = dataclasses.replace(
@@ -195,7 +195,8 @@ class Workspace:
         return DistillTrainer(
             model=student,
             teachers=stored or live,
-            data_collator=PrefetchingCollator(Collator(), stored) if is_ahead else None,
+            targets=targets,
+            data_collator=PrefetchingCollator(Collator(), sources) if is_ahead else None,
             args=training_arguments(
                 options,
                 output_dir=folder,
@@ -216,18 +217,17 @@ class Workspace:
             },
         )
 
-    def _stored_teachers(
+    def _cached(
         self, caches: Mapping[str, TargetCache], features: Mapping[str, FeatureCache]
-    ) -> Sequence[CachedTeacher | StoredTeacher | TappedTeacher]:
+    ) -> tuple[list[CachedTeacher], CachedTargets | None]:
+        """Teachers out of a per-teacher cache, or the targets of a fused one."""
         documents = self.datasets["train"].sample_names
         if set(caches) == {""}:
-            return [CachedTeacher(caches[""], documents)]
+            return [], CachedTargets(caches[""], documents)
         keys = BatchKeys(documents)
-        stored = [StoredTeacher(name, cache, keys) for name, cache in caches.items()]
         return [
-            TappedTeacher(one, features[one.name], keys) if one.name in features else one
-            for one in stored
-        ]
+            CachedTeacher(name, cache, keys, features.get(name)) for name, cache in caches.items()
+        ], None
 
     def teachers_of(self, variant: Variant) -> list[LocalTeacher]:
         """The teachers that a variant listens to; none is loaded for a variant without."""

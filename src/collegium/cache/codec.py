@@ -25,7 +25,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from collegium.types import STRICT, SparseRows
+from collegium.distributions import NamedRows
+from collegium.types import STRICT
 
 # bfloat16 logits near 16 are spaced eight times as far apart.
 STEP = 1 / 64
@@ -233,7 +234,7 @@ def split_encoded(rows: EncodedRows, counts: Sequence[int]) -> list[EncodedRows]
     return parts
 
 
-def decode_rows(targets: Targets, encoded: EncodedRows, vocab_size: int) -> SparseRows:
+def decode_rows(targets: Targets, encoded: EncodedRows, vocab_size: int) -> NamedRows:
     """Decode stored rows to distributions.
 
     Raises:
@@ -251,12 +252,13 @@ def decode_rows(targets: Targets, encoded: EncodedRows, vocab_size: int) -> Spar
     tail = None
     if encoded.log_tail is not None and not (isinstance(targets, TopK) and targets.renormalized):
         tail = torch.from_numpy(encoded.log_tail.copy())
-    return SparseRows(
+    return NamedRows(
         starts=torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])),
         ids=torch.from_numpy(encoded.ids.astype(np.int64)),
         logp=torch.from_numpy(targets.decode(encoded)),
         log_tail=tail,
         vocab_size=vocab_size,
+        is_sampled=isinstance(targets, Samples),
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from collegium.cache.codec import SCALARS, TARGETS, Samples, Targets
+from collegium.distributions import Capabilities, Capability
 
 Kind = Literal["fused", "per_teacher"]
 TEACHER_SCALARS = ("entropy", "label_logp", "max_logp")
@@ -44,6 +45,28 @@ class Layout:
             return SCALARS
         names = (log_z_name, entropy_name)
         return (*TEACHER_SCALARS, *(name(value) for value in self.temperatures for name in names))
+
+    @property
+    def is_sampled(self) -> bool:
+        """True if targets are random draws."""
+        return isinstance(self.targets, Samples)
+
+    def capabilities(self, *, has_features: bool = False) -> Capabilities:
+        """The operations that targets or teachers read from this cache support."""
+        supported: set[Capability] = set()
+        if not self.is_sampled:
+            supported.add(Capability.LOGARITHMS)
+        if self.kind == "per_teacher":
+            supported.add(Capability.REFUSION)
+        if has_features:
+            supported.add(Capability.FEATURES)
+        content = "draws" if self.is_sampled else "top-k targets"
+        return Capabilities(
+            f"a {self.kind.replace('_', '-')} cache of {content}",
+            frozenset(supported),
+            self.temperatures,
+            "set cache.enabled: false",
+        )
 
     @property
     def has_levels(self) -> bool:

@@ -11,7 +11,8 @@ from pydantic.dataclasses import dataclass
 
 from collegium.cache.codec import Samples, Targets
 from collegium.cache.features import FeatureCacheOptions
-from collegium.cache.layout import Kind
+from collegium.cache.layout import Kind, Layout
+from collegium.distributions import Capabilities
 from collegium.types import STRICT
 
 _TARGETS = Samples()
@@ -75,6 +76,12 @@ class CacheOptions:
                 "set cache.kind: per_teacher"
             )
         return self
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The operations that this cache supports."""
+        layout = Layout(self.kind, self.targets, tuple(self.temperatures))
+        return layout.capabilities(has_features=self.features is not None)
 
     def __post_init__(self) -> None:
         # By identity, not equality: 50 draws set in the recipe are kept.

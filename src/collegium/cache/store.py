@@ -14,7 +14,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from collegium.cache.codec import STEP, EncodedRows, decode_rows
 from collegium.cache.layout import Layout, entropy_name, log_z_name
 from collegium.cache.location import Location
 from collegium.cache.shards import PieceKey, read_group, read_keys, read_vocabulary
+from collegium.distributions import NamedRows, StoredScalars
 from collegium.errors import CacheError
 from collegium.run_folder import differing_fields, fingerprint
-from collegium.types import SparseRows, StoredRows
 
 FORMAT = 2
 """Version of docs/cache-format.md. Any other is refused."""
@@ -61,7 +61,7 @@ class TargetCache:
         self._files: dict[int, pq.ParquetFile] = {}
         self._vocabularies: dict[int, np.ndarray] = {}
         # Least recently used first; bounded by `MAX_GROUPS`.
-        self._groups: OrderedDict[tuple[int, int], tuple[SparseRows, EncodedRows, np.ndarray]] = (
+        self._groups: OrderedDict[tuple[int, int], tuple[NamedRows, EncodedRows, np.ndarray]] = (
             OrderedDict()
         )
         self._addresses = self._index()
@@ -74,7 +74,7 @@ class TargetCache:
     def __len__(self) -> int:
         return len(self._addresses)
 
-    def rows(self, keys: Sequence[PieceKey]) -> SparseRows:
+    def rows(self, keys: Sequence[PieceKey]) -> NamedRows:
         """Return the concatenated targets of pieces. The offset of a key is ignored.
 
         Raises:
@@ -86,7 +86,7 @@ class TargetCache:
             parts.append(sparse.block(slice(int(starts[piece]), int(starts[piece + 1]))))
         return join_rows(parts, self)
 
-    def stored(self, keys: Sequence[PieceKey]) -> StoredRows:
+    def stored(self, keys: Sequence[PieceKey]) -> NamedRows:
         """Return the rows of a single-teacher cache with their levels and scalars.
 
         Raises:
@@ -107,14 +107,13 @@ class TargetCache:
         logp_E = torch.from_numpy(np.concatenate(levels) * np.float32(-STEP)) if levels else None
         columns = {name: _column(column) for name, column in scalars.items()}
         temperatures = self.layout.temperatures
-        return StoredRows(
-            rows=rows,
-            logp=rows.logp if logp_E is None else logp_E,
-            label_logp_N=columns["label_logp"],
-            max_logp_N=columns["max_logp"],
-            entropy={value: columns[entropy_name(value)] for value in (1.0, *temperatures)},
-            log_z={value: columns[log_z_name(value)] for value in temperatures},
+        stored = StoredScalars(
+            columns["label_logp"],
+            columns["max_logp"],
+            {value: columns[entropy_name(value)] for value in (1.0, *temperatures)},
+            {value: columns[log_z_name(value)] for value in temperatures},
         )
+        return replace(rows, token_logp=logp_E, stored=stored)
 
     def scalars(self, key: PieceKey) -> dict[str, np.ndarray]:
         """Return (n,) float16 of each scalar of one piece.
@@ -142,7 +141,7 @@ class TargetCache:
                 f"{self.manifest['num_targets']:,}; build it again"
             )
 
-    def _lookup(self, key: PieceKey) -> tuple[SparseRows, EncodedRows, np.ndarray, int]:
+    def _lookup(self, key: PieceKey) -> tuple[NamedRows, EncodedRows, np.ndarray, int]:
         # No offset: the same window of a document has the same distribution wherever it starts,
         # and a batch does not know where in the document its pieces start.
         address = self._addresses.get((key.document, key.window))
@@ -154,7 +153,7 @@ class TargetCache:
             )
         return *self._group(address.shard, address.group), address.piece
 
-    def _group(self, shard: int, group: int) -> tuple[SparseRows, EncodedRows, np.ndarray]:
+    def _group(self, shard: int, group: int) -> tuple[NamedRows, EncodedRows, np.ndarray]:
         decoded = self._groups.get((shard, group))
         if decoded is not None:
             self._groups.move_to_end((shard, group))
@@ -301,7 +300,7 @@ def require_identity(where: Path | str, actual: Any, expected: Mapping[str, Any]
         )
 
 
-def join_rows(parts: Sequence[SparseRows], cache: TargetCache) -> SparseRows:
+def join_rows(parts: Sequence[NamedRows], cache: TargetCache) -> NamedRows:
     """Concatenate rows. No parts give zero rows."""
     if len(parts) == 1:
         return parts[0]
@@ -309,12 +308,13 @@ def join_rows(parts: Sequence[SparseRows], cache: TargetCache) -> SparseRows:
     for part in parts:
         starts.append(part.starts[1:] + starts[-1][-1])
     tails = [part.log_tail for part in parts if part.log_tail is not None]
-    return SparseRows(
+    return NamedRows(
         starts=torch.cat(starts),
         ids=torch.cat([part.ids for part in parts] or [torch.zeros(0, dtype=torch.int64)]),
         logp=torch.cat([part.logp for part in parts] or [torch.zeros(0)]),
         log_tail=torch.cat(tails) if tails else None,
         vocab_size=cache.vocab_size,
+        is_sampled=cache.layout.is_sampled,
     )
 
 

@@ -19,8 +19,9 @@ from collegium.fusion.calibration import (
     fit_temperature,
 )
 from collegium.fusion.fits import fit_domain_weights, fit_em_weights, fit_gate, fit_route
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.isotonic import fit_entropy_maps
-from collegium.fusion.pooling import Fusion, PoolKind
+from collegium.fusion.pools import PoolKind
 from collegium.fusion.rules import CalibratedEntropy
 from collegium.fusion.weights import BestSingle, RowStats, Uniform, Weighting
 

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from collegium.data.pack import PackedDataset
+from collegium.distributions import LIVE, Answer, Capabilities, Teacher, WrappedRows
 from collegium.evaluate.metrics import Metrics, finite
-from collegium.evaluate.scoring import FUSED, OnProgress, Scorer, score_models
-from collegium.fusion.pooling import Fusion
-from collegium.types import Batch, RowLogits, Rows, TeacherRows
+from collegium.evaluate.scoring import FUSED, OnProgress, score_models
+from collegium.fusion.fuse import Fusion
+from collegium.types import Batch, Rows
 
 CALIBRATED_SUFFIX = " (calibrated)"
 """Suffix of the calibrated row of a teacher."""
 
 
 def held_out_report(
-    teachers: Sequence[Scorer],
+    teachers: Sequence[Teacher],
     fusion: Fusion,
     dataset: PackedDataset,
     *,
@@ -82,25 +83,30 @@ def _figures(metrics: Metrics) -> dict[str, Any]:
 class _ScaledTeacher:
     """A teacher whose logits are divided by one temperature."""
 
-    teacher: Scorer
+    teacher: Teacher
     temperature: float
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return LIVE
 
     @property
     def name(self) -> str:
         return f"{self.teacher.name}{CALIBRATED_SUFFIX}"
 
-    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
+    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
         outputs = self.teacher.score(batch, rows, taps)
         return replace(
-            outputs, name=self.name, scores=_ScaledRows(outputs.scores, self.temperature)
+            outputs,
+            name=self.name,
+            distribution=_ScaledRows(outputs.distribution, self.temperature),
         )
 
 
 @dataclass(frozen=True)
-class _ScaledRows:
-    rows: RowLogits
+class _ScaledRows(WrappedRows):
     temperature: float
 
     def logits(self, block: slice) -> Tensor:
         # Out of place: the block may belong to the teacher.
-        return torch.div(self.rows.logits(block), self.temperature)
+        return torch.div(self.inner.logits(block), self.temperature)

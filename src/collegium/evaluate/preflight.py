@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from collegium.data.pack import PackedDataset
+from collegium.distributions import Teacher
 from collegium.errors import CollegiumError
 from collegium.evaluate.advice import Findings, verdict_sentences
 from collegium.evaluate.held_out import held_out_report
 from collegium.evaluate.metrics import Metrics, ScoredTokens, finite
-from collegium.evaluate.scoring import OnProgress, Scorer, spread_windows, unique_scorers
+from collegium.evaluate.scoring import OnProgress, spread_windows, unique_scorers
 from collegium.evaluate.search import SAME_NLL, Candidate, Search, choose
 from collegium.evaluate.sweeps import CalibrationSplit, Scalars, sweep_teachers
 from collegium.evaluate.weight_quality import (
@@ -30,7 +31,7 @@ from collegium.evaluate.weight_quality import (
 )
 from collegium.fusion.calibration import fit_temperature, over_under_confidence
 from collegium.fusion.describe import describe, to_recipe
-from collegium.fusion.pooling import Fusion
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.routing import Route
 from collegium.fusion.weights import BestSingle, Uniform
 
@@ -50,14 +51,13 @@ class PreflightResult:
 
 
 def run_preflight(
-    teachers: Sequence[Scorer],
+    teachers: Sequence[Teacher],
     dataset: PackedDataset,
     *,
     batch_size: int,
     max_tokens: int | None = None,
     candidates: Sequence[Fusion] | None = None,
     extended: bool = False,
-    stored_at: Sequence[float] | None = None,
     held_out: PackedDataset | None = None,
     progress: OnProgress | None = None,
 ) -> PreflightResult:
@@ -87,7 +87,6 @@ def run_preflight(
             teacher. None compares the default rules.
         extended: also try fitted weights, the learned gate, the consensus rule and the power mean,
             and measure the route by domain, which is never chosen over a fusion.
-        stored_at: temperatures besides 1 that the cache stores, or None for live teachers.
         held_out: the validation split, of which about `max_tokens` are read.
         progress: called with (batches done, all batches) of each sweep.
 
@@ -103,7 +102,7 @@ def run_preflight(
     unique_scorers(teachers, ())
     windows = spread_windows(dataset, max_tokens)
     split = CalibrationSplit(dataset, windows, batch_size, progress)
-    scalars = sweep_teachers(teachers, split, stored_at=stored_at)
+    scalars = sweep_teachers(teachers, split)
     metrics = {name: scalars.metrics(name) for name in scalars.teachers}
     best_single = min(metrics, key=lambda name: metrics[name].nll)
     search = Search(
@@ -113,7 +112,6 @@ def run_preflight(
         best_single=best_single,
         candidates=candidates,
         extended=extended,
-        stored_at=stored_at,
     )
     ranked = search.ranked()
     chosen = choose(ranked)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,12 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from collegium.data.pack import Collator, PackedDataset
+from collegium.distributions import Answer, Distribution, Teacher
 from collegium.errors import CollegiumError, DataError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.evaluate.metrics import paired_bootstrap as paired_bootstrap
-from collegium.fusion.pooling import FusedTarget, Fusion
+from collegium.fusion.fuse import Fusion, Target, fuse
 from collegium.models.loading import choose_device
-from collegium.types import Batch, RowLogits, Rows, TeacherRows, is_row
+from collegium.types import Batch, Rows, is_row
 
 FUSED = "fused target"
 """Name of the row of the fused target."""
@@ -34,17 +34,6 @@ Columns = dict[str, list[Tensor]]
 
 OnProgress = Callable[[int, int], None]
 """Called after each batch with the number of batches done and their total."""
-
-
-class Scorer(Protocol):
-    """Anything that scores rows: a teacher, or a student wrapped as one."""
-
-    @property
-    def name(self) -> str: ...
-
-    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
-        """Score the rows without gradient."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +57,8 @@ class Chunk:
 
 
 def score_models(
-    models: Sequence[Scorer],
-    teachers: Sequence[Scorer],
+    models: Sequence[Teacher],
+    teachers: Sequence[Teacher],
     fusion: Fusion | None,
     dataset: PackedDataset,
     *,
@@ -117,7 +106,7 @@ def score_models(
             # Deferred: the rows must first be on the device of the outputs (`_measure_rows`).
             fused_of = None
             if fusion is not None:
-                fused_of = partial(FusedTarget, fusion, [scores[t.name] for t in teachers])
+                fused_of = partial(fuse, fusion, [scores[t.name] for t in teachers])
             _measure_rows(columns, scores, fused_of, chunk.rows, block_size)
             origins.append(chunk.origins)
     targets = gather_targets(origins, dataset)
@@ -126,13 +115,13 @@ def score_models(
     return {name: _metrics(name, columns, teacher_names, targets) for name in names}
 
 
-def unique_scorers(models: Sequence[Scorer], teachers: Sequence[Scorer]) -> list[Scorer]:
+def unique_scorers(models: Sequence[Teacher], teachers: Sequence[Teacher]) -> list[Teacher]:
     """Return every scorer once, in order.
 
     Raises:
         CollegiumError: two different scorers share a name, or one is named `fused target`.
     """
-    by_name: dict[str, Scorer] = {}
+    by_name: dict[str, Teacher] = {}
     for scorer in (*models, *teachers):
         if scorer.name == FUSED or by_name.setdefault(scorer.name, scorer) is not scorer:
             raise CollegiumError(
@@ -206,7 +195,7 @@ def spread_windows(dataset: PackedDataset, max_tokens: int | None) -> list[int]:
     return [int(at) for at in np.linspace(0, size, num_windows, endpoint=False)]
 
 
-def blocks_of(rows: Rows, scores: RowLogits, block_size: int | None) -> tuple[Rows, list[slice]]:
+def blocks_of(rows: Rows, scores: Distribution, block_size: int | None) -> tuple[Rows, list[slice]]:
     """Return the rows on the device of the scores, and the slices to read them in."""
     # Only logits reveal the vocabulary size and the device of a scorer: read one row.
     probe_1V = scores.logits(slice(0, 1))
@@ -239,23 +228,23 @@ def forward_kl(target_logp_nV: Tensor, logp_nV: Tensor) -> Tensor:
 
 def _measure_rows(
     columns: dict[str, Columns],
-    scores: Mapping[str, TeacherRows],
-    fused_of: Callable[[Rows], FusedTarget] | None,
+    scores: Mapping[str, Answer],
+    fused_of: Callable[[Rows], Target] | None,
     rows: Rows,
     block_size: int | None,
 ) -> None:
     """Append the measures of all models on the rows of one batch to `columns`."""
     # The head of a teacher is applied twice per block: here and in the fusion.
-    rows, blocks = blocks_of(rows, next(iter(scores.values())).scores, block_size)
+    rows, blocks = blocks_of(rows, next(iter(scores.values())).distribution, block_size)
     fused = None if fused_of is None else fused_of(rows)
     for block in blocks:
         labels_n = rows.labels[block]
         target_nV = None
         if fused is not None:
-            target_nV = fused.block(block).logp_nV
+            target_nV = fused.block(block).logp()
             _append(columns, FUSED, row_measures(target_nV, labels_n), target_nV, target_nV)
         for name, outputs in scores.items():
-            logp_nV = outputs.scores.logits(block).to(labels_n.device).log_softmax(1)
+            logp_nV = outputs.distribution.logits(block).to(labels_n.device).log_softmax(1)
             _append(columns, name, row_measures(logp_nV, labels_n), logp_nV, target_nV)
 
 

@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from collegium.distributions import Teacher
 from collegium.evaluate.folds import Fits, Rule, balanced_folds
-from collegium.evaluate.scoring import Scorer, window_counts
+from collegium.evaluate.scoring import window_counts
 from collegium.evaluate.sweeps import CalibrationSplit, Scalars, sweep_fusions
 from collegium.fusion.calibration import temperature_of_least_nll
-from collegium.fusion.pooling import Fusion
+from collegium.fusion.fuse import Fusion
+from collegium.fusion.pools import PoolKind
+from collegium.fusion.requirements import check, fusion_requirements
 from collegium.fusion.routing import Route
 from collegium.fusion.rules import CalibratedEntropy, Consensus, DomainWeights, Gate
-from collegium.fusion.stored import require_linear
-from collegium.fusion.stream import PoolKind
 from collegium.fusion.weights import (
     BestSingle,
     Entropy,
@@ -137,24 +138,22 @@ class Search:
 
     Each fusion is fitted three times: on all documents for use, and on each half to score the
     other. Every token is thus scored under parameters that have not seen it, and a rule with more
-    parameters has no advantage. User-supplied candidates are compared unchanged. With `stored_at`,
-    the temperatures that a per-teacher cache stores, only linear pools are compared, from scalars
-    and on all tokens.
+    parameters has no advantage. User-supplied candidates are compared unchanged. Teachers out of a
+    per-teacher cache are compared as linear pools, from scalars and on all tokens.
     """
 
     def __init__(
         self,
-        teachers: Sequence[Scorer],
+        teachers: Sequence[Teacher],
         scalars: Scalars,
         split: CalibrationSplit,
         *,
         best_single: str,
         candidates: Sequence[Fusion] | None,
         extended: bool = False,
-        stored_at: Sequence[float] | None = None,
     ) -> None:
         self.teachers = teachers
-        self._stored_at = stored_at
+        self._stored_at = stored_at = teachers[0].capabilities.temperatures
         self.scalars = scalars
         self.best_single = best_single
         self._is_extended = extended
@@ -206,7 +205,7 @@ class Search:
                 [(fusion, fusion, fusion) for fusion in fusions], temperatures=(1.0,)
             )
         for fusion in fusions:
-            require_linear(fusion, self._stored_at)
+            check(fusion_requirements(fusion), [t.capabilities for t in self.teachers])
         return [self.linear(fusion.weighting, fusion.temperatures) for fusion in fusions]
 
     def _default_candidates(self) -> list[Candidate]:

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from collegium.data.pack import PackedDataset
+from collegium.distributions import Answer, DenseRows, Teacher
 from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.evaluate.scoring import (
     Chunk,
     OnProgress,
     Origins,
-    Scorer,
     blocks_of,
     gather_targets,
     iterate_chunks,
     window_counts,
 )
 from collegium.fusion.calibration import TEMPERATURES, TemperatureTables, linear_pool_nll
-from collegium.fusion.pooling import FusedTarget, Fusion
-from collegium.fusion.stream import TeacherReader
+from collegium.fusion.fuse import Fusion, fuse
+from collegium.fusion.pools import TeacherReader
 from collegium.fusion.weights import RowStats, Weighting
-from collegium.types import DenseRows, RowLogits, Rows, TeacherRows
+from collegium.types import Rows
 
 JSD_ROWS = 4096
 """Approximate number of rows on which the disagreement of the teachers is measured."""
@@ -62,11 +62,11 @@ class CalibrationSplit:
             progress=self.progress,
         )
 
-    def outputs(self, teachers: Sequence[Scorer]) -> Iterator[tuple[list[TeacherRows], Rows]]:
+    def outputs(self, teachers: Sequence[Teacher]) -> Iterator[tuple[list[Answer], Rows]]:
         """Yield the outputs of all teachers per batch, and its rows on the same device."""
         for chunk in self.chunks():
             outputs = [teacher.score(chunk.batch, chunk.rows) for teacher in teachers]
-            yield outputs, blocks_of(chunk.rows, outputs[0].scores, None)[0]
+            yield outputs, blocks_of(chunk.rows, outputs[0].distribution, None)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,21 +159,18 @@ class Scalars:
         return min(range(len(grid)), key=lambda at: abs(grid[at] - temperature))
 
 
-def sweep_teachers(
-    teachers: Sequence[Scorer], split: CalibrationSplit, *, stored_at: Sequence[float] | None = None
-) -> Scalars:
+def sweep_teachers(teachers: Sequence[Teacher], split: CalibrationSplit) -> Scalars:
     """Score each teacher once on the chosen windows and keep only scalars.
 
     Args:
-        teachers: live teachers, or all read from a per-teacher cache.
+        teachers: live teachers, or all read from a per-teacher cache. The disagreement of cached
+            teachers is measured on their stored tokens, with the remaining mass spread evenly.
         split: the windows.
-        stored_at: temperatures besides 1 that the cache stores, or None for live teachers. The
-            disagreement of cached teachers is measured on their stored tokens, with the remaining
-            mass spread evenly.
 
     Raises:
         DataError: the windows have no target tokens.
     """
+    stored_at = teachers[0].capabilities.temperatures
     grid = TEMPERATURES if stored_at is None else sorted((1.0, *stored_at))
     tables = TemperatureTables(grid=grid)
     origins: list[Origins] = []
@@ -183,7 +180,7 @@ def sweep_teachers(
     with torch.no_grad():
         for chunk in split.chunks():
             outputs = [teacher.score(chunk.batch, chunk.rows) for teacher in teachers]
-            rows = blocks_of(chunk.rows, outputs[0].scores, None)[0]
+            rows = blocks_of(chunk.rows, outputs[0].distribution, None)[0]
             tables.add(outputs, rows)
             if stored_at is None:
                 consensus.append(_consensus(outputs, rows))
@@ -196,7 +193,7 @@ def sweep_teachers(
 
 
 def sweep_fusions(
-    teachers: Sequence[Scorer],
+    teachers: Sequence[Teacher],
     split: CalibrationSplit,
     fusions: Sequence[tuple[Fusion, Fusion]],
     is_second_N: Tensor,
@@ -236,13 +233,13 @@ def sweep_fusions(
 
 
 def _nll_at_temperatures(
-    fusion: Fusion, outputs: Sequence[TeacherRows], rows: Rows, temperatures: Sequence[float]
+    fusion: Fusion, outputs: Sequence[Answer], rows: Rows, temperatures: Sequence[float]
 ) -> Tensor:
     """Return (G, n) NLL of p^(1/T) / Z at the labels."""
-    target = FusedTarget(fusion, outputs, rows)
+    target = fuse(fusion, outputs, rows)
     parts: list[Tensor] = []
-    for block in blocks_of(rows, outputs[0].scores, None)[1]:
-        logp_nV, labels_n1 = target.block(block).logp_nV, rows.labels[block, None]
+    for block in blocks_of(rows, outputs[0].distribution, None)[1]:
+        logp_nV, labels_n1 = target.block(block).logp(), rows.labels[block, None]
         label_logp_n = logp_nV.gather(1, labels_n1)[:, 0]
         # log Z is a logsumexp over V; at T = 1 it is 0.
         columns = [
@@ -255,44 +252,29 @@ def _nll_at_temperatures(
     return torch.cat(parts, -1)
 
 
-def _cache_logits(outputs: Sequence[TeacherRows], rows: Rows) -> list[TeacherRows]:
+def _cache_logits(outputs: Sequence[Answer], rows: Rows) -> list[Answer]:
     """Hold the logits of a batch if they fit, so that each head is applied once for all fusions."""
-    vocab_size = outputs[0].scores.logits(slice(0, 1)).shape[1]
+    vocab_size = outputs[0].distribution.logits(slice(0, 1)).shape[1]
     if len(outputs) * len(rows) * vocab_size > MAX_CACHED_ELEMENTS:
         return list(outputs)
     return [
-        replace(output, scores=DenseRows(output.scores.logits(slice(0, len(rows)))))
+        replace(output, distribution=DenseRows(output.distribution.logits(slice(0, len(rows)))))
         for output in outputs
     ]
 
 
 def _select_rows(
-    outputs: Sequence[TeacherRows], rows: Rows, is_kept_n: Tensor
-) -> tuple[list[TeacherRows], Rows]:
+    outputs: Sequence[Answer], rows: Rows, is_kept_n: Tensor
+) -> tuple[list[Answer], Rows]:
     """Return a subset of the rows and of the teacher outputs."""
     if is_kept_n.all():
         return list(outputs), rows
     kept_n = is_kept_n.nonzero()[:, 0]
-    picked = [replace(output, scores=_SelectedRows(output.scores, kept_n)) for output in outputs]
+    picked = [replace(output, distribution=output.distribution.take(kept_n)) for output in outputs]
     return picked, rows.part(kept_n.to(rows.labels.device))
 
 
-@dataclass(frozen=True, eq=False)
-class _SelectedRows:
-    """A subset of the rows of a teacher's output."""
-
-    scores: RowLogits
-    kept_n: Tensor
-
-    def logits(self, block: slice) -> Tensor:
-        kept_n = self.kept_n[block]
-        # Row scores are read by slice: read the enclosing range and select from it.
-        first, last = int(kept_n[0]), int(kept_n[-1])
-        range_nV = self.scores.logits(slice(first, last + 1))
-        return range_nV[(kept_n - first).to(range_nV.device)]
-
-
-def _consensus(outputs: Sequence[TeacherRows], rows: Rows) -> Tensor:
+def _consensus(outputs: Sequence[Answer], rows: Rows) -> Tensor:
     """Return (K, N) KL of each teacher from the mean of all, on the CPU."""
     reader = TeacherReader(outputs, rows, {})
     starts = range(0, len(rows), CONSENSUS_ROWS)
@@ -309,12 +291,12 @@ class _PairwiseDisagreement:
         self._differs_KK = torch.zeros_like(self._jsd_KK)
         self._num_rows = 0
 
-    def add(self, outputs: Sequence[TeacherRows], num_rows: int, step: int) -> None:
-        vocab_size = outputs[0].scores.logits(slice(0, 1)).shape[1]
+    def add(self, outputs: Sequence[Answer], num_rows: int, step: int) -> None:
+        vocab_size = outputs[0].distribution.logits(slice(0, 1)).shape[1]
         size = step * max(1, PAIR_ELEMENTS // (vocab_size * len(outputs)))
         for start in range(0, num_rows, size):
             block = slice(start, min(start + size, num_rows), step)
-            logits = [output.scores.logits(block) for output in outputs]
+            logits = [output.distribution.logits(block) for output in outputs]
             logp_KnV = torch.stack([x.to(logits[0].device) for x in logits]).log_softmax(-1)
             top1_Kn = logp_KnV.argmax(-1)
             self._jsd_KK += pairwise_jsd(logp_KnV).sum(-1).double().cpu()

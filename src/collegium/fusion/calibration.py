@@ -6,18 +6,17 @@ Shapes: N rows, n rows of one block, V vocabulary, K teachers, G temperatures of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from collegium.fusion.pooling import FusedTarget, Fusion
-from collegium.fusion.stored import stored_stats
-from collegium.fusion.stream import RowReader
+from collegium.distributions import Answer
+from collegium.fusion.pools import RowReader
 from collegium.fusion.weights import RowStats, Weighting
-from collegium.types import Rows, StoredRows, TeacherRows
+from collegium.types import Rows
 
 TEMPERATURES: tuple[float, ...] = tuple(2.0 ** ((step - 6) / 6) for step in range(19))
 """Six temperatures per octave from 1/2 to 4, including 1, the uncalibrated teacher."""
@@ -112,7 +111,7 @@ def _float64(values: Tensor | np.ndarray) -> np.ndarray[Any, np.dtype[np.float64
 
 @torch.no_grad()
 def temperature_table(
-    teacher: TeacherRows,
+    teacher: Answer,
     rows: Rows,
     *,
     grid: Sequence[float] = TEMPERATURES,
@@ -124,13 +123,16 @@ def temperature_table(
     Returns:
         Statistics (G, N) on the CPU. The first axis is the temperature, not the teacher.
     """
-    if isinstance(teacher.scores, StoredRows):
-        return _on_cpu(RowStats.stack([stored_stats(teacher.scores, value) for value in grid]))
+    distribution = teacher.distribution
+    stored = [distribution.scalars(slice(0, len(rows)), value) for value in grid]
+    if None not in stored:
+        parts = [RowStats(*scalars) for scalars in stored if scalars is not None]
+        return _on_cpu(RowStats.stack(parts))
     reader = RowReader()
     blocks = []
     for start in range(0, len(rows), block_size):
         block = slice(start, min(start + block_size, len(rows)))
-        logits_nV, labels_n = teacher.scores.logits(block), rows.labels[block]
+        logits_nV, labels_n = distribution.logits(block), rows.labels[block]
         at_grid = [reader.read(logits_nV, labels_n, temperature=value)[0] for value in grid]
         blocks.append(RowStats.stack(at_grid))
     return _on_cpu(RowStats.cat(blocks))
@@ -160,7 +162,7 @@ class TemperatureTables:
         """The teachers, in the order of every batch."""
         return self._names
 
-    def add(self, teachers: Sequence[TeacherRows], rows: Rows) -> None:
+    def add(self, teachers: Sequence[Answer], rows: Rows) -> None:
         """Add one batch, at the cost of one application of each head.
 
         Raises:
@@ -339,43 +341,6 @@ def _pool_nll(score_KN: Tensor, label_logp_KN: Tensor) -> Tensor:
     # Scores are unnormalized log-weights, so take the difference of two logsumexps.
     total_N = torch.logsumexp(score_KN, dim=0)
     return total_N - torch.logsumexp(score_KN + label_logp_KN.double(), dim=0)
-
-
-@torch.no_grad()
-def fit_pooled_temperature(
-    fusion: Fusion,
-    batches: Iterable[tuple[Sequence[TeacherRows], Rows]],
-    *,
-    grid: Sequence[float] = TEMPERATURES,
-    block_size: int = 256,
-) -> float:
-    """Fit T = argmin mean NLL of pool^(1/T), renormalized, with the fusion's other options fixed.
-
-    The fusion's weights, pool and teacher temperatures apply, its pooled temperature does not.
-    A pool of calibrated teachers is underconfident, since pooling adds their disagreement to its
-    entropy. This temperature is therefore fitted after fusing. Each batch is read once.
-
-    Raises:
-        ValueError: no batch had a row.
-
-    Source: Rahaman and Thiery, NeurIPS 2021.
-    """
-    raw = dataclasses.replace(fusion, pooled_temperature=1.0)
-    nll_G = torch.zeros(len(grid), dtype=torch.float64)
-    num_rows = 0
-    reader = RowReader()
-    for teachers, rows in batches:
-        target = FusedTarget(raw, teachers, rows)
-        for start in range(0, len(rows), block_size):
-            block = slice(start, min(start + block_size, len(rows)))
-            logp_nV = target.block(block).logp_nV
-            for g, temperature in enumerate(grid):
-                stats, _ = reader.read(logp_nV, rows.labels[block], temperature=temperature)
-                nll_G[g] -= stats.label_logp_KN.sum(dtype=torch.float64).cpu()
-        num_rows += len(rows)
-    if num_rows == 0:
-        raise ValueError("fit_pooled_temperature: got no rows; must have some; give it a batch")
-    return temperature_of_least_nll(grid, nll_G / num_rows)
 
 
 def temperature_of_least_nll(grid: Sequence[float], nll_G: Tensor) -> float:

@@ -31,6 +31,23 @@ class ConflictBlock:
     kd_factor_n: Tensor | None = None
     """(n,) factor on the weight of the divergence, the rest goes to the label. None for all 1."""
 
+    @classmethod
+    def of(cls, policy: Conflict, disagreement_n: Tensor, is_changed_n: Tensor) -> ConflictBlock:
+        """The effect of a policy on rows with this disagreement, whose weights it changed or not."""
+        if not policy.yields_to_labels:
+            return cls(disagreement_n, is_changed_n.to(disagreement_n.dtype))
+        kd_factor_n = policy.kd_factor(disagreement_n)
+        return cls(disagreement_n, 1.0 - kd_factor_n, kd_factor_n)
+
+    def block(self, block: slice) -> ConflictBlock:
+        """The measurements at some of the rows."""
+        factor_n = self.kd_factor_n
+        return ConflictBlock(
+            self.disagreement_n[block],
+            self.applied_n[block],
+            None if factor_n is None else factor_n[block],
+        )
+
 
 def disagreement(mixture_logp_nV: Tensor, entropy_Kn: Tensor, weights_Kn: Tensor) -> Tensor:
     """Compute c = JSD_w / H(w), JSD_w = H(sum_k w_k P_k) - sum_k w_k H(P_k): (n,) in [0, 1].
@@ -45,6 +62,13 @@ def disagreement(mixture_logp_nV: Tensor, entropy_Kn: Tensor, weights_Kn: Tensor
     """
     # JSD and not the entropy of the mixture: teachers that are all uncertain do not disagree.
     mixture_entropy_n = -mixture_logp_nV.exp().mul_(mixture_logp_nV).sum(-1)
+    return disagreement_of_entropies(mixture_entropy_n, entropy_Kn, weights_Kn)
+
+
+def disagreement_of_entropies(
+    mixture_entropy_n: Tensor, entropy_Kn: Tensor, weights_Kn: Tensor
+) -> Tensor:
+    """`disagreement` of a mixture whose entropy (n,) is known, in nats."""
     jsd_n = mixture_entropy_n - (weights_Kn * entropy_Kn).sum(0)
     weight_entropy_n = torch.special.entr(weights_Kn).sum(0)
     conflict_n = (jsd_n / weight_entropy_n.clamp(min=MIN_WEIGHT_ENTROPY)).clamp(0.0, 1.0)

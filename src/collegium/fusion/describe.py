@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from collegium.fusion.conflict import CONFLICTS, Conflict
-from collegium.fusion.pooling import Fusion
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import WEIGHTINGS
 from collegium.fusion.weights import Weighting
 

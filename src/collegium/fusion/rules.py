@@ -168,7 +168,10 @@ class ConfidenceAware(Weighting):
     def log_scores(
         self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
     ) -> tuple[Tensor, Carry | None]:
-        ce_KN = averaged(_cross_entropy(stats), rows, self.granularity)
+        ce_KN = averaged(_cross_entropy(stats), rows, self.granularity, stats.answered_KN)
+        if stats.answered_KN is not None:
+            # Without a share in either sum.
+            ce_KN = ce_KN.masked_fill(~stats.answered_KN, -torch.inf)
         if len(ce_KN) == 1:
             return torch.zeros_like(ce_KN), None
         # 1 - softmax_k as the share of the others: exact where softmax_k rounds to 1.
@@ -197,7 +200,7 @@ class MinCE(Weighting):
     def log_scores(
         self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
     ) -> tuple[Tensor, Carry | None]:
-        ce_KN = averaged(_cross_entropy(stats), rows, "sequence")
+        ce_KN = _document_ce(stats, rows)
         return torch.zeros_like(ce_KN).masked_fill(ce_KN > ce_KN.amin(0), -torch.inf), None
 
 
@@ -227,7 +230,7 @@ class AvgCE(Weighting):
     def log_scores(
         self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
     ) -> tuple[Tensor, Carry | None]:
-        ce_KN = averaged(_cross_entropy(stats), rows, "sequence")
+        ce_KN = _document_ce(stats, rows)
         return (torch.exp(-ce_KN) if self.tau is None else -ce_KN / self.tau), None
 
 
@@ -297,6 +300,14 @@ def gate_features(
     )
     feature_KNF = torch.stack(columns, dim=-1)
     return feature_KNF - feature_KNF.mean(0)
+
+
+def _document_ce(stats: RowStats, rows: Rows) -> Tensor:
+    """(K, N) mean cross-entropy over the row's document; inf where the teacher does not answer."""
+    ce_KN = averaged(_cross_entropy(stats), rows, "sequence", stats.answered_KN)
+    if stats.answered_KN is None:
+        return ce_KN
+    return ce_KN.masked_fill(~stats.answered_KN, torch.inf)
 
 
 def _cross_entropy(stats: RowStats) -> Tensor:

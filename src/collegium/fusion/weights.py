@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -39,14 +40,25 @@ class RowStats:
     """(K, N) log-probability of the most likely token."""
     consensus_kl_KN: Tensor | None = None
     """(K, N) nats, KL(P_k || mean of all P). None unless the rule sets `needs_consensus`."""
+    answered_KN: Tensor | None = None
+    """(K, N) bool: the teacher answers the row. None for all. Statistics of other rows are 0."""
+    shared_N: Tensor | None = None
+    """(N,) bool: every teacher answers the row. None for all."""
 
     @classmethod
     def stack(cls, parts: Sequence[RowStats]) -> RowStats:
         """Stack the (N,) statistics of each teacher into (K, N)."""
+        masks = [part.answered_KN for part in parts]
+        answered_KN = None
+        if any(mask_N is not None for mask_N in masks):
+            everywhere_N = torch.ones_like(parts[0].entropy_KN, dtype=torch.bool)
+            answered_KN = torch.stack([everywhere_N if m is None else m for m in masks])
         return cls(
             torch.stack([part.entropy_KN for part in parts]),
             torch.stack([part.label_logp_KN for part in parts]),
             torch.stack([part.max_logp_KN for part in parts]),
+            answered_KN=answered_KN,
+            shared_N=parts[0].shared_N,
         )
 
     @classmethod
@@ -59,6 +71,20 @@ class RowStats:
             torch.cat([part.label_logp_KN for part in parts], dim=-1),
             torch.cat([part.max_logp_KN for part in parts], dim=-1),
             torch.cat(measured, dim=-1) if len(measured) == len(kl) else None,
+            _cat_masks([part.answered_KN for part in parts]),
+            _cat_masks([part.shared_N for part in parts]),
+        )
+
+    def with_nan(self) -> RowStats:
+        """The same statistics with NaN at rows without an answer, for reports."""
+        if self.answered_KN is None:
+            return self
+        is_missing_KN = ~self.answered_KN
+        return replace(
+            self,
+            entropy_KN=self.entropy_KN.masked_fill(is_missing_KN, torch.nan),
+            label_logp_KN=self.label_logp_KN.masked_fill(is_missing_KN, torch.nan),
+            max_logp_KN=self.max_logp_KN.masked_fill(is_missing_KN, torch.nan),
         )
 
     def consensus_kl(self) -> Tensor:
@@ -70,9 +96,15 @@ class RowStats:
         if self.consensus_kl_KN is None:
             raise ValueError(
                 "RowStats.consensus_kl: got None; must be measured for rules with "
-                "`needs_consensus`; use a FusedTarget, scalars of single teachers are not enough"
+                "`needs_consensus`; use `fuse`, scalars of single teachers are not enough"
             )
         return self.consensus_kl_KN
+
+
+def _cat_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """Concatenate masks along the rows; all or none of them are given."""
+    given = [mask_n for mask_n in masks if mask_n is not None]
+    return torch.cat(given, dim=-1) if given else None
 
 
 @plain_dataclass(frozen=True, slots=True)
@@ -283,7 +315,7 @@ class Entropy(Weighting):
     def log_scores(
         self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
     ) -> tuple[Tensor, Carry | None]:
-        entropy_KN = averaged(stats.entropy_KN.double(), rows, self.granularity)
+        entropy_KN = averaged(stats.entropy_KN.double(), rows, self.granularity, stats.answered_KN)
         if self.form == "softmax":
             return -entropy_KN / self.tau, None
         if self.form == "inverse":
@@ -322,6 +354,9 @@ class PrefixLikelihood(Weighting):
         # `clamp` copies, so the in-place scan below does not touch the statistics.
         evidence_Kn = stats.label_logp_KN.double().clamp(min=MIN_LOGP)
         zero = evidence_Kn.new_zeros(())
+        if stats.shared_N is not None:
+            # Evidence is comparable only at rows that every teacher answers.
+            evidence_Kn = torch.where(stats.shared_N, evidence_Kn, zero)
         carried_K = torch.zeros_like(evidence_Kn[:, 0])
         if carry is not None:
             continues = documents_n[0] == carry.document
@@ -350,19 +385,30 @@ class PrefixLikelihood(Weighting):
 
 
 def averaged(
-    value_KN: Tensor, rows: Rows, granularity: Literal["token", "sequence", "batch"]
+    value_KN: Tensor,
+    rows: Rows,
+    granularity: Literal["token", "sequence", "batch"],
+    answered_KN: Tensor | None = None,
 ) -> Tensor:
-    """Replace each of (K, N) values by the mean over its row, its document or all rows."""
+    """(K, N) values, each replaced by the mean over its row, its document or all rows.
+
+    Rows that a teacher does not answer are left out of its means.
+    """
     if granularity == "token":
         return value_KN
-    if granularity == "batch":
+    if granularity == "batch" and answered_KN is None:
         return value_KN.mean(1, keepdim=True).expand_as(value_KN)
-    _, document_N, count_D = torch.unique_consecutive(
-        rows.documents, return_inverse=True, return_counts=True
+    documents_N = torch.zeros_like(rows.documents) if granularity == "batch" else rows.documents
+    _, place_N, count_D = torch.unique_consecutive(
+        documents_N, return_inverse=True, return_counts=True
     )
     sum_KD = value_KN.new_zeros(value_KN.shape[0], count_D.shape[0])
-    sum_KD.index_add_(1, document_N, value_KN)
-    return (sum_KD / count_D)[:, document_N]
+    if answered_KN is None:
+        sum_KD.index_add_(1, place_N, value_KN)
+        return (sum_KD / count_D)[:, place_N]
+    sum_KD.index_add_(1, place_N, value_KN * answered_KN)
+    count_KD = torch.zeros_like(sum_KD).index_add_(1, place_N, answered_KN.to(value_KN.dtype))
+    return (sum_KD / count_KD.clamp(min=1.0))[:, place_N]
 
 
 def constant_scores(weights: Sequence[float], stats: RowStats) -> Tensor:

@@ -38,6 +38,10 @@ class RawRows:
         """Dtype of the arithmetic: float32, or float64 for float64 values."""
         return torch.promote_types(self.values_nV.dtype, torch.float32)
 
+    def logits(self) -> Tensor:
+        """Return (n, V) logits in a new tensor with a graph, in float32 or wider."""
+        return Head(self.values_nV, None, self.scale, self.softcap).finish(self.values_nV)
+
     def tempered(self, temperature: float) -> RawRows:
         """Return the same values with z / T in place of z."""
         if temperature == 1.0:

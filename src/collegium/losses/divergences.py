@@ -1,6 +1,6 @@
 """Divergences between target and student, per row, in log space.
 
-Shapes: n rows of one block, V vocabulary. P is the target, Q the student. All values are in nats.
+Shapes: n rows of one block, S tokens of the support. P is the target, Q the student. All values are in nats.
 
 Each divergence consists of plain differentiable operations, without temperatures, masks or weights.
 Target log-probabilities of -inf are clamped to `LOG_FLOOR`. Their probability is still exactly
@@ -10,14 +10,15 @@ zero, and neither values nor gradients become infinite or NaN.
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from abc import ABC, abstractmethod
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from collegium.types import STRICT, Divergence
+from collegium.types import STRICT
 
 LOG_FLOOR = -1e4
 """Smallest log-probability of a target. Its exp is exactly 0, in float64 too."""
@@ -25,59 +26,75 @@ LOG_FLOOR = -1e4
 Skew = Annotated[float, Field(gt=0, lt=1)]
 
 
-def _kl(logp_nV: Tensor, logq_nV: Tensor) -> Tensor:
+class Divergence(ABC):
+    """A divergence between two distributions per row, on one support of S tokens.
+
+    The support is the vocabulary, or the named tokens of a target and their tail.
+    """
+
+    allows_draws: ClassVar[bool] = False
+    """True if the value is linear in the target up to a constant, so that draws are unbiased."""
+
+    @abstractmethod
+    def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
+        """(n, S), (n, S) log-probabilities -> (n,) nats."""
+
+
+def _kl(logp_nS: Tensor, logq_nS: Tensor) -> Tensor:
     """sum_v p (log p - log q) for finite log-probabilities, 0 where p underflows."""
-    return torch.linalg.vecdot(logp_nV.exp(), logp_nV - logq_nV)
+    return torch.linalg.vecdot(logp_nS.exp(), logp_nS - logq_nS)
 
 
-def _mix(share: float, logp_nV: Tensor, logq_nV: Tensor) -> Tensor:
+def _mix(share: float, logp_nS: Tensor, logq_nS: Tensor) -> Tensor:
     """log(share * p + (1 - share) * q)."""
     # In probability space the log is NaN if both underflow: linkedin/Liger-Kernel#769, #1453.
-    return torch.logaddexp(logp_nV + math.log(share), logq_nV + math.log1p(-share))
+    return torch.logaddexp(logp_nS + math.log(share), logq_nS + math.log1p(-share))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ForwardKL:
+class ForwardKL(Divergence):
     """KL(P || Q) = sum_v P (log P - log Q). The gradient at the student's logits is Q - P.
 
     Source: Hinton et al. 2015, arXiv 1503.02531, up to the entropy of P.
     """
 
-    def __call__(self, target_logp_nV: Tensor, student_logp_nV: Tensor) -> Tensor:
-        """(n, V), (n, V) -> (n,)."""
-        return _kl(target_logp_nV.clamp(min=LOG_FLOOR), student_logp_nV)
+    allows_draws: ClassVar[bool] = True
+
+    def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
+        """(n, S), (n, S) -> (n,)."""
+        return _kl(target_logp_nS.clamp(min=LOG_FLOOR), student_logp_nS)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ReverseKL:
+class ReverseKL(Divergence):
     """KL(Q || P) = sum_v Q (log Q - log P). Mode-seeking, at most -`LOG_FLOOR` if P has zeros.
 
     Source: MiniLLM, arXiv 2306.08543.
     """
 
-    def __call__(self, target_logp_nV: Tensor, student_logp_nV: Tensor) -> Tensor:
-        """(n, V), (n, V) -> (n,)."""
-        return _kl(student_logp_nV, target_logp_nV.clamp(min=LOG_FLOOR))
+    def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
+        """(n, S), (n, S) -> (n,)."""
+        return _kl(student_logp_nS, target_logp_nS.clamp(min=LOG_FLOOR))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class JensenShannon:
+class JensenShannon(Divergence):
     """(KL(P || M) + KL(Q || M)) / 2 with M = (P + Q) / 2. Symmetric, at most ln 2.
 
     Source: Lin 1991, Divergence measures based on the Shannon entropy, with equal weights.
     """
 
-    def __call__(self, target_logp_nV: Tensor, student_logp_nV: Tensor) -> Tensor:
-        """(n, V), (n, V) -> (n,)."""
+    def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
+        """(n, S), (n, S) -> (n,)."""
         # Equal weights only: a generalized JSD vanishes as its beta approaches 0 or 1 instead of
         # becoming a KL divergence (modelscope/ms-swift#10078).
-        target_logp_nV = target_logp_nV.clamp(min=LOG_FLOOR)
-        mixture_nV = _mix(0.5, target_logp_nV, student_logp_nV)
-        return 0.5 * (_kl(target_logp_nV, mixture_nV) + _kl(student_logp_nV, mixture_nV))
+        target_logp_nS = target_logp_nS.clamp(min=LOG_FLOOR)
+        mixture_nS = _mix(0.5, target_logp_nS, student_logp_nS)
+        return 0.5 * (_kl(target_logp_nS, mixture_nS) + _kl(student_logp_nS, mixture_nS))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SkewedForwardKL:
+class SkewedForwardKL(Divergence):
     """KL(P || skew P + (1 - skew) Q), at most -ln skew.
 
     Source: DistiLLM, arXiv 2402.03898, skew KL.
@@ -86,14 +103,14 @@ class SkewedForwardKL:
     skew: Skew = 0.1
     """Share of the target in the mixture that replaces the student."""
 
-    def __call__(self, target_logp_nV: Tensor, student_logp_nV: Tensor) -> Tensor:
-        """(n, V), (n, V) -> (n,)."""
-        target_logp_nV = target_logp_nV.clamp(min=LOG_FLOOR)
-        return _kl(target_logp_nV, _mix(self.skew, target_logp_nV, student_logp_nV))
+    def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
+        """(n, S), (n, S) -> (n,)."""
+        target_logp_nS = target_logp_nS.clamp(min=LOG_FLOOR)
+        return _kl(target_logp_nS, _mix(self.skew, target_logp_nS, student_logp_nS))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SkewedReverseKL:
+class SkewedReverseKL(Divergence):
     """KL(Q || (1 - skew) P + skew Q), at most -ln skew.
 
     Source: DistiLLM, arXiv 2402.03898, skew reverse KL.
@@ -102,15 +119,50 @@ class SkewedReverseKL:
     skew: Skew = 0.1
     """Share of the student in the mixture that replaces the target."""
 
-    def __call__(self, target_logp_nV: Tensor, student_logp_nV: Tensor) -> Tensor:
-        """(n, V), (n, V) -> (n,)."""
+    def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
+        """(n, S), (n, S) -> (n,)."""
         # The gradient flows through the mixture, which DistiLLM-2 detaches.
-        target_logp_nV = target_logp_nV.clamp(min=LOG_FLOOR)
-        return _kl(student_logp_nV, _mix(self.skew, student_logp_nV, target_logp_nV))
+        target_logp_nS = target_logp_nS.clamp(min=LOG_FLOOR)
+        return _kl(student_logp_nS, _mix(self.skew, student_logp_nS, target_logp_nS))
 
 
-DivergenceOption = ForwardKL | ReverseKL | JensenShannon | SkewedForwardKL | SkewedReverseKL
-"""Type of a recipe option that selects a divergence."""
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TotalVariation(Divergence):
+    """TV(P, Q) = 1/2 sum_v |P(v) - Q(v)|, in [0, 1]; 1 - TV is the acceptance of a draft model.
+
+    Source: Leviathan et al., arXiv 2211.17192, for the acceptance rate of speculative decoding.
+    """
+
+    def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
+        """(n, S), (n, S) -> (n,)."""
+        target_nS = target_logp_nS.clamp(min=LOG_FLOOR).exp()
+        return 0.5 * (target_nS - student_logp_nS.exp()).abs().sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AlphaBeta(Divergence):
+    """D = -1/(a b) sum_v [P^a Q^b - a/(a+b) P^(a+b) - b/(a+b) Q^(a+b)], with a, b > 0.
+
+    (a, b) -> (1, 0) is forward KL, (0, 1) reverse KL, and (1/2, 1/2) four times the squared
+    Hellinger distance. Larger a weighs tokens by the target, larger b by the student.
+
+    Source: ABKD, arXiv 2505.04560.
+    """
+
+    alpha: Annotated[float, Field(gt=0)] = 0.2
+    """Power of the target."""
+    beta: Annotated[float, Field(gt=0)] = 0.7
+    """Power of the student."""
+
+    def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
+        """(n, S), (n, S) -> (n,)."""
+        a, b, total = self.alpha, self.beta, self.alpha + self.beta
+        target_logp_nS = target_logp_nS.clamp(min=LOG_FLOOR)
+        mixed_n = (a * target_logp_nS + b * student_logp_nS).exp().sum(-1)
+        target_n = (total * target_logp_nS).exp().sum(-1)
+        student_n = (total * student_logp_nS).exp().sum(-1)
+        return -(mixed_n - a / total * target_n - b / total * student_n) / (a * b)
+
 
 DIVERGENCES: dict[str, type[Divergence]] = {
     "forward_kl": ForwardKL,
@@ -118,5 +170,7 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     "jensen_shannon": JensenShannon,
     "skewed_forward_kl": SkewedForwardKL,
     "skewed_reverse_kl": SkewedReverseKL,
+    "total_variation": TotalVariation,
+    "alpha_beta": AlphaBeta,
 }
-"""Divergences by their names in a recipe."""
+"""Name in a recipe -> class."""

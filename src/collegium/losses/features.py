@@ -19,8 +19,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from collegium.distributions import Answer
 from collegium.errors import RecipeError, TrainingError, nearest
-from collegium.types import STRICT, TeacherRows
+from collegium.types import STRICT
 
 EPSILON = 1e-6
 """Added to a mean square before the root, so that a zero state has a finite gradient."""
@@ -170,7 +171,7 @@ class FeatureLoss(nn.Module):
         }
 
     def forward(
-        self, student_features: Mapping[str, Tensor], teachers: Sequence[TeacherRows]
+        self, student_features: Mapping[str, Tensor], teachers: Sequence[Answer]
     ) -> dict[str, Tensor]:
         """Compute the feature term of each teacher per row.
 

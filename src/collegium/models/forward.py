@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from collegium.distributions import HiddenRows
 from collegium.errors import ModelError, nearest
 from collegium.models.adapters import base_layer, effective_weight
-from collegium.types import IGNORE, Batch, Head, HiddenRows, Rows
+from collegium.types import IGNORE, Batch, Head, Rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -1,70 +1,103 @@
-"""What a cache holds in the place of the teachers that it was made of: a finished target, or what each of them said.
+"""Teachers and targets read from a cache.
 
 Shapes: B batch, T time, N rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from collegium.cache.feature_store import FeatureCache
 from collegium.cache.shards import PieceKey, document_hash, window_hash
 from collegium.cache.store import TargetCache
+from collegium.distributions import Answer
 from collegium.errors import RecipeError
-from collegium.fusion.pooling import Fusion
-from collegium.fusion.weights import Entropy
+from collegium.fusion.fuse import FinishedTarget
 from collegium.teachers.prefetch import Prefetcher
-from collegium.types import Batch, Rows, SparseRows, StoredRows, TeacherRows, is_row
+from collegium.types import Batch, Rows, is_row
 
 
-class _ReadTeacher:
-    """Answers with what a cache holds of the pieces of a batch; its windows may stand in any order."""
+class CachedTargets:
+    """The finished targets of a fused cache; windows of a batch may be in any order."""
 
-    def __init__(self, name: str, read: Callable[[Batch], SparseRows | StoredRows]) -> None:
-        self.name = name
-        self._read = Prefetcher(read)
+    def __init__(self, cache: TargetCache, documents: Sequence[str]) -> None:
+        """Read from `cache`; `documents` are the ids behind the sample numbers of a batch."""
+        keys = BatchKeys(documents)
+        self._read = Prefetcher(lambda batch: cache.rows(keys(batch)))
+        self.capabilities = cache.layout.capabilities()
 
-    def expect(self, batch: Batch) -> None:
-        """Begin to read what will be asked for this batch."""
-        self._read.expect(batch)
+    def prefetch(self, batch: Batch) -> None:
+        """Start to read the targets of a batch."""
+        self._read.prefetch(batch)
 
-    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
-        """What is kept of all rows, on the device of the batch.
+    def target(self, batch: Batch, rows: Rows) -> FinishedTarget:
+        """The targets of all rows, on the device of the batch.
 
         Raises:
-            CacheError: a piece of the batch is not in the cache.
-            RecipeError: hidden states are asked for.
+            CacheError: a piece of the batch is missing in the cache.
         """
-        if taps:
-            raise RecipeError("objective.features: a cache holds no hidden states; leave it out")
-        found = self._read(batch)
-        assert len(found) == len(rows)  # the mask of the rows is part of every key
-        return TeacherRows(self.name, found.to(batch.input_ids.device))
+        named = self._read(batch)
+        assert len(named) == len(rows)  # the mask of the rows is part of every key
+        return FinishedTarget(named.to(batch.input_ids.device))
 
 
-class CachedTeacher(_ReadTeacher):
-    """The finished targets of a fused cache."""
-
-    provides = frozenset({"target"})
+class CachedTeacher:
+    """The stored distributions, and hidden states, of one teacher."""
 
     def __init__(
-        self, cache: TargetCache, documents: Sequence[str], *, name: str = "cache"
+        self,
+        name: str,
+        cache: TargetCache,
+        keys: BatchKeys,
+        features: FeatureCache | None = None,
     ) -> None:
-        """Read from `cache`; `documents` are the ids that the sample numbers of a batch stand for."""
-        keys = BatchKeys(documents)
-        super().__init__(name, lambda batch: cache.rows(keys(batch)))
+        """Read from the folders of this teacher.
 
+        Args:
+            name: of the teacher.
+            cache: its distributions.
+            keys: of the pieces of a batch; shared by the teachers of one data set.
+            features: its hidden states.
+        """
+        self.name = name
+        self._features = features
+        self._read = Prefetcher(lambda batch: cache.stored(keys(batch)))
+        self._read_features = None
+        if features is not None:
+            taps = features.taps
+            self._read_features = Prefetcher(lambda batch: features.rows(keys(batch), taps))
+        self.capabilities = cache.layout.capabilities(has_features=features is not None)
 
-class StoredTeacher(_ReadTeacher):
-    """What a per-teacher cache keeps of one teacher, to be fused with its like."""
+    def prefetch(self, batch: Batch) -> None:
+        """Start to read the answer for a batch."""
+        self._read.prefetch(batch)
+        if self._read_features is not None:
+            self._read_features.prefetch(batch)
 
-    provides = frozenset({"stored"})
+    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
+        """The stored distributions of all rows, on the device of the batch.
 
-    def __init__(self, name: str, cache: TargetCache, keys: BatchKeys) -> None:
-        """Read from the folder of this teacher; `keys` may be shared with other teachers of the same data set."""
-        super().__init__(name, lambda batch: cache.stored(keys(batch)))
+        Raises:
+            CacheError: a piece of the batch, or a tap, is missing in the cache.
+            RecipeError: the cache holds no hidden states.
+        """
+        device = batch.input_ids.device
+        named = self._read(batch)
+        assert len(named) == len(rows)  # the mask of the rows is part of every key
+        features = {}
+        if taps:
+            if self._features is None or self._read_features is None:
+                raise RecipeError(
+                    "objective.features: the cache holds no hidden states; omit it, or set "
+                    "cache.features"
+                )
+            self._features.require(taps)
+            states = self._read_features(batch)
+            features = {tap: states[tap].to(device) for tap in taps}
+        return Answer(self.name, named.to(device), features)
 
 
 class BatchKeys:
@@ -116,22 +149,3 @@ def pieces_of(batch: Batch, hashes: Sequence[int]) -> list[BatchPiece]:
                 key = PieceKey(hashes[sample], 0, digest)
                 found.append(BatchPiece(key, window, start, num_targets))
     return found
-
-
-def require_static(fusion: Fusion | str) -> None:
-    """Refuse a fusion that is more than one distribution per row, whichever windows share a batch; `auto` never chooses one.
-
-    Raises:
-        RecipeError: entropy weights over a batch, or a conflict policy that changes the weight of a row.
-    """
-    weighting = fusion.weighting if isinstance(fusion, Fusion) else None
-    if isinstance(weighting, Entropy) and weighting.granularity == "batch":
-        raise RecipeError(
-            "fusion.weighting.granularity: got batch, so that a target depends on its neighbors in a batch; must be token "
-            "or sequence with a cache; change it, or set cache.enabled: false"
-        )
-    if isinstance(fusion, Fusion) and fusion.conflict.yields_to_labels:
-        raise RecipeError(
-            "fusion.conflict: got truth_fallback, which weighs rows anew at each step; must be another policy with a cache; "
-            "change it, or set cache.enabled: false"
-        )

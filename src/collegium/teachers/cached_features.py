@@ -11,45 +11,14 @@ from dataclasses import replace
 import numpy as np
 
 from collegium.cache.feature_shards import PieceFeatures
-from collegium.cache.feature_store import FeatureCache
 from collegium.cache.features import FeatureCacheOptions, Projection
 from collegium.cache.shards import document_hash
 from collegium.data.pack import Collator, PackedDataset
+from collegium.distributions import Teacher
 from collegium.models.loading import choose_device
-from collegium.teachers.cached import BatchKeys, StoredTeacher, pieces_of
+from collegium.teachers.cached import pieces_of
 from collegium.teachers.encoders import shard_windows
-from collegium.teachers.prefetch import Prefetcher
-from collegium.types import Batch, Rows, Teacher, TeacherRows
-
-
-class TappedTeacher:
-    """A teacher of a per-teacher cache that also answers with hidden states; no model is loaded."""
-
-    provides = frozenset({"stored", "features"})
-
-    def __init__(self, teacher: StoredTeacher, features: FeatureCache, keys: BatchKeys) -> None:
-        self.name = teacher.name
-        self._teacher = teacher
-        self._features = features
-        self._read = Prefetcher(lambda batch: features.rows(keys(batch), features.taps))
-
-    def expect(self, batch: Batch) -> None:
-        """Begin to read what will be asked for this batch."""
-        self._teacher.expect(batch)
-        self._read.expect(batch)
-
-    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
-        """What is kept of all rows, with the hidden states of `taps`, on the device of the batch.
-
-        Raises:
-            CacheError: a piece of the batch, or a tap, is not in the cache.
-        """
-        answer = self._teacher.score(batch, rows)
-        if not taps:
-            return answer
-        self._features.require(taps)
-        found, device = self._read(batch), batch.input_ids.device
-        return replace(answer, features={tap: found[tap].to(device) for tap in taps})
+from collegium.types import Batch
 
 
 class FeatureEncoder:

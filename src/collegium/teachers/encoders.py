@@ -18,13 +18,14 @@ from collegium.cache.layout import Layout, entropy_name, log_z_name
 from collegium.cache.options import CacheOptions
 from collegium.cache.shards import PieceKey, PieceTargets, document_hash
 from collegium.data.pack import Collator, PackedDataset
-from collegium.fusion.pooling import FusedBlock, FusedTarget, Fusion
-from collegium.fusion.stream import RowReader
-from collegium.losses.chunked import default_block_size
+from collegium.distributions import Teacher
+from collegium.fusion.fuse import Fusion, TargetBlock, fuse
+from collegium.fusion.pools import RowReader
+from collegium.losses.engine import default_block_size
 from collegium.models.loading import choose_device
-from collegium.teachers.cached import pieces_of, require_static
+from collegium.teachers.cached import pieces_of
 from collegium.teachers.routed import score_teachers
-from collegium.types import Batch, Rows, Teacher
+from collegium.types import Batch, Rows
 
 SHARD_TARGETS = 2**18
 """Targets per shard, or a few more: what an interrupted build may lose."""
@@ -163,12 +164,7 @@ class FusedEncoder(CorpusEncoder):
         seed: int,
         vocab_size: int,
     ) -> None:
-        """Lay out the shards; `teachers` is called when the first of them is missing, not before.
-
-        Raises:
-            RecipeError: the fusion depends on which windows share a batch.
-        """
-        require_static(fusion)
+        """Lay out the shards; `teachers` is called when the first of them is missing, not before."""
         super().__init__(
             dataset,
             layout=Layout("fused", options.targets),
@@ -183,10 +179,10 @@ class FusedEncoder(CorpusEncoder):
         self, batch: Batch, rows: Rows, blocks: Sequence[slice]
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         scored = score_teachers(self._teachers(), batch, rows, self._fusion)
-        target = FusedTarget(self._fusion, scored, rows)
+        target = fuse(self._fusion, scored, rows)
         for block in blocks:
             fused = target.block(block)
-            yield fused.logp_nV, fused_scalars(fused, rows.labels[block])
+            yield fused.logp(), fused_scalars(fused, rows.labels[block])
 
 
 class TeacherEncoder(CorpusEncoder):
@@ -219,11 +215,11 @@ class TeacherEncoder(CorpusEncoder):
     def _told(
         self, batch: Batch, rows: Rows, blocks: Sequence[slice]
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        scores = self._teacher().score(batch, rows).scores
+        distribution = self._teacher().score(batch, rows).distribution
         reader = RowReader()
         for block in blocks:
             labels_n = rows.labels[block]
-            stats, logp_nV = reader.read(scores.logits(block).to(labels_n.device), labels_n)
+            stats, logp_nV = reader.read(distribution.logits(block).to(labels_n.device), labels_n)
             scalars = {
                 "entropy": stats.entropy_KN,
                 "label_logp": stats.label_logp_KN,
@@ -245,9 +241,9 @@ def at_temperature(logp_nV: Tensor, temperature: float) -> tuple[Tensor, Tensor]
     return log_z_n, entropy_n
 
 
-def fused_scalars(fused: FusedBlock, labels_n: Tensor) -> dict[str, Tensor]:
+def fused_scalars(fused: TargetBlock, labels_n: Tensor) -> dict[str, Tensor]:
     """What is kept of a target beside itself: (n,) each, in nats."""
-    logp_nV = fused.logp_nV
+    logp_nV = fused.logp()
     return {
         "entropy": -(logp_nV.exp() * logp_nV).sum(1),
         "label_logp": logp_nV.gather(1, labels_n[:, None])[:, 0],

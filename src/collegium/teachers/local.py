@@ -11,10 +11,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as option_class
 from torch import Tensor, nn
 
+from collegium.distributions import LIVE, Answer, Distribution, HiddenRows, WrappedRows
 from collegium.errors import ModelError, TrainingError
 from collegium.models import ModelOptions, count_parameters, forward_rows, load_model
 from collegium.models.forward import head_layer
-from collegium.types import STRICT, Batch, HiddenRows, RowLogits, Rows, TeacherRows
+from collegium.types import STRICT, Batch, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,22 +33,20 @@ class TeacherOptions(ModelOptions):
     """Factor on its logits: makes a teacher more (above 1) or less confident than it is, for stress tests."""
 
 
-@dataclass(frozen=True, slots=True)
-class MovedRows:
-    """Hidden states that stay where their head is; only the logits of a block travel."""
+@dataclass(frozen=True)
+class MovedRows(WrappedRows):
+    """Hidden states and head on the teacher's device; only the logits of a block are moved."""
 
-    rows: HiddenRows
     device: torch.device
 
     def logits(self, block: slice) -> Tensor:
-        """(n, V) logits on the device of the batch."""
-        return self.rows.logits(block).to(self.device)
+        return self.inner.logits(block).to(self.device)
 
 
 class LocalTeacher:
-    """A model that only answers: without gradient, without dropout, in its own number type."""
+    """A frozen model: no gradient, no dropout, its own dtype and device."""
 
-    provides = frozenset({"dense", "features"})
+    capabilities = LIVE
 
     def __init__(
         self,
@@ -95,7 +94,7 @@ class LocalTeacher:
         )
 
     @torch.no_grad()
-    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
+    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
         """Score the rows without gradient; `taps` names the hidden states to return.
 
         Raises:
@@ -120,8 +119,8 @@ class LocalTeacher:
         self._check_finite({"the last layer": found.hidden, **found.features}, rows)
         features = {tap: hidden_ND.to(home) for tap, hidden_ND in found.features.items()}
         found = replace(found, head=found.head.scaled(self._logit_scale))
-        scores: RowLogits = found if home == self._device else MovedRows(found, home)
-        return TeacherRows(self.name, scores, features)
+        distribution: Distribution = found if home == self._device else MovedRows(found, home)
+        return Answer(self.name, distribution, features)
 
     def _check_finite(self, states: Mapping[str, Tensor], rows: Rows) -> None:
         for place, hidden_ND in states.items():

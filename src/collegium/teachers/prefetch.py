@@ -1,7 +1,7 @@
-"""Reading what a cache holds for the next batch while the student works on this one.
+"""Prefetch the cached answers of the next batch while the student trains on the current one.
 
-A data loader makes a batch before the one in hand is used up. So the collator announces each batch that it makes, and the cached
-teachers read it on a thread of their own. What they answer is the same with and without.
+A data loader makes a batch before it is used. So the collator passes each batch to the cached
+teachers, which read it on a background thread. Answers are the same with and without.
 """
 
 from __future__ import annotations
@@ -17,65 +17,65 @@ from torch import Tensor
 from collegium.types import Batch
 
 MAX_PENDING = 64
-"""Batches that may wait, the oldest is forgotten: those of one optimizer step and one more."""
+"""Pending batches; more drop the oldest. Covers the micro-batches of one optimizer step."""
 T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """A function of a batch that may be told in advance what it will be asked; it runs on one thread, in order."""
+    """A function of a batch that can run ahead of its call, on one thread and in order."""
 
     def __init__(self, read: Callable[[Batch], T]) -> None:
-        """Call `read` once per question, never twice at a time."""
+        """Call `read` once per batch, never concurrently."""
         self._read = read
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cache")
-        self._expected: OrderedDict[bytes, Future[T]] = OrderedDict()
+        self._pending: OrderedDict[bytes, Future[T]] = OrderedDict()
 
-    def expect(self, batch: Batch) -> None:
-        """Begin to read; what goes wrong is raised where the answer is asked for."""
+    def prefetch(self, batch: Batch) -> None:
+        """Start to read; errors are raised by the call for this batch."""
         key = _digest(batch)
-        if key in self._expected:
+        if key in self._pending:
             return
-        self._expected[key] = self._pool.submit(self._read, batch)
-        if len(self._expected) > MAX_PENDING:
-            self._expected.popitem(last=False)[1].cancel()
+        self._pending[key] = self._pool.submit(self._read, batch)
+        if len(self._pending) > MAX_PENDING:
+            self._pending.popitem(last=False)[1].cancel()
 
     def __call__(self, batch: Batch) -> T:
-        """The answer for a batch, expected or not."""
-        future = self._expected.pop(_digest(batch), None)
+        """The result for a batch, prefetched or not."""
+        future = self._pending.pop(_digest(batch), None)
         return (future or self._pool.submit(self._read, batch)).result()
 
 
 class Prefetches(Protocol):
-    """A teacher that can be told of a batch in advance."""
+    """A source that can read ahead."""
 
-    def expect(self, batch: Batch) -> None:
-        """Begin to read what will be asked for this batch."""
+    def prefetch(self, batch: Batch) -> None:
+        """Start to read the answer for this batch."""
         ...
 
 
 class PrefetchingCollator:
-    """A collator that tells teachers of each batch that it makes; for data loaders without worker processes."""
+    """A collator that prefetches each batch it makes; for data loaders without worker processes."""
 
     def __init__(
         self,
         collator: Callable[[Sequence[dict[str, object]]], dict[str, Tensor]],
-        teachers: Sequence[Prefetches],
+        sources: Sequence[Prefetches],
     ) -> None:
         """Make batches with `collator`."""
         self._collator = collator
-        self._teachers = list(teachers)
+        self._sources = list(sources)
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> Mapping[str, Tensor]:
-        """What the collator makes of the items."""
+        """Collate the items, and start to read their answers."""
         inputs = self._collator(items)
         batch = Batch.from_inputs(inputs)
-        for teacher in self._teachers:
-            teacher.expect(batch)
+        for source in self._sources:
+            source.prefetch(batch)
         return inputs
 
 
 def _digest(batch: Batch) -> bytes:
-    """All that the keys of a batch's pieces depend on."""
+    """A digest of everything that the keys of a batch depend on."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in (batch.input_ids, batch.position_ids, batch.labels, batch.sample_ids):
         digest.update(str(tuple(tensor.shape)).encode())

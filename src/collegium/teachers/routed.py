@@ -1,22 +1,20 @@
-"""Asking the teachers about the rows of a batch: all about all of them, or under a route each about its own.
+"""Score the rows of a batch with every teacher, or each row with the teacher it is routed to.
 
 Shapes: B windows, T time, N rows, m rows of one teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from collegium.fusion.pooling import Fusion
+from collegium.distributions import Answer, Capability, DenseRows, Teacher
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.routing import Route
-from collegium.types import Batch, DenseRows, Rows, Teacher, TeacherRows
-
-Ask = Callable[[Teacher, Batch, Rows], TeacherRows]
-"""How one teacher is asked about rows of a batch."""
+from collegium.types import Batch, Rows
 
 
 def score_teachers(
@@ -25,44 +23,44 @@ def score_teachers(
     rows: Rows,
     fusion: Fusion | None,
     *,
-    ask: Ask = lambda teacher, batch, rows: teacher.score(batch, rows),
-    whole: Collection[str] = (),
-) -> list[TeacherRows]:
-    """What the teachers say, in their order.
+    taps: Mapping[str, Sequence[str]] | None = None,
+) -> list[Answer]:
+    """Score the rows with the teachers, in their order.
 
-    Under `route` a live teacher reads the windows that hold rows of its own, scores those rows alone, and does not run where there are none.
+    Under `route` a live teacher reads only the windows that hold rows of its own, scores those rows,
+    and is skipped where there are none. A teacher whose hidden states are compared scores all rows.
 
     Args:
-        teachers: whom to ask.
+        teachers: the frozen models, or sources that answer for them.
         batch: the windows.
         rows: all rows of the batch.
-        fusion: how the answers are to be fused; None where only their hidden states count.
-        ask: how to ask one of them.
-        whole: names of teachers that are asked about all rows whatever the route, since their hidden states are compared at all of them.
+        fusion: the rule that fuses the answers; None where only hidden states are read.
+        taps: hidden states to return, by name of the teacher.
 
     Raises:
-        DataError: a row names a teacher that is not there.
+        DataError: a row names a teacher that is missing.
     """
+    taps = taps or {}
     route = None if fusion is None else fusion.weighting
-    if not isinstance(route, Route) or not all("dense" in one.provides for one in teachers):
-        return [ask(teacher, batch, rows) for teacher in teachers]
+    if not isinstance(route, Route):
+        return [teacher.score(batch, rows, taps.get(teacher.name, ())) for teacher in teachers]
     shares = route.shares(rows, [teacher.name for teacher in teachers])
     return [
-        ask(teacher, batch, rows)
-        if teacher.name in whole
-        else _score_own(teacher, batch, rows, own_m, ask)
+        teacher.score(batch, rows, taps.get(teacher.name, ()))
+        if taps.get(teacher.name) or Capability.SUBSETS not in teacher.capabilities.supported
+        else _score_own_rows(teacher, batch, rows, own_m)
         for teacher, own_m in zip(teachers, shares, strict=True)
     ]
 
 
-def _score_own(teacher: Teacher, batch: Batch, rows: Rows, own_m: Tensor, ask: Ask) -> TeacherRows:
+def _score_own_rows(teacher: Teacher, batch: Batch, rows: Rows, own_m: Tensor) -> Answer:
     if len(own_m) == 0:
-        return TeacherRows(teacher.name, DenseRows(torch.empty(0, 0)), answered=own_m)
+        return Answer(teacher.name, DenseRows(torch.empty(0, 0)), rows=own_m)
     if len(own_m) == len(rows):
-        return ask(teacher, batch, rows)
+        return teacher.score(batch, rows)
     own_m = own_m.to(rows.index.device)
     own = rows.part(own_m)
     length = batch.input_ids.shape[1]
     windows_b, place_m = torch.unique(own.index // length, return_inverse=True)
     own = replace(own, index=place_m * length + own.index % length)
-    return replace(ask(teacher, batch.part(windows_b), own), answered=own_m)
+    return replace(teacher.score(batch.part(windows_b), own), rows=own_m)

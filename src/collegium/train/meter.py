@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from collegium.types import LossSum, Rows
+from collegium.types import LossSum
 
 
 class StepMeter:
@@ -42,8 +42,9 @@ class StepMeter:
         self._timed_rows = 0
         self._started = time.monotonic()
 
-    def add(self, loss: LossSum, rows: Rows) -> None:
+    def add(self, loss: LossSum) -> None:
         """Add one micro-batch."""
+        samples_N = loss.rows.samples
         self.num_tokens += loss.num_rows
         self._rows += loss.num_rows
         self._timed_rows += loss.num_rows
@@ -55,11 +56,11 @@ class StepMeter:
             self._add(f"grad_norms/{name}", norm)
         if loss.teacher_weights_KN is not None:
             self._add("teachers", loss.teacher_weights_KN.sum(1))
-            self._add_domains("domains", loss.teacher_weights_KN, rows.samples)
-            self._count_domains(rows.samples)
+            self._add_domains("domains", loss.teacher_weights_KN, samples_N)
+            self._count_domains(samples_N)
         for name, value_N in loss.conflict.items():
             self._add(f"conflict/{name}", value_N.sum())
-            self._add_domains(f"conflict_domains/{name}", value_N[None], rows.samples)
+            self._add_domains(f"conflict_domains/{name}", value_N[None], samples_N)
 
     def _add(self, name: str, value: Tensor) -> None:
         total = self._sums.get(name)
@@ -86,8 +87,10 @@ class StepMeter:
         self._sample_domains = self._sample_domains.to(samples_N.device)
         return self._sample_domains[samples_N]
 
-    def row(self) -> dict[str, Any]:
-        """Return the means since the last row, and reset.
+    def row(self, gather: Callable[[Any], list[Any]] = lambda value: [value]) -> dict[str, Any]:
+        """Return the means since the last row over all processes, and reset.
+
+        `gather` collects one value of every process.
 
         - `loss`: weighted sum of the terms, in nats per target token.
         - `terms`: each term per target token, without its factor.
@@ -104,6 +107,11 @@ class StepMeter:
         - `tokens_per_s`: target tokens per second since the last row, or since this process
           started to train, including the time spent saving.
         """
+        parts = gather((self.state(), self._timed_rows))
+        num_tokens = sum(state["num_tokens"] for state, _ in parts)
+        timed_rows = sum(timed for _, timed in parts)
+        if len(parts) > 1:
+            self._sums, self._rows = _total([state for state, _ in parts])
         rows = max(self._rows, 1)
         norms = self._named("grad_norms/")
         total_norm = sum(norms.values())
@@ -111,8 +119,8 @@ class StepMeter:
         loss = self._sums.get("loss")
         row = {
             "loss": 0.0 if loss is None else loss.item() / rows,
-            "tokens_per_s": self._timed_rows / seconds,
-            "num_tokens": self.num_tokens,
+            "tokens_per_s": timed_rows / seconds,
+            "num_tokens": num_tokens,
             "terms": {name: value / rows for name, value in self._named("terms/").items()},
             "term_weights": self._term_weights,
             "grad_shares": {name: norm / total_norm for name, norm in norms.items()}
@@ -181,6 +189,16 @@ class StepMeter:
         }
 
 
+def _total(states: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], int]:
+    """Add the sums and row counts of several processes."""
+    sums: dict[str, Tensor] = {}
+    for state in states:
+        for name, value in state["sums"].items():
+            tensor = torch.tensor(value, dtype=torch.float32)
+            sums[name] = sums[name] + tensor if name in sums else tensor
+    return sums, sum(state["rows"] for state in states)
+
+
 class RunLog:
     """`log.jsonl`: one JSON object per logged step, without duplicates. See `StepMeter.row`."""
 
@@ -194,7 +212,7 @@ class RunLog:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read the rows, ignoring an incomplete last line."""
+        """Read the rows; an incomplete last line is ignored."""
         if not self.path.exists():
             return []
         rows: list[dict[str, Any]] = []

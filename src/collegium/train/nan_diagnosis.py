@@ -5,31 +5,35 @@ Shapes: N rows, n block of rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from collegium.types import LossSum, RowLogits, Rows, StudentRows, TeacherRows
+from collegium.distributions import Answer, Distribution, HiddenRows
+from collegium.errors import TrainingError
+from collegium.train.step import DistillStep
+from collegium.types import LossSum
 
 _BLOCK = 512
 _MAX_SHOWN = 8
 
 
 def first_bad_rows(
-    student: StudentRows, teachers: Sequence[TeacherRows], loss: LossSum, rows: Rows
+    student: HiddenRows, answers: Sequence[Answer], loss: LossSum
 ) -> tuple[str, Tensor] | None:
     """Name the first of teachers, student and loss terms that is not finite, with its samples.
 
     A logit of -inf is a token ruled out, not an error. Returns None if everything is finite.
     """
     # Teachers first: their logits are inputs of the loss, so they cannot be a consequence of it.
-    for teacher in teachers:
-        answered = teacher.answered
-        scored = rows if answered is None else rows.part(answered.to(rows.samples.device))
-        is_bad_N = _bad_rows(teacher.scores, len(scored))
+    rows = loss.rows
+    for answer in answers:
+        at_m = answer.rows
+        scored = rows if at_m is None else rows.part(at_m.to(rows.samples.device))
+        is_bad_N = _bad_rows(answer.distribution, len(scored))
         if is_bad_N.any():
-            return f"teacher `{teacher.name}`", scored.samples[is_bad_N]
+            return f"teacher `{answer.name}`", scored.samples[is_bad_N]
     is_bad_N = _bad_rows(student, len(rows))
     if is_bad_N.any():
         return "the student's logits", rows.samples[is_bad_N]
@@ -59,11 +63,60 @@ def sample_list(samples: Tensor, names: list[str] | None) -> str:
     return f"samples {', '.join(shown[:_MAX_SHOWN])}{more}"
 
 
-def _bad_rows(scores: RowLogits, num_rows: int) -> Tensor:
+def _bad_rows(distribution: Distribution, num_rows: int) -> Tensor:
     # `cat` of an empty list raises, and a routed teacher may score no row.
     flags = [torch.zeros(0, dtype=torch.bool)]
     # In blocks: the step that failed never held (N, V) logits either.
     for start in range(0, num_rows, _BLOCK):
-        logits_nV = scores.logits(slice(start, min(start + _BLOCK, num_rows)))
+        logits_nV = distribution.logits(slice(start, min(start + _BLOCK, num_rows)))
         flags.append((logits_nV.isnan() | logits_nV.isposinf()).any(-1).cpu())
     return torch.cat(flags)
+
+
+class NanGuard:
+    """Refuses an optimizer step whose loss or gradients are not finite, and names the cause."""
+
+    def __init__(self, step: DistillStep) -> None:
+        self._step = step
+        self._micro_batches: list[Mapping[str, Tensor]] = []
+        self._loss: Tensor | None = None
+
+    def add(self, inputs: Mapping[str, Tensor], loss: Tensor) -> None:
+        """Add a micro-batch and its loss, detached."""
+        self._micro_batches.append(inputs)
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def check(self, step: int, names: list[str] | None) -> None:
+        """Check the micro-batches since the last call, before the optimizer step.
+
+        Raises:
+            TrainingError: loss or gradients are not finite. Nothing was updated.
+        """
+        micro_batches, loss = self._micro_batches, self._loss
+        self._micro_batches, self._loss = [], None
+        if loss is None:
+            return
+        grads = [p.grad for p in self._step.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        # One synchronization per step, beside those of choosing rows and of the teachers' checks.
+        if bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            return
+        part, samples = self._diagnose(micro_batches)
+        raise TrainingError(
+            f"step {step}: got loss {loss.item():g} with gradient norm {norm.item():g}, first seen "
+            f"in {part}, {sample_list(samples, names)}; must be finite; nothing was updated or "
+            "saved; look at these samples, run that part in float32 or lower learning_rate"
+        )
+
+    @torch.no_grad()
+    def _diagnose(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> tuple[str, Tensor]:
+        samples = []
+        for inputs in micro_batches:
+            student, answers, loss = self._step.outputs(inputs)
+            bad = first_bad_rows(student, answers, loss)
+            if bad is not None:
+                return bad
+            samples.append(loss.rows.samples)
+        names = bad_gradients(self._step.named_parameters())
+        part = f"the gradient of {names[0]}" if names else "the norm of all gradients together"
+        return part, torch.cat(samples)

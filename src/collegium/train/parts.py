@@ -1,4 +1,4 @@
-"""What a trainer is made of: sound arguments, the size of the vocabulary, teachers with names, a default loss."""
+"""Defaults and checks of `DistillTrainer`: arguments, vocabulary size, named teachers, objective."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from collegium.distributions import Teacher
 from collegium.errors import TrainingError
-from collegium.fusion.pooling import Fusion
+from collegium.fusion.fuse import Fusion
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective, ObjectiveOptions
-from collegium.types import Teacher
 
 LiveTeachers = Sequence[Teacher | PreTrainedModel] | Mapping[str, Teacher | PreTrainedModel]
 
 
 def adopt_arguments(args: TrainingArguments) -> None:
-    """Refuse what would go wrong without a word, and set what this trainer cannot do without."""
+    """Set the arguments that this trainer depends on, and refuse those that it does not support.
+
+    Raises:
+        TrainingError: an argument has an unsupported value.
+    """
     problems = [
-        (args.world_size > 1, "world_size", args.world_size, "1; start a single process"),
         (args.n_gpu > 1, "n_gpu", args.n_gpu, "at most 1; set CUDA_VISIBLE_DEVICES to one device"),
+        (bool(args.fsdp), "fsdp", args.fsdp, "empty; wrap `DistillStep` in your own loop"),
+        (args.deepspeed is not None, "deepspeed", "a config", "None; use DDP"),
         (args.fp16, "fp16", args.fp16, "False; use bf16"),
         (
             args.label_smoothing_factor != 0,
@@ -34,14 +39,17 @@ def adopt_arguments(args: TrainingArguments) -> None:
     for is_wrong, name, value, wanted in problems:
         if is_wrong:
             raise TrainingError(f"{name}: got {value}; must be {wanted}")
+    # Our collator needs columns that the student's `forward` does not take.
     args.remove_unused_columns = False
+    # The filter would hide a NaN from the log; a step that is not finite is refused instead.
     args.logging_nan_inf_filter = False
     if args.data_seed is None:
-        # The order of the data must not depend on who drew random numbers before.
+        # The order of the data must not depend on other users of the global generators.
         args.data_seed = args.seed
 
 
 def vocabulary_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """V: the largest token id + 1, else the rows of the student's head."""
     if tokenizer is not None:
         return max(tokenizer.get_vocab().values()) + 1
     return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr]
@@ -50,7 +58,11 @@ def vocabulary_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 def named_teachers(
     teachers: LiveTeachers, student: PreTrainedModel, vocab_size: int, device: torch.device
 ) -> list[Teacher]:
-    """Wrap live models; everything else already answers for itself."""
+    """Wrap models as `LocalTeacher`, named by their key or `teacher_0`, ...
+
+    Raises:
+        TrainingError: two teachers share a name, or a key differs from the teacher's own name.
+    """
     if isinstance(teachers, Mapping):
         pairs = list(teachers.items())
     else:
@@ -58,18 +70,20 @@ def named_teachers(
             (f"teacher_{i}" if isinstance(teacher, PreTrainedModel) else teacher.name, teacher)
             for i, teacher in enumerate(teachers)
         ]
-    found: list[Teacher] = []
+    named: list[Teacher] = []
     for name, teacher in pairs:
         if isinstance(teacher, PreTrainedModel):
             teacher.to(device)  # type: ignore[arg-type]
             teacher = LocalTeacher(name, teacher, vocab_size=vocab_size, student=student)
-        if teacher.name != name or name in [known.name for known in found]:
+        if teacher.name != name or name in [other.name for other in named]:
             raise TrainingError(
-                f"teachers: got the name `{name}` for {teacher.name}; must be one name for each; rename it"
+                f"teachers: got the name `{name}` for {teacher.name}; must be one name for each; "
+                "rename it"
             )
-        found.append(teacher)
-    return found
+        named.append(teacher)
+    return named
 
 
 def default_objective(teachers: Sequence[Teacher]) -> Objective:
+    """0.9 forward KL to the linear pool under prefix likelihood, and 0.1 CE."""
     return Objective(ObjectiveOptions(), Fusion() if teachers else None)

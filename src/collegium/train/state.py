@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from collegium.errors import TrainingError
+from collegium.train.meter import StepMeter
 
 # transformers saves optimizer and random generators as pickles, which run code when loaded.
 STATE = "state.json"
@@ -53,6 +55,42 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """Read `state.json`."""
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def save(
+    folder: Path,
+    record: Mapping[str, Any],
+    *,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    objective: nn.Module,
+    meter: StepMeter,
+) -> None:
+    """Write optimizer, scheduler, objective, random generators and meter to a checkpoint.
+
+    Raises:
+        TrainingError: a part cannot be saved without pickle.
+    """
+    optimizer_record, tensors = optimizer_state(optimizer)
+    save_tensors(tensors, folder / OPTIMIZER)
+    save_objective(objective, folder)
+    write(
+        folder,
+        {
+            **record,
+            "optimizer": optimizer_record,
+            "scheduler": scheduler.state_dict(),
+            "rng": rng_state(),
+            "meter": meter.state(),
+        },
+    )
+
+
+def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+    """Restore optimizer and scheduler from a checkpoint."""
+    record = read(folder)
+    load_optimizer_state(optimizer, record["optimizer"], load_tensors(folder / OPTIMIZER))
+    scheduler.load_state_dict(record["scheduler"])
 
 
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,34 +1,42 @@
-"""`DistillTrainer`: the Hugging Face trainer with our step, our log and our checkpoints; everything else is theirs.
+"""`DistillTrainer`: the Hugging Face trainer over `DistillStep`, with our log and checkpoints.
+
+    compute_loss ─▶ DistillStep, wrapped by Accelerate    checkpoints ─▶ Checkpointer
+    `model` is the student, as callbacks and users expect; `model_wrapped` is the prepared step
 
 Shapes: B batch, T time, N rows, K teachers, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from collegium.data.pack import Collator, PackedDataset
-from collegium.errors import TrainingError
-from collegium.models import forward_rows
-from collegium.teachers.routed import score_teachers
+from collegium.errors import Interrupted, TrainingError
+from collegium.fusion import requirements
+from collegium.fusion.fuse import TargetSource
+from collegium.train import state
 from collegium.train.meter import RunLog, StepMeter
-from collegium.train.nan_diagnosis import bad_gradients, first_bad_rows, sample_list
+from collegium.train.nan_diagnosis import NanGuard
 from collegium.train.objective import InertTermCheck, Objective
 from collegium.train.options import TrainOptions, training_arguments
 from collegium.train.parts import (
@@ -39,19 +47,21 @@ from collegium.train.parts import (
     vocabulary_size,
 )
 from collegium.train.progress import StopCallback, TrainingProgress
-from collegium.train.resume import ResumableTrainer
-from collegium.types import Batch, LossSum, Rows, StudentRows, Teacher, TeacherRows, is_row
+from collegium.train.resume import Checkpointer
+from collegium.train.step import DistillStep
+from collegium.types import Batch, LossSum
 
 __all__ = ["DistillTrainer", "TrainOptions", "training_arguments"]
 
 _MEASURED_STEPS = 3
+"""First steps that are always measured, to find terms without a gradient."""
 
 
-class DistillTrainer(ResumableTrainer):
-    """Trains one student on the fused target of its teachers, or on labels alone where there are none.
+class DistillTrainer(Trainer):
+    """Trains one student on the fused target of its teachers, or on labels without teachers.
 
-    L = (1 / M) sum over all rows of the optimizer step, with M their number over all micro-batches: the gradient does
-    not depend on how a step is split.
+    L = (1 / M) sum over all rows of the optimizer step, with M their number over all micro-batches
+    and processes: the gradient does not depend on how a step is split.
     """
 
     def __init__(  # noqa: PLR0913  (the arguments of a Hugging Face trainer)
@@ -63,42 +73,49 @@ class DistillTrainer(ResumableTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         objective: Objective | None = None,
+        targets: TargetSource | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: Any = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         identity: Mapping[str, str] | None = None,
     ) -> None:
-        """Take live objects, as trainers of Hugging Face do.
+        """Combine the parts, as other trainers of Hugging Face do.
 
         Args:
             model: the student.
-            teachers: frozen models, or anything with `score`; live models are named by their key or `teacher_0` ..., and moved
-                to `args.device`. Others stay where they are and answer on the device of the batch, as `LocalTeacher` does. Token
-                ids must mean the same to all and to the student: a live model cannot tell, so compare tokenizers before.
+            teachers: frozen models, or objects with `score`. Models are named by their key or
+                `teacher_0` ... and moved to `args.device`. Token ids must mean the same to all of them
+                and to the student; compare the tokenizers before.
             args: training arguments; see `training_arguments` for those of a recipe.
-            train_dataset: windows of `PackedDataset`, or rows with `input_ids` and, where wanted, `labels`.
+            train_dataset: windows of `PackedDataset`, or items with `input_ids` and `labels`.
             eval_dataset: the same, or a mapping of names to such.
-            objective: the loss; by default 0.9 forward KL to the linear pool of the teachers under prefix likelihood, and 0.1 CE.
-            processing_class: the tokenizer, saved beside every student; gives V, else the student's head does.
-            data_collator: makes a batch of examples; ours by default.
-            callbacks: further callbacks; a `TrainingProgress` among them replaces the default one.
-            optimizers: optimizer and scheduler, where the arguments shall not choose them.
-            identity: what a resumed run must find unchanged beside seed, data and teachers, such as digests.
+            objective: the loss; by default 0.9 forward KL to the linear pool under prefix
+                likelihood, and 0.1 CE.
+            targets: finished targets, such as a fused cache, instead of teachers.
+            processing_class: the tokenizer, saved beside every student. Gives V, else the head does.
+            data_collator: makes a batch of items; `Collator` by default.
+            compute_metrics: as in `Trainer`, over the student's logits.
+            preprocess_logits_for_metrics: as in `Trainer`.
+            callbacks: more callbacks; a `TrainingProgress` replaces the default one.
+            optimizers: optimizer and scheduler, where not chosen by `args`.
+            optimizer_cls_and_kwargs: as in `Trainer`.
+            identity: digests that a resumed run must find unchanged.
 
         Raises:
-            TrainingError: the arguments ask for what this trainer does not do.
+            TrainingError: an argument is not supported.
+            RecipeError: the objective or its fusion needs what the teachers cannot give.
         """
         args = args or training_arguments(TrainOptions(), output_dir="runs/student", seed=42)
         adopt_arguments(args)
-        self.student = model
         self.run_folder = Path(args.output_dir or "runs/student")
-        self.vocab_size = vocabulary_size(model, processing_class)
         self._use_cache = model.config.use_cache
-        self._flow = StopCallback()
-        shown = [callback for callback in callbacks or () if isinstance(callback, TrainingProgress)]
+        self._stop = StopCallback()
+        shown = [c for c in callbacks or () if isinstance(c, TrainingProgress)]
         self._progress = shown[0] if shown else TrainingProgress()
-        others = [callback for callback in callbacks or () if callback is not self._progress]
         super().__init__(
             model=model,
             args=args,
@@ -106,25 +123,102 @@ class DistillTrainer(ResumableTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*others, self._flow, self._progress],
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            callbacks=[
+                *(c for c in callbacks or () if c is not self._progress),
+                self._stop,
+                self._progress,
+            ],
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        # The step divides by the tokens of the whole optimizer step, so the trainer must not.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.teachers = named_teachers(teachers, model, self.vocab_size, args.device)
-        self.objective = (objective or default_objective(self.teachers)).to(args.device)
+        vocab_size = vocabulary_size(model, processing_class)
+        named = named_teachers(teachers, model, vocab_size, args.device)
+        objective = (objective or default_objective(named)).to(args.device)
+        if targets is None:
+            needs, sources = objective.requirements(), [t.capabilities for t in named]
+        else:
+            # The fusion of a finished target is built in.
+            needs, sources = objective.options.requirements(), [targets.capabilities]
+        requirements.check(needs, sources)
+        self.step = DistillStep(
+            model, objective, vocab_size=vocab_size, teachers=named, targets=targets
+        )
         self._identity = dict(identity or {})
+        self._checkpointer = Checkpointer(self.run_folder, keep=args.save_total_limit or 2)
         self._log = RunLog(self.run_folder / "log.jsonl")
-        self._meter = self.new_meter()
+        self._meter = self._new_meter()
         self._inert = InertTermCheck(_MEASURED_STEPS)
-        self._micro_batches: list[Mapping[str, Tensor]] = []
-        self._step_loss = torch.zeros((), device=args.device)
+        self._guard = NanGuard(self.step)
+        self._evaluated: list[LossSum] = []
+        # Compiling the step would trace the losses, whose loop length depends on the batch.
+        cast(TorchDynamoPlugin, self.accelerator.state.dynamo_plugin).backend = DynamoBackend.NO
         if args.torch_compile:
             model.base_model.compile()
 
     # The step
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> tuple[nn.Module, Any]:
+        student = self.model
+        self.model = self.model_wrapped = self.step
+        try:
+            prepared = super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        finally:
+            self.model = self.callback_handler.model = student
+        return prepared
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """Create the optimizer, with the objective's adapters as one more group without decay."""
+        optimizer = super().create_optimizer(self.step.student)
+        members = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        adapters = [
+            p for p in self.step.objective.parameters() if p.requires_grad and id(p) not in members
+        ]
+        if adapters:
+            optimizer.add_param_group({"params": adapters, "weight_decay": 0.0})
+        return optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """Fetch the micro-batches of a step, and count their rows over all processes."""
+        samples = list(islice(epoch_iterator, num_batches))
+        num_rows = torch.zeros((), dtype=torch.int64, device=device)
+        for inputs in samples:
+            num_rows += Batch.from_inputs(inputs).num_rows().to(device)
+        if self.args.world_size > 1:
+            num_rows = cast(Tensor, self.accelerator.reduce(num_rows))
+        return samples, num_rows.clamp(min=1)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Run forward and backward of a micro-batch; refuse a step that is not finite."""
+        step = self.state.global_step + 1
+        try:
+            loss = super().training_step(model, dict(inputs), num_items_in_batch)
+        except TrainingError as error:
+            raise TrainingError(f"step {step}: {error}; nothing was updated or saved") from error
+        self._guard.add(inputs, loss)
+        if self.accelerator.sync_gradients:
+            dataset = self.train_dataset
+            names = dataset.sample_names if isinstance(dataset, PackedDataset) else None
+            self._guard.check(step, names)
+            self.step.objective.end_step()
+        return loss
 
     def compute_loss(
         self,
@@ -133,136 +227,47 @@ class DistillTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Batch -> rows -> student and teachers -> objective -> sum / number of target tokens of the whole step."""
-        measure = model.training and self._is_measured()
-        _, _, loss, rows = self._score(inputs, measure=measure)
-        if model.training:
-            self._meter.add(loss, rows)
+        """The loss of the step per target token; the `LossSum` is the output."""
+        if model is self.model:  # an evaluation, or a direct call
+            with self.accelerator.autocast():
+                total, loss = self.step(inputs)
+        else:
+            measure = model.training and self._is_measured()
+            total, loss = model(inputs, measure=measure)
+            if model.training:
+                self._meter.add(loss)
             if measure:
                 self._inert(loss)
-        num_tokens = max(len(rows), 1) if num_items_in_batch is None else num_items_in_batch
-        mean = loss.total / num_tokens
+        num_tokens = max(loss.num_rows, 1) if num_items_in_batch is None else num_items_in_batch
+        # DDP and FSDP average over the processes, and the token count is already global.
+        mean = total * (self.args.world_size if model.training else 1) / num_tokens
         return (mean, loss) if return_outputs else mean
-
-    def _score(
-        self, inputs: Mapping[str, Tensor], *, measure: bool = False
-    ) -> tuple[StudentRows, list[TeacherRows], LossSum, Rows]:
-        batch = Batch.from_inputs(inputs)
-        rows = batch.rows()
-        with self._autocast():
-            student = forward_rows(
-                self.student,
-                batch,
-                rows,
-                vocab_size=self.vocab_size,
-                taps=self.objective.student_taps,
-            )
-        teachers = self.teachers if self.objective.needs_teachers else []
-        tapped = [one.name for one in teachers if self.objective.teacher_taps(one.name)]
-        scored = score_teachers(
-            teachers, batch, rows, self.objective.fusion, ask=self._ask, whole=tapped
-        )
-        return student, scored, self.objective(student, scored, rows, measure=measure), rows
-
-    def _ask(self, teacher: Teacher, batch: Batch, rows: Rows) -> TeacherRows:
-        try:
-            return teacher.score(batch, rows, self.objective.teacher_taps(teacher.name))
-        except TrainingError as error:
-            step = self.state.global_step + 1
-            raise TrainingError(f"step {step}: {error}; nothing was updated or saved") from error
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        # Only the student's layers run in bfloat16: head and losses are ours, in the dtype of the weights or wider.
-        return self.accelerator.autocast() if self.args.bf16 else nullcontext()
 
     def _is_measured(self) -> bool:
         step = self.state.global_step + 1
         every = max(int(self.state.logging_steps), 1)
         return step <= _MEASURED_STEPS or step % every == 0 or step >= self.state.max_steps
 
-    def _get_num_items_in_batch(
-        self, batch_samples: list[Mapping[str, Tensor]], device: torch.device
-    ) -> Tensor | int | None:
-        """The number of rows over all micro-batches of a step, counted as `Batch.rows` chooses them."""
-        total = torch.zeros((), dtype=torch.int64, device=device)
-        for inputs in batch_samples:
-            total += is_row(inputs["labels"], inputs["position_ids"]).sum().to(device)
-        return total.clamp(min=1)
-
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Tensor],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Forward and backward of one micro-batch; after the last one of a step, refuse what is not finite."""
-        self.objective.train()
-        if not self._micro_batches:
-            # The base trainer clears the gradients of its model alone.
-            self.objective.zero_grad()
-        self._micro_batches.append(inputs)
-        loss = super().training_step(model, dict(inputs), num_items_in_batch)
-        self._step_loss = self._step_loss + loss
-        if self.accelerator.sync_gradients:
-            try:
-                self._check_finite()
-            finally:
-                self._micro_batches = []
-                self._step_loss = torch.zeros_like(self._step_loss)
-            self.objective.end_step()
-        return loss
-
-    def _check_finite(self) -> None:
-        grads = [p.grad for _, p in self._trained() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        # One wait for the device per step. Choosing the rows and a teacher's check of its own states are the others.
-        if bool(torch.isfinite(self._step_loss) & torch.isfinite(norm)):
-            return
-        part, samples = self._blame()
-        dataset = self.train_dataset
-        names = dataset.sample_names if isinstance(dataset, PackedDataset) else None
-        raise TrainingError(
-            f"step {self.state.global_step + 1}: got loss {self._step_loss.item():g} with gradient norm {norm.item():g}, "
-            f"first seen in {part}, {sample_list(samples, names)}; must be finite; nothing was updated or saved; "
-            "look at these samples, run that part in float32 or lower learning_rate"
-        )
-
-    def _blame(self) -> tuple[str, Tensor]:
-        samples = []
-        with torch.no_grad():
-            for inputs in self._micro_batches:
-                student, teachers, loss, rows = self._score(inputs)
-                found = first_bad_rows(student, teachers, loss, rows)
-                if found is not None:
-                    return found
-                samples.append(rows.samples)
-        names = bad_gradients(iter(self._trained()))
-        part = f"the gradient of {names[0]}" if names else "the norm of all gradients together"
-        return part, torch.cat(samples)
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [*self.student.named_parameters(), *self.objective.named_parameters()]
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of the arguments, with the objective's adapters as one more group, without decay."""
-        optimizer = super().create_optimizer(model)
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        own = [p for p in self.objective.parameters() if p.requires_grad and id(p) not in known]
-        if own:
-            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
-        return optimizer
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # Not the adapters: their gradients are on another scale, and would shrink the student's.
+        parameters = list(self.step.student.parameters())
+        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     # Log and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of every term, and write the row of log.jsonl where this is a training row."""
+        """Add the means of every term, and append training rows to log.jsonl."""
         if "loss" in logs:
             row = {"step": self.state.global_step, "epoch": self.state.epoch, **logs}
-            row |= self._meter.row()
-            self._log.append(row)
+            row |= self._meter.row(self._gather)
+            if self.is_world_process_zero():
+                self._log.append(row)
             logs = {**logs, **_flat(row)}
             logs.pop("step")
         super().log(logs, start_time)
+
+    def _gather(self, value: Any) -> list[Any]:
+        return gather_object([value]) if self.args.world_size > 1 else [value]
 
     def evaluation_loop(
         self,
@@ -272,30 +277,27 @@ class DistillTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The loss and its terms per target token, reduced exactly as in training."""
-        self.student.eval()
-        self.objective.eval()
-        sums: dict[str, float] = {"loss": 0.0}
-        num_rows = num_samples = 0
-        for inputs in dataloader:
-            with torch.no_grad():
-                _, _, loss, rows = self._score(self._prepare_inputs(inputs))
+        """Evaluate as `Trainer` does, with the loss and its terms per target token as in training."""
+        self.step.eval()
+        self._evaluated = []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        sums = {"loss": 0.0}
+        num_rows = 0
+        for loss in self._evaluated:
             sums["loss"] += loss.total.item()
             for name, value in loss.terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-            num_rows += len(rows)
-            num_samples += inputs["input_ids"].shape[0]
-            self.control = self.callback_handler.on_prediction_step(
-                self.args, self.state, self.control
-            )
-        metrics = {f"{metric_key_prefix}_{k}": v / max(num_rows, 1) for k, v in sums.items()}
+            num_rows += loss.num_rows
+        parts = self._gather((sums, num_rows))
+        num_rows = sum(part[1] for part in parts)
+        metrics = output.metrics or {}
+        for name in sums:
+            total = sum(part[0].get(name, 0.0) for part in parts)
+            metrics[f"{metric_key_prefix}_{name}"] = total / max(num_rows, 1)
         metrics[f"{metric_key_prefix}_num_tokens"] = num_rows
-        return EvalLoopOutput(
-            predictions=None,  # type: ignore[arg-type]
-            label_ids=None,
-            metrics=metrics,
-            num_samples=num_samples,
-        )
+        return output._replace(metrics=metrics)
 
     def prediction_step(
         self,
@@ -304,29 +306,82 @@ class DistillTrainer(ResumableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The mean loss of one batch; logits are never held whole."""
-        model.eval()
+        """The mean loss of a batch; (B, T, V) logits exist only where metrics are computed."""
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+            mean, loss = self.compute_loss(self.step.student, inputs, return_outputs=True)
+            self._evaluated.append(loss)
+            if prediction_loss_only:
+                return mean, None, None
+            batch = Batch.from_inputs(inputs)
+            logits = self.step.student(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            ).logits
+        return mean, logits, batch.labels
 
-    # What the checkpoints ask for
+    # Checkpoints
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train from the start, from the newest valid checkpoint (`True`), or from a given one.
+
+        Raises:
+            TrainingError: a step is not finite, or no checkpoint is valid.
+            Interrupted: SIGINT or SIGTERM was received; a checkpoint was saved.
+        """
+        source = self._checkpointer.source(resume_from_checkpoint, self.fingerprint())
+        step = self._checkpointer.prepare(source)
+        self._log.truncate(step)
+        self._meter = self._new_meter()
+        if source is not None and step >= self._checkpointer.last_step(self):
+            return self._checkpointer.finished(self, source)
+        try:
+            with self._stop.fresh_signals() as signals:
+                resume = None if source is None else str(source)
+                result = super().train(resume, trial, ignore_keys_for_eval)
+        finally:
+            self._progress.close()
+        if signals.received and self.state.global_step < self.state.max_steps:
+            raise Interrupted(
+                f"{signals.received}: stopped after step {self.state.global_step} of "
+                f"{self.state.max_steps}; a checkpoint was saved in {self.run_folder}; resume to "
+                "continue"
+            )
+        return result
+
+    def save_student(self, path: str | Path) -> None:
+        """Write the student as a Hugging Face folder, atomically; an older one is replaced.
+
+        Raises:
+            TrainingError: `path` holds something that this trainer did not write.
+        """
+        if self.args.should_save:
+            self._checkpointer.save_student(Path(path), self._write_student)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`save_student` under the name that users of Hugging Face trainers expect."""
+        self.save_student(output_dir or self.run_folder / state.STUDENT)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint and the run that resumes it must have in common."""
+        """Everything that a checkpoint and the run that resumes it must share."""
         dataset = self.train_dataset
         num_windows = len(dataset) if isinstance(dataset, Sized) else None
         return {
             **self._identity,
             "seed": self.args.seed,
-            "teachers": [teacher.name for teacher in self.teachers],
+            "teachers": [teacher.name for teacher in self.step.teachers],
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "data": dataset.fingerprint if isinstance(dataset, PackedDataset) else num_windows,
         }
 
-    def new_meter(self) -> StepMeter:
-        """An empty meter that knows the names of teachers and domains."""
-        names = [teacher.name for teacher in self.teachers]
+    def _new_meter(self) -> StepMeter:
+        names = [teacher.name for teacher in self.step.teachers]
         dataset = self.train_dataset
         if not isinstance(dataset, PackedDataset):
             return StepMeter(names)
@@ -334,9 +389,57 @@ class DistillTrainer(ResumableTrainer):
             names, domains=dataset.domains, sample_domains=torch.as_tensor(dataset.sample_domains)
         )
 
+    def _write_student(self, folder: Path) -> None:
+        student = self.step.student
+        # The base trainer turns the cache off for training; a loaded student needs it as it was.
+        training_value, student.config.use_cache = student.config.use_cache, self._use_cache
+        with state.no_shard_bars():
+            student.save_pretrained(folder)
+        student.config.use_cache = training_value
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        if self.args.should_save:
+            self._checkpointer.save(self.state.global_step, self._write_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self._write_student(folder / state.STUDENT)
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        state.save(
+            folder,
+            {"step": self.state.global_step, "identity": self.fingerprint()},
+            optimizer=cast(Optimizer, self.optimizer),
+            scheduler=cast(LRScheduler, self.lr_scheduler),
+            objective=self.step.objective,
+            meter=self._meter,
+        )
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        folder = Path(resume_from_checkpoint)
+        state.load_student(self.step.student, folder / state.STUDENT)
+        state.load_objective(self.step.objective, folder)
+        self._meter.load(state.read(folder)["meter"], self.args.device)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.load_optimizer(
+                Path(checkpoint),
+                cast(Optimizer, self.optimizer),
+                cast(LRScheduler, self.lr_scheduler),
+            )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.load_rng_state(state.read(Path(checkpoint))["rng"])
+
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"terms": {"kd": 1}}` as `{"terms/kd": 1}`, as trackers expect it."""
+    """`{"terms": {"kd": 1}}` as `{"terms/kd": 1}`, the form that trackers expect."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, Mapping):

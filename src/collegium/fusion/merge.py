@@ -1,0 +1,332 @@
+"""Fuse named answers: draws and top-k distributions that meet on the union of their tokens.
+
+Shapes: N rows of a batch, V vocabulary, K teachers, E entries of all rows of one teacher, M entries
+of all rows of the union.
+
+Draws are pooled linearly as they are: E[sum_k w_k t_k] = sum_k w_k P_k. Where a teacher is exact
+(top k), every teacher is read on the union U of the tokens that any of them names, and outside of it
+as one tail: a top-k teacher has tail / (V - k) at each token that it does not name. On U and its
+tail every pool of such distributions is exact, since all of them are constant outside of U.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from collegium.distributions import Answer, NamedRows
+from collegium.errors import DataError
+from collegium.fusion.conflict import Conflict, ConflictBlock, disagreement_of_entropies
+from collegium.fusion.pools import PoolKind, answered_mask, masked_scores, shared_mask
+from collegium.fusion.weights import RowStats, Weighting
+from collegium.kernels.rows import logp_floor
+from collegium.types import Rows
+
+MIN_LOG_MASS = -50.0
+"""Entries with less mass have no effect in float32 and are dropped. log 0 has no finite value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The fused target of all rows of a batch."""
+
+    rows: NamedRows
+    weights_KN: Tensor
+    """(K, N) weights, each column sums to 1."""
+    conflict: ConflictBlock | None = None
+
+
+@torch.no_grad()
+def merge(
+    answers: Sequence[Answer],
+    rows: Rows,
+    *,
+    weighting: Weighting,
+    pool: PoolKind,
+    exponent: float,
+    temperatures: Mapping[str, float],
+    conflict: Conflict,
+) -> Merged:
+    """Pool named answers at all rows.
+
+    Args:
+        answers: with `NamedRows`, at stored temperatures.
+        rows: labels, documents and domains.
+        weighting: rule for the weights; one that compares distributions needs top-k answers.
+        pool: linear for draws; any for top-k answers.
+        exponent: r of the power mean.
+        temperatures: T_k by name, 1 where missing.
+        conflict: policy for contradicting teachers; for top-k answers only.
+
+    Raises:
+        DataError: no teacher answers a row.
+
+    Source: Anshumann et al. 2025, arXiv 2503.16870, for draws of one teacher.
+    """
+    parts = [_Part.of(answer, rows, temperatures) for answer in answers]
+    check_coverage([part.answered_N for part in parts])
+    names = [answer.name for answer in answers]
+    shared_N = shared_mask([part.answered_N for part in parts])
+    stats = RowStats.stack([replace(part.stats, shared_N=shared_N) for part in parts])
+    if all(part.rows.is_sampled for part in parts):
+        logw_KN = _log_weights(weighting, stats, rows, names)
+        return Merged(_mean_of_draws(parts, logw_KN, len(rows)), _weights(logw_KN, stats))
+    union = _Union.of(parts, rows, with_labels=conflict.uses_label)
+    if weighting.needs_consensus:
+        stats = replace(stats, consensus_kl_KN=union.consensus_kl(stats))
+    logw_KN = _log_weights(weighting, stats, rows, names)
+    block: ConflictBlock | None = None
+    if conflict.is_active:
+        disagreement_N = disagreement_of_entropies(
+            union.entropy(union.pool("linear", exponent, logw_KN)),
+            torch.stack([union.entropy(column) for column in union.members()]),
+            logw_KN.exp().to(stats.entropy_KN.dtype),
+        )
+        changed_KN = conflict.scores(logw_KN, stats.label_logp_KN, disagreement_N)
+        is_changed_N = (changed_KN != logw_KN).any(0)
+        block = ConflictBlock.of(conflict, disagreement_N, is_changed_N)
+        logw_KN = changed_KN.log_softmax(0)
+    pooled = union.pool(pool, exponent, logw_KN)
+    if block is not None:
+        pooled, corrected_N = union.correct(conflict, pooled, rows.labels)
+        if corrected_N is not None:
+            block = replace(block, applied_n=corrected_N.to(block.applied_n.dtype))
+    target = union.named_rows(pooled, is_sampled=any(part.rows.is_sampled for part in parts))
+    return Merged(target, _weights(logw_KN, stats), block)
+
+
+def check_coverage(masks: Sequence[Tensor | None]) -> None:
+    """Refuse rows that no teacher answers, given the (N,) masks of all; None answers every row.
+
+    Raises:
+        DataError: some rows have no answer.
+    """
+    if not masks or any(mask_N is None for mask_N in masks):
+        return
+    is_answered_N = torch.stack([mask_N for mask_N in masks if mask_N is not None]).any(0)
+    num_missing = int((~is_answered_N).sum())
+    if num_missing:
+        raise DataError(
+            f"teachers: got no answer at {num_missing} of {len(is_answered_N)} rows; must be at "
+            "least one teacher per row; add a teacher for them, or remove those rows"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One answer at its temperature."""
+
+    rows: NamedRows
+    """Of the rows that it answers."""
+    row_E: Tensor
+    """(E,) row of the batch that owns each entry."""
+    at_m: Tensor | None
+    """(m,) rows of the batch that it answers; None for all."""
+    answered_N: Tensor | None
+    stats: RowStats
+    """(N,) each, 0 at rows without an answer."""
+
+    @classmethod
+    def of(cls, answer: Answer, rows: Rows, temperatures: Mapping[str, float]) -> _Part:
+        named = answer.distribution
+        assert isinstance(named, NamedRows)
+        temperature = temperatures.get(answer.name, 1.0)
+        tempered = named.tempered(temperature)
+        at_m = None if answer.rows is None else answer.rows.to(rows.labels.device)
+        row_E = named.row_of_entry()
+        labels_m = rows.labels if at_m is None else rows.labels[at_m]
+        scalars = named.scalars(slice(0, len(named)), temperature)
+        scalars = _scalars_of_entries(tempered, labels_m) if scalars is None else scalars
+        answered_N = answered_mask(answer, rows)
+        if at_m is not None:
+            row_E = at_m[row_E]
+            entropy_N, label_N, max_N = (
+                value_m.new_zeros(len(rows)).index_copy(0, at_m, value_m) for value_m in scalars
+            )
+            scalars = entropy_N, label_N, max_N
+        stats = RowStats(*scalars, answered_KN=answered_N)
+        return cls(tempered, row_E, at_m, answered_N, stats)
+
+
+def _scalars_of_entries(named: NamedRows, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, label and maximum log-probability of top-k rows with the tail spread evenly."""
+    row_E, rest_n = named.row_of_entry(), named.log_rest()
+    num_rows = len(named)
+    entropy_n = torch.special.entr(named.logp.exp())
+    entropy_n = named.logp.new_zeros(num_rows).index_add(0, row_E, entropy_n)
+    if named.log_tail is not None:
+        tail_n = named.log_tail.exp()
+        entropy_n = entropy_n - torch.where(tail_n > 0, tail_n * rest_n, 0.0)
+    is_label_E = named.ids == labels_n[row_E]
+    label_n = rest_n.clone()
+    label_n[row_E[is_label_E]] = named.logp[is_label_E]
+    max_n = rest_n.scatter_reduce(0, row_E, named.logp, "amax")
+    return entropy_n, label_n, max_n
+
+
+def _log_weights(weighting: Weighting, stats: RowStats, rows: Rows, names: Sequence[str]) -> Tensor:
+    """(K, N) float64 log-weights, normalized over the teachers."""
+    score_KN = weighting.log_scores(stats, rows, names)[0]
+    return masked_scores(score_KN, stats).log_softmax(0)
+
+
+def _weights(logw_KN: Tensor, stats: RowStats) -> Tensor:
+    return logw_KN.exp().to(stats.entropy_KN.dtype)
+
+
+def _mean_of_draws(parts: Sequence[_Part], logw_KN: Tensor, num_rows: int) -> NamedRows:
+    """t = sum_k w_k t_k. A row need not sum to 1 where a temperature is not 1."""
+    cells, masses = [], []
+    vocab_size = parts[0].rows.vocab_size
+    for logw_N, part in zip(logw_KN, parts, strict=True):
+        mass_E = part.rows.logp + logw_N[part.row_E].to(part.rows.logp.dtype)
+        is_kept_E = mass_E > MIN_LOG_MASS
+        cells.append((part.row_E * vocab_size + part.rows.ids)[is_kept_E])
+        masses.append(mass_E[is_kept_E].exp())
+    mass_E = torch.cat(masses)
+    cell_M, place_E = torch.unique(torch.cat(cells), return_inverse=True)
+    mass_M = mass_E.new_zeros(len(cell_M)).index_add_(0, place_E, mass_E)
+    starts, ids_M = _rows_of_cells(cell_M, num_rows, vocab_size)
+    return NamedRows(starts, ids_M, mass_M.log(), None, vocab_size, is_sampled=True)
+
+
+def _rows_of_cells(cell_M: Tensor, num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Sorted cells row * V + token -> (N + 1,) starts and (M,) tokens."""
+    row_M = cell_M.div(vocab_size, rounding_mode="floor")
+    starts = torch.searchsorted(row_M, torch.arange(num_rows + 1, device=row_M.device))
+    return starts, cell_M - row_M * vocab_size
+
+
+Column = tuple[Tensor, Tensor]
+"""Log-probabilities on the union: (M,) of its entries, and (N,) of each token outside of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Union:
+    """Every teacher on the union of the named tokens."""
+
+    starts: Tensor
+    ids_M: Tensor
+    row_M: Tensor
+    num_others_N: Tensor
+    """(N,) float64 number of tokens outside of the union."""
+    logp_KM: Tensor
+    log_rest_KN: Tensor
+    """(K, N) log-probability of each token outside of the union."""
+    label_M: Tensor
+    """(M,) bool: the entry is the label of its row."""
+    vocab_size: int
+
+    @classmethod
+    def of(cls, parts: Sequence[_Part], rows: Rows, *, with_labels: bool) -> _Union:
+        vocab_size, num_rows = parts[0].rows.vocab_size, len(rows)
+        cells = [part.row_E * vocab_size + part.rows.ids for part in parts]
+        label_N = torch.arange(num_rows, device=rows.labels.device) * vocab_size + rows.labels
+        cell_M = torch.unique(torch.cat([*cells, label_N] if with_labels else cells))
+        starts, ids_M = _rows_of_cells(cell_M, num_rows, vocab_size)
+        row_M = cell_M.div(vocab_size, rounding_mode="floor")
+        columns, rests = [], []
+        for part, cell_E in zip(parts, cells, strict=True):
+            rest_m = part.rows.log_rest()
+            rest_N = rest_m
+            if part.at_m is not None:
+                rest_N = rest_m.new_full((num_rows,), -torch.inf).index_copy(0, part.at_m, rest_m)
+            column_M = rest_N[row_M]
+            column_M[torch.searchsorted(cell_M, cell_E)] = part.rows.logp
+            columns.append(column_M.double())
+            rests.append(rest_N.double())
+        num_others_N = (vocab_size - starts.diff()).double()
+        return cls(
+            starts, ids_M, row_M, num_others_N, torch.stack(columns), torch.stack(rests),
+            ids_M == rows.labels[row_M], vocab_size,
+        )  # fmt: skip
+
+    def members(self) -> list[Column]:
+        """The distribution of each teacher."""
+        return list(zip(self.logp_KM, self.log_rest_KN, strict=True))
+
+    def pool(self, kind: PoolKind, exponent: float, logw_KN: Tensor) -> Column:
+        """The pool of all teachers under normalized log-weights."""
+        logw_KM = logw_KN[:, self.row_M]
+        if kind == "linear":
+            return (
+                (logw_KM + self.logp_KM).logsumexp(0),
+                (logw_KN + self.log_rest_KN).logsumexp(0),
+            )
+        power = 0.0 if kind == "log_linear" else exponent
+        pooled = (
+            _power_mean(self.logp_KM, logw_KM, power),
+            _power_mean(self.log_rest_KN, logw_KN, power),
+        )
+        return self._normalized(pooled)
+
+    def _normalized(self, column: Column) -> Column:
+        logp_M, rest_N = column
+        tail_N = self._tail(rest_N)
+        max_N = tail_N.scatter_reduce(0, self.row_M, logp_M, "amax")
+        mass_N = (tail_N - max_N).exp()
+        mass_N = mass_N.index_add(0, self.row_M, (logp_M - max_N[self.row_M]).exp())
+        log_z_N = max_N + mass_N.log()
+        return logp_M - log_z_N[self.row_M], rest_N - log_z_N
+
+    def _tail(self, rest_N: Tensor) -> Tensor:
+        """(N,) log of the mass outside of the union."""
+        return rest_N + self.num_others_N.log()
+
+    def entropy(self, column: Column) -> Tensor:
+        """(N,) nats."""
+        logp_M, rest_N = column
+        entropy_N = rest_N.new_zeros(len(rest_N)).index_add(
+            0, self.row_M, torch.special.entr(logp_M.exp())
+        )
+        tail_N = self._tail(rest_N).exp()
+        return entropy_N - torch.where(tail_N > 0, tail_N * rest_N, 0.0)
+
+    def consensus_kl(self, stats: RowStats) -> Tensor:
+        """(K, N) KL(P_k || Pbar), with Pbar the plain mean of the teachers that answer a row."""
+        logw_KN = masked_scores(torch.zeros_like(self.log_rest_KN), stats).log_softmax(0)
+        mean_M, mean_N = self.pool("linear", 1.0, logw_KN)
+        kls = []
+        for logp_M, rest_N in self.members():
+            prob_M, tail_N = logp_M.exp(), self._tail(rest_N).exp()
+            terms_M = torch.where(prob_M > 0, prob_M * (logp_M - mean_M), 0.0)
+            kl_N = torch.where(tail_N > 0, tail_N * (rest_N - mean_N), 0.0)
+            kls.append(kl_N.index_add(0, self.row_M, terms_M).clamp(min=0.0))
+        return torch.stack(kls).to(stats.entropy_KN.dtype)
+
+    def correct(
+        self, conflict: Conflict, column: Column, labels_N: Tensor
+    ) -> tuple[Column, Tensor | None]:
+        """Apply a policy that changes the finished target, and the (N,) mask of changed rows."""
+        logp_M, rest_N = column
+        num_rows, width = len(rest_N), int(self.starts.diff().max())
+        place_M = torch.arange(len(logp_M), device=logp_M.device) - self.starts[self.row_M]
+        padded_NS = logp_M.new_full((num_rows, width + 1), logp_floor(logp_M.dtype))
+        padded_NS[self.row_M, place_M] = logp_M
+        # One token outside of the union stands for all of them: they are equal.
+        padded_NS[:, width] = rest_N.clamp(min=logp_floor(logp_M.dtype))
+        column_N = place_M.new_zeros(num_rows)
+        column_N[self.row_M[self.label_M]] = place_M[self.label_M]
+        changed_N = conflict.correct_(padded_NS, column_N)
+        if changed_N is None:
+            return column, None
+        return (padded_NS[self.row_M, place_M], padded_NS[:, width]), changed_N
+
+    def named_rows(self, column: Column, *, is_sampled: bool) -> NamedRows:
+        """The pool in compressed rows, in float32."""
+        logp_M, rest_N = column
+        tail_N = self._tail(rest_N).float().clamp(max=0.0)
+        return NamedRows(
+            self.starts, self.ids_M, logp_M.float(), tail_N, self.vocab_size, is_sampled
+        )
+
+
+def _power_mean(logp_KX: Tensor, logw_KX: Tensor, power: float) -> Tensor:
+    """Unnormalized (sum_k w_k P_k^r)^(1/r) in log space; prod_k P_k^w_k for r = 0."""
+    logp_KX = logp_KX.clamp(min=logp_floor(logp_KX.dtype))
+    if power == 0.0:
+        return (logw_KX.exp() * logp_KX).sum(0)
+    return (logw_KX + power * logp_KX).logsumexp(0) / power

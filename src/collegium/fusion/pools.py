@@ -1,0 +1,361 @@
+"""Streaming over teachers: read one teacher's rows at a time, and pool them in one accumulator.
+
+Shapes: N rows, n rows of one block, m rows that one teacher answers, V vocabulary, K teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from collegium.distributions import Answer, Distribution, NamedRows, WrappedRows
+from collegium.fusion.weights import RowStats
+from collegium.kernels.plain import TorchKernels
+from collegium.kernels.rows import (
+    DenseTarget,
+    LogSumExp,
+    RawRows,
+    RowKernels,
+    Workspace,
+    floor_,
+    to_logits,
+)
+from collegium.types import Rows
+
+PoolKind = Literal["linear", "log_linear", "power_mean"]
+
+
+class RowReader:
+    """Statistics and the distribution of one teacher, in two (n, V) buffers that are reused."""
+
+    def __init__(self) -> None:
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def read(
+        self,
+        logits_nV: Tensor,
+        labels_n: Tensor,
+        *,
+        temperature: float = 1.0,
+        keep: Literal["prob", "logp"] = "logp",
+    ) -> tuple[RowStats, Tensor]:
+        """Calibrate n rows: (n,) statistics, and (n, V) log-probabilities or probabilities.
+
+        The second is valid until the next call. Log-probabilities are finite everywhere.
+        """
+        logp_nV, prob_nV = self._buffers_like(logits_nV)
+        if temperature != 1.0:
+            logits_nV = torch.div(logits_nV, temperature, out=prob_nV)
+        torch.log_softmax(logits_nV, -1, out=logp_nV)
+        floor_(logp_nV)
+        torch.exp(logp_nV, out=prob_nV)
+        label_logp_n = logp_nV.gather(1, labels_n[:, None])[:, 0]
+        max_logp_n = logp_nV.amax(-1)
+        kept_nV, product_nV = (prob_nV, logp_nV) if keep == "prob" else (logp_nV, prob_nV)
+        entropy_n = -torch.mul(prob_nV, logp_nV, out=product_nV).sum(-1)
+        return RowStats(entropy_n, label_logp_n, max_logp_n), kept_nV
+
+    def _buffers_like(self, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
+        # Fresh memory of this size costs more than the arithmetic: every page is faulted in and zeroed.
+        num_rows, old = logits_nV.shape[0], self._buffers
+        if old is None or old[0].shape[0] < num_rows or old[0].dtype != logits_nV.dtype:
+            old = self._buffers = (torch.empty_like(logits_nV), torch.empty_like(logits_nV))
+        return old[0][:num_rows], old[1][:num_rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One teacher's distribution at n rows; valid until the next member is read."""
+
+    rows: RawRows
+    logsumexp: LogSumExp
+    stats: RowStats
+    """(n,) each."""
+    is_scratch: bool
+    """Whether the values may be overwritten."""
+
+
+class TeacherReader:
+    """Reads the answers of a batch at their temperatures, one block and one teacher at a time."""
+
+    def __init__(
+        self,
+        answers: Sequence[Answer],
+        rows: Rows,
+        temperatures: Mapping[str, float],
+        *,
+        kernels: RowKernels | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self._rows = rows
+        self._kernels = kernels or TorchKernels()
+        self._workspace = workspace or Workspace()
+        self._temperatures = [temperatures.get(answer.name, 1.0) for answer in answers]
+        self._answered = [answered_mask(answer, rows) for answer in answers]
+        self._shared_N = shared_mask(self._answered)
+        self._distributions = [
+            _prepared(answer, temperature, len(rows))
+            for answer, temperature in zip(answers, self._temperatures, strict=True)
+        ]
+
+    def member(self, number: int, block: slice, *, buffer: str = "logits") -> Member:
+        """Apply one teacher's head to n rows, into a workspace buffer, and read its statistics."""
+        distribution, temperature = self._distributions[number], self._temperatures[number]
+        raw, is_scratch = distribution.raw(block, self._workspace, buffer)
+        labels_n = self._rows.labels[block]
+        scalars = distribution.scalars(block, temperature)
+        if distribution.is_full:
+            raw = raw.tempered(temperature)
+        # Named rows are normalized. Draws at another temperature are unbiased only as they are.
+        zero_n = torch.zeros_like(raw.values_nV[:, 0], dtype=raw.dtype)
+        logsumexp = LogSumExp(zero_n, zero_n)
+        if scalars is None:
+            computed = self._kernels.read(raw, labels_n)
+            if distribution.is_full:
+                logsumexp = computed.logsumexp
+            scalars = computed.entropy_n, computed.label_logp_n, computed.max_logp_n
+        answered_N, shared_N = self._answered[number], self._shared_N
+        stats = RowStats(
+            *scalars,
+            answered_KN=None if answered_N is None else answered_N[block],
+            shared_N=None if shared_N is None else shared_N[block],
+        )
+        return Member(raw, logsumexp, stats, is_scratch)
+
+    def stats(self, block: slice, *, consensus: bool = False) -> RowStats:
+        """(K, n) statistics: one application of each head, two with the `consensus`.
+
+        KL(P_k || Pbar) = -H_k - sum_v P_k log Pbar, with Pbar the plain mean of the teachers that
+        answer a row.
+        """
+        numbers = range(len(self._distributions))
+        if not consensus:
+            return RowStats.stack([self.member(number, block).stats for number in numbers])
+        pool = Pool("linear", len(self._distributions), kernels=self._kernels)
+        all_stats = []
+        for number in numbers:
+            member = self.member(number, block)
+            score_n = torch.zeros_like(member.stats.entropy_KN, dtype=torch.float64)
+            pool.add(member, masked_scores(score_n, member.stats))
+            all_stats.append(member.stats)
+        stats = RowStats.stack(all_stats)
+        mean_logp_nV = pool.result()[0].logp_()
+        cross = []
+        for number in numbers:
+            prob_nV = self._probabilities(number, block)
+            cross.append(-prob_nV.mul_(mean_logp_nV).sum(-1))
+        kl_Kn = (torch.stack(cross) - stats.entropy_KN).clamp(min=0.0)
+        return replace(stats, consensus_kl_KN=kl_Kn)
+
+    def _probabilities(self, number: int, block: slice) -> Tensor:
+        """(n, V) probabilities of one teacher in a new tensor."""
+        member = self.member(number, block)
+        logits_nV = to_logits(member.rows, torch.empty_like(member.rows.values_nV))
+        return floor_(torch.log_softmax(logits_nV, -1)).exp_()
+
+
+def _prepared(answer: Answer, temperature: float, num_rows: int) -> Distribution:
+    distribution = answer.distribution
+    if isinstance(distribution, NamedRows):
+        distribution = distribution.tempered(temperature)
+    if answer.rows is not None:
+        return _Expanded(distribution, answer.rows.cpu(), num_rows)
+    return distribution
+
+
+def answered_mask(answer: Answer, rows: Rows) -> Tensor | None:
+    """(N,) bool: the rows that a teacher answers; None for all."""
+    if answer.rows is None:
+        return None
+    answered_N = torch.zeros_like(rows.labels, dtype=torch.bool)
+    answered_N[answer.rows.to(answered_N.device)] = True
+    return answered_N
+
+
+def shared_mask(answered: Sequence[Tensor | None]) -> Tensor | None:
+    """(N,) bool: the rows that every teacher answers; None for all."""
+    masks = [mask_N for mask_N in answered if mask_N is not None]
+    return torch.stack(masks).all(0) if masks else None
+
+
+def masked_scores(score_KN: Tensor, stats: RowStats) -> Tensor:
+    """(K, N) or (N,) log-weights with -inf where the teacher does not answer.
+
+    Of (K, N), a row whose answers all have weight 0 gets equal weights for them.
+    """
+    if stats.answered_KN is None:
+        return score_KN
+    score_KN = score_KN.masked_fill(~stats.answered_KN, -torch.inf)
+    if score_KN.dim() == 1:
+        return score_KN
+    is_empty_N = (score_KN == -torch.inf).all(0)
+    return torch.where(stats.answered_KN & is_empty_N, 0.0, score_KN)
+
+
+@dataclass(frozen=True)
+class _Expanded(WrappedRows):
+    """An answer for m of N rows; the other rows hold zeros, which a weight of 0 leaves out."""
+
+    rows_m: Tensor
+    num_rows: int
+
+    @property
+    def logit_bytes(self) -> int | None:
+        return self.inner.logit_bytes
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def _bounds(self, block: slice) -> tuple[slice, Tensor]:
+        first, last = torch.searchsorted(
+            self.rows_m, torch.tensor([block.start, block.stop])
+        ).tolist()
+        return slice(first, last), self.rows_m[first:last] - block.start
+
+    def raw(self, block: slice, workspace: Workspace, buffer: str) -> tuple[RawRows, bool]:
+        own, at_m = self._bounds(block)
+        if own.start == own.stop:
+            # One row gives the vocabulary size and dtype; a teacher without a row has no answer.
+            own = slice(0, 1)
+        raw, _ = self.inner.raw(own, workspace, f"{buffer} of some rows")
+        values_mV = raw.values_nV[: len(at_m)]
+        values_nV = values_mV.new_zeros(block.stop - block.start, values_mV.shape[1])
+        values_nV[at_m.to(values_nV.device)] = values_mV
+        return replace(raw, values_nV=values_nV), True
+
+    def logits(self, block: slice) -> Tensor:
+        own, at_m = self._bounds(block)
+        logits_mV = self.inner.logits(own)
+        logits_nV = logits_mV.new_zeros(block.stop - block.start, logits_mV.shape[1])
+        logits_nV[at_m.to(logits_nV.device)] = logits_mV
+        return logits_nV
+
+    def scalars(self, block: slice, temperature: float) -> tuple[Tensor, Tensor, Tensor] | None:
+        own, at_m = self._bounds(block)
+        scalars = self.inner.scalars(own, temperature)
+        if scalars is None:
+            return None
+        expanded = []
+        for scalar_m in scalars:
+            scalar_n = scalar_m.new_zeros(block.stop - block.start)
+            scalar_n[at_m.to(scalar_n.device)] = scalar_m
+            expanded.append(scalar_n)
+        return expanded[0], expanded[1], expanded[2]
+
+
+class Pool:
+    """A weighted mean of distributions whose members arrive one by one, in one (n, V) accumulator.
+
+    linear: M = sum_k w_k P_k. log_linear: M = sum_k w_k log P_k.
+    power_mean: M = log sum_k w_k P_k^r, in log space. After k members with log-weights s_1 ... s_k the
+    weights are softmax_j(s). The next member enters with weight exp(s_k - logsumexp(s_1 ... s_k)), so
+    no scale of the scores overflows or underflows.
+    """
+
+    def __init__(
+        self,
+        kind: PoolKind,
+        num_members: int,
+        *,
+        exponent: float = 0.5,
+        kernels: RowKernels | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """Expect `num_members`. The accumulator is the workspace buffer `pool`, else new memory."""
+        self._kind = kind
+        self._is_single = num_members == 1
+        self._num_missing = num_members
+        self._exponent = exponent
+        self._kernels = kernels or TorchKernels()
+        self._workspace = workspace
+        self._mean_nV: Tensor | None = None
+        self._unit_n: Tensor | None = None
+        self._total_n: Tensor | None = None
+        self._only: Member | None = None
+
+    def add(self, member: Member, score_n: Tensor) -> None:
+        """Add one member. Its values are copied, except those of a single scratch member."""
+        self._num_missing -= 1
+        if self._is_single:
+            # A single member is the pool: exp and log on the way would round.
+            self._only = member
+            return
+        if self._mean_nV is None or self._total_n is None:
+            self._mean_nV, self._total_n = self._buffer(member), score_n
+            share_n = None
+        else:
+            before_n = self._total_n
+            self._total_n = torch.logaddexp(before_n, score_n)
+            share_n = score_n - self._total_n
+            if self._kind == "power_mean":
+                return self._add_power(member, share_n, before_n - self._total_n)
+            share_n = share_n.exp()
+        mean_nV = self._mean_nV
+        dtype = mean_nV.dtype  # of the first member, whatever the dtype of this one
+        self._unit_n = self._kernels.add_(
+            mean_nV,
+            member.rows,
+            member.logsumexp.to(dtype),
+            None if share_n is None else share_n.to(dtype),
+            is_log=self._kind != "linear",
+            unit_n=self._unit_n,
+            is_last=self._num_missing == 0,
+        )
+        if self._kind == "power_mean":
+            mean_nV.mul_(self._exponent)
+
+    def _add_power(self, member: Member, log_share_n: Tensor, log_kept_n: Tensor) -> None:
+        mean_nV = self._mean_nV
+        assert mean_nV is not None
+        entering_nV, dtype = torch.empty_like(mean_nV), mean_nV.dtype
+        self._kernels.add_(entering_nV, member.rows, member.logsumexp.to(dtype), None, is_log=True)
+        entering_nV.mul_(self._exponent).add_(log_share_n[:, None].to(dtype))
+        mean_nV.add_(log_kept_n[:, None].to(dtype))
+        torch.logaddexp(mean_nV, entering_nV, out=mean_nV)
+
+    def result(self) -> tuple[DenseTarget, Tensor | None]:
+        """The pool, and (n,) log Z, the mass that all members have in common.
+
+        log Z is None for the linear pool, and divided by 1 - r for the power mean.
+        """
+        if self._only is not None:
+            target = self._single(self._only)
+            zero_n = torch.zeros_like(self._only.logsumexp.max_n)
+            return target, None if self._kind == "linear" else zero_n
+        assert self._mean_nV is not None
+        mean_nV = self._mean_nV
+        if self._unit_n is not None:
+            mean_nV.mul_(self._unit_n[:, None])
+            self._unit_n = None
+        if self._kind == "linear":
+            return DenseTarget(RawRows(mean_nV), "prob"), None
+        if self._kind == "power_mean":
+            mean_nV.div_(self._exponent)
+        logsumexp = logsumexp_of(self._kernels, mean_nV)
+        scale = 1.0 - self._exponent if self._kind == "power_mean" else 1.0
+        return DenseTarget(RawRows(mean_nV), "logits", logsumexp), logsumexp.total() / scale
+
+    def _single(self, member: Member) -> DenseTarget:
+        rows = member.rows
+        if not member.is_scratch or self._workspace is None:
+            # The values belong to the teacher, or the next member overwrites them.
+            values_nV = to_logits(rows, torch.empty_like(rows.values_nV, dtype=rows.dtype))
+            rows = RawRows(values_nV)
+        return DenseTarget(rows, "logits", member.logsumexp)
+
+    def _buffer(self, member: Member) -> Tensor:
+        values_nV, dtype = member.rows.values_nV, member.rows.dtype
+        if self._workspace is None:
+            return torch.empty_like(values_nV, dtype=dtype)
+        shape = (values_nV.shape[0], values_nV.shape[1])
+        return self._workspace.matrix("pool", shape, values_nV.new_empty(0, dtype=dtype))
+
+
+def logsumexp_of(kernels: RowKernels, logits_nV: Tensor) -> LogSumExp:
+    """log sum_v exp z without a buffer of the size of the rows."""
+    labels_n = torch.zeros(logits_nV.shape[0], dtype=torch.int64, device=logits_nV.device)
+    return kernels.read(RawRows(logits_nV), labels_n).logsumexp

@@ -1,0 +1,227 @@
+"""Blocks of rows through the student's head, with gradients formed in the forward pass.
+
+Shapes: N rows, n rows of one block, V vocabulary, D width of the hidden states.
+
+    engine = BlockEngine(hidden, head, ...)
+    for block in engine:
+        rows = engine.project(block)               (n, V) product of the head
+        ...                                        losses, and their gradient at that product
+        engine.accumulate(block, gradient_nV)      gradients of hidden states, weight and bias
+    total = engine.attach(total)                   a scalar whose backward returns them
+
+No (N, V) tensor exists, nothing is recomputed, and the head of a teacher that is read inside the
+loop is applied once per row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from collegium.kernels.rows import RawRows, Workspace, head_product, spans
+from collegium.types import Head
+
+CPU_MEGABYTES, GPU_MEGABYTES = 256, 1024
+"""Memory of the (n, V) buffers of a block, the only cost of a loss beside its gradients."""
+
+AUTOGRAD_BYTES = 32
+"""Bytes per logit of a loss under autograd: eight (n, V) buffers in float32."""
+
+AUTOGRAD_CPU_BYTES = 8 * 10**6
+"""One buffer of a loss under autograd on a CPU, where each operation is fastest from cache."""
+
+# Each block reads and writes the (V, D) gradient of the head; a few rows per block would spend
+# the time there.
+MIN_AUTOGRAD_BLOCK = 128
+MAX_BLOCK = 4096
+
+
+class BlockEngine:
+    """Applies the student's head to blocks of rows, and accumulates gradients.
+
+    Second derivatives are not supported. Gradients are accumulated in float32, or in float64 for
+    float64 inputs.
+    """
+
+    def __init__(
+        self, hidden_ND: Tensor, head: Head, *, workspace: Workspace, block_size: int
+    ) -> None:
+        """Allocate the gradients.
+
+        Args:
+            hidden_ND: (N, D), the input of the head; N may be 0.
+            head: the student's head; its weight may be a view of a parameter.
+            workspace: holds the product in its buffer `logits`.
+            block_size: rows per block.
+        """
+        bias = head.bias
+        self._inputs = hidden_ND, head.weight, bias
+        self._head = replace(
+            head, weight=head.weight.detach(), bias=None if bias is None else bias.detach()
+        )
+        self._workspace = workspace
+        self._block_size = block_size
+        # Sums over the vocabulary or over many rows lose too much in half precision.
+        self.dtype = torch.promote_types(
+            torch.promote_types(head.weight.dtype, hidden_ND.dtype), torch.float32
+        )
+        self._grads = [
+            torch.zeros_like(x, dtype=self.dtype)
+            if x is not None and torch.is_grad_enabled() and x.requires_grad
+            else None
+            for x in self._inputs
+        ]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any input requires a gradient."""
+        return any(grad is not None for grad in self._grads)
+
+    def __iter__(self) -> Iterator[slice]:
+        """The blocks, in order."""
+        num_rows = self._inputs[0].shape[0]
+        for start in range(0, num_rows, self._block_size):
+            yield slice(start, min(start + self._block_size, num_rows))
+
+    def project(self, block: slice) -> RawRows:
+        """Apply the head: (n, V) in a workspace buffer that the next call overwrites."""
+        hidden_nD, weight_VD = self._hidden(block), self._head.weight
+        shape = (hidden_nD.shape[0], weight_VD.shape[0])
+        return head_product(
+            hidden_nD, self._head, self._workspace.matrix("logits", shape, weight_VD)
+        )
+
+    def accumulate(self, block: slice, gradient_nV: Tensor) -> None:
+        """Propagate a gradient at the head's product to hidden states, weight and bias."""
+        dhidden_ND, dweight_VD, dbias_V = self._grads
+        hidden_nD, weight_VD = self._hidden(block), self._head.weight
+        for part in spans(weight_VD):
+            if dhidden_ND is not None:
+                add_product_(dhidden_ND[block], gradient_nV[:, part], weight_VD[part])
+            if dweight_VD is not None:
+                add_product_(dweight_VD[part], gradient_nV[:, part].T, hidden_nD)
+        if dbias_V is not None:
+            dbias_V += gradient_nV.sum(0, dtype=self.dtype)
+
+    def square_norm(self, gradient_nV: Tensor) -> Tensor:
+        """Squared norm of the gradient at the hidden states of one block."""
+        dhidden_nD = gradient_nV @ self._head.weight
+        return torch.linalg.vector_norm(dhidden_nD, dtype=self.dtype).square()
+
+    def attach(self, total: Tensor) -> Tensor:
+        """Return `total` with a graph whose backward yields the accumulated gradients."""
+        hidden_ND, weight_VD, bias_V = self._inputs
+        if not self.is_trained:
+            return total
+        return _Precomputed.apply(hidden_ND, weight_VD, bias_V, total, self._grads)  # type: ignore[return-value]
+
+    def _hidden(self, block: slice) -> Tensor:
+        return self._inputs[0].detach()[block].to(self._head.weight.dtype)
+
+
+def fitted_block_size(
+    num_rows: int,
+    vocab_size: int,
+    device: torch.device,
+    *,
+    bytes_per_logit: int | None = None,
+    megabytes: int | None = None,
+) -> int:
+    """Rows per block whose buffers fit in memory, at most `MAX_BLOCK`, with blocks of equal size.
+
+    Args:
+        num_rows: N.
+        vocab_size: V.
+        device: of the student.
+        bytes_per_logit: of all (n, V) buffers together; None for a loss under autograd.
+        megabytes: memory of these buffers; None for the default of the device.
+    """
+    size = default_block_size(
+        vocab_size, device, bytes_per_logit=bytes_per_logit, megabytes=megabytes
+    )
+    # A small last block would read and write the gradient of the head for a few rows.
+    num_rows = max(num_rows, 1)
+    return math.ceil(num_rows / math.ceil(num_rows / size))
+
+
+def default_block_size(
+    vocab_size: int,
+    device: torch.device,
+    *,
+    bytes_per_logit: int | None = None,
+    megabytes: int | None = None,
+) -> int:
+    """Rows per block whose buffers fit in memory, between 1 and `MAX_BLOCK`."""
+    is_cpu = device.type == "cpu"
+    memory = (megabytes or (CPU_MEGABYTES if is_cpu else GPU_MEGABYTES)) * 2**20
+    size = memory // (vocab_size * (bytes_per_logit or AUTOGRAD_BYTES))
+    if is_cpu and megabytes is None and bytes_per_logit is None:
+        size = min(size, max(MIN_AUTOGRAD_BLOCK, AUTOGRAD_CPU_BYTES // (4 * vocab_size)))
+    return max(1, min(MAX_BLOCK, size))
+
+
+class _Precomputed(torch.autograd.Function):
+    """(hidden, weight, bias, total, their gradients) -> total; see `BlockEngine.attach`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        total: Tensor,
+        grads: list[Tensor | None],
+    ) -> Tensor:
+        ctx.grads = grads
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_output: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "BlockEngine: got a second backward pass; must be one; "
+                "pass retain_graph=True to the first"
+            )
+        # Without retain_graph the gradients are scaled in place: that of the head is the largest
+        # tensor of a loss, and a copy would cost as much memory as a block.
+        is_kept = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+        grads = [
+            None if grad is None else _scaled(grad, grad_output, dtype, in_place=not is_kept)
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
+        ]
+        if not is_kept:
+            ctx.grads = None
+        return (*grads, None, None)
+
+
+def add_product_(sum_RC: Tensor, left_Rn: Tensor, right_nC: Tensor) -> None:
+    """sum += left right in the dtype of the sum, without a temporary where the device can."""
+    if left_Rn.dtype == sum_RC.dtype:
+        sum_RC.addmm_(left_Rn, right_nC)
+    elif sum_RC.dtype == torch.float32 and _adds_wide_products(sum_RC.device):
+        torch.addmm(sum_RC, left_Rn, right_nC, out_dtype=torch.float32, out=sum_RC)
+    else:
+        sum_RC += left_Rn @ right_nC
+
+
+def _adds_wide_products(device: torch.device) -> bool:
+    """Whether a half-precision product can be added to a float32 matrix in one operation."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    # Scaled before the cast: a sum over many rows may overflow float16, its mean does not.
+    if grad.is_cuda and grad.dtype != dtype:
+        # One sweep on a device; a CPU would allocate new memory to do so.
+        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    return (grad.mul_(factor) if in_place else grad * factor).to(dtype)

@@ -1,0 +1,236 @@
+"""The loss terms over the vocabulary at one block of rows, and their gradient at the head's product.
+
+Shapes: n rows of one block, V vocabulary, E entries of a named target, S tokens of its support.
+
+Forward KL and cross-entropy have closed forms: with Q = softmax(z), the gradient of KL(P || Q) at z is
+Q sum_v P - P, and that of CE is Q - onehot(label). Other divergences are differentiated by autograd
+on their support. A named target reads log q at E entries only: if g_e is the gradient there, that at
+z is the g_e at their places minus Q times their sum over the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from collegium.distributions import NamedRows
+from collegium.kernels.rows import DenseTarget, LogSumExp, RawRows, RowKernels
+from collegium.losses.divergences import LOG_FLOOR, Divergence, ForwardKL
+
+TRUTH = "truth"
+"""Term of the labels that replace contradicting teachers; without such a row it has no gradient."""
+TAIL_FLOOR = 1e-6
+"""Smallest mass of the student's tail: float32 log-probabilities carry no less. Its gradient stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLosses:
+    """The terms `kd`, `ce` and `truth` of n rows.
+
+    kd_n = f_n D(P, softmax(z / T)), ce_n = -log softmax(z)_label, truth_n = (1 - f_n) ce_n.
+    """
+
+    labels_n: Tensor
+    target: DenseTarget | NamedRows | None
+    """P at the temperature T; None for labels only."""
+    kernels: RowKernels
+    divergence: Divergence
+    temperature: float
+    kd_factor_n: Tensor | None = None
+    """(n,) f; None for 1."""
+
+    @classmethod
+    def of(
+        cls,
+        labels_n: Tensor,
+        target: DenseTarget | NamedRows | None,
+        kernels: RowKernels,
+        *,
+        divergence: Divergence,
+        temperature: float,
+        kd_factor_n: Tensor | None = None,
+    ) -> BlockLosses:
+        """Soften the target, whose values are overwritten: P^(1/T), renormalized."""
+        if isinstance(target, DenseTarget):
+            if not isinstance(divergence, ForwardKL):
+                target = DenseTarget.of_logp(_softened(target, temperature))
+            elif temperature != 1.0:
+                values_nV = target.logp_().div_(temperature)
+                logsumexp = kernels.read(RawRows(values_nV), labels_n * 0).logsumexp
+                target = DenseTarget(RawRows(values_nV), "logits", logsumexp)
+        return cls(labels_n, target, kernels, divergence, temperature, kd_factor_n)
+
+    def terms_(
+        self, rows: RawRows, weights: Mapping[str, float]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute the (n,) terms with a weight, and the gradient of their weighted sum.
+
+        The gradient is taken at the head's product and may overwrite the rows.
+        """
+        if self.target is None or isinstance(self.divergence, ForwardKL):
+            return self._closed_form(rows, weights)
+        if isinstance(self.target, NamedRows):
+            return self._closed_form(rows, weights)
+        return self._autograd(rows, self.target, weights)
+
+    def _closed_form(
+        self, rows: RawRows, weights: Mapping[str, float]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        one_n = torch.ones(len(self.labels_n), dtype=rows.dtype, device=rows.values_nV.device)
+        factor_n = one_n if self.kd_factor_n is None else self.kd_factor_n.to(rows.dtype)
+        kd_n = weights.get("kd", 0.0) * factor_n
+        ce_n = weights.get("ce", 0.0) * one_n + weights.get(TRUTH, 0.0) * (1.0 - factor_n)
+        needs_labels = "ce" in weights or TRUTH in weights
+        # Labels outside of the vocabulary fail here, and only where a term reads them.
+        labels_n = self.labels_n if needs_labels else torch.zeros_like(self.labels_n)
+        z_label_n, slope_n = rows.at_labels(labels_n)
+        if isinstance(self.target, NamedRows):
+            logsumexp, value_n = self._named_(rows, self.target, labels_n, kd_n, ce_n)
+        else:
+            target = None if self.target is None else self.target.to(rows.dtype)
+            logsumexp, value_n = self.kernels.distill_(
+                rows, target, kd_n, ce_n, temperature=self.temperature
+            )
+        values_nV = rows.values_nV
+        if needs_labels:
+            missing_n1 = (-ce_n * slope_n)[:, None].to(values_nV.dtype)
+            values_nV.scatter_add_(1, labels_n[:, None], missing_n1)
+        ce_loss_n = -logsumexp.logp(z_label_n)
+        terms = {"kd": factor_n * value_n, "ce": ce_loss_n, TRUTH: (1.0 - factor_n) * ce_loss_n}
+        return {name: terms[name] for name in weights}, values_nV
+
+    def _named_(
+        self, rows: RawRows, target: NamedRows, labels_n: Tensor, kd_n: Tensor, ce_n: Tensor
+    ) -> tuple[LogSumExp, Tensor]:
+        num_rows, row_E = len(labels_n), target.row_of_entry()
+        z_E, slope_E = rows.at(row_E, target.ids)
+        is_kl = isinstance(self.divergence, ForwardKL)
+        if is_kl and target.log_tail is None:
+            # The pull of the entries does not depend on the student: one sweep, as for labels only.
+            pull_n = row_sums(target.logp.to(rows.dtype).exp(), row_E, num_rows)
+            logsumexp, _ = self.kernels.distill_(
+                rows, None, kd_n, ce_n + kd_n * pull_n, temperature=1.0
+            )
+        else:
+            logsumexp = self.kernels.read(rows, labels_n).logsumexp
+        logq_E = LogSumExp(logsumexp.max_n[row_E], logsumexp.log_sum_n[row_E]).logp(z_E)
+        if is_kl:
+            value_n, grad_E = named_kl(logq_E, row_E, target)
+        else:
+            value_n, grad_E = named_divergence(self.divergence, logq_E, row_E, target)
+        grad_E = grad_E * kd_n[row_E]
+        if not is_kl or target.log_tail is not None:
+            mass_n = row_sums(grad_E, row_E, num_rows)
+            self.kernels.softmax_(rows, logsumexp, ce_n - mass_n)
+        rows.add_at_(row_E, target.ids, grad_E * slope_E)
+        return logsumexp, value_n
+
+    def _autograd(
+        self, rows: RawRows, target: DenseTarget, weights: Mapping[str, float]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        raw_nV = rows.values_nV
+        with torch.enable_grad():
+            raw_nV = raw_nV.detach().requires_grad_()
+            terms = self._differentiable(RawRows(raw_nV, rows.scale, rows.softcap), target, weights)
+            total = sum(
+                (weight * terms[name].sum(dtype=rows.dtype) for name, weight in weights.items()),
+                start=raw_nV.new_zeros((), dtype=rows.dtype),
+            )
+            gradient_nV = torch.autograd.grad(total, raw_nV)[0]
+        return {name: value_n.detach() for name, value_n in terms.items()}, gradient_nV
+
+    def _differentiable(
+        self, rows: RawRows, target: DenseTarget, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        logits_nV = rows.logits()
+        logq_nV = logits_nV.log_softmax(-1)
+        terms: dict[str, Tensor] = {}
+        ce_n = None
+        if "ce" in weights or TRUTH in weights:
+            ce_n = -logq_nV.gather(1, self.labels_n[:, None]).squeeze(1)
+        if "ce" in weights and ce_n is not None:
+            terms["ce"] = ce_n
+        if self.temperature != 1.0:
+            logq_nV = (logits_nV / self.temperature).log_softmax(-1)
+        kd_n = self.divergence(target.rows.values_nV.to(logits_nV.dtype), logq_nV)
+        factor_n = self.kd_factor_n
+        terms["kd"] = kd_n if factor_n is None else factor_n.to(kd_n.dtype) * kd_n
+        if factor_n is not None and ce_n is not None:
+            terms[TRUTH] = (1.0 - factor_n).to(ce_n.dtype) * ce_n
+        return terms
+
+
+def _softened(target: DenseTarget, temperature: float) -> Tensor:
+    logp_nV = target.logp_()
+    return logp_nV if temperature == 1.0 else (logp_nV / temperature).log_softmax(-1)
+
+
+def named_kl(logq_E: Tensor, row_E: Tensor, target: NamedRows) -> tuple[Tensor, Tensor]:
+    """KL(t || q) of each row in nats, (n,), and its gradient at `logq_E`, (E,).
+
+    KL = sum_i t_i (log t_i - log q_i) over the named tokens, and, where the target has a tail, one
+    more summand with q_tail = 1 - sum_i q_i. The gradient is -t_i, and with a tail
+    -t_i + q_i t_tail / q_tail.
+
+    Args:
+        logq_E: log-probabilities of the student at the entries.
+        row_E: the row that owns each entry.
+        target: n rows.
+
+    Source: Anshumann et al. 2025, arXiv 2503.16870. The tail is its ghost token.
+    """
+    num_rows = len(target)
+    logt_E = target.logp.to(logq_E.dtype)
+    t_E = logt_E.exp()
+    kl_n = row_sums(t_E * (logt_E - logq_E), row_E, num_rows)
+    if target.log_tail is None:
+        return kl_n, -t_E
+    log_tail_n = target.log_tail.to(logq_E.dtype)
+    # The value stays above the floor, and so does the gradient: a small tail is still pulled up.
+    rest_n = _tail_mass(logq_E, row_E, num_rows).clamp(min=TAIL_FLOOR)
+    tail_n = log_tail_n.exp()
+    kl_n = kl_n + tail_n * (log_tail_n.clamp(min=LOG_FLOOR) - rest_n.log())
+    return kl_n, logq_E.exp() * (tail_n / rest_n)[row_E] - t_E
+
+
+def named_divergence(
+    divergence: Divergence, logq_E: Tensor, row_E: Tensor, target: NamedRows
+) -> tuple[Tensor, Tensor]:
+    """Any divergence on the named tokens and the tail: (n,) values and the (E,) gradient.
+
+    The support has S = largest number of entries + 1 tokens; the last one is the tail.
+    """
+    num_rows, starts = len(target), target.starts
+    place_E = torch.arange(len(row_E), device=row_E.device) - starts[row_E]
+    width = int(starts.diff().max()) if num_rows else 0
+    target_nS = logq_E.new_full((num_rows, width + 1), LOG_FLOOR)
+    target_nS[row_E, place_E] = target.logp.to(logq_E.dtype)
+    if target.log_tail is not None:
+        target_nS[:, width] = target.log_tail.to(logq_E.dtype)
+    with torch.enable_grad():
+        logq_E = logq_E.detach().requires_grad_()
+        student_nS = logq_E.new_full((num_rows, width), LOG_FLOOR)
+        student_nS = student_nS.index_put((row_E, place_E), logq_E)
+        rest_n = _tail_mass(logq_E, row_E, num_rows)
+        # The floor bounds the value; the gradient passes through it.
+        rest_n = rest_n + (rest_n.clamp(min=TAIL_FLOOR) - rest_n).detach()
+        student_nS = torch.cat([student_nS, rest_n.log()[:, None]], dim=1)
+        value_n = divergence(target_nS, student_nS)
+        grad_E = torch.autograd.grad(value_n.sum(), logq_E)[0]
+    return value_n.detach(), grad_E
+
+
+def _tail_mass(logq_E: Tensor, row_E: Tensor, num_rows: int) -> Tensor:
+    """(n,) 1 - sum_i q_i, without cancellation where one token has nearly all the mass."""
+    max_n = logq_E.detach().new_full((num_rows,), -torch.inf)
+    max_n = max_n.scatter_reduce(0, row_E, logq_E.detach(), "amax")
+    scaled_n = row_sums((logq_E - max_n[row_E]).exp(), row_E, num_rows)
+    return -torch.expm1(max_n + scaled_n.log())
+
+
+def row_sums(values_E: Tensor, row_E: Tensor, num_rows: int) -> Tensor:
+    """Sum (E,) values over the entries of each row: (n,)."""
+    return values_E.new_zeros(num_rows).index_add(0, row_E, values_E)
