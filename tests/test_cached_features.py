@@ -22,7 +22,7 @@ from collegium.cli import app
 from collegium.data.pack import Collator
 from collegium.errors import CacheError, RecipeError
 from collegium.recipe import Recipe, dump_recipe, load_recipe
-from collegium.run_folder import read_json
+from collegium.storage.files import read_json
 from collegium.types import Batch
 from collegium.variants import main_variant
 from collegium.workspace import Workspace

@@ -22,7 +22,7 @@ from collegium.errors import CacheError, RecipeError
 from collegium.fusion.pooling import FusedTarget, Fusion
 from collegium.fusion.weights import Entropy, PrefixLikelihood, Uniform
 from collegium.recipe import Recipe, dump_recipe, load_recipe
-from collegium.run_folder import read_json
+from collegium.storage.files import read_json
 from collegium.teachers import encoders
 from collegium.teachers.cached import CachedTeacher, pieces_of
 from collegium.teachers.encoders import FusedEncoder, shard_windows

@@ -23,7 +23,7 @@ from collegium.fusion.stored import require_linear, stored_stats
 from collegium.fusion.stream import RowReader
 from collegium.fusion.weights import Entropy, Uniform
 from collegium.recipe import Recipe, decode_fusion, dump_recipe, load_recipe
-from collegium.run_folder import read_json
+from collegium.storage.files import read_json
 from collegium.teachers.cached import BatchKeys, StoredTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective, ObjectiveOptions

@@ -21,7 +21,7 @@ from collegium.errors import (
 from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import BestSingle, Entropy, Uniform
 from collegium.recipe import Recipe, dump_recipe, load_recipe
-from collegium.run_folder import read_json
+from collegium.storage.files import read_json
 from collegium.variants import CONTROLS, control, main_variant
 from refusals import refused
 from tiny_run import recipe_text, write_zoo

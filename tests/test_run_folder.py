@@ -8,43 +8,11 @@ from pathlib import Path
 import pytest
 
 from collegium.errors import CollegiumError, Interrupted, RecipeError
-from collegium.run_folder import (
-    RunFolder,
-    differing_fields,
-    fingerprint,
-    last_row,
-    read_json,
-    write_json,
-)
+from collegium.run_folder import RunFolder, last_row
+from collegium.storage.files import read_json, write_json
 from refusals import refused
 
 RECIPE = {"seed": 0, "train": {"learning_rate": 0.1, "max_steps": 5}, "evaluate": {"controls": []}}
-
-
-def test_json_is_strict_and_leaves_no_temporary_file(tmp_path: Path) -> None:
-    write_json(tmp_path / "a" / "x.json", {"text": "é"})
-    assert read_json(tmp_path / "a" / "x.json") == {"text": "é"}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "a" / "x.json", float("nan"))
-    assert read_json(tmp_path / "a" / "x.json") == {"text": "é"}
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.json"]
-
-
-def test_absent_json_is_none_and_broken_json_names_its_file(tmp_path: Path) -> None:
-    assert read_json(tmp_path / "x.json") is None
-    (tmp_path / "x.json").write_text("{")
-    with refused(CollegiumError, "TMP/x.json: "):
-        read_json(tmp_path / "x.json")
-
-
-def test_fingerprint_ignores_only_the_order_of_keys() -> None:
-    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
-    assert fingerprint([1, 2]) != fingerprint([2, 1])
-
-
-def test_differing_fields_are_named_with_both_values() -> None:
-    new = {"seed": 1, "train": {"learning_rate": 0.1}, "evaluate": {"controls": []}}
-    assert differing_fields(RECIPE, new) == ["seed: 0 -> 1", "train.max_steps: 5 -> None"]
 
 
 def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ from collegium.evaluate.table import ModelInfo, results_rows
 from collegium.fusion.fuse import Fusion
 from collegium.models import count_parameters
 from collegium.recipe import Recipe, decode_fusion, load_recipe, write_fusion
-from collegium.run_folder import fingerprint, last_row, read_json, write_json
+from collegium.run_folder import last_row
+from collegium.storage.files import fingerprint, read_json, write_json
 from collegium.teachers.local import LocalTeacher, TeacherOptions
 from collegium.train.checkpoint import checkpoints
 from collegium.variants import Variant, control, main_variant

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -17,7 +16,14 @@ from typing import Any
 
 from collegium.console import say
 from collegium.errors import CollegiumError, Interrupted, RecipeError
-from collegium.files import LOCK, lock_folder, write_bytes
+from collegium.storage.files import (
+    LOCK,
+    differing_fields,
+    lock_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 
 REMEDY = "wait for it, or choose another output_dir"
 RUN_FILES = ("recipe.json", "stages.json")
@@ -33,32 +39,6 @@ Measurements are repeated, and a run folder may be renamed or moved.
 """
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON (no NaN) atomically."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, or None if it does not exist.
-
-    Raises:
-        CollegiumError: the file is not valid JSON.
-    """
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CollegiumError(
-            f"{path}: not valid JSON ({error}); delete it to recreate it"
-        ) from error
-
-
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object, empty if the file does not exist."""
     value = read_json(path)
@@ -70,24 +50,6 @@ def _read_object(path: Path) -> dict[str, Any]:
 def last_row(path: Path) -> dict[str, Any]:
     """Return the last object of a JSON Lines file."""
     return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-
-
-def fingerprint(value: Any) -> str:
-    """Return the SHA-256 of a JSON-serializable value, independent of key order."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, default=str).encode("utf-8")
-    ).hexdigest()
-
-
-def differing_fields(old: Any, new: Any, where: str = "") -> list[str]:
-    """Return `field: old value -> new value` for every leaf that differs."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        lines: list[str] = []
-        for key in sorted({*old, *new}, key=str):
-            path = f"{where}.{key}" if where else str(key)
-            lines += differing_fields(old.get(key), new.get(key), path)
-        return lines
-    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from collegium.models import (
 from collegium.models.config import load_config
 from collegium.models.loading import empty_model
 from collegium.recipe import Recipe, dump_recipe, plain
-from collegium.run_folder import RunFolder, fingerprint
+from collegium.run_folder import RunFolder
+from collegium.storage.files import fingerprint
 from collegium.student import build_student, load_student_tokenizer, student_config
 from collegium.teachers.cached import BatchKeys, CachedTargets, CachedTeacher
 from collegium.teachers.local import LocalTeacher

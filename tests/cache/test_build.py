@@ -19,7 +19,7 @@ from collegium.cache.codec import Samples, TopK
 from collegium.cache.layout import Layout
 from collegium.cache.store import open_cache
 from collegium.errors import CacheError, CollegiumError
-from collegium.files import lock_folder
+from collegium.storage.files import lock_folder
 from refusals import refused
 
 TARGETS = Samples(draws=20)

@@ -22,7 +22,7 @@ from collegium.fusion.weights import BestSingle
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.models import forward_rows, tap_names, tap_width
 from collegium.teachers.local import LocalTeacher
-from collegium.teachers.routed import score_teachers
+from collegium.fusion.score import score_teachers
 from collegium.train.nan_diagnosis import first_bad_rows
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.types import Batch, HiddenRows, LossSum, Rows, TeacherRows, teacher_number

@@ -25,8 +25,7 @@ from collegium.cache.store import (
     require_identity,
 )
 from collegium.errors import CacheError, CollegiumError
-from collegium.files import hold_lock, sha256_of, write_bytes
-from collegium.run_folder import write_json
+from collegium.storage.files import lock_folder, sha256_of, write_bytes, write_json
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Fitted to English text scored by SmolLM2: docs/results/cache.md.
@@ -190,7 +189,7 @@ class _Build:
         files = [self.shards[number] for number in range(len(self._shard_targets))]
         with ExitStack() as held:
             try:
-                held.enter_context(hold_lock(self._path, ".lock-manifest", ""))
+                held.enter_context(lock_folder(self._path, "", name=".lock-manifest"))
             except CollegiumError:
                 return None  # another rank also found all shards and is writing the manifest
             try:

@@ -17,8 +17,7 @@ from collegium.cache.feature_store import FEATURE_FORMAT, FEATURE_MANIFEST, read
 from collegium.cache.features import Projection, projections_bytes, read_projections
 from collegium.cache.store import manifest_digest, require_identity
 from collegium.errors import CacheError
-from collegium.files import lock_folder, sha256_of, write_bytes
-from collegium.run_folder import write_json
+from collegium.storage.files import lock_folder, sha256_of, write_bytes, write_json
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NAME = re.compile(r"(?:projection|shard-(\d{5,}))-([0-9a-f]{16})\.(?:parquet|safetensors)")

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from collegium.cache.feature_shards import PieceFeatures, read_feature_group
 from collegium.cache.features import read_projections
-from collegium.cache.location import Location
 from collegium.cache.shards import KEYS, PieceKey
 from collegium.cache.store import load_manifest, require_identity, verify_file
 from collegium.errors import CacheError
+from collegium.storage.location import Location
 
 FEATURE_FORMAT = 1
 """Version of the layout; another one is refused."""
@@ -188,4 +188,4 @@ def read_feature_manifest(where: Path | str) -> dict[str, Any] | None:
 
 def feature_folders(where: Path | str) -> list[str]:
     """The folders of hidden states inside a cache."""
-    return [str(place) for place in Location.of(where).parts(f"features/*/{FEATURE_MANIFEST}")]
+    return Location.of(where).folders(f"features/*/{FEATURE_MANIFEST}")

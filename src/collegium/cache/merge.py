@@ -17,7 +17,7 @@ from collegium.cache.processes import Ranks
 from collegium.cache.shards import read_identity
 from collegium.cache.store import require_identity
 from collegium.errors import CacheError
-from collegium.files import fsync
+from collegium.storage.files import fsync
 
 SHARD_FIELDS = ("format", "shard", "num_targets", "num_shards")
 """Metadata fields of a shard in addition to the identity of its cache."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from collegium.errors import RecipeError
-from collegium.files import hold_lock, lock_folder
+from collegium.storage.files import lock_folder
 
 REMEDY = "wait for it, or set another cache.path"
 
@@ -70,5 +70,5 @@ class Ranks:
         with ExitStack() as held:
             held.enter_context(lock_folder(path, REMEDY, shared=not self.is_single))
             if not self.is_single:
-                held.enter_context(hold_lock(path, f".lock-{self.rank}", REMEDY))
+                held.enter_context(lock_folder(path, REMEDY, name=f".lock-{self.rank}"))
             yield

@@ -24,11 +24,11 @@ import torch
 
 from collegium.cache.codec import STEP, EncodedRows, decode_rows
 from collegium.cache.layout import Layout, entropy_name, log_z_name
-from collegium.cache.location import Location
 from collegium.cache.shards import PieceKey, read_group, read_keys, read_vocabulary
 from collegium.distributions import NamedRows, StoredScalars
 from collegium.errors import CacheError
-from collegium.run_folder import differing_fields, fingerprint
+from collegium.storage.files import differing_fields, fingerprint
+from collegium.storage.location import Location
 
 FORMAT = 2
 """Version of docs/cache-format.md. Any other is refused."""
@@ -220,8 +220,7 @@ def open_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> 
 
 def cache_folders(where: Path | str) -> list[str]:
     """Return the folder of a fused cache, or the folders of a per-teacher cache."""
-    parts = Location.of(where).parts(f"teachers/*/*/{MANIFEST}")
-    return [str(part) for part in parts] or [str(where)]
+    return Location.of(where).folders(f"teachers/*/*/{MANIFEST}") or [str(where)]
 
 
 def require_manifest(where: Path | str) -> dict[str, Any]:
@@ -256,7 +255,7 @@ def load_manifest(where: Path | str, name: str, version: int) -> dict[str, Any] 
     location = Location.of(where)
     file = location.path_of(name)
     try:
-        text = location.read_text(name)
+        text = location.read_bytes(name)
         if text is None:
             return None
         manifest = json.loads(text)

@@ -15,7 +15,8 @@ from typing import Any
 
 from collegium.demo.corpora import CORPORA, cache_folder, write_corpus
 from collegium.errors import CollegiumError, RecipeError, nearest
-from collegium.run_folder import RunFolder, fingerprint, write_text
+from collegium.run_folder import RunFolder
+from collegium.storage.files import fingerprint, write_text
 
 HERE = Path(__file__).parent
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from collegium.run_folder import read_json
+from collegium.storage.files import read_json
 
 Values = dict[str, float | None]
 

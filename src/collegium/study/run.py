@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from collegium.files import lock_folder
+from collegium.storage.files import lock_folder
 from collegium.study.options import StudyOptions, load_study
 from collegium.study.page import study_tables, write_page
 from collegium.study.sweep import run_jobs

@@ -15,7 +15,7 @@ from collegium import pipeline
 from collegium.console import say
 from collegium.errors import RecipeError
 from collegium.recipe import Recipe, load_recipe, recipe_hash
-from collegium.run_folder import fingerprint, read_json, write_json, write_text
+from collegium.storage.files import fingerprint, read_json, write_json, write_text
 from collegium.study.measurements import preflight_rows, run_row
 from collegium.study.options import PICK, Level, StudyOptions, slug
 

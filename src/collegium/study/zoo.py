@@ -19,7 +19,8 @@ from collegium import pipeline
 from collegium.data.pack import PackedDataset
 from collegium.demo.run import FULL, Plan, prepare_text, write_teacher_recipe
 from collegium.recipe import load_recipe
-from collegium.run_folder import RunFolder, fingerprint
+from collegium.run_folder import RunFolder
+from collegium.storage.files import fingerprint
 from collegium.study.options import ZooName
 from collegium.types import IGNORE, domain_number
 

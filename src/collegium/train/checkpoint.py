@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 
 from collegium.errors import TrainingError
-from collegium.files import fsync, sha256_of
+from collegium.storage.files import fsync, sha256_of
 
 FORMAT = 1
 """Version of the checkpoint layout. Newer ones are rejected."""

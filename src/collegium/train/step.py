@@ -20,10 +20,10 @@ from collegium.distributions import Answer, HiddenRows, Teacher
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import ConflictBlock
 from collegium.fusion.fuse import Target, TargetBlock, TargetSource, fuse
+from collegium.fusion.score import score_teachers
 from collegium.kernels.rows import RowKernels
 from collegium.losses.features import FeatureLoss
 from collegium.models import forward_rows
-from collegium.teachers.routed import score_teachers
 from collegium.train.objective import Objective
 from collegium.types import Batch, LossSum, Rows
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from collegium.errors import CacheError
-from collegium.files import CHUNK_BYTES, sha256_of
+from collegium.storage.files import CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
     """A readable folder, local or remote."""
 
+    name: str
+    """The path or URL as the user wrote it, without a trailing slash."""
     root: str
-    """Local path, or the path inside the file system of the URL."""
-    url: str = ""
-    """URL without a trailing slash. Empty for a local folder."""
-    files: Any = None
-    """fsspec file system of the URL. None for a local folder."""
+    """The path inside the file system."""
+    files: Any
+    """fsspec file system."""
 
     @classmethod
     def of(cls, where: Path | str) -> Location:
@@ -33,10 +36,8 @@ class Location:
         """
         text = str(where)
         if isinstance(where, Path) or "://" not in text:
-            return cls(text)
-        # Imported here, because only URLs need fsspec and the package of their protocol.
-        from fsspec.core import url_to_fs
-
+            # Absolute, because fsspec expands a leading `~`.
+            return cls(text, str(Path(text).absolute()), LocalFileSystem())
         try:
             files, root = url_to_fs(text)
         except (ImportError, ValueError) as error:
@@ -44,10 +45,10 @@ class Location:
                 f"{text}: cannot be opened ({error}); must be a URL that fsspec knows; install the "
                 "package it names"
             ) from error
-        return cls(str(root), text.rstrip("/"), files)
+        return cls(text.rstrip("/"), str(root).rstrip("/"), files)
 
     def __str__(self) -> str:
-        return self.url or self.root
+        return self.name
 
     def path_of(self, name: str) -> str:
         """Return the full path of a file, for messages."""
@@ -55,9 +56,6 @@ class Location:
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes, or None if it does not exist."""
-        if self.files is None:
-            path = Path(self.root, name)
-            return path.stat().st_size if path.is_file() else None
         try:
             return int(self.files.size(self._inside(name)))
         except FileNotFoundError:
@@ -69,28 +67,13 @@ class Location:
         Raises:
             OSError: it cannot be read.
         """
-        if self.files is None:
-            path = Path(self.root, name)
-            return path.read_bytes() if path.is_file() else None
         try:
             return self.files.cat_file(self._inside(name))
         except FileNotFoundError:
             return None
 
-    def read_text(self, name: str) -> str | None:
-        """Read a small UTF-8 text file, or None if it does not exist.
-
-        Raises:
-            OSError: it cannot be read.
-            ValueError: it is not UTF-8.
-        """
-        data = self.read_bytes(name)
-        return None if data is None else data.decode("utf-8")
-
     def sha256(self, name: str) -> str:
         """Return the SHA-256 of a file, in hex."""
-        if self.files is None:
-            return sha256_of(Path(self.root, name))
         digest = hashlib.sha256()
         with self.files.open(self._inside(name), "rb") as file:
             while chunk := file.read(CHUNK_BYTES):
@@ -101,21 +84,17 @@ class Location:
         """Open a shard. Page checksums are verified on read."""
         # Streamed, not memory-mapped: if a mapped file shrinks, the process dies of SIGBUS, while a
         # short read raises an error that names the file.
-        source = Path(self.root, name)
-        if self.files is not None:
-            source = self.files.open(self._inside(name), "rb")
-        return pq.ParquetFile(source, page_checksum_verification=True)
+        return pq.ParquetFile(
+            self._inside(name), filesystem=self.files, page_checksum_verification=True
+        )
 
-    def parts(self, pattern: str) -> list[Location]:
-        """Return the subfolders with a file matching `pattern`: `teachers/*/*/manifest.json`."""
-        if self.files is None:
-            files = sorted(Path(self.root).glob(pattern))
-            return [Location(str(file.parent)) for file in files]
-        # fsspec returns paths of its file system. Keep their tails, which also extend the URL.
+    def folders(self, pattern: str) -> list[str]:
+        """Return the subfolders with a file matching `pattern`, such as `teachers/*/manifest.json`."""
+        names = self.files.glob(f"{glob.escape(self.root)}/{pattern}")
+        # Keep the tails of the paths of the file system, which also extend a URL.
         depth = pattern.count("/") + 1
-        names = sorted(self.files.glob(self._inside(pattern)))
-        ends = ["/".join(str(name).split("/")[-depth:-1]) for name in names]
-        return [Location(self._inside(end), f"{self.url}/{end}", self.files) for end in ends]
+        tails = ["/".join(str(name).split("/")[-depth:-1]) for name in sorted(names)]
+        return [f"{self}/{tail}" for tail in tails]
 
     def _inside(self, name: str) -> str:
-        return f"{self.root.rstrip('/')}/{name}"
+        return f"{self.root}/{name}"

@@ -1,0 +1,1 @@
+"""Files on disk, local or behind a URL."""

@@ -1,0 +1,82 @@
+"""Files and locks: strict JSON, atomic writes, and no write through a link."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from collegium.errors import CollegiumError
+from collegium.storage.files import (
+    differing_fields,
+    fingerprint,
+    lock_folder,
+    read_json,
+    write_bytes,
+    write_json,
+)
+from refusals import refused
+
+
+def test_json_is_strict_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a" / "x.json", {"text": "é"})
+    assert read_json(tmp_path / "a" / "x.json") == {"text": "é"}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a" / "x.json", float("nan"))
+    assert read_json(tmp_path / "a" / "x.json") == {"text": "é"}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000], ids=["cut", "deep"])
+def test_broken_json_names_its_file(tmp_path: Path, text: str) -> None:
+    assert read_json(tmp_path / "x.json") is None
+    (tmp_path / "x.json").write_text(text)
+    # The text in parentheses is that of Python.
+    with refused(CollegiumError, "TMP/x.json: ", volatile=r"\(.*\)"):
+        read_json(tmp_path / "x.json")
+
+
+def test_fingerprint_ignores_only_the_order_of_keys() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint([1, 2]) != fingerprint([2, 1])
+
+
+def test_differing_fields_are_named_with_both_values() -> None:
+    old = {"seed": 0, "train": {"learning_rate": 0.1, "max_steps": 5}, "controls": []}
+    new = {"seed": 1, "train": {"learning_rate": 0.1}, "controls": []}
+    assert differing_fields(old, new) == ["seed: 0 -> 1", "train.max_steps: 5 -> None"]
+
+
+def test_a_write_does_not_follow_a_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    for name in (".x.tmp", "x"):
+        (tmp_path / name).symlink_to(victim)
+    write_bytes(tmp_path / "x", b"new")
+    assert victim.read_bytes() == b"precious"
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert not (tmp_path / "x").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["victim", "x"]
+
+
+def test_a_lock_does_not_follow_a_link(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to(tmp_path / "made")
+    with refused(CollegiumError, "TMP/.lock: "), lock_folder(tmp_path, "wait"):
+        pass
+    assert not (tmp_path / "made").exists()
+
+
+def test_locks_are_exclusive_or_shared(tmp_path: Path) -> None:
+    with lock_folder(tmp_path, "wait"):
+        with refused(CollegiumError, "TMP: "), lock_folder(tmp_path, "wait", shared=True):
+            pass
+        with lock_folder(tmp_path, "wait", name=".other"):
+            pass
+    with (
+        lock_folder(tmp_path, "wait", shared=True),
+        lock_folder(tmp_path, "wait", shared=True),
+        refused(CollegiumError, "TMP: "),
+        lock_folder(tmp_path, "wait"),
+    ):
+        pass
