@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collegium.distributions import Answer, DenseRows, Distribution, NamedRows
 from collegium.fusion.conflict import ConflictBlock
-from collegium.fusion.pooling import FusedBlock, FusedTarget, Fusion
+from collegium.fusion.fuse import Fusion, TargetBlock, fuse
+from collegium.fusion.pools import TeacherReader
 from collegium.fusion.routing import Route
 from collegium.fusion.rules import (
     AvgCE,
@@ -20,7 +22,6 @@ from collegium.fusion.rules import (
     Gate,
     MinCE,
 )
-from collegium.fusion.stream import TeacherReader
 from collegium.fusion.weights import (
     BestSingle,
     Entropy,
@@ -30,7 +31,8 @@ from collegium.fusion.weights import (
     Uniform,
     Weighting,
 )
-from collegium.types import DenseRows, Rows, TeacherRows, domain_number
+from collegium.kernels.rows import DenseTarget
+from collegium.types import Rows, domain_number
 
 DOMAINS = ["court", "clinic", "novel"]
 NAMES = ["law", "medicine", "prose"]
@@ -91,16 +93,24 @@ POOL_CASES: list[dict[str, Any]] = [
 ]
 
 
-class CountedRows:
+class CountedRows(Distribution):
     """Full logits that record every block that is read."""
 
     def __init__(self, logits_NV: Tensor) -> None:
         self.logits_NV = logits_NV
         self.blocks: list[tuple[int, int]] = []
 
+    def __len__(self) -> int:
+        return len(self.logits_NV)
+
     def logits(self, block: slice) -> Tensor:
         self.blocks.append((block.start, block.stop))
         return self.logits_NV[block]
+
+    def take(self, rows_m: Tensor) -> CountedRows:
+        part = CountedRows(self.logits_NV[rows_m])
+        part.blocks = self.blocks
+        return part
 
 
 def make_rows(labels: Tensor, documents: Sequence[int]) -> Rows:
@@ -116,38 +126,44 @@ def domains_of(documents: Sequence[int]) -> list[str]:
 
 
 def stats_of(
-    teachers: Sequence[TeacherRows], rows: Rows, temperatures: dict[str, float] | None = None
+    teachers: Sequence[Answer], rows: Rows, temperatures: dict[str, float] | None = None
 ) -> RowStats:
     """Statistics of all rows, including the divergence from the consensus."""
     reader = TeacherReader(teachers, rows, temperatures or {})
     return reader.stats(slice(0, len(rows)), consensus=True)
 
 
-def make_teachers(logits_KNV: Tensor, names: Sequence[str] = NAMES) -> list[TeacherRows]:
+def make_teachers(logits_KNV: Tensor, names: Sequence[str] = NAMES) -> list[Answer]:
     """One teacher per leading index."""
     pairs = zip(names, logits_KNV, strict=False)
-    return [TeacherRows(name, DenseRows(logits_NV)) for name, logits_NV in pairs]
+    return [Answer(name, DenseRows(logits_NV)) for name, logits_NV in pairs]
 
 
-def fuse(
-    fusion: Fusion, teachers: Sequence[TeacherRows], rows: Rows, block_size: int = 4
-) -> FusedBlock:
-    """Fuse all rows block by block and concatenate the blocks."""
-    target = FusedTarget(fusion, teachers, rows)
+def fused(
+    fusion: Fusion, teachers: Sequence[Answer], rows: Rows, block_size: int = 4
+) -> TargetBlock:
+    """Fuse all rows block by block, and concatenate the blocks over the vocabulary."""
+    target = fuse(fusion, teachers, rows)
     starts = range(0, len(rows), block_size)
     blocks = [target.block(slice(s, min(s + block_size, len(rows)))) for s in starts]
     conflicts = [b.conflict for b in blocks if b.conflict is not None]
     normalizers = [b.log_normalizer_n for b in blocks if b.log_normalizer_n is not None]
-    return FusedBlock(
-        logp_nV=torch.cat([b.logp_nV for b in blocks]),
-        weights_Kn=torch.cat([b.weights_Kn for b in blocks], dim=1),
-        entropy_Kn=torch.cat([b.entropy_Kn for b in blocks], dim=1),
-        label_logp_Kn=torch.cat([b.label_logp_Kn for b in blocks], dim=1),
-        max_logp_Kn=torch.cat([b.max_logp_Kn for b in blocks], dim=1),
+    stats = [b.stats for b in blocks if b.stats is not None]
+    return TargetBlock(
+        DenseTarget.of_logp(torch.cat([dense_logp(b) for b in blocks])),
+        torch.cat([b.weights_Kn for b in blocks if b.weights_Kn is not None], dim=1),
+        RowStats.cat(stats) if stats else None,
         log_normalizer_n=torch.cat(normalizers) if normalizers else None,
         pooled_temperature=fusion.pooled_temperature,
         conflict=_concatenated(conflicts) if conflicts else None,
     )
+
+
+def dense_logp(block: TargetBlock) -> Tensor:
+    """(n, V) log-probabilities of a target, the tail of named tokens spread evenly."""
+    if isinstance(block.target, NamedRows):
+        return block.target.logits(slice(0, len(block.target)))
+    return block.logp()
 
 
 def _concatenated(parts: Sequence[ConflictBlock]) -> ConflictBlock:

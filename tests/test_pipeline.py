@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from collegium.fusion.pooling import Fusion
 from safetensors.torch import load_file, save_file
 
 import collegium
@@ -18,7 +19,6 @@ from collegium.errors import (
     RecipeError,
     VocabularyError,
 )
-from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import BestSingle, Entropy, Uniform
 from collegium.recipe import Recipe, dump_recipe, load_recipe
 from collegium.storage.files import read_json

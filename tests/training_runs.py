@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from collegium.fusion.pooling import Fusion
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from collegium.fusion.pooling import Fusion
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.train.progress import TrainingProgress
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from collegium.fusion.pooling import Fusion
 
 import tiny
 from collegium.data.windows import PackedDataset
@@ -18,7 +19,6 @@ from collegium.errors import CollegiumError, DataError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.evaluate.preflight import run_preflight
 from collegium.evaluate.scoring import FUSED, iterate_chunks, paired_bootstrap, score_models
-from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import PrefixLikelihood, Uniform
 from collegium.teachers.local import LocalTeacher
 from collegium.types import Batch, Rows, TeacherRows

@@ -9,23 +9,23 @@ import pytest
 import torch
 
 import reference
+from collegium.distributions import Answer
 from collegium.fusion.calibration import (
     TEMPERATURES,
     TemperatureTables,
     entropy_bins,
     expected_calibration_error,
     fit_joint_temperatures,
-    fit_pooled_temperature,
     fit_temperature,
     linear_pool_nll,
     over_under_confidence,
     reliability_bins,
     temperature_table,
 )
-from collegium.fusion.pooling import Fusion
-from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood, Uniform
-from collegium.types import Rows, TeacherRows
-from fusion_cases import NAMES, SCALAR_CASES, CountedRows, fuse, make_rows, make_teachers, stats_of
+from collegium.fusion.fuse import Fusion
+from collegium.fusion.weights import Entropy, PrefixLikelihood
+from collegium.types import Rows
+from fusion_cases import NAMES, SCALAR_CASES, CountedRows, fused, make_rows, make_teachers, stats_of
 from refusals import refused
 
 K, V = 3, 8
@@ -41,7 +41,7 @@ def _sampled(num_rows: int, sharpness: float = 1.0, seed: int = 0) -> tuple[torc
 
 def _noisy(
     num_rows: int, noise: float = 1.0, seed: int = 0
-) -> tuple[list[TeacherRows], Rows, torch.Tensor]:
+) -> tuple[list[Answer], Rows, torch.Tensor]:
     """Three teachers with the true logits plus noise, the first one overconfident."""
     truth_NV, rows = _sampled(num_rows, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -112,7 +112,7 @@ def test_entropy_bins_average_each_column():
 def test_table_equals_the_scalars_of_tempered_logits():
     logits_NV, rows = _sampled(9)
     counted = CountedRows(logits_NV)
-    table = temperature_table(TeacherRows("law", counted), rows, grid=(0.5, 1.7), block_size=4)
+    table = temperature_table(Answer("law", counted), rows, grid=(0.5, 1.7), block_size=4)
     assert counted.blocks == [(0, 4), (4, 8), (8, 9)]
     for g, temperature in enumerate((0.5, 1.7)):
         for t in range(9):
@@ -183,16 +183,14 @@ def test_batches_must_have_the_same_teachers():
 def test_fit_without_rows_is_refused():
     with refused(ValueError, "TemperatureTables.rows: "):
         TemperatureTables().rows()
-    with refused(ValueError, "fit_pooled_temperature: "):
-        fit_pooled_temperature(Fusion(), [])
 
 
 @pytest.mark.parametrize("weighting", SCALAR_CASES, ids=str)
 def test_pool_nll_from_scalars_equals_that_of_the_fused_target(weighting):
     teachers, rows, _ = _noisy(30)
-    block = fuse(Fusion(weighting=weighting), teachers, rows)
+    block = fused(Fusion(weighting=weighting), teachers, rows)
     nll_N = linear_pool_nll(stats_of(teachers, rows), weighting, rows, NAMES)
-    expected_N = -block.logp_nV.gather(1, rows.labels[:, None])[:, 0]
+    expected_N = -block.logp().gather(1, rows.labels[:, None])[:, 0]
     torch.testing.assert_close(nll_N, expected_N, rtol=0, atol=1e-10)
 
 
@@ -206,7 +204,7 @@ def test_joint_temperatures_are_a_minimum_along_each_axis(weighting):
 
     def nll(temperatures: dict[str, float]) -> float:
         fusion = Fusion(weighting=weighting, temperatures=temperatures)
-        logp_nV = fuse(fusion, teachers, rows, 50).logp_nV
+        logp_nV = fused(fusion, teachers, rows, 50).logp()
         return -logp_nV.gather(1, rows.labels[:, None]).mean().item()
 
     best = nll(fitted)
@@ -224,52 +222,6 @@ def test_joint_fit_cools_the_overconfident_teacher():
     tables.add(teachers, rows)
     fitted = fit_joint_temperatures(tables, Entropy())
     assert fitted["law"] > 1.5 * max(fitted["medicine"], fitted["prose"])
-
-
-@pytest.mark.parametrize("pool", ["linear", "log_linear"])
-@pytest.mark.parametrize("weighting", [Uniform(), PrefixLikelihood()], ids=str)
-def test_pooled_temperature_is_the_minimum(pool, weighting):
-    teachers, rows, _ = _noisy(400, noise=2.0)
-    # The pooled temperature of the fusion passed in must be ignored.
-    fusion = Fusion(weighting=weighting, pool=pool, pooled_temperature=3.0)
-    fitted = fit_pooled_temperature(fusion, [(teachers, rows)], block_size=64)
-
-    def nll(temperature: float) -> float:
-        tempered = Fusion(weighting=weighting, pool=pool, pooled_temperature=temperature)
-        logp_nV = fuse(tempered, teachers, rows, 64).logp_nV
-        return -logp_nV.gather(1, rows.labels[:, None]).mean().item()
-
-    assert all(nll(fitted) <= nll(t) + 1e-5 for t in TEMPERATURES)
-    assert nll(fitted) <= min(nll(0.97 * fitted), nll(1.03 * fitted)) + 1e-6
-
-
-def test_pool_of_calibrated_teachers_is_underconfident():
-    """Teachers that each see part of the truth are calibrated one by one, but not pooled."""
-    generator = torch.Generator().manual_seed(0)
-    clues_KNV = torch.randn(K, 3000, V, generator=generator, dtype=torch.float64)
-    labels = torch.multinomial(clues_KNV.sum(0).softmax(-1), 1, generator=generator)[:, 0]
-    rows = make_rows(labels, [t // 10 for t in range(3000)])
-    teachers = make_teachers(clues_KNV)
-    tables = TemperatureTables()
-    tables.add(teachers, rows)
-    calibrated = {name: fit_temperature(tables, name) for name in NAMES}
-    fusion = Fusion(weighting=Uniform(), temperatures=calibrated)
-    assert fit_pooled_temperature(fusion, [(teachers, rows)]) < 0.8
-
-
-def test_pooled_fit_reads_each_batch_and_applies_each_head_once():
-    counted: list[CountedRows] = []
-
-    def batches():
-        for seed in range(3):
-            _, rows, logits_KNV = _noisy(20, seed=seed)
-            counted.extend(CountedRows(logits_NV) for logits_NV in logits_KNV)
-            pairs = zip(NAMES, counted[-K:], strict=True)
-            yield [TeacherRows(name, scores) for name, scores in pairs], rows
-
-    fusion = Fusion(weighting=Fixed(weights=dict.fromkeys(NAMES, 1 / 3)))
-    fit_pooled_temperature(fusion, batches(), block_size=15)
-    assert [scores.blocks for scores in counted] == [[(0, 15), (15, 20)]] * 9
 
 
 def test_raw_is_on_the_grid():

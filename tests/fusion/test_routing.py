@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from collegium.distributions import Answer, DenseRows
 from collegium.errors import DataError, RecipeError
 from collegium.fusion.conflict import TargetCorrection, TruthFallback
 from collegium.fusion.describe import describe, to_recipe
 from collegium.fusion.fits import fit_route
-from collegium.fusion.pooling import FusedTarget, Fusion
+from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.routing import Route
 from collegium.fusion.weights import BestSingle, RowStats, Uniform
 from collegium.recipe import decode_fusion
-from collegium.types import DenseRows, Rows, TeacherRows, teacher_number
-from fusion_cases import NAMES, CountedRows, domains_of, fuse, make_rows, make_teachers, stats_of
+from collegium.types import Rows, teacher_number
+from fusion_cases import NAMES, CountedRows, domains_of, fused, make_rows, make_teachers, stats_of
 from refusals import refused
 
 K, V = 3, 6
@@ -57,12 +58,12 @@ def _expected(documents: list[int], column: list[str | None]) -> list[str]:
 @given(documents=DOCUMENTS, column=COLUMN, size=st.integers(1, 7))
 def test_every_row_reproduces_its_teacher_bit_for_bit(documents, column, size):
     logits_KNV, rows = _zoo(documents, column)
-    block = fuse(Fusion(weighting=ROUTE), make_teachers(logits_KNV), rows, size)
+    block = fused(Fusion(weighting=ROUTE), make_teachers(logits_KNV), rows, size)
     for t, name in enumerate(_expected(documents, column)):
         k = NAMES.index(name)
-        assert torch.equal(block.logp_nV[t], logits_KNV[k, t].log_softmax(-1))
+        assert torch.equal(block.logp()[t], logits_KNV[k, t].log_softmax(-1))
         assert block.weights_Kn[:, t].tolist() == [float(other == k) for other in range(K)]
-        assert block.entropy_Kn[:, t].isnan().tolist() == [other != k for other in range(K)]
+        assert block.stats.entropy_KN[:, t].isnan().tolist() == [other != k for other in range(K)]
     assert block.disagreement_n().max() < 1e-6
 
 
@@ -74,11 +75,11 @@ def test_all_rows_to_one_teacher_equals_best_single(documents, name, size):
     options = {"temperatures": {name: 1.7}, "pooled_temperature": 0.8}
     by_column = Fusion(weighting=ROUTE, **options)
     by_default = Fusion(weighting=Route(default=name), **options)
-    single = fuse(Fusion(weighting=BestSingle(teacher=name), **options), teachers, rows, size)
+    single = fused(Fusion(weighting=BestSingle(teacher=name), **options), teachers, rows, size)
     for fusion, routed in ((by_column, rows), (by_default, replace(rows, teachers=None))):
-        block = fuse(fusion, teachers, routed, size)
+        block = fused(fusion, teachers, routed, size)
         # Routing divides by the temperature, pooling multiplies by its inverse.
-        torch.testing.assert_close(block.logp_nV, single.logp_nV, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(block.logp(), single.logp(), rtol=1e-6, atol=1e-6)
         assert torch.equal(block.weights_Kn, single.weights_Kn)
 
 
@@ -86,10 +87,10 @@ def test_all_rows_to_one_teacher_equals_best_single(documents, name, size):
 @given(documents=DOCUMENTS, column=COLUMN, cut=st.integers(1, 20))
 def test_split_of_the_rows_changes_nothing(documents, column, cut):
     logits_KNV, rows = _zoo(documents, column)
-    whole = fuse(Fusion(weighting=ROUTE), make_teachers(logits_KNV), rows).logp_nV
+    whole = fused(Fusion(weighting=ROUTE), make_teachers(logits_KNV), rows).logp()
     at = min(cut, len(rows))
     parts = [
-        fuse(Fusion(weighting=ROUTE), make_teachers(logits_KNV[:, part]), rows.part(part)).logp_nV
+        fused(Fusion(weighting=ROUTE), make_teachers(logits_KNV[:, part]), rows.part(part)).logp()
         for part in (slice(0, at), slice(at, len(rows)))
         if len(rows.labels[part])
     ]
@@ -99,9 +100,10 @@ def test_split_of_the_rows_changes_nothing(documents, column, cut):
 def test_only_the_head_of_the_routed_teacher_is_applied():
     logits_KNV, rows = _zoo([0] * 4 + [1] * 4 + [4] * 3)
     counted = [CountedRows(logits_NV) for logits_NV in logits_KNV]
-    teachers = [TeacherRows(name, scores) for name, scores in zip(NAMES, counted, strict=True)]
-    fuse(Fusion(weighting=ROUTE), teachers, rows, 4)
-    assert [scores.blocks for scores in counted] == [[(0, 4)], [(4, 8), (8, 11)], []]
+    teachers = [Answer(name, scores) for name, scores in zip(NAMES, counted, strict=True)]
+    fused(Fusion(weighting=ROUTE), teachers, rows, 4)
+    # Blocks of each teacher's own rows.
+    assert [scores.blocks for scores in counted] == [[(0, 4)], [(0, 4), (4, 7)], []]
 
 
 @quick
@@ -109,30 +111,30 @@ def test_only_the_head_of_the_routed_teacher_is_applied():
 def test_answers_for_only_the_routed_rows_suffice(documents, column, size):
     logits_KNV, rows = _zoo(documents, column)
     fusion = Fusion(weighting=ROUTE, temperatures={"law": 0.7})
-    whole = fuse(fusion, make_teachers(logits_KNV), rows, size)
+    whole = fused(fusion, make_teachers(logits_KNV), rows, size)
     partial = [
-        TeacherRows(name, DenseRows(logits_KNV[k, row_m]), answered=row_m)
+        Answer(name, DenseRows(logits_KNV[k, row_m]), rows=row_m)
         for k, (name, row_m) in enumerate(zip(NAMES, ROUTE.shares(rows, NAMES), strict=True))
     ]
-    assert torch.equal(fuse(fusion, partial, rows, size).logp_nV, whole.logp_nV)
+    assert torch.equal(fused(fusion, partial, rows, size).logp(), whole.logp())
 
 
 def test_answers_for_other_rows_are_refused():
     logits_KNV, rows = _zoo([0, 0, 1])
     other = [
-        TeacherRows(name, DenseRows(logits_NV), answered=torch.tensor([2]))
+        Answer(name, DenseRows(logits_NV), rows=torch.tensor([2]))
         for name, logits_NV in zip(NAMES, logits_KNV, strict=True)
     ]
     with refused(ValueError, "teacher `law`: "):
-        FusedTarget(Fusion(weighting=ROUTE), other, rows)
-    with refused(ValueError, "FusedTarget: "):
-        FusedTarget(Fusion(weighting=Uniform()), other, rows)
+        fuse(Fusion(weighting=ROUTE), other, rows)
+    with refused(DataError, "teachers: "):
+        fuse(Fusion(weighting=Uniform()), other, rows)
 
 
 def test_unknown_teachers_are_refused():
     logits_KNV, rows = _zoo([0, 0, 1], ["pros", None, None, None, None, None])
     with refused(DataError, "teacher_ids: "):
-        FusedTarget(Fusion(weighting=ROUTE), make_teachers(logits_KNV), rows)
+        fuse(Fusion(weighting=ROUTE), make_teachers(logits_KNV), rows)
     with refused(RecipeError, "fusion.weighting: got `med`"):
         Fusion(weighting=Route(default="law", domains={"clinic": "med"})).check(NAMES)
     with pytest.raises(ValidationError) as caught:
@@ -151,13 +153,13 @@ def test_column_takes_precedence_over_domain_and_domain_over_default():
 def test_single_teacher_has_no_disagreement_but_can_be_corrected():
     logits_KNV, rows = _zoo([0] * 3 + [1] * 4)
     teachers = make_teachers(logits_KNV)
-    block = fuse(Fusion(weighting=ROUTE, conflict=TruthFallback()), teachers, rows)
+    block = fused(Fusion(weighting=ROUTE, conflict=TruthFallback()), teachers, rows)
     assert block.conflict is not None
     assert block.conflict.disagreement_n.tolist() == [0.0] * 7
     assert block.conflict.kd_factor_n is not None
     assert block.conflict.kd_factor_n.tolist() == [1.0] * 7
-    corrected = fuse(Fusion(weighting=ROUTE, conflict=TargetCorrection()), teachers, rows)
-    assert corrected.logp_nV.argmax(-1).tolist() == rows.labels.tolist()
+    corrected = fused(Fusion(weighting=ROUTE, conflict=TargetCorrection()), teachers, rows)
+    assert corrected.logp().argmax(-1).tolist() == rows.labels.tolist()
 
 
 def test_fit_routes_each_domain_to_its_best_teacher():
@@ -176,7 +178,7 @@ def test_weights_from_scalars_equal_those_of_the_target():
     logits_KNV, rows = _zoo([0] * 3 + [1] * 4 + [2], ["law", "prose", None, None, None, None])
     teachers = make_teachers(logits_KNV)
     scores_KN, _ = ROUTE.log_scores(stats_of(teachers, rows), rows, NAMES)
-    block = fuse(Fusion(weighting=ROUTE), teachers, rows)
+    block = fused(Fusion(weighting=ROUTE), teachers, rows)
     assert torch.equal(scores_KN.softmax(0).float(), block.weights_Kn)
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 import reference
 from collegium.fusion.describe import describe
-from collegium.fusion.pooling import Fusion
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import (
     AvgCE,
     ConfidenceAware,
@@ -22,7 +22,7 @@ from collegium.fusion.rules import (
 )
 from collegium.fusion.weights import RowStats, Uniform
 from collegium.types import Batch, Rows, domain_number
-from fusion_cases import NAMES, WEIGHTING_CASES, fuse, make_rows, make_teachers, stats_of
+from fusion_cases import NAMES, WEIGHTING_CASES, fused, make_rows, make_teachers, stats_of
 from refusals import check_message, refused
 
 K, V = 3, 6
@@ -45,7 +45,7 @@ def test_only_rules_with_uses_label_depend_on_the_current_label(weighting):
     rows = make_rows(torch.tensor([0, 1, 2, 3, 4, 5]), [0] * 6)
     changed = make_rows(torch.tensor([0, 1, 2, 4, 4, 5]), [0] * 6)
     before, after = (
-        fuse(Fusion(weighting=weighting), make_teachers(logits_KNV), r).weights_Kn[:, 3]
+        fused(Fusion(weighting=weighting), make_teachers(logits_KNV), r).weights_Kn[:, 3]
         for r in (rows, changed)
     )
     # `min_ce` may select the same teacher for both labels.
@@ -103,7 +103,7 @@ def test_outlier_loses_weight_and_no_divergence_exceeds_log_k():
     rows = make_rows(torch.zeros(1, dtype=torch.long), [0])
     kl_K = stats_of(make_teachers(logits_KNV), rows).consensus_kl()[:, 0]
     assert kl_K.tolist() == pytest.approx([math.log(3), math.log(1.5), math.log(1.5)])
-    block = fuse(Fusion(weighting=Consensus(tau=0.1)), make_teachers(logits_KNV), rows)
+    block = fused(Fusion(weighting=Consensus(tau=0.1)), make_teachers(logits_KNV), rows)
     assert block.weights_Kn[0, 0] < 1e-2
     single_KN = stats_of(make_teachers(logits_KNV[:1]), rows).consensus_kl()
     assert single_KN.tolist() == [[0.0]]
@@ -114,7 +114,7 @@ def test_consensus_is_measured_after_the_temperatures(block_size):
     temperatures = {"law": 2.0, "prose": 0.5}
     logits_KNV, rows = _logits(4), make_rows(torch.zeros(4, dtype=torch.long), [0] * 4)
     fusion = Fusion(weighting=Consensus(), temperatures=temperatures)
-    block = fuse(fusion, make_teachers(logits_KNV), rows, block_size)
+    block = fused(fusion, make_teachers(logits_KNV), rows, block_size)
     for t in range(4):
         logps = [
             reference.log_softmax(logits_KNV[k, t].tolist(), temperatures.get(name, 1.0))
@@ -177,10 +177,10 @@ def test_gate_of_zeros_is_uniform_and_offsets_are_log_odds():
     logits_KNV, rows = _logits(4), make_rows(torch.zeros(4, dtype=torch.long), [0] * 4)
     teachers = make_teachers(logits_KNV)
     zeros = Gate(offsets=dict.fromkeys(NAMES, 5.0))
-    gate, uniform = (fuse(Fusion(weighting=w), teachers, rows) for w in (zeros, Uniform()))
-    torch.testing.assert_close(gate.logp_nV, uniform.logp_nV)
+    gate, uniform = (fused(Fusion(weighting=w), teachers, rows) for w in (zeros, Uniform()))
+    torch.testing.assert_close(gate.logp(), uniform.logp())
     odds = Gate(offsets={"law": math.log(3.0), "medicine": 0.0, "prose": 0.0})
-    weights = fuse(Fusion(weighting=odds), teachers, rows).weights_Kn
+    weights = fused(Fusion(weighting=odds), teachers, rows).weights_Kn
     torch.testing.assert_close(weights[0] / weights[1], torch.full((4,), 3.0).double())
 
 

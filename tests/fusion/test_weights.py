@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from collegium.fusion.pooling import Fusion
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.routing import Route
 from collegium.fusion.rules import (
     WEIGHTINGS,
@@ -26,7 +26,7 @@ from collegium.fusion.weights import (
     Uniform,
 )
 from collegium.types import Rows
-from fusion_cases import NAMES, WEIGHTING_CASES, fuse, make_rows, make_teachers
+from fusion_cases import NAMES, WEIGHTING_CASES, fused, make_rows, make_teachers
 from refusals import check_message
 
 V, K = 6, 3
@@ -60,10 +60,10 @@ def _stats(seed: int, num_rows: int, num_teachers: int = K) -> RowStats:
 @given(seed=SEEDS, documents=DOCUMENTS, weighting=RULES, pool=POOLS)
 def test_weights_are_a_distribution(seed, documents, weighting, pool):
     logits_KNV, rows = _zoo(seed, documents)
-    block = fuse(Fusion(weighting=weighting, pool=pool), make_teachers(logits_KNV), rows)
+    block = fused(Fusion(weighting=weighting, pool=pool), make_teachers(logits_KNV), rows)
     ones = torch.ones(len(rows), dtype=torch.float64)
     torch.testing.assert_close(block.weights_Kn.sum(0), ones, rtol=0, atol=1e-12)
-    torch.testing.assert_close(block.logp_nV.exp().sum(1), ones, rtol=0, atol=1e-12)
+    torch.testing.assert_close(block.logp().exp().sum(1), ones, rtol=0, atol=1e-12)
     named_out = [weighting.excludes(name) for name in NAMES]
     if not isinstance(weighting, (MinCE, Route)):  # those choose
         assert ((block.weights_Kn > 0).all(1) == ~torch.tensor(named_out)).all()
@@ -81,9 +81,9 @@ def test_weights_are_a_distribution(seed, documents, weighting, pool):
 def test_order_of_teachers_does_not_matter(seed, documents, weighting, pool, order):
     logits_KNV, rows = _zoo(seed, documents)
     fusion = Fusion(weighting=weighting, pool=pool)
-    plain = fuse(fusion, make_teachers(logits_KNV), rows)
-    permuted = fuse(fusion, make_teachers(logits_KNV[order], [NAMES[k] for k in order]), rows)
-    torch.testing.assert_close(plain.logp_nV, permuted.logp_nV, rtol=0, atol=1e-10)
+    plain = fused(fusion, make_teachers(logits_KNV), rows)
+    permuted = fused(fusion, make_teachers(logits_KNV[order], [NAMES[k] for k in order]), rows)
+    torch.testing.assert_close(plain.logp(), permuted.logp(), rtol=0, atol=1e-10)
     torch.testing.assert_close(plain.weights_Kn[order], permuted.weights_Kn, rtol=0, atol=1e-12)
 
 
@@ -92,9 +92,9 @@ def test_order_of_teachers_does_not_matter(seed, documents, weighting, pool, ord
 def test_clones_equal_a_single_teacher(seed, documents, weighting, pool):
     logits_KNV, rows = _zoo(seed, documents)
     clones_KNV = logits_KNV[:1].expand(K, -1, -1)
-    block = fuse(Fusion(weighting=weighting, pool=pool), make_teachers(clones_KNV), rows)
+    block = fused(Fusion(weighting=weighting, pool=pool), make_teachers(clones_KNV), rows)
     expected_nV = logits_KNV[0].log_softmax(-1)
-    torch.testing.assert_close(block.logp_nV, expected_nV, rtol=0, atol=1e-12)
+    torch.testing.assert_close(block.logp(), expected_nV, rtol=0, atol=1e-12)
     assert block.disagreement_n().max() < 1e-12
 
 
@@ -106,9 +106,9 @@ def test_small_changes_have_small_effects(seed, documents, weighting, pool):
     shift_KNV = 1e-7 * torch.randn(logits_KNV.shape, generator=generator, dtype=torch.float64)
     fusion = Fusion(weighting=weighting, pool=pool)
     before, after = (
-        fuse(fusion, make_teachers(z), rows) for z in (logits_KNV, logits_KNV + shift_KNV)
+        fused(fusion, make_teachers(z), rows) for z in (logits_KNV, logits_KNV + shift_KNV)
     )
-    assert (before.logp_nV - after.logp_nV).abs().max() < 1e-4
+    assert (before.logp() - after.logp()).abs().max() < 1e-4
     assert (before.weights_Kn - after.weights_Kn).abs().max() < 1e-4
 
 
@@ -169,7 +169,7 @@ def test_long_documents_equal_the_plain_recurrence(length):
 @pytest.mark.parametrize("block_size", [2, 3, 9])
 def test_prefix_likelihood_resets_at_each_document(block_size):
     logits_KNV, rows = _zoo(3, [4, 4, 4, 1, 1, 1, 9, 9, 9])
-    block = fuse(Fusion(), make_teachers(logits_KNV), rows, block_size)
+    block = fused(Fusion(), make_teachers(logits_KNV), rows, block_size)
     third = torch.full((K,), 1 / 3, dtype=torch.float64)
     for start in (0, 3, 6):
         torch.testing.assert_close(block.weights_Kn[:, start], third, rtol=0, atol=1e-12)
@@ -180,7 +180,7 @@ def test_prefix_likelihood_does_not_use_the_current_label():
     logits_KNV, rows = _zoo(5, [0] * 6)
     changed = make_rows(rows.labels.clone(), [0] * 6)
     changed.labels[3] = (changed.labels[3] + 1) % V
-    before, after = (fuse(Fusion(), make_teachers(logits_KNV), r) for r in (rows, changed))
+    before, after = (fused(Fusion(), make_teachers(logits_KNV), r) for r in (rows, changed))
     assert torch.equal(before.weights_Kn[:, :4], after.weights_Kn[:, :4])
     assert not torch.equal(before.weights_Kn[:, 4], after.weights_Kn[:, 4])
 
@@ -191,13 +191,13 @@ def test_order_of_documents_does_not_matter(weighting, pool):
     lengths = [3, 1, 4]
     logits_KNV, rows = _zoo(7, [d for d, length in enumerate(lengths) for _ in range(length)])
     pieces = torch.arange(8).split(lengths)
-    expected = fuse(Fusion(weighting=weighting, pool=pool), make_teachers(logits_KNV), rows)
+    expected = fused(Fusion(weighting=weighting, pool=pool), make_teachers(logits_KNV), rows)
     for order in itertools.permutations(range(3)):
         index = torch.cat([pieces[d] for d in order])
         moved = make_rows(rows.labels[index], rows.documents[index].tolist())
         fusion = Fusion(weighting=weighting, pool=pool)
-        block = fuse(fusion, make_teachers(logits_KNV[:, index]), moved, 3)
-        torch.testing.assert_close(block.logp_nV, expected.logp_nV[index], rtol=0, atol=1e-12)
+        block = fused(fusion, make_teachers(logits_KNV[:, index]), moved, 3)
+        torch.testing.assert_close(block.logp(), expected.logp()[index], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("pool", ["linear", "log_linear", "power_mean"])
@@ -207,16 +207,16 @@ def test_nan_in_one_document_does_not_reach_others(weighting, pool):
         pytest.skip("an average over the batch contains every row by definition")
     logits_KNV, rows = _zoo(9, [0, 0, 0, 1, 1, 2, 2, 2])
     fusion = Fusion(weighting=weighting, pool=pool)
-    expected = fuse(fusion, make_teachers(logits_KNV), rows)
+    expected = fused(fusion, make_teachers(logits_KNV), rows)
     # A teacher that the rule does not exclude, so that its document does become NaN.
     number = NAMES.index("medicine") if not weighting.excludes("medicine") else 0
     logits_KNV[number, 3] = torch.nan
     for block_size in (2, 8):
-        block = fuse(fusion, make_teachers(logits_KNV), rows, block_size)
+        block = fused(fusion, make_teachers(logits_KNV), rows, block_size)
         elsewhere = torch.tensor([0, 1, 2, 5, 6, 7])
-        assert block.logp_nV[3].isnan().any()
+        assert block.logp()[3].isnan().any()
         torch.testing.assert_close(
-            block.logp_nV[elsewhere], expected.logp_nV[elsewhere], rtol=0, atol=1e-12
+            block.logp()[elsewhere], expected.logp()[elsewhere], rtol=0, atol=1e-12
         )
 
 

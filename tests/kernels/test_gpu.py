@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-
 from collegium.fusion.pooling import Fusion
+from collegium.losses.chunked import add_product_
+
 from collegium.fusion.weights import Fixed
 from collegium.kernels.backends import kernels_for
 from collegium.kernels.rows import DenseTarget, RawRows
-from collegium.losses.chunked import add_product_
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.types import Head, HiddenRows, Rows, TeacherRows
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from collegium.losses.chunked import add_product_, block_losses, default_block_size
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import reference_losses
-from collegium.losses.chunked import add_product_, block_losses, default_block_size
 from collegium.losses.divergences import ForwardKL
 from collegium.types import Head
 from refusals import refused

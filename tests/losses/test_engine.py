@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from collegium.fusion.pooling import Fusion
 from torch import Tensor
 
 import reference
 import reference_losses
-from collegium.fusion.pooling import Fusion
 from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood
 from collegium.kernels.compiled import find_compiler
 from collegium.losses.divergences import DIVERGENCES

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import collegium.train.terms
 import pytest
 import torch
+from collegium.fusion.pooling import Fusion
+from collegium.losses.closed import ClosedForm
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import collegium.train.terms
 from collegium.fusion.conflict import TruthFallback
-from collegium.fusion.pooling import Fusion
 from collegium.fusion.rules import Consensus
 from collegium.fusion.weights import BestSingle, Uniform
 from collegium.kernels.plain import TorchKernels
-from collegium.losses.closed import ClosedForm
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.types import Head, HiddenRows, Rows, TeacherRows
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from collegium.losses.sparse import TAIL_FLOOR
 
 from collegium.losses.divergences import ForwardKL
-from collegium.losses.sparse import TAIL_FLOOR
 from collegium.types import SparseRows
 from sparse_cases import sparse_terms
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from collegium.fusion.pooling import FusedTarget, Fusion
 from torch import Tensor
 
 import tiny
 import training_runs
 from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
-from collegium.fusion.pooling import FusedTarget, Fusion
 from collegium.fusion.routing import Route
 from collegium.fusion.weights import BestSingle
 from collegium.losses.features import FeatureLoss, FeatureOptions

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from collegium.cache.codec import Samples, row_keys
+from collegium.cache.layout import Layout
+from collegium.distributions import Answer, DenseRows, NamedRows, StoredScalars
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import FollowHighest, TargetCorrection, TruthFallback
-from collegium.fusion.pooling import FusedTarget, Fusion
+from collegium.fusion.fuse import Fusion, fuse
+from collegium.fusion.requirements import check, fusion_requirements
 from collegium.fusion.routing import Route
 from collegium.fusion.rules import (
     AvgCE,
@@ -23,7 +26,6 @@ from collegium.fusion.rules import (
     Gate,
     MinCE,
 )
-from collegium.fusion.stored import fuse_stored, require_linear, reweighted, stored_stats
 from collegium.fusion.weights import (
     BestSingle,
     Entropy,
@@ -33,9 +35,9 @@ from collegium.fusion.weights import (
     Weighting,
 )
 from collegium.losses.divergences import ForwardKL
-from collegium.types import DenseRows, Rows, SparseRows, StoredRows, TeacherRows, domain_number
+from collegium.types import Rows, domain_number
+from named_terms import named_terms
 from refusals import refused
-from sparse_cases import sparse_terms
 
 K, N, V = 3, 12, 17
 NAMES = ("code", "law", "prose")
@@ -76,30 +78,40 @@ def _rows() -> Rows:
     return Rows(torch.arange(N), labels, document, document, domains)
 
 
-def _stored(logits_NV: Tensor, labels_N: Tensor, *, seed: int, draws: int = 24) -> StoredRows:
+def _stored(logits_NV: Tensor, labels_N: Tensor, *, seed: int, draws: int = 24) -> NamedRows:
     """Cache contents without rounding: reference for `TeacherEncoder` and `TargetCache.stored`."""
     logp_NV = logits_NV.log_softmax(1)
     keys_N = row_keys(seed, np.full(len(logp_NV), 3, np.uint64), np.arange(len(logp_NV)))
     sizes, ids, counts = Samples(draws=draws).encode(logp_NV, keys_N)
     starts = torch.from_numpy(np.concatenate([[0], sizes.astype(np.int64).cumsum()]))
     mass_E = torch.from_numpy(counts.astype(np.float64)) / draws
-    rows = SparseRows(starts, torch.from_numpy(ids), mass_E.log(), None, V)
+    rows = NamedRows(starts, torch.from_numpy(ids), mass_E.log(), None, V, is_sampled=True)
     at = {value: (logits_NV / value).log_softmax(1) for value in (1.0, *KEPT)}
-    return StoredRows(
-        rows,
-        logp_NV[rows.row_of_entry(), rows.ids],
+    stored = StoredScalars(
         logp_NV.gather(1, labels_N[:, None])[:, 0],
         logp_NV.amax(1),
         {value: torch.special.entr(logp.exp()).sum(1) for value, logp in at.items()},
         {value: (logp_NV / value).logsumexp(1) for value in KEPT},
     )
+    logp_E = logp_NV[rows.row_of_entry(), rows.ids]
+    return dataclasses.replace(rows, token_logp=logp_E, stored=stored)
 
 
 def _dense(fusion: Fusion, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """Target (N, V) of live teachers, and the weights (K, N)."""
-    teachers = [TeacherRows(name, DenseRows(x)) for name, x in zip(NAMES, logits, strict=True)]
-    block = FusedTarget(fusion, teachers, rows).block(slice(0, N))
-    return block.logp_nV, block.weights_Kn
+    answers = [Answer(name, DenseRows(x)) for name, x in zip(NAMES, logits, strict=True)]
+    block = fuse(fusion, answers, rows).block(slice(0, N))
+    assert block.weights_Kn is not None
+    return block.logp(), block.weights_Kn
+
+
+def _merged(fusion: Fusion, stored: list[NamedRows], rows: Rows) -> tuple[NamedRows, Tensor]:
+    """Target and weights (K, N) of stored teachers."""
+    answers = [Answer(name, named) for name, named in zip(NAMES, stored, strict=False)]
+    block = fuse(fusion, answers, rows).block(slice(0, len(rows)))
+    assert isinstance(block.target, NamedRows)
+    assert block.weights_Kn is not None
+    return block.target, block.weights_Kn
 
 
 @pytest.mark.parametrize("temperatures", [{}, TEMPERATURES], ids=["raw", "tempered"])
@@ -110,18 +122,19 @@ def test_weights_equal_those_of_live_teachers(
     fusion = Fusion(weighting=weighting, temperatures=temperatures)
     logits, rows = _logits(), _rows()
     stored = [_stored(logits[k], rows.labels, seed=k) for k in range(K)]
-    _, weights_KN = fuse_stored(fusion, NAMES, stored, rows)
+    _, weights_KN = _merged(fusion, stored, rows)
     torch.testing.assert_close(weights_KN, _dense(fusion, logits, rows)[1], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1.0, *KEPT])
 def test_statistics_at_a_temperature_are_exact(temperature: float) -> None:
     logits, rows = _logits()[0], _rows()
-    stats = stored_stats(_stored(logits, rows.labels, seed=0), temperature)
+    scalars = _stored(logits, rows.labels, seed=0).scalars(slice(0, N), temperature)
+    assert scalars is not None
     logp = (logits / temperature).log_softmax(1)
-    torch.testing.assert_close(stats.label_logp_KN, logp.gather(1, rows.labels[:, None])[:, 0])
-    torch.testing.assert_close(stats.max_logp_KN, logp.amax(1))
-    torch.testing.assert_close(stats.entropy_KN, torch.special.entr(logp.exp()).sum(1))
+    torch.testing.assert_close(scalars[0], torch.special.entr(logp.exp()).sum(1))
+    torch.testing.assert_close(scalars[1], logp.gather(1, rows.labels[:, None])[:, 0])
+    torch.testing.assert_close(scalars[2], logp.amax(1))
 
 
 def test_target_is_the_weighted_sum_of_the_draws() -> None:
@@ -131,13 +144,13 @@ def test_target_is_the_weighted_sum_of_the_draws() -> None:
     fusion = Fusion(
         weighting=Fixed(weights={"code": 0.6, "law": 0.4, "prose": 0.0}), temperatures=TEMPERATURES
     )
-    target, weights_KN = fuse_stored(fusion, NAMES, stored, rows)
+    target, weights_KN = _merged(fusion, stored, rows)
     expected = torch.zeros(N, V, dtype=torch.float64)
     for k, name in enumerate(NAMES):
         temperature = TEMPERATURES.get(name, 1.0)
         p = logits[k].softmax(1)
         ratio = (logits[k] / temperature).softmax(1) / p
-        draws = stored[k].rows
+        draws = stored[k]
         for row in range(N):
             for entry in range(int(draws.starts[row]), int(draws.starts[row + 1])):
                 token = int(draws.ids[entry])
@@ -154,8 +167,8 @@ def test_reweighted_draws_are_unbiased(temperature: float) -> None:
     repeats, draws = 6000, 24
     logits_V = _logits()[0, 0]
     stored = _stored(logits_V.repeat(repeats, 1), torch.zeros(repeats, dtype=torch.int64), seed=9)
-    mass_E = reweighted(stored, temperature).exp()
-    mean_V = torch.zeros(V, dtype=torch.float64).index_add_(0, stored.rows.ids, mass_E) / repeats
+    mass_E = stored.tempered(temperature).logp.exp()
+    mean_V = torch.zeros(V, dtype=torch.float64).index_add_(0, stored.ids, mass_E) / repeats
     p_V, target_V = logits_V.softmax(0), (logits_V / temperature).softmax(0)
     variance_V = (target_V.square() / p_V - target_V.square()) / (repeats * draws)
     # V degrees of freedom, since the targets need not sum to 1: mean 17, and 45 is beyond 99.9 %.
@@ -184,11 +197,11 @@ def test_gradient_equals_that_of_the_dense_target_in_expectation(
     label = rows.labels.repeat(repeats)
     many = Rows(torch.arange(len(label)), label, document.flatten(), document.flatten())
     kept = [_stored(logits[k].repeat(repeats, 1), label, seed=k) for k in range(K)]
-    stored = fuse_stored(fusion, NAMES, kept, many)[0]
-    rebuilt = _stored(dense_NV.repeat(repeats, 1), label, seed=7, draws=72).rows
+    stored = _merged(fusion, kept, many)[0]
+    rebuilt = _stored(dense_NV.repeat(repeats, 1), label, seed=7, draws=72)
     wide = student_NV.detach().repeat(repeats, 1).requires_grad_()
     for target in (stored, rebuilt):
-        kl = sparse_terms(wide.log_softmax(1), label, target)[1].sum()
+        kl = named_terms(wide.log_softmax(1), label, target)[1].sum()
         gradient = torch.autograd.grad(kl, wide)[0].view(repeats, N, V)
         error_NV = (gradient.mean(0) - expected_NV) / (gradient.std(0) / repeats**0.5)
         assert error_NV.abs().max() < 5
@@ -196,6 +209,7 @@ def test_gradient_equals_that_of_the_dense_target_in_expectation(
 
 
 def test_fusion_that_draws_cannot_give_is_refused() -> None:
+    source = Layout("per_teacher", Samples(draws=24), KEPT).capabilities()
     for change, where in [
         ({"pool": "log_linear"}, "fusion.pool: got log_linear"),
         ({"pool": "power_mean"}, "fusion.pool: got power_mean"),
@@ -209,26 +223,25 @@ def test_fusion_that_draws_cannot_give_is_refused() -> None:
     ]:
         fusion = dataclasses.replace(Fusion(), **change)
         with refused(RecipeError, where):
-            require_linear(fusion, KEPT)
-    logits, rows = _logits(), _rows()
-    stored = [_stored(logits[k], rows.labels, seed=k) for k in range(K)]
-    with refused(RecipeError, "fusion.pool: "):
-        fuse_stored(Fusion(pool="log_linear"), NAMES, stored, rows)
-    require_linear("auto", KEPT)
-    require_linear(Fusion(temperatures={"code": 1.25 * (1 + 1e-9), "law": 1.0}), KEPT)
+            check(fusion_requirements(fusion), [source])
+    exact = Fusion(temperatures={"code": 1.25 * (1 + 1e-9), "law": 1.0})
+    check(fusion_requirements(exact), [source])
 
 
 def test_unlikely_draw_excluded_by_a_temperature_gives_a_finite_loss() -> None:
     logits = torch.zeros(1, V, dtype=torch.float64)
     logits[0, 0] = 80.0
     kept = _stored(logits, torch.zeros(1, dtype=torch.int64), seed=0)
-    rows = SparseRows(
-        torch.tensor([0, 2]), torch.tensor([0, 3]), torch.tensor([0.5, 0.5]).log(), None, V
+    kept = dataclasses.replace(
+        kept,
+        starts=torch.tensor([0, 2]),
+        ids=torch.tensor([0, 3]),
+        logp=torch.tensor([0.5, 0.5]).log(),
+        token_logp=torch.tensor([0.0, -1000.0]),
     )
-    kept = dataclasses.replace(kept, rows=rows, logp=torch.tensor([0.0, -1000.0]))
     row = Rows(*[torch.zeros(1, dtype=torch.int64)] * 4)
     fusion = Fusion(weighting=Uniform(), temperatures={"code": 0.8})
-    target, _ = fuse_stored(fusion, ["code"], [kept], row)
-    kl = sparse_terms(torch.zeros(1, V).log_softmax(1), row.labels, target)[1]
+    target, _ = _merged(fusion, [kept], row)
+    kl = named_terms(torch.zeros(1, V).log_softmax(1), row.labels, target)[1]
     assert torch.isfinite(kl).all()
     assert target.ids.tolist() == [0]
