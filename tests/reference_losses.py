@@ -32,12 +32,24 @@ def skewed_reverse_kl(p: Tensor, q: Tensor, skew: float = 0.1) -> Tensor:
     return kl(q, (1 - skew) * p + skew * q)
 
 
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    return torch.maximum(p, q).sum(-1) - 0.5 * (p.sum(-1) + q.sum(-1))
+
+
+def alpha_beta(p: Tensor, q: Tensor, a: float = 0.2, b: float = 0.7) -> Tensor:
+    """Mean of the two powers of a + b minus the product of powers, over a b."""
+    mean = (a * p ** (a + b) + b * q ** (a + b)) / (a + b)
+    return ((mean - p**a * q**b) / (a * b)).sum(-1)
+
+
 DIVERGENCES = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
     "skewed_forward_kl": skewed_forward_kl,
     "skewed_reverse_kl": skewed_reverse_kl,
+    "total_variation": total_variation,
+    "alpha_beta": alpha_beta,
 }
 
 

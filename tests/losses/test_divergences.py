@@ -68,7 +68,8 @@ def test_gradcheck(name):
 def test_self_distillation_is_zero_with_zero_gradient(name, dtype):
     z = (5 * torch.randn(6, 50)).to(dtype).requires_grad_()
     value = DIVERGENCES[name]()(z.detach().log_softmax(-1), z.log_softmax(-1))
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    # Alpha-beta divides the difference of two sums by a b = 0.14.
+    tolerance = (1e-6 if dtype == torch.float32 else 1e-14) * (7 if name == "alpha_beta" else 1)
     torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=tolerance)
     value.sum().backward()
     torch.testing.assert_close(z.grad, torch.zeros_like(z), rtol=0, atol=tolerance)

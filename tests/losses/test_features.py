@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import reference_losses
+from collegium.distributions import Answer, DenseRows
 from collegium.errors import RecipeError, TrainingError
 from collegium.losses.features import FeatureLoss, FeatureOptions, feature_map
-from collegium.types import DenseRows, TeacherRows
 from refusals import refused
 
 N = 6
@@ -36,7 +36,7 @@ def features_of(widths, seed, *, grad=False):
 
 def teacher_rows(dtype=torch.float32):
     return [
-        TeacherRows(
+        Answer(
             name,
             DenseRows(torch.zeros(N, 2)),
             {tap: x.to(dtype) for tap, x in features_of(widths, i + 1).items()},
@@ -124,7 +124,7 @@ def test_terms_do_not_depend_on_the_scale_of_the_states():
     terms, student, teachers = build(), features_of(STUDENT, 0), teacher_rows()
     # Raw norms differ by orders of magnitude between model families.
     huge = [
-        TeacherRows(t.name, t.scores, {k: 1000 * x for k, x in t.features.items()})
+        Answer(t.name, t.distribution, {k: 1000 * x for k, x in t.features.items()})
         for t in teachers
     ]
     small = {tap: 10 * x for tap, x in student.items()}
@@ -169,7 +169,7 @@ def test_gradients_reach_adapters_and_student_but_no_teacher(loss):
     terms = build(loss=loss, num_layers=2)
     student = features_of(STUDENT, 0, grad=True)
     teachers = [
-        TeacherRows(name, DenseRows(torch.zeros(N, 2)), features_of(widths, 5, grad=True))
+        Answer(name, DenseRows(torch.zeros(N, 2)), features_of(widths, 5, grad=True))
         for name, widths in TEACHERS.items()
     ]
     before = [p.detach().clone() for p in terms.parameters()]

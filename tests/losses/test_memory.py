@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import collegium.train.terms
 import pytest
 import torch
-from collegium.fusion.pooling import Fusion
-from collegium.losses.closed import ClosedForm
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from collegium.distributions import Answer, HiddenRows
 from collegium.fusion.conflict import TruthFallback
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import Consensus
 from collegium.fusion.weights import BestSingle, Uniform
 from collegium.kernels.plain import TorchKernels
 from collegium.train.objective import Objective, ObjectiveOptions
-from collegium.types import Head, HiddenRows, Rows, TeacherRows
+from collegium.train.step import row_losses
+from collegium.types import Head, Rows
 
 N, V, D = 32, 64, 4
 F32, BF16 = torch.float32, torch.bfloat16
@@ -97,11 +97,11 @@ def measure(
     """Return the declared bytes per logit of a block of all rows, and its peak in bytes."""
     declared = []
 
-    def closed_form(*args: Any, **options: Any) -> ClosedForm:
+    def fitted(*args: Any, **options: Any) -> int:
         declared.append(options["bytes_per_logit"])
-        return ClosedForm(*args, **options)
+        return N
 
-    monkeypatch.setattr(collegium.train.terms, "ClosedForm", closed_form)
+    monkeypatch.setattr("collegium.train.objective.fitted_block_size", fitted)
     # Strips of one row, which are smaller than the storages that count.
     monkeypatch.setattr("collegium.kernels.plain.CPU_STRIP_BYTES", 1)
     monkeypatch.setattr("collegium.train.objective.kernels_for", lambda *_: TorchKernels())
@@ -111,11 +111,11 @@ def measure(
 
     ours = hidden_rows(student)
     ours.head.weight.requires_grad_()
-    theirs = [TeacherRows(f"t{k}", hidden_rows(dtype)) for k, dtype in enumerate(teachers)]
+    theirs = [Answer(f"t{k}", hidden_rows(dtype)) for k, dtype in enumerate(teachers)]
     number = torch.arange(N)
     rows = Rows(number, number % V, number // 8, number // 8)
-    options = ObjectiveOptions(temperature=temperature, block_size=N, backend="torch")
+    options = ObjectiveOptions(temperature=temperature, backend="torch")
     objective = Objective(options, fusion)
     with LargeStorages(N * V) as watch:
-        objective(ours, theirs, rows)
+        row_losses(objective, ours, theirs, rows)
     return declared[0], watch.peak

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from collegium.fusion.pooling import Fusion
 from torch import Tensor
 
 import reference
 import reference_losses
+from collegium.distributions import Answer, HiddenRows, NamedRows
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood
 from collegium.kernels.compiled import find_compiler
 from collegium.losses.divergences import DIVERGENCES
 from collegium.train.objective import Objective, ObjectiveOptions
-from collegium.types import Head, HiddenRows, Rows, SparseRows, TeacherRows
+from collegium.train.step import row_losses
+from collegium.types import Head, Rows
 from kernel_cases import HAS_TRITON, device_of
 
 # torch.compile itself uses deprecated functions of torch.jit.
@@ -73,9 +75,9 @@ class Problem:
     def student(self) -> HiddenRows:
         return HiddenRows(self.hidden, Head(self.table[:V], self.bias, **self.head))
 
-    def teachers(self) -> list[TeacherRows]:
+    def teachers(self) -> list[Answer]:
         return [
-            TeacherRows(name, HiddenRows(hidden, Head(table[:V], **self.head)))
+            Answer(name, HiddenRows(hidden, Head(table[:V], **self.head)))
             for name, (hidden, table) in zip(NAMES, self.heads, strict=True)
         ]
 
@@ -85,7 +87,7 @@ class Problem:
 
     def loss(self, fusion: Fusion, **options: Any) -> Tensor:
         objective = Objective(ObjectiveOptions(**options), fusion)
-        return objective(self.student(), self.teachers(), self.rows()).total
+        return row_losses(objective, self.student(), self.teachers(), self.rows()).total
 
     def grads(self, total: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(total, self.trained, allow_unused=True))
@@ -157,7 +159,7 @@ def test_closed_form_matches_float64(backend, dtype, weighting, pool, part):
     agree(problem.grads(total), grads, dtype)
 
 
-def sparse_target(problem: Problem, *, has_tail: bool) -> SparseRows:
+def named_target(problem: Problem, *, has_tail: bool) -> NamedRows:
     """Draw a target of one to five tokens per row, with the remaining mass as a tail or none."""
     generator = torch.Generator().manual_seed(3)
     sizes = [1 + t % 5 for t in range(N)]
@@ -167,7 +169,7 @@ def sparse_target(problem: Problem, *, has_tail: bool) -> SparseRows:
     logp = torch.cat([(kept * part / part.sum()).log() for part in parts])
     tail = torch.full((N,), 1 - kept, dtype=torch.float64).log() if has_tail else None
     starts = torch.tensor([0, *sizes]).cumsum(0)
-    return SparseRows(starts, ids, logp.float(), None if tail is None else tail.float(), V).to(
+    return NamedRows(starts, ids, logp.float(), None if tail is None else tail.float(), V).to(
         problem.labels.device
     )
 
@@ -177,13 +179,14 @@ def sparse_target(problem: Problem, *, has_tail: bool) -> SparseRows:
 @pytest.mark.parametrize("has_tail", [False, True], ids=["draws", "tail"])
 @pytest.mark.parametrize("dtype", list(BOUND), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sparse_targets(backend, dtype, has_tail, part, head):
+def test_named_targets(backend, dtype, has_tail, part, head):
     problem, kd_ratio = Problem(dtype, device_of(backend), **head), PARTS[part]
-    target = sparse_target(problem, has_tail=has_tail)
+    target = named_target(problem, has_tail=has_tail)
     objective = Objective(
         ObjectiveOptions(kd_ratio=kd_ratio, backend=backend, block_size=5), Fusion()
     )
-    total = objective(problem.student(), [TeacherRows("cache", target)], problem.rows()).total
+    answers = [Answer("cache", target)]
+    total = row_losses(objective, problem.student(), answers, problem.rows()).total
     trained = [wide(x).requires_grad_() for x in problem.trained]
     z = reference_losses.logits(trained[0], trained[1][:V], trained[2], **head)
     truth = torch.zeros((), dtype=torch.float64)
@@ -249,7 +252,8 @@ def test_gradcheck():
     def total(hidden, table, bias):
         student = HiddenRows(hidden, Head(table[:V], bias, softcap=5.0))
         options = ObjectiveOptions(block_size=4, temperature=1.5)
-        return Objective(options, Fusion())(student, problem.teachers(), problem.rows()).total
+        objective = Objective(options, Fusion())
+        return row_losses(objective, student, problem.teachers(), problem.rows()).total
 
     assert torch.autograd.gradcheck(total, problem.trained)
 
@@ -259,14 +263,12 @@ def test_gradcheck():
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_self_distillation_has_zero_loss_and_gradient(backend, temperature):
     problem = Problem(torch.float32, device_of(backend))
-    scores = HiddenRows(problem.hidden.detach(), Head(problem.table.detach()[:V], problem.bias))
-    scores = dataclasses.replace(
-        scores, head=dataclasses.replace(scores.head, bias=problem.bias.detach())
-    )
+    own = HiddenRows(problem.hidden.detach(), Head(problem.table.detach()[:V], problem.bias))
+    own = dataclasses.replace(own, head=dataclasses.replace(own.head, bias=problem.bias.detach()))
     objective = Objective(
         ObjectiveOptions(kd_ratio=1.0, temperature=temperature, backend=backend), Fusion()
     )
-    total = objective(problem.student(), [TeacherRows("a", scores)], problem.rows()).total
+    total = row_losses(objective, problem.student(), [Answer("a", own)], problem.rows()).total
     assert total.detach().abs() < 1e-4 * max(1.0, temperature**2)
     for grad in problem.grads(total):
         assert grad.abs().max() < 1e-4 * max(1.0, 1 / temperature, temperature)
@@ -292,10 +294,11 @@ def test_lora_on_the_head_gets_gradients_through_a_frozen_head():
     a = torch.randn(2, D, dtype=torch.float64, requires_grad=True)
     b = torch.randn(V, 2, dtype=torch.float64, requires_grad=True)
     student = HiddenRows(problem.hidden, Head(base + 0.5 * (b @ a)))
-    ours = Objective(ObjectiveOptions(), Fusion())(student, problem.teachers(), problem.rows())
+    objective = Objective(ObjectiveOptions(), Fusion())
+    ours = row_losses(objective, student, problem.teachers(), problem.rows())
     merged = (base + 0.5 * (b @ a)).detach().requires_grad_()
     whole = HiddenRows(problem.hidden, Head(merged))
-    plain = Objective(ObjectiveOptions(), Fusion())(whole, problem.teachers(), problem.rows())
+    plain = row_losses(objective, whole, problem.teachers(), problem.rows())
     dmerged = torch.autograd.grad(plain.total, merged)[0]
     da, db = torch.autograd.grad(ours.total, (a, b))
     torch.testing.assert_close(da, 0.5 * b.detach().T @ dmerged)
@@ -306,11 +309,11 @@ def test_zero_rows_give_a_zero_loss_with_a_graph():
     problem = Problem(torch.float32, torch.device("cpu"))
     student = HiddenRows(problem.hidden[:0], Head(problem.table[:V]))
     teachers = [
-        TeacherRows(t.name, HiddenRows(t.scores.hidden[:0], t.scores.head))
+        Answer(t.name, HiddenRows(t.distribution.hidden[:0], t.distribution.head))
         for t in problem.teachers()
     ]
-    total = Objective(ObjectiveOptions(), Fusion())(
-        student, teachers, problem.rows().part(slice(0, 0))
+    total = row_losses(
+        Objective(ObjectiveOptions(), Fusion()), student, teachers, problem.rows().part(slice(0, 0))
     ).total
     assert total.item() == 0
     total.backward()
@@ -323,6 +326,6 @@ def test_block_buffers_do_not_depend_on_the_number_of_teachers():
     for names in (NAMES[:1], NAMES):
         objective = Objective(ObjectiveOptions(block_size=5), Fusion())
         teachers = [t for t in problem.teachers() if t.name in names]
-        objective(problem.student(), teachers, problem.rows())
-        sizes = {k: b.numel() for k, b in objective._workspace._buffers.items()}
+        row_losses(objective, problem.student(), teachers, problem.rows())
+        sizes = {k: b.numel() for k, b in objective.workspace._buffers.items()}
         assert sizes == {"pool": 4 * 5 * V, "logits": 4 * 5 * V}

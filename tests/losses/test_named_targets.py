@@ -1,4 +1,4 @@
-"""Losses on sparse targets against the dense formula in float64, in value and gradient."""
+"""Losses on named targets against the dense formula in float64, in value and gradient."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from collegium.losses.sparse import TAIL_FLOOR
 
+from collegium.distributions import NamedRows
 from collegium.losses.divergences import ForwardKL
-from collegium.types import SparseRows
-from sparse_cases import sparse_terms
+from collegium.losses.terms import TAIL_FLOOR
+from named_terms import named_terms
 
 N, V = 11, 23
 
@@ -23,7 +23,7 @@ def _draw(seed: int = 0, *, scale: float = 2.0) -> tuple[torch.Tensor, torch.Ten
     return logits.requires_grad_(), labels
 
 
-def _sampled(seed: int = 1) -> SparseRows:
+def _sampled(seed: int = 1) -> NamedRows:
     """Draw ragged rows of one to five tokens."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [1 + int(torch.randint(5, (), generator=generator)) for _ in range(N)]
@@ -31,17 +31,17 @@ def _sampled(seed: int = 1) -> SparseRows:
     prob = [torch.rand(size, generator=generator, dtype=torch.float64) + 0.1 for size in sizes]
     logp = [(p / p.sum()).log() for p in prob]
     starts = torch.tensor([0, *sizes]).cumsum(0)
-    return SparseRows(starts, torch.cat(ids), torch.cat(logp), None, V)
+    return NamedRows(starts, torch.cat(ids), torch.cat(logp), None, V)
 
 
-def _top_k(k: int, seed: int = 2) -> tuple[SparseRows, torch.Tensor]:
+def _top_k(k: int, seed: int = 2) -> tuple[NamedRows, torch.Tensor]:
     """Draw a top-k target with its tail, and the dense distribution that it truncates."""
     generator = torch.Generator().manual_seed(seed)
     logp = torch.randn(N, V, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
     top = logp.topk(k)
     tail = logp.scatter(1, top.indices, -torch.inf).logsumexp(1)
     starts = torch.arange(N + 1) * k
-    return SparseRows(starts, top.indices.flatten(), top.values.flatten(), tail, V), logp
+    return NamedRows(starts, top.indices.flatten(), top.values.flatten(), tail, V), logp
 
 
 def _gradient(value: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -51,14 +51,14 @@ def _gradient(value: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 def test_draws_match_the_dense_formula_in_value_and_gradient() -> None:
     logits, labels = _draw()
     target = _sampled()
-    ce, kl = sparse_terms(logits, labels, target)
+    ce, kl = named_terms(logits, labels, target)
     dense = ForwardKL()(target.logits(slice(0, N)), logits.log_softmax(-1))
     expected_ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(kl, dense, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ce, expected_ce, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(_gradient(kl, logits), _gradient(dense, logits))
     prob = target.logits(slice(0, N)).exp()
-    kl = sparse_terms(logits, labels, target)[1]
+    kl = named_terms(logits, labels, target)[1]
     torch.testing.assert_close(_gradient(kl, logits), logits.softmax(-1).detach() - prob)
 
 
@@ -66,7 +66,7 @@ def test_draws_match_the_dense_formula_in_value_and_gradient() -> None:
 def test_top_k_is_the_kl_over_kept_tokens_and_a_tail_bucket(k: int) -> None:
     logits, labels = _draw()
     target, logp = _top_k(k)
-    _, kl = sparse_terms(logits, labels, target)
+    _, kl = named_terms(logits, labels, target)
     order = logp.argsort(dim=1, descending=True)
     p, q = logp.exp().gather(1, order), logits.softmax(-1).gather(1, order)
     p = torch.cat([p[:, :k], p[:, k:].sum(1, keepdim=True)], 1)
@@ -80,7 +80,7 @@ def test_self_distillation_from_top_k_has_zero_loss_and_gradient() -> None:
     # A truncated KL without a tail has a gradient even here (verl-project/verl#7856).
     target, logp = _top_k(4)
     logits = logp.clone().requires_grad_()
-    _, kl = sparse_terms(logits, torch.zeros(N, dtype=torch.int64), target)
+    _, kl = named_terms(logits, torch.zeros(N, dtype=torch.int64), target)
     assert kl.abs().max() < 1e-12
     assert _gradient(kl, logits).abs().max() < 1e-12
 
@@ -92,10 +92,8 @@ def test_student_without_tail_mass_has_a_finite_gradient(dtype: torch.dtype) -> 
     logits[0, 0] = 60.0
     logits.requires_grad_()
     starts, ids = torch.tensor([0, 1]), torch.tensor([0])
-    target = SparseRows(
-        starts, ids, torch.tensor([math.log(0.9)]), torch.tensor([math.log(0.1)]), V
-    )
-    _, kl = sparse_terms(logits, torch.zeros(1, dtype=torch.int64), target)
+    target = NamedRows(starts, ids, torch.tensor([math.log(0.9)]), torch.tensor([math.log(0.1)]), V)
+    _, kl = named_terms(logits, torch.zeros(1, dtype=torch.int64), target)
     assert torch.isfinite(kl).all()
     assert kl.item() == pytest.approx(
         0.9 * math.log(0.9) + 0.1 * (math.log(0.1) - math.log(TAIL_FLOOR)), rel=1e-3
@@ -108,10 +106,8 @@ def test_tail_below_the_floor_still_has_a_gradient() -> None:
     logits[0, 0] = 18.0  # tail mass 3e-7
     logits.requires_grad_()
     starts, ids = torch.tensor([0, 1]), torch.tensor([0])
-    target = SparseRows(
-        starts, ids, torch.tensor([math.log(0.9)]), torch.tensor([math.log(0.1)]), V
-    )
-    _, kl = sparse_terms(logits, torch.zeros(1, dtype=torch.int64), target)
+    target = NamedRows(starts, ids, torch.tensor([math.log(0.9)]), torch.tensor([math.log(0.1)]), V)
+    _, kl = named_terms(logits, torch.zeros(1, dtype=torch.int64), target)
     gradient = _gradient(kl, logits)
     assert gradient[0, 0] > 0.01
     assert (gradient[0, 1:] < 0).all()
@@ -120,8 +116,8 @@ def test_tail_below_the_floor_still_has_a_gradient() -> None:
 def test_empty_tail_is_finite() -> None:
     logits, labels = _draw()
     target, _ = _top_k(V)
-    target = SparseRows(target.starts, target.ids, target.logp, torch.full((N,), -torch.inf), V)
-    _, kl = sparse_terms(logits, labels, target)
+    target = NamedRows(target.starts, target.ids, target.logp, torch.full((N,), -torch.inf), V)
+    _, kl = named_terms(logits, labels, target)
     assert torch.isfinite(kl).all()
     assert torch.isfinite(_gradient(kl, logits)).all()
 
@@ -129,9 +125,9 @@ def test_empty_tail_is_finite() -> None:
 def test_blocks_of_a_target_match_the_whole() -> None:
     logits, labels = _draw()
     for target in (_sampled(), _top_k(3)[0]):
-        whole = sparse_terms(logits, labels, target)[1]
+        whole = named_terms(logits, labels, target)[1]
         parts = [
-            sparse_terms(logits[b], labels[b], target.block(b))[1]
+            named_terms(logits[b], labels[b], target.block(b))[1]
             for b in (slice(0, 4), slice(4, 5), slice(5, N))
         ]
         torch.testing.assert_close(torch.cat(parts), whole)
@@ -154,7 +150,7 @@ def test_gradient_of_draws_is_unbiased() -> None:
     )
     target = decode_rows(Samples(draws=draws), encoded, V)
     student = logits[:1].detach().repeat(num_repeats, 1).requires_grad_()
-    _, kl = sparse_terms(student, torch.zeros(num_repeats, dtype=torch.int64), target)
+    _, kl = named_terms(student, torch.zeros(num_repeats, dtype=torch.int64), target)
     gradient = _gradient(kl, student)
     p = logp[0].exp()
     # Standard error of a multinomial frequency.

@@ -1,22 +1,33 @@
-"""Block driver against plain autograd on full logits."""
+"""Blocks through the student's head, closed forms and autograd, against plain autograd."""
 
 import pytest
 import torch
-from collegium.losses.chunked import add_product_, block_losses, default_block_size
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import reference_losses
-from collegium.losses.divergences import ForwardKL
-from collegium.types import Head
+from collegium.distributions import Answer, DenseRows, HiddenRows
+from collegium.fusion.fuse import Fusion
+from collegium.kernels.rows import Workspace
+from collegium.losses.divergences import DIVERGENCES
+from collegium.losses.engine import BlockEngine, add_product_, default_block_size
+from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.step import row_losses
+from collegium.types import Head, Rows
+from fusion_cases import CountedRows
 from refusals import refused
 
 N, V, D = 19, 23, 5
-WEIGHTS = {"kd": 0.7, "ce": 0.3}
+KD_RATIO = 0.7
+WEIGHTS = {"kd": KD_RATIO, "ce": 1 - KD_RATIO}
 
 
 class Problem:
-    def __init__(self, *, dtype=torch.float64, bias=True, scale=1.0, softcap=None):
+    """A student, and a target that is one teacher's logits."""
+
+    def __init__(
+        self, *, dtype=torch.float64, bias=True, scale=1.0, softcap=None, name="forward_kl"
+    ):
         generator = torch.Generator().manual_seed(1)
 
         def draw(*shape):
@@ -26,9 +37,9 @@ class Problem:
         self.weight = draw(V, D).requires_grad_()
         self.bias = draw(V).requires_grad_() if bias else None
         self.target = draw(N, V).float().to(torch.promote_types(dtype, torch.float32))
-        self.target = self.target.log_softmax(-1)
         self.labels = torch.randint(V, (N,), generator=generator)
         self.scale, self.softcap = scale, softcap
+        self.name = name
 
     @property
     def head(self):
@@ -38,20 +49,43 @@ class Problem:
     def inputs(self):
         return [x for x in (self.hidden, self.weight, self.bias) if x is not None]
 
-    def row_losses(self, logits, block):
-        logq = logits.log_softmax(-1)
-        ce = -logq.gather(1, self.labels[block, None]).squeeze(1)
-        return {"kd": ForwardKL()(self.target[block], logq), "ce": ce}
+    def sums(self, *, hidden=None, head=None, target=None, measure=False, **options):
+        divergence = DIVERGENCES[self.name]()
+        options = ObjectiveOptions(
+            kd_ratio=KD_RATIO, divergence=divergence, backend="torch", **options
+        )
+        hidden = self.hidden if hidden is None else hidden
+        target = DenseRows(self.target[: len(hidden)]) if target is None else target
+        return row_losses(
+            Objective(options, Fusion()),
+            HiddenRows(hidden, head or self.head),
+            [Answer("t", target)],
+            rows_of(self.labels[: len(hidden)]),
+            measure=measure,
+        )
 
-    def sums(self, **options):
-        return block_losses(self.hidden, self.head, self.row_losses, WEIGHTS, **options)
+    def terms(self, logits):
+        q = logits.softmax(-1)
+        ce = -q.log()[torch.arange(N), self.labels]
+        kd = reference_losses.DIVERGENCES[self.name](self.target.softmax(-1), q)
+        return {"kd": kd.sum(), "ce": ce.sum()}
 
     def plain_terms(self):
-        z = reference_losses.logits(self.hidden, self.weight, self.bias, self.scale, self.softcap)
-        return {name: x.sum() for name, x in self.row_losses(z, slice(None)).items()}
+        return self.terms(
+            reference_losses.logits(self.hidden, self.weight, self.bias, self.scale, self.softcap)
+        )
 
     def plain(self):
-        return sum(WEIGHTS[name] * value for name, value in self.plain_terms().items())
+        return weighted(self.plain_terms())
+
+
+def weighted(terms):
+    return sum(WEIGHTS[name] * value for name, value in terms.items())
+
+
+def rows_of(labels):
+    number = torch.arange(len(labels))
+    return Rows(number, labels, number // 4, number // 4)
 
 
 # Cohere scales its logits, Gemma 2 caps them.
@@ -60,8 +94,9 @@ HEADS = [{}, {"bias": False}, {"scale": 0.25}, {"softcap": 2.0}, {"scale": 3.0, 
 
 @pytest.mark.parametrize("block_size", [1, 3, 7, 16, N, None])
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_equals_plain_autograd(head, block_size):
-    problem = Problem(**head)
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_equals_plain_autograd(name, head, block_size):
+    problem = Problem(name=name, **head)
     sums = problem.sums(block_size=block_size)
     plain = problem.plain()
     torch.testing.assert_close(sums.total, plain, rtol=1e-12, atol=1e-12)
@@ -75,24 +110,21 @@ def test_equals_plain_autograd(head, block_size):
     assert sums.grad_norms == {}
 
 
-def test_each_block_is_evaluated_once_in_order():
-    problem, seen = Problem(), []
-
-    def row_losses(logits, block):
-        seen.append((block.start, block.stop))
-        assert logits.shape == (block.stop - block.start, V)
-        return problem.row_losses(logits, block)
-
-    block_losses(problem.hidden, problem.head, row_losses, WEIGHTS, block_size=8).total.backward()
-    assert seen == [(0, 8), (8, 16), (16, 19)]
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
+def test_each_block_is_evaluated_once_in_order(name):
+    problem = Problem(name=name)
+    target = CountedRows(problem.target)
+    problem.sums(target=target, block_size=8).total.backward()
+    assert target.blocks == [(0, 8), (8, 16), (16, 19)]
 
 
-def test_gradcheck():
-    problem = Problem(scale=0.5, softcap=4.0)
+@pytest.mark.parametrize("name", ["forward_kl", "alpha_beta"])
+def test_gradcheck(name):
+    problem = Problem(scale=0.5, softcap=4.0, name=name)
 
     def total(hidden, weight, bias):
         head = Head(weight, bias, problem.scale, problem.softcap)
-        return block_losses(hidden, head, problem.row_losses, WEIGHTS, block_size=4).total
+        return problem.sums(hidden=hidden, head=head, block_size=4).total
 
     assert torch.autograd.gradcheck(total, problem.inputs)
 
@@ -112,21 +144,17 @@ def test_retained_graph_allows_a_second_backward():
     for doubled, grad in zip(first, again, strict=True):
         torch.testing.assert_close(doubled, 2 * grad)
     # A backward pass without retain_graph scales the gradients in-place and drops them.
-    with refused(RuntimeError, "block_losses"):
+    with refused(RuntimeError, "BlockEngine: "):
         total.backward()
 
 
 def test_default_blocks_have_equal_sizes(monkeypatch):
-    monkeypatch.setattr("collegium.losses.chunked.MAX_BLOCK", 8)
-    problem, seen = Problem(), []
-
-    def row_losses(logits, block):
-        seen.append(block.stop - block.start)
-        return problem.row_losses(logits, block)
-
-    block_losses(problem.hidden, problem.head, row_losses, WEIGHTS)
+    monkeypatch.setattr("collegium.losses.engine.MAX_BLOCK", 8)
+    problem = Problem()
+    target = CountedRows(problem.target)
+    problem.sums(target=target)
     # Not 8, 8, 3: each block reads and writes the whole gradient of the head.
-    assert seen == [7, 7, 5]
+    assert target.blocks == [(0, 7), (7, 14), (14, 19)]
 
 
 @pytest.mark.parametrize("frozen", [(1,), (0,), (2,), (1, 2), (0, 1)])
@@ -149,12 +177,11 @@ def test_tied_head_with_padding_rows_gets_both_gradients():
     table = torch.randn(V + 3, D, dtype=torch.float64, requires_grad=True)
     ids = torch.arange(N)
 
-    def total(driver: bool):
+    def total(engine: bool):
         hidden, head = table[ids] * 2, Head(table[:V])
-        if driver:
-            return block_losses(hidden, head, problem.row_losses, WEIGHTS, block_size=6).total
-        terms = problem.row_losses(hidden @ table[:V].T, slice(None))
-        return sum(WEIGHTS[name] * value.sum() for name, value in terms.items())
+        if engine:
+            return problem.sums(hidden=hidden, head=head, block_size=6).total
+        return weighted(problem.terms(hidden @ table[:V].T))
 
     ours = torch.autograd.grad(total(True), table)[0]
     theirs = torch.autograd.grad(total(False), table)[0]
@@ -162,12 +189,13 @@ def test_tied_head_with_padding_rows_gets_both_gradients():
     assert (ours[V:] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "skewed_reverse_kl"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_with_float32_losses(dtype):
-    problem = Problem(dtype=dtype)
+def test_half_precision_weights_with_float32_losses(dtype, name):
+    problem = Problem(dtype=dtype, name=name)
     sums = problem.sums(block_size=6)
     assert sums.total.dtype == torch.float32
-    wide = Problem()
+    wide = Problem(name=name)
     for ours, theirs in zip(problem.inputs, wide.inputs, strict=True):
         theirs.data = ours.detach().double()
     wide.target = problem.target.double()
@@ -179,51 +207,39 @@ def test_half_precision_weights_with_float32_losses(dtype):
         assert (a.double() - b).norm() < 1e-2 * b.norm()
 
 
+def engine_of(hidden, weight, block_size):
+    return BlockEngine(hidden, Head(weight), workspace=Workspace(), block_size=block_size)
+
+
 def test_sums_of_half_gradients_do_not_overflow():
     """In float16 the sum over rows may exceed 65504 although the mean does not."""
     hidden = torch.full((4, 1), 100.0, dtype=torch.float16)
     weight = torch.zeros(2, 1, dtype=torch.float16, requires_grad=True)
-    sums = block_losses(
-        hidden, Head(weight), lambda z, block: {"x": 500 * z[:, 0]}, {"x": 1.0}, block_size=1
-    )
-    (sums.total / 4).backward()
+    engine = engine_of(hidden, weight, 1)
+    for block in engine:
+        engine.project(block)
+        engine.accumulate(block, torch.tensor([[500.0, 0.0]], dtype=torch.float16))
+    (engine.attach(torch.zeros(())) / 4).backward()
     assert weight.grad is not None
     assert weight.grad[0].item() == pytest.approx(50_000, rel=1e-3)
 
 
-def test_autocast_does_not_reach_the_losses():
-    problem = Problem(dtype=torch.float32)
-    expected = problem.sums(block_size=6)
-    dtypes = set()
-
-    def row_losses(logits, block):
-        dtypes.add((logits @ logits.T).dtype)
-        return problem.row_losses(logits, block)
-
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        sums = block_losses(problem.hidden, problem.head, row_losses, WEIGHTS, block_size=6)
-    assert dtypes == {torch.float32}
-    torch.testing.assert_close(sums.total, expected.total, rtol=0, atol=0)
-
-
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_evaluation_forms_no_gradient(context):
-    problem = Problem()
-
-    def row_losses(logits, block):
-        assert not logits.requires_grad
-        return problem.row_losses(logits, block)
-
+def test_evaluation_forms_no_gradient(context, name):
+    problem = Problem(name=name)
     with context():
-        sums = block_losses(problem.hidden, problem.head, row_losses, WEIGHTS, measure=True)
+        assert not BlockEngine(
+            problem.hidden, problem.head, workspace=Workspace(), block_size=4
+        ).is_trained
+        sums = problem.sums(measure=True)
     assert not sums.total.requires_grad
     torch.testing.assert_close(sums.total, problem.plain().detach())
 
 
 def test_zero_rows_keep_a_graph():
     problem = Problem()
-    hidden = problem.hidden[:0]
-    sums = block_losses(hidden, problem.head, problem.row_losses, WEIGHTS, measure=True)
+    sums = problem.sums(hidden=problem.hidden[:0], measure=True)
     assert sums.total.item() == 0
     sums.total.backward()
     for x in problem.inputs:
@@ -233,9 +249,10 @@ def test_zero_rows_keep_a_graph():
     assert sums.grad_norms == {"kd": 0, "ce": 0}
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
 @pytest.mark.parametrize("block_size", [4, N])
-def test_measured_norms_match_each_weighted_term(block_size):
-    problem = Problem(softcap=3.0)
+def test_measured_norms_match_each_weighted_term(block_size, name):
+    problem = Problem(softcap=3.0, name=name)
     plain_total = problem.sums(block_size=block_size).total
     sums = problem.sums(block_size=block_size, measure=True)
     assert sums.total == plain_total
@@ -247,60 +264,46 @@ def test_measured_norms_match_each_weighted_term(block_size):
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_term_that_ignores_the_student_has_no_gradient():
-    problem = Problem()
-
-    def row_losses(logits, block):
-        return {
-            "dead": logits.detach()[:, 0],
-            "dead_too": torch.ones(len(logits), requires_grad=True),
-        }
-
-    # "dead" has no graph at all; "dead_too" has one that does not reach the logits.
-    weights = {"dead": 1.0, "dead_too": 1.0}
-    sums = block_losses(problem.hidden, problem.head, row_losses, weights, measure=True)
-    assert sums.grad_norms == {"dead": 0, "dead_too": 0}
-    sums.total.backward()
-    assert (problem.hidden.grad == 0).all()
-    assert block_losses(problem.hidden, problem.head, lambda z, b: {}, {}).total == 0
+@pytest.mark.parametrize("name", ["forward_kl", "skewed_forward_kl"])
+def test_a_term_at_its_optimum_has_no_gradient(name):
+    problem = Problem(name=name, bias=False)
+    problem.target = (problem.hidden @ problem.weight.T).detach()
+    sums = problem.sums(measure=True)
+    assert sums.grad_norms["kd"] < 1e-12 < sums.grad_norms["ce"]
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
+    """Records the bytes of the largest tensor that any operation returns."""
 
     def __init__(self):
         super().__init__()
-        self.numel = 0
+        self.num_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.numel = max([self.numel, *sizes])
+        sizes = [x.nbytes for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.num_bytes = max([self.num_bytes, *sizes])
         return out
 
 
-def test_no_tensor_has_rows_times_vocabulary_elements():
-    rows, vocab, width = 40, 300, 4
-    hidden = torch.randn(rows, width, requires_grad=True)
-    weight = torch.randn(vocab, width, requires_grad=True)
-    labels = torch.randint(vocab, (rows,))
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_no_tensor_has_rows_times_vocabulary_elements(name):
+    problem = Problem(dtype=torch.float32, name=name)
 
-    def row_losses(logits, block):
-        target = torch.zeros(len(logits), vocab).log_softmax(-1)
-        logq = logits.log_softmax(-1)
-        ce = -logq.gather(1, labels[block, None]).squeeze(1)
-        return {"kd": ForwardKL()(target, logq), "ce": ce}
+    class Constant(CountedRows):
+        def logits(self, block):
+            return torch.zeros(block.stop - block.start, V)
 
     def largest(block_size):
         with LargestTensor() as watch:
-            sums = block_losses(
-                hidden, Head(weight), row_losses, WEIGHTS, block_size=block_size, measure=True
+            sums = problem.sums(
+                target=Constant(problem.target), block_size=block_size, measure=True
             )
             sums.total.backward()
-        return watch.numel
+        return watch.num_bytes
 
-    assert largest(rows) == rows * vocab
-    assert largest(8) == 8 * vocab
+    assert largest(N) == 4 * N * V
+    assert largest(8) == 4 * 8 * V
 
 
 def test_default_block_size_fits_the_memory_budget():
@@ -334,7 +337,7 @@ def wide_products(monkeypatch):
     # PyTorch implements this overload for CUDA only.
     library = torch.library.Library("aten", "IMPL")
     library.impl("addmm.dtype_out", addmm, "CPU")
-    monkeypatch.setattr("collegium.losses.chunked._adds_wide_products", lambda device: True)
+    monkeypatch.setattr("collegium.losses.engine._adds_wide_products", lambda device: True)
     yield seen
     library._destroy()
 
