@@ -64,20 +64,21 @@ class BlockLosses:
         return cls(labels_n, target, kernels, divergence, temperature, kd_factor_n)
 
     def terms_(
-        self, rows: RawRows, weights: Mapping[str, float]
+        self, rows: RawRows, weights: Mapping[str, float], *, with_gradient: bool = True
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Compute the (n,) terms with a weight, and the gradient of their weighted sum.
 
-        The gradient is taken at the head's product and may overwrite the rows.
+        The gradient is taken at the head's product and may overwrite the rows. It is undefined
+        without `with_gradient`, which works under `torch.inference_mode`, where autograd does not.
         """
-        if self.target is None or isinstance(self.divergence, ForwardKL):
-            return self._closed_form(rows, weights)
-        if isinstance(self.target, NamedRows):
-            return self._closed_form(rows, weights)
-        return self._autograd(rows, self.target, weights)
+        if isinstance(self.target, DenseTarget) and not isinstance(self.divergence, ForwardKL):
+            if not with_gradient:
+                return self._differentiable(rows, self.target, weights), rows.values_nV
+            return self._autograd(rows, self.target, weights)
+        return self._closed_form(rows, weights, with_gradient=with_gradient)
 
     def _closed_form(
-        self, rows: RawRows, weights: Mapping[str, float]
+        self, rows: RawRows, weights: Mapping[str, float], *, with_gradient: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
         one_n = torch.ones(len(self.labels_n), dtype=rows.dtype, device=rows.values_nV.device)
         factor_n = one_n if self.kd_factor_n is None else self.kd_factor_n.to(rows.dtype)
@@ -88,7 +89,9 @@ class BlockLosses:
         labels_n = self.labels_n if needs_labels else torch.zeros_like(self.labels_n)
         z_label_n, slope_n = rows.at_labels(labels_n)
         if isinstance(self.target, NamedRows):
-            logsumexp, value_n = self._named_(rows, self.target, labels_n, kd_n, ce_n)
+            logsumexp, value_n = self._named_(
+                rows, self.target, labels_n, kd_n, ce_n, with_gradient=with_gradient
+            )
         else:
             target = None if self.target is None else self.target.to(rows.dtype)
             logsumexp, value_n = self.kernels.distill_(
@@ -103,7 +106,14 @@ class BlockLosses:
         return {name: terms[name] for name in weights}, values_nV
 
     def _named_(
-        self, rows: RawRows, target: NamedRows, labels_n: Tensor, kd_n: Tensor, ce_n: Tensor
+        self,
+        rows: RawRows,
+        target: NamedRows,
+        labels_n: Tensor,
+        kd_n: Tensor,
+        ce_n: Tensor,
+        *,
+        with_gradient: bool,
     ) -> tuple[LogSumExp, Tensor]:
         num_rows, row_E = len(labels_n), target.row_of_entry()
         z_E, slope_E = rows.at(row_E, target.ids)
@@ -120,7 +130,9 @@ class BlockLosses:
         if is_kl:
             value_n, grad_E = named_kl(logq_E, row_E, target)
         else:
-            value_n, grad_E = named_divergence(self.divergence, logq_E, row_E, target)
+            value_n, grad_E = named_divergence(
+                self.divergence, logq_E, row_E, target, with_gradient=with_gradient
+            )
         grad_E = grad_E * kd_n[row_E]
         if not is_kl or target.log_tail is not None:
             mass_n = row_sums(grad_E, row_E, num_rows)
@@ -197,7 +209,12 @@ def named_kl(logq_E: Tensor, row_E: Tensor, target: NamedRows) -> tuple[Tensor, 
 
 
 def named_divergence(
-    divergence: Divergence, logq_E: Tensor, row_E: Tensor, target: NamedRows
+    divergence: Divergence,
+    logq_E: Tensor,
+    row_E: Tensor,
+    target: NamedRows,
+    *,
+    with_gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Any divergence on the named tokens and the tail: (n,) values and the (E,) gradient.
 
@@ -210,15 +227,20 @@ def named_divergence(
     target_nS[row_E, place_E] = target.logp.to(logq_E.dtype)
     if target.log_tail is not None:
         target_nS[:, width] = target.log_tail.to(logq_E.dtype)
-    with torch.enable_grad():
-        logq_E = logq_E.detach().requires_grad_()
+
+    def values(logq_E: Tensor) -> Tensor:
         student_nS = logq_E.new_full((num_rows, width), LOG_FLOOR)
         student_nS = student_nS.index_put((row_E, place_E), logq_E)
         rest_n = _tail_mass(logq_E, row_E, num_rows)
         # The floor bounds the value; the gradient passes through it.
         rest_n = rest_n + (rest_n.clamp(min=TAIL_FLOOR) - rest_n).detach()
-        student_nS = torch.cat([student_nS, rest_n.log()[:, None]], dim=1)
-        value_n = divergence(target_nS, student_nS)
+        return divergence(target_nS, torch.cat([student_nS, rest_n.log()[:, None]], dim=1))
+
+    if not with_gradient:
+        return values(logq_E), torch.zeros_like(logq_E)
+    with torch.enable_grad():
+        logq_E = logq_E.detach().requires_grad_()
+        value_n = values(logq_E)
         grad_E = torch.autograd.grad(value_n.sum(), logq_E)[0]
     return value_n.detach(), grad_E
 

@@ -147,7 +147,9 @@ def row_losses(
                 for name, weight in weights.items():
                     _, gradient_nV = losses.terms_(engine.project(block), {name: weight})
                     sums.norms[name] += engine.square_norm(gradient_nV)
-            terms, gradient_nV = losses.terms_(engine.project(block), weights)
+            terms, gradient_nV = losses.terms_(
+                engine.project(block), weights, with_gradient=engine.is_trained
+            )
             engine.accumulate(block, gradient_nV)
             sums.add(terms, target_n)
     objective.workspace.release()
