@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from collegium.fusion.pooling import Fusion
 
+from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective, ObjectiveOptions

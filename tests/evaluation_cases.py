@@ -12,7 +12,8 @@ import tiny
 from collegium.data.encode import Encoded, encode
 from collegium.data.readers import Document
 from collegium.data.windows import PackedDataset
-from collegium.types import Batch, DenseRows, Rows, TeacherRows
+from collegium.distributions import LIVE, Answer, DenseRows
+from collegium.types import Batch, Rows
 
 TEXTS = {
     "prose": ["In the beginning was the word.", "To be, or not to be, that is the question."],
@@ -55,17 +56,17 @@ def id_dataset(
 class BigramTeacher:
     """A teacher whose logits depend only on the current token."""
 
-    provides = frozenset({"dense"})
+    capabilities = LIVE
 
     def __init__(self, name: str, logits_VV: Tensor) -> None:
         self.name = name
         self.logits_VV = logits_VV
         self.num_calls = 0
 
-    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
+    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
         self.num_calls += 1
         current_N = batch.input_ids.flatten()[rows.index]
-        return TeacherRows(self.name, DenseRows(self.logits_VV[current_N.cpu()]))
+        return Answer(self.name, DenseRows(self.logits_VV[current_N.cpu()]))
 
 
 def bigram_logits(*, vocab_size: int, step: int, sharpness: float) -> Tensor:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from collegium.fusion.pooling import FusedTarget, Fusion
 from typer.testing import CliRunner
 
 import tiny
@@ -20,6 +19,7 @@ from collegium.caching import cache_identity, cache_path, reads_cache
 from collegium.cli import app
 from collegium.data.pack import Collator
 from collegium.errors import CacheError, RecipeError
+from collegium.fusion.fuse import FusedTarget, Fusion
 from collegium.fusion.weights import Entropy, PrefixLikelihood, Uniform
 from collegium.recipe import Recipe, dump_recipe, load_recipe
 from collegium.storage.files import read_json

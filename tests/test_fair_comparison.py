@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from collegium.fusion.pooling import Fusion
 from safetensors.torch import load_file, save_file
 
 import tiny
 from collegium import pipeline
 from collegium.errors import TrainingError
+from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureOptions
 from collegium.models import count_parameters
 from collegium.recipe import Recipe, load_recipe

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from collegium.fusion.pooling import Fusion
 from torch import Tensor
 
 import tiny
 from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.weights import PrefixLikelihood
 from collegium.models import forward_rows
 from collegium.teachers.local import LocalTeacher

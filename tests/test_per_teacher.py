@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from collegium.fusion.pooling import Fusion
 from collegium.fusion.stored import require_linear, stored_stats
 from collegium.fusion.stream import RowReader
 from typer.testing import CliRunner
@@ -21,6 +20,7 @@ from collegium.cli import app
 from collegium.data.pack import Collator
 from collegium.errors import CacheError, RecipeError
 from collegium.evaluate.preflight import run_preflight
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.weights import Entropy, Uniform
 from collegium.recipe import Recipe, decode_fusion, dump_recipe, load_recipe
 from collegium.storage.files import read_json

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from collegium.fusion.pooling import Fusion
 from safetensors.torch import load_file, save_file
 
 import collegium
@@ -19,6 +18,7 @@ from collegium.errors import (
     RecipeError,
     VocabularyError,
 )
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.weights import BestSingle, Entropy, Uniform
 from collegium.recipe import Recipe, dump_recipe, load_recipe
 from collegium.storage.files import read_json

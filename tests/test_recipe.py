@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from collegium.fusion.pooling import Fusion
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from collegium.data.sources import SourceOptions
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import CONFLICTS, TruthFallback
 from collegium.fusion.describe import to_recipe
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import WEIGHTINGS, DomainWeights, Gate
 from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood
 from collegium.losses.divergences import DIVERGENCES, ForwardKL, SkewedForwardKL

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from collegium.types import IGNORE, Batch, Rows, SparseRows, is_row
+from collegium.distributions import NamedRows
+from collegium.types import IGNORE, Batch, Rows, is_row
 
 
 def packed() -> Batch:
@@ -18,12 +19,12 @@ def packed() -> Batch:
     return Batch(ids, position, labels, samples, domain_ids=samples % 2, teacher_ids=samples % 3)
 
 
-def test_sparse_rows_support_strided_blocks() -> None:
+def test_named_rows_support_strided_blocks() -> None:
     starts = torch.tensor([0, 2, 3, 6, 7])
     ids = torch.tensor([0, 1, 4, 0, 2, 3, 1])
     logp = torch.linspace(-3, -1, 7)
     for tail in (None, torch.linspace(-4, -3, 4)):
-        rows = SparseRows(starts, ids, logp, tail, 5)
+        rows = NamedRows(starts, ids, logp, tail, 5)
         for block in (slice(0, 4, 2), slice(1, 4, 2), slice(0, 4, 3), slice(2, 3, 2)):
             assert torch.equal(rows.logits(block), rows.logits(slice(0, 4))[block])
 

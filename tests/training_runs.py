@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from collegium.fusion.pooling import Fusion
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from collegium.distributions import LIVE, Answer, DenseRows
+from collegium.fusion.fuse import Fusion
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.train.progress import TrainingProgress
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
-from collegium.types import IGNORE, Batch, DenseRows, Rows, TeacherRows
+from collegium.types import IGNORE, Batch, Rows
 from tiny import tiny_model
 
 VOCAB = 24
@@ -66,19 +67,19 @@ def stack(examples: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 class FakeTeacher:
     """Dense logits that depend only on the label; NaN for `bad_sample` from call `bad_call` on."""
 
-    provides = frozenset({"dense"})
+    capabilities = LIVE
 
     def __init__(self, name: str, *, bad_call: int | None = None, bad_sample: int = -1) -> None:
         self.name = name
         self.num_calls = 0
         self._bad_call, self._bad_sample = bad_call, bad_sample
 
-    def score(self, batch: Batch, rows: Rows, taps: Any = ()) -> TeacherRows:
+    def score(self, batch: Batch, rows: Rows, taps: Any = ()) -> Answer:
         self.num_calls += 1
         logits_NV = torch.nn.functional.one_hot(rows.labels, VOCAB).float() * 2
         if self._bad_call is not None and self.num_calls >= self._bad_call:
             logits_NV[rows.samples == self._bad_sample] = float("nan")
-        return TeacherRows(self.name, DenseRows(logits_NV))
+        return Answer(self.name, DenseRows(logits_NV))
 
 
 def trainer(

@@ -9,7 +9,6 @@ from functools import lru_cache
 
 import pytest
 import torch
-from collegium.fusion.pooling import Fusion
 
 from collegium.data.windows import PackedDataset
 from collegium.errors import CollegiumError
@@ -21,6 +20,7 @@ from collegium.evaluate.scoring import FUSED, score_models, spread_windows
 from collegium.evaluate.search import Candidate, Search, choose
 from collegium.evaluate.sweeps import CalibrationSplit, pairwise_jsd, sweep_teachers
 from collegium.fusion.describe import describe
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import DomainWeights, Gate
 from collegium.fusion.weights import BestSingle, Fixed, PrefixLikelihood, Uniform
 from collegium.recipe import decode_fusion

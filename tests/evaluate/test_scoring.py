@@ -11,17 +11,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from collegium.fusion.pooling import Fusion
 
 import tiny
 from collegium.data.windows import PackedDataset
+from collegium.distributions import Answer
 from collegium.errors import CollegiumError, DataError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.evaluate.preflight import run_preflight
 from collegium.evaluate.scoring import FUSED, iterate_chunks, paired_bootstrap, score_models
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.weights import PrefixLikelihood, Uniform
 from collegium.teachers.local import LocalTeacher
-from collegium.types import Batch, Rows, TeacherRows
+from collegium.types import Batch, Rows
 from evaluation_cases import TEXTS, BigramTeacher, bigram_logits, id_dataset, text_dataset
 from refusals import refused
 
@@ -179,7 +180,7 @@ def test_batches_are_freed_after_scoring() -> None:
     max_live = 0
 
     class Watching(BigramTeacher):
-        def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
+        def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
             nonlocal max_live
             live.append(weakref.ref(batch.input_ids))
             max_live = max(max_live, sum(ref() is not None for ref in live))

@@ -6,7 +6,6 @@ import json
 import math
 
 import numpy as np
-from collegium.fusion.pooling import Fusion
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +20,7 @@ from collegium.evaluate.table import (
     render_table,
     results_rows,
 )
+from collegium.fusion.fuse import Fusion
 from collegium.report.files import ResultRow
 from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
 from refusals import refused

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from collegium.fusion.pooling import Fusion
-from collegium.losses.chunked import add_product_
 
+from collegium.distributions import Answer, HiddenRows
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.weights import Fixed
 from collegium.kernels.backends import kernels_for
 from collegium.kernels.rows import DenseTarget, RawRows
+from collegium.losses.engine import add_product_
 from collegium.train.objective import Objective, ObjectiveOptions
-from collegium.types import Head, HiddenRows, Rows, TeacherRows
+from collegium.train.step import row_losses
+from collegium.types import Head, Rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,12 +80,13 @@ def test_objective_in_bfloat16(vocab_size):
     rows = Rows(number, 31 * number, number // 8, number // 8)
     fusion = Fusion(weighting=Fixed(weights={"t0": 0.3, "t1": 0.7}))
     teachers = [
-        TeacherRows(f"t{k}", HiddenRows(hidden, Head(weight)))
+        Answer(f"t{k}", HiddenRows(hidden, Head(weight)))
         for k, (hidden, weight) in enumerate(heads[:2])
     ]
     student = [x.requires_grad_() for x in heads[2]]
     objective = Objective(ObjectiveOptions(block_size=6), fusion)
-    total = objective(HiddenRows(student[0], Head(student[1])), teachers, rows).total / N
+    states = HiddenRows(student[0], Head(student[1]))
+    total = row_losses(objective, states, teachers, rows).total / N
     grads = torch.autograd.grad(total, student)
     # Reference in float64, from logits rounded to bfloat16.
     logp = [(x @ w.T).double().log_softmax(-1) for x, w in heads[:2]]

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from collegium.distributions import LIVE, HiddenRows, Teacher
 from collegium.errors import ModelError, TrainingError
 from collegium.models import count_parameters
 from collegium.teachers.local import LocalTeacher, MovedRows, TeacherOptions
-from collegium.types import Batch, HiddenRows, Teacher
+from collegium.types import Batch
 from tiny import save_tiny, tiny_model
 
 V = 90
@@ -36,21 +37,21 @@ def test_scores_are_the_logits_of_the_model(batch: Batch) -> None:
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
     ).logits.flatten(0, 1)
     torch.testing.assert_close(
-        scored.scores.logits(EVERYTHING), own[rows.index, :V], atol=1e-5, rtol=1e-5
+        scored.distribution.logits(EVERYTHING), own[rows.index, :V], atol=1e-5, rtol=1e-5
     )
     assert scored.name == "t"
     assert set(scored.features) == {"layer_0", "final_postnorm"}
-    assert teacher.provides == {"dense", "features"}
+    assert teacher.capabilities == LIVE
 
 
 def test_dropout_stays_off_even_after_train(batch: Batch) -> None:
     model = tiny_model(96, model_type="gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     teacher = LocalTeacher("t", model, vocab_size=V)
     rows = batch.rows()
-    first = teacher.score(batch, rows).scores.logits(EVERYTHING)
+    first = teacher.score(batch, rows).distribution.logits(EVERYTHING)
     nn.ModuleList([model]).train()
     assert model.training
-    second = teacher.score(batch, rows).scores.logits(EVERYTHING)
+    second = teacher.score(batch, rows).distribution.logits(EVERYTHING)
     torch.testing.assert_close(first, second, atol=0, rtol=0)
 
 
@@ -60,14 +61,14 @@ def test_nothing_has_a_gradient(batch: Batch) -> None:
     with torch.enable_grad():
         scored = teacher.score(batch, batch.rows(), taps=["layer_1"])
     assert not any(p.requires_grad for p in model.parameters())
-    assert isinstance(scored.scores, HiddenRows)
-    head = scored.scores.head
+    assert isinstance(scored.distribution, HiddenRows)
+    head = scored.distribution.head
     assert head.bias is not None
-    tensors = [scored.scores.hidden, head.weight, head.bias, *scored.features.values()]
+    tensors = [scored.distribution.hidden, head.weight, head.bias, *scored.features.values()]
     assert not any(t.requires_grad for t in tensors)
     assert not any(t.is_inference() for t in tensors)
     model.requires_grad_(True)  # even if someone thaws it
-    again = teacher.score(batch, batch.rows()).scores.logits(EVERYTHING)
+    again = teacher.score(batch, batch.rows()).distribution.logits(EVERYTHING)
     assert not again.requires_grad
 
 
@@ -75,7 +76,7 @@ def test_nothing_has_a_gradient(batch: Batch) -> None:
 def test_head_is_cut_to_the_vocabulary(batch: Batch, vocab_size: int) -> None:
     teacher = LocalTeacher("t", tiny_model(96), vocab_size=vocab_size)
     scored = teacher.score(batch, batch.rows())
-    assert scored.scores.logits(slice(0, 3)).shape == (3, vocab_size)
+    assert scored.distribution.logits(slice(0, 3)).shape == (3, vocab_size)
 
 
 def test_live_student_is_no_teacher() -> None:
@@ -96,9 +97,9 @@ def test_live_student_is_no_teacher() -> None:
 def test_keeps_its_own_number_type(batch: Batch) -> None:
     teacher = LocalTeacher("t", tiny_model(96).bfloat16(), vocab_size=V)
     scored = teacher.score(batch, batch.rows())
-    assert isinstance(scored.scores, HiddenRows)
-    assert scored.scores.hidden.dtype == torch.bfloat16
-    assert scored.scores.logits(EVERYTHING).dtype == torch.float32
+    assert isinstance(scored.distribution, HiddenRows)
+    assert scored.distribution.hidden.dtype == torch.bfloat16
+    assert scored.distribution.logits(EVERYTHING).dtype == torch.float32
 
 
 def test_non_finite_states_name_teacher_and_samples(batch: Batch) -> None:
@@ -123,8 +124,8 @@ def test_load(tmp_path: Path, batch: Batch) -> None:
     live = LocalTeacher("t", tiny_model(teacher.model.config.vocab_size, seed=4), vocab_size=V)
     rows = batch.rows()
     torch.testing.assert_close(
-        teacher.score(batch, rows).scores.logits(EVERYTHING),
-        live.score(batch, rows).scores.logits(EVERYTHING),
+        teacher.score(batch, rows).distribution.logits(EVERYTHING),
+        live.score(batch, rows).distribution.logits(EVERYTHING),
         atol=0,
         rtol=0,
     )
@@ -132,9 +133,9 @@ def test_load(tmp_path: Path, batch: Batch) -> None:
 
 def test_moved_rows_give_the_same_logits(batch: Batch) -> None:
     scored = LocalTeacher("t", tiny_model(96), vocab_size=V).score(batch, batch.rows())
-    assert isinstance(scored.scores, HiddenRows)
-    moved = MovedRows(scored.scores, torch.device("cpu"))
-    torch.testing.assert_close(moved.logits(slice(2, 4)), scored.scores.logits(slice(2, 4)))
+    assert isinstance(scored.distribution, HiddenRows)
+    moved = MovedRows(scored.distribution, torch.device("cpu"))
+    torch.testing.assert_close(moved.logits(slice(2, 4)), scored.distribution.logits(slice(2, 4)))
 
 
 @pytest.mark.gpu
@@ -149,8 +150,8 @@ def test_teacher_on_another_device(batch: Batch, offload: bool) -> None:
         assert model.device.type == ("cpu" if offload else "cuda")
         assert scored.features["layer_0"].device.type == "cpu"
         torch.testing.assert_close(
-            scored.scores.logits(EVERYTHING),
-            expected.scores.logits(EVERYTHING),
+            scored.distribution.logits(EVERYTHING),
+            expected.distribution.logits(EVERYTHING),
             atol=1e-4,
             rtol=1e-4,
         )
@@ -168,5 +169,5 @@ def test_a_scale_multiplies_the_logits_whatever_the_head_does(batch: Batch, tmp_
         )
         for scale in (1.0, 2.5)
     )
-    expected = 2.5 * plain.score(batch, rows).scores.logits(slice(1, 4))
-    torch.testing.assert_close(scaled.score(batch, rows).scores.logits(slice(1, 4)), expected)
+    expected = 2.5 * plain.score(batch, rows).distribution.logits(slice(1, 4))
+    torch.testing.assert_close(scaled.score(batch, rows).distribution.logits(slice(1, 4)), expected)

@@ -1,4 +1,4 @@
-"""Each teacher is asked about its own rows alone, does not run without any, and the student's gradient is the same."""
+"""Under `route` each teacher scores only its own rows, and the student's gradient is the same."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from collegium.fusion.pooling import FusedTarget, Fusion
 from torch import Tensor
 
 import tiny
 import training_runs
 from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
+from collegium.distributions import Answer, HiddenRows
+from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.routing import Route
 from collegium.fusion.weights import BestSingle
 from collegium.losses.features import FeatureLoss, FeatureOptions
@@ -25,7 +26,8 @@ from collegium.teachers.local import LocalTeacher
 from collegium.fusion.score import score_teachers
 from collegium.train.nan_diagnosis import first_bad_rows
 from collegium.train.objective import Objective, ObjectiveOptions
-from collegium.types import Batch, HiddenRows, LossSum, Rows, TeacherRows, teacher_number
+from collegium.train.step import row_losses
+from collegium.types import Batch, LossSum, Rows, teacher_number
 
 V = 60
 LENGTHS = (9, 6, 17, 5, 12, 3, 20)
@@ -36,20 +38,20 @@ EXPECTED = ["a", "a", "a", "a", "b", "b", "a"]
 """The teacher of each document."""
 
 
-class Asked(LocalTeacher):
+class CountedTeacher(LocalTeacher):
     """A teacher that counts the rows and windows of each call."""
 
     calls: list[tuple[int, int]]
 
-    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
+    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
         self.calls.append((len(rows), len(batch.input_ids)))
         return super().score(batch, rows, taps)
 
 
 @pytest.fixture
-def teachers() -> list[Asked]:
+def teachers() -> list[CountedTeacher]:
     models = (tiny.tiny_model(V, seed=2, width=16), tiny.tiny_model(V + 4, seed=3, width=24))
-    made = [Asked(n, m.double(), vocab_size=V) for n, m in zip("ab", models, strict=True)]
+    made = [CountedTeacher(n, m.double(), vocab_size=V) for n, m in zip("ab", models, strict=True)]
     for teacher in made:
         teacher.calls = []
     return made
@@ -80,7 +82,7 @@ def make_batches(dataset: PackedDataset, size: int) -> list[Batch]:
 
 def gradient(
     student: Any,
-    teachers: Sequence[Asked],
+    teachers: Sequence[CountedTeacher],
     batches: Sequence[Batch],
     fusion: Fusion,
     *,
@@ -94,12 +96,12 @@ def gradient(
         rows = batch.rows()
         scored = score_teachers(teachers, batch, rows, fusion)
         states = forward_rows(student, batch, rows, vocab_size=V)
-        (objective(states, scored, rows).total / num_items).backward()
+        (row_losses(objective, states, scored, rows).total / num_items).backward()
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
-def naive_gradient(student: Any, teachers: Sequence[Asked]) -> Tensor:
-    """Each document alone, with one teacher: that of the table above."""
+def naive_gradient(student: Any, teachers: Sequence[CountedTeacher]) -> Tensor:
+    """Each document by itself, with its teacher of the table above."""
     batches = make_batches(make_dataset(20, packing=False), 1)
     num_items = sum(len(batch.rows()) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
@@ -133,18 +135,18 @@ def test_every_row_of_a_document_knows_its_teacher_wherever_it_is_packed():
     ).fingerprint  # fmt: skip
 
 
-def test_only_the_own_rows_are_scored_and_nobody_runs_without_any(teachers):
+def test_teachers_score_their_own_rows_and_are_skipped_without_any(teachers):
     batches = make_batches(make_dataset(20, packing=False), 2)
     for batch in batches:
         scored = score_teachers(teachers, batch, batch.rows(), Fusion(weighting=ROUTE))
-        assert [one.name for one in scored] == ["a", "b"]
+        assert [answer.name for answer in scored] == ["a", "b"]
     sizes = [[len(own) for own in ROUTE.shares(b.rows(), ["a", "b"])] for b in batches]
     assert [rows for rows, _ in teachers[0].calls] == [a for a, _ in sizes if a]
     assert [rows for rows, _ in teachers[1].calls] == [b for _, b in sizes if b]
     assert [windows for _, windows in teachers[0].calls] == [2, 2, 1]
     assert [windows for _, windows in teachers[1].calls] == [2]
     every = score_teachers(teachers, batches[0], batches[0].rows(), Fusion())
-    assert all(one.answered is None for one in every)
+    assert all(answer.rows is None for answer in every)
 
 
 def test_masked_rows_change_nothing(student, teachers):
@@ -157,7 +159,7 @@ def test_masked_rows_change_nothing(student, teachers):
     is_free = batch.labels < 0
     changed = replace(
         batch,
-        teacher_ids=torch.where(is_free, teacher_number("nobody"), batch.teacher_ids),
+        teacher_ids=torch.where(is_free, teacher_number("another"), batch.teacher_ids),
         domain_ids=torch.where(is_free, 7, batch.domain_ids),
     )
     assert is_free.any()
@@ -183,36 +185,34 @@ def test_hidden_states_are_compared_at_all_rows(student, teachers):
     features = FeatureLoss(FeatureOptions(teacher_weights={"a": 0.0}), mine, widths, seed=0)
     objective = Objective(ObjectiveOptions(), fusion, features=features.double())
 
-    def ask(teacher: Any, batch: Batch, rows: Rows) -> TeacherRows:
-        return teacher.score(batch, rows, objective.teacher_taps(teacher.name))
-
-    scored = score_teachers(teachers, batch, rows, fusion, ask=ask, whole=["b"])
-    assert scored[0].answered is not None
-    assert scored[1].answered is None
+    taps = {name: objective.teacher_taps(name) for name in "ab"}
+    scored = score_teachers(teachers, batch, rows, fusion, taps=taps)
+    assert scored[0].rows is not None
+    assert scored[1].rows is None
     states = forward_rows(student, batch, rows, vocab_size=V, taps=objective.student_taps)
-    loss = objective(states, scored, rows)
+    loss = row_losses(objective, states, scored, rows)
     assert loss.terms["feature/b"] > 0
     with torch.no_grad():
-        plain = FusedTarget(fusion, [t.score(batch, rows) for t in teachers], rows)
-        routed = FusedTarget(fusion, scored, rows)
+        plain = fuse(fusion, [t.score(batch, rows) for t in teachers], rows)
+        routed = fuse(fusion, scored, rows)
         block = slice(0, len(rows))
-        found, expected = (target.block(block).logp_nV for target in (routed, plain))
+        found, expected = (target.block(block).logp() for target in (routed, plain))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_a_bad_row_is_blamed_on_its_document(student, teachers):
+def test_a_bad_row_is_traced_to_its_document(student, teachers):
     (batch,) = make_batches(make_dataset(72), 100)
     rows = batch.rows()
     scored = score_teachers(teachers, batch, rows, Fusion(weighting=ROUTE))
-    assert scored[1].answered is not None
-    assert isinstance(scored[1].scores, HiddenRows)
-    scored[1].scores.hidden[-1] = torch.nan
+    assert scored[1].rows is not None
+    assert isinstance(scored[1].distribution, HiddenRows)
+    scored[1].distribution.hidden[-1] = torch.nan
     states = forward_rows(student, batch, rows, vocab_size=V)
-    loss = LossSum(torch.zeros(()), {}, {}, {}, len(rows))
-    found = first_bad_rows(states, scored, loss, rows)
+    loss = LossSum(torch.zeros(()), {}, {}, {}, rows)
+    found = first_bad_rows(states, scored, loss)
     assert found is not None
     assert found[0] == "teacher `b`"
-    assert found[1].tolist() == [int(rows.samples[scored[1].answered[-1]])]
+    assert found[1].tolist() == [int(rows.samples[scored[1].rows[-1]])]
 
 
 class WithTeachers(training_runs.Windows):
@@ -224,7 +224,7 @@ class WithTeachers(training_runs.Windows):
         return item | {"teacher_ids": torch.where(is_second, teacher_number("teacher_1"), 0)}
 
 
-def test_the_trainer_routes_and_logs_who_was_heard(tmp_path: Path):
+def test_the_trainer_routes_and_logs_the_weights(tmp_path: Path):
     objective = Objective(ObjectiveOptions(), Fusion(weighting=Route(default="teacher_0")))
     trainer = training_runs.trainer(
         tmp_path, train_dataset=WithTeachers(), objective=objective, options={"max_steps": 2}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from collegium.fusion.pooling import Fusion
 
+from collegium.fusion.fuse import Fusion
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.train.step import DistillStep

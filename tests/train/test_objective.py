@@ -7,11 +7,11 @@ import re
 import pydantic
 import pytest
 import torch
-from collegium.fusion.pooling import Fusion
 
 import reference_losses
 from collegium.errors import RecipeError, TrainingError
 from collegium.fusion.conflict import TargetCorrection, TruthFallback
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.weights import Fixed, Uniform
 from collegium.losses.divergences import DIVERGENCES, JensenShannon, ReverseKL
 from collegium.losses.features import FeatureLoss, FeatureOptions
