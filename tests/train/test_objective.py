@@ -9,14 +9,19 @@ import pytest
 import torch
 
 import reference_losses
+from collegium.cache.codec import Samples, TopK
+from collegium.cache.layout import Layout
+from collegium.distributions import Answer, DenseRows, HiddenRows, NamedRows
 from collegium.errors import RecipeError, TrainingError
 from collegium.fusion.conflict import TargetCorrection, TruthFallback
-from collegium.fusion.fuse import Fusion
+from collegium.fusion.fuse import FinishedTarget, Fusion
+from collegium.fusion.requirements import check
 from collegium.fusion.weights import Fixed, Uniform
 from collegium.losses.divergences import DIVERGENCES, JensenShannon, ReverseKL
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.train.objective import InertTermCheck, Objective, ObjectiveOptions
-from collegium.types import DenseRows, Head, HiddenRows, LossSum, Rows, SparseRows, TeacherRows
+from collegium.train.step import row_losses
+from collegium.types import Head, LossSum, Rows
 from refusals import refused
 
 N, V, D = 13, 17, 4
@@ -47,7 +52,7 @@ class Step:
 
     def teachers(self, block=slice(None)):
         return [
-            TeacherRows(
+            Answer(
                 name,
                 DenseRows(self.teacher_logits[name][block]),
                 {"layer_0": self.teacher_taps[name][block]},
@@ -99,7 +104,7 @@ def test_equals_the_formula(divergence, temperature, kd_ratio):
         divergence=DIVERGENCES[divergence](),
         block_size=5,
     )
-    loss = part(*step.parts())
+    loss = row_losses(part, *step.parts())
     truth = reference_losses.objective(
         step.logits(),
         step.fused(),
@@ -123,7 +128,7 @@ def test_the_temperature_keeps_the_size_of_the_gradient():
     norms = []
     for temperature in (50.0, 100.0):
         step = Step()
-        loss = objective(kd_ratio=1.0, temperature=temperature)(*step.parts())
+        loss = row_losses(objective(kd_ratio=1.0, temperature=temperature), *step.parts())
         norms.append(step.grads(loss.total)[0].norm().item())
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
     assert norms[0] > 0.01
@@ -134,15 +139,15 @@ def test_the_temperature_keeps_the_size_of_the_gradient():
 def test_blocks_change_nothing(block_size, divergence):
     step = Step()
     options = {"kd_ratio": 0.6, "temperature": 2.0, "divergence": divergence}
-    whole = objective(**options)(*step.parts())
-    blocks = objective(block_size=block_size, **options)(*step.parts())
+    whole = row_losses(objective(**options), *step.parts())
+    blocks = row_losses(objective(block_size=block_size, **options), *step.parts())
     torch.testing.assert_close(blocks.total, whole.total, rtol=1e-12, atol=1e-12)
     assert_same(step.grads(blocks.total), step.grads(whole.total))
     torch.testing.assert_close(blocks.teacher_weights_KN, whole.teacher_weights_KN)
 
 
 def test_fusion_weights_are_kept():
-    loss = objective(block_size=5)(*Step().parts())
+    loss = row_losses(objective(block_size=5), *Step().parts())
     assert loss.teacher_weights_KN is not None
     expected = torch.tensor([[0.3], [0.7]], dtype=torch.float64).expand(2, N)
     torch.testing.assert_close(loss.teacher_weights_KN, expected)
@@ -156,9 +161,9 @@ def test_micro_batches_change_nothing(cuts):
     whole = objective(kd_ratio=0.6, features=FeatureOptions(weight=0.5))
     split = objective(kd_ratio=0.6, features=FeatureOptions(weight=0.5))
     for _ in range(2):
-        a = whole(*step.parts()).total
+        a = row_losses(whole, *step.parts()).total
         ends = zip((0, *cuts), cuts, strict=False)
-        b = sum(split(*step.parts(slice(start, end))).total for start, end in ends)
+        b = sum(row_losses(split, *step.parts(slice(start, end))).total for start, end in ends)
         grads_a = step.grads(a, step.tap, *whole.parameters())
         grads_b = step.grads(b, step.tap, *split.parameters())
         assert_same(grads_a, grads_b, 1e-11)
@@ -173,11 +178,11 @@ def test_micro_batches_change_nothing(cuts):
 def test_a_scale_holds_until_the_step_ends():
     step = Step()
     part = objective(features=FeatureOptions(weight=0.5))
-    first = part(*step.parts())
-    assert part(*step.parts()).weights == first.weights
+    first = row_losses(part, *step.parts())
+    assert row_losses(part, *step.parts()).weights == first.weights
     assert first.weights["feature/a"] == 0.5
     part.end_step()
-    after = part(*step.parts())
+    after = row_losses(part, *step.parts())
     ratio = 0.9 * first.terms["kd"] / first.terms["feature/a"]
     assert after.weights["feature/a"] == pytest.approx(0.5 * ratio.item())
     # Each feature term is now worth half of the distribution loss.
@@ -188,20 +193,20 @@ def test_a_scale_holds_until_the_step_ends():
 def test_evaluation_does_not_move_the_scale():
     part = objective(features=FeatureOptions())
     with torch.no_grad():
-        loss = part(*Step().parts(), measure=True)
+        loss = row_losses(part, *Step().parts(), measure=True)
     part.end_step()
     assert not loss.total.requires_grad
-    assert part(*Step().parts()).weights["feature/a"] == 1.0
+    assert row_losses(part, *Step().parts()).weights["feature/a"] == 1.0
 
 
 def test_features_without_kd_are_scaled_by_the_cross_entropy():
     part = objective(None, kd_ratio=0.0, features=FeatureOptions())
     assert part.needs_teachers
-    first = part(*Step().parts())
+    first = row_losses(part, *Step().parts())
     assert set(first.terms) == {"ce", "feature/a", "feature/b"}
     part.end_step()
     ratio = first.terms["ce"] / first.terms["feature/b"]
-    assert part(*Step().parts()).weights["feature/b"] == pytest.approx(ratio.item())
+    assert row_losses(part, *Step().parts()).weights["feature/b"] == pytest.approx(ratio.item())
 
 
 @pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
@@ -212,8 +217,10 @@ def test_a_student_equal_to_its_teacher_is_at_rest(divergence, temperature):
     part = objective(
         kd_ratio=1.0, temperature=temperature, divergence=DIVERGENCES[divergence](), block_size=4
     )
-    loss = part(*step.parts())
+    loss = row_losses(part, *step.parts())
     assert loss.total.abs().item() < 1e-12
+    if divergence == "total_variation":
+        return  # the minimum is a kink: its gradient is the sign of rounding errors
     for grad in step.grads(loss.total):
         torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-12)
 
@@ -221,9 +228,9 @@ def test_a_student_equal_to_its_teacher_is_at_rest(divergence, temperature):
 def test_clones_of_one_teacher_are_that_teacher():
     step = Step()
     student, (teacher, _), rows = step.parts()
-    clones = [TeacherRows(f"c{i}", teacher.scores) for i in range(3)]
+    clones = [Answer(f"c{i}", teacher.distribution) for i in range(3)]
     part = objective(Fusion(weighting=Uniform()), temperature=2.0)
-    one, many = part(student, [teacher], rows), part(student, clones, rows)
+    one, many = (row_losses(part, student, answers, rows) for answers in ([teacher], clones))
     torch.testing.assert_close(many.total, one.total, rtol=1e-12, atol=0)
     assert_same(step.grads(many.total), step.grads(one.total))
 
@@ -240,7 +247,7 @@ def test_gradients_stay_finite(divergence, temperature):
     step.hidden = (5 * step.hidden.detach()).float().requires_grad_()
     step.weight = step.weight.detach().float().requires_grad_()
     part = objective(temperature=temperature, divergence=DIVERGENCES[divergence](), block_size=4)
-    loss = part(*step.parts())
+    loss = row_losses(part, *step.parts())
     assert loss.total.isfinite()
     assert loss.total.dtype == torch.float32
     assert all(grad.isfinite().all() for grad in step.grads(loss.total))
@@ -254,8 +261,9 @@ def test_positions_outside_the_rows_do_not_exist():
     everything.requires_grad_()
     part = objective(block_size=4)
     student, teachers, rows = step.parts()
-    expected = part(student, teachers, rows).total
-    loss = part(HiddenRows(everything[index], student.head), teachers, rows).total
+    expected = row_losses(part, student, teachers, rows).total
+    student = HiddenRows(everything[index], student.head)
+    loss = row_losses(part, student, teachers, rows).total
     assert loss == expected
     loss.backward()
     assert everything.grad is not None
@@ -269,7 +277,7 @@ def test_labels_only():
     truth = torch.nn.functional.cross_entropy(step.logits(), step.labels, reduction="sum")
     for part in (objective(None), objective(None, kd_ratio=1.0), objective(MIX, kd_ratio=0.0)):
         assert not part.needs_teachers
-        loss = part(student, [], rows)
+        loss = row_losses(part, student, [], rows)
         torch.testing.assert_close(loss.total, truth)
         assert loss.weights == {"ce": 1.0}
         assert loss.teacher_weights_KN is None
@@ -277,31 +285,32 @@ def test_labels_only():
         part.end_step()
 
 
-class Silent:
-    """Scores that must not be read."""
+class Unread(DenseRows):
+    """Logits that must not be read."""
 
     def logits(self, block: slice) -> torch.Tensor:
-        raise AssertionError("scored")
+        raise AssertionError("read")
 
 
 def test_a_term_without_weight_is_not_computed():
     step = Step()
     student, _, rows = step.parts()
-    loss = objective(kd_ratio=0.0)(student, [TeacherRows("a", Silent())], rows)
+    answers = [Answer("a", Unread(torch.zeros(N, V)))]
+    loss = row_losses(objective(kd_ratio=0.0), student, answers, rows)
     assert set(loss.terms) == {"ce"}
     wrong_labels = Rows(
         rows.index, torch.full_like(rows.labels, V + 5), rows.documents, rows.samples
     )
     part = objective(Fusion(weighting=Uniform()), kd_ratio=1.0)
-    scores = DenseRows(step.teacher_logits["a"])
-    assert set(part(student, [TeacherRows("a", scores)], rows).terms) == {"kd"}
+    answers = [Answer("a", DenseRows(step.teacher_logits["a"]))]
+    assert set(row_losses(part, student, answers, rows).terms) == {"kd"}
     with pytest.raises(RuntimeError):
-        objective(None)(student, [], wrong_labels)
+        row_losses(objective(None), student, [], wrong_labels)
 
 
 def test_no_rows():
     step = Step()
-    loss = objective(features=FeatureOptions())(*step.parts(slice(0, 0)), measure=True)
+    loss = row_losses(objective(features=FeatureOptions()), *step.parts(slice(0, 0)), measure=True)
     assert loss.total.item() == 0
     assert loss.num_rows == 0
     for grad in step.grads(loss.total):
@@ -317,13 +326,16 @@ def test_taps_are_those_of_the_feature_terms():
     assert len(list(part.parameters())) == 1
     off = objective(None, kd_ratio=0.0, features=FeatureOptions(weight=0.0))
     assert not off.needs_teachers
-    assert set(off(*Step().parts()).terms) == {"ce"}
+    assert set(row_losses(off, *Step().parts()).terms) == {"ce"}
 
 
 def test_feature_terms_add_up():
     step = Step()
     part = objective(kd_ratio=0.6, features=FeatureOptions(weight=0.5, teacher_weights={"b": 3.0}))
-    loss, plain = part(*step.parts()), objective(kd_ratio=0.6)(*step.parts())
+    loss, plain = (
+        row_losses(part, *step.parts()),
+        row_losses(objective(kd_ratio=0.6), *step.parts()),
+    )
     assert part.features is not None
     values = {
         name: reference_losses.feature_mse(step.tap, step.teacher_taps[name], group[0].weight).sum()
@@ -339,11 +351,11 @@ def test_feature_terms_add_up():
 def test_measured_norms():
     step = Step()
     part = objective(kd_ratio=0.6, temperature=2.0, features=FeatureOptions(weight=0.5))
-    loss, plain = part(*step.parts(), measure=True), part(*step.parts())
+    loss, plain = row_losses(part, *step.parts(), measure=True), row_losses(part, *step.parts())
     assert plain.grad_norms == {}
     assert loss.total == plain.total
     assert set(loss.grad_norms) == {"kd", "ce", "feature/a", "feature/b"}
-    kd = objective(kd_ratio=1.0, temperature=2.0)(*step.parts()).total * 0.6
+    kd = row_losses(objective(kd_ratio=1.0, temperature=2.0), *step.parts()).total * 0.6
     torch.testing.assert_close(loss.grad_norms["kd"], step.grads(kd)[0].norm())
     only_b = objective(
         None, kd_ratio=0.0, features=FeatureOptions(weight=0.5, teacher_weights={"a": 0.0})
@@ -351,17 +363,17 @@ def test_measured_norms():
     assert part.features is not None
     assert only_b.features is not None
     only_b.features.adapters[0].load_state_dict(part.features.adapters[1].state_dict())
-    (grad,) = torch.autograd.grad(only_b(*step.parts()).total, step.tap)
+    (grad,) = torch.autograd.grad(row_losses(only_b, *step.parts()).total, step.tap)
     torch.testing.assert_close(loss.grad_norms["feature/b"], grad.norm())
     step.tap = step.tap.detach()
-    frozen = part(*step.parts(), measure=True).grad_norms
+    frozen = row_losses(part, *step.parts(), measure=True).grad_norms
     assert frozen["feature/b"] == 0
     assert frozen["kd"] == loss.grad_norms["kd"]
 
 
 def test_teachers_need_a_fusion():
     with refused(RecipeError, "fusion: "):
-        objective(None)(*Step().parts())
+        row_losses(objective(None), *Step().parts())
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
@@ -385,7 +397,7 @@ def measured(num_rows=5, **norms: float) -> LossSum:
         terms={name: torch.ones(()) for name in norms},
         weights={name: 0.0 if name == "off" else 0.5 for name in norms},
         grad_norms={name: torch.tensor(norm) for name, norm in norms.items()},
-        num_rows=num_rows,
+        rows=Rows(*[torch.arange(num_rows)] * 4),
     )
 
 
@@ -417,7 +429,7 @@ def test_truth_fallback_moves_weight_from_the_teachers_to_the_label(
     """L = sum_n lambda_n T^2 D_n + (1 - lambda_n) CE_n, lambda_n = lambda (1 - c_n)^2."""
     step = Step()
     options = {"kd_ratio": kd_ratio, "temperature": temperature, "block_size": block_size}
-    loss = objective(CONTRADICTION, **options)(*step.parts())
+    loss = row_losses(objective(CONTRADICTION, **options), *step.parts())
     p = {name: z.softmax(-1) for name, z in step.teacher_logits.items()}
     entropy = {name: torch.special.entr(q).sum(-1) for name, q in p.items()}
     jsd_N = torch.special.entr(step.fused()).sum(-1) - 0.3 * entropy["a"] - 0.7 * entropy["b"]
@@ -438,7 +450,7 @@ def test_truth_fallback_moves_weight_from_the_teachers_to_the_label(
 def test_clones_never_fall_back_to_the_truth():
     step = Step()
     step.teacher_logits["b"] = step.teacher_logits["a"]
-    loss, plain = (objective(fusion)(*step.parts()) for fusion in (CONTRADICTION, MIX))
+    loss, plain = (row_losses(objective(fusion), *step.parts()) for fusion in (CONTRADICTION, MIX))
     torch.testing.assert_close(loss.total, plain.total)
     assert loss.terms["truth"].abs() < 1e-9
     assert loss.conflict["applied"].max() < 1e-12
@@ -446,7 +458,7 @@ def test_clones_never_fall_back_to_the_truth():
 
 
 def test_labels_only_have_no_conflict():
-    loss = objective(CONTRADICTION, kd_ratio=0.0)(*Step().parts())
+    loss = row_losses(objective(CONTRADICTION, kd_ratio=0.0), *Step().parts())
     assert set(loss.terms) == {"ce"}
     assert loss.conflict == {}
 
@@ -454,7 +466,7 @@ def test_labels_only_have_no_conflict():
 def test_a_target_correction_reaches_the_student():
     step = Step()
     fusion = Fusion(weighting=MIX.weighting, conflict=TargetCorrection(margin=0.3))
-    loss = objective(fusion, kd_ratio=1.0, block_size=5)(*step.parts())
+    loss = row_losses(objective(fusion, kd_ratio=1.0, block_size=5), *step.parts())
     p_NV = step.fused()
     at = torch.arange(N)
     gap_N = p_NV.amax(-1) - p_NV[at, step.labels]
@@ -472,70 +484,74 @@ def test_teachers_that_agree_are_not_an_inert_term():
     step = Step()
     step.teacher_logits["b"] = step.teacher_logits["a"]
     part, watch = objective(CONTRADICTION), InertTermCheck(1)
-    loss = part(*step.parts(), measure=True)
+    loss = row_losses(part, *step.parts(), measure=True)
     watch(dataclasses.replace(loss, grad_norms={**loss.grad_norms, "truth": torch.zeros(())}))
 
 
-def _sparse_teachers(step: Step, *, k: int | None = None) -> list[TeacherRows]:
-    """Return teacher `a` as a cached target, either complete or as its top k with the tail."""
+def _finished(step: Step, *, k: int | None = None) -> FinishedTarget:
+    """Return teacher `a` as a finished target, either complete or as its top k with the tail."""
     logp = step.teacher_logits["a"].log_softmax(-1)
     top = logp.topk(V if k is None else k)
     starts = torch.arange(N + 1) * top.values.shape[1]
     tail = None if k is None else logp.scatter(1, top.indices, -torch.inf).logsumexp(1)
-    sparse = SparseRows(starts, top.indices.flatten(), top.values.flatten(), tail, V)
-    return [TeacherRows("cache", sparse)]
+    return FinishedTarget(NamedRows(starts, top.indices.flatten(), top.values.flatten(), tail, V))
 
 
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
 @pytest.mark.parametrize("block_size", [1, 5, 64])
-def test_a_cached_target_gives_the_loss_and_gradient_of_the_live_one(block_size: int) -> None:
+def test_a_finished_target_gives_the_loss_and_gradient_of_the_live_one(
+    block_size: int, divergence: str
+) -> None:
     results = []
-    for is_cached in (False, True):
+    for is_finished in (False, True):
         step = Step()
-        options = ObjectiveOptions(kd_ratio=0.7, block_size=block_size)
-        student, teachers, rows = step.parts()
-        teachers = _sparse_teachers(step) if is_cached else teachers[:1]
-        loss = Objective(options, Fusion(weighting=Uniform()))(
-            student, teachers, rows, measure=True
+        part = objective(
+            Fusion(weighting=Uniform()),
+            kd_ratio=0.7,
+            block_size=block_size,
+            divergence=DIVERGENCES[divergence](),
         )
+        student, teachers, rows = step.parts()
+        target = _finished(step) if is_finished else None
+        answers = [] if is_finished else teachers[:1]
+        loss = row_losses(part, student, answers, rows, target=target, measure=True)
         loss.total.backward()
         results.append((loss, step))
-    (live, live_step), (cached, cached_step) = results
-    torch.testing.assert_close(cached.total, live.total)
+    (live, live_step), (finished, finished_step) = results
+    torch.testing.assert_close(finished.total, live.total)
     for name in ("kd", "ce"):
-        torch.testing.assert_close(cached.terms[name], live.terms[name])
-        torch.testing.assert_close(cached.grad_norms[name], live.grad_norms[name])
-    torch.testing.assert_close(cached_step.hidden.grad, live_step.hidden.grad)
-    torch.testing.assert_close(cached_step.weight.grad, live_step.weight.grad)
-    assert cached.teacher_weights_KN is None
+        torch.testing.assert_close(finished.terms[name], live.terms[name])
+        torch.testing.assert_close(finished.grad_norms[name], live.grad_norms[name])
+    torch.testing.assert_close(finished_step.hidden.grad, live_step.hidden.grad)
+    torch.testing.assert_close(finished_step.weight.grad, live_step.weight.grad)
+    assert finished.teacher_weights_KN is None
 
 
 @pytest.mark.parametrize("kd_ratio", [0.0, 1.0])
-def test_a_cached_target_without_one_of_the_terms(kd_ratio: float) -> None:
+def test_a_finished_target_without_one_of_the_terms(kd_ratio: float) -> None:
     step = Step()
     student, _, rows = step.parts()
-    objective = Objective(ObjectiveOptions(kd_ratio=kd_ratio), Fusion(weighting=Uniform()))
-    loss = objective(student, _sparse_teachers(step, k=3), rows)
+    part = objective(Fusion(weighting=Uniform()), kd_ratio=kd_ratio)
+    loss = row_losses(part, student, [], rows, target=_finished(step, k=3))
     assert set(loss.terms) == ({"kd"} if kd_ratio else {"ce"})
 
 
+DRAWS, TOP_K = (Layout("fused", targets).capabilities() for targets in (Samples(), TopK()))
+
+
 @pytest.mark.parametrize(
-    ("options", "path"),
+    ("source", "options", "path"),
     [
-        (ObjectiveOptions(divergence=ReverseKL()), "objective.divergence: got ReverseKL"),
-        (ObjectiveOptions(divergence=JensenShannon()), "objective.divergence: got JensenShannon"),
-        (ObjectiveOptions(temperature=2.0), "objective.temperature: got 2"),
-        (ObjectiveOptions(features=FeatureOptions()), "objective.features: "),
+        (DRAWS, ObjectiveOptions(divergence=ReverseKL()), "objective.divergence: got ReverseKL"),
+        (DRAWS, ObjectiveOptions(divergence=JensenShannon()), "objective.divergence: got Jensen"),
+        (DRAWS, ObjectiveOptions(temperature=2.0), "objective.temperature: got 2"),
+        (TOP_K, ObjectiveOptions(temperature=2.0), "objective.temperature: got 2"),
+        (DRAWS, ObjectiveOptions(features=FeatureOptions()), "objective.features: "),
+        (TOP_K, ObjectiveOptions(features=FeatureOptions()), "objective.features: "),
     ],
 )
-def test_a_cached_target_refuses_unsupported_options(options, path) -> None:
-    step = Step()
-    student, _, rows = step.parts()
+def test_a_cache_refuses_unsupported_options(source, options, path) -> None:
     with refused(RecipeError, path):
-        Objective(options, Fusion(weighting=Uniform()))(student, _sparse_teachers(step), rows)
-
-
-def test_a_cached_target_does_not_mix_with_live_teachers() -> None:
-    step = Step()
-    student, teachers, rows = step.parts()
-    with refused(RecipeError, "objective: "):
-        Objective(ObjectiveOptions(), MIX)(student, [*teachers, *_sparse_teachers(step)], rows)
+        check(options.requirements(), [source])
+    for supported in (ReverseKL(), JensenShannon()):
+        check(ObjectiveOptions(divergence=supported).requirements(), [TOP_K])
