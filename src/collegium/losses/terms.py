@@ -234,7 +234,9 @@ def named_divergence(
         rest_n = _tail_mass(logq_E, row_E, num_rows)
         # The floor bounds the value; the gradient passes through it.
         rest_n = rest_n + (rest_n.clamp(min=TAIL_FLOOR) - rest_n).detach()
-        return divergence(target_nS, torch.cat([student_nS, rest_n.log()[:, None]], dim=1))
+        # A row that names every token has no tail, not one at the floor.
+        log_rest_n = torch.where(starts.diff() < target.vocab_size, rest_n.log(), LOG_FLOOR)
+        return divergence(target_nS, torch.cat([student_nS, log_rest_n[:, None]], dim=1))
 
     if not with_gradient:
         return values(logq_E), torch.zeros_like(logq_E)
