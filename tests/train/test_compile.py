@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 import tiny
 from collegium.models import forward_rows
 from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.step import row_losses
 from collegium.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -25,8 +26,8 @@ def gradients(model, num_windows: int) -> list[torch.Tensor]:
     objective = Objective(ObjectiveOptions(), None)
     inputs = batch(num_windows)
     rows = inputs.rows()
-    answer = forward_rows(model, inputs, rows, vocab_size=model.config.vocab_size)
-    total = objective(answer, [], rows).total / len(rows)
+    states = forward_rows(model, inputs, rows, vocab_size=model.config.vocab_size)
+    total = row_losses(objective, states, [], rows).total / len(rows)
     return [total, *torch.autograd.grad(total, list(model.parameters()))]
 
 

@@ -10,16 +10,14 @@ from collegium.fusion.fuse import Fusion
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.train.step import DistillStep
-from collegium.types import Batch
 from tiny import tiny_model
 
 V = 60
 
 
-def make_batch(num_windows: int, length: int = 16) -> Batch:
+def make_inputs(num_windows: int, length: int = 16) -> dict[str, torch.Tensor]:
     ids = torch.randint(V, (num_windows, length), generator=torch.Generator().manual_seed(1))
-    position = torch.arange(length).expand_as(ids).contiguous()
-    return Batch(ids, position, ids.clone(), torch.zeros_like(ids))
+    return {"input_ids": ids, "labels": ids.clone()}
 
 
 def test_batch_sizes_share_graphs() -> None:
@@ -34,13 +32,11 @@ def test_batch_sizes_share_graphs() -> None:
     teacher = LocalTeacher("t", tiny_model(V, seed=1), vocab_size=V)
     counts = []
     for num_windows in (2, 3, 4, 5, 7):
-        batch = make_batch(num_windows)
-        rows = batch.rows()
-        scored = [teacher.score(batch, rows)]
+        inputs = make_inputs(num_windows)
         totals = []
         for model in (student, plain):
-            step = DistillStep(model, Objective(ObjectiveOptions(), Fusion()), vocab_size=V)
-            total, _ = step(batch, rows, scored)
+            objective = Objective(ObjectiveOptions(), Fusion())
+            total, _ = DistillStep(model, objective, vocab_size=V, teachers=[teacher])(inputs)
             total.backward()
             totals.append(total.detach())
         torch.testing.assert_close(*totals, rtol=1e-5, atol=1e-5)

@@ -38,7 +38,7 @@ def test_the_scale_of_feature_terms_changes_per_step_not_per_micro_batch(
 
         class Keep(TrainerCallback):
             def on_step_end(self, args, state, control, seen=seen, **kwargs):  # type: ignore[no-untyped-def]
-                seen.append(made.objective.features.scale_K.clone())  # noqa: B023
+                seen.append(made.step.objective.features.scale_K.clone())  # noqa: B023
 
         made = trainer(
             tmp_path / str(batch),
@@ -55,7 +55,7 @@ def test_the_scale_of_feature_terms_changes_per_step_not_per_micro_batch(
         )
         made.train()
         scales.append(torch.stack(seen))
-        students.append({name: value.clone() for name, value in made.student.state_dict().items()})
+        students.append({name: value.clone() for name, value in made.model.state_dict().items()})
     assert (scales[0][0] != 1).all()
     assert (scales[0][1:] != scales[0][:-1]).all()
     torch.testing.assert_close(scales[0], scales[1], rtol=1e-12, atol=0)
@@ -89,7 +89,7 @@ def test_teachers_on_both_devices_train_a_student_on_the_gpu(tmp_path: Path) -> 
             small_model(), teachers, args, train_dataset=Windows(), data_collator=stack
         )
         made.train()
-        assert made.student.device.type == ("cpu" if on_cpu else "cuda")
+        assert made.model.device.type == ("cpu" if on_cpu else "cuda")
         losses.append([row["loss"] for row in RunLog(made.run_folder / "log.jsonl").rows()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
@@ -97,12 +97,12 @@ def test_teachers_on_both_devices_train_a_student_on_the_gpu(tmp_path: Path) -> 
 def test_adapters_are_in_the_optimizer_without_decay(tmp_path: Path) -> None:
     made = trainer(tmp_path, objective=featured(), options={"weight_decay": 0.3})
     groups = made.create_optimizer().param_groups
-    adapters = {id(parameter) for parameter in made.objective.parameters()}
+    adapters = {id(parameter) for parameter in made.step.objective.parameters()}
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert adapters
     assert {decays[number] for number in adapters} == {0.0}
-    assert decays[id(made.student.lm_head.weight)] == 0.3
-    assert decays[id(made.student.model.norm.weight)] == 0.0
+    assert decays[id(made.model.lm_head.weight)] == 0.3
+    assert decays[id(made.model.model.norm.weight)] == 0.0
 
 
 def test_the_data_order_has_a_separate_seed(tmp_path: Path) -> None:

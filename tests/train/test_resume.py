@@ -199,7 +199,7 @@ def test_an_epoch_that_ends_at_a_checkpoint_resumes_bit_by_bit(tmp_path: Path) -
     trainer(tmp_path / "b", options=options(3)).train()
     rest = trainer(tmp_path / "b", options=options(5))
     rest.train(resume_from_checkpoint=True)
-    for ours, theirs in zip(rest.student.parameters(), whole.student.parameters(), strict=True):
+    for ours, theirs in zip(rest.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -265,10 +265,12 @@ def with_features() -> Objective:
 
 def test_adapters_are_trained_saved_and_not_in_the_student(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "a", objective=with_features())
-    start = {name: p.detach().clone() for name, p in whole.objective.named_parameters()}
+    start = {name: p.detach().clone() for name, p in whole.step.objective.named_parameters()}
     assert start
     whole.train()
-    assert all(not torch.equal(start[name], p) for name, p in whole.objective.named_parameters())
+    assert all(
+        not torch.equal(start[name], p) for name, p in whole.step.objective.named_parameters()
+    )
     broken = trainer(tmp_path / "b", objective=with_features())
 
     class StopAt3(FakeStop):
@@ -283,9 +285,9 @@ def test_adapters_are_trained_saved_and_not_in_the_student(tmp_path: Path) -> No
     assert set(weights) <= set(small_model().state_dict())
     rest = trainer(tmp_path / "b", objective=with_features())
     rest.train(resume_from_checkpoint=True)
-    for name, tensor in whole.objective.state_dict().items():
-        assert torch.equal(rest.objective.state_dict()[name], tensor)
-    for ours, theirs in zip(rest.student.parameters(), whole.student.parameters(), strict=True):
+    for name, tensor in whole.step.objective.state_dict().items():
+        assert torch.equal(rest.step.objective.state_dict()[name], tensor)
+    for ours, theirs in zip(rest.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     without = trainer(tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoint-8")
@@ -303,7 +305,7 @@ class FakeStop(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if state.global_step + 1 == self.step:
-            self.made._flow.signals.received = "SIGTERM"
+            self.made._stop.signals.received = "SIGTERM"
 
 
 def test_every_checkpoint_is_a_plain_student_without_pickle(tmp_path: Path) -> None:
@@ -316,7 +318,7 @@ def test_every_checkpoint_is_a_plain_student_without_pickle(tmp_path: Path) -> N
     for folder in (tmp_path / "student", tmp_path / "checkpoint-4" / "student"):
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         assert loaded.config.use_cache
-        for ours, theirs in zip(loaded.parameters(), made.student.parameters(), strict=True):
+        for ours, theirs in zip(loaded.parameters(), made.model.parameters(), strict=True):
             assert torch.equal(ours, theirs)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

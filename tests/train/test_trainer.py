@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,11 +16,12 @@ from transformers import TrainerCallback
 
 from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
+from collegium.distributions import Answer
 from collegium.errors import ModelError, TrainingError
 from collegium.train.meter import RunLog, StepMeter
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.step import row_losses
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
-from collegium.types import LossSum, Rows, TeacherRows
+from collegium.types import LossSum, Rows
 from refusals import refused
 from training_runs import VOCAB, FakeTeacher, Windows, objective, small_model, trainer
 
@@ -168,14 +170,13 @@ def test_the_log_counts_where_a_conflict_policy_acts() -> None:
                 terms={},
                 weights={},
                 grad_norms={},
-                num_rows=6,
+                rows=rows,
                 teacher_weights_KN=torch.ones(1, 6),
                 conflict={
                     "disagreement": 0.1 * scale * torch.ones(6),
                     "applied": torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0]),
                 },
-            ),
-            rows,
+            )
         )
     again = StepMeter(["a"], domains=["code", "law"], sample_domains=torch.tensor([1, 0, 1]))
     again.load(json.loads(json.dumps(meter.state())), torch.device("cpu"))
@@ -197,7 +198,7 @@ def test_teachers_are_never_trained(tmp_path: Path) -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     trained = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
-    assert trained == {id(parameter) for parameter in made.student.parameters()}
+    assert trained == {id(parameter) for parameter in made.model.parameters()}
 
 
 def test_a_teacher_that_shares_weights_with_the_student_is_refused(tmp_path: Path) -> None:
@@ -223,13 +224,13 @@ def assert_stops(made: DistillTrainer, step: int, volatile: str = "") -> None:
 
     class Keep(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-            seen.append(weights(made.student))
+            seen.append(weights(made.model))
 
     made.add_callback(Keep())
     with refused(TrainingError, f"step {step}: ", volatile=volatile):
         made.train()
     assert len(seen) == step - 1
-    now = weights(made.student)
+    now = weights(made.model)
     assert all(torch.equal(seen[-1][name], value) for name, value in now.items())
     assert all(torch.isfinite(value).all() for value in now.values())
     assert len(list(made.run_folder.glob("checkpoint-*"))) == (step - 1) // 2
@@ -250,7 +251,7 @@ def test_a_nan_of_one_teacher_names_step_teacher_and_samples(tmp_path: Path) -> 
 
 def test_a_teacher_that_checks_itself_is_reported_with_the_step(tmp_path: Path) -> None:
     class Strict(FakeTeacher):
-        def score(self, batch: Any, rows: Any, taps: Any = ()) -> TeacherRows:
+        def score(self, batch: Any, rows: Any, taps: Any = ()) -> Answer:
             if self.num_calls == 4:
                 raise TrainingError("teacher strict: non-finite")
             return super().score(batch, rows, taps)
@@ -258,23 +259,20 @@ def test_a_teacher_that_checks_itself_is_reported_with_the_step(tmp_path: Path) 
     assert_stops(trainer(tmp_path, teachers=[Strict("strict")], options=FAST), 3)
 
 
-class BadLoss(Objective):
-    """Objective whose cross-entropy is NaN from the third step on."""
+def test_a_nan_in_the_loss_names_the_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
 
-    calls = 0
-
-    def forward(self, *arguments: Any, **named: Any) -> LossSum:
-        self.calls += 1
-        loss = super().forward(*arguments, **named)
-        if self.calls < 5:
+    def bad_losses(*arguments: Any, **named: Any) -> LossSum:
+        """Cross-entropy that is NaN from the third step on."""
+        calls.append(1)
+        loss = row_losses(*arguments, **named)
+        if len(calls) < 5:
             return loss
         nan = loss.total * float("nan")
-        return LossSum(nan, {"ce": nan.detach()}, loss.weights, loss.grad_norms, loss.num_rows)
+        return dataclasses.replace(loss, total=nan, terms={"ce": nan.detach()})
 
-
-def test_a_nan_in_the_loss_names_the_term(tmp_path: Path) -> None:
-    made = trainer(tmp_path, teachers=[], objective=BadLoss(ObjectiveOptions(), None), options=FAST)
-    assert_stops(made, 3)
+    monkeypatch.setattr("collegium.train.step.row_losses", bad_losses)
+    assert_stops(trainer(tmp_path, teachers=[], options=FAST), 3)
 
 
 def test_a_nan_in_the_gradient_names_the_parameter(tmp_path: Path) -> None:
@@ -293,7 +291,7 @@ def test_a_nan_in_the_gradient_names_the_parameter(tmp_path: Path) -> None:
 def test_nan_weights_of_the_student_are_named(tmp_path: Path) -> None:
     made = trainer(tmp_path, options=FAST | {"max_steps": 1})
     with torch.no_grad():
-        made.student.model.norm.weight[0] = float("inf")
+        made.model.model.norm.weight[0] = float("inf")
     with refused(TrainingError, "step 1: "):
         made.train()
 
@@ -302,34 +300,36 @@ def test_the_step_has_one_denominator_and_no_first_token_in_it(tmp_path: Path) -
     made = trainer(tmp_path)
     batch = made.data_collator([Windows()[0], Windows()[3]])
     expected = 2 * (10 - 2)
-    assert int(made._get_num_items_in_batch([batch], torch.device("cpu"))) == expected
-    assert int(made._get_num_items_in_batch([batch, batch], torch.device("cpu"))) == 2 * expected
-    loss, sums = made.compute_loss(made.student.eval(), batch, return_outputs=True)
-    halved = made.compute_loss(made.student, batch, num_items_in_batch=2 * expected)
+    for number in (1, 2):
+        batches, num_rows = made.get_batch_samples(iter([batch] * 3), number, torch.device("cpu"))
+        assert len(batches) == number
+        assert int(num_rows) == number * expected
+    loss, sums = made.compute_loss(made.model.eval(), batch, return_outputs=True)
+    halved = made.compute_loss(made.model, batch, num_items_in_batch=2 * expected)
     assert sums.num_rows == expected
     assert halved.item() == pytest.approx(loss.item() / 2)
 
 
-def test_an_inert_term_stops_the_run(tmp_path: Path) -> None:
-    class Inert(Objective):
-        def forward(self, *arguments: Any, **named: Any) -> LossSum:
-            loss = super().forward(*arguments, **named)
-            norms = {name: torch.zeros(()) for name in loss.grad_norms}
-            return LossSum(loss.total, loss.terms, loss.weights, norms, loss.num_rows)
+def test_an_inert_term_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def inert(*arguments: Any, **named: Any) -> LossSum:
+        loss = row_losses(*arguments, **named)
+        norms = {name: torch.zeros(()) for name in loss.grad_norms}
+        return dataclasses.replace(loss, grad_norms=norms)
 
-    made = trainer(tmp_path, teachers=[], objective=Inert(ObjectiveOptions(), None))
-    with refused(TrainingError, "term `ce`: "):
+    monkeypatch.setattr("collegium.train.step.row_losses", inert)
+    made = trainer(tmp_path, teachers=[])
+    with refused(TrainingError, "step 2: term `ce`: "):
         made.train()
 
 
 def test_bfloat16_runs_the_layers_and_leaves_the_losses(tmp_path: Path) -> None:
     made = trainer(tmp_path, options={"max_steps": 2, "bf16": True, "logging_steps": 1})
-    inner = made.student.model
+    inner = made.model.model
     kinds = []
     inner.layers[0].mlp.register_forward_hook(lambda m, i, output: kinds.append(output.dtype))
     made.train()
     assert set(kinds) == {torch.bfloat16}
-    assert {parameter.dtype for parameter in made.student.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
     plain = trainer(tmp_path / "plain", options={"max_steps": 2, "logging_steps": 1})
     plain.train()
     first = [RunLog(m.run_folder / "log.jsonl").rows()[0]["loss"] for m in (made, plain)]
@@ -346,7 +346,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> No
             options={"max_steps": 2, "gradient_checkpointing": flag},
         )
         made.train()
-        results.append(weights(made.student))
+        results.append(weights(made.model))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value)
 
@@ -402,8 +402,8 @@ def test_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
         processing_class=tokenizer,
         train_dataset=[{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}],
     )
-    assert made.vocab_size == len(tokenizer)
-    assert trainer(tmp_path / "b").vocab_size == VOCAB
+    assert made.step.vocab_size == len(tokenizer)
+    assert trainer(tmp_path / "b").step.vocab_size == VOCAB
     made.train()
     made.save_model()
     assert (tmp_path / "student" / "tokenizer.json").exists()
