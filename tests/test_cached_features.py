@@ -84,13 +84,13 @@ def test_states_and_loss_match_live_teachers(built: Recipe) -> None:
     rows = batch.rows()
     for name, taps in workspace.kept_taps.items():
         kept, live = (
-            next(t for t in trainer.teachers if t.name == name).score(batch, rows, taps)
+            next(t for t in trainer.step.teachers if t.name == name).score(batch, rows, taps)
             for trainer in trainers
         )
         for tap in taps:
             error = (kept.features[tap] - live.features[tap]).norm(dim=1)
             assert float((error / live.features[tap].norm(dim=1)).max()) < 0.03
-    losses = [trainer._score(inputs)[2] for trainer in trainers]
+    losses = [trainer.step(inputs)[1] for trainer in trainers]
     for name in ("feature/code", "feature/scripture"):
         cached, live = (float(loss.terms[name]) for loss in losses)
         assert cached == pytest.approx(live, rel=0.01)

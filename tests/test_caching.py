@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,14 +20,17 @@ from collegium.caching import cache_identity, cache_path, reads_cache
 from collegium.cli import app
 from collegium.data.pack import Collator
 from collegium.errors import CacheError, RecipeError
-from collegium.fusion.fuse import FusedTarget, Fusion
+from collegium.fusion.conflict import TruthFallback
+from collegium.fusion.fuse import Fusion, fuse
+from collegium.fusion.requirements import FIXED_PER_ROW, check, fusion_requirements
 from collegium.fusion.weights import Entropy, PrefixLikelihood, Uniform
+from collegium.losses.features import FeatureOptions
 from collegium.recipe import Recipe, dump_recipe, load_recipe
 from collegium.storage.files import read_json
 from collegium.teachers import encoders
-from collegium.teachers.cached import CachedTeacher, pieces_of
+from collegium.teachers.cached import CachedTargets, pieces_of
 from collegium.teachers.encoders import FusedEncoder, shard_windows
-from collegium.types import Batch, SparseRows, domain_number
+from collegium.types import Batch, domain_number
 from collegium.variants import control, main_variant
 from collegium.workspace import Workspace
 from refusals import refused
@@ -106,7 +110,7 @@ def test_a_cached_target_equals_the_live_one_in_any_order_of_windows(
     dataset = workspace.datasets["train"]
     assert isinstance(built.fusion, Fusion)
     cache = open_cache(cache_path(workspace), cache_identity(workspace, built.fusion))
-    teacher = CachedTeacher(cache, dataset.sample_names)
+    targets = CachedTargets(cache, dataset.sample_names)
     windows = list(range(len(dataset)))
     if order == "shuffled":
         np.random.default_rng(0).shuffle(windows)
@@ -116,10 +120,9 @@ def test_a_cached_target_equals_the_live_one_in_any_order_of_windows(
             Collator()([dict(dataset[w]) for w in windows[start : start + 4]])
         )
         rows = batch.rows()
-        cached = teacher.score(batch, rows).scores
-        assert isinstance(cached, SparseRows)
-        live = FusedTarget(built.fusion, [t.score(batch, rows) for t in workspace.teachers], rows)
-        dense = live.block(slice(0, len(rows))).logp_nV
+        cached = targets.target(batch, rows).rows
+        live = fuse(built.fusion, [t.score(batch, rows) for t in workspace.teachers], rows)
+        dense = live.block(slice(0, len(rows))).logp()
         torch.testing.assert_close(
             cached.logits(slice(0, len(rows))).exp(), dense.exp(), atol=1e-4, rtol=2 / 64
         )
@@ -139,16 +142,16 @@ def test_a_cached_route_equals_the_live_one(zoo: Path, tmp_path: Path) -> None:
     dataset = workspace.datasets["train"]
     assert isinstance(recipe.fusion, Fusion)
     cache = open_cache(cache_path(workspace), cache_identity(workspace, recipe.fusion))
-    teacher = CachedTeacher(cache, dataset.sample_names)
+    targets = CachedTargets(cache, dataset.sample_names)
     batch = Batch.from_inputs(Collator()([dict(dataset[w]) for w in range(len(dataset))]))
     rows = batch.rows()
     assert rows.domains is not None
     block = slice(0, len(rows))
-    cached = teacher.score(batch, rows).scores.logits(block).exp()
+    cached = targets.target(batch, rows).rows.logits(block).exp()
     is_chat = rows.domains == domain_number("chat")
     assert 0 < is_chat.sum() < len(rows)
     for live in workspace.teachers:
-        expected = live.score(batch, rows).scores.logits(block).softmax(-1)
+        expected = live.score(batch, rows).distribution.logits(block).softmax(-1)
         routed = is_chat if live.name == "code" else ~is_chat
         torch.testing.assert_close(cached[routed], expected[routed], atol=1e-4, rtol=2 / 64)
 
@@ -311,21 +314,24 @@ def test_the_cache_section_round_trips(zoo: Path, tmp_path: Path) -> None:
     assert again.cache.targets == TopK(k=7)
 
 
-def test_a_batch_wide_fusion_is_refused_by_the_encoder(built: Recipe) -> None:
-    from collegium.teachers.cached import require_static
+def test_a_fused_cache_refuses_targets_that_depend_on_the_batch() -> None:
+    check(fusion_requirements(Fusion(weighting=PrefixLikelihood())), [FIXED_PER_ROW])
+    for fusion, where in (
+        (Fusion(weighting=Entropy(granularity="batch")), "fusion.weighting.granularity: "),
+        (Fusion(conflict=TruthFallback()), "fusion.conflict: "),
+    ):
+        with refused(RecipeError, where):
+            check(fusion_requirements(fusion), [FIXED_PER_ROW])
 
-    require_static(Fusion(weighting=PrefixLikelihood()))
-    with refused(RecipeError, "fusion.weighting.granularity: "):
-        require_static(Fusion(weighting=Entropy(granularity="batch")))
 
-
-def test_a_cache_has_no_hidden_states(built: Recipe) -> None:
+def test_a_fused_cache_trains_no_feature_terms(built: Recipe, tmp_path: Path) -> None:
     workspace = Workspace(built)
-    dataset = workspace.datasets["train"]
-    teacher = CachedTeacher(open_cache(cache_path(workspace)), dataset.sample_names)
-    batch = Batch.from_inputs(Collator()([dict(dataset[0])]))
-    with refused(RecipeError):
-        teacher.score(batch, batch.rows(), ["layer_0"])
+    cache = open_cache(cache_path(workspace))
+    assert isinstance(built.fusion, Fusion)
+    options = dataclasses.replace(built.objective, features=FeatureOptions())
+    variant = dataclasses.replace(main_variant(built, built.fusion), objective=options)
+    with refused(RecipeError, "objective.features: "):
+        workspace.trainer(variant, tmp_path, caches={"": cache})
 
 
 def test_pieces_are_the_documents_of_a_batch_without_its_padding() -> None:
@@ -365,8 +371,6 @@ def test_the_command_line_builds_shows_and_verifies(zoo: Path, tmp_path: Path) -
 
 def test_nothing_to_cache_is_an_error(zoo: Path, tmp_path: Path) -> None:
     recipe = _recipe(zoo, tmp_path, "cache.enabled=false")
-    import dataclasses
-
     plain = dataclasses.replace(
         recipe,
         teachers={},

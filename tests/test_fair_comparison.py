@@ -107,11 +107,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
     def trainer(self: Workspace, variant: Any, folder: Path, **cached: Any) -> Any:
         made = real_trainer(self, variant, folder, **cached)
         observed["trainers"][variant.name] = {
-            "start": state(made.student),
+            "start": state(made.model),
             "data": made.train_dataset.fingerprint,
             "args": {**made.args.to_dict(), "output_dir": "", "logging_dir": ""},
-            "teachers": [teacher.name for teacher in made.teachers],
-            "terms": (made.objective.options, made.objective.features),
+            "teachers": [teacher.name for teacher in made.step.teachers],
+            "terms": (made.step.objective.options, made.step.objective.features),
         }
         return made
 

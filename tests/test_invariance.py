@@ -21,6 +21,7 @@ from collegium.fusion.weights import PrefixLikelihood
 from collegium.models import forward_rows
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.step import row_losses
 from collegium.types import Batch, Rows
 
 V = 60
@@ -74,7 +75,7 @@ def gradient(
         rows = choose_rows(batch)
         scored = [teacher.score(batch, rows) for teacher in teachers]
         states = forward_rows(student, batch, rows, vocab_size=V)
-        (objective(states, scored, rows).total / num_items).backward()
+        (row_losses(objective, states, scored, rows).total / num_items).backward()
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
@@ -200,9 +201,8 @@ def test_a_student_equal_to_its_only_teacher_has_zero_gradient(teachers):
     for inputs in lay_out(32, packing=True, batch_size=2):
         batch = Batch.from_inputs(inputs)
         rows = batch.rows()
-        loss = objective(
-            forward_rows(model, batch, rows, vocab_size=V), [teachers[0].score(batch, rows)], rows
-        )
+        states = forward_rows(model, batch, rows, vocab_size=V)
+        loss = row_losses(objective, states, [teachers[0].score(batch, rows)], rows)
         loss.total.backward()
         assert abs(float(loss.total.detach())) < 1e-10
     assert all(float(p.grad.abs().max()) < 1e-12 for p in model.parameters() if p.grad is not None)

@@ -14,6 +14,7 @@ from collegium.data.pack import PackedDataset
 from collegium.errors import ModelError
 from collegium.models import forward_rows, model_head, probe
 from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.step import row_losses
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
 from collegium.types import Batch
 from refusals import refused
@@ -53,8 +54,8 @@ def test_loss_and_gradients_equal_those_of_the_models_logits() -> None:
     assert adapters
     assert all(p.requires_grad for p in adapters)
     rows = batch().rows()
-    answer = forward_rows(model, batch(), rows, vocab_size=vocab_size(model))
-    ours = Objective(ObjectiveOptions(), None)(answer, [], rows).total
+    states = forward_rows(model, batch(), rows, vocab_size=vocab_size(model))
+    ours = row_losses(Objective(ObjectiveOptions(), None), states, [], rows).total
     logits_BTV = model(input_ids=IDS, use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(
         logits_BTV[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum"

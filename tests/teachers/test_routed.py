@@ -19,11 +19,11 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Answer, HiddenRows
 from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.routing import Route
+from collegium.fusion.score import score_teachers
 from collegium.fusion.weights import BestSingle
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.models import forward_rows, tap_names, tap_width
 from collegium.teachers.local import LocalTeacher
-from collegium.fusion.score import score_teachers
 from collegium.train.nan_diagnosis import first_bad_rows
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.train.step import row_losses
