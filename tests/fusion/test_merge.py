@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from collegium.cache.codec import Samples, row_keys
+from collegium.cache.codec import Samples, TopK, row_keys
 from collegium.cache.layout import Layout
 from collegium.distributions import Answer, DenseRows, NamedRows, StoredScalars
 from collegium.errors import RecipeError
@@ -224,8 +224,13 @@ def test_fusion_that_draws_cannot_give_is_refused() -> None:
         fusion = dataclasses.replace(Fusion(), **change)
         with refused(RecipeError, where):
             check(fusion_requirements(fusion), [source])
-    exact = Fusion(temperatures={"code": 1.25 * (1 + 1e-9), "law": 1.0})
-    check(fusion_requirements(exact), [source])
+    for supported in (
+        Fusion(temperatures={"code": 1.25 * (1 + 1e-9), "law": 1.0}),
+        Fusion(weighting=Entropy(granularity="batch")),
+    ):
+        check(fusion_requirements(supported), [source])
+    top_k = Layout("per_teacher", TopK(), KEPT).capabilities()
+    check(fusion_requirements(Fusion(pool="log_linear", conflict=TruthFallback())), [top_k])
 
 
 def test_unlikely_draw_excluded_by_a_temperature_gives_a_finite_loss() -> None:

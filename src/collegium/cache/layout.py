@@ -57,7 +57,7 @@ class Layout:
         if not self.is_sampled:
             supported.add(Capability.LOGARITHMS)
         if self.kind == "per_teacher":
-            supported.add(Capability.REFUSION)
+            supported |= {Capability.REFUSION, Capability.PER_BATCH}
         if has_features:
             supported.add(Capability.FEATURES)
         content = "draws" if self.is_sampled else "top-k targets"
