@@ -37,13 +37,17 @@ FIXED_PER_ROW = Capabilities(
 """Live teachers that a fused cache is built from: any target that depends on its row only."""
 
 REASONS = {
-    Capability.LOGARITHMS: "random draws are unbiased for linear pools and forward KL, and biased "
-    "inside a logarithm",
+    Capability.LOGARITHMS: "random draws are biased inside a logarithm",
     Capability.ANY_TEMPERATURE: "softening needs the tokens that were not kept",
     Capability.REFUSION: "its weights were fixed when it was built",
     Capability.PER_BATCH: "it would depend on the batch or the step",
     Capability.FEATURES: "it holds no hidden states",
 }
+REMEDIES = {
+    Capability.LOGARITHMS: "set cache.targets: {name: top_k}",
+    Capability.FEATURES: "set cache: {kind: per_teacher, features: {}}",
+}
+"""Ways to get what a cache lacks, beside those of any source."""
 
 
 def fusion_requirements(fusion: Fusion) -> list[Requirement]:
@@ -104,14 +108,16 @@ def _problem(requirement: Requirement, source: Capabilities) -> str | None:
             return None
         values = ", ".join(f"{value:g}" for value in sorted({1.0, *stored}))
         allowed, reason = f"one of {values}", "it stores no other temperature"
+        remedy = "add it to cache.temperatures"
     elif requirement.capability in source.supported:
         return None
     else:
         assert requirement.capability is not None
         allowed, reason = requirement.allowed, REASONS[requirement.capability]
+        remedy = REMEDIES.get(requirement.capability, "change it")
     return (
         f"{requirement.key}: got {requirement.value}; must be {allowed} with {source.source} "
-        f"({reason}); change it, or {source.remedy}"
+        f"({reason}); {remedy}, or {source.remedy}"
     )
 
 
