@@ -13,7 +13,8 @@ from torch import Tensor
 
 from collegium.distributions import Answer, HiddenRows
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.weights import PrefixLikelihood, RowStats
+from collegium.fusion.rules import PrefixLikelihood
+from collegium.fusion.weighting import RowStats
 from collegium.losses.engine import default_block_size
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.train.step import row_losses
@@ -91,7 +92,7 @@ def naive(inputs: Inputs, size: Size) -> Step:
         logps = [(hidden @ weight.T).float().log_softmax(-1) for hidden, weight in inputs.teachers]
         label_logp_KN = torch.stack([x.gather(1, rows.labels[:, None])[:, 0] for x in logps])
         stats = RowStats(label_logp_KN, label_logp_KN, label_logp_KN)
-        score_KN, _ = PrefixLikelihood().log_scores(stats, rows, names)
+        score_KN = PrefixLikelihood().log_scores(stats, rows, names)
         weight_KN = score_KN.softmax(0).float()
         return sum(  # pyright: ignore[reportReturnType]
             w[:, None] * x.exp() for w, x in zip(weight_KN, logps, strict=True)

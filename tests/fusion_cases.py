@@ -10,27 +10,21 @@ from torch import Tensor
 
 from collegium.distributions import Answer, DenseRows, Distribution, NamedRows
 from collegium.fusion.conflict import ConflictBlock
+from collegium.fusion.fitted import CalibratedEntropy, DomainWeights, Fixed, Route
 from collegium.fusion.fuse import Fusion, TargetBlock, fuse
+from collegium.fusion.gate import Gate
 from collegium.fusion.pools import TeacherReader
-from collegium.fusion.routing import Route
 from collegium.fusion.rules import (
     AvgCE,
-    CalibratedEntropy,
+    BestSingle,
     ConfidenceAware,
     Consensus,
-    DomainWeights,
-    Gate,
-    MinCE,
-)
-from collegium.fusion.weights import (
-    BestSingle,
     Entropy,
-    Fixed,
+    MinCE,
     PrefixLikelihood,
-    RowStats,
     Uniform,
-    Weighting,
 )
+from collegium.fusion.weighting import CalibrationData, RowStats, Weighting
 from collegium.kernels.rows import DenseTarget
 from collegium.types import Rows, domain_number
 
@@ -131,6 +125,13 @@ def stats_of(
     """Statistics of all rows, including the divergence from the consensus."""
     reader = TeacherReader(teachers, rows, temperatures or {})
     return reader.stats(slice(0, len(rows)), consensus=True)
+
+
+def calibration_data(
+    stats: RowStats, rows: Rows, *, domains: Sequence[str] = DOMAINS
+) -> CalibrationData:
+    """Rows to fit a rule on, with the same statistics raw and at the temperatures."""
+    return CalibrationData(teachers=NAMES, rows=rows, stats=stats, raw=stats, domains=domains)
 
 
 def make_teachers(logits_KNV: Tensor, names: Sequence[str] = NAMES) -> list[Answer]:

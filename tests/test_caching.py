@@ -23,7 +23,7 @@ from collegium.errors import CacheError, RecipeError
 from collegium.fusion.conflict import TruthFallback
 from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.requirements import FIXED_PER_ROW, check, fusion_requirements
-from collegium.fusion.weights import Entropy, PrefixLikelihood, Uniform
+from collegium.fusion.rules import Entropy, PrefixLikelihood, Uniform
 from collegium.losses.features import FeatureOptions
 from collegium.recipe import Recipe, dump_recipe, load_recipe
 from collegium.storage.files import read_json

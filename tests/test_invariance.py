@@ -17,7 +17,7 @@ import tiny
 from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.weights import PrefixLikelihood
+from collegium.fusion.rules import PrefixLikelihood
 from collegium.models import forward_rows
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective, ObjectiveOptions

@@ -18,11 +18,11 @@ from collegium.cli import app
 from collegium.data.pack import Collator
 from collegium.distributions import NamedRows
 from collegium.errors import CacheError, RecipeError
-from collegium.evaluate.preflight import run_preflight
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.pools import RowReader
 from collegium.fusion.requirements import check, fusion_requirements
-from collegium.fusion.weights import Entropy, Uniform
+from collegium.fusion.rules import Entropy, Uniform
+from collegium.preflight.measure import run_preflight
 from collegium.recipe import Recipe, decode_fusion, dump_recipe, load_recipe
 from collegium.storage.files import read_json
 from collegium.teachers.cached import BatchKeys, CachedTeacher
@@ -398,7 +398,7 @@ def test_preflight_reads_the_cache_and_chooses_a_fusion_it_supports(
         batch_size=4,
         max_tokens=200,
         extended=candidates == "extended",
-    ).report
+    )
     for name, teacher in live["teachers"].items():
         for key in ("nll", "entropy", "ece", "top1"):
             assert report["teachers"][name][key] == pytest.approx(teacher[key], abs=2e-3)

@@ -19,7 +19,7 @@ from collegium.errors import (
     VocabularyError,
 )
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.weights import BestSingle, Entropy, Uniform
+from collegium.fusion.rules import BestSingle, Entropy, Uniform
 from collegium.recipe import Recipe, dump_recipe, load_recipe
 from collegium.storage.files import read_json
 from collegium.variants import CONTROLS, control, main_variant

@@ -16,9 +16,10 @@ from collegium.data.sources import SourceOptions
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import CONFLICTS, TruthFallback
 from collegium.fusion.describe import to_recipe
+from collegium.fusion.fitted import WEIGHTINGS, DomainWeights, Fixed
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.rules import WEIGHTINGS, DomainWeights, Gate
-from collegium.fusion.weights import Entropy, Fixed, PrefixLikelihood
+from collegium.fusion.gate import Gate
+from collegium.fusion.rules import Entropy, PrefixLikelihood
 from collegium.losses.divergences import DIVERGENCES, ForwardKL, SkewedForwardKL
 from collegium.recipe import (
     Recipe,

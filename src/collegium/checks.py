@@ -16,8 +16,8 @@ import torch
 from collegium.cache.codec import TopK
 from collegium.data.sources import check_sources
 from collegium.errors import DataError, RecipeError, nearest
+from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.routing import Route
 from collegium.kernels.backends import require_backend
 from collegium.losses.features import feature_map
 from collegium.models import (

@@ -27,11 +27,11 @@ from collegium.caching import (
 from collegium.checks import CheckReport, check_run
 from collegium.console import progress
 from collegium.errors import CollegiumError, RecipeError
-from collegium.evaluate.preflight import run_preflight
 from collegium.evaluate.scoring import score_models
 from collegium.evaluate.table import ModelInfo, results_rows
 from collegium.fusion.fuse import Fusion
 from collegium.models import count_parameters
+from collegium.preflight.measure import run_preflight
 from collegium.recipe import Recipe, decode_fusion, load_recipe, write_fusion
 from collegium.run_folder import last_row
 from collegium.storage.files import fingerprint, read_json, write_json
@@ -183,7 +183,7 @@ def _preflight(workspace: Workspace) -> dict[str, Any]:
             held_out=None if is_stored else workspace.datasets["validation"],
             progress=advance,
         )
-        write_json(path, found.to_dict())
+        write_json(path, found)
     return read_json(path)
 
 

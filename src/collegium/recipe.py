@@ -27,9 +27,9 @@ from collegium.data.pack import DataOptions
 from collegium.decode import FAILED, decode, hints, members, shown
 from collegium.errors import RecipeError, nearest
 from collegium.fusion.conflict import CONFLICTS
+from collegium.fusion.fitted import WEIGHTINGS
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
-from collegium.fusion.rules import WEIGHTINGS
 from collegium.losses.divergences import DIVERGENCES
 from collegium.overrides import apply_override
 from collegium.student import StudentOptions
@@ -305,10 +305,9 @@ def _check_fusion(fusion: Fusion, teachers: Mapping[str, Any], document: Documen
     weighting = fusion.weighting
     for path, table in weighting.teacher_tables().items():
         names[("weighting", *path)] = list(table)
-        is_fitted = path in (("offsets",), ("maps",))
         for missing in sorted(set(teachers) - set(table)):
             text = f"no weight for teacher `{missing}`; give one, 0 to leave it out"
-            if is_fitted:
+            if not weighting.zero_excludes:
                 text = f"nothing for teacher `{missing}`; fit it again with all teachers"
             document.add(("fusion", "weighting", *path), text)
     for path, name in weighting.teacher_fields().items():

@@ -7,7 +7,7 @@ K teachers, D width of a model's hidden states.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -73,6 +73,20 @@ class Rows:
             self.samples[which],
             None if self.domains is None else self.domains[which],
             None if self.teachers is None else self.teachers[which],
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Rows]) -> Rows:
+        """Concatenate rows; document numbers are kept as they are."""
+        domains = [part.domains for part in parts if part.domains is not None]
+        teachers = [part.teachers for part in parts if part.teachers is not None]
+        return cls(
+            torch.cat([part.index for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.documents for part in parts]),
+            torch.cat([part.samples for part in parts]),
+            torch.cat(domains) if len(domains) == len(parts) else None,
+            torch.cat(teachers) if len(teachers) == len(parts) else None,
         )
 
     def to(self, device: torch.device) -> Rows:

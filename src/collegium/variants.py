@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.weights import BestSingle, Entropy, Uniform
+from collegium.fusion.rules import BestSingle, Entropy, Uniform
 from collegium.recipe import Recipe, plain
 from collegium.train.objective import ObjectiveOptions
 

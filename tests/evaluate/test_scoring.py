@@ -17,10 +17,10 @@ from collegium.data.windows import PackedDataset
 from collegium.distributions import Answer
 from collegium.errors import CollegiumError, DataError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
-from collegium.evaluate.preflight import run_preflight
 from collegium.evaluate.scoring import FUSED, iterate_chunks, paired_bootstrap, score_models
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.weights import PrefixLikelihood, Uniform
+from collegium.fusion.rules import PrefixLikelihood, Uniform
+from collegium.preflight.measure import run_preflight
 from collegium.teachers.local import LocalTeacher
 from collegium.types import Batch, Rows
 from evaluation_cases import TEXTS, BigramTeacher, bigram_logits, id_dataset, text_dataset

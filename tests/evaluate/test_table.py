@@ -11,7 +11,6 @@ from rich.table import Table
 
 from collegium.errors import CollegiumError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
-from collegium.evaluate.preflight import run_preflight
 from collegium.evaluate.scoring import FUSED, score_models
 from collegium.evaluate.table import (
     ModelInfo,
@@ -21,6 +20,7 @@ from collegium.evaluate.table import (
     results_rows,
 )
 from collegium.fusion.fuse import Fusion
+from collegium.preflight.measure import run_preflight
 from collegium.report.files import ResultRow
 from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
 from refusals import refused
@@ -146,11 +146,10 @@ def test_markdown_table() -> None:
 
 def test_preflight_tables() -> None:
     teachers = [model("a", 3.0), model("b", 1.0)]
-    result = run_preflight(teachers, DATASET, batch_size=4)
-    tables = preflight_tables(result)
+    report = run_preflight(teachers, DATASET, batch_size=4)
+    tables = preflight_tables(report)
     text = "".join(printed(table) for table in tables)
-    assert [printed(t) for t in tables] == [printed(t) for t in preflight_tables(result.to_dict())]
     assert len(tables) == 3
-    assert f"{result.to_dict()['teachers']['a']['perplexity']:.2f}" in text
-    assert f"{result.to_dict()['chosen']['nll']:.4f}" in text
+    assert f"{report['teachers']['a']['perplexity']:.2f}" in text
+    assert f"{report['chosen']['nll']:.4f}" in text
     assert "0.000 / 0%" in text

@@ -10,23 +10,21 @@ import torch
 
 import reference
 from collegium.distributions import Answer
+from collegium.fusion import calibration
 from collegium.fusion.calibration import (
     TEMPERATURES,
     TemperatureTables,
+    calibration_error,
     entropy_bins,
-    expected_calibration_error,
     fit_joint_temperatures,
     fit_temperature,
     linear_pool_nll,
-    over_under_confidence,
     reliability_bins,
-    temperature_table,
 )
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.weights import Entropy, PrefixLikelihood
+from collegium.fusion.rules import Entropy, PrefixLikelihood
 from collegium.types import Rows
 from fusion_cases import NAMES, SCALAR_CASES, CountedRows, fused, make_rows, make_teachers, stats_of
-from refusals import refused
 
 K, V = 3, 8
 
@@ -60,29 +58,28 @@ def test_ece_equals_reference(num_rows, as_tensor):
     expected = reference.expected_calibration_error(confidence.tolist(), is_correct.tolist(), 15)
     if as_tensor:
         confidence, is_correct = torch.tensor(confidence), torch.tensor(is_correct)
-    assert expected_calibration_error(confidence, is_correct) == pytest.approx(expected, abs=1e-12)
+    assert calibration_error(confidence, is_correct)[0] == pytest.approx(expected, abs=1e-12)
 
 
 def test_ece_of_constant_confidence_does_not_depend_on_order():
     is_correct = torch.arange(100) < 70
     confidence = torch.full((100,), 0.9, dtype=torch.float64)
-    assert expected_calibration_error(confidence, is_correct) == pytest.approx(0.2)
-    assert expected_calibration_error(confidence, is_correct.flip(0)) == pytest.approx(0.2)
+    assert calibration_error(confidence, is_correct)[0] == pytest.approx(0.2)
+    assert calibration_error(confidence, is_correct.flip(0))[0] == pytest.approx(0.2)
 
 
 def test_over_and_under_confidence_are_the_two_halves_of_the_error():
     generator = np.random.default_rng(0)
     confidence = generator.random(1000)
     is_correct = generator.random(1000) < np.where(confidence < 0.5, 0.9 * confidence + 0.1, 0.6)
-    over, under = over_under_confidence(confidence, is_correct)
-    whole = expected_calibration_error(confidence, is_correct)
+    whole, over, under = calibration_error(confidence, is_correct)
     assert over + under == pytest.approx(whole)
     assert over > 0.05
     assert under > 0.01
     sure = torch.full((10,), 0.9)
-    assert over_under_confidence(sure, torch.arange(10) < 4) == pytest.approx((0.5, 0.0))
-    assert over_under_confidence(1 - sure, torch.arange(10) < 4) == pytest.approx((0.0, 0.3))
-    assert math.isnan(over_under_confidence(sure[:0], sure[:0])[0])
+    assert calibration_error(sure, torch.arange(10) < 4)[1:] == pytest.approx((0.5, 0.0))
+    assert calibration_error(1 - sure, torch.arange(10) < 4)[1:] == pytest.approx((0.0, 0.3))
+    assert all(map(math.isnan, calibration_error(sure[:0], sure[:0])))
 
 
 def test_reliability_bins_have_equal_mass():
@@ -95,7 +92,6 @@ def test_reliability_bins_have_equal_mass():
     assert binned["accuracy"][8:] == [1.0] * 7
     assert set(binned) == {"confidence", "accuracy", "count"}
     assert reliability_bins(confidence[:0], is_correct[:0])["count"] == []
-    assert math.isnan(expected_calibration_error(confidence[:0], is_correct[:0]))
 
 
 def test_entropy_bins_average_each_column():
@@ -109,10 +105,11 @@ def test_entropy_bins_average_each_column():
     }
 
 
-def test_table_equals_the_scalars_of_tempered_logits():
+def test_table_equals_the_scalars_of_tempered_logits(monkeypatch):
+    monkeypatch.setattr(calibration, "BLOCK_ROWS", 4)
     logits_NV, rows = _sampled(9)
     counted = CountedRows(logits_NV)
-    table = temperature_table(Answer("law", counted), rows, grid=(0.5, 1.7), block_size=4)
+    table = TemperatureTables.of([Answer("law", counted)], rows, grid=(0.5, 1.7)).tables["law"]
     assert counted.blocks == [(0, 4), (4, 8), (8, 9)]
     for g, temperature in enumerate((0.5, 1.7)):
         for t in range(9):
@@ -125,8 +122,7 @@ def test_table_equals_the_scalars_of_tempered_logits():
 @pytest.mark.parametrize("sharpness", [0.7, 1.0, 1.6, 2.9])
 def test_temperature_undoes_overconfidence(sharpness):
     logits_NV, rows = _sampled(4000, sharpness)
-    tables = TemperatureTables()
-    tables.add(make_teachers(logits_NV[None]), rows)
+    tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows)
     fitted = fit_temperature(tables, "law")
     fine = np.linspace(0.9 * sharpness, 1.1 * sharpness, 101)
     gather = rows.labels[:, None]
@@ -138,51 +134,50 @@ def test_temperature_undoes_overconfidence(sharpness):
 @pytest.mark.parametrize(("sharpness", "edge"), [(20.0, 4.0), (0.05, 0.5)])
 def test_temperature_stays_inside_the_grid(sharpness, edge):
     logits_NV, rows = _sampled(300, sharpness)
-    tables = TemperatureTables()
-    tables.add(make_teachers(logits_NV[None]), rows)
+    tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows)
     assert fit_temperature(tables, "law") == edge
 
 
 def test_flat_teacher_gets_a_temperature_of_the_grid():
     rows = make_rows(torch.zeros(5, dtype=torch.long), [0] * 5)
-    tables = TemperatureTables()
-    tables.add(make_teachers(torch.zeros(1, 5, V)), rows)
+    tables = TemperatureTables.of(make_teachers(torch.zeros(1, 5, V)), rows)
     assert fit_temperature(tables, "law") in TEMPERATURES
 
 
 def test_batches_add_up_and_documents_stay_apart():
     teachers, rows, logits_KNV = _noisy(30)
-    whole, parts = TemperatureTables(block_size=7), TemperatureTables(block_size=7)
-    whole.add(teachers, rows)
-    for start in (0, 20, 30):
-        end = min(start + 20, 30)
-        documents = (rows.documents[start:end] - (rows.documents[start] if end > start else 0)) * 3
-        here = make_rows(rows.labels[start:end], documents.tolist())
-        parts.add(make_teachers(logits_KNV[:, start:end]), here)
-    assert parts.names == NAMES
-    assert len(parts.rows()) == 30
-    changes = parts.rows().documents.diff() != 0
+    kl_KN = stats_of(teachers, rows).consensus_kl()
+    whole = TemperatureTables.of(teachers, rows, consensus_kl_KN=kl_KN)
+    batches = []
+    for part in (slice(0, 20), slice(20, 30)):
+        documents = (rows.documents[part] - rows.documents[part][0]) * 3
+        here = make_rows(rows.labels[part], documents.tolist())
+        members = make_teachers(logits_KNV[:, part])
+        batches.append(TemperatureTables.of(members, here, consensus_kl_KN=kl_KN[:, part]))
+    parts = TemperatureTables.cat(batches)
+    assert parts.teachers == NAMES
+    changes = parts.rows.documents.diff() != 0
     assert torch.equal(changes, rows.documents.diff() != 0)
-    assert parts.rows().documents.unique().shape == (3,)
-    for name in NAMES:
-        torch.testing.assert_close(
-            parts.teacher(name).entropy_KN, whole.teacher(name).entropy_KN, rtol=0, atol=1e-12
-        )
+    assert parts.rows.documents.unique().shape == (3,)
+    for temperatures in ({}, {"law": 2.0}):
+        joined, expected = (tables.stats(temperatures) for tables in (parts, whole))
+        torch.testing.assert_close(joined.entropy_KN, expected.entropy_KN, rtol=0, atol=1e-12)
+        # The consensus is known for the raw teachers only.
+        assert (joined.consensus_kl_KN is None) == (temperatures != {})
+    assert torch.equal(parts.stats({}).consensus_kl(), kl_KN)
     at_once, in_parts = (fit_joint_temperatures(t, PrefixLikelihood()) for t in (whole, parts))
     assert at_once == in_parts
 
 
-def test_batches_must_have_the_same_teachers():
-    teachers, rows, _ = _noisy(10)
-    tables = TemperatureTables()
-    tables.add(teachers, rows)
-    with refused(ValueError, "TemperatureTables.add: "):
-        tables.add(teachers[::-1], rows)
-
-
-def test_fit_without_rows_is_refused():
-    with refused(ValueError, "TemperatureTables.rows: "):
-        TemperatureTables().rows()
+def test_part_and_subset_of_the_teachers():
+    teachers, rows, _ = _noisy(30)
+    kl_KN = stats_of(teachers, rows).consensus_kl()
+    tables = TemperatureTables.of(teachers, rows, consensus_kl_KN=kl_KN)
+    is_kept_N = rows.documents != 1
+    stats = tables.part(is_kept_N).stats({"medicine": 1.0}, ["prose", "law"])
+    expected = tables.stats({}).map(lambda column_KN: column_KN[[2, 0]][:, is_kept_N])
+    assert torch.equal(stats.label_logp_KN, expected.label_logp_KN)
+    assert torch.equal(stats.consensus_kl(), expected.consensus_kl())
 
 
 @pytest.mark.parametrize("weighting", SCALAR_CASES, ids=str)
@@ -198,8 +193,7 @@ def test_pool_nll_from_scalars_equals_that_of_the_fused_target(weighting):
 def test_joint_temperatures_are_a_minimum_along_each_axis(weighting):
     teachers, rows, _ = _noisy(200)
     grid = (0.5, 0.8, 1.0, 1.3, 2.0, 3.0)
-    tables = TemperatureTables(grid=grid)
-    tables.add(teachers, rows)
+    tables = TemperatureTables.of(teachers, rows, grid=grid)
     fitted = fit_joint_temperatures(tables, weighting, num_rounds=10)
 
     def nll(temperatures: dict[str, float]) -> float:
@@ -218,8 +212,7 @@ def test_joint_temperatures_are_a_minimum_along_each_axis(weighting):
 
 def test_joint_fit_cools_the_overconfident_teacher():
     teachers, rows, _ = _noisy(600)
-    tables = TemperatureTables()
-    tables.add(teachers, rows)
+    tables = TemperatureTables.of(teachers, rows)
     fitted = fit_joint_temperatures(tables, Entropy())
     assert fitted["law"] > 1.5 * max(fitted["medicine"], fitted["prose"])
 

@@ -20,8 +20,9 @@ from collegium.fusion.conflict import (
     TruthFallback,
 )
 from collegium.fusion.describe import describe, to_recipe
+from collegium.fusion.fitted import Fixed
 from collegium.fusion.fuse import Fusion, TargetBlock, fuse
-from collegium.fusion.weights import BestSingle, Entropy, Fixed, PrefixLikelihood, Uniform
+from collegium.fusion.rules import BestSingle, Entropy, PrefixLikelihood, Uniform
 from collegium.types import Rows
 from fusion_cases import (
     NAMES,

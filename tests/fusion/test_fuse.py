@@ -15,25 +15,20 @@ import reference
 from collegium.distributions import Answer, DenseRows, Distribution
 from collegium.errors import RecipeError
 from collegium.fusion.describe import describe, to_recipe
+from collegium.fusion.fitted import CalibratedEntropy, DomainWeights, Fixed, Route
 from collegium.fusion.fuse import Fusion, fuse
-from collegium.fusion.routing import Route
+from collegium.fusion.gate import Gate
 from collegium.fusion.rules import (
     AvgCE,
-    CalibratedEntropy,
+    BestSingle,
     ConfidenceAware,
     Consensus,
-    DomainWeights,
-    Gate,
-    MinCE,
-)
-from collegium.fusion.weights import (
-    BestSingle,
     Entropy,
-    Fixed,
+    MinCE,
     PrefixLikelihood,
     Uniform,
-    Weighting,
 )
+from collegium.fusion.weighting import Weighting
 from fusion_cases import (
     NAMES,
     POOL_CASES,
@@ -113,7 +108,7 @@ def test_block_size_does_not_matter(weighting, pool, block_size, logits_KNV, row
     [
         w
         for w in WEIGHTING_CASES
-        if "law" not in w.names() and not isinstance(w, (BestSingle, Route))
+        if not w.teacher_tables() and not isinstance(w, (BestSingle, Route))
     ]
     + [
         Fixed(weights={"law": 1.0}),
@@ -408,9 +403,9 @@ def test_custom_weighting_rule(logits_KNV, rows):
     class LastTeacher(Weighting):
         streams = True
 
-        def log_scores(self, stats, rows, teachers, carry=None):
+        def log_scores(self, stats, rows, teachers):
             value = 0.0 if teachers == ["prose"] else -torch.inf
-            return torch.full_like(stats.entropy_KN, value, dtype=torch.float64), None
+            return torch.full_like(stats.entropy_KN, value, dtype=torch.float64)
 
     fusion = Fusion(weighting=LastTeacher())
     block = fused(fusion, make_teachers(logits_KNV), rows)

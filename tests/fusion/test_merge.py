@@ -14,26 +14,21 @@ from collegium.cache.layout import Layout
 from collegium.distributions import Answer, DenseRows, NamedRows, StoredScalars
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import FollowHighest, TargetCorrection, TruthFallback
+from collegium.fusion.fitted import CalibratedEntropy, DomainWeights, Fixed, Route
 from collegium.fusion.fuse import Fusion, fuse
+from collegium.fusion.gate import Gate
 from collegium.fusion.requirements import check, fusion_requirements
-from collegium.fusion.routing import Route
 from collegium.fusion.rules import (
     AvgCE,
-    CalibratedEntropy,
+    BestSingle,
     ConfidenceAware,
     Consensus,
-    DomainWeights,
-    Gate,
-    MinCE,
-)
-from collegium.fusion.weights import (
-    BestSingle,
     Entropy,
-    Fixed,
+    MinCE,
     PrefixLikelihood,
     Uniform,
-    Weighting,
 )
+from collegium.fusion.weighting import Weighting
 from collegium.losses.divergences import ForwardKL
 from collegium.types import Rows, domain_number
 from named_terms import named_terms

@@ -15,13 +15,22 @@ from collegium.distributions import Answer, DenseRows
 from collegium.errors import DataError, RecipeError
 from collegium.fusion.conflict import TargetCorrection, TruthFallback
 from collegium.fusion.describe import describe, to_recipe
-from collegium.fusion.fits import fit_route
+from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion, fuse
-from collegium.fusion.routing import Route
-from collegium.fusion.weights import BestSingle, RowStats, Uniform
+from collegium.fusion.rules import BestSingle, Uniform
+from collegium.fusion.weighting import RowStats
 from collegium.recipe import decode_fusion
 from collegium.types import Rows, teacher_number
-from fusion_cases import NAMES, CountedRows, domains_of, fused, make_rows, make_teachers, stats_of
+from fusion_cases import (
+    NAMES,
+    CountedRows,
+    calibration_data,
+    domains_of,
+    fused,
+    make_rows,
+    make_teachers,
+    stats_of,
+)
 from refusals import refused
 
 K, V = 3, 6
@@ -168,16 +177,17 @@ def test_fit_routes_each_domain_to_its_best_teacher():
         [[1.0, 1.0, 5.0, 5.0, 5.0], [4.0, 4.0, 2.0, 2.0, 9.0], [9.0, 9.0, 6.0, 6.0, 0.0]]
     )
     stats = RowStats(logp_KN, logp_KN, logp_KN)
-    fitted = fit_route(stats, rows, NAMES, domains=["court", "clinic", "novel"])
+    data = calibration_data(stats, rows, domains=["court", "clinic", "novel"])
+    fitted = Route.fit(data)
     assert fitted == Route(default="law", domains={"court": "law", "clinic": "prose"})
-    with refused(ValueError, "fit_route: "):
-        fit_route(stats, replace(rows, domains=None), NAMES, domains=["court"])
+    with refused(ValueError, "calibration: "):
+        Route.fit(replace(data, rows=replace(rows, domains=None)))
 
 
 def test_weights_from_scalars_equal_those_of_the_target():
     logits_KNV, rows = _zoo([0] * 3 + [1] * 4 + [2], ["law", "prose", None, None, None, None])
     teachers = make_teachers(logits_KNV)
-    scores_KN, _ = ROUTE.log_scores(stats_of(teachers, rows), rows, NAMES)
+    scores_KN = ROUTE.log_scores(stats_of(teachers, rows), rows, NAMES)
     block = fused(Fusion(weighting=ROUTE), teachers, rows)
     assert torch.equal(scores_KN.softmax(0).float(), block.weights_Kn)
 

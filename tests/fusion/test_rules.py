@@ -10,17 +10,11 @@ from pydantic import ValidationError
 
 import reference
 from collegium.fusion.describe import describe
+from collegium.fusion.fitted import DomainWeights
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.rules import (
-    AvgCE,
-    ConfidenceAware,
-    Consensus,
-    DomainWeights,
-    Gate,
-    MinCE,
-    gate_features,
-)
-from collegium.fusion.weights import RowStats, Uniform
+from collegium.fusion.gate import Gate, gate_features
+from collegium.fusion.rules import AvgCE, ConfidenceAware, Consensus, MinCE, Uniform
+from collegium.fusion.weighting import RowStats
 from collegium.types import Batch, Rows, domain_number
 from fusion_cases import NAMES, WEIGHTING_CASES, fused, make_rows, make_teachers, stats_of
 from refusals import check_message, refused
@@ -65,7 +59,7 @@ def test_confidence_aware_weights_equal_those_of_the_paper():
     """Five teachers, one perfect: .2496 against .1876. No weight exceeds 1 / (K - 1)."""
     stats = _cross_entropies([0.0], *[[6.0]] * 4)
     rows = make_rows(torch.zeros(1), [0])
-    weights = ConfidenceAware().log_scores(stats, rows, list("abcde"))[0].softmax(0)[:, 0]
+    weights = ConfidenceAware().log_scores(stats, rows, list("abcde")).softmax(0)[:, 0]
     share = 1 / (1 + 4 * math.exp(6))
     assert weights.tolist() == pytest.approx([(1 - share) / 4] + [(1 - (1 - share) / 4) / 4] * 4)
 
@@ -73,7 +67,7 @@ def test_confidence_aware_weights_equal_those_of_the_paper():
 def test_confidence_aware_drops_a_teacher_that_is_certainly_wrong():
     stats = _cross_entropies([1e30, 0.0], [1.0, 1e30], [2.0, 0.0])
     rows = make_rows(torch.zeros(2), [0, 0])
-    weights = ConfidenceAware().log_scores(stats, rows, NAMES)[0].softmax(0)
+    weights = ConfidenceAware().log_scores(stats, rows, NAMES).softmax(0)
     assert weights[0, 0] == 0
     assert weights[1:, 0].tolist() == pytest.approx([0.5, 0.5])
     assert weights[:, 1].tolist() == pytest.approx([0.5, 0.0, 0.5])
@@ -82,7 +76,7 @@ def test_confidence_aware_drops_a_teacher_that_is_certainly_wrong():
 def test_min_ce_selects_the_best_of_each_document_and_shares_ties():
     stats = _cross_entropies([1.0, 9.0, 1.0, 1.0], [4.0, 4.0, 5.0, 5.0], [4.0, 4.0, 1.0, 1.0])
     rows = make_rows(torch.zeros(4), [0, 0, 1, 1])
-    weights = MinCE().log_scores(stats, rows, NAMES)[0].softmax(0)
+    weights = MinCE().log_scores(stats, rows, NAMES).softmax(0)
     assert weights.T.tolist() == [[0.0, 0.5, 0.5]] * 2 + [[0.5, 0.0, 0.5]] * 2
 
 
@@ -91,7 +85,7 @@ def test_avg_ce_of_fusellm_is_close_to_uniform_and_tau_sharpens_it():
     stats = _cross_entropies([2.0], [2.5], [3.0])
     rows = make_rows(torch.zeros(1), [0])
     soft, sharp = (
-        AvgCE(tau=tau).log_scores(stats, rows, NAMES)[0].softmax(0)[:, 0] for tau in (None, 0.1)
+        AvgCE(tau=tau).log_scores(stats, rows, NAMES).softmax(0)[:, 0] for tau in (None, 0.1)
     )
     assert soft.tolist() == pytest.approx([0.3489, 0.3308, 0.3203], abs=1e-4)
     assert sharp[0] > 0.99
@@ -140,11 +134,11 @@ def test_domain_uses_its_table_and_other_domains_the_default():
     domains = torch.tensor([domain_number("court"), domain_number("clinic"), 0])
     number = torch.arange(3)
     with_domains, without = (Rows(number, number, number, number, d) for d in (domains, None))
-    weights = weighting.log_scores(stats, with_domains, NAMES)[0].softmax(0)
+    weights = weighting.log_scores(stats, with_domains, NAMES).softmax(0)
     assert weights.T[0].tolist() == [1.0, 0.0, 0.0]
     for row in weights.T[1:]:
         assert row.tolist() == pytest.approx([0.2, 0.3, 0.5])
-    weights = weighting.log_scores(stats, without, NAMES)[0].softmax(0)
+    weights = weighting.log_scores(stats, without, NAMES).softmax(0)
     assert weights[:, 0].tolist() == pytest.approx([0.2, 0.3, 0.5])
     assert not weighting.excludes("medicine")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from collegium.distributions import Answer, HiddenRows
+from collegium.fusion.fitted import Fixed
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.weights import Fixed
 from collegium.kernels.backends import kernels_for
 from collegium.kernels.rows import DenseTarget, RawRows
 from collegium.losses.engine import add_product_

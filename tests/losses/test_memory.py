@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 from collegium.distributions import Answer, HiddenRows
 from collegium.fusion.conflict import TruthFallback
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.rules import Consensus
-from collegium.fusion.weights import BestSingle, Uniform
+from collegium.fusion.rules import BestSingle, Consensus, Uniform
 from collegium.kernels.plain import TorchKernels
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.train.step import row_losses

@@ -17,10 +17,10 @@ import training_runs
 from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Answer, HiddenRows
+from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion, fuse
-from collegium.fusion.routing import Route
+from collegium.fusion.rules import BestSingle
 from collegium.fusion.score import score_teachers
-from collegium.fusion.weights import BestSingle
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.models import forward_rows, tap_names, tap_width
 from collegium.teachers.local import LocalTeacher

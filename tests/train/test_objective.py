@@ -14,9 +14,10 @@ from collegium.cache.layout import Layout
 from collegium.distributions import Answer, DenseRows, HiddenRows, NamedRows
 from collegium.errors import RecipeError, TrainingError
 from collegium.fusion.conflict import TargetCorrection, TruthFallback
+from collegium.fusion.fitted import Fixed
 from collegium.fusion.fuse import FinishedTarget, Fusion
 from collegium.fusion.requirements import check
-from collegium.fusion.weights import Fixed, Uniform
+from collegium.fusion.rules import Uniform
 from collegium.losses.divergences import DIVERGENCES, JensenShannon, ReverseKL
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.train.objective import InertTermCheck, Objective, ObjectiveOptions

@@ -10,21 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from collegium.errors import CollegiumError
 from collegium.fusion.calibration import (
+    calibration_error,
     entropy_bins,
-    expected_calibration_error,
-    over_under_confidence,
     reliability_bins,
 )
-
-# Equal mass rather than equal width, so that no bin is nearly empty
-# (Nixon et al. 2019, https://arxiv.org/abs/1904.01685).
-NUM_BINS = 15
-"""Bins of equal mass, for the calibration error and for both reliability curves."""
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -110,9 +103,7 @@ class Metrics:
     @property
     def ece(self) -> float:
         """Expected calibration error of the top-1 prediction over 15 bins of equal mass."""
-        confidence_N = torch.from_numpy(self.confidence_N)
-        is_correct_N = torch.from_numpy(self.is_correct_N)
-        return float(expected_calibration_error(confidence_N, is_correct_N, bins=NUM_BINS))
+        return calibration_error(self.confidence_N, self.is_correct_N)[0]
 
     def document_sums(self) -> tuple[Ints, NDArray[np.float64], Ints]:
         """Return each document's index, total NLL in nats and number of target tokens, all (D,)."""
@@ -146,11 +137,9 @@ class Metrics:
         `entropy` H, `overconfidence` NLL - H, and `ece` = `ece_over` + `ece_under`.
         """
         entropy = _mean(self.entropy_N[is_kept_N])
-        columns = (
-            torch.from_numpy(self.confidence_N[is_kept_N]),
-            torch.from_numpy(self.is_correct_N[is_kept_N]),
+        _, over, under = calibration_error(
+            self.confidence_N[is_kept_N], self.is_correct_N[is_kept_N]
         )
-        over, under = over_under_confidence(*columns, bins=NUM_BINS)
         return {
             "entropy": finite(entropy),
             "overconfidence": finite(_mean(self.nll_N[is_kept_N]) - entropy),
@@ -161,9 +150,6 @@ class Metrics:
 
     def to_dict(self) -> dict[str, object]:
         """Return the metrics with the keys of results.json. Undefined values are None, not NaN."""
-        confidence_N = torch.from_numpy(self.confidence_N)
-        is_correct_N = torch.from_numpy(self.is_correct_N)
-        entropy_N, nll_N = torch.from_numpy(self.entropy_N), torch.from_numpy(self.nll_N)
         return {
             "nll": finite(self.nll),
             "perplexity": finite(self.perplexity),
@@ -180,11 +166,9 @@ class Metrics:
             "num_tokens": len(self.targets),
             "num_bytes": int(self.targets.num_bytes_N.sum()),
             "domains": self.by_domain(),
-            "reliability": _nan_to_none(
-                reliability_bins(confidence_N, is_correct_N, bins=NUM_BINS)
-            ),
+            "reliability": _nan_to_none(reliability_bins(self.confidence_N, self.is_correct_N)),
             "entropy_bins": _nan_to_none(
-                entropy_bins(entropy_N, is_correct_N, nll_N, bins=NUM_BINS)
+                entropy_bins(self.entropy_N, self.is_correct_N, self.nll_N)
             ),
         }
 

@@ -186,13 +186,20 @@ def window_counts(dataset: PackedDataset, windows: Sequence[int]) -> list[int]:
 
 def spread_windows(dataset: PackedDataset, max_tokens: int | None) -> list[int]:
     """Return evenly spread windows with about `max_tokens` targets in total, or all for None."""
-    size = len(dataset)
+    windows = range(len(dataset))
+    return (
+        list(windows) if max_tokens is None else spread(window_counts(dataset, windows), max_tokens)
+    )
+
+
+def spread(counts: Sequence[int], max_tokens: int | None) -> list[int]:
+    """Return evenly spread indices of about `max_tokens` of these counts, or all for None."""
+    size = len(counts)
     if max_tokens is None or size == 0:
         return list(range(size))
-    total = sum(window_counts(dataset, range(size)))
     # Evenly spread, so that an ordered dataset is represented by all of its domains.
-    num_windows = max(1, min(size, round(size * max_tokens / max(1, total))))
-    return [int(at) for at in np.linspace(0, size, num_windows, endpoint=False)]
+    num_kept = max(1, min(size, round(size * max_tokens / max(1, sum(counts)))))
+    return [int(at) for at in np.linspace(0, size, num_kept, endpoint=False)]
 
 
 def blocks_of(rows: Rows, scores: Distribution, block_size: int | None) -> tuple[Rows, list[slice]]:

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from collegium.errors import CollegiumError
 from collegium.evaluate.metrics import Metrics
-from collegium.evaluate.preflight import PreflightResult
 from collegium.evaluate.scoring import FUSED
 
 Kind = Literal["untouched", "teacher", "fused", "student", "control"]
@@ -110,9 +109,8 @@ def markdown_table(rows: Sequence[ResultsRow]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def preflight_tables(preflight: PreflightResult | Mapping[str, Any]) -> list[Table]:
+def preflight_tables(report: Mapping[str, Any]) -> list[Table]:
     """Render the teachers, fusions, disagreement and held-out calibration of a preflight."""
-    report = preflight.to_dict() if isinstance(preflight, PreflightResult) else preflight
     tables = [_teacher_table(report), _fusion_table(report), _disagreement_table(report)]
     if report.get("held_out"):
         tables.append(_held_out_table(report["held_out"]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass as plain_dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -49,26 +49,18 @@ class ConflictBlock:
         )
 
 
-def disagreement(mixture_logp_nV: Tensor, entropy_Kn: Tensor, weights_Kn: Tensor) -> Tensor:
+def disagreement(mixture_entropy_n: Tensor, entropy_Kn: Tensor, weights_Kn: Tensor) -> Tensor:
     """Compute c = JSD_w / H(w), JSD_w = H(sum_k w_k P_k) - sum_k w_k H(P_k): (n,) in [0, 1].
 
     0 where all teachers with weight agree or only one has weight, 1 where their supports are
     disjoint.
 
     Args:
-        mixture_logp_nV: log of the linear pool, even if the target is another pool.
+        mixture_entropy_n: nats, of the linear pool, even if the target is another pool.
         entropy_Kn: nats, of each teacher.
         weights_Kn: each column sums to 1.
     """
     # JSD and not the entropy of the mixture: teachers that are all uncertain do not disagree.
-    mixture_entropy_n = -mixture_logp_nV.exp().mul_(mixture_logp_nV).sum(-1)
-    return disagreement_of_entropies(mixture_entropy_n, entropy_Kn, weights_Kn)
-
-
-def disagreement_of_entropies(
-    mixture_entropy_n: Tensor, entropy_Kn: Tensor, weights_Kn: Tensor
-) -> Tensor:
-    """`disagreement` of a mixture whose entropy (n,) is known, in nats."""
     jsd_n = mixture_entropy_n - (weights_Kn * entropy_Kn).sum(0)
     weight_entropy_n = torch.special.entr(weights_Kn).sum(0)
     conflict_n = (jsd_n / weight_entropy_n.clamp(min=MIN_WEIGHT_ENTROPY)).clamp(0.0, 1.0)
@@ -79,20 +71,12 @@ def disagreement_of_entropies(
 class Conflict:
     """A policy for rows where teachers disagree. Its three methods are no-ops by default."""
 
-    @property
-    def is_active(self) -> bool:
-        """True if the policy needs the disagreement to be measured."""
-        return True
-
-    @property
-    def uses_label(self) -> bool:
-        """True if a row's label enters its own target, which makes its NLL meaningless."""
-        return False
-
-    @property
-    def yields_to_labels(self) -> bool:
-        """True if the policy moves weight from the divergence to the cross-entropy."""
-        return False
+    is_active: ClassVar[bool] = True
+    """True if the policy needs the disagreement to be measured."""
+    uses_label: ClassVar[bool] = False
+    """True if a row's label enters its own target, which makes its NLL meaningless."""
+    yields_to_labels: ClassVar[bool] = False
+    """True if the policy moves weight from the divergence to the cross-entropy."""
 
     def kd_factor(self, disagreement_n: Tensor) -> Tensor:
         """Return the (n,) factor in [0, 1] on the weight of the divergence."""
@@ -111,9 +95,7 @@ class Conflict:
 class NoConflictPolicy(Conflict):
     """Use the fused target unchanged, even where the teachers disagree."""
 
-    @property
-    def is_active(self) -> bool:
-        return False
+    is_active = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -123,12 +105,10 @@ class TruthFallback(Conflict):
     The CE weight is 1 - lambda_t. The label changes the loss weights of the row, not its target.
     """
 
+    yields_to_labels = True
+
     power: Annotated[float, Field(gt=0)] = 1.0
     """Exponent of 1 - c: larger values reduce the teachers' weight faster."""
-
-    @property
-    def yields_to_labels(self) -> bool:
-        return True
 
     def kd_factor(self, disagreement_n: Tensor) -> Tensor:
         return (1.0 - disagreement_n) ** self.power
@@ -145,14 +125,12 @@ class TargetCorrection(Conflict):
     Source: Jin et al., MFT, arXiv 2506.15702.
     """
 
+    uses_label = True
+
     # The corrected target has an NLL of 1.4, yet its students are slightly worse than without a
     # policy: perplexity 307 against 304, and 290 against 283 (docs/which-fusion.md).
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Probability by which the label leads the runner-up."""
-
-    @property
-    def uses_label(self) -> bool:
-        return True
 
     def correct_(self, logp_nV: Tensor, labels_n: Tensor) -> Tensor:
         label_logp_n = logp_nV.gather(1, labels_n[:, None])[:, 0]
@@ -177,14 +155,12 @@ class ConsistentSubset(Conflict):
     teacher costs one more application of each head.
     """
 
+    uses_label = True
+
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Disagreement c above which teachers may be dropped."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Fraction of the best teacher's label probability that a teacher must reach to stay."""
-
-    @property
-    def uses_label(self) -> bool:
-        return True
 
     def scores(self, score_Kn: Tensor, label_logp_Kn: Tensor, disagreement_n: Tensor) -> Tensor:
         # A teacher without weight that knows the label must not exclude all the others.

@@ -21,17 +21,20 @@ from torch import Tensor
 
 from collegium.distributions import Answer, Capabilities, NamedRows
 from collegium.fusion.conflict import Conflict, ConflictBlock, NoConflictPolicy, disagreement
-from collegium.fusion.merge import check_coverage, merge
+from collegium.fusion.fitted import Route
+from collegium.fusion.merge import merge
 from collegium.fusion.pools import (
     Member,
     Pool,
     PoolKind,
     TeacherReader,
     answered_mask,
+    check_coverage,
     masked_scores,
 )
-from collegium.fusion.routing import Route, RoutedReader
-from collegium.fusion.weights import Carry, PrefixLikelihood, RowStats, Weighting, check_names
+from collegium.fusion.routing import RoutedReader
+from collegium.fusion.rules import PrefixLikelihood
+from collegium.fusion.weighting import Carry, RowStats, Weighting, check_names
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
 from collegium.types import STRICT, Batch, Rows
 
@@ -270,7 +273,8 @@ class StreamedTarget:
         if isinstance(fusion.weighting, Route):
             self._routed = RoutedReader(fusion.weighting, answers, rows, fusion.temperatures)
         else:
-            _check_coverage(answers, rows, self._is_excluded)
+            members = [a for a, out in zip(answers, self._is_excluded, strict=True) if not out]
+            check_coverage(answered_mask(members, rows))
 
     def bytes_per_logit(self, student_bytes: int, *, is_softened: bool = False) -> int:
         sizes = [answer.distribution.logit_bytes for answer in self._answers]
@@ -335,7 +339,8 @@ class StreamedTarget:
             pooled = _as_logp(pooled)
             mixture_nV = (pooled if mixture is None else mixture.result())[0].logp_()
             weights_Kn = score_Kn.softmax(0).to(stats.entropy_KN.dtype)
-            disagreement_n = disagreement(mixture_nV, stats.entropy_KN, weights_Kn)
+            mixture_entropy_n = -mixture_nV.exp().mul_(mixture_nV).sum(-1)
+            disagreement_n = disagreement(mixture_entropy_n, stats.entropy_KN, weights_Kn)
             changed_Kn = policy.scores(score_Kn, stats.label_logp_KN, disagreement_n)
             is_changed_n = (changed_Kn != score_Kn).any(0)
             if is_changed_n.any():
@@ -414,10 +419,12 @@ class StreamedTarget:
         if self._swept_KN is not None:
             score_n = self._swept_KN[number, block]
         else:
-            score_1n, self._carries[number] = self._fusion.weighting.log_scores(
-                RowStats.stack([stats]),
+            answered_KN, name = self._reader.answered_KN, self._names[number]
+            shared_1n = None if answered_KN is None else answered_KN[:, block].all(0)[None]
+            score_1n, self._carries[number] = self._fusion.weighting.stream(
+                replace(RowStats.stack([stats]), answered_KN=shared_1n),
                 self._rows.part(block),
-                self._names[number : number + 1],
+                [name],
                 self._carries[number],
             )
             score_n = score_1n[0]
@@ -433,17 +440,7 @@ class StreamedTarget:
         stats = RowStats.cat(
             [self._reader.stats(block, consensus=weighting.needs_consensus) for block in blocks]
         )
-        return masked_scores(weighting.log_scores(stats, self._rows, self._names)[0], stats)
-
-
-def _check_coverage(answers: Sequence[Answer], rows: Rows, is_excluded: Sequence[bool]) -> None:
-    """Refuse rows without an answer from a teacher that can have weight."""
-    masks = [
-        answered_mask(answer, rows)
-        for answer, out in zip(answers, is_excluded, strict=True)
-        if not out
-    ]
-    check_coverage(masks)
+        return masked_scores(weighting.log_scores(stats, self._rows, self._names), stats)
 
 
 def _as_logp(pooled: tuple[DenseTarget, Tensor | None]) -> tuple[DenseTarget, Tensor | None]:

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from collegium.distributions import Answer, NamedRows
-from collegium.errors import DataError
-from collegium.fusion.conflict import Conflict, ConflictBlock, disagreement_of_entropies
-from collegium.fusion.pools import PoolKind, answered_mask, masked_scores, shared_mask
-from collegium.fusion.weights import RowStats, Weighting
+from collegium.fusion.conflict import Conflict, ConflictBlock, disagreement
+from collegium.fusion.pools import PoolKind, answered_mask, check_coverage, masked_scores
+from collegium.fusion.weighting import RowStats, Weighting
 from collegium.kernels.rows import logp_floor
 from collegium.types import Rows
 
@@ -66,11 +65,11 @@ def merge(
 
     Source: Anshumann et al. 2025, arXiv 2503.16870, for draws of one teacher.
     """
+    answered_KN = answered_mask(answers, rows)
+    check_coverage(answered_KN)
     parts = [_Part.of(answer, rows, temperatures) for answer in answers]
-    check_coverage([part.answered_N for part in parts])
     names = [answer.name for answer in answers]
-    shared_N = shared_mask([part.answered_N for part in parts])
-    stats = RowStats.stack([replace(part.stats, shared_N=shared_N) for part in parts])
+    stats = replace(RowStats.stack([part.stats for part in parts]), answered_KN=answered_KN)
     if all(part.rows.is_sampled for part in parts):
         logw_KN = _log_weights(weighting, stats, rows, names)
         return Merged(_mean_of_draws(parts, logw_KN, len(rows)), _weights(logw_KN, stats))
@@ -80,7 +79,7 @@ def merge(
     logw_KN = _log_weights(weighting, stats, rows, names)
     block: ConflictBlock | None = None
     if conflict.is_active:
-        disagreement_N = disagreement_of_entropies(
+        disagreement_N = disagreement(
             union.entropy(union.pool("linear", exponent, logw_KN)),
             torch.stack([union.entropy(column) for column in union.members()]),
             logw_KN.exp().to(stats.entropy_KN.dtype),
@@ -98,23 +97,6 @@ def merge(
     return Merged(target, _weights(logw_KN, stats), block)
 
 
-def check_coverage(masks: Sequence[Tensor | None]) -> None:
-    """Refuse rows that no teacher answers, given the (N,) masks of all; None answers every row.
-
-    Raises:
-        DataError: some rows have no answer.
-    """
-    if not masks or any(mask_N is None for mask_N in masks):
-        return
-    is_answered_N = torch.stack([mask_N for mask_N in masks if mask_N is not None]).any(0)
-    num_missing = int((~is_answered_N).sum())
-    if num_missing:
-        raise DataError(
-            f"teachers: got no answer at {num_missing} of {len(is_answered_N)} rows; must be at "
-            "least one teacher per row; add a teacher for them, or remove those rows"
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class _Part:
     """One answer at its temperature."""
@@ -125,7 +107,6 @@ class _Part:
     """(E,) row of the batch that owns each entry."""
     at_m: Tensor | None
     """(m,) rows of the batch that it answers; None for all."""
-    answered_N: Tensor | None
     stats: RowStats
     """(N,) each, 0 at rows without an answer."""
 
@@ -140,15 +121,13 @@ class _Part:
         labels_m = rows.labels if at_m is None else rows.labels[at_m]
         scalars = named.scalars(slice(0, len(named)), temperature)
         scalars = _scalars_of_entries(tempered, labels_m) if scalars is None else scalars
-        answered_N = answered_mask(answer, rows)
         if at_m is not None:
             row_E = at_m[row_E]
             entropy_N, label_N, max_N = (
                 value_m.new_zeros(len(rows)).index_copy(0, at_m, value_m) for value_m in scalars
             )
             scalars = entropy_N, label_N, max_N
-        stats = RowStats(*scalars, answered_KN=answered_N)
-        return cls(tempered, row_E, at_m, answered_N, stats)
+        return cls(tempered, row_E, at_m, RowStats(*scalars))
 
 
 def _scalars_of_entries(named: NamedRows, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +148,7 @@ def _scalars_of_entries(named: NamedRows, labels_n: Tensor) -> tuple[Tensor, Ten
 
 def _log_weights(weighting: Weighting, stats: RowStats, rows: Rows, names: Sequence[str]) -> Tensor:
     """(K, N) float64 log-weights, normalized over the teachers."""
-    score_KN = weighting.log_scores(stats, rows, names)[0]
+    score_KN = weighting.log_scores(stats, rows, names)
     return masked_scores(score_KN, stats).log_softmax(0)
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from collegium.distributions import Answer, Distribution, NamedRows, WrappedRows
-from collegium.fusion.weights import RowStats
+from collegium.errors import DataError
+from collegium.fusion.weighting import RowStats
 from collegium.kernels.plain import TorchKernels
 from collegium.kernels.rows import (
     DenseTarget,
@@ -95,8 +96,7 @@ class TeacherReader:
         self._kernels = kernels or TorchKernels()
         self._workspace = workspace or Workspace()
         self._temperatures = [temperatures.get(answer.name, 1.0) for answer in answers]
-        self._answered = [answered_mask(answer, rows) for answer in answers]
-        self._shared_N = shared_mask(self._answered)
+        self.answered_KN = answered_mask(answers, rows)
         self._distributions = [
             _prepared(answer, temperature, len(rows))
             for answer, temperature in zip(answers, self._temperatures, strict=True)
@@ -118,13 +118,9 @@ class TeacherReader:
             if distribution.is_full:
                 logsumexp = computed.logsumexp
             scalars = computed.entropy_n, computed.label_logp_n, computed.max_logp_n
-        answered_N, shared_N = self._answered[number], self._shared_N
-        stats = RowStats(
-            *scalars,
-            answered_KN=None if answered_N is None else answered_N[block],
-            shared_N=None if shared_N is None else shared_N[block],
-        )
-        return Member(raw, logsumexp, stats, is_scratch)
+        answered_KN = self.answered_KN
+        answered_n = None if answered_KN is None else answered_KN[number, block]
+        return Member(raw, logsumexp, RowStats(*scalars, answered_KN=answered_n), is_scratch)
 
     def stats(self, block: slice, *, consensus: bool = False) -> RowStats:
         """(K, n) statistics: one application of each head, two with the `consensus`.
@@ -167,19 +163,33 @@ def _prepared(answer: Answer, temperature: float, num_rows: int) -> Distribution
     return distribution
 
 
-def answered_mask(answer: Answer, rows: Rows) -> Tensor | None:
-    """(N,) bool: the rows that a teacher answers; None for all."""
-    if answer.rows is None:
+def answered_mask(answers: Sequence[Answer], rows: Rows) -> Tensor | None:
+    """(K, N) bool: the rows that each teacher answers; None where all answer every row."""
+    if all(answer.rows is None for answer in answers):
         return None
-    answered_N = torch.zeros_like(rows.labels, dtype=torch.bool)
-    answered_N[answer.rows.to(answered_N.device)] = True
-    return answered_N
+    answered_KN = torch.ones_like(rows.labels, dtype=torch.bool).repeat(len(answers), 1)
+    for answered_N, answer in zip(answered_KN, answers, strict=True):
+        if answer.rows is not None:
+            answered_N.zero_()
+            answered_N[answer.rows.to(answered_N.device)] = True
+    return answered_KN
 
 
-def shared_mask(answered: Sequence[Tensor | None]) -> Tensor | None:
-    """(N,) bool: the rows that every teacher answers; None for all."""
-    masks = [mask_N for mask_N in answered if mask_N is not None]
-    return torch.stack(masks).all(0) if masks else None
+def check_coverage(answered_KN: Tensor | None) -> None:
+    """Refuse rows that no teacher answers; a mask of None is for all rows of all teachers.
+
+    Raises:
+        DataError: some rows have no answer.
+    """
+    if answered_KN is None:
+        return
+    is_answered_N = answered_KN.any(0)
+    num_missing = int((~is_answered_N).sum())
+    if num_missing:
+        raise DataError(
+            f"teachers: got no answer at {num_missing} of {len(is_answered_N)} rows; must be at "
+            "least one teacher per row; add a teacher for them, or remove those rows"
+        )
 
 
 def masked_scores(score_KN: Tensor, stats: RowStats) -> Tensor:

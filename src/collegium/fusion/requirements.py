@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from collegium.distributions import Capabilities, Capability, nearest_temperature
 from collegium.errors import RecipeError
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.weights import Entropy
+from collegium.fusion.rules import Entropy
 
 
 @dataclass(frozen=True, slots=True)

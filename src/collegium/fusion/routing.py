@@ -1,4 +1,4 @@
-"""Routing: one teacher per row, named by the row or by its domain.
+"""Reading each row from one teacher, without a pool.
 
 Shapes: N rows, n rows of one block, m rows of one teacher, V vocabulary, K teachers.
 """
@@ -8,74 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from collegium.distributions import Answer, Distribution, NamedRows
-from collegium.errors import DataError
+from collegium.fusion.fitted import Route
 from collegium.fusion.pools import RowReader
-from collegium.fusion.weights import Carry, RowStats, Weighting
-from collegium.types import STRICT, Rows, domain_number, teacher_number
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Route(Weighting):
-    """One teacher per row: the one that the row names, else that of its domain, else the default.
-
-    A row names its teacher in the `teacher_column` of its data source. Nothing is pooled: the target
-    equals the teacher's distribution bit for bit, and only that teacher's head is applied.
-    """
-
-    default: str
-    """Teacher of rows that name none, in domains that are not listed."""
-    domains: dict[str, str] = Field(default_factory=dict)
-    """Domain -> name of its teacher."""
-
-    @property
-    def streams(self) -> bool:
-        return True
-
-    def teacher_fields(self) -> Mapping[tuple[str, ...], str]:
-        return {("default",): self.default, **{("domains", d): t for d, t in self.domains.items()}}
-
-    def domain_names(self) -> Mapping[tuple[str, ...], Sequence[str]]:
-        return {("domains",): list(self.domains)}
-
-    def numbers(self, rows: Rows) -> Tensor:
-        """(N,) int64: `teacher_number` of the teacher of each row."""
-        number_N = torch.full_like(rows.index, teacher_number(self.default))
-        if rows.domains is not None:
-            for domain, teacher in self.domains.items():
-                number_N[rows.domains == domain_number(domain)] = teacher_number(teacher)
-        if rows.teachers is not None:
-            number_N = torch.where(rows.teachers != 0, rows.teachers, number_N)
-        return number_N
-
-    def shares(self, rows: Rows, teachers: Sequence[str]) -> list[Tensor]:
-        """Partition the rows: per teacher an ascending (m,) int64 tensor of indices on the CPU.
-
-        Raises:
-            DataError: a row names a teacher that is missing.
-        """
-        number_N = self.numbers(rows).cpu()
-        shares = [(number_N == teacher_number(name)).nonzero()[:, 0] for name in teachers]
-        num_routed = sum(map(len, shares))
-        if num_routed != len(rows):
-            raise DataError(
-                f"teacher_ids: got {len(rows) - num_routed} of {len(rows)} rows for other teachers; "
-                f"must name one of {', '.join(teachers)}; use `teacher_number` of its name, or 0 "
-                "for none"
-            )
-        return shares
-
-    def log_scores(
-        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
-    ) -> tuple[Tensor, Carry | None]:
-        number_N = self.numbers(rows).to(stats.entropy_KN.device)
-        own_K = torch.tensor([teacher_number(name) for name in teachers], device=number_N.device)
-        score_KN = torch.zeros_like(stats.entropy_KN, dtype=torch.float64)
-        return score_KN.masked_fill(own_K[:, None] != number_N, -torch.inf), None
+from collegium.fusion.weighting import RowStats
+from collegium.types import Rows
 
 
 class RoutedReader:

@@ -1,4 +1,4 @@
-"""Weighting rules that are fitted, compare teachers, or read the label, and the table of all rules.
+"""Weighting rules without fitted options.
 
 Shapes: N rows (or one block of them), K teachers.
 """
@@ -6,7 +6,6 @@ Shapes: N rows (or one block of them), K teachers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -14,103 +13,178 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from collegium.fusion.isotonic import interpolate
-from collegium.fusion.routing import Route
-from collegium.fusion.weights import (
-    MIN_LOGP,
-    BestSingle,
+from collegium.fusion.weighting import (
     Carry,
-    Entropy,
-    Fixed,
-    PrefixLikelihood,
+    Conditions,
+    Fit,
     RowStats,
-    Uniform,
     Weighting,
     averaged,
-    check_sum_to_one,
     constant_scores,
 )
-from collegium.types import STRICT, Rows, domain_number
+from collegium.types import STRICT, Rows
+
+MIN_ENTROPY = 1e-6
+"""Floor in nats for the `inverse` form of `Entropy`. Teachers below it get equal weights."""
+MIN_LOGP = -1e4
+"""Floor of a label log-probability as evidence, so that a teacher that excluded it can recover."""
+NEGLIGIBLE_DECAY = 1e-20
+"""Decay factor below which an earlier row of a document has no effect in float64."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class DomainWeights(Weighting):
-    """One weight per teacher and domain of the document: a soft routing table."""
+class Uniform(Weighting):
+    """w_k = 1/K."""
 
-    weights: dict[str, dict[str, Annotated[float, Field(ge=0)]]]
-    """Domain -> weight by teacher name. The weights of a domain sum to 1."""
-    default: dict[str, Annotated[float, Field(ge=0)]]
-    """Weight by teacher name in domains that are not listed, and for rows without a domain."""
+    streams = True
 
-    @model_validator(mode="after")
-    def _sum_to_one(self) -> DomainWeights:
-        for table in (*self.weights.values(), self.default):
-            check_sum_to_one(table)
-        return self
+    @classmethod
+    def candidates(cls, conditions: Conditions) -> Sequence[Fit]:
+        return [cls().unchanged]
 
-    @property
-    def streams(self) -> bool:
-        return True
+    def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
+        return torch.zeros_like(stats.entropy_KN, dtype=torch.float64)
 
-    def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
-        return {("default",): self.default, **{("weights", d): t for d, t in self.weights.items()}}
 
-    def domain_names(self) -> Mapping[tuple[str, ...], Sequence[str]]:
-        return {("weights",): list(self.weights)}
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BestSingle(Weighting):
+    """All the weight on one teacher."""
+
+    streams = True
+    is_single = True
+
+    teacher: str
+    """Name of the only teacher with weight."""
+
+    @classmethod
+    def candidates(cls, conditions: Conditions) -> Sequence[Fit]:
+        return [cls(teacher=conditions.best_single).unchanged]
+
+    def teacher_fields(self) -> Mapping[tuple[str, ...], str]:
+        return {("teacher",): self.teacher}
 
     def excludes(self, teacher: str) -> bool:
-        return all(table[teacher] == 0.0 for table in (*self.weights.values(), self.default))
+        return teacher != self.teacher
 
-    def log_scores(
-        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
-    ) -> tuple[Tensor, Carry | None]:
-        score_KN = constant_scores([self.default[teacher] for teacher in teachers], stats)
-        if rows.domains is not None:
-            for domain, table in self.weights.items():
-                domain_score_KN = constant_scores([table[name] for name in teachers], stats)
-                is_here_N = rows.domains == domain_number(domain)
-                score_KN = torch.where(is_here_N, domain_score_KN, score_KN)
-        return score_KN, None
+    def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
+        return constant_scores([float(teacher == self.teacher) for teacher in teachers], stats)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CalibratedEntropy(Weighting):
-    """Entropy weights on a calibrated scale: w_k = softmax_k(-m_k(H_k) / tau), m_k increasing.
+class Entropy(Weighting):
+    """More weight for a teacher that is more certain: w_k decreases in its entropy H_k.
 
-    m_k maps a teacher's entropy to its mean NLL at that entropy on the calibration split, so
-    being certain and wrong no longer pays. Only the weights change, not the teachers'
-    distributions. Fit the maps with `fit_entropy_maps`.
+    softmax: w = softmax_k(-H_k / tau). inverse: w ~ 1 / H_k. complement: w ~ 1 - H_k / sum_j H_j.
+    Certainty is not correctness: an overconfident teacher wins under every form.
+
+    Source: arXiv 2507.15198 gives w decreasing in H. The exact forms are ours, `complement` is
+    that of entropy-based distillation (EBKD).
     """
 
-    maps: dict[str, list[list[float]]]
-    """Knots [entropy, NLL] by teacher name, in nats, both ascending, interpolated linearly."""
+    # With one teacher's logits scaled by 4, raw entropy weights gave a fused NLL of 7.55 nats.
+    # Uniform weights gave 5.47, and calibrated entropy weights 5.35 (docs/which-fusion.md).
+
+    form: Literal["softmax", "inverse", "complement"] = "softmax"
+    """Formula that maps entropies to weights."""
+    # NeMo-RL #2797: batch-level weights computed per data-parallel rank differed between ranks.
+    granularity: Literal["token", "sequence", "batch"] = "token"
+    """Rows to average the entropy over first: none, the row's document, or all rows of the batch.
+    `batch` makes the weights depend on the batching."""
     tau: Annotated[float, Field(gt=0)] = 1.0
-    """Difference in expected NLL, in nats, that changes the odds by a factor of e."""
+    """Entropy difference in nats that changes the odds by a factor of e, for `softmax` only."""
 
     @model_validator(mode="after")
-    def _maps_increase(self) -> CalibratedEntropy:
-        for name, knots in self.maps.items():
-            has_pairs = len(knots) > 0 and all(len(knot) == 2 for knot in knots)
-            if not has_pairs or any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise(knots)):
-                raise ValueError(
-                    f"maps: the knots of `{name}` must be pairs [entropy, NLL], both ascending; "
-                    "fit them again"
-                )
+    def _tau_has_effect(self) -> Entropy:
+        if self.form != "softmax" and self.tau != 1.0:
+            raise ValueError(
+                f"tau: got {self.tau:g} with form `{self.form}`; must be 1 unless the form is "
+                "`softmax`; leave it out"
+            )
         return self
 
     @property
-    def streams(self) -> bool:
-        return True
+    def streams(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.granularity == "token" and self.form != "complement"
 
-    def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
-        return {("maps",): self.maps}
+    @classmethod
+    def candidates(cls, conditions: Conditions) -> Sequence[Fit]:
+        rules = [cls(), cls(form="inverse"), cls(form="complement"), cls(granularity="sequence")]
+        return [rule.unchanged for rule in rules]
 
-    def log_scores(
-        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
+    def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
+        entropy_KN = averaged(stats.entropy_KN.double(), rows, self.granularity, stats.answered_KN)
+        if self.form == "softmax":
+            return -entropy_KN / self.tau
+        if self.form == "inverse":
+            return -entropy_KN.clamp(min=MIN_ENTROPY).log()
+        # One teacher holds all the entropy, so its complement is 0 and the log would be -inf.
+        if len(teachers) == 1:
+            return torch.zeros_like(entropy_KN)
+        share_KN = entropy_KN / entropy_KN.sum(0).clamp(min=MIN_ENTROPY)
+        return torch.log1p(-share_KN.clamp(max=1.0))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PrefixLikelihood(Weighting):
+    """Trust the teacher that predicted the document so far: tempered Bayesian model averaging.
+
+    w_k,t = softmax_k(eta * sum_{s<t} decay^(t-s) log P_k(y_s)) over the earlier rows s of the same
+    document, and uniform at its first row. Causal: a row's label never enters its own weight.
+    """
+
+    streams = True
+    # On specialists a memory of ten or more tokens gives 5.09 to 5.10 nats, one of two gives 5.52.
+    # A large eta selects one teacher and loses averaging: 2.66 nats for eta 1 and 2.53 for uniform
+    # weights in a toy with generalists.
+    eta: Annotated[float, Field(ge=0)] = 0.3
+    """Rate at which evidence becomes weight: 0 is uniform, large values select one teacher."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Decay factor of a row's evidence per row of age."""
+
+    @classmethod
+    def candidates(cls, conditions: Conditions) -> Sequence[Fit]:
+        # Decay 0.5 is too short: 5.52 nats, 5.09 to 5.10 with these (docs/results/fusion.md).
+        options = ((0.1, 0.95), (0.2, 0.95), (0.3, 0.9), (0.5, 0.9))
+        return [cls(eta=eta, decay=decay).unchanged for eta, decay in options]
+
+    def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
+        return self.stream(stats, rows, teachers, None)[0]
+
+    def stream(
+        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None
     ) -> tuple[Tensor, Carry | None]:
-        pairs = zip(stats.entropy_KN, teachers, strict=True)
-        expected_KN = torch.stack([interpolate(h_N, self.maps[name]) for h_N, name in pairs])
-        return -expected_KN / self.tau, None
+        documents_n = rows.documents
+        # `clamp` copies, so the in-place scan below does not touch the statistics.
+        evidence_Kn = stats.label_logp_KN.double().clamp(min=MIN_LOGP)
+        zero = evidence_Kn.new_zeros(())
+        if stats.answered_KN is not None:
+            # Evidence is comparable only at rows that every teacher answers.
+            evidence_Kn = torch.where(stats.answered_KN.all(0), evidence_Kn, zero)
+        carried_K = torch.zeros_like(evidence_Kn[:, 0])
+        if carry is not None:
+            continues = documents_n[0] == carry.document
+            carried_K = torch.where(continues, self.decay * carry.evidence_K, zero)
+            evidence_Kn[:, 0] += carried_K
+        self._decayed_scan_(evidence_Kn, documents_n)
+        score_Kn = torch.empty_like(evidence_Kn)
+        score_Kn[:, 0] = carried_K
+        is_same = documents_n[1:] == documents_n[:-1]
+        score_Kn[:, 1:] = torch.where(is_same, self.decay * evidence_Kn[:, :-1], zero)
+        # Cloned: a view would keep the evidence of the whole block alive.
+        return self.eta * score_Kn, Carry(evidence_Kn[:, -1].clone(), documents_n[-1].clone())
+
+    def _decayed_scan_(self, evidence_Kn: Tensor, documents_n: Tensor) -> None:
+        """C_t = x_t + decay * C_{t-1} within each document, in place, by log2(n) doublings."""
+        # Vectorized over rows. With decay 0.9 the loop ends after 9 doublings, whatever n is.
+        zero = evidence_Kn.new_zeros(())
+        distance = 1
+        while distance < evidence_Kn.shape[1] and self.decay**distance > NEGLIGIBLE_DECAY:
+            # A document's rows are contiguous, so equal ends mean one document in between.
+            # Select instead of multiplying by a mask: a NaN of another document must not leak.
+            is_same = documents_n[distance:] == documents_n[:-distance]
+            earlier_Kn = self.decay**distance * evidence_Kn[:, :-distance]
+            evidence_Kn[:, distance:] += torch.where(is_same, earlier_Kn, zero)
+            distance *= 2
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -122,22 +196,19 @@ class Consensus(Weighting):
     each head is applied three times instead of once.
     """
 
+    needs_consensus = True
+
     tau: Annotated[float, Field(gt=0)] = 0.3
     """Difference in divergence, in nats, that changes the odds by a factor of e."""
 
-    @property
-    def streams(self) -> bool:
-        return False
+    @classmethod
+    def candidates(cls, conditions: Conditions) -> Sequence[Fit]:
+        is_tried = conditions.is_extended and conditions.has_consensus
+        return [cls().unchanged] if is_tried else []
 
-    @property
-    def needs_consensus(self) -> bool:
-        return True
-
-    def log_scores(
-        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
-    ) -> tuple[Tensor, Carry | None]:
+    def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
         # Measured after the teachers' temperatures, like everything in `stats`.
-        return -stats.consensus_kl().double() / self.tau, None
+        return -stats.consensus_kl().double() / self.tau
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -152,31 +223,21 @@ class ConfidenceAware(Weighting):
     ICASSP 2022.
     """
 
+    uses_label = True
+
     # K = 5: one perfect teacher gets .2496 and the others .1876. The label leaks into the target:
     # 2.447 nats in a toy where the true distribution has 2.426.
     granularity: Literal["token", "sequence"] = "token"
     """Rows to average CE_k over first: none, or the row's document."""
 
-    @property
-    def streams(self) -> bool:
-        return False
-
-    @property
-    def uses_label(self) -> bool:
-        return True
-
-    def log_scores(
-        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
-    ) -> tuple[Tensor, Carry | None]:
-        ce_KN = averaged(_cross_entropy(stats), rows, self.granularity, stats.answered_KN)
-        if stats.answered_KN is not None:
-            # Without a share in either sum.
-            ce_KN = ce_KN.masked_fill(~stats.answered_KN, -torch.inf)
+    def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
+        # Without an answer, a teacher has no share in either sum.
+        ce_KN = _mean_ce(stats, rows, self.granularity, missing=-torch.inf)
         if len(ce_KN) == 1:
-            return torch.zeros_like(ce_KN), None
+            return torch.zeros_like(ce_KN)
         # 1 - softmax_k as the share of the others: exact where softmax_k rounds to 1.
         is_self_KK1 = torch.eye(len(ce_KN), dtype=torch.bool, device=ce_KN.device)[:, :, None]
-        return ce_KN.masked_fill(is_self_KK1, -torch.inf).logsumexp(1) - ce_KN.logsumexp(0), None
+        return ce_KN.masked_fill(is_self_KK1, -torch.inf).logsumexp(1) - ce_KN.logsumexp(0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -189,19 +250,11 @@ class MinCE(Weighting):
     Source: Wan et al., "Knowledge fusion of large language models", ICLR 2024.
     """
 
-    @property
-    def streams(self) -> bool:
-        return False
+    uses_label = True
 
-    @property
-    def uses_label(self) -> bool:
-        return True
-
-    def log_scores(
-        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
-    ) -> tuple[Tensor, Carry | None]:
-        ce_KN = _document_ce(stats, rows)
-        return torch.zeros_like(ce_KN).masked_fill(ce_KN > ce_KN.amin(0), -torch.inf), None
+    def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
+        ce_KN = _mean_ce(stats, rows, "sequence", missing=torch.inf)
+        return torch.zeros_like(ce_KN).masked_fill(ce_KN > ce_KN.amin(0), -torch.inf)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -215,121 +268,24 @@ class AvgCE(Weighting):
     `tau` is ours.
     """
 
+    uses_label = True
+
     # In FuseLLM's form, CEs of 2, 2.5 and 3 nats give weights of .35, .33 and .32.
     tau: Annotated[float, Field(gt=0)] | None = None
     """Nats per token that change the odds by a factor of e. None for FuseLLM's form."""
 
-    @property
-    def streams(self) -> bool:
-        return False
-
-    @property
-    def uses_label(self) -> bool:
-        return True
-
-    def log_scores(
-        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
-    ) -> tuple[Tensor, Carry | None]:
-        ce_KN = _document_ce(stats, rows)
-        return (torch.exp(-ce_KN) if self.tau is None else -ce_KN / self.tau), None
+    def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
+        ce_KN = _mean_ce(stats, rows, "sequence", missing=torch.inf)
+        return torch.exp(-ce_KN) if self.tau is None else -ce_KN / self.tau
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Gate(Weighting):
-    """A learned gate: w_k = softmax_k(a_k + b . f_k), with K + 4 parameters fitted by `fit_gate`.
-
-    f_k = [H_k, max_v log P_k(v), KL(P_k || Pbar), sum_{s<t} decay^(t-s) NLL_k(s)] in nats, each
-    centered over the teachers. Pbar is the mean of all teachers, and the sum runs over the
-    earlier rows of the document. Causal: a row's label never enters its own weight. Each head is
-    applied three times, or twice where b of the divergence is 0.
-    """
-
-    # On specialists: 5.08 nats, as with domain weights, but without domain labels.
-    offsets: dict[str, float]
-    """a_k by teacher name. Only their differences matter."""
-    entropy: float = 0.0
-    """b of the entropy."""
-    max_logp: float = 0.0
-    """b of the log-probability of the most likely token."""
-    consensus: float = 0.0
-    """b of the divergence from the mean of all teachers."""
-    prefix_nll: float = 0.0
-    """b of the decayed NLL of the document's earlier rows."""
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Decay factor of a row's NLL per row of age."""
-
-    @property
-    def streams(self) -> bool:
-        return False
-
-    @property
-    def needs_consensus(self) -> bool:
-        return self.consensus != 0.0
-
-    def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
-        return {("offsets",): self.offsets}
-
-    def log_scores(
-        self, stats: RowStats, rows: Rows, teachers: Sequence[str], carry: Carry | None = None
-    ) -> tuple[Tensor, Carry | None]:
-        feature_KNF = gate_features(
-            stats, rows, decay=self.decay, with_consensus=self.needs_consensus
-        )
-        b_F = feature_KNF.new_tensor([self.entropy, self.max_logp, self.consensus, self.prefix_nll])
-        a_K = feature_KNF.new_tensor([self.offsets[teacher] for teacher in teachers])
-        return feature_KNF @ b_F + a_K[:, None], None
-
-
-def gate_features(
-    stats: RowStats, rows: Rows, *, decay: float, with_consensus: bool = True
+def _mean_ce(
+    stats: RowStats, rows: Rows, granularity: Literal["token", "sequence"], *, missing: float
 ) -> Tensor:
-    """Compute the four features of `Gate`: (K, N, 4) float64 nats, centered over the teachers.
-
-    Without the consensus, its column is 0.
-
-    Raises:
-        ValueError: the statistics lack the divergence from the consensus.
-    """
-    # At eta 1 that rule scores the negative prefix NLL. It reads no teacher names.
-    prefix_KN, _ = PrefixLikelihood(eta=1.0, decay=decay).log_scores(stats, rows, [])
-    columns = (
-        stats.entropy_KN.double(),
-        stats.max_logp_KN.double(),
-        stats.consensus_kl().double() if with_consensus else torch.zeros_like(prefix_KN),
-        -prefix_KN,
-    )
-    feature_KNF = torch.stack(columns, dim=-1)
-    return feature_KNF - feature_KNF.mean(0)
-
-
-def _document_ce(stats: RowStats, rows: Rows) -> Tensor:
-    """(K, N) mean cross-entropy over the row's document; inf where the teacher does not answer."""
-    ce_KN = averaged(_cross_entropy(stats), rows, "sequence", stats.answered_KN)
+    """(K, N) float64 mean of -log P_k(label), at most `-MIN_LOGP`; `missing` without an answer."""
+    # Finite also for a label of probability 0: inf - inf in a softmax would be NaN.
+    ce_KN = -stats.label_logp_KN.double().clamp(min=MIN_LOGP)
+    ce_KN = averaged(ce_KN, rows, granularity, stats.answered_KN)
     if stats.answered_KN is None:
         return ce_KN
-    return ce_KN.masked_fill(~stats.answered_KN, torch.inf)
-
-
-def _cross_entropy(stats: RowStats) -> Tensor:
-    """Return (K, N) float64 -log P_k(label), at most `-MIN_LOGP`."""
-    # Finite also for a label of probability 0: inf - inf in a softmax would be NaN.
-    return -stats.label_logp_KN.double().clamp(min=MIN_LOGP)
-
-
-WEIGHTINGS: dict[str, type[Weighting]] = {
-    "uniform": Uniform,
-    "fixed": Fixed,
-    "domain_weights": DomainWeights,
-    "route": Route,
-    "best_single": BestSingle,
-    "entropy": Entropy,
-    "calibrated_entropy": CalibratedEntropy,
-    "consensus": Consensus,
-    "prefix_likelihood": PrefixLikelihood,
-    "gate": Gate,
-    # Baselines: with the label in the target, its NLL does not rank the teachers.
-    "ca_mkd": ConfidenceAware,
-    "min_ce": MinCE,
-    "avg_ce": AvgCE,
-}
-"""Name in a recipe -> option class."""
+    return ce_KN.masked_fill(~stats.answered_KN, missing)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from collegium.distributions import Answer, Capability, DenseRows, Teacher
+from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.routing import Route
 from collegium.types import Batch, Rows
 
 

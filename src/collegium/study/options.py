@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from collegium.decode import FAILED, decode, hints, shown
 from collegium.errors import RecipeError, nearest
-from collegium.fusion.rules import WEIGHTINGS
+from collegium.fusion.fitted import WEIGHTINGS
 from collegium.types import STRICT
 from collegium.yaml12 import read_yaml
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from collegium.evaluate.folds import balanced_folds
-from collegium.evaluate.weight_quality import (
+from collegium.preflight.folds import balanced_folds
+from collegium.preflight.weight_quality import (
     best_teacher_share,
     difference_interval,
     rank_correlation,

@@ -6,23 +6,25 @@ import json
 import math
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
 
 from collegium.data.windows import PackedDataset
 from collegium.errors import CollegiumError
-from collegium.evaluate import search as search_module
-from collegium.evaluate.advice import Findings, verdict_sentences
-from collegium.evaluate.folds import Fits
-from collegium.evaluate.preflight import PreflightResult, run_preflight
 from collegium.evaluate.scoring import FUSED, score_models, spread_windows
-from collegium.evaluate.search import Candidate, Search, choose
-from collegium.evaluate.sweeps import CalibrationSplit, pairwise_jsd, sweep_teachers
 from collegium.fusion.describe import describe
+from collegium.fusion.fitted import DomainWeights, Fixed, Route
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.rules import DomainWeights, Gate
-from collegium.fusion.weights import BestSingle, Fixed, PrefixLikelihood, Uniform
+from collegium.fusion.gate import Gate
+from collegium.fusion.rules import BestSingle, PrefixLikelihood, Uniform
+from collegium.fusion.weighting import Weighting
+from collegium.preflight import search as search_module
+from collegium.preflight.advice import Findings, findings_of, verdict_sentences
+from collegium.preflight.measure import run_preflight
+from collegium.preflight.search import Candidate, FoldedFusion, Search, choose
+from collegium.preflight.sweeps import CalibrationSplit, pairwise_jsd, sweep_teachers
 from collegium.recipe import decode_fusion
 from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
 from refusals import refused
@@ -47,9 +49,13 @@ def specialist(name: str, step: int, sharpness: float = 4.0) -> BigramTeacher:
 
 # The extended search takes seconds, so its tests share one run.
 @lru_cache(maxsize=1)
-def two_specialists() -> PreflightResult:
+def two_specialists() -> dict[str, Any]:
     teachers = [specialist("one", 1), specialist("five", 5)]
     return run_preflight(teachers, two_domains(), batch_size=8, extended=True)
+
+
+def chosen_fusion(report: dict) -> Fusion:
+    return decode_fusion(report["chosen"]["fusion"])
 
 
 def entry(report: dict, name: str) -> dict:
@@ -58,17 +64,15 @@ def entry(report: dict, name: str) -> dict:
 
 
 def test_specialists_get_domain_weights() -> None:
-    result = two_specialists()
-    weighting = result.fusion.weighting
+    report = two_specialists()
+    weighting = chosen_fusion(report).weighting
     assert isinstance(weighting, DomainWeights)
     assert weighting.weights["ones"]["one"] > 0.9
     assert weighting.weights["fives"]["five"] > 0.9
-    report = result.to_dict()
     assert (
         report["chosen"]["nll"] < entry(report, describe(Fusion(weighting=Uniform())))["nll"] - 0.1
     )
     assert report["chosen"]["nll"] < report["best_single"]["nll"] - 0.1
-    assert decode_fusion(report["chosen"]["fusion"]) == result.fusion
     names = [row["name"] for row in report["fusions"]]
     assert len(names) == len(set(names))
     assert [row["nll"] for row in report["fusions"]] == sorted(
@@ -77,7 +81,7 @@ def test_specialists_get_domain_weights() -> None:
 
 
 def test_a_route_is_measured_but_not_chosen() -> None:
-    report = two_specialists().to_dict()
+    report = two_specialists()
     first = report["fusions"][0]
     assert first["fusion"]["weighting"] == {
         "name": "route",
@@ -92,7 +96,7 @@ def test_a_route_is_measured_but_not_chosen() -> None:
 
 
 def test_every_extended_rule_is_tried_and_measured() -> None:
-    report = two_specialists().to_dict()
+    report = two_specialists()
     raw = {
         row["fusion"]["weighting"]["name"]: row
         for row in report["fusions"]
@@ -127,9 +131,9 @@ def test_without_domains_prefix_likelihood_finds_the_specialist() -> None:
     data = two_domains()
     documents = [data[i]["input_ids"].tolist() for i in range(len(data))]
     bare = id_dataset(documents, ["default"] * len(documents), max_length=25)
-    result = run_preflight([specialist("one", 1), specialist("five", 5)], bare, batch_size=8)
-    assert isinstance(result.fusion.weighting, (PrefixLikelihood, Gate))
-    names = {row["fusion"]["weighting"]["name"] for row in result.to_dict()["fusions"]}
+    report = run_preflight([specialist("one", 1), specialist("five", 5)], bare, batch_size=8)
+    assert isinstance(chosen_fusion(report).weighting, (PrefixLikelihood, Gate))
+    names = {row["fusion"]["weighting"]["name"] for row in report["fusions"]}
     assert "domain_weights" not in names
 
 
@@ -141,7 +145,7 @@ def test_fitted_rules_are_scored_on_unseen_documents() -> None:
     ]
     data = id_dataset(documents, ["all", "all"], max_length=120)
     teachers = [specialist("one", 1), specialist("five", 5)]
-    report = run_preflight(teachers, data, batch_size=2, extended=True).to_dict()
+    report = run_preflight(teachers, data, batch_size=2, extended=True)
     (fitted,) = [
         row
         for row in report["fusions"]
@@ -160,7 +164,7 @@ def test_fitted_rules_are_scored_on_unseen_documents() -> None:
 def test_every_calibration_is_tried() -> None:
     # Sharpness 9 claims 99.7 % where the text follows the step in about 71 % of the cases.
     teachers = [specialist("one", 1, 9.0), specialist("five", 5, 9.0)]
-    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_dict()
+    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True)
     tried = {(row["fusion"]["pool"], row["calibration"]) for row in report["fusions"]}
     calibrations = {"raw", "temperatures", "pooled", "temperatures+pooled"}
     assert tried == {
@@ -180,7 +184,7 @@ def search_of_two() -> tuple[list[BigramTeacher], Search, list[Candidate]]:
     windows = spread_windows(two_domains(), None)
     split = CalibrationSplit(two_domains(), windows, 8)
     scalars = sweep_teachers(teachers, split)
-    search = Search(teachers, scalars, split, best_single="five", candidates=None, extended=True)
+    search = Search(teachers, scalars, split, best_single="five", extended=True)
     return teachers, search, search.ranked()
 
 
@@ -194,7 +198,7 @@ def test_every_nll_is_that_of_its_fused_target() -> None:
             torch.from_numpy(
                 score_models([], teachers, fusion, two_domains(), batch_size=5)[FUSED].nll_N
             )
-            for fusion in tried.by_fold or (tried.fusion, tried.fusion)
+            for fusion in (tried.fusions.first, tried.fusions.second)
         ]
         nll_N = torch.where(search.is_second_N, parts[1], parts[0]).double()
         torch.testing.assert_close(tried.nll_N.double(), nll_N, rtol=1e-5, atol=1e-5)
@@ -203,24 +207,22 @@ def test_every_nll_is_that_of_its_fused_target() -> None:
 def test_each_fold_is_scored_under_the_fit_of_the_other() -> None:
     """The weights that score a fold are fitted on the other fold, the final ones on both."""
     _, search, ranked = search_of_two()
-    fitted = [c for c in ranked if c.by_fold is not None]
+    fitted = [c for c in ranked if c.fusions.first != c.fusions.second]
     assert {type(c.fusion.weighting) for c in fitted} >= {Fixed, Gate, DomainWeights}
     second = search.is_second_N
     assert second.any()
     assert not second.all()
-    first_half = Fits(search.scalars, ~second)
     fixed = [c for c in fitted if isinstance(c.fusion.weighting, Fixed)]
-    raw = next(c for c in fixed if c.calibration == "raw" and c.fusion.pool == "linear")
-    assert raw.by_fold is not None
-    assert raw.by_fold[1].weighting == first_half.constant_weights({})
-    assert raw.by_fold[0].weighting == Fits(search.scalars, second).constant_weights({})
-    assert raw.fusion.weighting == Fits(search.scalars, second | ~second).constant_weights({})
+    raw = next(c for c in fixed if c.calibration == "raw" and c.fusion.pool == "linear").fusions
+    assert raw.second.weighting == search.fits(~second).weighting(Fixed.fit, {})
+    assert raw.first.weighting == search.fits(second).weighting(Fixed.fit, {})
+    assert raw.final.weighting == search.fits(second | ~second).weighting(Fixed.fit, {})
 
 
 def test_teachers_are_measured_like_models() -> None:
     teachers = [specialist("one", 1), specialist("five", 5)]
     scored = score_models(teachers, [], None, two_domains(), batch_size=8)
-    report = two_specialists().to_dict()
+    report = two_specialists()
     assert list(report["teachers"]) == ["one", "five"]
     for name, figures in report["teachers"].items():
         expected = scored[name].to_dict()
@@ -233,7 +235,7 @@ def test_teachers_are_measured_like_models() -> None:
 
 
 def test_disagreement_matrices() -> None:
-    disagreement = two_specialists().to_dict()["disagreement"]
+    disagreement = two_specialists()["disagreement"]
     p = torch.softmax(bigram_logits(vocab_size=VOCAB, step=1, sharpness=4.0)[0].double(), 0)
     q = torch.softmax(bigram_logits(vocab_size=VOCAB, step=5, sharpness=4.0)[0].double(), 0)
     jsd = sum(
@@ -256,34 +258,42 @@ def test_divergence_is_bounded_and_symmetric() -> None:
 
 def test_an_overconfident_teacher_is_named() -> None:
     teachers = [specialist("one", 1), specialist("loud", 5, sharpness=14.0)]
-    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_dict()
+    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True)
     assert report["teachers"]["loud"]["overconfidence"] > 1.0
     assert report["teachers"]["loud"]["temperature"] > 1.5
     assert "overconfident: " in report["verdict"][1]
     assert "`loud` (NLL - H = " in report["verdict"][1]
 
 
+def findings(teachers: list[BigramTeacher], data: PackedDataset, weighting: Weighting) -> Findings:
+    """The figures behind the verdict, had preflight chosen this linear pool."""
+    split = CalibrationSplit(data, spread_windows(data, None), 50)
+    scalars = sweep_teachers(teachers, split)
+    metrics = {teacher.name: scalars.metrics(teacher.name) for teacher in teachers}
+    search = Search(teachers, scalars, split, best_single=teachers[0].name)
+    fusion = Fusion(weighting=weighting)
+    nll_N = scalars.tables.linear_nll(weighting, {})
+    candidate = Candidate(FoldedFusion(fusion, fusion, fusion), nll_N)
+    return findings_of(search, [candidate], candidate, metrics)
+
+
 def test_a_useless_teacher_is_named_and_one_twin_stays() -> None:
     noise = BigramTeacher("noise", torch.zeros(VOCAB, VOCAB))
     twins = [specialist("one", 1, 3.0), specialist("twin", 1, 3.0)]
     teachers = [*twins, specialist("five", 5, 3.0), noise]
-    fusion = Fusion(weighting=PrefixLikelihood(eta=0.5, decay=0.9))
-    report = run_preflight(teachers, two_domains(), batch_size=8, candidates=[fusion]).to_dict()
-    assert report["chosen"]["name"] == describe(fusion)
-    idle = report["verdict"][1].partition(";")[0]
-    assert "add nothing" in idle
-    assert "`noise`" in idle
+    measured = findings(teachers, two_domains(), PrefixLikelihood(eta=0.5, decay=0.9))
     # Without both twins their domain would be lost.
-    assert ("`one`" in idle) != ("`twin`" in idle)
-    assert "`five`" not in idle
-    assert sum(report["chosen"]["weights"].values()) == pytest.approx(1.0)
+    (twin,) = set(measured.idle_teachers) - {"noise"}
+    assert twin in ("one", "twin")
+    assert sum(measured.mean_weights.values()) == pytest.approx(1.0)
+    verdict = verdict_sentences(measured)[1]
+    assert "`noise` (weight " in verdict
+    assert f"`{twin}` (weight " in verdict
+    assert verdict.partition(";")[0].endswith(" add nothing")
 
 
-def test_the_specialist_of_a_rare_domain_is_not_idle(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_specialist_of_a_rare_domain_is_not_idle() -> None:
     """One document in a hundred gives it less than 2 % of the weight, yet needs it."""
-    monkeypatch.setattr(search_module, "FULL_TOKENS", 8192)  # reads all documents, the rare one too
     documents, domains = [], []
     for domain, step, number in (("ones", 1, 99), ("fives", 5, 1)):
         documents += walks(
@@ -291,36 +301,25 @@ def test_the_specialist_of_a_rare_domain_is_not_idle(
         )
         domains += [domain] * number
     data = id_dataset(documents, domains, max_length=65)
-    fusion = Fusion(weighting=PrefixLikelihood(eta=2.0, decay=1.0))
     teachers = [specialist("one", 1), specialist("five", 5)]
-    report = run_preflight(teachers, data, batch_size=50, candidates=[fusion]).to_dict()
-    assert report["chosen"]["name"] == describe(fusion)
-    assert report["chosen"]["weights"]["five"] < 0.02
-    assert report["verdict"][1].startswith("Every teacher adds something")
+    measured = findings(teachers, data, PrefixLikelihood(eta=2.0, decay=1.0))
+    assert measured.mean_weights["five"] < 0.02
+    assert measured.leave_one_out["five"] > 0.01
+    assert measured.idle_teachers == {}
+    assert verdict_sentences(measured)[1].startswith("Every teacher adds something")
 
 
 def test_a_single_teacher() -> None:
-    result = run_preflight([specialist("one", 1)], two_domains(), batch_size=8)
-    assert isinstance(result.fusion.weighting, BestSingle)
-    verdict = result.to_dict()["verdict"]
+    report = run_preflight([specialist("one", 1)], two_domains(), batch_size=8, extended=True)
+    assert {row["fusion"]["weighting"]["name"] for row in report["fusions"]} == {"best_single"}
+    verdict = report["verdict"]
     assert verdict[2] == "There is only one teacher, `one`, so there is nothing to fuse."
-
-
-def test_candidates_are_compared_unchanged() -> None:
-    fusion = Fusion(weighting=Uniform(), pool="log_linear", pooled_temperature=1.3)
-    teachers = [specialist("one", 1), specialist("five", 5)]
-    result = run_preflight(teachers, two_domains(), batch_size=8, candidates=[fusion, Fusion()])
-    names = {row["name"] for row in result.to_dict()["fusions"]}
-    baselines = [Fusion(weighting=Uniform()), Fusion(weighting=BestSingle(teacher="five"))]
-    best = result.to_dict()["best_single"]["teacher"]
-    baselines[1] = Fusion(weighting=BestSingle(teacher=best))
-    assert names == {describe(expected) for expected in (fusion, Fusion(), *baselines)}
 
 
 def test_the_report_is_deterministic_and_strict_json() -> None:
     teachers = [specialist("one", 1), specialist("five", 5)]
-    again = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_dict()
-    first = two_specialists().to_dict()
+    again = run_preflight(teachers, two_domains(), batch_size=8, extended=True)
+    first = two_specialists()
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
     text = json.dumps(first, allow_nan=False)
     assert json.loads(text) == first
@@ -331,7 +330,7 @@ def test_infinite_nll_is_null() -> None:
     sure = torch.full((VOCAB, VOCAB), -math.inf)
     sure.fill_diagonal_(0.0)
     teachers = [specialist("one", 1), BigramTeacher("sure", sure)]
-    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_dict()
+    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True)
     json.dumps(report, allow_nan=False)
     assert report["best_single"]["teacher"] == "one"
 
@@ -339,7 +338,7 @@ def test_infinite_nll_is_null() -> None:
 def test_whole_distributions_read_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_module, "FULL_TOKENS", 240)
     teachers = [specialist("one", 1), specialist("five", 5)]
-    report = run_preflight(teachers, two_domains(), batch_size=8, max_tokens=480).to_dict()
+    report = run_preflight(teachers, two_domains(), batch_size=8, max_tokens=480)
     assert report["num_tokens"] == 480
     assert {row["num_tokens"] for row in report["fusions"]} == {240}
     raw = entry(report, describe(Fusion(weighting=Uniform())))
@@ -351,14 +350,13 @@ def test_whole_distributions_read_fewer_tokens(monkeypatch: pytest.MonkeyPatch) 
 def test_scalars_and_sweeps_read_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A single teacher is the same target in both pools, one from scalars, one from a sweep."""
     monkeypatch.setattr(search_module, "FULL_TOKENS", 240)
+    monkeypatch.setattr(BestSingle, "is_single", False)
     teachers = [specialist("one", 1), specialist("five", 5)]
-    singles = [Fusion(weighting=BestSingle(teacher=t.name), pool="log_linear") for t in teachers]
-    report = run_preflight(teachers, two_domains(), batch_size=8, candidates=singles).to_dict()
-    best = report["best_single"]["teacher"]
+    report = run_preflight(teachers, two_domains(), batch_size=8)
     by_pool = {
         row["fusion"]["pool"]: row
         for row in report["fusions"]
-        if row["fusion"]["weighting"] == {"name": "best_single", "teacher": best}
+        if row["fusion"]["weighting"]["name"] == "best_single" and row["calibration"] == "raw"
     }
     assert by_pool["linear"]["nll"] == pytest.approx(by_pool["log_linear"]["nll"], rel=1e-6)
     assert by_pool["linear"]["domains"] == pytest.approx(by_pool["log_linear"]["domains"])
@@ -370,8 +368,9 @@ def test_no_teacher() -> None:
         run_preflight([], two_domains(), batch_size=8)
 
 
-def candidate(nll: float, **fusion: object) -> Candidate:
-    return Candidate(Fusion(weighting=Uniform(), **fusion), torch.tensor([nll]).double())  # type: ignore[arg-type]
+def candidate(nll: float, **options: Any) -> Candidate:
+    fusion = Fusion(**{"weighting": Uniform(), **options})
+    return Candidate(FoldedFusion(fusion, fusion, fusion), torch.tensor([nll]).double())
 
 
 def test_simpler_wins_a_tie() -> None:
@@ -383,6 +382,14 @@ def test_simpler_wins_a_tie() -> None:
     assert choose([pooled, candidate(2.01)]) is pooled
 
 
+def test_a_fitted_rule_counts_as_more_complex_and_a_route_is_the_last_choice() -> None:
+    plain, fitted = candidate(2.0015), candidate(2.0, weighting=Fixed(weights={"a": 1.0}))
+    route = candidate(1.0, weighting=Route(default="a"))
+    assert choose([route, fitted, plain]) is plain
+    assert choose([route, fitted]) is fitted
+    assert choose([route]) is route
+
+
 FINDINGS = Findings(
     fusion_name="uniform, linear",
     num_tokens=12345,
@@ -392,6 +399,7 @@ FINDINGS = Findings(
     best_single_nll=2.25,
     best_several_nll=2.0,
     mean_weights={"a": 0.6, "b": 0.39, "c": 0.01},
+    leave_one_out={},
     idle_teachers={},
     overconfidence={"a": 0.0, "b": 0.1, "c": 0.2},
 )
@@ -430,8 +438,8 @@ def test_verdict_against_several_teachers() -> None:
 
 def test_default_rules_have_no_fitted_parameters():
     teachers = [specialist("one", 1), specialist("five", 5)]
-    standard = run_preflight(teachers, two_domains(), batch_size=8).to_dict()
-    extended = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_dict()
+    standard = run_preflight(teachers, two_domains(), batch_size=8)
+    extended = run_preflight(teachers, two_domains(), batch_size=8, extended=True)
     names = [row["fusion"]["weighting"]["name"] for row in standard["fusions"]]
     assert set(names) == {"uniform", "best_single", "entropy", "prefix_likelihood"}
     more = {row["fusion"]["weighting"]["name"] for row in extended["fusions"]} - set(names)

@@ -10,21 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from collegium.fusion.fitted import WEIGHTINGS, Fixed, Route
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.routing import Route
-from collegium.fusion.rules import (
-    WEIGHTINGS,
-    MinCE,
-)
-from collegium.fusion.weights import (
-    BestSingle,
-    Carry,
-    Entropy,
-    Fixed,
-    PrefixLikelihood,
-    RowStats,
-    Uniform,
-)
+from collegium.fusion.rules import BestSingle, Entropy, MinCE, PrefixLikelihood, Uniform
+from collegium.fusion.weighting import Carry, RowStats
 from collegium.types import Rows
 from fusion_cases import NAMES, WEIGHTING_CASES, fused, make_rows, make_teachers
 from refusals import check_message
@@ -126,7 +115,7 @@ def test_lower_entropy_means_more_weight(seed, form, granularity, drop):
     surer_KN = stats.entropy_KN.clone()
     surer_KN[1] *= drop
     before, after = (
-        weighting.log_scores(RowStats(h, h, h), rows, NAMES)[0].softmax(0)
+        weighting.log_scores(RowStats(h, h, h), rows, NAMES).softmax(0)
         for h in (stats.entropy_KN, surer_KN)
     )
     assert (after[1] > before[1]).all()
@@ -140,7 +129,7 @@ def test_streaming_rules_can_be_cut_anywhere(seed, documents, weighting, cut):
         return
     stats = _stats(seed, len(documents))
     rows = make_rows(torch.zeros(len(documents), dtype=torch.long), documents)
-    whole, _ = weighting.log_scores(stats, rows, NAMES)
+    whole = weighting.log_scores(stats, rows, NAMES)
     for k, name in enumerate(NAMES):
         parts, carry = [], None
         for start in range(0, len(documents), cut):
@@ -148,7 +137,7 @@ def test_streaming_rules_can_be_cut_anywhere(seed, documents, weighting, cut):
             columns = (stats.entropy_KN, stats.label_logp_KN, stats.max_logp_KN)
             part = RowStats(*[column[k : k + 1, start:end] for column in columns])
             here = make_rows(rows.labels[start:end], documents[start:end])
-            score, carry = weighting.log_scores(part, here, [name], carry)
+            score, carry = weighting.stream(part, here, [name], carry)
             parts.append(score[0])
         torch.testing.assert_close(torch.cat(parts), whole[k], rtol=0, atol=1e-12)
 
@@ -159,7 +148,7 @@ def test_long_documents_equal_the_plain_recurrence(length):
     weighting = PrefixLikelihood(eta=0.5, decay=0.9)
     stats = _stats(1, length)
     rows = make_rows(torch.zeros(length, dtype=torch.long), [0] * length)
-    score_KN, _ = weighting.log_scores(stats, rows, NAMES)
+    score_KN = weighting.log_scores(stats, rows, NAMES)
     evidence = torch.zeros(K, dtype=torch.float64)
     for t in range(length):
         torch.testing.assert_close(score_KN[:, t], 0.5 * evidence, rtol=0, atol=1e-12)
@@ -225,7 +214,7 @@ def test_teacher_recovers_after_it_excluded_a_label():
     label_logp_KN[0, 0] = -torch.inf
     stats = RowStats(label_logp_KN, label_logp_KN, label_logp_KN)
     rows = make_rows(torch.zeros(200, dtype=torch.long), [0] * 200)
-    weights_KN = PrefixLikelihood().log_scores(stats, rows, NAMES[:2])[0].softmax(0)
+    weights_KN = PrefixLikelihood().log_scores(stats, rows, NAMES[:2]).softmax(0)
     assert weights_KN.isfinite().all()
     assert weights_KN[0, 1] < 1e-12
     assert weights_KN[0, -1] > 0.4
@@ -236,7 +225,7 @@ def test_certain_teachers_have_finite_scores():
     rows = make_rows(torch.zeros(2, dtype=torch.long), [0, 0])
     stats = RowStats(entropy_KN, entropy_KN, entropy_KN)
     for form in ("softmax", "inverse", "complement"):
-        weights = Entropy(form=form).log_scores(stats, rows, NAMES[:2])[0].softmax(0)
+        weights = Entropy(form=form).log_scores(stats, rows, NAMES[:2]).softmax(0)
         torch.testing.assert_close(weights[:, 0], torch.tensor([0.5, 0.5]).double())
         assert weights[0, 1] > 0.8
 
@@ -245,14 +234,14 @@ def test_certain_teachers_have_finite_scores():
 def test_single_teacher_has_a_finite_score(form):
     """Its complement of the total entropy is zero, and the logarithm would be infinite."""
     rows = make_rows(torch.zeros(4, dtype=torch.long), [0] * 4)
-    score_KN, _ = Entropy(form=form).log_scores(_stats(0, 4, 1), rows, NAMES[:1])
+    score_KN = Entropy(form=form).log_scores(_stats(0, 4, 1), rows, NAMES[:1])
     assert score_KN.isfinite().all()
 
 
 def test_eta_zero_is_uniform():
     stats = _stats(0, 4)
     rows = make_rows(torch.zeros(4, dtype=torch.long), [0] * 4)
-    score_KN, carry = PrefixLikelihood(eta=0.0).log_scores(stats, rows, NAMES)
+    score_KN, carry = PrefixLikelihood(eta=0.0).stream(stats, rows, NAMES, None)
     assert (score_KN == 0).all()
     assert isinstance(carry, Carry)
 
@@ -296,14 +285,13 @@ def test_inconsistent_options_are_refused(option_class, options, where):
 
 def test_weights_may_sum_to_one_up_to_rounding():
     weighting = Fixed(weights={"law": 0.3333, "medicine": 0.3333, "prose": 0.3333})
-    score_KN, _ = weighting.log_scores(_stats(0, 2), make_rows(torch.zeros(2), [0, 0]), NAMES)
+    score_KN = weighting.log_scores(_stats(0, 2), make_rows(torch.zeros(2), [0, 0]), NAMES)
     torch.testing.assert_close(score_KN.softmax(0), torch.full((K, 2), 1 / 3).double())
 
 
 def test_every_rule_is_in_the_table_under_its_name():
     assert {type(weighting) for weighting in WEIGHTING_CASES} == set(WEIGHTINGS.values())
     assert list(WEIGHTINGS) == [
-        "uniform", "fixed", "domain_weights", "route", "best_single", "entropy",
-        "calibrated_entropy", "consensus",
-        "prefix_likelihood", "gate", "ca_mkd", "min_ce", "avg_ce",
+        "uniform", "best_single", "entropy", "prefix_likelihood", "fixed", "calibrated_entropy",
+        "gate", "consensus", "domain_weights", "route", "ca_mkd", "min_ce", "avg_ce",
     ]  # fmt: skip

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collegium.fusion.fits import fit_em_weights
-from collegium.fusion.weights import RowStats
+from collegium.fusion.fitted import DIGITS, em_weights
 
 
 def rank_correlation(weights_KN: Tensor, nll_KN: Tensor) -> float | None:
@@ -57,10 +56,8 @@ def regret(nll_N: Tensor, label_logp_KN: Tensor) -> dict[str, float]:
         best teacher of that row.
     """
     logp_KN = label_logp_KN.double()
-    names = [str(k) for k in range(len(logp_KN))]
-    # EM reads only the label log-probabilities; the other two columns are placeholders.
-    best = fit_em_weights(RowStats(logp_KN, logp_KN, logp_KN), names).weights
-    weight_K = logp_KN.new_tensor(list(best.values()))
+    # As in a recipe, where weights are rounded and a weight of 0 excludes its teacher.
+    weight_K = logp_KN.new_tensor([round(w, DIGITS) for w in em_weights(logp_KN).tolist()])
     constant_N = -(weight_K.log()[:, None] + logp_KN).logsumexp(0) + weight_K.sum().log()
     nll = float(nll_N.mean())
     return {

@@ -17,9 +17,6 @@ from collegium.evaluate.scoring import FUSED, OnProgress, score_models
 from collegium.fusion.fuse import Fusion
 from collegium.types import Batch, Rows
 
-CALIBRATED_SUFFIX = " (calibrated)"
-"""Suffix of the calibrated row of a teacher."""
-
 
 def held_out_report(
     teachers: Sequence[Teacher],
@@ -43,9 +40,13 @@ def held_out_report(
     Raises:
         DataError: the split has no target tokens.
     """
-    # Raw and calibrated teachers share one pass over the data.
+    # Raw and calibrated teachers share one pass over the data, so all need different names.
+    names, suffix = [teacher.name for teacher in teachers], " (calibrated)"
+    while any(name + suffix in names for name in names):
+        suffix += "*"
     calibrated = [
-        _ScaledTeacher(teacher, temperatures[teacher.name] or 1.0) for teacher in teachers
+        _ScaledTeacher(teacher.name + suffix, teacher, temperatures[teacher.name] or 1.0)
+        for teacher in teachers
     ]
     scored = score_models(
         [*teachers, *calibrated],
@@ -83,16 +84,10 @@ def _figures(metrics: Metrics) -> dict[str, Any]:
 class _ScaledTeacher:
     """A teacher whose logits are divided by one temperature."""
 
+    name: str
     teacher: Teacher
     temperature: float
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return LIVE
-
-    @property
-    def name(self) -> str:
-        return f"{self.teacher.name}{CALIBRATED_SUFFIX}"
+    capabilities: Capabilities = LIVE
 
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
         outputs = self.teacher.score(batch, rows, taps)

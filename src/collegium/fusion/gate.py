@@ -1,0 +1,186 @@
+"""A learned gate: weights from the entropy, confidence, consensus and past errors of the teachers.
+
+Shapes: N rows, K teachers, F features, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from collegium.fusion.rules import PrefixLikelihood
+from collegium.fusion.weighting import CalibrationData, FittedWeighting, RowStats
+from collegium.types import STRICT, Rows
+
+DIGITS = 6
+"""Decimals of a fitted option."""
+MAX_STEPS = 100
+"""Newton steps of a fit."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Gate(FittedWeighting):
+    """A learned gate: w_k = softmax_k(a_k + b . f_k), with K + 4 fitted parameters.
+
+    f_k = [H_k, max_v log P_k(v), KL(P_k || Pbar), sum_{s<t} decay^(t-s) NLL_k(s)] in nats, each
+    centered over the teachers. Pbar is the mean of all teachers, and the sum runs over the
+    earlier rows of the document. Causal: a row's label never enters its own weight. Each head is
+    applied three times, or twice where b of the divergence is 0.
+    """
+
+    # On specialists: 5.08 nats, as with domain weights, but without domain labels.
+    offsets: dict[str, float]
+    """a_k by teacher name. Only their differences matter."""
+    entropy: float = 0.0
+    """b of the entropy."""
+    max_logp: float = 0.0
+    """b of the log-probability of the most likely token."""
+    consensus: float = 0.0
+    """b of the divergence from the mean of all teachers."""
+    prefix_nll: float = 0.0
+    """b of the decayed NLL of the document's earlier rows."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Decay factor of a row's NLL per row of age."""
+
+    @property
+    def needs_consensus(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.consensus != 0.0
+
+    def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
+        return {("offsets",): self.offsets}
+
+    def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
+        feature_KNF = gate_features(
+            stats, rows, decay=self.decay, with_consensus=self.needs_consensus
+        )
+        b_F = feature_KNF.new_tensor([self.entropy, self.max_logp, self.consensus, self.prefix_nll])
+        a_K = feature_KNF.new_tensor([self.offsets[teacher] for teacher in teachers])
+        return feature_KNF @ b_F + a_K[:, None]
+
+    @classmethod
+    def fit(cls, data: CalibrationData, *, decay: float = 0.9, ridge: float = 1e-3) -> Gate:
+        """Fit the gate: argmax mean_t log sum_k w_tk P_k(y_t) - ridge / 2 * |(a, s b)|^2.
+
+        w_tk = softmax_k(a_k + b . f_tk), and s_f is the spread of feature f, so the ridge treats
+        all features alike. With the posterior q_tk = w_tk P_k(y_t) / sum_j w_tj P_j(y_t), the
+        gradient in the score of teacher k is q_tk - w_tk. Newton's method from zero in float64 with
+        the Hessian E_q[xx'] - E_q[x]E_q[x]' - (E_w[xx'] - E_w[x]E_w[x]') and step halving. It is
+        deterministic, and never worse than uniform weights on these rows.
+
+        Args:
+            data: the raw teachers are read, since only they have a consensus. Without one it is
+                not a feature.
+            decay: decay factor of the prefix NLL.
+            ridge: pull towards uniform weights, per row.
+
+        Source: Jordan and Jacobs 1994, hierarchical mixtures of experts, with fixed experts.
+        """
+        stats, teachers = data.raw, data.teachers
+        feature_KNF = gate_features(
+            stats, data.rows, decay=decay, with_consensus=stats.consensus_kl_KN is not None
+        )
+        spread_F = feature_KNF.square().mean((0, 1)).sqrt()
+        # A constant feature gets scale 0, so its coefficient is exactly 0.
+        scale_F = torch.where(spread_F < 1e-9, 0.0, 1.0 / spread_F)
+        offset_KNK = torch.eye(len(teachers)).to(feature_KNF)[:, None]
+        offset_KNK = offset_KNK.expand(-1, len(data.rows), -1)
+        input_KNP = torch.cat([offset_KNK, feature_KNF * scale_F], dim=-1)
+        problem = _Problem(input_KNP, stats.label_logp_KN.double(), ridge)
+        theta_P = _ascend(problem)
+        b = (theta_P[len(teachers) :] * scale_F).tolist()
+        # Only differences of the offsets matter, so they are centered.
+        offset_K = theta_P[: len(teachers)] - theta_P[: len(teachers)].mean()
+        return cls(
+            offsets={n: round(a, DIGITS) for n, a in zip(teachers, offset_K.tolist(), strict=True)},
+            entropy=round(b[0], DIGITS),
+            max_logp=round(b[1], DIGITS),
+            consensus=round(b[2], DIGITS),
+            prefix_nll=round(b[3], DIGITS),
+            decay=decay,
+        )
+
+
+def gate_features(
+    stats: RowStats, rows: Rows, *, decay: float, with_consensus: bool = True
+) -> Tensor:
+    """Compute the four features of `Gate`: (K, N, 4) float64 nats, centered over the teachers.
+
+    Without the consensus, its column is 0.
+
+    Raises:
+        ValueError: the statistics lack the divergence from the consensus.
+    """
+    # At eta 1 that rule scores the negative prefix NLL. It reads no teacher names.
+    prefix_KN = PrefixLikelihood(eta=1.0, decay=decay).log_scores(stats, rows, [])
+    columns = (
+        stats.entropy_KN.double(),
+        stats.max_logp_KN.double(),
+        stats.consensus_kl().double() if with_consensus else torch.zeros_like(prefix_KN),
+        -prefix_KN,
+    )
+    feature_KNF = torch.stack(columns, dim=-1)
+    return feature_KNF - feature_KNF.mean(0)
+
+
+@plain_dataclass(frozen=True, slots=True)
+class _Problem:
+    """The penalized likelihood of a gate, its gradient and its Hessian, per row."""
+
+    input_KNP: Tensor
+    label_logp_KN: Tensor
+    ridge: float
+
+    def value(self, theta_P: Tensor) -> Tensor:
+        """Return the mean of log sum_k w_k P_k(y) minus the ridge."""
+        logw_KN = (self.input_KNP @ theta_P).log_softmax(0)
+        mean = (logw_KN + self.label_logp_KN).logsumexp(0).mean()
+        return mean - 0.5 * self.ridge * theta_P.square().sum()
+
+    def derivatives(self, theta_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradient (P,) and the concave and convex parts of the Hessian, (P, P) each."""
+        logw_KN = (self.input_KNP @ theta_P).log_softmax(0)
+        weight_KN = logw_KN.exp()
+        posterior_KN = (logw_KN + self.label_logp_KN).softmax(0)
+        difference_KN = posterior_KN - weight_KN
+        gradient_P = torch.einsum("kn,knp->p", difference_KN, self.input_KNP) / weight_KN.shape[1]
+        ridge_PP = self.ridge * torch.eye(len(theta_P)).to(theta_P)
+        concave_PP = -self._covariance(weight_KN) - ridge_PP
+        return gradient_P - self.ridge * theta_P, concave_PP, self._covariance(posterior_KN)
+
+    def _covariance(self, prob_KN: Tensor) -> Tensor:
+        """Covariance of the inputs over the teachers, averaged over the rows."""
+        x_KNP = self.input_KNP
+        second_PP = torch.einsum("kn,knp,knq->pq", prob_KN, x_KNP, x_KNP)
+        mean_NP = torch.einsum("kn,knp->np", prob_KN, x_KNP)
+        return (second_PP - mean_NP.T @ mean_NP) / prob_KN.shape[1]
+
+
+def _ascend(problem: _Problem) -> Tensor:
+    """Newton's method with step halving, until no halved step raises the value."""
+    theta_P = torch.zeros(problem.input_KNP.shape[-1], dtype=torch.float64)
+    value = problem.value(theta_P)
+    for _ in range(MAX_STEPS):
+        gradient_P, concave_PP, convex_PP = problem.derivatives(theta_P)
+        if gradient_P.abs().max() < 1e-9:
+            break
+        # The posterior's covariance is convex. Where it makes the Hessian indefinite, a Newton
+        # step need not ascend, so only the concave part is used.
+        curvature_PP = concave_PP + convex_PP
+        if torch.linalg.eigvalsh(curvature_PP).max() >= -1e-8:
+            curvature_PP = concave_PP
+        step_P = -torch.linalg.solve(curvature_PP, gradient_P)
+        for halving in range(40):
+            trial_P = theta_P + 0.5**halving * step_P
+            trial = problem.value(trial_P)
+            if trial > value:
+                theta_P, value = trial_P, trial
+                break
+        else:
+            break
+    return theta_P

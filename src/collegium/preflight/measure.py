@@ -1,0 +1,205 @@
+"""Measurement of the teachers on the calibration split, and the choice of a fusion.
+
+Shapes: N rows of the calibration split, K teachers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from collegium.data.pack import PackedDataset
+from collegium.distributions import Teacher
+from collegium.errors import CollegiumError
+from collegium.evaluate.metrics import Metrics, finite
+from collegium.evaluate.scoring import OnProgress, spread_windows, unique_scorers
+from collegium.fusion.calibration import TemperatureTables, calibration_error, fit_temperature
+from collegium.fusion.describe import describe, to_recipe
+from collegium.preflight.advice import findings_of, verdict_sentences
+from collegium.preflight.held_out import held_out_report
+from collegium.preflight.search import Candidate, Search, choose
+from collegium.preflight.sweeps import CalibrationSplit, sweep_teachers
+from collegium.preflight.weight_quality import (
+    best_teacher_share,
+    difference_interval,
+    rank_correlation,
+    regret,
+)
+
+
+def run_preflight(
+    teachers: Sequence[Teacher],
+    dataset: PackedDataset,
+    *,
+    batch_size: int,
+    max_tokens: int | None = None,
+    extended: bool = False,
+    held_out: PackedDataset | None = None,
+    progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Measure teachers and fusions on the calibration split, and choose the fusion of lowest NLL.
+
+    Every weighting is tried as a linear pool, from one sweep that keeps scalars only. A second
+    sweep tries the best rule of each class in every pool, raw and with temperatures, with and
+    without a pooled temperature. All fusions are ranked on the same tokens (about 4096 at most),
+    each token under weights and temperatures fitted on the other half of the text. Among fusions
+    within 0.002 nats of the best, the simplest wins: fewer fitted parts, then the linear pool.
+    The chosen fusion is then fitted on all documents.
+
+    Its NLL is slightly optimistic on the tokens that ranked it. `held_out`, on which nothing is
+    fitted or chosen, gives an unbiased value, and the calibration of all models by domain.
+
+    Teachers may also come from a per-teacher cache of the split. Only fusions that such a cache
+    supports are then compared, on all tokens: linear pools at the stored temperatures, without
+    rules that need whole distributions.
+
+    Args:
+        teachers: the frozen models, or all of them read from a cache.
+        dataset: the calibration split.
+        batch_size: windows per forward pass.
+        max_tokens: approximate number of target tokens to read, in windows spread over the split.
+            None reads all.
+        extended: also try fitted weights, the learned gate, the consensus rule and the power mean,
+            and measure the route by domain, which is never chosen over a fusion.
+        held_out: the validation split, of which about `max_tokens` are read.
+        progress: called with (batches done, all batches) of each sweep.
+
+    Returns:
+        The content of preflight.json: strict JSON, undefined numbers are None.
+
+    Raises:
+        CollegiumError: there is no teacher, or two teachers share a name.
+        DataError: the split has no target tokens.
+    """
+    started = time.perf_counter()
+    if not teachers:
+        raise CollegiumError(
+            "preflight: got no teacher; must be at least one; add one to `teachers`"
+        )
+    unique_scorers(teachers, ())
+    split = CalibrationSplit(dataset, spread_windows(dataset, max_tokens), batch_size, progress)
+    scalars = sweep_teachers(teachers, split)
+    metrics = {name: scalars.metrics(name) for name in scalars.tables.teachers}
+    best_single = min(metrics, key=lambda name: metrics[name].nll)
+    search = Search(teachers, scalars, split, best_single=best_single, extended=extended)
+    ranked = search.ranked()
+    chosen = choose(ranked)
+    report = preflight_record(search, ranked, chosen, metrics)
+    if held_out is not None:
+        report["held_out"] = held_out_report(
+            teachers,
+            chosen.fusion,
+            held_out,
+            temperatures={name: row["temperature"] for name, row in report["teachers"].items()},
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+    report["seconds"] = time.perf_counter() - started
+    return report
+
+
+def preflight_record(
+    search: Search,
+    ranked: Sequence[Candidate],
+    chosen: Candidate,
+    metrics: Mapping[str, Metrics],
+) -> dict[str, Any]:
+    """Return the content of preflight.json, without the held-out figures and the duration."""
+    findings = findings_of(search, ranked, chosen, metrics)
+    scalars = search.scalars
+    return {
+        "num_tokens": len(scalars.targets),
+        "seconds": None,
+        "teachers": {name: _teacher(scalars.tables, scored) for name, scored in metrics.items()},
+        "disagreement": {
+            "teachers": scalars.tables.teachers,
+            "jsd": scalars.jsd_KK.tolist(),
+            "top1": scalars.differs_KK.tolist(),
+        },
+        "fusions": [_fusion(candidate, chosen, search) for candidate in ranked],
+        "chosen": {
+            "name": describe(chosen.fusion),
+            "nll": finite(chosen.nll),
+            "fusion": to_recipe(chosen.fusion),
+            "weights": findings.mean_weights,
+            "leave_one_out": {
+                name: finite(value) for name, value in findings.leave_one_out.items()
+            },
+        },
+        "best_single": {
+            "teacher": findings.best_single,
+            "nll": finite(findings.best_single_nll),
+        },
+        "verdict": verdict_sentences(findings),
+    }
+
+
+def _teacher(tables: TemperatureTables, metrics: Metrics) -> dict[str, Any]:
+    ece, over, under = calibration_error(metrics.confidence_N, metrics.is_correct_N)
+    return {
+        "nll": finite(metrics.nll),
+        "perplexity": finite(metrics.perplexity),
+        "entropy": finite(metrics.entropy),
+        "ece": finite(ece),
+        "ece_over": finite(over),
+        "ece_under": finite(under),
+        "overconfidence": finite(metrics.overconfidence),
+        "temperature": finite(fit_temperature(tables, metrics.name)),
+        "top1": finite(metrics.top1),
+        "domains": {domain: row["nll"] for domain, row in metrics.by_domain().items()},
+    }
+
+
+def _fusion(candidate: Candidate, chosen: Candidate, search: Search) -> dict[str, Any]:
+    samples_N = torch.from_numpy(search.scalars.targets.samples_N)[search.is_shared_N]
+    interval = difference_interval(candidate.nll_N, torch.zeros_like(candidate.nll_N), samples_N)
+    to_chosen = difference_interval(candidate.nll_N, chosen.nll_N, samples_N)
+    return {
+        "name": describe(candidate.fusion),
+        "nll": finite(candidate.nll),
+        "num_tokens": len(candidate.nll_N),
+        "nll_all_tokens": finite(candidate.nll_all),
+        "fusion": to_recipe(candidate.fusion),
+        "calibration": candidate.calibration,
+        "is_chosen": candidate is chosen,
+        "interval": _edges(interval),
+        "interval_to_chosen": _edges(to_chosen),
+        **_weight_measures(candidate, search),
+        "domains": _domain_nll(candidate, search),
+    }
+
+
+def _edges(interval: tuple[float, float] | None) -> list[float | None] | None:
+    return None if interval is None else [finite(edge) for edge in interval]
+
+
+def _weight_measures(candidate: Candidate, search: Search) -> dict[str, Any]:
+    """Measure whether weights favor the right teacher, or None if scalars do not determine them."""
+    fusion = candidate.fusion
+    # The consensus is stored for the raw teachers only.
+    if fusion.weighting.needs_consensus and fusion.temperatures:
+        return {"rank_correlation": None, "best_teacher_share": None, "regret": None}
+    weights_KN = search.weights(candidate)
+    stats = search.scalars.tables.stats(fusion.temperatures)
+    label_logp_KN = stats.label_logp_KN[:, search.is_shared_N]
+    regrets = regret(candidate.nll_N, label_logp_KN)
+    return {
+        "rank_correlation": rank_correlation(weights_KN, -label_logp_KN),
+        "best_teacher_share": best_teacher_share(weights_KN, -label_logp_KN),
+        "regret": {name: finite(value) for name, value in regrets.items()},
+    }
+
+
+def _domain_nll(candidate: Candidate, search: Search) -> dict[str, float | None]:
+    targets = search.scalars.targets
+    domains_N = torch.from_numpy(targets.domains_N)[search.is_shared_N]
+    by_domain = {}
+    for index, domain in enumerate(targets.domains):
+        in_domain_N = domains_N == index
+        if in_domain_N.any():
+            by_domain[domain] = finite(float(candidate.nll_N[in_domain_N].mean()))
+    return by_domain
