@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collegium.fusion.fuse import Fusion
-    from collegium.pipeline import distill
     from collegium.recipe import Recipe, load_recipe
+    from collegium.run.pipeline import distill
     from collegium.teachers.local import LocalTeacher
     from collegium.train.objective import Objective, ObjectiveOptions
     from collegium.train.trainer import DistillTrainer
@@ -33,7 +33,7 @@ _HOMES = {
     "Objective": "collegium.train.objective",
     "ObjectiveOptions": "collegium.train.objective",
     "Recipe": "collegium.recipe",
-    "distill": "collegium.pipeline",
+    "distill": "collegium.run.pipeline",
     "load_recipe": "collegium.recipe",
 }
 """Where each public name lives; it is imported when it is first asked for."""

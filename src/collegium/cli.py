@@ -119,7 +119,7 @@ def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
 def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run all stages: check, preflight, train, evaluate, report. Skips finished stages."""
     loaded = _load(recipe, overrides)
-    from collegium import pipeline
+    from collegium.run import pipeline
 
     folder = pipeline.run(loaded)
     _print_results(folder / "results.json")
@@ -130,7 +130,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Check recipe, models, vocabularies, data and disk. Loads no model and writes nothing."""
     loaded = _load(recipe, overrides)
-    from collegium import pipeline
+    from collegium.run import pipeline
 
     result = pipeline.check(loaded)
     for line in result.lines:
@@ -149,8 +149,8 @@ def preflight(
 ) -> None:
     """Measure the teachers on held-out text and choose a fusion."""
     loaded = _load(recipe, overrides)
-    from collegium import pipeline
     from collegium.evaluate.table import preflight_tables
+    from collegium.run import pipeline
 
     measured = pipeline.preflight(loaded, apply_to=recipe if apply else None)
     _print(*preflight_tables(measured))
@@ -201,10 +201,13 @@ CacheFolder = Annotated[str, typer.Argument(metavar="PATH", help="Folder or URL 
 def cache_build(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Cache the teachers' outputs for the corpus. Resumes an interrupted build."""
     loaded = _load(recipe, overrides)
-    from collegium import pipeline
+    from collegium.cache.feature_store import read_feature_manifest
+    from collegium.cache.store import read_manifest
+    from collegium.run import pipeline
 
-    for folder, manifest in pipeline.cache(loaded):
-        if manifest is not None:
+    for folder in pipeline.cache(loaded):
+        manifest = read_manifest(folder) or read_feature_manifest(folder)
+        if manifest is not None:  # or other processes are still building
             _print_cache(folder, manifest)
 
 
@@ -266,7 +269,7 @@ def _print_cache(path: Path | str, manifest: Any) -> None:
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train the student. Resumes an interrupted run."""
     loaded = _load(recipe, overrides)
-    from collegium import pipeline
+    from collegium.run import pipeline
 
     typer.echo(f"student: {pipeline.train(loaded)}")
 
@@ -275,7 +278,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Evaluate the student against its teachers, the fused target and the controls."""
     loaded = _load(recipe, overrides)
-    from collegium import pipeline
+    from collegium.run import pipeline
 
     pipeline.evaluate(loaded)
     _print_results(loaded.output_dir / "results.json")
@@ -285,7 +288,7 @@ def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Write the report of a run as one HTML file."""
     loaded = _load(recipe, overrides)
-    from collegium import pipeline
+    from collegium.run import pipeline
 
     typer.echo(f"report: {pipeline.report(loaded)}")
 

@@ -31,8 +31,8 @@ from collegium.fusion.fitted import WEIGHTINGS
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
 from collegium.losses.divergences import DIVERGENCES
+from collegium.models.student import StudentOptions
 from collegium.overrides import apply_override
-from collegium.student import StudentOptions
 from collegium.teachers.local import TeacherOptions
 from collegium.train.objective import ObjectiveOptions
 from collegium.train.options import TrainOptions

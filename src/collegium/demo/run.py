@@ -15,7 +15,7 @@ from typing import Any
 
 from collegium.demo.corpora import CORPORA, cache_folder, write_corpus
 from collegium.errors import CollegiumError, RecipeError, nearest
-from collegium.run_folder import RunFolder
+from collegium.run.folder import RunFolder
 from collegium.storage.files import fingerprint, write_text
 
 HERE = Path(__file__).parent
@@ -104,8 +104,8 @@ def run_demo(
     Raises:
         CollegiumError: unknown control, or the folder cannot be used.
     """
-    from collegium import pipeline
     from collegium.recipe import load_recipe
+    from collegium.run import pipeline
 
     plan = QUICK if quick else FULL
     folder = output_dir or Path(plan.folder)
@@ -130,7 +130,7 @@ def run_demo(
 
 
 def _check_controls(names: Sequence[str]) -> None:
-    from collegium.variants import CONTROLS
+    from collegium.run.controls import CONTROLS
 
     for name in names:
         if name not in CONTROLS:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from collegium.run_folder import environment
+from collegium.run.folder import environment
 from collegium.storage.files import write_text
 from collegium.study.figures import correlations, draw_figures, measure_label
 from collegium.study.options import StudyOptions

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from collegium import pipeline
 from collegium.data.pack import PackedDataset
 from collegium.demo.run import FULL, Plan, prepare_text, write_teacher_recipe
 from collegium.recipe import load_recipe
-from collegium.run_folder import RunFolder
+from collegium.run import pipeline
+from collegium.run.folder import RunFolder
 from collegium.storage.files import fingerprint
 from collegium.study.options import ZooName
 from collegium.types import IGNORE, domain_number
@@ -85,14 +85,14 @@ def _train(
 def _train_contradicting(file: Path) -> None:
     """Train with plain cross-entropy, with the labels of one domain permuted."""
     # Imported here: loading the trainer takes longer than a whole `collegium check`.
+    from collegium.run.context import RunContext
     from collegium.train.objective import Objective
     from collegium.train.options import training_arguments
     from collegium.train.trainer import DistillTrainer
-    from collegium.workspace import Workspace
 
     recipe = load_recipe(file)
-    workspace = Workspace(recipe)
-    student = workspace.new_student()
+    context = RunContext(recipe)
+    student = context.new_student()
     folder = recipe.output_dir
     trainer = DistillTrainer(
         model=student,
@@ -103,10 +103,10 @@ def _train_contradicting(file: Path) -> None:
             on_cpu=student.device.type == "cpu",
         ),
         train_dataset=PermutedLabels(
-            workspace.datasets["train"], PERMUTED_DOMAIN, workspace.vocab_size, seed=recipe.seed
+            context.datasets["train"], PERMUTED_DOMAIN, context.vocab_size, seed=recipe.seed
         ),
         objective=Objective(recipe.objective, None),
-        processing_class=workspace.tokenizer,
+        processing_class=context.tokenizer,
     )
     trainer.train()
     trainer.save_student(folder / "student")

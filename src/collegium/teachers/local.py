@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_NAMES = 5
+WITHOUT_EFFECT = frozenset({"model", "tokenizer", "device", "offload", "trust_remote_code"})
+"""Teacher options that do not change its outputs; `model` is replaced by a digest."""
 
 
 @option_class(frozen=True, kw_only=True, config=STRICT)
@@ -28,9 +30,19 @@ class TeacherOptions(ModelOptions):
     """One teacher: a model of its own, with its own number type and device."""
 
     offload: bool = False
-    """Keep the teacher on the CPU between its turns; slower, but memory holds one teacher at a time."""
+    """Keep the teacher on the CPU between its turns: slower, but one teacher at a time on the GPU."""
     logit_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on its logits: makes a teacher more (above 1) or less confident than it is, for stress tests."""
+    """Factor on its logits: makes a teacher more (above 1) or less confident than it is, for stress
+    tests."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options that its outputs depend on; its weights are identified by digest."""
+        # By exclusion: a new option that is forgotten here makes caches stale, never wrong.
+        return {
+            one.name: getattr(self, one.name)
+            for one in fields(self)
+            if one.name not in WITHOUT_EFFECT
+        }
 
 
 @dataclass(frozen=True)
@@ -102,10 +114,21 @@ class LocalTeacher:
             ModelError: the model has no such tap, or too small a head.
         """
         home = batch.input_ids.device
+        hidden = self.hidden_rows(batch, rows, taps)
+        features = {tap: hidden_ND.to(home) for tap, hidden_ND in hidden.features.items()}
+        return Answer(self.name, readable_from(home, hidden), features)
+
+    @torch.no_grad()
+    def hidden_rows(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> HiddenRows:
+        """Run the body: the hidden states of the rows and the head, on the device of the model.
+
+        Raises:
+            TrainingError, ModelError: as `score`.
+        """
         self.model.eval()  # pinned: someone may have called train() on a parent module
         if self._is_offloaded:
             nn.Module.to(self.model, self._device)
-        found = _detached(
+        hidden = _detached(
             forward_rows(
                 self.model,
                 batch.to(self._device),
@@ -116,11 +139,8 @@ class LocalTeacher:
         )
         if self._is_offloaded:
             nn.Module.to(self.model, "cpu")
-        self._check_finite({"the last layer": found.hidden, **found.features}, rows)
-        features = {tap: hidden_ND.to(home) for tap, hidden_ND in found.features.items()}
-        found = replace(found, head=found.head.scaled(self._logit_scale))
-        distribution: Distribution = found if home == self._device else MovedRows(found, home)
-        return Answer(self.name, distribution, features)
+        self._check_finite({"the last layer": hidden.hidden, **hidden.features}, rows)
+        return replace(hidden, head=hidden.head.scaled(self._logit_scale))
 
     def _check_finite(self, states: Mapping[str, Tensor], rows: Rows) -> None:
         for place, hidden_ND in states.items():
@@ -135,6 +155,11 @@ class LocalTeacher:
                 f"{', '.join(map(str, samples[:MAX_NAMES]))}{more}); must be finite; "
                 f"try `dtype: float32` for this teacher"
             )
+
+
+def readable_from(device: torch.device, rows: HiddenRows) -> Distribution:
+    """Return the distributions with their logits on `device`, wherever the head is."""
+    return rows if rows.head.weight.device == device else MovedRows(rows, device)
 
 
 def _check_apart(name: str, model: nn.Module, student: nn.Module) -> None:

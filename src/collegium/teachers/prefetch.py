@@ -32,7 +32,7 @@ class Prefetcher(Generic[T]):
 
     def prefetch(self, batch: Batch) -> None:
         """Start to read; errors are raised by the call for this batch."""
-        key = _digest(batch)
+        key = batch_digest(batch)
         if key in self._pending:
             return
         self._pending[key] = self._pool.submit(self._read, batch)
@@ -41,7 +41,7 @@ class Prefetcher(Generic[T]):
 
     def __call__(self, batch: Batch) -> T:
         """The result for a batch, prefetched or not."""
-        future = self._pending.pop(_digest(batch), None)
+        future = self._pending.pop(batch_digest(batch), None)
         return (future or self._pool.submit(self._read, batch)).result()
 
 
@@ -74,7 +74,7 @@ class PrefetchingCollator:
         return inputs
 
 
-def _digest(batch: Batch) -> bytes:
+def batch_digest(batch: Batch) -> bytes:
     """A digest of everything that the keys of a batch depend on."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in (batch.input_ids, batch.position_ids, batch.labels, batch.sample_ids):

@@ -1,6 +1,6 @@
-"""What is looked at before anything expensive: files, models, vocabularies, data, disk. Nothing is written.
+"""Checks before anything expensive: files, models, vocabularies, data, disk. Nothing is written.
 
-Order: what costs least comes first. No model is made here but on the `meta` device; the files of weights are read last.
+The cheapest come first. Models are built on the meta device only, and weight files are read last.
 """
 
 from __future__ import annotations
@@ -32,43 +32,47 @@ from collegium.models import (
 from collegium.models.config import head_rows, load_config, position_limit
 from collegium.models.folder import ignored_settings, weights_size
 from collegium.models.loading import empty_model
+from collegium.models.student import check_student, student_config
 from collegium.recipe import Recipe, check_recipe
-from collegium.student import check_student, student_config
+from collegium.run.context import RunContext
 from collegium.train.checkpoint import require_valid_checkpoint
 from collegium.vocabulary.verdict import compare, require_compatible
-from collegium.workspace import Workspace
 
 
 @dataclass
 class CheckReport:
-    """What a check found out: plain lines, and what a user should think about."""
+    """Facts and warnings about a run that can work."""
 
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
-def check_run(workspace: Workspace, *, trains: bool = True) -> CheckReport:
-    """Check a whole run; several processes may only do what does not train.
+def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
+    """Check a run.
+
+    Args:
+        context: the run.
+        trains: False for a cache build, which several processes may share.
 
     Raises:
-        CollegiumError: it could not work; the message says what to do.
+        CollegiumError: the run could not work; the message gives the remedy.
     """
     report = CheckReport()
-    recipe = workspace.recipe
+    recipe = context.recipe
     check_recipe(recipe)
     _check_machine(recipe, trains=trains)
-    workspace.folder.check(workspace.values)
+    context.folder.check(context.values)
     for part, sources in recipe.data.sources.items():
         check_sources(sources, where=f"data.{part}")
     _check_models(recipe)
-    _check_vocabularies(workspace, report)
+    _check_vocabularies(context, report)
     _check_positions(recipe)
     _check_features(recipe)
-    _check_cache(workspace)
-    _check_checkpoints(workspace.folder.path)
+    _check_cache(context)
+    _check_checkpoints(context.folder.path)
     _check_distinct(recipe, report)
-    _check_datasets(workspace, report)
-    _check_routing(workspace, report)
+    _check_datasets(context, report)
+    _check_routing(context, report)
     _check_values(recipe, report)
     _note_disk(recipe.output_dir, report)
     return report
@@ -88,7 +92,7 @@ def _check_machine(recipe: Recipe, *, trains: bool) -> None:
 
 
 def _models(recipe: Recipe) -> dict[str, ModelOptions]:
-    """Every model that the run reads, by its place in the recipe; a fresh student is none."""
+    """Return the models that the run loads, by their path in the recipe."""
     models = {f"teachers.{name}": options for name, options in recipe.teachers.items()}
     found: dict[str, ModelOptions] = dict(models)
     if recipe.student.model is not None:
@@ -105,14 +109,14 @@ def _check_models(recipe: Recipe) -> None:
         check_weights(options, where=f"teachers.{name}")
 
 
-def _check_vocabularies(workspace: Workspace, report: CheckReport) -> None:
-    report.lines.append(f"vocabulary: {workspace.vocab_size:,} tokens")
-    for name, options in workspace.recipe.teachers.items():
+def _check_vocabularies(context: RunContext, report: CheckReport) -> None:
+    report.lines.append(f"vocabulary: {context.vocab_size:,} tokens")
+    for name, options in context.recipe.teachers.items():
         where = f"teachers.{name}"
         verdict = compare(
-            workspace.tokenizer,
+            context.tokenizer,
             load_tokenizer(options.tokenizer_path, revision=options.revision, where=where),
-            student_head_size=workspace.vocab_size,
+            student_head_size=context.vocab_size,
             teacher_head_size=head_rows(options, where=where),
             where=where,
         )
@@ -121,7 +125,7 @@ def _check_vocabularies(workspace: Workspace, report: CheckReport) -> None:
 
 
 def _check_positions(recipe: Recipe) -> None:
-    """A position that a model never saw is noise at best, and beyond its table at worst."""
+    """Check that no window is longer than the position range of a model."""
     limits = {
         f"teachers.{name}": position_limit(load_config(options, where=f"teachers.{name}"))
         for name, options in recipe.teachers.items()
@@ -136,7 +140,7 @@ def _check_positions(recipe: Recipe) -> None:
 
 
 def _check_features(recipe: Recipe) -> None:
-    """The hidden states that feature terms compare must exist."""
+    """Check that the hidden states in the pairs of the feature terms exist."""
     options = recipe.objective.features
     if options is None or recipe.student.trust_remote_code:
         return
@@ -149,11 +153,11 @@ def _check_features(recipe: Recipe) -> None:
             feature_map(options, taps, tap_names(empty_model(config, where)))
 
 
-def _check_cache(workspace: Workspace) -> None:
-    cache = workspace.recipe.cache
+def _check_cache(context: RunContext) -> None:
+    cache = context.recipe.cache
     if cache.enabled and cache.path is not None and cache.path.is_file():
         raise RecipeError(f"cache.path: got {cache.path}, which is a file; must be a folder")
-    size = workspace.vocab_size
+    size = context.vocab_size
     if cache.enabled and isinstance(cache.targets, TopK) and cache.targets.k > size:
         raise RecipeError(
             f"cache.targets.k: got {cache.targets.k}; must be at most {size}, the size of the vocabulary"
@@ -161,37 +165,37 @@ def _check_cache(workspace: Workspace) -> None:
 
 
 def _check_checkpoints(folder: Path) -> None:
-    """An unfinished training must have something sound to go on from."""
+    """Check that an unfinished training has an intact checkpoint."""
     for place in (folder / "train", *sorted(folder.glob("controls/*/train"))):
         if not (place / "summary.json").is_file():
             require_valid_checkpoint(place)
 
 
-def _check_datasets(workspace: Workspace, report: CheckReport) -> None:
-    options = workspace.recipe.train
-    for part, dataset in workspace.datasets.items():
+def _check_datasets(context: RunContext, report: CheckReport) -> None:
+    options = context.recipe.train
+    for part, dataset in context.datasets.items():
         report.lines.append(
             f"data.{part}: {len(dataset.sample_names):,} documents, {len(dataset):,} windows, "
             f"{dataset.num_target_tokens:,} target tokens"
         )
-    windows = len(workspace.datasets["train"])
+    windows = len(context.datasets["train"])
     needed = options.per_device_train_batch_size * options.gradient_accumulation_steps
     if windows < needed:
         raise DataError(
             f"data.train: {windows} windows, one optimizer step needs {needed}; give more text, or lower "
             "train.per_device_train_batch_size or train.gradient_accumulation_steps"
         )
-    epochs = workspace.num_steps * needed / windows
+    epochs = context.num_steps * needed / windows
     report.lines.append(
-        f"train: {workspace.num_steps:,} steps of {needed} windows, {epochs:.1f} epochs"
+        f"train: {context.num_steps:,} steps of {needed} windows, {epochs:.1f} epochs"
     )
 
 
-def _check_routing(workspace: Workspace, report: CheckReport) -> None:
-    """Domains that a weighting lists must occur in the data, and what names a teacher per row must be read."""
-    recipe = workspace.recipe
+def _check_routing(context: RunContext, report: CheckReport) -> None:
+    """Check that the domains of a weighting occur in the data, and that teacher columns are read."""
+    recipe = context.recipe
     weighting = recipe.fusion.weighting if isinstance(recipe.fusion, Fusion) else None
-    known = sorted({name for part in workspace.datasets.values() for name in part.domains})
+    known = sorted({name for part in context.datasets.values() for name in part.domains})
     listed = {} if weighting is None else weighting.domain_names()
     for path, names in listed.items():
         for name in names:
@@ -218,14 +222,14 @@ def _check_routing(workspace: Workspace, report: CheckReport) -> None:
 
 
 def _check_distinct(recipe: Recipe, report: CheckReport) -> None:
-    """The same weights under two names are one teacher with a double vote."""
+    """Check that no two teachers have the same weights: one teacher would be counted twice."""
     models = _models(recipe)
     sizes = {where: weights_size(options.model) for where, options in models.items()}
     count = Counter(sizes.values())
     seen: dict[str, str] = {}
     for where, options in models.items():
         if count[sizes[where]] == 1:
-            continue  # files of another size hold other weights; nothing need be read
+            continue  # other sizes mean other weights, so no file is read
         digest = weights_digest(options.model)
         key = digest if sizes[where] else f"{digest}@{options.revision}"
         other = seen.setdefault(key, where)

@@ -1,0 +1,1 @@
+"""A run: its folder, its checks, and the artifacts that its commands build."""

@@ -1,0 +1,76 @@
+"""Products of a run: each knows its inputs, builds itself once, and opens what it built."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from collegium.run.context import RunContext, free_memory
+from collegium.storage.files import fingerprint
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact(ABC, Generic[T_co]):
+    """One product of a run. `ensure` builds it, unless it exists with the same inputs."""
+
+    context: RunContext
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Its entry in stages.json."""
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """The file or folder that exists once it is built."""
+
+    @abstractmethod
+    def identity(self) -> Any:
+        """Everything it depends on, as plain data."""
+
+    def dependencies(self) -> Sequence[Artifact[Any]]:
+        """Return the artifacts that `build` opens."""
+        return ()
+
+    @abstractmethod
+    def build(self) -> None:
+        """Write it; an interrupted build resumes when called again."""
+
+    @abstractmethod
+    def open(self) -> T_co:
+        """Return the finished artifact."""
+
+    def is_done(self) -> bool:
+        """Return True if it was built from the same inputs."""
+        return self.context.folder.is_done(self.name, self.key) and self.path.exists()
+
+    @property
+    def key(self) -> str:
+        """Fingerprint of the identity."""
+        return fingerprint(self.identity())
+
+    def log(self) -> AbstractContextManager[None]:
+        """Record start, seconds and outcome in stages.json."""
+        return self.context.folder.stage(self.name, self.key)
+
+    def ensure(self) -> T_co:
+        """Build it and its dependencies where necessary, and open it.
+
+        Raises:
+            CollegiumError: an existing artifact has other inputs and cannot be replaced.
+        """
+        if not self.is_done():
+            # All of them are compared with their inputs before the first is built.
+            for missing in [one for one in self.dependencies() if not one.is_done()]:
+                missing.ensure()
+            with self.log():
+                self.build()
+            free_memory()
+        return self.open()

@@ -1,0 +1,202 @@
+"""Parts that the artifacts of one run share, each created on first use: data, tokenizer, models."""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from collegium.console import quiet_libraries
+from collegium.data.pack import PackedDataset, build_datasets
+from collegium.losses.features import feature_map
+from collegium.models import count_parameters, probe, tap_names, tap_width, vocab_size_of
+from collegium.models.config import load_config
+from collegium.models.folder import weights_digest
+from collegium.models.loading import empty_model
+from collegium.models.student import build_student, load_student_tokenizer, student_config
+from collegium.recipe import Recipe, dump_recipe, plain
+from collegium.run.folder import RunFolder
+from collegium.teachers.local import LocalTeacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SCRATCH = ".scratch"
+
+
+class RunContext:
+    """The parts of one run, and the owner of its teachers."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        quiet_libraries()
+        self.recipe = recipe
+        self.folder = RunFolder(Path(recipe.output_dir))
+        self.values: Mapping[str, Any] = plain(recipe)
+        """The resolved recipe as plain data."""
+        self._digests: dict[str, str] = {}
+        self._loaded: dict[str, LocalTeacher] = {}
+
+    @property
+    def recipe_text(self) -> str:
+        """The resolved recipe as YAML."""
+        return dump_recipe(self.recipe)
+
+    def inputs(self, *sections: str) -> dict[str, Any]:
+        """Return sections of the recipe with digests of the files behind them.
+
+        An artifact made from other weights, or other text under the same path, is not up to date.
+        """
+        return {name: [self.values[name], self._content(name)] for name in sections}
+
+    def _content(self, section: str) -> dict[str, str]:
+        if section == "data":
+            return {part: dataset.fingerprint for part, dataset in self.datasets.items()}
+        if section == "teachers":
+            return {name: self.digest(one.model) for name, one in self.recipe.teachers.items()}
+        model = self.recipe.student.model if section == "student" else None
+        return {} if model is None else {"student": self.digest(model)}
+
+    def digest(self, model: str) -> str:
+        """Return the SHA-256 of a model's weights, which are read once."""
+        if model not in self._digests:
+            self._digests[model] = weights_digest(model)
+        return self._digests[model]
+
+    def teacher_identity(self, name: str) -> dict[str, Any]:
+        """Return everything that the outputs of a teacher depend on."""
+        options = self.recipe.teachers[name]
+        return {"weights": self.digest(options.model), **options.identity()}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the student."""
+        return load_student_tokenizer(self.recipe.student, where="student")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """V: the largest token id + 1."""
+        return vocab_size_of(self.tokenizer)
+
+    @cached_property
+    def datasets(self) -> dict[str, PackedDataset]:
+        """`train`, `calibration` and `validation`, disjoint by document."""
+        return build_datasets(
+            self.recipe.data, self.tokenizer, where="data", teachers=list(self.recipe.teachers)
+        )
+
+    def teachers(self, names: Sequence[str]) -> list[LocalTeacher]:
+        """Load these teachers, keep those loaded before, and release all others."""
+        self._loaded = {name: one for name, one in self._loaded.items() if name in names}
+        free_memory()
+        for name in names:
+            if name not in self._loaded:
+                self._loaded[name] = self.load_teacher(name)
+        return [self._loaded[name] for name in names]
+
+    def take_teacher(self, name: str) -> LocalTeacher:
+        """Return one teacher that the caller owns: loaded before, or now."""
+        return self._loaded.pop(name, None) or self.load_teacher(name)
+
+    def load_teacher(self, name: str) -> LocalTeacher:
+        """Load and probe a teacher."""
+        where = f"teachers.{name}"
+        options = self.recipe.teachers[name]
+        teacher = LocalTeacher.load(name, options, vocab_size=self.vocab_size, where=where)
+        probe(teacher.model, vocab_size=self.vocab_size, where=where)
+        return teacher
+
+    def new_student(self) -> PreTrainedModel:
+        """Return the untrained student, probed: the same weights at every call."""
+        student = build_student(self.recipe.student, seed=self.recipe.seed, where="student")
+        probe(student, vocab_size=self.vocab_size, where="student")
+        return student
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield a temporary folder inside the run folder, deleted afterwards."""
+        path = self.folder.path / SCRATCH
+        shutil.rmtree(path, ignore_errors=True)  # of a killed process
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    @cached_property
+    def num_steps(self) -> int:
+        """Optimizer steps of the student."""
+        options = self.recipe.train
+        if options.max_steps > 0:
+            return options.max_steps
+        batch = options.per_device_train_batch_size * options.gradient_accumulation_steps
+        per_epoch = max(1, math.ceil(len(self.datasets["train"]) / batch))
+        return math.ceil(per_epoch * options.num_train_epochs)
+
+    @cached_property
+    def compute_ratio(self) -> float:
+        """Compute of a step with all teachers over that of a step without.
+
+        1 + sum_k 2 N_k / (6 N_S): a forward pass costs 2 operations per parameter and token, forward
+        and backward together 6 (arXiv 2001.08361, section 2.1).
+        """
+        teachers = sum(self.teacher_parameters.values())
+        return 1 + 2 * teachers / (6 * self.student_parameters)
+
+    @cached_property
+    def student_parameters(self) -> int:
+        """Number of parameters of the student."""
+        return count_parameters(self._empty_student)
+
+    @cached_property
+    def teacher_parameters(self) -> dict[str, int]:
+        """Number of parameters of each teacher, from its config."""
+        return {name: count_parameters(model) for name, model in self._empty_teachers.items()}
+
+    @cached_property
+    def kept_taps(self) -> dict[str, list[str]]:
+        """The hidden states that the cache stores of each teacher, by the feature terms' pairs."""
+        options, cache = self.recipe.objective.features, self.recipe.cache
+        if options is None or cache.features is None:
+            return {}
+        student_taps = tap_names(self._empty_student)
+        return {
+            name: sorted({tap for _, tap in feature_map(options, student_taps, list(widths))})
+            for name, widths in self.teacher_widths.items()
+            if options.teacher_weight(name) > 0
+        }
+
+    @cached_property
+    def teacher_widths(self) -> dict[str, dict[str, int]]:
+        """Width of each tap of each teacher, from its config."""
+        return {name: tap_widths(model) for name, model in self._empty_teachers.items()}
+
+    @cached_property
+    def _empty_teachers(self) -> dict[str, PreTrainedModel]:
+        models = {}
+        for name, options in self.recipe.teachers.items():
+            where = f"teachers.{name}"
+            models[name] = empty_model(load_config(options, where=where), where)
+        return models
+
+    @cached_property
+    def _empty_student(self) -> PreTrainedModel:
+        return empty_model(student_config(self.recipe.student, where="student"), "student")
+
+
+def tap_widths(model: PreTrainedModel) -> dict[str, int]:
+    """Return the width of each tap, in order of depth."""
+    return {tap: tap_width(model, tap) for tap in tap_names(model)}
+
+
+def free_memory() -> None:
+    """Release models that are no longer referenced."""
+    gc.collect()  # a trainer and its callbacks refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,142 @@
+"""The stages of a run as functions, one per command.
+
+    check ─▶ preflight ─▶ cache ─▶ train ─▶ evaluate (controls first) ─▶ report
+
+Each stage reads and writes only the run folder, is skipped if its artifacts exist with the same
+inputs, and resumes from its last checkpoint after an interruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from collegium.cache.processes import Ranks
+from collegium.errors import CollegiumError
+from collegium.recipe import Recipe, load_recipe, write_fusion
+from collegium.run.artifacts import ARTIFACTS, Report
+from collegium.run.caches import Cache
+from collegium.run.checks import CheckReport, check_run
+from collegium.run.context import RunContext
+
+
+def check(recipe: Recipe) -> CheckReport:
+    """Check recipe, data, models, vocabularies and disk. Cheap, and writes nothing.
+
+    Raises:
+        CollegiumError: the run could not work.
+    """
+    return check_run(RunContext(recipe))
+
+
+def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> dict[str, Any]:
+    """Measure teachers and fusions on the calibration split, without training.
+
+    Args:
+        recipe: the run.
+        apply_to: a recipe file whose `fusion` is replaced by the chosen one.
+
+    Returns: the content of preflight.json (docs/design/spine.md).
+    """
+    (measured,) = _ensure(recipe, "preflight")
+    if apply_to is not None:
+        write_fusion(apply_to, measured["chosen"]["fusion"])
+    return measured
+
+
+def cache(recipe: Recipe) -> list[Path]:
+    """Run the teachers over the corpus once and store their outputs; return the cache folders.
+
+    Every finished shard is verified, and a damaged one is built again. Started by a launcher, each
+    process builds its share.
+
+    Raises:
+        CollegiumError: there are no teachers, or a folder cannot be used.
+    """
+    ranks = Ranks.from_environment()
+    ranks.set_device()
+    if ranks.is_single:
+        with opened(recipe) as context:
+            return _build_caches(context)
+    context = RunContext(recipe)
+    check_run(context, trains=False)
+    if ranks.rank == 0:
+        context.folder.claim(context.values, context.recipe_text)
+    return _build_caches(context)
+
+
+def train(recipe: Recipe) -> Path:
+    """Train the student, without controls; return its Hugging Face folder."""
+    (student,) = _ensure(recipe, "train")
+    return student
+
+
+def evaluate(recipe: Recipe) -> list[dict[str, Any]]:
+    """Train the controls that the recipe lists, score every model, and write results.json."""
+    (rows,) = _ensure(recipe, "evaluate")
+    return rows
+
+
+def report(recipe: Recipe) -> Path:
+    """Write report.html from the run folder, whether or not its models still exist."""
+    return Report(RunContext(recipe)).ensure()
+
+
+def run(recipe: Recipe) -> Path:
+    """Run all stages in order; return the run folder."""
+    _ensure(recipe, "train", "evaluate", "report")
+    return recipe.output_dir
+
+
+def distill(recipe: Recipe | str | Path, *overrides: str) -> Path:
+    """Run a recipe, given as an object or as a file with `key=value` overrides.
+
+    Returns: the run folder.
+
+    Raises:
+        CollegiumError: the recipe, the data or a model cannot be used.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise CollegiumError(
+                "distill: overrides go with a recipe file; change the object instead"
+            )
+        return run(recipe)
+    return run(load_recipe(recipe, overrides))
+
+
+@contextmanager
+def opened(recipe: Recipe) -> Iterator[RunContext]:
+    """Check a run and lock its folder; a run that could not work writes nothing.
+
+    Raises:
+        CollegiumError: as `check`, or another process is running on the folder.
+    """
+    context = RunContext(recipe)
+    context.folder.check_free()
+    check_run(context)
+    with context.folder.lock():
+        context.folder.claim(context.values, context.recipe_text)
+        yield context
+
+
+def _ensure(recipe: Recipe, *stages: str) -> Sequence[Any]:
+    """Build the artifacts of stages; return those of the last, opened."""
+    contents: list[Any] = []
+    with opened(recipe) as context:
+        for stage in stages:
+            contents = [artifact.ensure() for artifact in ARTIFACTS[stage](context)]
+    return contents
+
+
+def _build_caches(context: RunContext) -> list[Path]:
+    built = [artifact for artifact in ARTIFACTS["cache"](context) if isinstance(artifact, Cache)]
+    # All folders are compared with the recipe before the first one is written.
+    for artifact in built:
+        artifact.is_done()
+    for artifact in built:
+        with artifact.log():
+            artifact.build()
+    return [artifact.path for artifact in built]

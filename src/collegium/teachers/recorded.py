@@ -1,0 +1,86 @@
+"""Hidden states of a live teacher, recorded to disk so that its body can be released.
+
+Evaluation and preflight read the same batches of several models. Recording one model after the
+other keeps a single body in memory; the replayed answers equal the live ones bit for bit.
+
+Shapes: N rows of a batch, D width.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from collegium.distributions import LIVE, Answer, HiddenRows, Teacher
+from collegium.errors import CollegiumError, DataError, ModelError
+from collegium.teachers.local import LocalTeacher, readable_from
+from collegium.teachers.prefetch import batch_digest
+from collegium.types import Batch, Head, Rows
+
+
+class RecordedTeacher:
+    """The recorded hidden states of a teacher, and its head."""
+
+    capabilities = LIVE
+
+    def __init__(self, name: str, folder: Path, head: Head) -> None:
+        """Replay what `record` wrote to `folder`."""
+        self.name = name
+        self._folder = folder
+        self._head = head
+
+    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
+        """Replay the answer to a recorded batch.
+
+        Raises:
+            ModelError: the batch was not recorded, or a hidden state other than the last is asked
+                for.
+        """
+        path = _file(self._folder, batch)
+        if taps or not path.is_file():
+            what = "hidden states of inner layers" if taps else "this batch"
+            raise ModelError(f"teacher {self.name}: {what} were not recorded; score it live")
+        device = self._head.weight.device
+        hidden_ND = load_file(path, device=str(device))["hidden"]
+        home = batch.input_ids.device
+        return Answer(self.name, readable_from(home, HiddenRows(hidden_ND, self._head)))
+
+
+def record(teacher: Teacher, batches: Iterable[tuple[Batch, Rows]], folder: Path) -> Teacher:
+    """Score batches once and write the final hidden states, (N, D) each, to `folder`.
+
+    The result keeps the head of the model in memory, and nothing else of it. A teacher without a
+    model in this process is returned as it is.
+
+    Raises:
+        CollegiumError: the disk is full.
+        DataError: there is no batch.
+        TrainingError: a hidden state is not finite.
+    """
+    if not isinstance(teacher, LocalTeacher):
+        return teacher
+    folder.mkdir(parents=True, exist_ok=True)
+    head = None
+    for batch, rows in batches:
+        hidden = teacher.hidden_rows(batch, rows)
+        num_bytes, free = hidden.hidden.nbytes, shutil.disk_usage(folder).free
+        if free < num_bytes:
+            raise CollegiumError(
+                f"{folder}: {free / 1e6:,.0f} MB free, and the next batch of {teacher.name} takes "
+                f"{num_bytes / 1e6:,.0f} MB; free some space, or lower max_tokens"
+            )
+        save_file({"hidden": hidden.hidden.contiguous()}, _file(folder, batch))
+        head = hidden.head
+    if head is None:
+        raise DataError(
+            f"teacher {teacher.name}: got no target token to score; must have at least one; use a "
+            "larger split"
+        )
+    return RecordedTeacher(teacher.name, folder, head)
+
+
+def _file(folder: Path, batch: Batch) -> Path:
+    return folder / f"{batch_digest(batch).hex()}.safetensors"
