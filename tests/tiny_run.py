@@ -25,7 +25,7 @@ student:
 teachers:
   scripture: {{model: {root}/scripture}}
   code: {{model: {root}/code}}
-data:
+{more}data:
   train:
     - {{path: {root}/scripture.jsonl}}
     - {{path: {root}/code.jsonl}}
@@ -41,15 +41,18 @@ evaluate: {{controls: [ce_only], batch_size: 4}}
 """
 
 
-def recipe_text(root: Path) -> str:
+def recipe_text(root: Path, teachers: int = 2) -> str:
     """Return a recipe for a folder filled by `write_zoo`."""
-    return _RECIPE.format(root=root, config=json.dumps(CONFIG))
+    more = "".join(f"  more{i}: {{model: {root}/more{i}}}\n" for i in range(2, teachers))
+    return _RECIPE.format(root=root, config=json.dumps(CONFIG), more=more)
 
 
-def write_zoo(root: Path) -> Path:
-    """Write both teachers and both corpora."""
+def write_zoo(root: Path, teachers: int = 2) -> Path:
+    """Write the teachers, with one tokenizer, and two corpora."""
     tiny.save_tiny(root / "scripture", seed=1)
     tiny.save_tiny(root / "code", seed=2, model_type="qwen3", head_dim=8)
+    for i in range(2, teachers):
+        tiny.save_tiny(root / f"more{i}", seed=1 + i)
     for domain, text in (("scripture", tiny.TEXT[0]), ("code", tiny.TEXT[2])):
         lines = [json.dumps({"text": f"{text} number {i}. " * 4}) for i in range(60)]
         (root / f"{domain}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -235,7 +235,7 @@ class Student(Artifact[Path]):
         opened = {cache: cache.open() for cache in self.dependencies()}
         teachers, targets = _cached_sources(opened, context.datasets["train"].sample_names)
         # A fused cache has no hidden states, so its students train without feature terms.
-        live = [] if opened else context.teachers(variant.teachers)
+        live = context.teachers(() if opened else variant.teachers)
         widths = {one.name: tap_widths(one.model) for one in live}
         hidden = [cache.teacher for cache in opened if isinstance(cache, HiddenCache)]
         widths |= {name: context.teacher_widths[name] for name in hidden}

@@ -1,0 +1,65 @@
+"""Recorded teachers give the answers of the live ones, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from collegium.errors import DataError, ModelError
+from collegium.teachers.local import WITHOUT_EFFECT, LocalTeacher, TeacherOptions
+from collegium.teachers.recorded import record
+from collegium.types import Batch
+from refusals import refused
+from tiny import tiny_model
+
+V = 90
+
+
+def make_batch(seed: int) -> Batch:
+    ids = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(seed))
+    position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], list(range(9))])
+    samples = torch.tensor([[7] * 4 + [8] * 5, [9] * 9])
+    return Batch(ids, position, ids.clone(), samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_recording_equals_the_live_teacher(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny_model(96, model_type="phi").to(dtype)
+    live = LocalTeacher("t", model, vocab_size=V, logit_scale=1.5)
+    batches = [make_batch(1), make_batch(2)]
+    recorded = record(live, [(batch, batch.rows()) for batch in batches], tmp_path)
+    assert recorded.name == "t"
+    for batch in reversed(batches):
+        rows = batch.rows()
+        expected = live.score(batch, rows).distribution.logits(slice(None))
+        assert torch.equal(recorded.score(batch, rows).distribution.logits(slice(None)), expected)
+
+
+def test_other_batches_and_inner_layers_are_refused(tmp_path: Path) -> None:
+    live = LocalTeacher("t", tiny_model(96), vocab_size=V)
+    batch, other = make_batch(1), make_batch(2)
+    recorded = record(live, [(batch, batch.rows())], tmp_path)
+    with refused(ModelError, "teacher t: "):
+        recorded.score(other, other.rows())
+    with refused(ModelError, "teacher t: "):
+        recorded.score(batch, batch.rows(), taps=["layer_0"])
+    changed = replace(batch, labels=batch.labels.roll(1, 1))
+    with refused(ModelError, "teacher t: "):
+        recorded.score(changed, changed.rows())
+
+
+def test_no_batch_is_refused(tmp_path: Path) -> None:
+    with refused(DataError, "teacher t: "):
+        record(LocalTeacher("t", tiny_model(96), vocab_size=V), [], tmp_path)
+
+
+def test_every_option_is_part_of_the_identity_or_named_as_without_effect() -> None:
+    options = TeacherOptions(model="a")
+    names = {one.name for one in fields(TeacherOptions)}
+    assert set(options.identity()) | WITHOUT_EFFECT == names
+    assert not set(options.identity()) & WITHOUT_EFFECT
+    assert TeacherOptions(model="a", logit_scale=2.0).identity() != options.identity()
+    assert TeacherOptions(model="b", device="cpu").identity() == options.identity()
