@@ -43,7 +43,7 @@ from collegium.demo.corpora import (
 )
 from collegium.distributions import LIVE, Answer
 from collegium.fusion.fuse import Fusion
-from collegium.run_folder import environment
+from collegium.run.folder import environment
 from collegium.teachers.encoders import CorpusEncoder, FusedEncoder, TeacherEncoder
 from collegium.teachers.local import LocalTeacher
 from collegium.types import Batch, Rows

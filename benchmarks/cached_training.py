@@ -39,7 +39,7 @@ from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Teacher
 from collegium.fusion.fuse import Fusion
-from collegium.run_folder import environment
+from collegium.run.folder import environment
 from collegium.teachers.cached import CachedTargets
 from collegium.teachers.encoders import FusedEncoder
 from collegium.teachers.local import LocalTeacher

@@ -17,9 +17,9 @@ MAX_SECONDS = 3
 LOADERS = (
     "collegium.models.loading.load_model",
     "collegium.teachers.local.load_model",
-    "collegium.student.load_model",
-    "collegium.student.build_model",
-    "collegium.workspace.build_student",
+    "collegium.models.student.load_model",
+    "collegium.models.student.build_model",
+    "collegium.run.context.build_student",
 )
 
 

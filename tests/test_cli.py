@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-import collegium
+import collegium.run
 from collegium.cli import app
 from collegium.errors import CollegiumError, DataError, Interrupted
 from collegium.recipe import Recipe, load_recipe, write_fusion
@@ -33,10 +33,10 @@ def recipe_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Replace `collegium.pipeline` by stages that the test defines."""
+    """Replace `collegium.run.pipeline` by stages that the test defines."""
     stand_in = SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "collegium.pipeline", stand_in)
-    monkeypatch.setattr(collegium, "pipeline", stand_in, raising=False)
+    monkeypatch.setitem(sys.modules, "collegium.run.pipeline", stand_in)
+    monkeypatch.setattr(collegium.run, "pipeline", stand_in, raising=False)
     return vars(stand_in)
 
 

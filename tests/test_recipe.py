@@ -21,6 +21,7 @@ from collegium.fusion.fuse import Fusion
 from collegium.fusion.gate import Gate
 from collegium.fusion.rules import Entropy, PrefixLikelihood
 from collegium.losses.divergences import DIVERGENCES, ForwardKL, SkewedForwardKL
+from collegium.models.student import StudentOptions
 from collegium.recipe import (
     Recipe,
     check_recipe,
@@ -31,7 +32,6 @@ from collegium.recipe import (
     recipe_hash,
     write_fusion,
 )
-from collegium.student import StudentOptions
 from collegium.teachers.local import TeacherOptions
 from collegium.train.objective import ObjectiveOptions
 from collegium.yaml12 import read_yaml, scalar

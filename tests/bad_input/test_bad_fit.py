@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bad_input_bench import Bench
-from collegium.checks import CheckReport, _check_distinct
 from collegium.errors import RecipeError
 from collegium.recipe import load_recipe
+from collegium.run.checks import CheckReport, _check_distinct
 from refusals import refused
 
 HERE = "teachers.code"

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from bad_input_bench import Bench
-from collegium import pipeline
 from collegium.recipe import load_recipe
-from collegium.run_folder import RunFolder
+from collegium.run import pipeline
+from collegium.run.folder import RunFolder
 from collegium.train import trainer
 from refusals import check_message
 from tiny_run import recipe_text
@@ -38,7 +38,7 @@ def resumed(bench: Bench, stopped: Path) -> None:
     shutil.copytree(stopped, OUT)
     recipe = RunFolder(OUT)
     (OUT / "recipe.json").unlink()
-    recipe.claim(pipeline.Workspace(load_recipe("run.yaml")).values, "")
+    recipe.claim(pipeline.RunContext(load_recipe("run.yaml")).values, "")
 
 
 @pytest.mark.parametrize("folder", ["zoo/code", "zoo/../zoo/scripture"])
@@ -111,7 +111,7 @@ def test_30_output_below_a_file(bench: Bench) -> None:
 def test_30_output_is_read_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = os.access
     monkeypatch.setattr(
-        "collegium.run_folder.os.access",
+        "collegium.run.folder.os.access",
         lambda path, mode: Path(path).absolute() != bench.root and allowed(path, mode),
     )
     bench.refused(f"output_dir: cannot write out ({bench.root} is read-only)")
@@ -215,7 +215,7 @@ def test_80_a_check_that_is_stopped(bench: Bench, monkeypatch: pytest.MonkeyPatc
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("collegium.checks.check_student", stop)
+    monkeypatch.setattr("collegium.run.checks.check_student", stop)
     result = bench.invoke("run", "run.yaml")
     check_message(result.stderr.removesuffix("\n"), "interrupted\n")
     assert (result.exit_code, OUT.exists()) == (130, False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from collegium.errors import CollegiumError, Interrupted, RecipeError
-from collegium.run_folder import RunFolder, last_row
+from collegium.run.folder import RunFolder, last_row
 from collegium.storage.files import read_json, write_json
 from refusals import refused
 
@@ -43,7 +43,7 @@ def test_an_output_dir_at_or_below_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_read_only_folder_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("collegium.run_folder.os.access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr("collegium.run.folder.os.access", lambda path, mode: path != tmp_path)
     with refused(CollegiumError, "output_dir: "):
         RunFolder(tmp_path / "deep" / "new").check_place()
 
@@ -107,7 +107,7 @@ def test_a_failed_stage_is_recorded(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock on Windows")
 def test_a_second_process_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from collegium.run_folder import RunFolder\n"
+        "import sys; from pathlib import Path; from collegium.run.folder import RunFolder\n"
         "with RunFolder(Path(sys.argv[1])).lock(): pass"
     )
     with RunFolder(tmp_path).lock():

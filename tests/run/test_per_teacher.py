@@ -10,10 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import tiny
-from collegium import pipeline
 from collegium.cache.codec import STEP, Samples
-from collegium.cache.store import open_cache
-from collegium.caching import reads_cache, teacher_path
 from collegium.cli import app
 from collegium.data.pack import Collator
 from collegium.distributions import NamedRows
@@ -24,14 +21,17 @@ from collegium.fusion.requirements import check, fusion_requirements
 from collegium.fusion.rules import Entropy, Uniform
 from collegium.preflight.measure import run_preflight
 from collegium.recipe import Recipe, decode_fusion, dump_recipe, load_recipe
+from collegium.run import pipeline
+from collegium.run.artifacts import Student
+from collegium.run.caches import TeacherCache
+from collegium.run.context import RunContext
+from collegium.run.controls import CONTROLS, Measured
 from collegium.storage.files import read_json
 from collegium.teachers.cached import BatchKeys, CachedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective, ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Batch
-from collegium.variants import control
-from collegium.workspace import Workspace
 from refusals import refused
 
 NAMES = ("scripture", "code", "law", "drama", "prose")
@@ -101,8 +101,8 @@ class Calls:
         monkeypatch.setattr(LocalTeacher, "score", score)
 
 
-def _batches(workspace: Workspace) -> list[Batch]:
-    dataset = workspace.datasets["train"]
+def _batches(context: RunContext) -> list[Batch]:
+    dataset = context.datasets["train"]
     starts = range(0, len(dataset), 4)
     windows = [range(at, min(at + 4, len(dataset))) for at in starts]
     return [Batch.from_inputs(Collator()([dict(dataset[w]) for w in part])) for part in windows]
@@ -121,12 +121,12 @@ def test_every_student_trains_from_one_cache(finished: Recipe) -> None:
         assert sum(weights.values()) == pytest.approx(1.0)
     uniform = json.loads((folder / "controls/uniform/train/log.jsonl").read_text().splitlines()[0])
     assert set(uniform["teacher_weights"].values()) == {0.5}
-    workspace = Workspace(finished)
+    context = RunContext(finished)
     for name in ("best_single", "uniform", "entropy"):
-        variant = control(name, finished, best_teacher="code", compute_ratio=2.0)
-        assert reads_cache(workspace, variant, Fusion)
-    ce = control("ce_only", finished, best_teacher="code", compute_ratio=2.0)
-    assert not reads_cache(workspace, ce, Fusion)
+        variant = CONTROLS[name](finished, Measured("code", 2.0))
+        assert Student(context, variant).dependencies()
+    ce = CONTROLS["ce_only"](finished, Measured("code", 2.0))
+    assert not Student(context, ce).dependencies()
 
 
 def test_training_from_the_cache_scores_with_no_teacher(
@@ -158,14 +158,16 @@ def test_only_an_added_teacher_reads_the_corpus(
 
 def test_stored_rows_match_the_live_teacher(finished: Recipe) -> None:
     """Levels agree within half a step, scalars within float16, at every kept temperature."""
-    workspace = Workspace(finished)
-    keys = BatchKeys(workspace.datasets["train"].sample_names)
+    context = RunContext(finished)
+    keys = BatchKeys(context.datasets["train"].sample_names)
     num_targets = 0
-    for name, live in zip(("scripture", "code"), workspace.teachers, strict=True):
-        cache = open_cache(teacher_path(workspace, name, "train"))
+    for name, live in zip(
+        ("scripture", "code"), context.teachers(list(context.recipe.teachers)), strict=True
+    ):
+        cache = TeacherCache(context, name, "train").open()
         assert cache.layout.targets == Samples(draws=24)
         teacher = CachedTeacher(name, cache, keys)
-        for batch in _batches(workspace):
+        for batch in _batches(context):
             rows = batch.rows()
             stored, everything = teacher.score(batch, rows).distribution, slice(0, len(rows))
             assert isinstance(stored, NamedRows)
@@ -183,7 +185,7 @@ def test_stored_rows_match_the_live_teacher(finished: Recipe) -> None:
                 for ours, true in zip(actual, expected, strict=True):
                     torch.testing.assert_close(ours, true, rtol=2**-9, atol=2**-9)
             num_targets += len(rows)
-    assert num_targets == 2 * workspace.datasets["train"].num_target_tokens
+    assert num_targets == 2 * context.datasets["train"].num_target_tokens
 
 
 def test_teachers_draw_independently_of_each_other(zoo: Path, tmp_path: Path) -> None:
@@ -197,15 +199,13 @@ def test_teachers_draw_independently_of_each_other(zoo: Path, tmp_path: Path) ->
         f"teachers.scripture.model={zoo}/code",
         f"teachers.code.model={tmp_path}/twin",
     )
-    workspace = Workspace(recipe)
-    from collegium.caching import _build_teacher
-
+    context = RunContext(recipe)
     for name in NAMES[:2]:
-        _build_teacher(workspace, name, "train")
-    keys = BatchKeys(workspace.datasets["train"].sample_names)
-    batch = _batches(workspace)[0]
+        TeacherCache(context, name, "train").ensure()
+    keys = BatchKeys(context.datasets["train"].sample_names)
+    batch = _batches(context)[0]
     first, second = (
-        CachedTeacher(n, open_cache(teacher_path(workspace, n, "train")), keys)
+        CachedTeacher(n, TeacherCache(context, n, "train").open(), keys)
         .score(batch, batch.rows()).distribution for n in NAMES[:2]
     )  # fmt: skip
     for named in (first, second):
@@ -236,21 +236,23 @@ def test_the_gradient_of_the_objective_is_close_to_that_of_live_teachers(
     """At the hidden states, for cached teachers and for a live one beside a cached one."""
     recipe = _recipe(zoo, tmp_path, f"cache.targets={targets}")
     pipeline.cache(recipe)
-    workspace = Workspace(recipe)
-    keys = BatchKeys(workspace.datasets["train"].sample_names)
-    stored = [
-        CachedTeacher(n, open_cache(teacher_path(workspace, n, "train")), keys) for n in NAMES[:2]
-    ]
-    batch = _batches(workspace)[0]
+    context = RunContext(recipe)
+    keys = BatchKeys(context.datasets["train"].sample_names)
+    stored = [CachedTeacher(n, TeacherCache(context, n, "train").open(), keys) for n in NAMES[:2]]
+    batch = _batches(context)[0]
     rows = batch.rows()
-    student = workspace.new_student()
+    student = context.new_student()
     from collegium.models import forward_rows
 
     for fusion in fusions:
         grads = []
-        for teachers in (workspace.teachers, stored, [workspace.teachers[0], stored[1]]):
+        for teachers in (
+            context.teachers(list(context.recipe.teachers)),
+            stored,
+            [context.teachers(list(context.recipe.teachers))[0], stored[1]],
+        ):
             objective = Objective(ObjectiveOptions(kd_ratio=0.9), fusion)
-            states = forward_rows(student, batch, rows, vocab_size=workspace.vocab_size)
+            states = forward_rows(student, batch, rows, vocab_size=context.vocab_size)
             answers = [t.score(batch, rows) for t in teachers]
             loss = row_losses(objective, states, answers, rows)
             grads.append(torch.autograd.grad(loss.total, states.hidden)[0].flatten())
@@ -336,7 +338,7 @@ def test_the_command_line_shows_and_verifies_every_folder(zoo: Path, tmp_path: P
     built = runner.invoke(app, ["cache", str(tmp_path / "recipe.yaml")])
     assert built.exit_code == 0, built.output
     assert built.stdout.count("bytes per target") == 4
-    assert "cache, code, train: " in built.stderr
+    assert "cache teachers/code/train: " in built.stderr
     folder = tmp_path / "run" / "cache"
     info = runner.invoke(app, ["cache", "info", str(folder)]).stdout
     assert info.count('"per_teacher"') == 4
@@ -354,7 +356,7 @@ def test_the_command_line_shows_and_verifies_every_folder(zoo: Path, tmp_path: P
     manifest = read_json(folder / "teachers/code/train/manifest.json")
     assert (
         manifest["num_targets"]
-        == Workspace(load_recipe(tmp_path / "recipe.yaml")).datasets["train"].num_target_tokens
+        == RunContext(load_recipe(tmp_path / "recipe.yaml")).datasets["train"].num_target_tokens
     )
 
 
@@ -366,10 +368,10 @@ def test_top_k_teachers_allow_logarithms(zoo: Path, tmp_path: Path, override: st
 
 
 def test_a_cached_teacher_without_hidden_states_refuses_taps(finished: Recipe) -> None:
-    workspace = Workspace(finished)
-    keys = BatchKeys(workspace.datasets["train"].sample_names)
-    stored = CachedTeacher("code", open_cache(teacher_path(workspace, "code", "train")), keys)
-    batch = _batches(workspace)[0]
+    context = RunContext(finished)
+    keys = BatchKeys(context.datasets["train"].sample_names)
+    stored = CachedTeacher("code", TeacherCache(context, "code", "train").open(), keys)
+    batch = _batches(context)[0]
     with refused(RecipeError, "objective.features: "):
         stored.score(batch, batch.rows(), ["layer_0"])
 
@@ -391,10 +393,10 @@ def test_preflight_reads_the_cache_and_chooses_a_fusion_it_supports(
     names = {row["fusion"]["weighting"]["name"] for row in report["fusions"]}
     assert ("gate" in names) == (candidates == "extended")
     assert "consensus" not in names
-    workspace = Workspace(recipe)
+    context = RunContext(recipe)
     live = run_preflight(
-        workspace.teachers,
-        workspace.datasets["calibration"],
+        context.teachers(list(context.recipe.teachers)),
+        context.datasets["calibration"],
         batch_size=4,
         max_tokens=200,
         extended=candidates == "extended",

@@ -16,16 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from collegium import pipeline
 from collegium.errors import TrainingError
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureOptions
 from collegium.models import count_parameters
 from collegium.recipe import Recipe, load_recipe
+from collegium.run import artifacts, pipeline
+from collegium.run.artifacts import Student
+from collegium.run.context import RunContext
+from collegium.run.controls import CONTROLS, Measured, main_variant
 from collegium.train import options as options_module
 from collegium.train.options import TrainOptions, training_arguments
-from collegium.variants import CONTROLS, control, main_variant
-from collegium.workspace import Workspace
 from refusals import refused
 
 CONTROL_NAMES = ["ce_only", "ce_only_equal_compute", "best_single"]
@@ -76,7 +77,7 @@ class Witness:
     """Observations of a run."""
 
     recipe: Recipe
-    workspace: Workspace
+    context: RunContext
     preflight_data: str
     evaluate_data: str
     trainers: dict[str, dict[str, Any]]
@@ -92,8 +93,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
     """Observe a complete run with three controls."""
     recipe = make_zoo(tmp_path_factory.mktemp("fair"))
     observed: dict[str, Any] = {"trainers": {}, "scored": {}}
-    real_preflight, real_score = pipeline.run_preflight, pipeline.score_models
-    real_trainer = Workspace.trainer
+    real_preflight, real_score = artifacts.run_preflight, artifacts.score_models
+    real_record, real_trainer = artifacts.record, Student.trainer
 
     def run_preflight(teachers: Any, dataset: Any, **named: Any) -> Any:
         observed["preflight_data"] = dataset.fingerprint
@@ -101,12 +102,15 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
 
     def score_models(models: Any, teachers: Any, fusion: Any, dataset: Any, **named: Any) -> Any:
         observed["evaluate_data"] = dataset.fingerprint
-        observed["scored"] = {model.name: state(model.model) for model in models}
         return real_score(models, teachers, fusion, dataset, **named)
 
-    def trainer(self: Workspace, variant: Any, folder: Path, **cached: Any) -> Any:
-        made = real_trainer(self, variant, folder, **cached)
-        observed["trainers"][variant.name] = {
+    def record(teacher: Any, batches: Any, folder: Path) -> Any:
+        observed["scored"][teacher.name] = state(teacher.model)
+        return real_record(teacher, batches, folder)
+
+    def trainer(self: Student, output_dir: Path) -> Any:
+        made = real_trainer(self, output_dir)
+        observed["trainers"][self.variant.name] = {
             "start": state(made.model),
             "data": made.train_dataset.fingerprint,
             "args": {**made.args.to_dict(), "output_dir": "", "logging_dir": ""},
@@ -116,16 +120,17 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "run_preflight", run_preflight)
-        patch.setattr(pipeline, "score_models", score_models)
-        patch.setattr(Workspace, "trainer", trainer)
+        patch.setattr(artifacts, "run_preflight", run_preflight)
+        patch.setattr(artifacts, "score_models", score_models)
+        patch.setattr(artifacts, "record", record)
+        patch.setattr(Student, "trainer", trainer)
         pipeline.run(recipe)
-    return Witness(recipe=recipe, workspace=Workspace(recipe), **observed)
+    return Witness(recipe=recipe, context=RunContext(recipe), **observed)
 
 
 def test_each_split_is_used_for_its_purpose(seen: Witness) -> None:
     """Fusions are chosen on calibration, students trained on train, results from validation."""
-    data = seen.workspace.datasets
+    data = seen.context.datasets
     assert len({dataset.fingerprint for dataset in data.values()}) == 3
     assert seen.preflight_data == data["calibration"].fingerprint
     assert seen.evaluate_data == data["validation"].fingerprint
@@ -147,11 +152,14 @@ def test_all_variants_start_from_the_same_weights_with_the_same_arguments(seen: 
 
 
 def test_equal_compute_counts_the_forward_passes_of_the_teachers(seen: Witness) -> None:
-    teachers = [count_parameters(teacher.model) for teacher in seen.workspace.teachers]
-    student = count_parameters(seen.workspace.new_student())
+    teachers = [
+        count_parameters(teacher.model)
+        for teacher in seen.context.teachers(list(seen.recipe.teachers))
+    ]
+    student = count_parameters(seen.context.new_student())
     ratio = 1 + sum(teachers) / (3 * student)
     assert ratio > 2
-    assert seen.workspace.compute_ratio == pytest.approx(ratio)
+    assert seen.context.compute_ratio == pytest.approx(ratio)
     assert seen.trainers["ce_only_equal_compute"]["args"]["max_steps"] == round(2 * ratio)
     rows = json.loads((seen.recipe.output_dir / "results.json").read_text())
     steps = {row["name"]: row["steps"] for row in rows if row["steps"] is not None}
@@ -181,13 +189,13 @@ def test_controls_on_labels_use_no_teacher_and_no_hidden_state(seen: Witness) ->
         objective=dataclasses.replace(seen.recipe.objective, features=FeatureOptions()),
     )
     for name in ("ce_only", "ce_only_equal_compute"):
-        made = control(name, recipe, best_teacher="code", compute_ratio=2.0)
+        made = CONTROLS[name](recipe, Measured("code", 2.0))
         assert made.objective == dataclasses.replace(recipe.objective, kd_ratio=0.0, features=None)
         assert made.fusion is None
         assert made.teachers == ()
         assert seen.trainers[name]["teachers"] == []
     for name in set(CONTROLS) - {"ce_only", "ce_only_equal_compute"}:
-        made = control(name, recipe, best_teacher="code", compute_ratio=2.0)
+        made = CONTROLS[name](recipe, Measured("code", 2.0))
         assert made.objective == main_variant(recipe, Fusion()).objective
 
 
@@ -196,18 +204,18 @@ def test_other_weights_under_the_same_path_are_another_run(seen: Witness, tmp_pa
     file = root / "code" / "model.safetensors"
     kept = tmp_path / "kept"
     shutil.copy(file, kept)
-    key = Workspace(seen.recipe).key("teachers")
-    assert key == Workspace(seen.recipe).key("teachers")
+    inputs = RunContext(seen.recipe).inputs("teachers")
+    assert inputs == RunContext(seen.recipe).inputs("teachers")
     try:
         weights = load_file(file)
         weights["lm_head.weight"] = weights["lm_head.weight"] * 1.5
         save_file(weights, file, metadata={"format": "pt"})
-        assert Workspace(seen.recipe).key("teachers") != key
+        assert RunContext(seen.recipe).inputs("teachers") != inputs
         with refused(TrainingError, "checkpoint-2: "):
             pipeline.run(seen.recipe)
     finally:
         shutil.copy(kept, file)
-    assert Workspace(seen.recipe).key("teachers") == key
+    assert RunContext(seen.recipe).inputs("teachers") == inputs
 
 
 def test_keys_cover_the_text_and_the_initial_weights_of_a_student(tmp_path: Path) -> None:
@@ -216,12 +224,12 @@ def test_keys_cover_the_text_and_the_initial_weights_of_a_student(tmp_path: Path
         recipe,
         student=dataclasses.replace(recipe.student, config=None, model=str(tmp_path / "code")),
     )
-    before = Workspace(recipe).key("data"), Workspace(trained).key("student")
-    assert before == (Workspace(recipe).key("data"), Workspace(trained).key("student"))
+    before = RunContext(recipe).inputs("data"), RunContext(trained).inputs("student")
+    assert before == (RunContext(recipe).inputs("data"), RunContext(trained).inputs("student"))
     with (tmp_path / "code.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"text": "one more document, " * 9}) + "\n")
     tiny.save_tiny(tmp_path / "code", seed=3, width=24, num_attention_heads=2)
-    after = Workspace(recipe).key("data"), Workspace(trained).key("student")
+    after = RunContext(recipe).inputs("data"), RunContext(trained).inputs("student")
     assert before[0] != after[0]
     assert before[1] != after[1]
 
@@ -242,9 +250,9 @@ def test_a_student_on_the_cpu_is_trained_there(
         values.append(on_cpu)
         return real(options, on_cpu=True, **named)
 
-    monkeypatch.setattr("collegium.workspace.training_arguments", arguments)
+    monkeypatch.setattr("collegium.run.artifacts.training_arguments", arguments)
     recipe = make_zoo(tmp_path)
     recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, device="cpu"))
-    workspace = Workspace(recipe)
-    workspace.trainer(main_variant(recipe, Fusion()), tmp_path / "train")
+    context = RunContext(recipe)
+    Student(context, main_variant(recipe, Fusion())).trainer(tmp_path / "train")
     assert values == [True]

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import collegium
-from collegium import pipeline
 from collegium.errors import (
     CollegiumError,
     DataError,
@@ -21,8 +20,9 @@ from collegium.errors import (
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, Uniform
 from collegium.recipe import Recipe, dump_recipe, load_recipe
+from collegium.run import artifacts, pipeline
+from collegium.run.controls import CONTROLS, Measured, main_variant
 from collegium.storage.files import read_json
-from collegium.variants import CONTROLS, control, main_variant
 from refusals import refused
 from tiny_run import recipe_text, write_zoo
 
@@ -86,8 +86,8 @@ def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.Mon
         raise AssertionError("ran again")
 
     for name in ("run_preflight", "score_models"):
-        monkeypatch.setattr(pipeline, name, refuse)
-    monkeypatch.setattr(pipeline.Workspace, "trainer", refuse)
+        monkeypatch.setattr(artifacts, name, refuse)
+    monkeypatch.setattr(artifacts.Student, "trainer", refuse)
     assert pipeline.run(load_recipe(finished / "recipe.yaml")) == finished
 
 
@@ -124,7 +124,7 @@ def test_plain_cross_entropy_needs_no_teacher(zoo: Path, tmp_path: Path) -> None
     run = pipeline.run(recipe)
     rows = json.loads((run / "results.json").read_text())
     assert [row["name"] for row in rows] == ["student (untouched)", "student (trained)"]
-    with refused(CollegiumError, "teachers: "):
+    with refused(RecipeError, "teachers: "):
         pipeline.preflight(recipe)
 
 
@@ -207,9 +207,7 @@ def test_non_finite_weights_stop_the_run_before_training(zoo: Path, tmp_path: Pa
 def test_controls_differ_from_the_student_in_one_thing(zoo: Path, tmp_path: Path) -> None:
     recipe = _recipe(zoo, tmp_path)
     main = main_variant(recipe, Fusion())
-    variants = {
-        name: control(name, recipe, best_teacher="code", compute_ratio=2.5) for name in CONTROLS
-    }
+    variants = {name: CONTROLS[name](recipe, Measured("code", 2.5)) for name in CONTROLS}
     assert (
         variants["ce_only"].objective.kd_ratio
         == variants["ce_only_equal_compute"].objective.kd_ratio

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from collegium.errors import ModelError
 from collegium.models import probe
-from collegium.student import (
+from collegium.models.student import (
     StudentOptions,
     build_student,
     check_student,

@@ -12,11 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 import tiny
-from collegium import pipeline
 from collegium.cache.codec import Samples, TopK
 from collegium.cache.options import CacheOptions
-from collegium.cache.store import open_cache
-from collegium.caching import cache_identity, cache_path, reads_cache
 from collegium.cli import app
 from collegium.data.pack import Collator
 from collegium.errors import CacheError, RecipeError
@@ -26,13 +23,16 @@ from collegium.fusion.requirements import FIXED_PER_ROW, check, fusion_requireme
 from collegium.fusion.rules import Entropy, PrefixLikelihood, Uniform
 from collegium.losses.features import FeatureOptions
 from collegium.recipe import Recipe, dump_recipe, load_recipe
+from collegium.run import pipeline
+from collegium.run.artifacts import Student
+from collegium.run.caches import FusedCache
+from collegium.run.context import RunContext
+from collegium.run.controls import CONTROLS, Measured, main_variant
 from collegium.storage.files import read_json
 from collegium.teachers import encoders
 from collegium.teachers.cached import CachedTargets, pieces_of
 from collegium.teachers.encoders import FusedEncoder, shard_windows
 from collegium.types import Batch, domain_number
-from collegium.variants import control, main_variant
-from collegium.workspace import Workspace
 from refusals import refused
 
 RECIPE = """
@@ -88,17 +88,17 @@ def built(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return recipe
 
 
-def _encoder(workspace: Workspace, options: CacheOptions) -> FusedEncoder:
+def _encoder(context: RunContext, options: CacheOptions) -> FusedEncoder:
     """Return an encoder of the training split under the fusion of the recipe."""
-    fusion = workspace.recipe.fusion
+    fusion = context.recipe.fusion
     assert isinstance(fusion, Fusion)
     return FusedEncoder(
-        lambda: workspace.teachers,
+        lambda: context.teachers(list(context.recipe.teachers)),
         fusion,
-        workspace.datasets["train"],
+        context.datasets["train"],
         options=options,
         seed=0,
-        vocab_size=workspace.vocab_size,
+        vocab_size=context.vocab_size,
     )
 
 
@@ -106,10 +106,10 @@ def _encoder(workspace: Workspace, options: CacheOptions) -> FusedEncoder:
 def test_a_cached_target_equals_the_live_one_in_any_order_of_windows(
     built: Recipe, order: str
 ) -> None:
-    workspace = Workspace(built)
-    dataset = workspace.datasets["train"]
+    context = RunContext(built)
+    dataset = context.datasets["train"]
     assert isinstance(built.fusion, Fusion)
-    cache = open_cache(cache_path(workspace), cache_identity(workspace, built.fusion))
+    cache = FusedCache(context, built.fusion).open()
     targets = CachedTargets(cache, dataset.sample_names)
     windows = list(range(len(dataset)))
     if order == "shuffled":
@@ -121,7 +121,11 @@ def test_a_cached_target_equals_the_live_one_in_any_order_of_windows(
         )
         rows = batch.rows()
         cached = targets.target(batch, rows).rows
-        live = fuse(built.fusion, [t.score(batch, rows) for t in workspace.teachers], rows)
+        live = fuse(
+            built.fusion,
+            [t.score(batch, rows) for t in context.teachers(list(context.recipe.teachers))],
+            rows,
+        )
         dense = live.block(slice(0, len(rows))).logp()
         torch.testing.assert_close(
             cached.logits(slice(0, len(rows))).exp(), dense.exp(), atol=1e-4, rtol=2 / 64
@@ -138,10 +142,10 @@ def test_a_cached_route_equals_the_live_one(zoo: Path, tmp_path: Path) -> None:
         "fusion={weighting: {name: route, default: scripture, domains: {chat: code}}}",
     )
     pipeline.cache(recipe)
-    workspace = Workspace(recipe)
-    dataset = workspace.datasets["train"]
+    context = RunContext(recipe)
+    dataset = context.datasets["train"]
     assert isinstance(recipe.fusion, Fusion)
-    cache = open_cache(cache_path(workspace), cache_identity(workspace, recipe.fusion))
+    cache = FusedCache(context, recipe.fusion).open()
     targets = CachedTargets(cache, dataset.sample_names)
     batch = Batch.from_inputs(Collator()([dict(dataset[w]) for w in range(len(dataset))]))
     rows = batch.rows()
@@ -150,7 +154,7 @@ def test_a_cached_route_equals_the_live_one(zoo: Path, tmp_path: Path) -> None:
     cached = targets.target(batch, rows).rows.logits(block).exp()
     is_chat = rows.domains == domain_number("chat")
     assert 0 < is_chat.sum() < len(rows)
-    for live in workspace.teachers:
+    for live in context.teachers(list(context.recipe.teachers)):
         expected = live.score(batch, rows).distribution.logits(block).softmax(-1)
         routed = is_chat if live.name == "code" else ~is_chat
         torch.testing.assert_close(cached[routed], expected[routed], atol=1e-4, rtol=2 / 64)
@@ -158,9 +162,9 @@ def test_a_cached_route_equals_the_live_one(zoo: Path, tmp_path: Path) -> None:
 
 def test_offsets_name_every_target_of_a_document_once(built: Recipe) -> None:
     """No two rows share the randomness of their draws, and every piece has its offset."""
-    workspace = Workspace(built)
-    dataset = workspace.datasets["train"]
-    encoder = _encoder(workspace, CacheOptions(batch_size=5))
+    context = RunContext(built)
+    dataset = context.datasets["train"]
+    encoder = _encoder(context, CacheOptions(batch_size=5))
     positions: set[tuple[int, int]] = set()
     num_targets = 0
     for shard in range(len(encoder.shard_targets)):
@@ -180,11 +184,11 @@ def test_shards_are_cut_by_their_number_of_targets(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_batch_size_changes_almost_no_draw(built: Recipe) -> None:
-    workspace = Workspace(built)
+    context = RunContext(built)
     draws = []
     for batch_size in (1, 7):
         options = CacheOptions(batch_size=batch_size, targets=Samples(draws=16))
-        encoder = _encoder(workspace, options)
+        encoder = _encoder(context, options)
         pieces = {p.key: p.rows.ids.tolist() for p in encoder.encode(0)}
         draws.append(pieces)
     assert draws[0].keys() == draws[1].keys()
@@ -193,10 +197,10 @@ def test_the_batch_size_changes_almost_no_draw(built: Recipe) -> None:
 
 
 def test_an_estimate_from_all_windows_is_exact(built: Recipe) -> None:
-    workspace = Workspace(built)
-    dataset = workspace.datasets["train"]
+    context = RunContext(built)
+    dataset = context.datasets["train"]
     options = CacheOptions(batch_size=len(dataset), targets=Samples(draws=16))
-    encoder = _encoder(workspace, options)
+    encoder = _encoder(context, options)
     num_entries = sum(len(piece.rows.ids) for piece in encoder.encode(0))
     assert encoder.sample_entries() == pytest.approx(num_entries / dataset.num_target_tokens)
 
@@ -243,10 +247,10 @@ def test_training_from_a_cache_loads_no_teacher(
     recipe = _recipe(zoo, tmp_path)
     pipeline.cache(recipe)
 
-    def refuse(self: Workspace) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("a teacher was loaded")
 
-    monkeypatch.setattr(Workspace, "teachers", property(refuse))
+    monkeypatch.setattr(RunContext, "load_teacher", refuse)
     pipeline.cache(recipe)
     assert pipeline.train(recipe).is_dir()
 
@@ -272,15 +276,15 @@ def test_a_stale_cache_is_refused_with_the_fields(
 
 
 def test_only_students_with_the_same_target_read_the_cache(built: Recipe) -> None:
-    workspace = Workspace(built)
+    context = RunContext(built)
     assert isinstance(built.fusion, Fusion)
     variants = {"student": main_variant(built, built.fusion)}
     names = ("ce_only", "best_single", "uniform", "entropy")
-    variants |= {n: control(n, built, best_teacher="code", compute_ratio=2.0) for n in names}
-    reads = {n: reads_cache(workspace, v, lambda: built.fusion) for n, v in variants.items()}
+    variants |= {n: CONTROLS[n](built, Measured("code", 2.0)) for n in names}
+    reads = {n: bool(Student(context, v).dependencies()) for n, v in variants.items()}
     assert reads == {"student": True} | dict.fromkeys(names, False)
-    fusion = Fusion(weighting=Uniform())
-    assert reads_cache(workspace, variants["uniform"], lambda: fusion)
+    uniform = dataclasses.replace(built, fusion=Fusion(weighting=Uniform()))
+    assert Student(RunContext(uniform), variants["uniform"]).dependencies()
 
 
 @pytest.mark.parametrize(
@@ -325,13 +329,12 @@ def test_a_fused_cache_refuses_targets_that_depend_on_the_batch() -> None:
 
 
 def test_a_fused_cache_trains_no_feature_terms(built: Recipe, tmp_path: Path) -> None:
-    workspace = Workspace(built)
-    cache = open_cache(cache_path(workspace))
+    context = RunContext(built)
     assert isinstance(built.fusion, Fusion)
     options = dataclasses.replace(built.objective, features=FeatureOptions())
     variant = dataclasses.replace(main_variant(built, built.fusion), objective=options)
     with refused(RecipeError, "objective.features: "):
-        workspace.trainer(variant, tmp_path, caches={"": cache})
+        Student(context, variant).trainer(tmp_path)
 
 
 def test_pieces_are_the_documents_of_a_batch_without_its_padding() -> None:

@@ -10,22 +10,18 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_run
-from collegium import pipeline
 from collegium.cache.feature_store import open_features
-from collegium.caching import (
-    feature_identity,
-    feature_path,
-    open_or_build,
-    open_or_build_features,
-)
 from collegium.cli import app
 from collegium.data.pack import Collator
 from collegium.errors import CacheError, RecipeError
 from collegium.recipe import Recipe, dump_recipe, load_recipe
+from collegium.run import pipeline
+from collegium.run.artifacts import Student
+from collegium.run.caches import HiddenCache
+from collegium.run.context import RunContext
+from collegium.run.controls import main_variant
 from collegium.storage.files import read_json
 from collegium.types import Batch
-from collegium.variants import main_variant
-from collegium.workspace import Workspace
 from refusals import refused
 
 FUSION = "fusion={weighting: uniform}"
@@ -66,23 +62,23 @@ def test_no_teacher_is_loaded_and_every_term_trains(
 
 
 def test_states_and_loss_match_live_teachers(built: Recipe) -> None:
-    workspace = Workspace(built)
+    context = RunContext(built)
     fusion = built.fusion
     assert not isinstance(fusion, str)
     variant = main_variant(built, fusion)
-    features = open_or_build_features(workspace, variant)
-    assert {name: cache.taps for name, cache in features.items()} == workspace.kept_taps
+    for name, taps in context.kept_taps.items():
+        assert HiddenCache(context, name).open().taps == taps
     root = built.output_dir / "compared"
-    caches = open_or_build(workspace, variant)
+    live = RunContext(recipe_at(root.parent.parent, "cache={enabled: false}"))
     trainers = [
-        workspace.trainer(variant, root / "cached", caches=caches, features=features),
-        workspace.trainer(variant, root / "live"),
+        Student(one, variant).trainer(root / name)
+        for name, one in (("cached", context), ("live", live))
     ]
-    dataset = workspace.datasets["train"]
+    dataset = context.datasets["train"]
     inputs = Collator()([dict(dataset[w]) for w in range(8)])
     batch = Batch.from_inputs(inputs)
     rows = batch.rows()
-    for name, taps in workspace.kept_taps.items():
+    for name, taps in context.kept_taps.items():
         kept, live = (
             next(t for t in trainer.step.teachers if t.name == name).score(batch, rows, taps)
             for trainer in trainers
@@ -98,11 +94,11 @@ def test_states_and_loss_match_live_teachers(built: Recipe) -> None:
 
 def test_other_layers_or_another_rank_are_reported(built: Recipe, root: Path) -> None:
     changed = recipe_at(root, "objective.features.num_layers=1", "cache.features.rank=8")
-    workspace = Workspace(changed)
+    context = RunContext(changed)
     with refused(CacheError, "TMP/run/cache/features/code: "):
-        open_features(feature_path(workspace, "code"), feature_identity(workspace, "code"))
+        HiddenCache(context, "code").open()
     turned_off = recipe_at(root, "objective.features.teacher_weights={code: 0}")
-    assert list(Workspace(turned_off).kept_taps) == ["scripture"]
+    assert list(RunContext(turned_off).kept_taps) == ["scripture"]
 
 
 def test_verify_checks_hidden_states_too(built: Recipe) -> None:
@@ -136,7 +132,7 @@ def test_a_run_trains_from_a_cache_behind_a_url(
     result = CliRunner().invoke(app, ["cache", "verify", url])
     assert result.exit_code == 0, result.output
     assert result.output.count("features") == 2
-    monkeypatch.setattr(Workspace, "load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr(RunContext, "load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
     far = recipe_at(root, f"output_dir={root}/far", f"cache.url={url}")
     pipeline.train(far)
     weights = [
@@ -194,7 +190,5 @@ def test_the_states_are_deterministic(built: Recipe, root: Path) -> None:
     other = recipe_at(root, f"output_dir={root}/again")
     pipeline.cache(other)
     for name in ("code", "scripture"):
-        first, second = (
-            open_features(feature_path(Workspace(recipe), name)) for recipe in (built, other)
-        )
+        first, second = (HiddenCache(RunContext(recipe), name).open() for recipe in (built, other))
         assert first.digest == second.digest
