@@ -25,11 +25,11 @@ from collegium.console import progress
 from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Teacher
 from collegium.errors import RecipeError
-from collegium.preflight.measure import run_preflight
 from collegium.evaluate.scoring import OnProgress, iterate_chunks, score_models, spread_windows
 from collegium.evaluate.table import ModelInfo, results_rows
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss
+from collegium.preflight.measure import run_preflight
 from collegium.recipe import decode_fusion
 from collegium.run.artifact import Artifact
 from collegium.run.caches import Cache, FusedCache, HiddenCache, Split, TeacherCache
