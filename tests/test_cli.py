@@ -15,9 +15,9 @@ from typer.testing import CliRunner, Result
 
 import collegium.run
 from collegium.cli import app
+from collegium.config.recipe import Recipe, load_recipe, write_fusion
+from collegium.config.template import TEMPLATE
 from collegium.errors import CollegiumError, DataError, Interrupted
-from collegium.recipe import Recipe, load_recipe, write_fusion
-from collegium.starter import TEMPLATE
 from recipes_for_tests import MINIMAL
 from refusals import check_message
 
@@ -171,7 +171,7 @@ def test_run_and_evaluate_print_the_table(
 
 
 def plain_fusion(recipe: Recipe) -> tuple[str, float]:
-    from collegium.recipe import plain
+    from collegium.config.recipe import plain
 
     weighting = plain(recipe.fusion)["weighting"]
     return weighting["name"], weighting["tau"]

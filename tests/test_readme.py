@@ -23,7 +23,7 @@ def test_every_link_points_to_a_file() -> None:
 
 
 def test_the_recipe_in_it_decodes(tmp_path: Path) -> None:
-    from collegium.recipe import load_recipe
+    from collegium.config.recipe import load_recipe
 
     blocks = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) == 1

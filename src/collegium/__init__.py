@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collegium.config.recipe import Recipe, load_recipe
     from collegium.fusion.fuse import Fusion
-    from collegium.recipe import Recipe, load_recipe
     from collegium.run.pipeline import distill
     from collegium.teachers.local import LocalTeacher
     from collegium.train.objective import Objective, ObjectiveOptions
@@ -32,9 +32,9 @@ _HOMES = {
     "LocalTeacher": "collegium.teachers.local",
     "Objective": "collegium.train.objective",
     "ObjectiveOptions": "collegium.train.objective",
-    "Recipe": "collegium.recipe",
+    "Recipe": "collegium.config.recipe",
     "distill": "collegium.run.pipeline",
-    "load_recipe": "collegium.recipe",
+    "load_recipe": "collegium.config.recipe",
 }
 """Where each public name lives; it is imported when it is first asked for."""
 

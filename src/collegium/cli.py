@@ -14,7 +14,7 @@ from collegium.errors import CollegiumError, Interrupted, RecipeError, check_ver
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-    from collegium.recipe import Recipe
+    from collegium.config.recipe import Recipe
 
 USER_ERROR = 2
 TABLE_WIDTH = 130
@@ -62,11 +62,11 @@ def _fail(ctx: Any, text: str, error: Exception) -> None:
 
 def recipe_error(error: ValidationError) -> RecipeError:
     """Format the errors of options built in Python like the recipe reader, one per line."""
-    from collegium.decode import message
+    from collegium.config.yaml import dotted, message
 
     lines = [
-        ": ".join((".".join([error.title, *map(str, item["loc"])]), message(item, item["input"])))
-        for item in error.errors()
+        f"{dotted((error.title, *item['loc']))}: {message(item)}"
+        for item in error.errors(include_url=False)
     ]
     return RecipeError("\n".join(lines))
 
@@ -110,7 +110,7 @@ def _options(
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
     # Before the import: it must not load a vulnerable torch or transformers.
     check_versions()
-    from collegium.recipe import load_recipe
+    from collegium.config.recipe import load_recipe
 
     return load_recipe(recipe, overrides or [])
 
@@ -336,7 +336,7 @@ def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("collegium.yaml"),
 ) -> None:
     """Write a commented recipe to start from. Never overwrites a file."""
-    from collegium.starter import TEMPLATE
+    from collegium.config.template import TEMPLATE
 
     try:
         with path.open("x", encoding="utf-8") as stream:

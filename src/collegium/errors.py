@@ -92,4 +92,4 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return `; did you mean X?` for the closest candidate, else `; known: ` and all of them."""
     names = sorted(candidates)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(names)}"
+    return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(names) or 'none'}"

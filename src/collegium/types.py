@@ -11,16 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor
 
 from collegium.errors import DataError
+from collegium.options import STRICT as STRICT
 
 IGNORE = -100
 """Label of a token that is not trained on, as in Hugging Face datasets."""
-
-STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-"""Configuration of every option class, `@dataclass(frozen=True, kw_only=True, config=STRICT)`."""
 
 
 def is_row(labels: Tensor, position_ids: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bad_input_bench import Bench
+from collegium.config.recipe import load_recipe
 from collegium.errors import RecipeError
-from collegium.recipe import load_recipe
 from collegium.run.checks import CheckReport, _check_distinct
 from refusals import refused
 

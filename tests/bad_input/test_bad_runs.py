@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bad_input_bench import Bench
-from collegium.recipe import load_recipe
+from collegium.config.recipe import load_recipe
 from collegium.run import pipeline
 from collegium.run.folder import RunFolder
 from collegium.train import trainer

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from collegium.config.recipe import load_recipe
 from collegium.demo.run import FULL, HERE, QUICK
-from collegium.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")

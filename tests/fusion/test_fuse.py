@@ -364,12 +364,12 @@ def test_unknown_and_missing_teacher_names_are_refused(logits_KNV, rows):
 
 def test_options_are_checked_at_construction():
     for wrong in (
-        {"weighting": "uniform"},
+        {"weighting": "uniformly"},
         {"weighting": {}},
         {"pool": "geometric"},
         {"exponent": 0.3},
         {"pool": "power_mean", "exponent": 1.0},
-        {"conflict": "none"},
+        {"conflict": "never"},
         {"temperatures": {"law": 0.0}},
         {"pooled_temperature": -1.0},
         {"pooled_temperature": math.nan},

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from collegium.config.recipe import decode_fusion
 from collegium.distributions import Answer, DenseRows
 from collegium.errors import DataError, RecipeError
 from collegium.fusion.conflict import TargetCorrection, TruthFallback
@@ -19,7 +20,6 @@ from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.rules import BestSingle, Uniform
 from collegium.fusion.weighting import RowStats
-from collegium.recipe import decode_fusion
 from collegium.types import Rows, teacher_number
 from fusion_cases import (
     NAMES,

@@ -8,10 +8,10 @@ import pytest
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from collegium.config.recipe import decode_fusion
 from collegium.fusion.fitted import WEIGHTINGS
 from collegium.fusion.weighting import CalibrationData, FittedWeighting, RowStats, constant_scores
 from collegium.preflight.measure import run_preflight
-from collegium.recipe import decode_fusion
 from collegium.types import STRICT, Rows
 from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
 

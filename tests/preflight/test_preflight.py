@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from collegium.config.recipe import decode_fusion
 from collegium.data.windows import PackedDataset
 from collegium.errors import CollegiumError
 from collegium.evaluate.scoring import FUSED, score_models, spread_windows
@@ -25,7 +26,6 @@ from collegium.preflight.advice import Findings, findings_of, verdict_sentences
 from collegium.preflight.measure import run_preflight
 from collegium.preflight.search import Candidate, FoldedFusion, Search, choose
 from collegium.preflight.sweeps import CalibrationSplit, pairwise_jsd, sweep_teachers
-from collegium.recipe import decode_fusion
 from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
 from refusals import refused
 

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 import tiny_run
 from collegium.cache.feature_store import open_features
 from collegium.cli import app
+from collegium.config.recipe import Recipe, dump_recipe, load_recipe
 from collegium.data.pack import Collator
 from collegium.errors import CacheError, RecipeError
-from collegium.recipe import Recipe, dump_recipe, load_recipe
 from collegium.run import pipeline
 from collegium.run.artifacts import Student
 from collegium.run.caches import HiddenCache

@@ -15,6 +15,7 @@ import tiny
 from collegium.cache.codec import Samples, TopK
 from collegium.cache.options import CacheOptions
 from collegium.cli import app
+from collegium.config.recipe import Recipe, dump_recipe, load_recipe
 from collegium.data.pack import Collator
 from collegium.errors import CacheError, RecipeError
 from collegium.fusion.conflict import TruthFallback
@@ -22,7 +23,6 @@ from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.requirements import FIXED_PER_ROW, check, fusion_requirements
 from collegium.fusion.rules import Entropy, PrefixLikelihood, Uniform
 from collegium.losses.features import FeatureOptions
-from collegium.recipe import Recipe, dump_recipe, load_recipe
 from collegium.run import pipeline
 from collegium.run.artifacts import Student
 from collegium.run.caches import FusedCache

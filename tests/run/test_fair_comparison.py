@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from collegium.config.recipe import Recipe, load_recipe
 from collegium.errors import TrainingError
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureOptions
 from collegium.models import count_parameters
-from collegium.recipe import Recipe, load_recipe
 from collegium.run import artifacts, pipeline
 from collegium.run.artifacts import Student
 from collegium.run.context import RunContext

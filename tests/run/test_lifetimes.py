@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import tiny_run
+from collegium.config.recipe import Recipe, load_recipe
 from collegium.models import forward
-from collegium.recipe import Recipe, load_recipe
 from collegium.run import pipeline
 from collegium.run.folder import RunFolder
 

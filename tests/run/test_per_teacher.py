@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import tiny
 from collegium.cache.codec import STEP, Samples
 from collegium.cli import app
+from collegium.config.recipe import Recipe, decode_fusion, dump_recipe, load_recipe
 from collegium.data.pack import Collator
 from collegium.distributions import NamedRows
 from collegium.errors import CacheError, RecipeError
@@ -20,7 +21,6 @@ from collegium.fusion.pools import RowReader
 from collegium.fusion.requirements import check, fusion_requirements
 from collegium.fusion.rules import Entropy, Uniform
 from collegium.preflight.measure import run_preflight
-from collegium.recipe import Recipe, decode_fusion, dump_recipe, load_recipe
 from collegium.run import pipeline
 from collegium.run.artifacts import Student
 from collegium.run.caches import TeacherCache

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import collegium
+from collegium.config.recipe import Recipe, dump_recipe, load_recipe
 from collegium.errors import (
     CollegiumError,
     DataError,
@@ -19,7 +20,6 @@ from collegium.errors import (
 )
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, Uniform
-from collegium.recipe import Recipe, dump_recipe, load_recipe
 from collegium.run import artifacts, pipeline
 from collegium.run.controls import CONTROLS, Measured, main_variant
 from collegium.storage.files import read_json

@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from collegium.cli import app
+from collegium.config.recipe import load_recipe
 from collegium.errors import RecipeError
-from collegium.recipe import load_recipe
 from collegium.study import sweep
 from collegium.study.measurements import spearman
 from collegium.study.options import load_study
@@ -100,14 +100,14 @@ def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
     [
         ("student_nll,", "student_nil,", "tiny.yaml"),
         ("x: share", "x: shore", "tiny.yaml:14: figures"),
-        ("{weighting: fixed}", "{weighting: fxed}", "tiny.yaml: factors.weighting.EM.pick"),
+        ("{weighting: fixed}", "{weighting: fxed}", "tiny.yaml:9: factors.weighting.EM.pick"),
         (
             "{weighting: fixed}",
             "{weighting: fixed, tau: 1}",
-            "tiny.yaml: factors.weighting.EM.pick",
+            "tiny.yaml:9: factors.weighting.EM.pick",
         ),
         ('"0.9"', '"0 5"', None),
-        ("    EM:", "    Uniform:", "tiny.yaml: factors.weighting.Uniform"),
+        ("    EM:", "    Uniform:", "tiny.yaml:9: factors.weighting.Uniform"),
         ("seeds: [0, 1]", "seeds: []", "tiny.yaml:5: seeds"),
         ("question:", "questoin:", "tiny.yaml: question"),
     ],

@@ -9,10 +9,11 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from collegium.cache.codec import Samples, Targets
+from collegium.cache.codec import TARGETS, Samples, Targets
 from collegium.cache.features import FeatureCacheOptions
 from collegium.cache.layout import Kind, Layout
 from collegium.distributions import Capabilities
+from collegium.options import OneOf
 from collegium.types import STRICT
 
 _TARGETS = Samples()
@@ -34,7 +35,7 @@ class CacheOptions:
     """fused: one target for all teachers, under this run's fusion. per_teacher: the outputs of each
     teacher, so that weights can change and teachers can be added without rerunning the others. Draws
     are for linear pools only."""
-    targets: Targets = _TARGETS
+    targets: Annotated[Targets, OneOf(TARGETS)] = _TARGETS
     """Codec of the distributions. Defaults to 50 draws, or to 24 in a per-teacher cache."""
     temperatures: list[Annotated[float, Field(gt=0)]] = field(default_factory=list)
     """Per-teacher caches only: temperatures other than 1 at which teachers can be read, such as

@@ -7,13 +7,12 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 
 from collegium.data.encode import Encoded, Encoder, seeded_hash, split_of
 from collegium.data.sources import Document, SourceOptions, read_documents
 from collegium.data.windows import Collator, PackedDataset
 from collegium.errors import DataError, nearest
-from collegium.types import STRICT
+from collegium.options import option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,7 +27,7 @@ _Keyed = tuple[int, Document, Encoded]
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class DataOptions:
     """Corpora, and how they are encoded into windows of tokens."""
 

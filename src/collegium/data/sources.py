@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 
 from collegium.data.readers import (
     Document,
@@ -23,7 +22,7 @@ from collegium.data.readers import (
     read_text_file,
 )
 from collegium.errors import DataError
-from collegium.types import STRICT
+from collegium.options import option
 
 __all__ = ["Document", "SourceOptions", "check_sources", "read_documents"]
 
@@ -39,7 +38,7 @@ _FORMATS = {
 _FIRST_ROWS = 3
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class SourceOptions:
     """A source of documents: exactly one of `path` and `hub`."""
 

@@ -104,7 +104,7 @@ def run_demo(
     Raises:
         CollegiumError: unknown control, or the folder cannot be used.
     """
-    from collegium.recipe import load_recipe
+    from collegium.config.recipe import load_recipe
     from collegium.run import pipeline
 
     plan = QUICK if quick else FULL

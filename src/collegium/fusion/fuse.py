@@ -15,13 +15,19 @@ from dataclasses import field, replace
 from typing import Annotated, Protocol
 
 import torch
-from pydantic import Field, InstanceOf, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from collegium.distributions import Answer, Capabilities, NamedRows
-from collegium.fusion.conflict import Conflict, ConflictBlock, NoConflictPolicy, disagreement
-from collegium.fusion.fitted import Route
+from collegium.fusion.conflict import (
+    CONFLICTS,
+    Conflict,
+    ConflictBlock,
+    NoConflictPolicy,
+    disagreement,
+)
+from collegium.fusion.fitted import WEIGHTINGS, Route
 from collegium.fusion.merge import merge
 from collegium.fusion.pools import (
     Member,
@@ -36,6 +42,7 @@ from collegium.fusion.routing import RoutedReader
 from collegium.fusion.rules import PrefixLikelihood
 from collegium.fusion.weighting import Carry, RowStats, Weighting, check_names
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
+from collegium.options import OneOf
 from collegium.types import STRICT, Batch, Rows
 
 MIN_SCORE = -1e300
@@ -46,7 +53,7 @@ MIN_SCORE = -1e300
 class Fusion:
     """The rule that turns several teachers into one target."""
 
-    weighting: InstanceOf[Weighting] = field(default_factory=PrefixLikelihood)
+    weighting: Annotated[Weighting, OneOf(WEIGHTINGS)] = field(default_factory=PrefixLikelihood)
     """Weight of each teacher at each row."""
     pool: PoolKind = "linear"
     """linear: sum_k w_k P_k, covers every mode of every teacher.
@@ -58,7 +65,7 @@ class Fusion:
     """T_k by teacher name, applied to its logits first. 1 where missing."""
     pooled_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of the pooled distribution: p^(1/T), renormalized."""
-    conflict: InstanceOf[Conflict] = field(default_factory=NoConflictPolicy)
+    conflict: Annotated[Conflict, OneOf(CONFLICTS)] = field(default_factory=NoConflictPolicy)
     """Policy for rows where the teachers contradict each other."""
 
     @model_validator(mode="after")

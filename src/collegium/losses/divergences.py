@@ -15,10 +15,9 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from collegium.types import STRICT
+from collegium.options import option
 
 LOG_FLOOR = -1e4
 """Smallest log-probability of a target. Its exp is exactly 0, in float64 too."""
@@ -51,7 +50,7 @@ def _mix(share: float, logp_nS: Tensor, logq_nS: Tensor) -> Tensor:
     return torch.logaddexp(logp_nS + math.log(share), logq_nS + math.log1p(-share))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class ForwardKL(Divergence):
     """KL(P || Q) = sum_v P (log P - log Q). The gradient at the student's logits is Q - P.
 
@@ -65,7 +64,7 @@ class ForwardKL(Divergence):
         return _kl(target_logp_nS.clamp(min=LOG_FLOOR), student_logp_nS)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class ReverseKL(Divergence):
     """KL(Q || P) = sum_v Q (log Q - log P). Mode-seeking, at most -`LOG_FLOOR` if P has zeros.
 
@@ -77,7 +76,7 @@ class ReverseKL(Divergence):
         return _kl(student_logp_nS, target_logp_nS.clamp(min=LOG_FLOOR))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class JensenShannon(Divergence):
     """(KL(P || M) + KL(Q || M)) / 2 with M = (P + Q) / 2. Symmetric, at most ln 2.
 
@@ -93,7 +92,7 @@ class JensenShannon(Divergence):
         return 0.5 * (_kl(target_logp_nS, mixture_nS) + _kl(student_logp_nS, mixture_nS))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class SkewedForwardKL(Divergence):
     """KL(P || skew P + (1 - skew) Q), at most -ln skew.
 
@@ -109,7 +108,7 @@ class SkewedForwardKL(Divergence):
         return _kl(target_logp_nS, _mix(self.skew, target_logp_nS, student_logp_nS))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class SkewedReverseKL(Divergence):
     """KL(Q || (1 - skew) P + skew Q), at most -ln skew.
 
@@ -126,7 +125,7 @@ class SkewedReverseKL(Divergence):
         return _kl(student_logp_nS, _mix(self.skew, student_logp_nS, target_logp_nS))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class TotalVariation(Divergence):
     """TV(P, Q) = 1/2 sum_v |P(v) - Q(v)|, in [0, 1]; 1 - TV is the acceptance of a draft model.
 
@@ -139,7 +138,7 @@ class TotalVariation(Divergence):
         return 0.5 * (target_nS - student_logp_nS.exp()).abs().sum(-1)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class AlphaBeta(Divergence):
     """D = -1/(a b) sum_v [P^a Q^b - a/(a+b) P^(a+b) - b/(a+b) Q^(a+b)], with a, b > 0.
 

@@ -16,18 +16,17 @@ from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from collegium.distributions import Answer
 from collegium.errors import RecipeError, TrainingError, nearest
-from collegium.types import STRICT
+from collegium.options import option
 
 EPSILON = 1e-6
 """Added to a mean square before the root, so that a zero state has a finite gradient."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class FeatureOptions:
     """Options of the feature losses. The adapters are not part of the student."""
 

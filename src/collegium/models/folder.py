@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 
 from collegium.errors import ModelError, nearest
-from collegium.types import STRICT
+from collegium.options import option
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -41,7 +40,7 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class ModelOptions:
     """Location and loading options of one model, independent of those of other models."""
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import model_validator
-from pydantic.dataclasses import dataclass
 from torch import nn
 
 from collegium.data.encode import eos_candidates
@@ -36,7 +35,7 @@ from collegium.models.loading import (
     enable_checkpointing,
     make_config,
 )
-from collegium.types import STRICT
+from collegium.options import option
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class StudentOptions:
     """Options of the student: `model` for pretrained weights, or `config` and `tokenizer`."""
 

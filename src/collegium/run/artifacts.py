@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collegium.cache.processes import Ranks
+from collegium.config.recipe import decode_fusion
 from collegium.console import progress
 from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Teacher
@@ -30,7 +31,6 @@ from collegium.evaluate.table import ModelInfo, results_rows
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss
 from collegium.preflight.measure import run_preflight
-from collegium.recipe import decode_fusion
 from collegium.run.artifact import Artifact
 from collegium.run.caches import Cache, FusedCache, HiddenCache, Split, TeacherCache
 from collegium.run.context import RunContext, free_memory, tap_widths

@@ -23,12 +23,12 @@ from collegium.cache.feature_store import FeatureCache, open_features
 from collegium.cache.layout import Layout
 from collegium.cache.processes import Ranks
 from collegium.cache.store import TargetCache, open_cache, read_manifest, require_identity, summary
+from collegium.config.recipe import plain
 from collegium.console import progress, say
 from collegium.errors import RecipeError
 from collegium.evaluate.scoring import spread_windows
 from collegium.fusion.describe import to_recipe
 from collegium.fusion.fuse import Fusion
-from collegium.recipe import plain
 from collegium.run.artifact import Artifact
 from collegium.run.context import RunContext
 from collegium.teachers.cached_features import FeatureEncoder

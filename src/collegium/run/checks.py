@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from collegium.cache.codec import TopK
+from collegium.config.recipe import Recipe, check_recipe
 from collegium.data.sources import check_sources
 from collegium.errors import DataError, RecipeError, nearest
 from collegium.fusion.fitted import Route
@@ -33,7 +34,6 @@ from collegium.models.config import head_rows, load_config, position_limit
 from collegium.models.folder import ignored_settings, weights_size
 from collegium.models.loading import empty_model
 from collegium.models.student import check_student, student_config
-from collegium.recipe import Recipe, check_recipe
 from collegium.run.context import RunContext
 from collegium.train.checkpoint import require_valid_checkpoint
 from collegium.vocabulary.verdict import compare, require_compatible

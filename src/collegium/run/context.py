@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from collegium.config.recipe import Recipe, dump_recipe, plain
 from collegium.console import quiet_libraries
 from collegium.data.pack import PackedDataset, build_datasets
 from collegium.losses.features import feature_map
@@ -21,7 +22,6 @@ from collegium.models.config import load_config
 from collegium.models.folder import weights_digest
 from collegium.models.loading import empty_model
 from collegium.models.student import build_student, load_student_tokenizer, student_config
-from collegium.recipe import Recipe, dump_recipe, plain
 from collegium.run.folder import RunFolder
 from collegium.teachers.local import LocalTeacher
 

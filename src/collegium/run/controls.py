@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from collegium.config.recipe import Recipe, plain
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, Uniform
 from collegium.fusion.weighting import Weighting
-from collegium.recipe import Recipe, plain
 from collegium.train.objective import ObjectiveOptions
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from collegium.cache.processes import Ranks
+from collegium.config.recipe import Recipe, load_recipe, write_fusion
 from collegium.errors import CollegiumError
-from collegium.recipe import Recipe, load_recipe, write_fusion
 from collegium.run.artifacts import ARTIFACTS, Report
 from collegium.run.caches import Cache
 from collegium.run.checks import CheckReport, check_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -10,13 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 
-from collegium.decode import FAILED, decode, hints, shown
-from collegium.errors import RecipeError, nearest
+from collegium.config.yaml import KeyPath, decode, read_text, read_yaml, shown
+from collegium.errors import nearest
 from collegium.fusion.fitted import WEIGHTINGS
-from collegium.types import STRICT
-from collegium.yaml12 import read_yaml
+from collegium.options import option
 
 PICK = "pick"
 """Level key that selects a fusion fitted by preflight, such as `{weighting: gate, pool: linear,
@@ -43,7 +42,7 @@ BY_DOMAIN = ("fused_nll", "student_nll", "student_perplexity")
 Level = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class FigureOptions:
     """One plot of a study."""
 
@@ -61,7 +60,7 @@ class FigureOptions:
     caption: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class StudyOptions:
     """A study: all combinations of factor levels, each with every seed."""
 
@@ -133,51 +132,34 @@ def load_study(path: Path) -> StudyOptions:
     Raises:
         RecipeError: lists every problem, one per line.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error}); must be a study YAML file") from error
-    document = read_yaml(text, path.name)
-    if document.is_readable and not isinstance(document.data, dict):
-        raise RecipeError(f"{path.name}: got {shown(document.data)}; must be a mapping of keys")
-    study = FAILED
-    if document.is_readable:
-        _check_levels(document.data.get("factors"), path.name)
-        study = decode(StudyOptions, document.data, (), document=document, forms={})
-    if study is FAILED or document.problems:
-        problems = sorted(document.problems, key=lambda problem: problem.line)
-        raise RecipeError("\n".join(dict.fromkeys(map(str, problems))))
-    return study
+    return decode(StudyOptions, read_yaml(read_text(path), path.name), _level_problems)
 
 
-def _check_levels(factors: Any, where: str) -> None:
+def _level_problems(study: StudyOptions) -> Iterator[tuple[KeyPath, str]]:
     """Check the names in `pick`, and that each level of a factor has its own folder name."""
-    # Types cannot express either rule.
-    for factor, levels in factors.items() if isinstance(factors, dict) else ():
+    for factor, levels in study.factors.items():
         slugs: dict[str, str] = {}
-        for name, level in levels.items() if isinstance(levels, dict) else ():
-            key_path = f"{where}: factors.{factor}.{name}"
-            other = slugs.setdefault(slug(str(name)), str(name))
+        for name, level in levels.items():
+            other = slugs.setdefault(slug(name), name)
             if other != name:
                 # One folder for two levels would mix their runs.
-                raise RecipeError(
-                    f"{key_path}: same folder as `{other}`; must differ in a letter or digit"
-                )
-            if isinstance(level, Mapping) and PICK in level:
-                _check_pick(level[PICK], f"{key_path}.{PICK}")
+                text = f"same folder as `{other}`; must differ in a letter or digit"
+                yield ("factors", factor, name), text
+            if PICK in level:
+                yield from _pick_problems(level[PICK], ("factors", factor, name, PICK))
 
 
-def _check_pick(pick: Any, key_path: str) -> None:
+def _pick_problems(pick: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
     name = pick.get("weighting") if isinstance(pick, Mapping) else None
     if name not in WEIGHTINGS:
-        raise RecipeError(
-            f"{key_path}.weighting: got {shown(name)}; "
-            f"must be a weighting{nearest(str(name), WEIGHTINGS)}"
-        )
-    allowed = ["weighting", "pool", "calibration", *hints(WEIGHTINGS[name])]
+        text = f"got {shown(name)}; must be a weighting{nearest(str(name), WEIGHTINGS)}"
+        yield (*path, "weighting"), text
+        return
+    fields = (item.name for item in dataclasses.fields(WEIGHTINGS[name]))  # type: ignore[arg-type]
+    allowed = ["weighting", "pool", "calibration", *fields]
     for key in pick:
         if key not in allowed:
-            raise RecipeError(f"{key_path}: got `{key}`; unknown key{nearest(str(key), allowed)}")
+            yield path, f"got `{key}`; unknown key{nearest(key, allowed)}"
 
 
 def slug(text: str) -> str:

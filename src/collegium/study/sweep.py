@@ -11,9 +11,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from collegium.config.recipe import Recipe, load_recipe, recipe_hash
 from collegium.console import say
 from collegium.errors import RecipeError
-from collegium.recipe import Recipe, load_recipe, recipe_hash
 from collegium.run import pipeline
 from collegium.storage.files import fingerprint, read_json, write_json, write_text
 from collegium.study.measurements import preflight_rows, run_row

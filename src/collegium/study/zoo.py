@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from collegium.config.recipe import load_recipe
 from collegium.data.pack import PackedDataset
 from collegium.demo.run import FULL, Plan, prepare_text, write_teacher_recipe
-from collegium.recipe import load_recipe
 from collegium.run import pipeline
 from collegium.run.folder import RunFolder
 from collegium.storage.files import fingerprint

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass as option_class
 from torch import Tensor, nn
 
 from collegium.distributions import LIVE, Answer, Distribution, HiddenRows, WrappedRows
 from collegium.errors import ModelError, TrainingError
 from collegium.models import ModelOptions, count_parameters, forward_rows, load_model
 from collegium.models.forward import head_layer
-from collegium.types import STRICT, Batch, Rows
+from collegium.options import option
+from collegium.types import Batch, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +25,7 @@ WITHOUT_EFFECT = frozenset({"model", "tokenizer", "device", "offload", "trust_re
 """Teacher options that do not change its outputs; `model` is replaced by a digest."""
 
 
-@option_class(frozen=True, kw_only=True, config=STRICT)
+@option
 class TeacherOptions(ModelOptions):
     """One teacher: a model of its own, with its own number type and device."""
 

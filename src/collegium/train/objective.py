@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import Field, InstanceOf, field_validator
-from pydantic.dataclasses import dataclass
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from collegium.distributions import Capability, HiddenRows
@@ -21,14 +20,15 @@ from collegium.fusion.fuse import Fusion, Target, TargetBlock
 from collegium.fusion.requirements import Requirement, fusion_requirements
 from collegium.kernels.backends import Backend, kernels_for
 from collegium.kernels.rows import RowKernels, Workspace
-from collegium.losses.divergences import Divergence, ForwardKL
+from collegium.losses.divergences import DIVERGENCES, Divergence, ForwardKL
 from collegium.losses.engine import BlockEngine, fitted_block_size
 from collegium.losses.features import FeatureLoss, FeatureOptions
 from collegium.losses.terms import TRUTH, BlockLosses
-from collegium.types import STRICT, LossSum
+from collegium.options import OneOf, option
+from collegium.types import LossSum
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class ObjectiveOptions:
     """The loss of the student: teachers, labels and hidden states, and the share of each."""
 
@@ -36,7 +36,7 @@ class ObjectiveOptions:
     """Share of the fused target. The labels have the rest; 0 trains on labels only."""
     temperature: float = 1.0
     """Softens target and student. The divergence is multiplied by its square."""
-    divergence: InstanceOf[Divergence] = ForwardKL()
+    divergence: Annotated[Divergence, OneOf(DIVERGENCES)] = ForwardKL()
     """Divergence between fused target and student."""
     block_size: Annotated[int, Field(ge=1)] | None = None
     """Rows per block of logits; null fits `block_megabytes`. Changes speed and memory only."""
@@ -51,7 +51,7 @@ class ObjectiveOptions:
     @classmethod
     def _positive(cls, value: float) -> float:
         if value <= 0:
-            raise ValueError("must be > 0; for hard labels use kd_ratio: 0")
+            raise ValueError(f"got {value:g}; must be > 0; for hard labels use kd_ratio: 0")
         return value
 
     def requirements(self) -> list[Requirement]:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
-from collegium.types import STRICT
+from collegium.options import option
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -26,7 +25,7 @@ Scheduler = Literal[
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class TrainOptions:
     """Length, batch size and optimizer of a run, named like Hugging Face training arguments."""
 
@@ -42,7 +41,7 @@ class TrainOptions:
     """Windows per evaluation batch."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     """Micro-batches per optimizer step. The gradient does not depend on this split."""
-    warmup_steps: Annotated[float, Field(ge=0)] = 0
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.0
     """Linear warm-up in steps, or as a fraction of all steps if below 1."""
     lr_scheduler_type: Scheduler = "cosine"
     """Learning-rate schedule after the warm-up."""

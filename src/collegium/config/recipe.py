@@ -1,0 +1,272 @@
+"""The recipe: one YAML file that is the sum of the option classes of all packages."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from ruamel.yaml.error import YAMLError
+
+from collegium.cache.options import CacheOptions
+from collegium.config.yaml import (
+    Document,
+    KeyPath,
+    Problem,
+    decode,
+    read_text,
+    read_yaml,
+    yaml_writer,
+)
+from collegium.data.pack import DataOptions
+from collegium.errors import RecipeError, nearest
+from collegium.fusion.fuse import Fusion
+from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
+from collegium.models.student import StudentOptions
+from collegium.options import option, plain
+from collegium.storage.files import write_bytes
+from collegium.teachers.local import TeacherOptions
+from collegium.train.objective import ObjectiveOptions
+from collegium.train.options import TrainOptions
+
+ControlName = Literal["ce_only", "ce_only_equal_compute", "best_single", "uniform", "entropy"]
+TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+@option
+class PreflightOptions:
+    """Measurements before training."""
+
+    max_tokens: Annotated[int, Field(ge=1)] = 20_000
+    """Tokens of the calibration split that each teacher reads."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Windows per forward pass."""
+    candidates: Literal["standard", "extended"] = "extended"
+    """`extended` tries every rule in every pool. `standard` takes a third of the time: it omits
+    what is fitted on calibration text, the consensus rule and the power mean."""
+
+
+@option
+class EvaluateOptions:
+    """The table of results."""
+
+    controls: list[ControlName] = field(default_factory=lambda: ["ce_only"])
+    """Students trained from the same start, for comparison."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Windows per forward pass."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of the validation split to score. Defaults to all."""
+
+
+@option
+class Recipe:
+    """All options of a run. Relative paths are relative to the current directory."""
+
+    student: StudentOptions
+    """The model to train."""
+    data: DataOptions
+    """The text to train on."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "run"
+    """Name of the run. In a file it defaults to the name of the file."""
+    output_dir: Path = Path()
+    """Run folder. Defaults to `runs/NAME`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of all random numbers."""
+    teachers: dict[TeacherName, TeacherOptions] = field(default_factory=dict)
+    """The frozen models by name. None for training on labels only."""
+    fusion: Literal["auto"] | Fusion = "auto"
+    """The rule that fuses the teachers. `auto` lets preflight choose."""
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    """The loss to minimize."""
+    train: TrainOptions = field(default_factory=TrainOptions)
+    """Length, batch size and optimizer."""
+    preflight: PreflightOptions = field(default_factory=PreflightOptions)
+    """Measurements before training."""
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    """Teacher outputs computed once, before training."""
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    """Measurements after training."""
+
+    def __post_init__(self) -> None:
+        if self.output_dir == Path():
+            object.__setattr__(self, "output_dir", Path("runs") / self.name)
+
+
+_OPTIONAL = {f.name for f in dataclasses.fields(Recipe) if f.default_factory is not MISSING}
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, changed by overrides such as `train.max_steps=10`.
+
+    Raises:
+        RecipeError: with every problem, one per line, such as `recipe.yaml:12: train.lr: ...`.
+    """
+    file = Path(path)
+    document = read_yaml(read_text(file), file.name, overrides)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", file.stem)
+    # A section without keys has its defaults.
+    document.data = {"name": name} | {
+        key: value
+        for key, value in document.data.items()
+        if value is not None or key not in _OPTIONAL
+    }
+    return decode(Recipe, document, _problems)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check a recipe built in Python across its sections.
+
+    Raises:
+        RecipeError: with every problem, one per line.
+    """
+    Document("recipe").check(_problems(recipe))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return YAML with every default, which loads back to an equal recipe."""
+    stream = io.StringIO()
+    yaml_writer().dump(plain(recipe), stream)
+    return stream.getvalue()
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Return the SHA-256 (hex) of all options except for the name and folder of the run."""
+    options = plain(recipe)
+    kept = {key: value for key, value in options.items() if key not in ("name", "output_dir")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def decode_fusion(snippet: Any, where: str = "fusion") -> Fusion:
+    """Build a fusion from the section of a recipe, as `preflight.json` holds it.
+
+    Raises:
+        RecipeError: with every problem, one per line.
+    """
+    return decode(Fusion, Document(where, snippet))
+
+
+def write_fusion(path: str | os.PathLike[str], snippet: Mapping[str, Any]) -> None:
+    """Set `fusion` in a recipe file atomically, keeping its comments.
+
+    Raises:
+        RecipeError: the file is no longer a YAML mapping, or cannot be written.
+    """
+    file = Path(path)
+    yaml, stream = yaml_writer(), io.StringIO()
+    try:
+        data = yaml.load(read_text(file))
+        data["fusion"] = dict(snippet)
+        yaml.dump(data, stream)
+        write_bytes(file, stream.getvalue().encode())
+    except (YAMLError, TypeError, OSError) as error:
+        raise RecipeError(f"{file.name}: cannot write `fusion`: {error}") from error
+
+
+def _problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the path and the text of each problem that no section can see by itself."""
+    if not recipe.teachers and recipe.objective.kd_ratio > 0:
+        yield (
+            ("teachers",),
+            "got none; must be at least one under `teachers:`; for training on labels set "
+            "objective.kd_ratio: 0",
+        )
+    if isinstance(recipe.fusion, Fusion):
+        yield from _fusion_problems(recipe.fusion, recipe.teachers)
+    if recipe.objective.features is not None:
+        path = ("objective", "features", "teacher_weights")
+        weights = recipe.objective.features.teacher_weights
+        yield from ((path, text) for text in _unknown(weights, recipe.teachers))
+    if recipe.cache.enabled:
+        yield from _cache_problems(recipe)
+    yield from _folder_problems(recipe)
+
+
+def _unknown(names: Iterable[str], teachers: Collection[str]) -> list[str]:
+    return [
+        f"got `{name}`; unknown teacher{nearest(name, teachers)}"
+        for name in names
+        if name not in teachers
+    ]
+
+
+def _fusion_problems(fusion: Fusion, teachers: Collection[str]) -> Iterator[Problem]:
+    names: dict[KeyPath, Iterable[str]] = {("temperatures",): fusion.temperatures}
+    for path, table in fusion.weighting.teacher_tables().items():
+        names[("weighting", *path)] = table
+        for missing in sorted(set(teachers) - set(table)):
+            text = f"no weight for teacher `{missing}`; give one, 0 to leave it out"
+            if not fusion.weighting.zero_excludes:
+                text = f"nothing for teacher `{missing}`; fit it again with all teachers"
+            yield ("fusion", "weighting", *path), text
+    for path, name in fusion.weighting.teacher_fields().items():
+        names[("weighting", *path)] = [name]
+    for path, given in names.items():
+        yield from ((("fusion", *path), text) for text in _unknown(given, teachers))
+
+
+def _cache_problems(recipe: Recipe) -> Iterator[Problem]:
+    cache = recipe.cache
+    if not recipe.teachers or recipe.objective.kd_ratio == 0:
+        yield ("cache", "enabled"), "needs teachers and objective.kd_ratio > 0; set it to false"
+    if cache.features is not None and recipe.objective.features is None:
+        yield (
+            ("cache", "features"),
+            "got some without objective.features; must go with them; omit it",
+        )
+    problems = unmet(recipe.objective.requirements(), cache.capabilities)
+    if isinstance(recipe.fusion, Fusion):
+        # A fused cache is built from live teachers, and may use any fusion that is fixed per row.
+        source = FIXED_PER_ROW if cache.kind == "fused" else cache.capabilities
+        problems += unmet(fusion_requirements(recipe.fusion), source)
+    for problem in problems:
+        key, _, text = problem.partition(": ")
+        yield tuple(key.split(".")), text
+
+
+def _folder_problems(recipe: Recipe) -> Iterator[Problem]:
+    """The run folder must not be read by the run, and what is written there must not be read."""
+    path: KeyPath = ("output_dir",)
+    output = _resolved(recipe.output_dir)
+    if "\0" in str(output):
+        yield path, "got a NUL character; must be a path; remove it"
+    inputs = {"student": recipe.student.model, "student's tokenizer": recipe.student.tokenizer}
+    for name, options in recipe.teachers.items():
+        inputs |= {f"teacher `{name}`": options.model}
+        inputs |= {f"tokenizer of teacher `{name}`": options.tokenizer}
+    for owner, model in inputs.items():
+        folder = None if model is None else _resolved(model)
+        if folder == output:
+            yield path, f"got {recipe.output_dir}, the folder of the {owner}; choose another"
+        elif folder is not None and any(
+            folder.is_relative_to(output / name) for name in ("student", "train", "controls")
+        ):
+            yield (
+                path,
+                f"got {recipe.output_dir}, which would overwrite the {owner}; choose another",
+            )
+    for source in itertools.chain(*recipe.data.sources.values()):
+        if source.path is not None and output.is_relative_to(_resolved(source.path)):
+            yield (
+                path,
+                (
+                    f"got {recipe.output_dir}, in the data folder {source.path}, where the files of the run "
+                    "would be read as text; choose another"
+                ),
+            )
+
+
+def _resolved(path: str | Path) -> Path:
+    expanded = os.path.expanduser(path)
+    try:
+        return Path(os.path.realpath(expanded))
+    except ValueError:  # no path of this system
+        return Path(expanded)

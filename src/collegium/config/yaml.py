@@ -1,0 +1,370 @@
+"""YAML 1.2 files with line numbers and overrides, decoded to options with all errors at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import operator
+import re
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.tokens import TagToken
+
+from collegium.errors import RecipeError, nearest
+from collegium.options import OneOf
+
+T = TypeVar("T")
+KeyPath = tuple[str | int, ...]
+Problem = tuple[KeyPath, str]
+"""Path of a key, and what is wrong there."""
+Place = tuple[int, str]
+"""Offset in a file and `recipe.yaml:12`, or -1 and the override or the name of the file."""
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 40
+CODE_KEYS = frozenset({"_target_", "_component_", "_function_", "!function"})
+RENAMED = {
+    "alpha": "objective.kd_ratio (the share of the distillation loss)",
+    "lambda": "objective.kd_ratio (the share of the distillation loss)",
+    "lr": "train.learning_rate",
+    "batch_size": "train.per_device_train_batch_size",
+    "T": "objective.temperature",
+    "tau": "objective.temperature",
+    "steps": "train.max_steps",
+    "num_steps": "train.max_steps",
+    "epochs": "train.num_train_epochs",
+    "loss": "objective.divergence",
+    "teacher": "teachers (a map of names)",
+    "model_name_or_path": "model",
+}
+"""Keys of other tools, and ours."""
+
+_CONSTANTS = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_LEADING_ZERO = re.compile(r"([-+]?)0+([0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?)")
+_NON_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_SECRET_KEY = re.compile(
+    r"(.*_)?(api_?key|password|secret|hf_token|access_token|auth_token)|token", re.I
+)
+_SECRET = re.compile(r"(hf_|sk-|ghp_|github_pat_|AKIA)[A-Za-z0-9_-]{16,}")
+_WORDS = {
+    "an object": "a mapping",
+    "a valid array": "a list",
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    " after validation": "",
+}
+"""Words of pydantic, and ours."""
+
+
+def scalar(text: str) -> Any:
+    """Return the value of a plain scalar in the core schema of YAML 1.2.
+
+    Raises:
+        ValueError: a number with a leading zero, or one that is not finite.
+    """
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if zero := _LEADING_ZERO.fullmatch(text):
+        problem = f"got {text}; a leading zero is ambiguous"
+        raise ValueError(f"{problem}; write {zero[1]}{zero[2]}, or quote it if it is text")
+    if _INT.fullmatch(text):
+        return int(text, 0)
+    is_float = _FLOAT.fullmatch(text) is not None
+    if _NON_FINITE.fullmatch(text) or (is_float and not math.isfinite(float(text))):
+        raise ValueError(f"got {text}; must be a finite number")
+    return float(text) if is_float else text
+
+
+@dataclass
+class Document:
+    """Plain data of a YAML file, the place of each key, and all problems found."""
+
+    name: str
+    data: Any = None
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+    problems: list[tuple[int, KeyPath, str]] = field(default_factory=list)
+    """Offset, path and message."""
+
+    def add(self, path: KeyPath, text: str) -> None:
+        """Record a problem at a key. Its place is that of the nearest enclosing key with one."""
+        prefixes = (path[:end] for end in range(len(path), 0, -1))
+        places = (self.places[prefix] for prefix in prefixes if prefix in self.places)
+        offset, place = next(places, (-1, self.name))
+        self.problems.append((offset, path, ": ".join(filter(None, (place, dotted(path), text)))))
+
+    def check(self, problems: Iterable[Problem] = ()) -> None:
+        """Check that there are no problems, neither recorded ones nor these.
+
+        Raises:
+            RecipeError: with every problem, one per line, in the order of the file.
+        """
+        for path, text in problems:
+            self.add(path, text)
+        if self.problems:
+            lines = [text for *_, text in sorted(self.problems, key=lambda problem: problem[0])]
+            raise RecipeError("\n".join(dict.fromkeys(lines)))
+
+    def read(self, node: Any, path: KeyPath, place: Callable[[Any], Place]) -> Any:
+        """Convert a node of ruamel to plain data. A value with a problem becomes null."""
+        if not isinstance(node, (MappingNode, SequenceNode)):
+            try:
+                return None if node is None else _scalar_of(node, path[-1])
+            except ValueError as error:
+                return self.add(path, str(error))
+        if len(path) > MAX_DEPTH:  # such as an alias of itself
+            return self.add(path[:1], f"must be nested at most {MAX_DEPTH} levels deep")
+        is_mapping = isinstance(node, MappingNode)
+        pairs = node.value if is_mapping else [(child, child) for child in node.value]
+        values: dict[Any, Any] = {}
+        for index, (key_node, child) in enumerate(pairs):
+            text = key_node.value if isinstance(key_node, ScalarNode) else "?"
+            key = text if is_mapping else index
+            at = (*path, key)
+            problem = "a recipe cannot name code; remove this key" if key in CODE_KEYS else ""
+            if key in values:
+                problem = f"given twice, first at {self.places[at][1]}; remove one"
+            self.places[at] = place(key_node.start_mark)
+            values[key] = self.add(at, problem) if problem else self.read(child, at, place)
+        return values if is_mapping else list(values.values())
+
+    def override(self, override: str) -> None:
+        """Set one value, as in `train.max_steps=10`. Its path is checked when it is decoded.
+
+        Raises:
+            RecipeError: not of this form, or a path through a value that has no keys.
+        """
+        name, equals, text = override.partition("=")
+        parts = name.strip().split(".")
+        label = f"override `{name}{equals}{'...' if _is_secret(parts[-1], text) else text}`"
+        if not equals or not all(parts):
+            raise RecipeError(f"{label}: must be KEY=VALUE, for example train.max_steps=10")
+        target: Any = {"": self.data}
+        key: Any = ""
+        path: KeyPath = ()
+        for part in parts:
+            if isinstance(target, dict) and target.get(key) is None:
+                target[key] = {}
+                self.places[path] = (-1, label)
+            target = target[key]
+            is_index = isinstance(target, list) and part.isdecimal() and int(part) < len(target)
+            if not is_index and not isinstance(target, dict):
+                got = f"{dotted(path)}: got {shown(target)}"
+                raise RecipeError(f"{label}: {got}; must have a key or item `{part}`")
+            key = int(part) if is_index else part
+            path = (*path, key)
+        # Problems of the old value no longer matter.
+        self.problems = [item for item in self.problems if item[1][: len(path)] != path]
+        self.places = {at: place for at, place in self.places.items() if at[: len(path)] != path}
+        self.places[path] = (-1, label)
+        target[key] = self.read(_compose(text, lambda _: label), path, lambda _: (-1, label))
+
+
+def dotted(path: KeyPath) -> str:
+    """Format a path: `("data", "train", 0)` is `data.train.0`."""
+    return ".".join(map(str, path))
+
+
+def shown(value: Any) -> str:
+    """Format a value for a message, as YAML would, on one short line."""
+    if isinstance(value, (Mapping, list)):
+        return "a mapping" if isinstance(value, Mapping) else "a list"
+    text = f"`{value}`" if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _scalar_of(node: Any, key: str | int) -> Any:
+    if _is_secret(key, node.value):
+        remedy = "keep it in the environment (HF_TOKEN for the model hub)"
+        raise ValueError(f"holds a secret; {remedy}; value not shown")
+    return node.value if node.style else scalar(node.value)
+
+
+def _is_secret(key: str | int, text: str) -> bool:
+    has_secret_key = text != "" and _SECRET_KEY.fullmatch(str(key)) is not None
+    return has_secret_key or _SECRET.search(text) is not None
+
+
+def read_text(file: Path) -> str:
+    """Read a UTF-8 file.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise RecipeError(f"{file.name}: must be at most {MAX_BYTES:,} bytes")
+        return file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        names = ", ".join(sorted(path.name for path in file.parent.glob("*.y*ml"))[:10]) or "none"
+        is_missing = isinstance(error, FileNotFoundError)
+        remedy = f"; YAML files in {file.parent}/: {names}" if is_missing else ""
+        raise RecipeError(f"{file}: cannot be read: {error.strerror}{remedy}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{file.name}: byte {error.start} is not UTF-8; save it as UTF-8"
+        ) from error
+
+
+def read_yaml(text: str, name: str, overrides: Sequence[str] = ()) -> Document:
+    """Read a mapping in YAML 1.2, changed by overrides such as `train.max_steps=10`.
+
+    Raises:
+        RecipeError: not YAML, not a mapping, or an override that does not fit.
+    """
+    node = _compose(text, lambda line: f"{name}:{line}" if line else name)
+    if not isinstance(node, MappingNode):
+        got = "nothing" if node is None else f"a {node.id}"
+        remedy = "`collegium init` writes a commented recipe"
+        raise RecipeError(f"{name}: got {got}; must be a mapping of keys; {remedy}")
+    document = Document(name)
+    document.data = document.read(node, (), lambda mark: (mark.index, f"{name}:{mark.line + 1}"))
+    for override in overrides:
+        document.override(override)
+    return document
+
+
+def _compose(text: str, place: Callable[[int], str]) -> Any:
+    """Parse YAML to nodes of ruamel. `place` formats a line from 1, or 0 for none."""
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        tags = [t.start_mark.line + 1 for t in yaml.scan(text) if isinstance(t, TagToken)]
+        if not tags:
+            return yaml.compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = f"column {mark.column + 1}: not valid YAML: {error.problem}"
+        raise RecipeError(f"{place(mark.line + 1)}: {problem}\n{mark.get_snippet()}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{place(0)}: must be nested less deeply") from error
+    except YAMLError as error:
+        raise RecipeError(f"{place(0)}: not valid YAML: {str(error).splitlines()[0]}") from error
+    problem = "YAML tags are not allowed; remove the `!`"
+    raise RecipeError("\n".join(f"{place(line)}: {problem}" for line in tags))
+
+
+def decode(
+    cls: type[T], document: Document, check: Callable[[T], Iterable[Problem]] = lambda _: ()
+) -> T:
+    """Build an option class from a document. `check` finds further problems in it.
+
+    Raises:
+        RecipeError: with every problem, one per line.
+    """
+    try:
+        # Strict JSON mode: text is no number, but text is a path and a list is a tuple.
+        options = TypeAdapter(cls).validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        items = error.errors(include_url=False)
+    else:
+        document.check(check(options))
+        return options
+    problems: list[Problem] = []
+    has_counts = False
+    for item in items:
+        path, keys = _locate(cls, document.data, item)
+        if item["type"] == "int_type" and str(item["input"]).endswith(".0"):
+            # Large counts are written as 1e6.
+            container = functools.reduce(operator.getitem, path[:-1], document.data)
+            container[path[-1]] = int(item["input"])
+            has_counts = True
+        text = message(item, keys)
+        key, _, rest = text.partition(": ")
+        problems.append(((*path, key), rest) if key in keys else (path, text))
+    if has_counts:
+        return decode(cls, document, check)
+    # The innermost problem explains those around it, such as "must be 'auto'" of a mapping.
+    for path, text in sorted(problems, key=lambda problem: -len(problem[0])):
+        if all(other[: len(path)] != path for _, other, _ in document.problems):
+            document.add(path, text)
+    document.check()
+    raise AssertionError(problems)
+
+
+def _locate(cls: Any, data: Any, item: Mapping[str, Any]) -> tuple[KeyPath, list[str]]:
+    """Return the path of an error, and the keys of the option class there, if it is one."""
+    path: KeyPath = ()
+    classes = {"": cls}
+    for part in item["loc"]:
+        is_index = isinstance(data, list) and isinstance(part, int)
+        if not is_index and not (isinstance(data, dict) and part in data):
+            continue  # a member of a union
+        data, path = data[part], (*path, part)
+        fields = {k: f for c in classes.values() for k, f in c.__pydantic_fields__.items()}
+        if part in fields:
+            classes = _classes(fields[part].annotation, *fields[part].metadata)
+        if isinstance(data, dict) and data.get("name") in classes:
+            classes = {"": classes[data["name"]]}
+    if item["type"] == "missing":
+        path = (*path, item["loc"][-1])
+    keys = [key for c in classes.values() for key in c.__pydantic_fields__]
+    return path, keys if len(classes) == 1 else []
+
+
+def _classes(*hints: Any) -> dict[Any, Any]:
+    """Return the option classes in type hints, by their names in an error's location."""
+    classes: dict[Any, Any] = {}
+    for hint in hints:
+        if isinstance(hint, OneOf):
+            classes |= hint.table
+        elif is_pydantic_dataclass(hint):
+            classes[hint] = hint
+        else:
+            classes |= _classes(*typing.get_args(hint))
+    return classes
+
+
+def message(item: Mapping[str, Any], keys: Collection[str] = ()) -> str:
+    """Format an error of pydantic. `keys` are those of the option class that it is about."""
+    if item["type"] == "missing":
+        return "missing; must be given"
+    if item["type"] == "unexpected_keyword_argument":
+        key = str(item["loc"][-1])
+        return "unknown key" + (f"; write {RENAMED[key]}" if key in RENAMED else nearest(key, keys))
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    text = re.sub(r"^\w+ should ", "must ", item["msg"])
+    for theirs, ours in _WORDS.items():
+        text = text.replace(theirs, ours)
+    return text if text.startswith("got ") else f"got {shown(item['input'])}; {text}"
+
+
+class _Representer(RoundTripRepresenter):
+    def represent_text(self, text: str) -> Any:
+        """Quote text that would be read back as something else."""
+        style = '"'
+        with suppress(ValueError):
+            if scalar(text) == text and text.isprintable() and text == text.strip():
+                style = None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_text)
+
+
+def yaml_writer() -> YAML:
+    """Return a writer of YAML, which keeps comments and quotes of what it has read."""
+    yaml = YAML(typ="rt")
+    yaml.Representer = _Representer
+    yaml.preserve_quotes, yaml.width = True, 4096
+    return yaml
