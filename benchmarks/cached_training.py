@@ -44,7 +44,8 @@ from collegium.teachers.cached import CachedTargets
 from collegium.teachers.encoders import FusedEncoder
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.prefetch import PrefetchingCollator
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import DistillStep
 
 MODES = {"ce": "(a) labels only", "cached": "(b) cached teachers", "live": "(c) live teachers"}

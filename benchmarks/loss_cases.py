@@ -16,7 +16,8 @@ from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import PrefixLikelihood
 from collegium.fusion.weighting import RowStats
 from collegium.losses.engine import default_block_size
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Head, Rows
 

@@ -25,7 +25,8 @@ from collegium.kernels import plain
 from collegium.kernels.backends import kernels_for
 from collegium.kernels.compiled import find_compiler
 from collegium.kernels.rows import DenseTarget, RawRows, RowKernels
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Head, Rows
 

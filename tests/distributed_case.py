@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 
 from collegium.fusion.fuse import Fusion
-from collegium.losses.features import FeatureLoss, FeatureOptions
+from collegium.losses.features import FeatureLoss
+from collegium.losses.pairing import FeatureOptions
 from collegium.teachers.local import LocalTeacher
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import DistillStep
 from collegium.types import Batch
 from tiny import tiny_model

@@ -18,9 +18,10 @@ from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import PrefixLikelihood
-from collegium.models import forward_rows
+from collegium.models.forward import forward_rows
 from collegium.teachers.local import LocalTeacher
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Batch, Rows
 

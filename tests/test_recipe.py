@@ -22,8 +22,7 @@ from collegium.config.recipe import (
     write_fusion,
 )
 from collegium.config.yaml import read_yaml, scalar
-from collegium.data.pack import DataOptions
-from collegium.data.sources import SourceOptions
+from collegium.data.sources import DataOptions, SourceOptions
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import CONFLICTS, TruthFallback
 from collegium.fusion.describe import to_recipe
@@ -32,9 +31,8 @@ from collegium.fusion.fuse import Fusion
 from collegium.fusion.gate import Gate
 from collegium.fusion.rules import Entropy, PrefixLikelihood
 from collegium.losses.divergences import DIVERGENCES, ForwardKL, SkewedForwardKL
-from collegium.models.student import StudentOptions
-from collegium.teachers.local import TeacherOptions
-from collegium.train.objective import ObjectiveOptions
+from collegium.models.selection import StudentOptions, TeacherOptions
+from collegium.train.options import ObjectiveOptions
 from recipes_for_tests import MINIMAL, minimal
 from refusals import refused
 

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from collegium.distributions import LIVE, Answer, DenseRows
 from collegium.fusion.fuse import Fusion
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.progress import TrainingProgress
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
 from collegium.types import IGNORE, Batch, Rows

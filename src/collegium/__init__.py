@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from collegium.fusion.fuse import Fusion
     from collegium.run.pipeline import distill
     from collegium.teachers.local import LocalTeacher
-    from collegium.train.objective import Objective, ObjectiveOptions
+    from collegium.train.objective import Objective
+    from collegium.train.options import ObjectiveOptions
     from collegium.train.trainer import DistillTrainer
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ _HOMES = {
     "Fusion": "collegium.fusion.fuse",
     "LocalTeacher": "collegium.teachers.local",
     "Objective": "collegium.train.objective",
-    "ObjectiveOptions": "collegium.train.objective",
+    "ObjectiveOptions": "collegium.train.options",
     "Recipe": "collegium.config.recipe",
     "distill": "collegium.run.pipeline",
     "load_recipe": "collegium.config.recipe",

@@ -13,13 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from collegium.kernels.rows import RawRows, Workspace, head_product
+from collegium.options import torch
 from collegium.types import Batch, Head, Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Distribution(ABC):

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from collegium.errors import DataError
 from collegium.options import STRICT as STRICT
+from collegium.options import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORE = -100
 """Label of a token that is not trained on, as in Hugging Face datasets."""

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 import tiny
 from collegium.data.encode import Encoded
-from collegium.data.pack import Collator, DataOptions, PackedDataset, build_datasets
-from collegium.data.sources import SourceOptions
+from collegium.data.pack import Collator, PackedDataset, build_datasets
+from collegium.data.sources import DataOptions, SourceOptions
 from collegium.errors import DataError
 from collegium.types import IGNORE, Batch, domain_number
 from refusals import refused

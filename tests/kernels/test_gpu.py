@@ -9,7 +9,8 @@ from collegium.fusion.fuse import Fusion
 from collegium.kernels.backends import kernels_for
 from collegium.kernels.rows import DenseTarget, RawRows
 from collegium.losses.engine import add_product_
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Head, Rows
 

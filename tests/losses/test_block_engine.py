@@ -11,7 +11,8 @@ from collegium.fusion.fuse import Fusion
 from collegium.kernels.rows import Workspace
 from collegium.losses.divergences import DIVERGENCES
 from collegium.losses.engine import BlockEngine, add_product_, default_block_size
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Head, Rows
 from fusion_cases import CountedRows

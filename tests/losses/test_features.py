@@ -10,7 +10,8 @@ from torch import nn
 import reference_losses
 from collegium.distributions import Answer, DenseRows
 from collegium.errors import RecipeError, TrainingError
-from collegium.losses.features import FeatureLoss, FeatureOptions, feature_map
+from collegium.losses.features import FeatureLoss
+from collegium.losses.pairing import FeatureOptions, feature_map
 from refusals import refused
 
 N = 6

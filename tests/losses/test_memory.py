@@ -15,7 +15,8 @@ from collegium.fusion.conflict import TruthFallback
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Consensus, Uniform
 from collegium.kernels.plain import TorchKernels
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Head, Rows
 

@@ -17,7 +17,8 @@ from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import Entropy, PrefixLikelihood
 from collegium.kernels.compiled import find_compiler
 from collegium.losses.divergences import DIVERGENCES
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Head, Rows
 from kernel_cases import HAS_TRITON, device_of

@@ -12,8 +12,9 @@ import tiny
 from collegium.data.encode import Encoded
 from collegium.data.pack import PackedDataset
 from collegium.errors import ModelError
-from collegium.models import forward_rows, model_head, probe
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.models.forward import forward_rows, model_head, probe
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
 from collegium.types import Batch

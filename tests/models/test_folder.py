@@ -13,8 +13,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from collegium.errors import ModelError
-from collegium.models import ModelOptions, check_model_folder, weights_digest
-from collegium.models.folder import ignored_settings, weights_size
+from collegium.models.folder import (
+    check_model_folder,
+    ignored_settings,
+    weights_digest,
+    weights_size,
+)
+from collegium.models.selection import ModelOptions
 from refusals import refused
 from tiny import save_tiny
 

@@ -13,18 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from collegium.errors import ModelError
-from collegium.models import (
-    ModelOptions,
+from collegium.models.forward import probe
+from collegium.models.loading import (
     build_model,
     check_weights,
     count_parameters,
     load_model,
     load_tokenizer,
-    probe,
     scan_folder,
     scan_weights,
     vocab_size_of,
 )
+from collegium.models.selection import ModelOptions
 from refusals import refused
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 

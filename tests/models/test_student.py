@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 
 from collegium.errors import ModelError
-from collegium.models import probe
+from collegium.models.forward import probe
+from collegium.models.selection import StudentOptions
 from collegium.models.student import (
-    StudentOptions,
     build_student,
     check_student,
     load_student_tokenizer,

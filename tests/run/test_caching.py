@@ -22,7 +22,7 @@ from collegium.fusion.conflict import TruthFallback
 from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.requirements import FIXED_PER_ROW, check, fusion_requirements
 from collegium.fusion.rules import Entropy, PrefixLikelihood, Uniform
-from collegium.losses.features import FeatureOptions
+from collegium.losses.pairing import FeatureOptions
 from collegium.run import pipeline
 from collegium.run.artifacts import Student
 from collegium.run.caches import FusedCache

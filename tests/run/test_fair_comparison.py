@@ -19,8 +19,8 @@ import tiny
 from collegium.config.recipe import Recipe, load_recipe
 from collegium.errors import TrainingError
 from collegium.fusion.fuse import Fusion
-from collegium.losses.features import FeatureOptions
-from collegium.models import count_parameters
+from collegium.losses.pairing import FeatureOptions
+from collegium.models.loading import count_parameters
 from collegium.run import artifacts, pipeline
 from collegium.run.artifacts import Student
 from collegium.run.context import RunContext

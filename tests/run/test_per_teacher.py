@@ -29,7 +29,8 @@ from collegium.run.controls import CONTROLS, Measured
 from collegium.storage.files import read_json
 from collegium.teachers.cached import BatchKeys, CachedTeacher
 from collegium.teachers.local import LocalTeacher
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Batch
 from refusals import refused
@@ -242,7 +243,7 @@ def test_the_gradient_of_the_objective_is_close_to_that_of_live_teachers(
     batch = _batches(context)[0]
     rows = batch.rows()
     student = context.new_student()
-    from collegium.models import forward_rows
+    from collegium.models.forward import forward_rows
 
     for fusion in fusions:
         grads = []

@@ -11,8 +11,9 @@ from torch import nn
 
 from collegium.distributions import LIVE, HiddenRows, Teacher
 from collegium.errors import ModelError, TrainingError
-from collegium.models import count_parameters
-from collegium.teachers.local import LocalTeacher, MovedRows, TeacherOptions
+from collegium.models.loading import count_parameters
+from collegium.models.selection import TeacherOptions
+from collegium.teachers.local import LocalTeacher, MovedRows
 from collegium.types import Batch
 from tiny import save_tiny, tiny_model
 

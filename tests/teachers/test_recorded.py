@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from collegium.errors import DataError, ModelError
-from collegium.teachers.local import WITHOUT_EFFECT, LocalTeacher, TeacherOptions
+from collegium.models.selection import TeacherOptions
+from collegium.teachers.local import WITHOUT_EFFECT, LocalTeacher
 from collegium.teachers.recorded import record
 from collegium.types import Batch
 from refusals import refused

@@ -21,11 +21,13 @@ from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.rules import BestSingle
 from collegium.fusion.score import score_teachers
-from collegium.losses.features import FeatureLoss, FeatureOptions
-from collegium.models import forward_rows, tap_names, tap_width
+from collegium.losses.features import FeatureLoss
+from collegium.losses.pairing import FeatureOptions
+from collegium.models.forward import forward_rows, tap_names, tap_width
 from collegium.teachers.local import LocalTeacher
 from collegium.train.nan_diagnosis import first_bad_rows
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Batch, LossSum, Rows, teacher_number
 

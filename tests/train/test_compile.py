@@ -7,8 +7,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import tiny
-from collegium.models import forward_rows
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.models.forward import forward_rows
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Batch
 

@@ -8,7 +8,8 @@ import torch
 
 from collegium.fusion.fuse import Fusion
 from collegium.teachers.local import LocalTeacher
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import DistillStep
 from tiny import tiny_model
 

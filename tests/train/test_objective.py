@@ -19,8 +19,10 @@ from collegium.fusion.fuse import FinishedTarget, Fusion
 from collegium.fusion.requirements import check
 from collegium.fusion.rules import Uniform
 from collegium.losses.divergences import DIVERGENCES, JensenShannon, ReverseKL
-from collegium.losses.features import FeatureLoss, FeatureOptions
-from collegium.train.objective import InertTermCheck, Objective, ObjectiveOptions
+from collegium.losses.features import FeatureLoss
+from collegium.losses.pairing import FeatureOptions
+from collegium.train.objective import InertTermCheck, Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
 from collegium.types import Head, LossSum, Rows
 from refusals import refused

@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from collegium.losses.features import FeatureLoss, FeatureOptions
-from collegium.models import tap_names, tap_width
+from collegium.losses.features import FeatureLoss
+from collegium.losses.pairing import FeatureOptions
+from collegium.models.forward import tap_names, tap_width
 from collegium.teachers.local import LocalTeacher
 from collegium.train.meter import RunLog
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from collegium.train.parts import adopt_arguments, named_teachers
 from collegium.train.progress import TrainingProgress
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments

@@ -22,11 +22,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from collegium.errors import Interrupted, TrainingError
-from collegium.losses.features import FeatureLoss, FeatureOptions
-from collegium.models import tap_names, tap_width
+from collegium.losses.features import FeatureLoss
+from collegium.losses.pairing import FeatureOptions
+from collegium.models.forward import tap_names, tap_width
 from collegium.train import checkpoint, state
 from collegium.train.meter import RunLog
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 from refusals import refused
 from training_runs import (
     FakeTeacher,

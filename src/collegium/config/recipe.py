@@ -27,16 +27,14 @@ from collegium.config.yaml import (
     read_yaml,
     yaml_writer,
 )
-from collegium.data.pack import DataOptions
+from collegium.data.sources import DataOptions
 from collegium.errors import RecipeError, nearest
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
-from collegium.models.student import StudentOptions
+from collegium.models.selection import StudentOptions, TeacherOptions
 from collegium.options import option, plain
 from collegium.storage.files import write_bytes
-from collegium.teachers.local import TeacherOptions
-from collegium.train.objective import ObjectiveOptions
-from collegium.train.options import TrainOptions
+from collegium.train.options import ObjectiveOptions, TrainOptions
 
 ControlName = Literal["ce_only", "ce_only_equal_compute", "best_single", "uniform", "entropy"]
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]

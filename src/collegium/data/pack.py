@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING
 
 from collegium.data.encode import Encoded, Encoder, seeded_hash, split_of
-from collegium.data.sources import Document, SourceOptions, read_documents
+from collegium.data.sources import DataOptions, Document, SourceOptions, read_documents
 from collegium.data.windows import Collator, PackedDataset
 from collegium.errors import DataError, nearest
-from collegium.options import option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,51 +22,6 @@ _CHUNK_DOCUMENTS = 512
 _CHUNK_CHARACTERS = 1_000_000
 _Keyed = tuple[int, Document, Encoded]
 _LOG = logging.getLogger(__name__)
-
-
-@option
-class DataOptions:
-    """Corpora, and how they are encoded into windows of tokens."""
-
-    train: Annotated[list[SourceOptions], Field(min_length=1)]
-    """Sources to train on."""
-    calibration: list[SourceOptions] = Field(default_factory=list)
-    """Calibration sources. Defaults to documents held out of `train`."""
-    validation: list[SourceOptions] = Field(default_factory=list)
-    """Evaluation sources. Defaults to documents held out of `train`."""
-    max_length: Annotated[int, Field(ge=2)] = 1024
-    """Tokens per window."""
-    packing: bool = True
-    """Pack documents together, kept apart. Otherwise one document, or part of one, per window."""
-    calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Fraction of the `train` documents held out for calibration, if it has no sources."""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Fraction of the `train` documents held out for evaluation, if it has no sources."""
-    split_seed: int = 0
-    """Seed of the held-out split and of the order of the documents."""
-    truncate: Literal["right", "left", "drop", "error"] = "right"
-    """Handling of prompts and chats longer than a window. Texts are never truncated."""
-    max_train_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Train on at most this many tokens, balanced over the domains."""
-    max_calibration_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Calibrate on at most this many tokens, balanced over the domains."""
-    max_validation_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Evaluate on at most this many tokens, balanced over the domains."""
-
-    @model_validator(mode="after")
-    def _check_fractions(self) -> DataOptions:
-        if self.calibration_fraction + self.validation_fraction >= 1:
-            raise ValueError("calibration_fraction + validation_fraction must be less than 1")
-        return self
-
-    @property
-    def sources(self) -> dict[str, list[SourceOptions]]:
-        """Sources of each part."""
-        return {
-            "train": self.train,
-            "calibration": self.calibration,
-            "validation": self.validation,
-        }
 
 
 def build_datasets(

@@ -24,7 +24,7 @@ from collegium.data.readers import (
 from collegium.errors import DataError
 from collegium.options import option
 
-__all__ = ["Document", "SourceOptions", "check_sources", "read_documents"]
+__all__ = ["DataOptions", "Document", "SourceOptions", "check_sources", "read_documents"]
 
 _FORMATS = {
     ".txt": "text",
@@ -77,6 +77,51 @@ class SourceOptions:
         if (self.path is None) == (self.hub is None):
             raise ValueError("give exactly one of `path` and `hub`")
         return self
+
+
+@option
+class DataOptions:
+    """Corpora, and how they are encoded into windows of tokens."""
+
+    train: Annotated[list[SourceOptions], Field(min_length=1)]
+    """Sources to train on."""
+    calibration: list[SourceOptions] = Field(default_factory=list)
+    """Calibration sources. Defaults to documents held out of `train`."""
+    validation: list[SourceOptions] = Field(default_factory=list)
+    """Evaluation sources. Defaults to documents held out of `train`."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens per window."""
+    packing: bool = True
+    """Pack documents together, kept apart. Otherwise one document, or part of one, per window."""
+    calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Fraction of the `train` documents held out for calibration, if it has no sources."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Fraction of the `train` documents held out for evaluation, if it has no sources."""
+    split_seed: int = 0
+    """Seed of the held-out split and of the order of the documents."""
+    truncate: Literal["right", "left", "drop", "error"] = "right"
+    """Handling of prompts and chats longer than a window. Texts are never truncated."""
+    max_train_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Train on at most this many tokens, balanced over the domains."""
+    max_calibration_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Calibrate on at most this many tokens, balanced over the domains."""
+    max_validation_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Evaluate on at most this many tokens, balanced over the domains."""
+
+    @model_validator(mode="after")
+    def _check_fractions(self) -> DataOptions:
+        if self.calibration_fraction + self.validation_fraction >= 1:
+            raise ValueError("calibration_fraction + validation_fraction must be less than 1")
+        return self
+
+    @property
+    def sources(self) -> dict[str, list[SourceOptions]]:
+        """Sources of each part."""
+        return {
+            "train": self.train,
+            "calibration": self.calibration,
+            "validation": self.validation,
+        }
 
 
 def read_documents(options: SourceOptions, *, where: str) -> Iterator[Document]:

@@ -6,21 +6,22 @@ Shapes: n rows of one block, V vocabulary, K teachers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
-from torch import Tensor
 
-from collegium.types import STRICT
+from collegium.options import option, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 MIN_WEIGHT_ENTROPY = 1e-3
 """Floor in nats of H(w): below it one teacher has all the weight, and c would be a noisy ratio."""
 
 
-@plain_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class ConflictBlock:
     """Disagreement at n rows and the effect of the policy there."""
 
@@ -91,14 +92,14 @@ class Conflict:
         return None
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class NoConflictPolicy(Conflict):
     """Use the fused target unchanged, even where the teachers disagree."""
 
     is_active = False
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class TruthFallback(Conflict):
     """Shift weight to the label where teachers disagree: lambda_t = lambda (1 - c)^power.
 
@@ -114,7 +115,7 @@ class TruthFallback(Conflict):
         return (1.0 - disagreement_n) ** self.power
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class TargetCorrection(Conflict):
     """Mix in the label where the target's argmax is wrong, until it leads by `margin`.
 
@@ -146,7 +147,7 @@ class TargetCorrection(Conflict):
         return is_wrong_n
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class ConsistentSubset(Conflict):
     """Drop teachers that rule out the label, P_k(y) < share * max_j P_j(y), where c > threshold.
 
@@ -171,7 +172,7 @@ class ConsistentSubset(Conflict):
         return score_Kn.masked_fill(is_dropped_Kn, -torch.inf)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class FollowHighest(Conflict):
     """Follow only the teacher of highest weight, instead of averaging, where c > threshold.
 

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from collegium.errors import DataError
 from collegium.fusion.gate import DIGITS, Gate
@@ -36,13 +33,17 @@ from collegium.fusion.weighting import (
     check_sum_to_one,
     constant_scores,
 )
-from collegium.types import STRICT, Rows, domain_number, teacher_number
+from collegium.options import option, torch
+from collegium.types import Rows, domain_number, teacher_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_KNOTS = 32
 """Knots of a fitted map: enough for its shape, few enough to read in a recipe."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class Fixed(FittedWeighting):
     """One weight per teacher, the same at every row."""
 
@@ -73,7 +74,7 @@ class Fixed(FittedWeighting):
         return cls(weights=_named(em_weights(data.stats.label_logp_KN), data.teachers))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class DomainWeights(FittedWeighting):
     """One weight per teacher and domain of the document: a soft routing table."""
 
@@ -181,7 +182,7 @@ def _named(weight_K: Tensor, teachers: Sequence[str]) -> dict[str, float]:
     return {name: round(w, DIGITS) for name, w in zip(teachers, weight_K.tolist(), strict=True)}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class Route(FittedWeighting):
     """One teacher per row: the one that the row names, else that of its domain, else the default.
 
@@ -257,7 +258,7 @@ class Route(FittedWeighting):
         return cls(default=teachers[int(logp_KN.mean(1).argmax())], domains=table)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class CalibratedEntropy(FittedWeighting):
     """Entropy weights on a calibrated scale: w_k = softmax_k(-m_k(H_k) / tau), m_k increasing.
 

@@ -10,14 +10,10 @@ Order: logits / T_k, statistics, weights, pool, conflict policy, pooled temperat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass as plain_dataclass
-from dataclasses import field, replace
-from typing import Annotated, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Protocol
 
-import torch
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from collegium.distributions import Answer, Capabilities, NamedRows
 from collegium.fusion.conflict import (
@@ -42,14 +38,17 @@ from collegium.fusion.routing import RoutedReader
 from collegium.fusion.rules import PrefixLikelihood
 from collegium.fusion.weighting import Carry, RowStats, Weighting, check_names
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
-from collegium.options import OneOf
-from collegium.types import STRICT, Batch, Rows
+from collegium.options import OneOf, option, torch
+from collegium.types import Batch, Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIN_SCORE = -1e300
 """Finite stand-in for a log-weight of -inf. Avoids NaN in later differences."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class Fusion:
     """The rule that turns several teachers into one target."""
 
@@ -92,7 +91,7 @@ class Fusion:
         check_names("fusion.temperatures", self.temperatures, teachers)
 
 
-@plain_dataclass(slots=True)
+@dataclass(slots=True)
 class TargetBlock:
     """The target at n rows."""
 
@@ -209,15 +208,16 @@ class MergedTarget:
     """Named answers fused once, on the union of their named tokens and the tail."""
 
     def __init__(self, fusion: Fusion, answers: Sequence[Answer], rows: Rows) -> None:
-        self._merged = merge(
-            answers,
-            rows,
-            weighting=fusion.weighting,
-            pool=fusion.pool,
-            exponent=fusion.exponent,
-            temperatures=fusion.temperatures,
-            conflict=fusion.conflict,
-        )
+        with torch.no_grad():
+            self._merged = merge(
+                answers,
+                rows,
+                weighting=fusion.weighting,
+                pool=fusion.pool,
+                exponent=fusion.exponent,
+                temperatures=fusion.temperatures,
+                conflict=fusion.conflict,
+            )
 
     def block(self, block: slice) -> TargetBlock:
         merged = self._merged
@@ -232,7 +232,7 @@ class MergedTarget:
         return student_bytes
 
 
-@plain_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class FinishedTarget:
     """A target that was fused before, such as one read from a fused cache."""
 
@@ -306,7 +306,6 @@ class StreamedTarget:
             and self._routed is None
         )
 
-    @torch.no_grad()
     def block(self, block: slice) -> TargetBlock:
         start, stop, step = block.indices(len(self._rows))
         if start != self._next_row or step != 1 or stop <= start:
@@ -315,11 +314,12 @@ class StreamedTarget:
                 f"{len(self._rows)}; read contiguous blocks in increasing order"
             )
         self._next_row = stop
-        if not self._fusion.weighting.streams and self._swept_KN is None:
-            self._swept_KN = self._sweep(stop - start)
-        if self._routed is not None:
-            return self._route(slice(start, stop), self._routed)
-        return self._pool(slice(start, stop))
+        with torch.no_grad():
+            if not self._fusion.weighting.streams and self._swept_KN is None:
+                self._swept_KN = self._sweep(stop - start)
+            if self._routed is not None:
+                return self._route(slice(start, stop), self._routed)
+            return self._pool(slice(start, stop))
 
     def _route(self, block: slice, routed: RoutedReader) -> TargetBlock:
         stats, score_Kn, logp_nV = routed.read(block)

@@ -6,17 +6,18 @@ Shapes: N rows, K teachers, F features, P parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass as plain_dataclass
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from collegium.fusion.rules import PrefixLikelihood
 from collegium.fusion.weighting import CalibrationData, FittedWeighting, RowStats
-from collegium.types import STRICT, Rows
+from collegium.options import option, torch
+from collegium.types import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIGITS = 6
 """Decimals of a fitted option."""
@@ -24,7 +25,7 @@ MAX_STEPS = 100
 """Newton steps of a fit."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class Gate(FittedWeighting):
     """A learned gate: w_k = softmax_k(a_k + b . f_k), with K + 4 fitted parameters.
 
@@ -128,7 +129,7 @@ def gate_features(
     return feature_KNF - feature_KNF.mean(0)
 
 
-@plain_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Problem:
     """The penalized likelihood of a gate, its gradient and its Hessian, per row."""
 

@@ -13,16 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from collegium.distributions import Answer, NamedRows
 from collegium.fusion.conflict import Conflict, ConflictBlock, disagreement
 from collegium.fusion.pools import PoolKind, answered_mask, check_coverage, masked_scores
 from collegium.fusion.weighting import RowStats, Weighting
 from collegium.kernels.rows import logp_floor
+from collegium.options import torch
 from collegium.types import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Column = tuple[Tensor, Tensor]
+    """Log-probabilities on the union: (M,) of its entries, (N,) of each token outside of it."""
 
 MIN_LOG_MASS = -50.0
 """Entries with less mass have no effect in float32 and are dropped. log 0 has no finite value."""
@@ -38,7 +43,6 @@ class Merged:
     conflict: ConflictBlock | None = None
 
 
-@torch.no_grad()
 def merge(
     answers: Sequence[Answer],
     rows: Rows,
@@ -177,10 +181,6 @@ def _rows_of_cells(cell_M: Tensor, num_rows: int, vocab_size: int) -> tuple[Tens
     row_M = cell_M.div(vocab_size, rounding_mode="floor")
     starts = torch.searchsorted(row_M, torch.arange(num_rows + 1, device=row_M.device))
     return starts, cell_M - row_M * vocab_size
-
-
-Column = tuple[Tensor, Tensor]
-"""Log-probabilities on the union: (M,) of its entries, and (N,) of each token outside of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from collegium.distributions import Answer, Distribution, NamedRows, WrappedRows
 from collegium.errors import DataError
@@ -25,7 +22,11 @@ from collegium.kernels.rows import (
     floor_,
     to_logits,
 )
+from collegium.options import torch
 from collegium.types import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PoolKind = Literal["linear", "log_linear", "power_mean"]
 

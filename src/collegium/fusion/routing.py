@@ -6,15 +6,17 @@ Shapes: N rows, n rows of one block, m rows of one teacher, V vocabulary, K teac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from collegium.distributions import Answer, Distribution, NamedRows
 from collegium.fusion.fitted import Route
 from collegium.fusion.pools import RowReader
 from collegium.fusion.weighting import RowStats
+from collegium.options import torch
 from collegium.types import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RoutedReader:

@@ -6,12 +6,9 @@ Shapes: N rows (or one block of them), K teachers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from collegium.fusion.weighting import (
     Carry,
@@ -22,7 +19,11 @@ from collegium.fusion.weighting import (
     averaged,
     constant_scores,
 )
-from collegium.types import STRICT, Rows
+from collegium.options import option, torch
+from collegium.types import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIN_ENTROPY = 1e-6
 """Floor in nats for the `inverse` form of `Entropy`. Teachers below it get equal weights."""
@@ -32,7 +33,7 @@ NEGLIGIBLE_DECAY = 1e-20
 """Decay factor below which an earlier row of a document has no effect in float64."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class Uniform(Weighting):
     """w_k = 1/K."""
 
@@ -46,7 +47,7 @@ class Uniform(Weighting):
         return torch.zeros_like(stats.entropy_KN, dtype=torch.float64)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class BestSingle(Weighting):
     """All the weight on one teacher."""
 
@@ -70,7 +71,7 @@ class BestSingle(Weighting):
         return constant_scores([float(teacher == self.teacher) for teacher in teachers], stats)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class Entropy(Weighting):
     """More weight for a teacher that is more certain: w_k decreases in its entropy H_k.
 
@@ -124,7 +125,7 @@ class Entropy(Weighting):
         return torch.log1p(-share_KN.clamp(max=1.0))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class PrefixLikelihood(Weighting):
     """Trust the teacher that predicted the document so far: tempered Bayesian model averaging.
 
@@ -187,7 +188,7 @@ class PrefixLikelihood(Weighting):
             distance *= 2
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class Consensus(Weighting):
     """Trust the teacher closest to the mean of all: w_k = softmax_k(-KL(P_k || Pbar) / tau).
 
@@ -211,7 +212,7 @@ class Consensus(Weighting):
         return -stats.consensus_kl().double() / self.tau
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class ConfidenceAware(Weighting):
     """CA-MKD, label-aware: w_k = (1 - softmax_k(CE_k)) / (K - 1), with CE_k = -log P_k(label).
 
@@ -240,7 +241,7 @@ class ConfidenceAware(Weighting):
         return ce_KN.masked_fill(is_self_KK1, -torch.inf).logsumexp(1) - ce_KN.logsumexp(0)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class MinCE(Weighting):
     """FuseLLM's MinCE, label-aware: all weight on the teacher of lowest mean CE_k in the document.
 
@@ -257,7 +258,7 @@ class MinCE(Weighting):
         return torch.zeros_like(ce_KN).masked_fill(ce_KN > ce_KN.amin(0), -torch.inf)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class AvgCE(Weighting):
     """FuseLLM's AvgCE, label-aware: w_k = softmax_k(exp(-CE_k)), or softmax_k(-CE_k / tau).
 

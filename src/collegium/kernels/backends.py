@@ -6,11 +6,10 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Literal, cast
 
-import torch
-
 from collegium.errors import RecipeError
 from collegium.kernels.plain import TorchKernels
 from collegium.kernels.rows import RowKernels
+from collegium.options import torch
 
 Backend = Literal["auto", "torch", "compiled", "triton"]
 

@@ -9,9 +9,7 @@ operations run on it, so each kernel reads a block from memory once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from collegium.kernels.rows import (
     BlockStats,
@@ -22,6 +20,10 @@ from collegium.kernels.rows import (
     logp_floor,
     to_logits,
 )
+from collegium.options import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # From 2 to 16 rows of V = 49,152, the height of a strip changes the time by no more than noise.
 CPU_STRIP_BYTES = 2**19

@@ -6,12 +6,13 @@ Shapes: n rows of one block, V vocabulary, D width, E (row, token) entries.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-from torch import Tensor
-
+from collegium.options import torch
 from collegium.types import Head
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOGP_FLOOR_FACTOR = 1e-8
 """Log-probabilities of -inf become this fraction of the dtype's lowest value.

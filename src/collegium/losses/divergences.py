@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from collegium.options import option
+from collegium.options import option, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOG_FLOOR = -1e4
 """Smallest log-probability of a target. Its exp is exactly 0, in float64 too."""

@@ -8,18 +8,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from collegium.errors import ModelError, nearest
-from collegium.options import option
-
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+from collegium.models.selection import ModelOptions
+from collegium.options import torch
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -38,32 +33,6 @@ class TensorInfo(NamedTuple):
     dtype: str
     """Name in the format, such as `BF16`."""
     shape: tuple[int, ...]
-
-
-@option
-class ModelOptions:
-    """Location and loading options of one model, independent of those of other models."""
-
-    # Inheriting quantization or dtype from the student is a known trap (huggingface/trl#6720).
-    model: Annotated[str, Field(min_length=1)]
-    """A Hugging Face model folder, or a hub id `owner/name`."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    tokenizer: str | None = None
-    """Folder of the tokenizer if it differs from `model`."""
-    dtype: DType = "auto"
-    """Data type of the weights. `auto` keeps the type of the checkpoint."""
-    device: Device = "auto"
-    """`auto` is the first CUDA device, else MPS, else the CPU."""
-    attention: Attention = "auto"
-    """`auto` is `sdpa` if the model supports it, else `eager`."""
-    trust_remote_code: bool = False
-    """Run the Python files shipped with the model; review them first."""
-
-    @property
-    def tokenizer_path(self) -> str:
-        """Path of the tokenizer: `tokenizer`, defaulting to `model`."""
-        return self.tokenizer or self.model
 
 
 def check_model_folder(options: ModelOptions, *, where: str) -> None:

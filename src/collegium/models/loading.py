@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from collegium.errors import ModelError, nearest
 from collegium.models.config import first_line, load_config
-from collegium.models.folder import ModelOptions, read_headers, resolve_folder, shards
+from collegium.models.folder import read_headers, resolve_folder, shards
 from collegium.models.forward import head_layer
+from collegium.models.selection import ModelOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast

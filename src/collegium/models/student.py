@@ -3,79 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import model_validator
 from torch import nn
 
 from collegium.data.encode import eos_candidates
 from collegium.errors import ModelError
-from collegium.models import (
-    ModelOptions,
-    build_model,
-    check_model_folder,
-    check_weights,
-    load_model,
-    load_tokenizer,
-    vocab_size_of,
-)
 from collegium.models.config import head_rows, load_config
 from collegium.models.folder import (
-    Attention,
-    Device,
     check_attention,
     check_device,
+    check_model_folder,
     check_tokenizer_folder,
 )
 from collegium.models.forward import head_layer, input_layer
 from collegium.models.loading import (
+    build_model,
     check_config,
+    check_weights,
     choose_device,
     enable_checkpointing,
+    load_model,
+    load_tokenizer,
     make_config,
+    vocab_size_of,
 )
-from collegium.options import option
+from collegium.models.selection import ModelOptions, StudentOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@option
-class StudentOptions:
-    """Options of the student: `model` for pretrained weights, or `config` and `tokenizer`."""
-
-    model: str | None = None
-    """A Hugging Face model folder, or a hub id `owner/name`."""
-    config: dict[str, Any] | None = None
-    """A transformers config with `model_type`. `vocab_size` defaults to the tokenizer's."""
-    tokenizer: str | None = None
-    """Folder of the tokenizer, required with `config`."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the trained weights."""
-    device: Device = "auto"
-    """`auto` is the first CUDA device, else MPS, else the CPU."""
-    attention: Attention = "auto"
-    """`auto` is `sdpa` if the model supports it, else `eager`."""
-    trust_remote_code: bool = False
-    """Run the Python files shipped with the model; review them first."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass to save memory."""
-
-    @model_validator(mode="after")
-    def _check_source(self) -> StudentOptions:
-        if (self.model is None) == (self.config is None):
-            raise ValueError(
-                "got both or neither of `model` and `config`; must be exactly one: "
-                "`model` for pretrained weights, `config` for a new student"
-            )
-        if self.config is not None and self.tokenizer is None:
-            raise ValueError("got `config` without `tokenizer`; must name a tokenizer folder")
-        return self
 
 
 def check_student(options: StudentOptions, *, where: str) -> None:

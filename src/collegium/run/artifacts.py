@@ -30,6 +30,7 @@ from collegium.evaluate.scoring import OnProgress, iterate_chunks, score_models,
 from collegium.evaluate.table import ModelInfo, results_rows
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss
+from collegium.models.selection import TeacherOptions
 from collegium.preflight.measure import run_preflight
 from collegium.run.artifact import Artifact
 from collegium.run.caches import Cache, FusedCache, HiddenCache, Split, TeacherCache
@@ -38,7 +39,7 @@ from collegium.run.controls import CONTROLS, Measured, Variant, main_variant
 from collegium.run.folder import last_row
 from collegium.storage.files import fingerprint, read_json, write_json
 from collegium.teachers.cached import BatchKeys, CachedTargets, CachedTeacher
-from collegium.teachers.local import LocalTeacher, TeacherOptions
+from collegium.teachers.local import LocalTeacher
 from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.teachers.recorded import record
 from collegium.train.checkpoint import checkpoints

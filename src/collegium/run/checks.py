@@ -20,19 +20,17 @@ from collegium.errors import DataError, RecipeError, nearest
 from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
 from collegium.kernels.backends import require_backend
-from collegium.losses.features import feature_map
-from collegium.models import (
-    ModelOptions,
-    check_model_folder,
-    check_weights,
-    load_tokenizer,
-    scan_folder,
-    tap_names,
-    weights_digest,
-)
+from collegium.losses.pairing import feature_map
 from collegium.models.config import head_rows, load_config, position_limit
-from collegium.models.folder import ignored_settings, weights_size
-from collegium.models.loading import empty_model
+from collegium.models.folder import (
+    check_model_folder,
+    ignored_settings,
+    weights_digest,
+    weights_size,
+)
+from collegium.models.forward import tap_names
+from collegium.models.loading import check_weights, empty_model, load_tokenizer, scan_folder
+from collegium.models.selection import ModelOptions
 from collegium.models.student import check_student, student_config
 from collegium.run.context import RunContext
 from collegium.train.checkpoint import require_valid_checkpoint

@@ -16,11 +16,11 @@ import torch
 from collegium.config.recipe import Recipe, dump_recipe, plain
 from collegium.console import quiet_libraries
 from collegium.data.pack import PackedDataset, build_datasets
-from collegium.losses.features import feature_map
-from collegium.models import count_parameters, probe, tap_names, tap_width, vocab_size_of
+from collegium.losses.pairing import feature_map
 from collegium.models.config import load_config
 from collegium.models.folder import weights_digest
-from collegium.models.loading import empty_model
+from collegium.models.forward import probe, tap_names, tap_width
+from collegium.models.loading import count_parameters, empty_model, vocab_size_of
 from collegium.models.student import build_student, load_student_tokenizer, student_config
 from collegium.run.folder import RunFolder
 from collegium.teachers.local import LocalTeacher

@@ -14,7 +14,7 @@ from collegium.config.recipe import Recipe, plain
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, Uniform
 from collegium.fusion.weighting import Weighting
-from collegium.train.objective import ObjectiveOptions
+from collegium.train.options import ObjectiveOptions
 
 
 @dataclass(frozen=True)

@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from collegium.distributions import LIVE, Answer, Distribution, HiddenRows, WrappedRows
 from collegium.errors import ModelError, TrainingError
-from collegium.models import ModelOptions, count_parameters, forward_rows, load_model
-from collegium.models.forward import head_layer
-from collegium.options import option
+from collegium.models.forward import forward_rows, head_layer
+from collegium.models.loading import count_parameters, load_model
+from collegium.models.selection import TeacherOptions
 from collegium.types import Batch, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_NAMES = 5
-WITHOUT_EFFECT = frozenset({"model", "tokenizer", "device", "offload", "trust_remote_code"})
-"""Teacher options that do not change its outputs; `model` is replaced by a digest."""
-
-
-@option
-class TeacherOptions(ModelOptions):
-    """One teacher: a model of its own, with its own number type and device."""
-
-    offload: bool = False
-    """Keep the teacher on the CPU between its turns: slower, but one teacher at a time on the GPU."""
-    logit_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on its logits: makes a teacher more (above 1) or less confident than it is, for stress
-    tests."""
-
-    def identity(self) -> dict[str, Any]:
-        """Return the options that its outputs depend on; its weights are identified by digest."""
-        # By exclusion: a new option that is forgotten here makes caches stale, never wrong.
-        return {
-            one.name: getattr(self, one.name)
-            for one in fields(self)
-            if one.name not in WITHOUT_EFFECT
-        }
 
 
 @dataclass(frozen=True)

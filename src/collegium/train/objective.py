@@ -1,4 +1,4 @@
-"""The objective: its options, the factors of its terms, and the losses of one block of rows.
+"""The objective: the factors of its terms, and the losses of one block of rows.
 
 Shapes: N rows, n rows of one block, V vocabulary, K teachers.
 
@@ -8,74 +8,21 @@ the whole optimizer step.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from collegium.distributions import Capability, HiddenRows
+from collegium.distributions import HiddenRows
 from collegium.errors import TrainingError
 from collegium.fusion.fuse import Fusion, Target, TargetBlock
 from collegium.fusion.requirements import Requirement, fusion_requirements
-from collegium.kernels.backends import Backend, kernels_for
+from collegium.kernels.backends import kernels_for
 from collegium.kernels.rows import RowKernels, Workspace
-from collegium.losses.divergences import DIVERGENCES, Divergence, ForwardKL
+from collegium.losses.divergences import ForwardKL
 from collegium.losses.engine import BlockEngine, fitted_block_size
-from collegium.losses.features import FeatureLoss, FeatureOptions
+from collegium.losses.features import FeatureLoss
 from collegium.losses.terms import TRUTH, BlockLosses
-from collegium.options import OneOf, option
+from collegium.train.options import ObjectiveOptions
 from collegium.types import LossSum
-
-
-@option
-class ObjectiveOptions:
-    """The loss of the student: teachers, labels and hidden states, and the share of each."""
-
-    kd_ratio: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Share of the fused target. The labels have the rest; 0 trains on labels only."""
-    temperature: float = 1.0
-    """Softens target and student. The divergence is multiplied by its square."""
-    divergence: Annotated[Divergence, OneOf(DIVERGENCES)] = ForwardKL()
-    """Divergence between fused target and student."""
-    block_size: Annotated[int, Field(ge=1)] | None = None
-    """Rows per block of logits; null fits `block_megabytes`. Changes speed and memory only."""
-    block_megabytes: Annotated[int, Field(ge=1)] | None = None
-    """Memory of one block of logits; null is 256 on a CPU and 1024 on a GPU."""
-    backend: Backend = "auto"
-    """Kernels for the arithmetic over the vocabulary. Changes speed only, up to rounding."""
-    features: FeatureOptions | None = None
-    """Feature terms on hidden states; null for none."""
-
-    @field_validator("temperature")
-    @classmethod
-    def _positive(cls, value: float) -> float:
-        if value <= 0:
-            raise ValueError(f"got {value:g}; must be > 0; for hard labels use kd_ratio: 0")
-        return value
-
-    def requirements(self) -> list[Requirement]:
-        """The requirements on the source of targets."""
-        needs = []
-        divergence = type(self.divergence)
-        if not divergence.allows_draws:
-            needs.append(
-                Requirement(
-                    "objective.divergence",
-                    divergence.__name__,
-                    "forward_kl",
-                    Capability.LOGARITHMS,
-                )
-            )
-        if self.temperature != 1.0:
-            value = f"{self.temperature:g}"
-            needs.append(
-                Requirement("objective.temperature", value, "1", Capability.ANY_TEMPERATURE)
-            )
-        if self.features is not None:
-            key = "objective.features"
-            needs.append(Requirement(key, "feature terms", "omitted", Capability.FEATURES))
-        return needs
 
 
 class Objective(nn.Module):

@@ -1,14 +1,19 @@
-"""Length, batch size and optimizer of a training run."""
+"""Options of a training run: the loss, and its length, batch size and optimizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from collegium.options import option
+from collegium.distributions import Capability
+from collegium.fusion.requirements import Requirement
+from collegium.kernels.backends import Backend
+from collegium.losses.divergences import DIVERGENCES, Divergence, ForwardKL
+from collegium.losses.pairing import FeatureOptions
+from collegium.options import OneOf, option
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -83,6 +88,47 @@ class TrainOptions:
                 f"({self.max_steps}), or the peak learning rate is never reached"
             )
         return self
+
+
+@option
+class ObjectiveOptions:
+    """The loss of the student: teachers, labels and hidden states, and the share of each."""
+
+    kd_ratio: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of the fused target. The labels have the rest; 0 trains on labels only."""
+    temperature: float = 1.0
+    """Softens target and student. The divergence is multiplied by its square."""
+    divergence: Annotated[Divergence, OneOf(DIVERGENCES)] = ForwardKL()
+    """Divergence between fused target and student."""
+    block_size: Annotated[int, Field(ge=1)] | None = None
+    """Rows per block of logits; null fits `block_megabytes`. Changes speed and memory only."""
+    block_megabytes: Annotated[int, Field(ge=1)] | None = None
+    """Memory of one block of logits; null is 256 on a CPU and 1024 on a GPU."""
+    backend: Backend = "auto"
+    """Kernels for the arithmetic over the vocabulary. Changes speed only, up to rounding."""
+    features: FeatureOptions | None = None
+    """Feature terms on hidden states; null for none."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _positive(cls, value: float) -> float:
+        if value <= 0:
+            raise ValueError(f"got {value:g}; must be > 0; for hard labels use kd_ratio: 0")
+        return value
+
+    def requirements(self) -> list[Requirement]:
+        """The requirements on the source of targets."""
+        needs = []
+        if not self.divergence.allows_draws:
+            key, name = "objective.divergence", type(self.divergence).__name__
+            needs.append(Requirement(key, name, "forward_kl", Capability.LOGARITHMS))
+        if self.temperature != 1.0:
+            key, value = "objective.temperature", f"{self.temperature:g}"
+            needs.append(Requirement(key, value, "1", Capability.ANY_TEMPERATURE))
+        if self.features is not None:
+            key = "objective.features"
+            needs.append(Requirement(key, "feature terms", "omitted", Capability.FEATURES))
+        return needs
 
 
 def training_arguments(

@@ -11,7 +11,8 @@ from collegium.distributions import Teacher
 from collegium.errors import TrainingError
 from collegium.fusion.fuse import Fusion
 from collegium.teachers.local import LocalTeacher
-from collegium.train.objective import Objective, ObjectiveOptions
+from collegium.train.objective import Objective
+from collegium.train.options import ObjectiveOptions
 
 LiveTeachers = Sequence[Teacher | PreTrainedModel] | Mapping[str, Teacher | PreTrainedModel]
 

@@ -23,7 +23,7 @@ from collegium.fusion.fuse import Target, TargetBlock, TargetSource, fuse
 from collegium.fusion.score import score_teachers
 from collegium.kernels.rows import RowKernels
 from collegium.losses.features import FeatureLoss
-from collegium.models import forward_rows
+from collegium.models.forward import forward_rows
 from collegium.train.objective import Objective
 from collegium.types import Batch, LossSum, Rows
 
