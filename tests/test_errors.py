@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import collegium
-from collegium.errors import FLOORS, CollegiumError, check_versions, require
+from collegium.errors import FLOORS, CollegiumError, check_versions
 from refusals import refused
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +54,3 @@ def test_lazy_names_of_the_package_check_versions_first(monkeypatch: pytest.Monk
     monkeypatch.delitem(vars(collegium), "Recipe", raising=False)
     with refused(CollegiumError, "torch: got version 1.0; "):
         collegium.Recipe
-
-
-def test_a_missing_package_names_its_extra() -> None:
-    with refused(CollegiumError, "no_such_package: "):
-        require("no_such_package", "eval")

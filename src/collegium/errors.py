@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import re
 from collections.abc import Iterable
 from importlib import metadata
-from types import ModuleType
 
 FLOORS = {
     "torch": ("2.10", "CVE-2026-24747"),
@@ -47,20 +45,6 @@ class CacheError(CollegiumError):
 
 class Interrupted(CollegiumError):
     """The user stopped the run. A checkpoint was saved (exit code 130)."""
-
-
-def require(package: str, extra: str) -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        CollegiumError: the package is not installed. Names the extra that installs it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise CollegiumError(
-            f"{package}: not installed; run `pip install 'collegium[{extra}]'`"
-        ) from error
 
 
 def check_versions() -> None:

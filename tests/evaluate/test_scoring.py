@@ -17,7 +17,7 @@ from collegium.data.windows import PackedDataset
 from collegium.distributions import Answer
 from collegium.errors import CollegiumError, DataError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
-from collegium.evaluate.scoring import FUSED, iterate_chunks, paired_bootstrap, score_models
+from collegium.evaluate.scoring import FUSED, iterate_chunks, score_models
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import PrefixLikelihood, Uniform
 from collegium.preflight.measure import run_preflight
@@ -262,26 +262,3 @@ def metrics_of(nll: list[float], samples: list[int], name: str = "a") -> Metrics
         confidence_N=ones,
         is_correct_N=ones > 0,
     )
-
-
-def test_bootstrap_covers_the_difference() -> None:
-    generator = np.random.default_rng(0)
-    samples = np.repeat(np.arange(60), 5).tolist()
-    hard = np.repeat(generator.normal(3.0, 1.0, 60), 5)
-    a = metrics_of((hard + generator.normal(0.1, 0.05, 300)).tolist(), samples)
-    b = metrics_of(hard.tolist(), samples, "b")
-    low, high = paired_bootstrap(a, b, seed=1)
-    assert low < a.nll - b.nll < high
-    # Documents differ by 1 nat, yet pairing keeps the interval narrow.
-    assert 0.08 < low < high < 0.12
-    assert paired_bootstrap(b, a, seed=1) == pytest.approx((-high, -low))
-    assert paired_bootstrap(a, b, seed=1) == (low, high)
-    assert paired_bootstrap(a, a, seed=1) == (0.0, 0.0)
-
-
-def test_bootstrap_needs_the_same_documents() -> None:
-    a, b = metrics_of([1.0, 2.0], [0, 1]), metrics_of([1.0, 2.0], [0, 2], "b")
-    with refused(CollegiumError, "paired_bootstrap"):
-        paired_bootstrap(a, b, seed=0)
-    with refused(CollegiumError, "paired_bootstrap"):
-        paired_bootstrap(metrics_of([1.0], [0]), metrics_of([2.0], [0]), seed=0)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from collegium.errors import CollegiumError
 from collegium.fusion.calibration import (
     calibration_error,
     entropy_bins,
@@ -105,14 +104,6 @@ class Metrics:
         """Expected calibration error of the top-1 prediction over 15 bins of equal mass."""
         return calibration_error(self.confidence_N, self.is_correct_N)[0]
 
-    def document_sums(self) -> tuple[Ints, NDArray[np.float64], Ints]:
-        """Return each document's index, total NLL in nats and number of target tokens, all (D,)."""
-        indices_D, document_N = np.unique(self.targets.samples_N, return_inverse=True)
-        size = len(indices_D)
-        total_D = np.zeros(size, np.float64)
-        np.add.at(total_D, document_N, self.nll_N)
-        return indices_D, total_D, np.bincount(document_N, minlength=size)
-
     def by_domain(self) -> dict[str, dict[str, float | int | None]]:
         """NLL, perplexity, bits per byte, calibration and token count of each non-empty domain."""
         figures: dict[str, dict[str, float | int | None]] = {}
@@ -171,44 +162,6 @@ class Metrics:
                 entropy_bins(self.entropy_N, self.is_correct_N, self.nll_N)
             ),
         }
-
-
-def paired_bootstrap(
-    a: Metrics, b: Metrics, *, seed: int, draws: int = 1000
-) -> tuple[float, float]:
-    """Return the 95 % interval of NLL(a) - NLL(b) in nats per token, by a bootstrap over documents.
-
-    Documents are drawn with replacement, the same ones for both models, so their difficulty cancels
-    out. The interval covers the choice of documents, not the seed of a training run.
-
-    Raises:
-        CollegiumError: the models were scored on different documents, or on fewer than two.
-
-    Source: Koehn 2004, "Statistical significance tests for machine translation evaluation",
-    https://aclanthology.org/W04-3250.
-    """
-    indices_D, total_a_D, count_D = a.document_sums()
-    indices_b_D, total_b_D, count_b_D = b.document_sums()
-    if not (np.array_equal(indices_D, indices_b_D) and np.array_equal(count_D, count_b_D)):
-        raise CollegiumError(
-            f"paired_bootstrap: got `{a.name}` and `{b.name}` scored on different documents; "
-            "must be the same dataset; score both in one call of score_models"
-        )
-    size = len(indices_D)
-    if size < 2:
-        raise CollegiumError(
-            f"paired_bootstrap: got {size} document(s); must be at least 2; "
-            "evaluate on more documents"
-        )
-    # Rows of one document are correlated: drawing rows would make the interval too narrow.
-    generator = np.random.default_rng(seed)
-    difference_D = total_a_D - total_b_D
-    differences = np.empty(draws)
-    for draw in range(draws):
-        drawn_D = generator.integers(size, size=size)
-        differences[draw] = difference_D[drawn_D].sum() / count_D[drawn_D].sum()
-    low, high = np.quantile(differences, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _mean(values_N: Floats | Bools) -> float:

@@ -18,7 +18,6 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Answer, Distribution, Teacher
 from collegium.errors import CollegiumError, DataError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
-from collegium.evaluate.metrics import paired_bootstrap as paired_bootstrap
 from collegium.fusion.fuse import Fusion, Target, fuse
 from collegium.models.loading import choose_device
 from collegium.types import Batch, Rows, is_row
