@@ -16,10 +16,9 @@ from refusals import check_message, stable
 MAX_SECONDS = 3
 LOADERS = (
     "collegium.models.loading.load_model",
+    "collegium.models.loading.build_model",
     "collegium.teachers.local.load_model",
-    "collegium.models.student.load_model",
-    "collegium.models.student.build_model",
-    "collegium.run.context.build_student",
+    "collegium.models.student.StudentOptions.build",
 )
 
 

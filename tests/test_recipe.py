@@ -22,7 +22,8 @@ from collegium.config.recipe import (
     write_fusion,
 )
 from collegium.config.yaml import read_yaml, scalar
-from collegium.data.sources import DataOptions, SourceOptions
+from collegium.data.pack import DataOptions
+from collegium.data.sources import SourceOptions
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import CONFLICTS, TruthFallback
 from collegium.fusion.describe import to_recipe
@@ -31,8 +32,9 @@ from collegium.fusion.fuse import Fusion
 from collegium.fusion.gate import Gate
 from collegium.fusion.rules import Entropy, PrefixLikelihood
 from collegium.losses.divergences import DIVERGENCES, ForwardKL, SkewedForwardKL
-from collegium.models.selection import StudentOptions, TeacherOptions
-from collegium.train.options import ObjectiveOptions
+from collegium.models.student import PretrainedStudent
+from collegium.teachers.options import LocalOptions
+from collegium.train.objective import ObjectiveOptions
 from recipes_for_tests import MINIMAL, minimal
 from refusals import refused
 
@@ -58,7 +60,7 @@ def test_missing_keys_have_defaults(recipe_file: Path) -> None:
     assert recipe.fusion == "auto"
     assert recipe.evaluate.controls == ["ce_only"]
     assert list(recipe.teachers) == ["code", "prose"]
-    assert recipe.teachers["code"] == TeacherOptions(model="models/code")
+    assert recipe.teachers["code"] == LocalOptions(model="models/code")
     assert list(recipe.data.train) == [SourceOptions(path="corpus/*.jsonl", domain="web")]
     assert recipe.train.max_steps == 10
     assert recipe.objective == ObjectiveOptions()
@@ -191,11 +193,11 @@ def test_any_text_and_number_round_trips(
     # Not in a path, which is checked against the file system.
     source = SourceOptions(path="corpus.txt", domain=domain, text_column=column)
     recipe = Recipe(
-        student=StudentOptions(model="s"),
+        student=PretrainedStudent(model="s"),
         data=DataOptions(train=[source]),  # type: ignore[arg-type]
         seed=seed,
         fusion=Fusion(weighting=Entropy(tau=rate)),
-        teachers={"a": TeacherOptions(model="t")},
+        teachers={"a": LocalOptions(model="t")},
     )
     path = tmp_path_factory.getbasetemp() / "round-trip.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8", newline="")
@@ -252,7 +254,7 @@ def test_a_snippet_contains_the_whole_fusion() -> None:
 
 def test_a_recipe_built_in_python_is_checked_across_sections() -> None:
     recipe = Recipe(
-        student=StudentOptions(model="s"),
+        student=PretrainedStudent(model="s"),
         data=DataOptions(train=[SourceOptions(path="x")]),  # type: ignore[arg-type]
         output_dir=Path("s"),
     )

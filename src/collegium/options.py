@@ -49,11 +49,23 @@ def option(cls: type[T]) -> type[T]:
 class OneOf:
     """Annotation of a field that holds an instance of one of several option classes.
 
-    The field accepts an instance, a name from the table, or a mapping with `name` and the options
-    of that class. `plain` writes it as such a mapping.
+    The field accepts an instance, or a mapping with the options of a class and its name, which
+    `plain` writes too. With the key `name`, a bare name is a class without options.
     """
 
     table: Mapping[str, type]
+    """Option classes by name."""
+    key: str | None = "name"
+    """The key of the name. None: the name is the one key of the mapping that is in the table."""
+    default: str | None = None
+    """The class of a mapping without a name, which `plain` leaves out."""
+
+    def name_of(self, options: Mapping[str, Any]) -> Any:
+        """Return the name of the class that a mapping chooses, None where it is ambiguous."""
+        if self.key is not None:
+            return options.get(self.key, self.default)
+        names = [name for name in self.table if options.get(name) is not None]
+        return names[0] if len(names) == 1 else None
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -61,16 +73,10 @@ class OneOf:
         def choose(value: Any, info: core_schema.ValidationInfo) -> Any:
             if isinstance(value, source):
                 return value
-            options = dict(value) if isinstance(value, Mapping) else {"name": value}
-            name = options.pop("name", None)
-            if not isinstance(name, str):
-                text = "must be a name, or a mapping with `name`; known: {names}"
-                raise PydanticCustomError("name", text, {"names": ", ".join(sorted(self.table))})
-            if name not in self.table:
-                text = "got `{name}`; unknown name{hint}"
-                hint = nearest(name, self.table)
-                raise PydanticCustomError("name", text, {"name": name, "hint": hint})
-            adapter = TypeAdapter(self.table[name])
+            is_name = self.key == "name" and not isinstance(value, Mapping)
+            options = {"name": value} if is_name else value
+            adapter = TypeAdapter(self._class_of(options))
+            options = {key: value for key, value in options.items() if key != self.key}
             if info.mode == "json":  # strict, like the rest of a recipe
                 return adapter.validate_json(json.dumps(options), strict=True)
             return adapter.validate_python(options)
@@ -78,10 +84,29 @@ class OneOf:
         serialization = core_schema.plain_serializer_function_ser_schema(self._plain)
         return core_schema.with_info_plain_validator_function(choose, serialization=serialization)
 
+    def _class_of(self, options: Any) -> type:
+        if not isinstance(options, Mapping):
+            raise PydanticCustomError("mapping", "must be a mapping")
+        name = self.name_of(options)
+        names = {"names": ", ".join(sorted(self.table)), "key": self.key}
+        if self.key is None and name is None:
+            raise PydanticCustomError("name", "must have exactly one of the keys {names}", names)
+        if not isinstance(name, str):
+            text = "must be a name, or a mapping with `{key}`; known: {names}"
+            raise PydanticCustomError("name", text, names)
+        if name not in self.table:
+            hint = nearest(name, self.table)
+            text = "got `{name}`; unknown {key}{hint}"
+            raise PydanticCustomError("name", text, {"name": name, "hint": hint, **names})
+        return self.table[name]
+
     def _plain(self, value: Any) -> dict[str, Any]:
         names = {cls: name for name, cls in self.table.items()}
         # In Python, any instance of the base class is accepted.
-        return {"name": names.get(type(value), type(value).__name__), **plain(value)}
+        name = names.get(type(value), type(value).__name__)
+        if self.key is None or name == self.default:
+            return plain(value)
+        return {self.key: name, **plain(value)}
 
 
 def plain(options: Any) -> Any:

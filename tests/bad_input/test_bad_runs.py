@@ -215,7 +215,7 @@ def test_80_a_check_that_is_stopped(bench: Bench, monkeypatch: pytest.MonkeyPatc
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("collegium.run.checks.check_student", stop)
+    monkeypatch.setattr("collegium.models.student.FreshStudent.check", stop)
     result = bench.invoke("run", "run.yaml")
     check_message(result.stderr.removesuffix("\n"), "interrupted\n")
     assert (result.exit_code, OUT.exists()) == (130, False)

@@ -19,7 +19,7 @@ from collegium.models.folder import (
     weights_digest,
     weights_size,
 )
-from collegium.models.selection import ModelOptions
+from collegium.models.options import ModelOptions
 from refusals import refused
 from tiny import save_tiny
 

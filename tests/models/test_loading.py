@@ -24,7 +24,7 @@ from collegium.models.loading import (
     scan_weights,
     vocab_size_of,
 )
-from collegium.models.selection import ModelOptions
+from collegium.models.options import ModelOptions
 from refusals import refused
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -6,20 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from collegium.errors import ModelError
 from collegium.models.forward import probe
-from collegium.models.selection import StudentOptions
-from collegium.models.student import (
-    build_student,
-    check_student,
-    load_student_tokenizer,
-    student_config,
-)
+from collegium.models.student import AnyStudent, FreshStudent, PretrainedStudent
 from refusals import check_message, refused
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
+STUDENT = TypeAdapter(AnyStudent)
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -35,14 +30,14 @@ def tokenizer(tmp_path: Path) -> str:
     return str(tmp_path / "tokenizer")
 
 
-def fresh(tokenizer: str, changes: dict[str, object] | None = None) -> StudentOptions:
-    return StudentOptions(config={**CONFIG, **(changes or {})}, tokenizer=tokenizer, device="cpu")
+def fresh(tokenizer: str, changes: dict[str, object] | None = None) -> FreshStudent:
+    return FreshStudent(config={**CONFIG, **(changes or {})}, tokenizer=tokenizer, device="cpu")
 
 
 def test_new_student_has_the_ids_of_its_tokenizer(tokenizer: str) -> None:
     options = fresh(tokenizer)
-    check_student(options, where="student")
-    student = build_student(options, seed=3, where="student")
+    options.check("student")
+    student = options.build(seed=3, where="student")
     ids = tiny_tokenizer()
     assert student.get_input_embeddings().weight.shape == (len(ids), 32)
     assert student.config.eos_token_id == ids.eos_token_id
@@ -50,8 +45,8 @@ def test_new_student_has_the_ids_of_its_tokenizer(tokenizer: str) -> None:
     assert student.generation_config.pad_token_id == ids.pad_token_id
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in student.parameters())
-    again = build_student(options, seed=3, where="student")
-    other = build_student(options, seed=4, where="student")
+    again = options.build(seed=3, where="student")
+    other = options.build(seed=4, where="student")
     assert torch.equal(student.lm_head.weight, again.lm_head.weight)
     assert not torch.equal(student.lm_head.weight, other.lm_head.weight)
     probe(student, vocab_size=len(ids), where="student")
@@ -59,15 +54,13 @@ def test_new_student_has_the_ids_of_its_tokenizer(tokenizer: str) -> None:
 
 def test_student_from_a_folder(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", seed=6)
-    options = StudentOptions(model=str(folder), device="cpu")
-    check_student(options, where="student")
-    student = build_student(options, seed=0, where="student")
+    options = PretrainedStudent(model=str(folder), device="cpu")
+    options.check("student")
+    student = options.build(seed=0, where="student")
     expected = tiny_model(len(tiny_tokenizer()), seed=6).state_dict()
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, expected[name])
-    assert (
-        load_student_tokenizer(options, where="student").get_vocab() == tiny_tokenizer().get_vocab()
-    )
+    assert options.load_tokenizer("student").get_vocab() == tiny_tokenizer().get_vocab()
 
 
 def test_weights_are_compared_with_the_config(tmp_path: Path) -> None:
@@ -75,31 +68,31 @@ def test_weights_are_compared_with_the_config(tmp_path: Path) -> None:
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('_layers": 2', '_layers": 1'))
     with refused(ModelError, "student"):
-        check_student(StudentOptions(model=str(folder)), where="student")
+        PretrainedStudent(model=str(folder)).check("student")
 
 
 def test_the_config_is_available_before_the_model(tokenizer: str, tmp_path: Path) -> None:
     changed = fresh(tokenizer, {"max_position_embeddings": 77})
-    assert student_config(changed, where="student").max_position_embeddings == 77
-    saved = StudentOptions(model=str(save_tiny(tmp_path / "m")))
-    assert student_config(saved, where="student").max_position_embeddings == 128
+    assert changed.max_length("student") == 77
+    saved = PretrainedStudent(model=str(save_tiny(tmp_path / "m")))
+    assert saved.max_length("student") == 128
 
 
 def test_padded_student_keeps_its_rows(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     tiny_model(512).save_pretrained(tmp_path / "m")
-    options = StudentOptions(model=str(tmp_path / "m"), device="cpu")
-    student = build_student(options, seed=0, where="student")
+    options = PretrainedStudent(model=str(tmp_path / "m"), device="cpu")
+    student = options.build(seed=0, where="student")
     assert student.get_input_embeddings().weight.shape[0] == 512
 
 
 def test_token_without_a_row(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     tiny_model(300).save_pretrained(tmp_path / "m")
-    options = StudentOptions(model=str(tmp_path / "m"), device="cpu")
+    options = PretrainedStudent(model=str(tmp_path / "m"), device="cpu")
     for call in (
-        lambda: build_student(options, seed=0, where="student"),
-        lambda: check_student(options, where="student"),
+        lambda: options.build(seed=0, where="student"),
+        lambda: options.check("student"),
     ):
         with refused(ModelError, "student"):
             call()
@@ -107,9 +100,7 @@ def test_token_without_a_row(tmp_path: Path) -> None:
 
 def test_stop_tokens_of_the_model_are_kept(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", eos_token_id=[5, 6])
-    student = build_student(
-        StudentOptions(model=str(folder), device="cpu"), seed=0, where="student"
-    )
+    student = PretrainedStudent(model=str(folder), device="cpu").build(seed=0, where="student")
     assert student.generation_config.eos_token_id == [5, 6, tiny_tokenizer().eos_token_id]
 
 
@@ -119,25 +110,26 @@ def test_tokenizer_without_eos(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer).save_pretrained(
         tmp_path / "t"
     )
-    for call in (load_student_tokenizer, check_student):
+    options = fresh(str(tmp_path / "t"))
+    for call in (options.load_tokenizer, options.check):
         with refused(ModelError, "student"):
-            call(fresh(str(tmp_path / "t")), where="student")
+            call("student")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtype(tokenizer: str, tmp_path: Path, dtype: str) -> None:
     folder = save_tiny(tmp_path / "m")
     for origin in ({"model": str(folder)}, {"config": CONFIG, "tokenizer": tokenizer}):
-        options = StudentOptions(**origin, dtype=dtype, device="cpu")  # type: ignore[arg-type]
-        student = build_student(options, seed=0, where="student")
+        options = STUDENT.validate_python({**origin, "dtype": dtype, "device": "cpu"})
+        student = options.build(seed=0, where="student")
         assert {str(p.dtype) for p in student.parameters()} == {f"torch.{dtype}"}
 
 
 def test_gradient_checkpointing(tokenizer: str) -> None:
-    options = StudentOptions(
+    options = FreshStudent(
         config=CONFIG, tokenizer=tokenizer, device="cpu", gradient_checkpointing=True
     )
-    student = build_student(options, seed=0, where="student")
+    student = options.build(seed=0, where="student")
     assert all(layer.gradient_checkpointing for layer in student.model.layers)
 
 
@@ -159,8 +151,8 @@ def test_config_is_checked_before_anything_is_built(
     # Reasons of transformers and its nearest model type differ between versions.
     volatile = r"(?<=these values; ).*|(?<=qwen3`).*|(?<=model \()[^)]*"
     for call in (
-        lambda options: check_student(options, where="student"),
-        lambda options: build_student(options, seed=0, where="student"),
+        lambda options: options.check("student"),
+        lambda options: options.build(seed=0, where="student"),
     ):
         with refused(ModelError, where, volatile=volatile):
             call(fresh(tokenizer, changes))
@@ -177,8 +169,8 @@ def test_config_is_checked_before_anything_is_built(
 )
 def test_options_are_checked_together(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError) as caught:
-        StudentOptions(**options)  # type: ignore[arg-type]
-    check_message(caught.value.errors()[0]["msg"], "Value error, got ")
+        STUDENT.validate_python(options)
+    check_message(caught.value.errors()[0]["msg"])
 
 
 @pytest.mark.parametrize(
@@ -186,12 +178,18 @@ def test_options_are_checked_together(options: dict[str, object]) -> None:
 )
 def test_options_are_strict(options: dict[str, object], field: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        StudentOptions(model="m", **options)  # type: ignore[arg-type]
+        PretrainedStudent(model="m", **options)  # type: ignore[arg-type]
     assert [error["loc"] for error in caught.value.errors()] == [(field,)]
 
 
 def test_missing_folders(tmp_path: Path) -> None:
     missing = str(tmp_path / "none")
-    for options in (StudentOptions(model=missing), fresh(missing)):
+    for options in (PretrainedStudent(model=missing), fresh(missing)):
         with refused(ModelError, "student"):
-            check_student(options, where="student")
+            options.check("student")
+
+
+def test_special_ids_of_a_config_are_kept(tokenizer: str) -> None:
+    student = fresh(tokenizer, {"eos_token_id": 5}).build(seed=0, where="student")
+    assert student.config.eos_token_id == 5
+    assert student.generation_config.eos_token_id == [5, tiny_tokenizer().eos_token_id]

@@ -12,8 +12,8 @@ from torch import nn
 from collegium.distributions import LIVE, HiddenRows, Teacher
 from collegium.errors import ModelError, TrainingError
 from collegium.models.loading import count_parameters
-from collegium.models.selection import TeacherOptions
 from collegium.teachers.local import LocalTeacher, MovedRows
+from collegium.teachers.options import LocalOptions
 from collegium.types import Batch
 from tiny import save_tiny, tiny_model
 
@@ -119,7 +119,7 @@ def test_non_finite_states_name_teacher_and_samples(batch: Batch) -> None:
 
 def test_load(tmp_path: Path, batch: Batch) -> None:
     folder = save_tiny(tmp_path / "m", seed=4)
-    options = TeacherOptions(model=str(folder), device="cpu", offload=True)
+    options = LocalOptions(model=str(folder), device="cpu", offload=True)
     teacher = LocalTeacher.load("t", options, vocab_size=V, where="teachers[0]")
     assert teacher.num_parameters == count_parameters(teacher.model)
     live = LocalTeacher("t", tiny_model(teacher.model.config.vocab_size, seed=4), vocab_size=V)
@@ -164,7 +164,7 @@ def test_a_scale_multiplies_the_logits_whatever_the_head_does(batch: Batch, tmp_
     plain, scaled = (
         LocalTeacher.load(
             "t",
-            TeacherOptions(model=str(tmp_path), logit_scale=scale),
+            LocalOptions(model=str(tmp_path), logit_scale=scale),
             vocab_size=V,
             where="teachers.t",
         )

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from collegium.errors import DataError, ModelError
-from collegium.models.selection import TeacherOptions
-from collegium.teachers.local import WITHOUT_EFFECT, LocalTeacher
+from collegium.teachers.local import LocalTeacher
+from collegium.teachers.options import LocalOptions
 from collegium.teachers.recorded import record
 from collegium.types import Batch
 from refusals import refused
-from tiny import tiny_model
+from tiny import save_tiny, tiny_model
 
 V = 90
 
@@ -57,10 +57,13 @@ def test_no_batch_is_refused(tmp_path: Path) -> None:
         record(LocalTeacher("t", tiny_model(96), vocab_size=V), [], tmp_path)
 
 
-def test_every_option_is_part_of_the_identity_or_named_as_without_effect() -> None:
-    options = TeacherOptions(model="a")
-    names = {one.name for one in fields(TeacherOptions)}
-    assert set(options.identity()) | WITHOUT_EFFECT == names
-    assert not set(options.identity()) & WITHOUT_EFFECT
-    assert TeacherOptions(model="a", logit_scale=2.0).identity() != options.identity()
-    assert TeacherOptions(model="b", device="cpu").identity() == options.identity()
+def test_every_option_is_part_of_the_identity_or_listed_as_without_effect(tmp_path: Path) -> None:
+    first, second = (str(save_tiny(tmp_path / name, seed=1)) for name in ("a", "b"))
+    options = LocalOptions(model=first)
+    names = {one.name for one in fields(LocalOptions)}
+    assert set(options.identity()) - {"weights"} == names - LocalOptions.WITHOUT_EFFECT
+    assert LocalOptions(model=first, logit_scale=2.0).identity() != options.identity()
+    assert LocalOptions(model=second, device="cpu").identity() == options.identity()
+    assert (
+        LocalOptions(model=str(save_tiny(tmp_path / "c", seed=2))).identity() != options.identity()
+    )

@@ -31,9 +31,10 @@ from collegium.data.sources import DataOptions
 from collegium.errors import RecipeError, nearest
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
-from collegium.models.selection import StudentOptions, TeacherOptions
+from collegium.models.student import AnyStudent
 from collegium.options import option, plain
 from collegium.storage.files import write_bytes
+from collegium.teachers.kinds import AnyTeacher
 from collegium.train.options import ObjectiveOptions, TrainOptions
 
 ControlName = Literal["ce_only", "ce_only_equal_compute", "best_single", "uniform", "entropy"]
@@ -69,7 +70,7 @@ class EvaluateOptions:
 class Recipe:
     """All options of a run. Relative paths are relative to the current directory."""
 
-    student: StudentOptions
+    student: AnyStudent
     """The model to train."""
     data: DataOptions
     """The text to train on."""
@@ -79,7 +80,7 @@ class Recipe:
     """Run folder. Defaults to `runs/NAME`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of all random numbers."""
-    teachers: dict[TeacherName, TeacherOptions] = field(default_factory=dict)
+    teachers: dict[TeacherName, AnyTeacher] = field(default_factory=dict)
     """The frozen models by name. None for training on labels only."""
     fusion: Literal["auto"] | Fusion = "auto"
     """The rule that fuses the teachers. `auto` lets preflight choose."""
@@ -236,17 +237,17 @@ def _folder_problems(recipe: Recipe) -> Iterator[Problem]:
     output = _resolved(recipe.output_dir)
     if "\0" in str(output):
         yield path, "got a NUL character; must be a path; remove it"
-    inputs = {"student": recipe.student.model, "student's tokenizer": recipe.student.tokenizer}
-    for name, options in recipe.teachers.items():
-        inputs |= {f"teacher `{name}`": options.model}
-        inputs |= {f"tokenizer of teacher `{name}`": options.tokenizer}
+    owners = {"student": recipe.student} | {f"teacher `{n}`": t for n, t in recipe.teachers.items()}
+    inputs = {
+        owner if option == "model" else f"{option} of {owner}": path
+        for owner, options in owners.items()
+        for option, path in options.paths().items()
+    }
     for owner, model in inputs.items():
-        folder = None if model is None else _resolved(model)
+        folder = _resolved(model)
         if folder == output:
             yield path, f"got {recipe.output_dir}, the folder of the {owner}; choose another"
-        elif folder is not None and any(
-            folder.is_relative_to(output / name) for name in ("student", "train", "controls")
-        ):
+        elif any(folder.is_relative_to(output / name) for name in ("student", "train", "controls")):
             yield (
                 path,
                 f"got {recipe.output_dir}, which would overwrite the {owner}; choose another",

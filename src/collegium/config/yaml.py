@@ -304,34 +304,36 @@ def decode(
 def _locate(cls: Any, data: Any, item: Mapping[str, Any]) -> tuple[KeyPath, list[str]]:
     """Return the path of an error, and the keys of the option class there, if it is one."""
     path: KeyPath = ()
-    classes = {"": cls}
+    hints: list[Any] = [cls]
     for part in item["loc"]:
         is_index = isinstance(data, list) and isinstance(part, int)
         if not is_index and not (isinstance(data, dict) and part in data):
             continue  # a member of a union
+        fields = {k: f for c in _chosen(hints, data) for k, f in c.__pydantic_fields__.items()}
         data, path = data[part], (*path, part)
-        fields = {k: f for c in classes.values() for k, f in c.__pydantic_fields__.items()}
         if part in fields:
-            classes = _classes(fields[part].annotation, *fields[part].metadata)
-        if isinstance(data, dict) and data.get("name") in classes:
-            classes = {"": classes[data["name"]]}
+            hints = _classes(fields[part].annotation, *fields[part].metadata)
     if item["type"] == "missing":
         path = (*path, item["loc"][-1])
-    keys = [key for c in classes.values() for key in c.__pydantic_fields__]
-    return path, keys if len(classes) == 1 else []
+    classes = _chosen(hints, data)
+    return path, list(classes[0].__pydantic_fields__) if len(classes) == 1 else []
 
 
-def _classes(*hints: Any) -> dict[Any, Any]:
-    """Return the option classes in type hints, by their names in an error's location."""
-    classes: dict[Any, Any] = {}
+def _classes(*hints: Any) -> list[Any]:
+    """Return the option classes, and choices among them, in type hints."""
+    classes: list[Any] = []
     for hint in hints:
-        if isinstance(hint, OneOf):
-            classes |= hint.table
-        elif is_pydantic_dataclass(hint):
-            classes[hint] = hint
-        else:
-            classes |= _classes(*typing.get_args(hint))
-    return classes
+        is_class = isinstance(hint, OneOf) or is_pydantic_dataclass(hint)
+        classes += [hint] if is_class else _classes(*typing.get_args(hint))
+    choices = [hint for hint in classes if isinstance(hint, OneOf)]
+    return choices or classes  # the annotated base class of a choice has no keys to suggest
+
+
+def _chosen(hints: Sequence[Any], data: Any) -> list[Any]:
+    """Return option classes, a choice replaced by the class that `data` names."""
+    options = data if isinstance(data, Mapping) else {}
+    classes = [h.table.get(h.name_of(options)) if isinstance(h, OneOf) else h for h in hints]
+    return [cls for cls in classes if cls is not None]
 
 
 def message(item: Mapping[str, Any], keys: Collection[str] = ()) -> str:

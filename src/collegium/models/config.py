@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from collegium.errors import ModelError
-from collegium.models.selection import ModelOptions
+from collegium.models.options import ModelOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

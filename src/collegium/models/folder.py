@@ -8,13 +8,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from collegium.errors import ModelError, nearest
-from collegium.models.selection import ModelOptions
 from collegium.options import torch
+
+if TYPE_CHECKING:
+    from collegium.models.options import ModelOptions
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from collegium.errors import ModelError, nearest
 from collegium.models.config import first_line, load_config
 from collegium.models.folder import read_headers, resolve_folder, shards
-from collegium.models.forward import head_layer
-from collegium.models.selection import ModelOptions
+from collegium.models.forward import head_layer, tap_names, tap_width
+from collegium.models.options import ModelFacts, ModelOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -189,6 +189,12 @@ def load_tokenizer(
             f"`AutoTokenizer.from_pretrained(...).save_pretrained(...)`"
         )
     return tokenizer
+
+
+def model_facts(model: PreTrainedModel) -> ModelFacts:
+    """Return facts about the architecture of a model, which may be on the meta device."""
+    widths = {tap: tap_width(model, tap) for tap in tap_names(model)}
+    return ModelFacts(num_parameters=count_parameters(model), tap_widths=widths)
 
 
 def empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:

@@ -30,16 +30,16 @@ from collegium.evaluate.scoring import OnProgress, iterate_chunks, score_models,
 from collegium.evaluate.table import ModelInfo, results_rows
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss
-from collegium.models.selection import TeacherOptions
 from collegium.preflight.measure import run_preflight
 from collegium.run.artifact import Artifact
 from collegium.run.caches import Cache, FusedCache, HiddenCache, Split, TeacherCache
-from collegium.run.context import RunContext, free_memory, tap_widths
+from collegium.run.context import RunContext, free_memory
 from collegium.run.controls import CONTROLS, Measured, Variant, main_variant
 from collegium.run.folder import last_row
 from collegium.storage.files import fingerprint, read_json, write_json
 from collegium.teachers.cached import BatchKeys, CachedTargets, CachedTeacher
 from collegium.teachers.local import LocalTeacher
+from collegium.teachers.options import LocalOptions
 from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.teachers.recorded import record
 from collegium.train.checkpoint import checkpoints
@@ -51,8 +51,6 @@ UNTOUCHED = "student (untouched)"
 """Name of the student before training."""
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from collegium.train.trainer import DistillTrainer
 
 
@@ -210,7 +208,7 @@ class Student(Artifact[Path]):
 
     def load(self) -> LocalTeacher:
         """Load the finished student, for scoring."""
-        options = TeacherOptions(model=str(self.path), device=self.context.recipe.student.device)
+        options = LocalOptions(model=str(self.path), device=self.context.recipe.student.device)
         return LocalTeacher.load(
             self.variant.label,
             options,
@@ -222,7 +220,7 @@ class Student(Artifact[Path]):
         """Return the facts about the finished student that results.json lists."""
         return ModelInfo(
             kind="student" if self.variant.name == "student" else "control",
-            num_parameters=self.context.student_parameters,
+            num_parameters=self.context.student_facts.num_parameters,
             train_seconds=self.context.folder.stages()[self.name]["seconds"],
             **read_json(self.summary),
         )
@@ -235,14 +233,15 @@ class Student(Artifact[Path]):
         context, variant, recipe = self.context, self.variant, self.context.recipe
         opened = {cache: cache.open() for cache in self.dependencies()}
         teachers, targets = _cached_sources(opened, context.datasets["train"].sample_names)
-        # A fused cache has no hidden states, so its students train without feature terms.
         live = context.teachers(() if opened else variant.teachers)
-        widths = {one.name: tap_widths(one.model) for one in live}
-        hidden = [cache.teacher for cache in opened if isinstance(cache, HiddenCache)]
-        widths |= {name: context.teacher_widths[name] for name in hidden}
+        # A fused cache has no hidden states, so its students train without feature terms.
+        tapped = (
+            [c.teacher for c in opened if isinstance(c, HiddenCache)]
+            if opened
+            else variant.teachers
+        )
         student = context.new_student()
         max_steps = round(context.num_steps * variant.steps_factor)
-        weights = {name: context.digest(recipe.teachers[name].model) for name in variant.teachers}
         return DistillTrainer(
             model=student,
             teachers=teachers or live,
@@ -255,13 +254,14 @@ class Student(Artifact[Path]):
                 on_cpu=student.device.type == "cpu",
             ),
             train_dataset=context.datasets["train"],
-            objective=Objective(
-                variant.objective, variant.fusion, features=self._features(student, widths)
-            ),
+            objective=Objective(variant.objective, variant.fusion, features=self._features(tapped)),
             processing_class=context.tokenizer,
             identity={
                 "variant": fingerprint(variant.identity()),
-                **{f"weights of {name}": digest for name, digest in weights.items()},
+                **{
+                    f"teacher {n}": fingerprint(context.teacher_identity(n))
+                    for n in variant.teachers
+                },
                 **{cache.name: content.digest for cache, content in opened.items()},
             },
         )
@@ -274,18 +274,18 @@ class Student(Artifact[Path]):
             return None
         return PrefetchingCollator(Collator(), sources)
 
-    def _features(
-        self, student: PreTrainedModel, widths: Mapping[str, Mapping[str, int]]
-    ) -> FeatureLoss | None:
+    def _features(self, teachers: Sequence[str]) -> FeatureLoss | None:
+        """Return the feature terms of teachers whose hidden states are at hand."""
         options = self.variant.objective.features
-        if options is None or not widths:
+        if options is None or not teachers:
             return None
-        factors = {name: f for name, f in options.teacher_weights.items() if name in widths}
+        context = self.context
+        weights = {name: w for name, w in options.teacher_weights.items() if name in teachers}
         return FeatureLoss(
-            dataclasses.replace(options, teacher_weights=factors),
-            tap_widths(student),
-            widths,
-            seed=self.context.recipe.seed,
+            dataclasses.replace(options, teacher_weights=weights),
+            context.student_facts.tap_widths,
+            {name: context.teacher_widths[name] for name in teachers},
+            seed=context.recipe.seed,
         )
 
 
@@ -337,7 +337,7 @@ class Results(Artifact[list[dict[str, Any]]]):
 
     def _model_info(self) -> dict[str, ModelInfo]:
         context = self.context
-        size = context.student_parameters
+        size = context.student_facts.num_parameters
         return {
             UNTOUCHED: ModelInfo(kind="untouched", num_parameters=size),
             **{

@@ -21,18 +21,11 @@ from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
 from collegium.kernels.backends import require_backend
 from collegium.losses.pairing import feature_map
-from collegium.models.config import head_rows, load_config, position_limit
-from collegium.models.folder import (
-    check_model_folder,
-    ignored_settings,
-    weights_digest,
-    weights_size,
-)
-from collegium.models.forward import tap_names
-from collegium.models.loading import check_weights, empty_model, load_tokenizer, scan_folder
-from collegium.models.selection import ModelOptions
-from collegium.models.student import check_student, student_config
+from collegium.models.folder import weights_digest, weights_size
+from collegium.models.options import ModelOptions
+from collegium.models.student import StudentOptions
 from collegium.run.context import RunContext
+from collegium.teachers.options import TeacherOptions
 from collegium.train.checkpoint import require_valid_checkpoint
 from collegium.vocabulary.verdict import compare, require_compatible
 
@@ -62,10 +55,11 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     context.folder.check(context.values)
     for part, sources in recipe.data.sources.items():
         check_sources(sources, where=f"data.{part}")
-    _check_models(recipe)
+    for where, options in _models(recipe).items():
+        options.check(where)
     _check_vocabularies(context, report)
     _check_positions(recipe)
-    _check_features(recipe)
+    _check_features(context)
     _check_cache(context)
     _check_checkpoints(context.folder.path)
     _check_distinct(recipe, report)
@@ -89,22 +83,11 @@ def _check_machine(recipe: Recipe, *, trains: bool) -> None:
     require_backend(recipe.objective.backend)
 
 
-def _models(recipe: Recipe) -> dict[str, ModelOptions]:
-    """Return the models that the run loads, by their path in the recipe."""
-    models = {f"teachers.{name}": options for name, options in recipe.teachers.items()}
-    found: dict[str, ModelOptions] = dict(models)
-    if recipe.student.model is not None:
-        student = recipe.student
-        found["student"] = ModelOptions(model=recipe.student.model, revision=student.revision)
-    return found
-
-
-def _check_models(recipe: Recipe) -> None:
-    for name, options in recipe.teachers.items():
-        check_model_folder(options, where=f"teachers.{name}")
-    check_student(recipe.student, where="student")
-    for name, options in recipe.teachers.items():
-        check_weights(options, where=f"teachers.{name}")
+def _models(recipe: Recipe) -> dict[str, StudentOptions | TeacherOptions]:
+    """Return the options of all models by their path in the recipe."""
+    return {f"teachers.{n}": one for n, one in recipe.teachers.items()} | {
+        "student": recipe.student
+    }
 
 
 def _check_vocabularies(context: RunContext, report: CheckReport) -> None:
@@ -113,9 +96,9 @@ def _check_vocabularies(context: RunContext, report: CheckReport) -> None:
         where = f"teachers.{name}"
         verdict = compare(
             context.tokenizer,
-            load_tokenizer(options.tokenizer_path, revision=options.revision, where=where),
+            options.load_tokenizer(where),
             student_head_size=context.vocab_size,
-            teacher_head_size=head_rows(options, where=where),
+            teacher_head_size=options.head_rows(where),
             where=where,
         )
         require_compatible(verdict)
@@ -124,12 +107,8 @@ def _check_vocabularies(context: RunContext, report: CheckReport) -> None:
 
 def _check_positions(recipe: Recipe) -> None:
     """Check that no window is longer than the position range of a model."""
-    limits = {
-        f"teachers.{name}": position_limit(load_config(options, where=f"teachers.{name}"))
-        for name, options in recipe.teachers.items()
-    }
-    limits["student"] = position_limit(student_config(recipe.student, where="student"))
-    for where, limit in limits.items():
+    for where, options in _models(recipe).items():
+        limit = options.max_length(where)
         if limit is not None and recipe.data.max_length > limit:
             raise RecipeError(
                 f"data.max_length: got {recipe.data.max_length}; must be at most {limit}, the "
@@ -137,18 +116,15 @@ def _check_positions(recipe: Recipe) -> None:
             )
 
 
-def _check_features(recipe: Recipe) -> None:
+def _check_features(context: RunContext) -> None:
     """Check that the hidden states in the pairs of the feature terms exist."""
-    options = recipe.objective.features
-    if options is None or recipe.student.trust_remote_code:
+    recipe, options = context.recipe, context.recipe.objective.features
+    if options is None or recipe.student.needs_loading:
         return
-    config = student_config(recipe.student, where="student")
-    taps = tap_names(empty_model(config, "student"))
+    taps = list(context.student_facts.tap_widths)
     for name, teacher in recipe.teachers.items():
-        if options.teacher_weight(name) > 0 and not teacher.trust_remote_code:
-            where = f"teachers.{name}"
-            config = load_config(teacher, where=where)
-            feature_map(options, taps, tap_names(empty_model(config, where)))
+        if options.teacher_weight(name) > 0 and not teacher.needs_loading:
+            feature_map(options, taps, list(context.teacher_widths[name]))
 
 
 def _check_cache(context: RunContext) -> None:
@@ -221,7 +197,7 @@ def _check_routing(context: RunContext, report: CheckReport) -> None:
 
 def _check_distinct(recipe: Recipe, report: CheckReport) -> None:
     """Check that no two teachers have the same weights: one teacher would be counted twice."""
-    models = _models(recipe)
+    models = {w: one for w, one in _models(recipe).items() if isinstance(one, ModelOptions)}
     sizes = {where: weights_size(options.model) for where, options in models.items()}
     count = Counter(sizes.values())
     seen: dict[str, str] = {}
@@ -244,8 +220,7 @@ def _check_distinct(recipe: Recipe, report: CheckReport) -> None:
 
 def _check_values(recipe: Recipe, report: CheckReport) -> None:
     for where, options in _models(recipe).items():
-        report.warnings += ignored_settings(options, where=where)
-        report.warnings += scan_folder(options, where=where)
+        report.warnings += options.warnings(where)
 
 
 def _note_disk(output_dir: Path, report: CheckReport) -> None:

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from collegium.config.recipe import Recipe, dump_recipe, plain
+from collegium.config.recipe import Recipe, dump_recipe
 from collegium.console import quiet_libraries
 from collegium.data.pack import PackedDataset, build_datasets
+from collegium.distributions import Teacher
 from collegium.losses.pairing import feature_map
-from collegium.models.config import load_config
-from collegium.models.folder import weights_digest
-from collegium.models.forward import probe, tap_names, tap_width
-from collegium.models.loading import count_parameters, empty_model, vocab_size_of
-from collegium.models.student import build_student, load_student_tokenizer, student_config
+from collegium.models.forward import probe
+from collegium.models.loading import vocab_size_of
+from collegium.models.options import ModelFacts
+from collegium.options import plain
 from collegium.run.folder import RunFolder
-from collegium.teachers.local import LocalTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +39,8 @@ class RunContext:
         self.folder = RunFolder(Path(recipe.output_dir))
         self.values: Mapping[str, Any] = plain(recipe)
         """The resolved recipe as plain data."""
-        self._digests: dict[str, str] = {}
-        self._loaded: dict[str, LocalTeacher] = {}
+        self._identities: dict[str, dict[str, Any]] = {}
+        self._loaded: dict[str, Teacher] = {}
 
     @property
     def recipe_text(self) -> str:
@@ -55,29 +54,23 @@ class RunContext:
         """
         return {name: [self.values[name], self._content(name)] for name in sections}
 
-    def _content(self, section: str) -> dict[str, str]:
+    def _content(self, section: str) -> dict[str, Any]:
         if section == "data":
             return {part: dataset.fingerprint for part, dataset in self.datasets.items()}
         if section == "teachers":
-            return {name: self.digest(one.model) for name, one in self.recipe.teachers.items()}
-        model = self.recipe.student.model if section == "student" else None
-        return {} if model is None else {"student": self.digest(model)}
-
-    def digest(self, model: str) -> str:
-        """Return the SHA-256 of a model's weights, which are read once."""
-        if model not in self._digests:
-            self._digests[model] = weights_digest(model)
-        return self._digests[model]
+            return {name: self.teacher_identity(name) for name in self.recipe.teachers}
+        return self.recipe.student.content() if section == "student" else {}
 
     def teacher_identity(self, name: str) -> dict[str, Any]:
-        """Return everything that the outputs of a teacher depend on."""
-        options = self.recipe.teachers[name]
-        return {"weights": self.digest(options.model), **options.identity()}
+        """Return everything that the outputs of a teacher depend on; its files are read once."""
+        if name not in self._identities:
+            self._identities[name] = self.recipe.teachers[name].identity()
+        return self._identities[name]
 
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the student."""
-        return load_student_tokenizer(self.recipe.student, where="student")
+        return self.recipe.student.load_tokenizer("student")
 
     @cached_property
     def vocab_size(self) -> int:
@@ -91,7 +84,7 @@ class RunContext:
             self.recipe.data, self.tokenizer, where="data", teachers=list(self.recipe.teachers)
         )
 
-    def teachers(self, names: Sequence[str]) -> list[LocalTeacher]:
+    def teachers(self, names: Sequence[str]) -> list[Teacher]:
         """Load these teachers, keep those loaded before, and release all others."""
         self._loaded = {name: one for name, one in self._loaded.items() if name in names}
         free_memory()
@@ -100,21 +93,18 @@ class RunContext:
                 self._loaded[name] = self.load_teacher(name)
         return [self._loaded[name] for name in names]
 
-    def take_teacher(self, name: str) -> LocalTeacher:
+    def take_teacher(self, name: str) -> Teacher:
         """Return one teacher that the caller owns: loaded before, or now."""
         return self._loaded.pop(name, None) or self.load_teacher(name)
 
-    def load_teacher(self, name: str) -> LocalTeacher:
-        """Load and probe a teacher."""
-        where = f"teachers.{name}"
+    def load_teacher(self, name: str) -> Teacher:
+        """Load a teacher."""
         options = self.recipe.teachers[name]
-        teacher = LocalTeacher.load(name, options, vocab_size=self.vocab_size, where=where)
-        probe(teacher.model, vocab_size=self.vocab_size, where=where)
-        return teacher
+        return options.load(name, vocab_size=self.vocab_size, where=f"teachers.{name}")
 
     def new_student(self) -> PreTrainedModel:
         """Return the untrained student, probed: the same weights at every call."""
-        student = build_student(self.recipe.student, seed=self.recipe.seed, where="student")
+        student = self.recipe.student.build(seed=self.recipe.seed, where="student")
         probe(student, vocab_size=self.vocab_size, where="student")
         return student
 
@@ -146,18 +136,27 @@ class RunContext:
         1 + sum_k 2 N_k / (6 N_S): a forward pass costs 2 operations per parameter and token, forward
         and backward together 6 (arXiv 2001.08361, section 2.1).
         """
-        teachers = sum(self.teacher_parameters.values())
-        return 1 + 2 * teachers / (6 * self.student_parameters)
+        known = (count for count in self.teacher_parameters.values() if count is not None)
+        return 1 + 2 * sum(known) / (6 * self.student_facts.num_parameters)
 
     @cached_property
-    def student_parameters(self) -> int:
-        """Number of parameters of the student."""
-        return count_parameters(self._empty_student)
+    def student_facts(self) -> ModelFacts:
+        """Architecture of the student."""
+        return self.recipe.student.facts("student")
+
+    @property
+    def teacher_parameters(self) -> dict[str, int | None]:
+        """Number of parameters of each teacher, None where it has no model."""
+        return {n: f and f.num_parameters for n, f in self._teacher_facts.items()}
+
+    @property
+    def teacher_widths(self) -> dict[str, Mapping[str, int]]:
+        """Width of each tap of each teacher."""
+        return {n: f.tap_widths if f else {} for n, f in self._teacher_facts.items()}
 
     @cached_property
-    def teacher_parameters(self) -> dict[str, int]:
-        """Number of parameters of each teacher, from its config."""
-        return {name: count_parameters(model) for name, model in self._empty_teachers.items()}
+    def _teacher_facts(self) -> dict[str, ModelFacts | None]:
+        return {name: one.facts(f"teachers.{name}") for name, one in self.recipe.teachers.items()}
 
     @cached_property
     def kept_taps(self) -> dict[str, list[str]]:
@@ -165,34 +164,12 @@ class RunContext:
         options, cache = self.recipe.objective.features, self.recipe.cache
         if options is None or cache.features is None:
             return {}
-        student_taps = tap_names(self._empty_student)
+        student_taps = list(self.student_facts.tap_widths)
         return {
             name: sorted({tap for _, tap in feature_map(options, student_taps, list(widths))})
             for name, widths in self.teacher_widths.items()
             if options.teacher_weight(name) > 0
         }
-
-    @cached_property
-    def teacher_widths(self) -> dict[str, dict[str, int]]:
-        """Width of each tap of each teacher, from its config."""
-        return {name: tap_widths(model) for name, model in self._empty_teachers.items()}
-
-    @cached_property
-    def _empty_teachers(self) -> dict[str, PreTrainedModel]:
-        models = {}
-        for name, options in self.recipe.teachers.items():
-            where = f"teachers.{name}"
-            models[name] = empty_model(load_config(options, where=where), where)
-        return models
-
-    @cached_property
-    def _empty_student(self) -> PreTrainedModel:
-        return empty_model(student_config(self.recipe.student, where="student"), "student")
-
-
-def tap_widths(model: PreTrainedModel) -> dict[str, int]:
-    """Return the width of each tap, in order of depth."""
-    return {tap: tap_width(model, tap) for tap in tap_names(model)}
 
 
 def free_memory() -> None:

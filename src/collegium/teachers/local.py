@@ -13,11 +13,12 @@ from collegium.distributions import LIVE, Answer, Distribution, HiddenRows, Wrap
 from collegium.errors import ModelError, TrainingError
 from collegium.models.forward import forward_rows, head_layer
 from collegium.models.loading import count_parameters, load_model
-from collegium.models.selection import TeacherOptions
 from collegium.types import Batch, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from collegium.teachers.options import LocalOptions
 
 MAX_NAMES = 5
 
@@ -65,9 +66,7 @@ class LocalTeacher:
             nn.Module.to(model, "cpu")
 
     @classmethod
-    def load(
-        cls, name: str, options: TeacherOptions, *, vocab_size: int, where: str
-    ) -> LocalTeacher:
+    def load(cls, name: str, options: LocalOptions, *, vocab_size: int, where: str) -> LocalTeacher:
         """Load a teacher from its folder.
 
         Raises:
