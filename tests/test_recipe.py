@@ -22,7 +22,7 @@ from collegium.config.recipe import (
     write_fusion,
 )
 from collegium.config.yaml import read_yaml, scalar
-from collegium.data.pack import DataOptions
+from collegium.data.sources import DataOptions
 from collegium.data.sources import SourceOptions
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import CONFLICTS, TruthFallback
@@ -34,7 +34,7 @@ from collegium.fusion.rules import Entropy, PrefixLikelihood
 from collegium.losses.divergences import DIVERGENCES, ForwardKL, SkewedForwardKL
 from collegium.models.student import PretrainedStudent
 from collegium.teachers.options import LocalOptions
-from collegium.train.objective import ObjectiveOptions
+from collegium.train.options import ObjectiveOptions
 from recipes_for_tests import MINIMAL, minimal
 from refusals import refused
 
