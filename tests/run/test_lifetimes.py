@@ -11,7 +11,7 @@ import torch
 
 import tiny_run
 from collegium.config.recipe import Recipe, load_recipe
-from collegium.models.folder import forward
+from collegium.models import forward
 from collegium.run import pipeline
 from collegium.run.folder import RunFolder
 
