@@ -22,8 +22,7 @@ from collegium.config.recipe import (
     write_fusion,
 )
 from collegium.config.yaml import read_yaml, scalar
-from collegium.data.sources import DataOptions
-from collegium.data.sources import SourceOptions
+from collegium.data.sources import DataOptions, SourceOptions
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import CONFLICTS, TruthFallback
 from collegium.fusion.describe import to_recipe
