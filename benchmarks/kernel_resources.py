@@ -29,7 +29,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from collegium.kernels.rows import DenseTarget, LogSumExp, RawRows, row_alignment_bytes
+from collegium.kernels.rows import (
+    DenseTarget,
+    LogSumExp,
+    RawRows,
+    RunningMean,
+    row_alignment_bytes,
+)
 from collegium.kernels.triton_rows import TritonKernels
 
 REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32
@@ -119,27 +125,25 @@ def aligned(vocab_size: int, dtype: torch.dtype) -> RawRows:
 def call_all(rows: RawRows) -> None:
     """Call every kernel with every constant that changes its code."""
     kernels, (num_rows, vocab_size) = TritonKernels(), rows.values_nV.shape
-    labels_n = torch.zeros(num_rows, dtype=torch.int64)
     ones_n = torch.ones(num_rows, dtype=rows.dtype)
     logsumexp = LogSumExp(ones_n, ones_n)
     pool_nV = aligned(vocab_size, rows.dtype).values_nV
     capped = RawRows(rows.values_nV, 1.0, 30.0)
     for raw in (rows, capped):
-        kernels.read(raw, labels_n)
+        kernels.read(raw)
         for is_log in (False, True):
-            kernels.add_(pool_nV, raw, logsumexp, None, is_log=is_log)
-            kernels.add_(pool_nV, raw, logsumexp, ones_n, is_log=is_log)
+            kernels.add_(RunningMean(pool_nV, is_log), raw, logsumexp, None)
+            kernels.add_(RunningMean(pool_nV, is_log), raw, logsumexp, ones_n)
         kernels.softmax_(raw, logsumexp, ones_n)
-        targets = [
-            None,
-            DenseTarget(raw, "logits", logsumexp),
-            DenseTarget.of_logp(pool_nV),
-            DenseTarget(RawRows(pool_nV), "prob"),
-        ]
-        for target in targets:
-            # A temperature is a constant of the code, and only 1 saves the second sum.
-            for temperature in (1.0, 2.0):
-                kernels.distill_(raw, target, ones_n, ones_n, temperature=temperature)
+        kernels.distill_(raw, None, ones_n, ones_n)
+        # A temperature is a constant of the code, and only 1 saves the second sum.
+        for temperature in (1.0, 2.0):
+            for target in (
+                DenseTarget(raw, "logits", logsumexp, temperature),
+                DenseTarget(RawRows(pool_nV), "logp", None, temperature),
+                DenseTarget(RawRows(pool_nV), "prob", None, temperature),
+            ):
+                kernels.distill_(raw, target, ones_n, ones_n)
 
 
 def row(name: str, kernel: Any) -> str:

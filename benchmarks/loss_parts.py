@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from collegium.fusion.fuse import Fusion
 from collegium.kernels import plain
 from collegium.kernels.backends import kernels_for
 from collegium.kernels.compiled import find_compiler
-from collegium.kernels.rows import DenseTarget, RawRows, RowKernels
+from collegium.kernels.rows import DenseTarget, RawRows, RowKernels, RunningMean
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
@@ -115,24 +116,21 @@ def kernel_steps(kernels: RowKernels) -> dict[str, Callable[[], object]]:
     # `distill_` overwrites its logits, so it works on a copy. The copy is part of its time.
     logits, scratch = torch.randn(ROWS, VOCAB) * 3, torch.empty(ROWS, VOCAB)
     pool = torch.full((ROWS, VOCAB), 1.0 / VOCAB)
-    labels, share = torch.randint(VOCAB, (ROWS,)), torch.full((ROWS,), 0.5)
-    rows = RawRows(logits)
-    logsumexp = kernels.read(rows, labels).logsumexp
-    sums = torch.empty_like(pool)
-    unit = kernels.add_(sums, rows, logsumexp, None, is_log=False, is_last=False)
-    more = {"unit_n": unit, "is_last": False}
+    share, rows = torch.full((ROWS,), 0.5), RawRows(logits)
+    logsumexp, _ = kernels.read(rows)
+    # Each call starts from the same unit: repeated calls would halve it until it underflows.
+    first = RunningMean(torch.empty_like(pool), num_remaining=1)
+    kernels.add_(first, rows, logsumexp, None)
     target, ones = DenseTarget(RawRows(pool), "prob"), torch.ones(ROWS)
 
     def distill() -> None:
         scratch.copy_(logits)
-        kernels.distill_(RawRows(scratch), target, ones, ones, temperature=1.0)
+        kernels.distill_(RawRows(scratch), target, ones, ones)
 
     return {
-        "read": lambda: kernels.read(rows, labels),
-        "add_, not the last member": lambda: kernels.add_(
-            sums, rows, logsumexp, share, is_log=False, **more
-        ),
-        "add_, the last member": lambda: kernels.add_(pool, rows, logsumexp, share, is_log=False),
+        "read": lambda: kernels.read(rows),
+        "add_, not the last member": lambda: kernels.add_(replace(first), rows, logsumexp, share),
+        "add_, the last member": lambda: kernels.add_(RunningMean(pool), rows, logsumexp, share),
         "distill_, with a copy": distill,
     }
 

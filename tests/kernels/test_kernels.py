@@ -8,6 +8,7 @@ from collegium.kernels.rows import (
     DenseTarget,
     LogSumExp,
     RawRows,
+    RunningMean,
     Workspace,
     head_product,
     row_alignment_bytes,
@@ -46,26 +47,28 @@ def _on_its_device(request, monkeypatch):
 def test_read_matches_float64(backend, dtype, head):
     rows, labels = raw_rows(N, V, dtype, **head)
     before = rows.values_nV.clone()
-    stats = kernels_of(backend).read(rows, labels)
+    logsumexp, entropy_n = kernels_of(backend).read(rows)
     logp = truth_of(rows).log_softmax(-1)
     assert torch.equal(rows.values_nV, before)
-    close(stats.logsumexp.total(), truth_of(rows).logsumexp(-1), rows.dtype)
-    close(stats.entropy_n, -(logp.exp() * logp).sum(-1), rows.dtype)
-    close(stats.label_logp_n, logp.gather(1, labels[:, None])[:, 0], rows.dtype)
-    close(stats.max_logp_n, logp.amax(-1), rows.dtype)
+    close(logsumexp.total(), truth_of(rows).logsumexp(-1), rows.dtype)
+    close(entropy_n, -(logp.exp() * logp).sum(-1), rows.dtype)
+    label_logp_n = logsumexp.logp(rows.at_labels(labels)[0])
+    close(label_logp_n, logp.gather(1, labels[:, None])[:, 0], rows.dtype)
+    close(-logsumexp.log_sum_n, logp.amax(-1), rows.dtype)
 
 
 @pytest.mark.parametrize("is_log", [False, True])
 @pytest.mark.parametrize(("backend", "dtype", "head"), CASES)
 def test_add_is_a_running_mean(backend, dtype, head, is_log):
     kernels = kernels_of(backend)
-    one, labels = raw_rows(N, V, dtype, seed=1, **head)
+    one, _ = raw_rows(N, V, dtype, seed=1, **head)
     other, _ = raw_rows(N, V, dtype, seed=2, **head)
     share_n = torch.rand(N, dtype=one.dtype)
     share_n[0], share_n[1] = 0.0, 1.0
     pool_nV = torch.full((N, V), torch.nan, dtype=one.dtype)
-    kernels.add_(pool_nV, one, kernels.read(one, labels).logsumexp, None, is_log=is_log)
-    kernels.add_(pool_nV, other, kernels.read(other, labels).logsumexp, share_n, is_log=is_log)
+    mean = RunningMean(pool_nV, is_log=is_log)
+    kernels.add_(mean, one, kernels.read(one)[0], None)
+    kernels.add_(mean, other, kernels.read(other)[0], share_n)
     members = [truth_of(x).log_softmax(-1) for x in (one, other)]
     first, second = members if is_log else [x.exp() for x in members]
     share = share_n.double()[:, None]
@@ -74,12 +77,12 @@ def test_add_is_a_running_mean(backend, dtype, head, is_log):
 
 @pytest.mark.parametrize(("backend", "dtype", "head"), CASES)
 def test_softmax_is_scaled_by_row_factors(backend, dtype, head):
-    rows, labels = raw_rows(N, V, dtype, **head)
+    rows, _ = raw_rows(N, V, dtype, **head)
     factor_n = torch.randn(N, dtype=rows.dtype)
     z, raw = truth_of(rows, with_raw=True)
     expected = factor_n.double()[:, None] * z.softmax(-1) * slope(z, raw)
     kernels = kernels_of(backend)
-    kernels.softmax_(rows, kernels.read(rows, labels).logsumexp, factor_n)
+    kernels.softmax_(rows, kernels.read(rows)[0], factor_n)
     close(rows.values_nV, expected, dtype)
 
 
@@ -92,10 +95,11 @@ def test_softmax_is_scaled_by_row_factors(backend, dtype, head):
 @pytest.mark.parametrize("has_all", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pool_of_four_at_any_magnitude_of_logits(backend, dtype, offsets, has_all):
-    kernels, unit_n = kernels_of(backend), None
-    pool_nV, expected = torch.full((N, V), torch.nan, dtype=dtype), torch.zeros(N, V).double()
+    kernels = kernels_of(backend)
+    mean = RunningMean(torch.full((N, V), torch.nan, dtype=dtype))
+    expected = torch.zeros(N, V).double()
     for number, offset in enumerate(offsets):
-        rows, labels = raw_rows(N, V, torch.float64, seed=number)
+        rows, _ = raw_rows(N, V, torch.float64, seed=number)
         rows = RawRows((rows.values_nV + offset).to(dtype))
         share_n = torch.rand(N, dtype=dtype)
         share_n[0], share_n[1] = 0.0, 1.0 - 1e-6
@@ -103,18 +107,12 @@ def test_pool_of_four_at_any_magnitude_of_logits(backend, dtype, offsets, has_al
             share_n[2] = 1.0 if number == 1 else 0.5
         share = 1.0 if number == 0 else share_n.double()[:, None]
         expected = (1.0 - share) * expected + share * truth_of(rows).softmax(-1)
-        unit_n = kernels.add_(
-            pool_nV,
-            rows,
-            kernels.read(rows, labels).logsumexp,
-            None if number == 0 else share_n,
-            is_log=False,
-            unit_n=unit_n,
-            is_last=number == 3,
-        )
-        mean_nV = pool_nV if unit_n is None else pool_nV * unit_n[:, None]
+        mean.num_remaining = 3 - number
+        kernels.add_(mean, rows, kernels.read(rows)[0], None if number == 0 else share_n)
+        unit_n = mean.unit_n
+        mean_nV = mean.values_nV if unit_n is None else mean.values_nV * unit_n[:, None]
         close(mean_nV, expected, dtype)
-    assert unit_n is None
+    assert mean.unit_n is None
 
 
 @pytest.mark.parametrize("offset", [-300.0, -39.0, 0.0, 40.0, 300.0])
@@ -124,10 +122,11 @@ def test_statistics_ignore_a_constant_offset(backend, offset):
     truth = truth_of(rows)
     rows.values_nV[4:] += offset  # only some rows of a strip need a shift
     truth[4:] = rows.values_nV[4:].double()
-    stats, logp = kernels_of(backend).read(rows, labels), truth.log_softmax(-1)
-    close(stats.logsumexp.total(), truth.logsumexp(-1), torch.float32)
-    close(stats.entropy_n, -(logp.exp() * logp).sum(-1), torch.float32)
-    close(stats.label_logp_n, logp.gather(1, labels[:, None])[:, 0], torch.float32)
+    (logsumexp, entropy_n), logp = kernels_of(backend).read(rows), truth.log_softmax(-1)
+    close(logsumexp.total(), truth.logsumexp(-1), torch.float32)
+    close(entropy_n, -(logp.exp() * logp).sum(-1), torch.float32)
+    label_logp_n = logsumexp.logp(rows.at_labels(labels)[0])
+    close(label_logp_n, logp.gather(1, labels[:, None])[:, 0], torch.float32)
 
 
 def slope(z, raw):
@@ -138,25 +137,50 @@ def slope(z, raw):
 @pytest.mark.parametrize("kind", ["logits", "logp", "prob", None])
 @pytest.mark.parametrize(("backend", "dtype", "head"), CASES)
 def test_distill_matches_float64(backend, dtype, head, kind, temperature):
-    rows, _ = raw_rows(N, V, dtype, **head)
-    teacher, labels = raw_rows(N, V, dtype, seed=3, **head)
-    kernels = kernels_of(backend)
+    teacher, _ = raw_rows(N, V, dtype, seed=3, **head)
+    logsumexp, _ = kernels_of(backend).read(teacher)
     logp = truth_of(teacher).log_softmax(-1).detach()
     target = {
-        "logits": DenseTarget(teacher, "logits", kernels.read(teacher, labels).logsumexp),
-        "logp": DenseTarget.of_logp(logp.to(rows.dtype)),
-        "prob": DenseTarget(RawRows(logp.exp().to(rows.dtype)), "prob"),
+        "logits": DenseTarget(teacher, "logits", logsumexp, temperature),
+        "logp": DenseTarget(RawRows(logp.to(teacher.dtype)), "logp", None, temperature),
+        "prob": DenseTarget(RawRows(logp.exp().to(teacher.dtype)), "prob", None, temperature),
         None: None,
     }[kind]
+    check_distill(backend, dtype, head, target, logp)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["logits", "logp", "prob"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_distill_to_a_target_whose_mass_is_not_1(backend, kind, temperature):
+    """Draws at another temperature are unbiased, but the mass of a row need not be 1."""
+    teacher, _ = raw_rows(N, V, torch.float32, seed=3)
+    logp = truth_of(teacher).log_softmax(-1) + torch.linspace(-0.5, 0.5, N).double()[:, None]
+    values_nV, zero_n = logp.float(), torch.zeros(N)
+    target = DenseTarget(
+        RawRows(values_nV.exp() if kind == "prob" else values_nV),
+        kind,
+        LogSumExp(zero_n, zero_n) if kind == "logits" else None,
+        temperature,
+        is_normalized=False,
+    )
+    torch.testing.assert_close(target.mass().double(), logp.exp().sum(-1), rtol=1e-5, atol=0)
+    check_distill(backend, torch.float32, {}, target, logp)
+    torch.testing.assert_close(target.as_logp_().rows.values_nV.double(), logp, rtol=1e-5, atol=0)
+
+
+def check_distill(backend, dtype, head, target, logp):
+    rows, _ = raw_rows(N, V, dtype, **head)
+    temperature = 1.0 if target is None else target.temperature
     kd_n, ce_n = torch.rand(N, dtype=rows.dtype), torch.rand(N, dtype=rows.dtype)
     kd_n[0], ce_n[1] = 0.0, 0.0
     z, raw = truth_of(rows, with_raw=True)
     logq = (z / temperature).log_softmax(-1)
-    kl = (logp.exp() * (logp - logq)).sum(-1) if kind else torch.zeros(N).double()
+    kl = (logp.exp() * (logp - logq)).sum(-1) if target else torch.zeros(N).double()
     lse = z.logsumexp(-1)
     total = (kd_n.double() * kl + ce_n.double() * lse).sum()
     expected = torch.autograd.grad(total, raw)[0]
-    logsumexp, kl_n = kernels.distill_(rows, target, kd_n, ce_n, temperature=temperature)
+    logsumexp, kl_n = kernels_of(backend).distill_(rows, target, kd_n, ce_n)
     close(logsumexp.total(), lse, rows.dtype)
     close(kl_n, kl, rows.dtype)
     close(rows.values_nV, expected, dtype)
@@ -165,15 +189,15 @@ def test_distill_matches_float64(backend, dtype, head, kind, temperature):
 @pytest.mark.parametrize("kind", ["logits", "prob"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_self_distillation_has_zero_loss_and_gradient(backend, kind):
-    rows, labels = raw_rows(N, V, torch.float32)
+    rows, _ = raw_rows(N, V, torch.float32)
     kernels = kernels_of(backend)
     teacher = RawRows(rows.values_nV.clone())
-    logsumexp = kernels.read(teacher, labels).logsumexp
+    logsumexp, _ = kernels.read(teacher)
     target = DenseTarget(teacher, "logits", logsumexp)
     if kind == "prob":
         target = DenseTarget(RawRows(teacher.values_nV.softmax(-1)), "prob")
     ones_n = torch.ones(N)
-    _, kl_n = kernels.distill_(rows, target, ones_n, 0 * ones_n, temperature=1.0)
+    _, kl_n = kernels.distill_(rows, target, ones_n, 0 * ones_n)
     assert kl_n.abs().max() < 1e-6
     assert rows.values_nV.abs().max() < 1e-6
 
@@ -184,23 +208,22 @@ def test_self_distillation_has_zero_loss_and_gradient(backend, kind):
 def test_excluded_tokens_and_huge_logits_stay_finite(backend, temperature, dtype):
     values = 300 * torch.randn(N, V, dtype=torch.float64)
     values[:, 3], values[2, 4:] = -torch.inf, -torch.inf
-    labels = torch.full((N,), 3)
     rows, kernels = RawRows(values.to(dtype)), kernels_of(backend)
-    stats = kernels.read(rows, labels)
-    assert stats.entropy_n.isfinite().all()
-    assert stats.label_logp_n.isfinite().all()
+    logsumexp, entropy_n = kernels.read(rows)
+    assert entropy_n.isfinite().all()
+    assert logsumexp.logp(rows.at_labels(torch.full((N,), 3))[0]).isfinite().all()
     pool_nV = torch.empty_like(rows.values_nV)
-    kernels.add_(pool_nV, rows, stats.logsumexp, None, is_log=False)
+    kernels.add_(RunningMean(pool_nV), rows, logsumexp, None)
     torch.testing.assert_close(pool_nV.sum(-1), torch.ones(N, dtype=dtype))
-    target = DenseTarget(RawRows(pool_nV), "prob")
+    target = DenseTarget(RawRows(pool_nV), "prob", None, temperature)
     student = RawRows(300 * torch.randn(N, V, dtype=dtype))
     ones_n = torch.ones(N, dtype=dtype)
-    _, kl_n = kernels.distill_(student, target, ones_n, ones_n, temperature=temperature)
+    _, kl_n = kernels.distill_(student, target, ones_n, ones_n)
     assert kl_n.isfinite().all()
     assert student.values_nV.isfinite().all()
-    by_logits = DenseTarget(rows, "logits", stats.logsumexp)
+    by_logits = DenseTarget(rows, "logits", logsumexp, temperature)
     student = RawRows(300 * torch.randn(N, V, dtype=dtype))
-    _, kl_n = kernels.distill_(student, by_logits, ones_n, ones_n, temperature=temperature)
+    _, kl_n = kernels.distill_(student, by_logits, ones_n, ones_n)
     assert kl_n.isfinite().all()
     assert student.values_nV.isfinite().all()
 
@@ -208,24 +231,24 @@ def test_excluded_tokens_and_huge_logits_stay_finite(backend, temperature, dtype
 @pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # from the interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_row_does_not_affect_other_rows(backend):
-    rows, labels = raw_rows(N, V, torch.float32)
-    expected = kernels_of(backend).read(RawRows(rows.values_nV[1:].clone()), labels[1:])
+    rows, _ = raw_rows(N, V, torch.float32)
+    _, expected_n = kernels_of(backend).read(RawRows(rows.values_nV[1:].clone()))
     rows.values_nV[0] = torch.nan
-    stats = kernels_of(backend).read(rows, labels)
-    assert stats.entropy_n[0].isnan()
-    torch.testing.assert_close(stats.entropy_n[1:], expected.entropy_n, rtol=1e-6, atol=1e-6)
+    _, entropy_n = kernels_of(backend).read(rows)
+    assert entropy_n[0].isnan()
+    torch.testing.assert_close(entropy_n[1:], expected_n, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gaps_between_rows_are_not_written(backend):
     kernels, ones_n = kernels_of(backend), torch.ones(N)
-    (rows, labels), (pool, _) = raw_rows(N, V, torch.float32), raw_rows(N, V, torch.float32)
+    (rows, _), (pool, _) = raw_rows(N, V, torch.float32), raw_rows(N, V, torch.float32)
     teacher, _ = raw_rows(N, V, torch.float32, seed=1)
-    logsumexp = kernels.read(teacher, labels).logsumexp
+    logsumexp, _ = kernels.read(teacher)
     for share_n in (None, 0.5 * ones_n):
-        kernels.add_(pool.values_nV, teacher, logsumexp, share_n, is_log=False)
+        kernels.add_(RunningMean(pool.values_nV), teacher, logsumexp, share_n)
     target = DenseTarget(pool, "prob")
-    logsumexp, _ = kernels.distill_(rows, target, ones_n, ones_n, temperature=1.0)
+    logsumexp, _ = kernels.distill_(rows, target, ones_n, ones_n)
     kernels.softmax_(teacher, logsumexp, ones_n)
     for values_nV in (rows.values_nV, pool.values_nV, teacher.values_nV):
         gap_nG = values_nV.as_strided((N, 3), values_nV.stride(), V)
@@ -265,9 +288,8 @@ def test_device_products_have_aligned_sizes(monkeypatch, vocab_size, with_bias):
 
 
 def test_result_does_not_depend_on_strip_size(monkeypatch):
-    rows, labels = raw_rows(N, V, torch.float64, scale=0.5)
-    whole = TorchKernels().read(rows, labels)
+    rows, _ = raw_rows(N, V, torch.float64, scale=0.5)
+    _, whole_n = TorchKernels().read(rows)
     monkeypatch.setattr("collegium.kernels.plain.CPU_STRIP_BYTES", 8 * V * 2)
-    parts = TorchKernels().read(rows, labels)
-    assert torch.equal(whole.entropy_n, parts.entropy_n)
-    assert isinstance(whole.logsumexp, LogSumExp)
+    _, parts_n = TorchKernels().read(rows)
+    assert torch.equal(whole_n, parts_n)

@@ -115,7 +115,7 @@ class TargetBlock:
     def logp(self) -> Tensor:
         """(n, V) finite log-probabilities, written over the values of a dense target."""
         assert isinstance(self.target, DenseTarget)
-        self.target = DenseTarget.of_logp(self.target.logp_())
+        self.target = self.target.as_logp_()
         return self.target.rows.values_nV
 
     def disagreement_n(self) -> Tensor:
@@ -451,4 +451,4 @@ class StreamedTarget:
 
 
 def _as_logp(pooled: tuple[DenseTarget, Tensor | None]) -> tuple[DenseTarget, Tensor | None]:
-    return DenseTarget.of_logp(pooled[0].logp_()), pooled[1]
+    return pooled[0].as_logp_(), pooled[1]

@@ -18,6 +18,7 @@ from collegium.kernels.rows import (
     LogSumExp,
     RawRows,
     RowKernels,
+    RunningMean,
     Workspace,
     floor_,
     to_logits,
@@ -79,6 +80,8 @@ class Member:
     """(n,) each."""
     is_scratch: bool
     """Whether the values may be overwritten."""
+    is_normalized: bool = True
+    """False for draws at another temperature, which are unbiased only as they are."""
 
 
 class TeacherReader:
@@ -111,17 +114,20 @@ class TeacherReader:
         scalars = distribution.scalars(block, temperature)
         if distribution.is_full:
             raw = raw.tempered(temperature)
-        # Named rows are normalized. Draws at another temperature are unbiased only as they are.
+        # The logits of named rows are log-probabilities already.
         zero_n = torch.zeros_like(raw.values_nV[:, 0], dtype=raw.dtype)
         logsumexp = LogSumExp(zero_n, zero_n)
         if scalars is None:
-            computed = self._kernels.read(raw, labels_n)
+            computed, entropy_n = self._kernels.read(raw)
             if distribution.is_full:
-                logsumexp = computed.logsumexp
-            scalars = computed.entropy_n, computed.label_logp_n, computed.max_logp_n
+                logsumexp = computed
+            label_logp_n = computed.logp(raw.at_labels(labels_n)[0])
+            scalars = entropy_n, label_logp_n, -computed.log_sum_n
         answered_KN = self.answered_KN
         answered_n = None if answered_KN is None else answered_KN[number, block]
-        return Member(raw, logsumexp, RowStats(*scalars, answered_KN=answered_n), is_scratch)
+        stats = RowStats(*scalars, answered_KN=answered_n)
+        is_normalized = not (distribution.has_draws and temperature != 1.0)
+        return Member(raw, logsumexp, stats, is_scratch, is_normalized)
 
     def stats(self, block: slice, *, consensus: bool = False) -> RowStats:
         """(K, n) statistics: one application of each head, two with the `consensus`.
@@ -278,26 +284,28 @@ class Pool:
     ) -> None:
         """Expect `num_members`. The accumulator is the workspace buffer `pool`, else new memory."""
         self._kind = kind
-        self._is_single = num_members == 1
+        self._num_members = num_members
         self._num_missing = num_members
         self._exponent = exponent
         self._kernels = kernels or TorchKernels()
         self._workspace = workspace
-        self._mean_nV: Tensor | None = None
-        self._unit_n: Tensor | None = None
+        self._mean: RunningMean | None = None
+        self._is_normalized = True
         self._total_n: Tensor | None = None
         self._only: Member | None = None
 
     def add(self, member: Member, score_n: Tensor) -> None:
         """Add one member. Its values are copied, except those of a single scratch member."""
         self._num_missing -= 1
-        if self._is_single:
+        self._is_normalized &= member.is_normalized
+        if self._num_members == 1:
             # A single member is the pool: exp and log on the way would round.
             self._only = member
             return
-        if self._mean_nV is None or self._total_n is None:
-            self._mean_nV, self._total_n = self._buffer(member), score_n
-            share_n = None
+        share_n = None
+        if self._mean is None or self._total_n is None:
+            self._mean = RunningMean(self._buffer(member), is_log=self._kind != "linear")
+            self._total_n = score_n
         else:
             before_n = self._total_n
             self._total_n = torch.logaddexp(before_n, score_n)
@@ -305,25 +313,19 @@ class Pool:
             if self._kind == "power_mean":
                 return self._add_power(member, share_n, before_n - self._total_n)
             share_n = share_n.exp()
-        mean_nV = self._mean_nV
-        dtype = mean_nV.dtype  # of the first member, whatever the dtype of this one
-        self._unit_n = self._kernels.add_(
-            mean_nV,
-            member.rows,
-            member.logsumexp.to(dtype),
-            None if share_n is None else share_n.to(dtype),
-            is_log=self._kind != "linear",
-            unit_n=self._unit_n,
-            is_last=self._num_missing == 0,
-        )
+        mean, dtype = self._mean, self._mean.values_nV.dtype  # of the first member
+        mean.num_remaining = self._num_missing
+        share_n = None if share_n is None else share_n.to(dtype)
+        self._kernels.add_(mean, member.rows, member.logsumexp.to(dtype), share_n)
         if self._kind == "power_mean":
-            mean_nV.mul_(self._exponent)
+            mean.values_nV.mul_(self._exponent)
 
     def _add_power(self, member: Member, log_share_n: Tensor, log_kept_n: Tensor) -> None:
-        mean_nV = self._mean_nV
-        assert mean_nV is not None
+        assert self._mean is not None
+        mean_nV = self._mean.values_nV
         entering_nV, dtype = torch.empty_like(mean_nV), mean_nV.dtype
-        self._kernels.add_(entering_nV, member.rows, member.logsumexp.to(dtype), None, is_log=True)
+        entering = RunningMean(entering_nV, is_log=True)
+        self._kernels.add_(entering, member.rows, member.logsumexp.to(dtype), None)
         entering_nV.mul_(self._exponent).add_(log_share_n[:, None].to(dtype))
         mean_nV.add_(log_kept_n[:, None].to(dtype))
         torch.logaddexp(mean_nV, entering_nV, out=mean_nV)
@@ -337,16 +339,17 @@ class Pool:
             target = self._single(self._only)
             zero_n = torch.zeros_like(self._only.logsumexp.max_n)
             return target, None if self._kind == "linear" else zero_n
-        assert self._mean_nV is not None
-        mean_nV = self._mean_nV
-        if self._unit_n is not None:
-            mean_nV.mul_(self._unit_n[:, None])
-            self._unit_n = None
+        assert self._mean is not None
+        mean_nV, unit_n = self._mean.values_nV, self._mean.unit_n
+        if unit_n is not None:
+            mean_nV.mul_(unit_n[:, None])
+            self._mean.unit_n = None
         if self._kind == "linear":
-            return DenseTarget(RawRows(mean_nV), "prob"), None
+            rows = RawRows(mean_nV)
+            return DenseTarget(rows, "prob", is_normalized=self._is_normalized), None
         if self._kind == "power_mean":
             mean_nV.div_(self._exponent)
-        logsumexp = logsumexp_of(self._kernels, mean_nV)
+        logsumexp, _ = self._kernels.read(RawRows(mean_nV))
         scale = 1.0 - self._exponent if self._kind == "power_mean" else 1.0
         return DenseTarget(RawRows(mean_nV), "logits", logsumexp), logsumexp.total() / scale
 
@@ -356,17 +359,11 @@ class Pool:
             # The values belong to the teacher, or the next member overwrites them.
             values_nV = to_logits(rows, torch.empty_like(rows.values_nV, dtype=rows.dtype))
             rows = RawRows(values_nV)
-        return DenseTarget(rows, "logits", member.logsumexp)
+        return DenseTarget(rows, "logits", member.logsumexp, is_normalized=self._is_normalized)
 
     def _buffer(self, member: Member) -> Tensor:
         values_nV, dtype = member.rows.values_nV, member.rows.dtype
         if self._workspace is None:
             return torch.empty_like(values_nV, dtype=dtype)
-        shape = (values_nV.shape[0], values_nV.shape[1])
-        return self._workspace.matrix("pool", shape, values_nV.new_empty(0, dtype=dtype))
-
-
-def logsumexp_of(kernels: RowKernels, logits_nV: Tensor) -> LogSumExp:
-    """log sum_v exp z without a buffer of the size of the rows."""
-    labels_n = torch.zeros(logits_nV.shape[0], dtype=torch.int64, device=logits_nV.device)
-    return kernels.read(RawRows(logits_nV), labels_n).logsumexp
+        like = values_nV.new_empty(0, dtype=dtype)
+        return self._workspace.matrix("pool", values_nV.shape, like)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, cast
+from typing import Literal
 
 from collegium.errors import RecipeError
 from collegium.kernels.plain import TorchKernels
@@ -28,6 +28,20 @@ def kernels_for(backend: Backend, device: torch.device) -> RowKernels:
     return _build(backend)
 
 
+@cache
+def _build(backend: Backend) -> RowKernels:
+    # Lazy imports: `compiled` needs a compiler, and Triton is not installed on CPU-only machines.
+    if backend == "compiled":
+        from collegium.kernels.compiled import CompiledKernels
+
+        return CompiledKernels()
+    if backend == "triton":
+        from collegium.kernels.triton_rows import TritonKernels
+
+        return TritonKernels()
+    return TorchKernels()
+
+
 def require_backend(backend: Backend, device_type: str | None = None) -> None:
     """Check that a backend can run here, and on `device_type` if it is given.
 
@@ -45,26 +59,10 @@ def require_backend(backend: Backend, device_type: str | None = None) -> None:
     if backend == "triton":
         if find_spec("triton") is None:
             raise RecipeError(f"{where}; must find Triton; install triton or use torch")
+        if device_type in (None, "cuda"):
+            return
+        import triton  # pyright: ignore[reportMissingImports]
+
         # The interpreter runs the same kernels on a CPU; the tests rely on it.
-        if device_type not in (None, "cuda") and not _is_interpreted():
+        if not triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
             raise RecipeError(f"{where} on {device_type}; must be on CUDA; use auto")
-
-
-def _is_interpreted() -> bool:
-    import triton  # pyright: ignore[reportMissingImports]
-
-    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@cache
-def _build(name: str) -> RowKernels:
-    # Lazy imports: `compiled` needs a compiler, and Triton is not installed on CPU-only machines.
-    if name == "compiled":
-        from collegium.kernels.compiled import CompiledKernels
-
-        return CompiledKernels()
-    if name == "triton":
-        from collegium.kernels.triton_rows import TritonKernels
-
-        return cast(RowKernels, TritonKernels())
-    return TorchKernels()

@@ -17,9 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from collegium.kernels.plain import MIN_LOGIT
-from collegium.kernels.rows import BlockStats, DenseTarget, LogSumExp, RawRows, logp_floor
+from collegium.kernels.rows import (
+    DenseTarget,
+    LogSumExp,
+    RawRows,
+    RowKernels,
+    RunningMean,
+    logp_floor,
+)
 
 
 def find_compiler() -> str | None:
@@ -28,70 +36,59 @@ def find_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-class CompiledKernels:
-    """`RowKernels` compiled by `torch.compile`."""
+Raw = tuple[Tensor, float, float | None]
+"""Values, scale and cap of `RawRows`, as arguments that `torch.compile` reads."""
+Norm = tuple[Tensor, Tensor]
+"""Both parts of a `LogSumExp`."""
 
-    name = "compiled"
 
-    def read(self, rows: RawRows, labels_n: Tensor) -> BlockStats:
-        x_nV = rows.values_nV
-        max_n, log_sum_n, entropy_n = _compiled(_read, x_nV.dtype, rows.softcap is None)(
-            x_nV, rows.scale, rows.softcap
-        )
-        logsumexp = LogSumExp(max_n, log_sum_n)
-        return BlockStats(logsumexp, entropy_n, logsumexp.logp(rows.at_labels(labels_n)[0]))
+class CompiledKernels(RowKernels):
+    """Kernels that `torch.compile` makes of the formulas below."""
+
+    def read(self, rows: RawRows) -> tuple[LogSumExp, Tensor]:
+        max_n, log_sum_n, entropy_n = _run(_read, _raw(rows))
+        return LogSumExp(max_n, log_sum_n), entropy_n
 
     def add_(
-        self,
-        pool_nV: Tensor,
-        rows: RawRows,
-        logsumexp: LogSumExp,
-        share_n: Tensor | None,
-        *,
-        is_log: bool,
-        unit_n: Tensor | None = None,
-        is_last: bool = True,
+        self, mean: RunningMean, rows: RawRows, logsumexp: LogSumExp, share_n: Tensor | None
     ) -> None:
-        x_nV, dtype = rows.values_nV, pool_nV.dtype
-        variant = (x_nV.dtype, dtype, rows.softcap is None, share_n is None, is_log)
-        norm = (logsumexp.max_n.to(dtype), logsumexp.log_sum_n.to(dtype))
-        _compiled(_add_, *variant)(pool_nV, x_nV, rows.scale, rows.softcap, *norm, share_n, is_log)
+        norm = _norm(logsumexp.to(mean.values_nV.dtype))
+        _run(_add_, mean.values_nV, _raw(rows), norm, share_n, mean.is_log)
 
     def softmax_(self, rows: RawRows, logsumexp: LogSumExp, factor_n: Tensor) -> None:
-        x_nV = rows.values_nV
-        _compiled(_softmax_, x_nV.dtype, rows.softcap is None)(
-            x_nV, rows.scale, rows.softcap, logsumexp.max_n, logsumexp.log_sum_n, factor_n
-        )
+        _run(_softmax_, _raw(rows), _norm(logsumexp), factor_n)
 
     def distill_(
-        self,
-        rows: RawRows,
-        target: DenseTarget | None,
-        kd_n: Tensor,
-        ce_n: Tensor,
-        *,
-        temperature: float,
+        self, rows: RawRows, target: DenseTarget | None, kd_n: Tensor, ce_n: Tensor
     ) -> tuple[LogSumExp, Tensor]:
-        x_nV, cap = rows.values_nV, rows.softcap
-        student = (x_nV, rows.scale, cap)
-        variant = (x_nV.dtype, cap is None, temperature == 1.0)
-        if target is None:
-            max_n, log_sum_n = _compiled(_label_, *variant)(*student, ce_n)
-            return LogSumExp(max_n, log_sum_n), torch.zeros_like(max_n)
-        t_rows = target.rows
-        t_max_n = None if target.logsumexp is None else target.logsumexp.max_n
-        t_log_sum_n = None if target.logsumexp is None else target.logsumexp.log_sum_n
-        variant = (*variant, target.kind, t_rows.values_nV.dtype, t_rows.softcap is None)
-        max_n, log_sum_n, kl_n = _compiled(_distill_, *variant)(
-            *student,
-            (t_rows.values_nV, t_rows.scale, t_rows.softcap, t_max_n, t_log_sum_n),
-            target.kind,
-            kd_n,
-            ce_n,
+        parts = temperature = None
+        if target is not None:
+            norm = None if target.logsumexp is None else _norm(target.logsumexp)
+            parts = target.kind, _raw(target.rows), norm
             # None is a constant of the compiled code and removes the second softmax.
-            None if temperature == 1.0 else temperature,
-        )
+            temperature = None if target.temperature == 1.0 else target.temperature
+        max_n, log_sum_n, kl_n = _run(_distill_, _raw(rows), parts, kd_n, ce_n, temperature)
         return LogSumExp(max_n, log_sum_n), kl_n
+
+
+def _raw(rows: RawRows) -> Raw:
+    return rows.values_nV, rows.scale, rows.softcap
+
+
+def _norm(logsumexp: LogSumExp) -> Norm:
+    return logsumexp.max_n, logsumexp.log_sum_n
+
+
+def _run(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the compiled function for the dtypes and constants among the arguments."""
+    leaves = tree_leaves(arguments)
+    variant = (x.dtype if isinstance(x, Tensor) else _constant(x) for x in leaves)
+    return _compiled(function, *variant)(*arguments)
+
+
+def _constant(value: object) -> object:
+    # Scales, caps and temperatures are symbolic, so their values share the compiled code.
+    return float if isinstance(value, float) else value
 
 
 @cache
@@ -105,17 +102,24 @@ def _compiled(function: Callable[..., Any], *variant: object) -> Callable[..., A
     return torch.compile(clone, dynamic=True, fullgraph=True)
 
 
-def _logits(x_nV: Tensor, scale: float, cap: float | None) -> Tensor:
+def _logits(raw: Raw) -> Tensor:
+    x_nV, scale, cap = raw
     z_nV = x_nV.to(torch.promote_types(x_nV.dtype, torch.float32)) * scale
     return z_nV if cap is None else cap * torch.tanh(z_nV / cap)
 
 
-def _slope(z_nV: Tensor, scale: float, cap: float | None) -> Tensor | float:
+def _slope(z_nV: Tensor, raw: Raw) -> Tensor | float:
+    _, scale, cap = raw
     return scale if cap is None else scale * (1.0 - (z_nV / cap).square())
 
 
-def _read(x_nV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    z_nV = _logits(x_nV, scale, cap)
+def _logp(z_nV: Tensor, norm: Norm) -> Tensor:
+    max_n, log_sum_n = norm
+    return (z_nV - max_n[:, None]) - log_sum_n[:, None]
+
+
+def _read(raw: Raw) -> tuple[Tensor, Tensor, Tensor]:
+    z_nV = _logits(raw)
     max_n1 = z_nV.amax(-1, keepdim=True)
     shifted_nV = z_nV - max_n1
     exp_nV = shifted_nV.exp()
@@ -126,64 +130,39 @@ def _read(x_nV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor
     return max_n1[:, 0], log_sum_n, log_sum_n - dot_n / sum_n
 
 
-def _add_(
-    pool_nV: Tensor,
-    x_nV: Tensor,
-    scale: float,
-    cap: float | None,
-    max_n: Tensor,
-    log_sum_n: Tensor,
-    share_n: Tensor | None,
-    is_log: bool,
-) -> None:
-    logp_nV = (_logits(x_nV, scale, cap) - max_n[:, None]) - log_sum_n[:, None]
+def _add_(mean_nV: Tensor, raw: Raw, norm: Norm, share_n: Tensor | None, is_log: bool) -> None:
+    logp_nV = _logp(_logits(raw), norm)
     member_nV = logp_nV.clamp(min=logp_floor(logp_nV.dtype)) if is_log else logp_nV.exp()
     if share_n is None:
-        pool_nV.copy_(member_nV)
+        mean_nV.copy_(member_nV)
     else:
-        pool_nV.copy_(pool_nV * (1.0 - share_n)[:, None] + member_nV * share_n[:, None])
+        mean_nV.copy_(mean_nV * (1.0 - share_n)[:, None] + member_nV * share_n[:, None])
 
 
-def _softmax_(
-    x_nV: Tensor,
-    scale: float,
-    cap: float | None,
-    max_n: Tensor,
-    log_sum_n: Tensor,
-    factor_n: Tensor,
-) -> None:
-    z_nV = _logits(x_nV, scale, cap)
-    prob_nV = ((z_nV - max_n[:, None]) - log_sum_n[:, None]).exp()
-    x_nV.copy_(factor_n[:, None] * prob_nV * _slope(z_nV, scale, cap))
-
-
-def _label_(x_nV: Tensor, scale: float, cap: float | None, ce_n: Tensor) -> tuple[Tensor, Tensor]:
-    z_nV = _logits(x_nV, scale, cap)
-    max_n1 = z_nV.amax(-1, keepdim=True)
-    exp_nV = (z_nV - max_n1).exp()
-    sum_n1 = exp_nV.sum(-1, keepdim=True)
-    x_nV.copy_(exp_nV * (ce_n[:, None] / sum_n1) * _slope(z_nV, scale, cap))
-    return max_n1[:, 0], sum_n1.log()[:, 0]
+def _softmax_(raw: Raw, norm: Norm, factor_n: Tensor) -> None:
+    z_nV = _logits(raw)
+    prob_nV = _logp(z_nV, norm).exp()
+    raw[0].copy_(factor_n[:, None] * prob_nV * _slope(z_nV, raw))
 
 
 def _distill_(
-    x_nV: Tensor,
-    scale: float,
-    cap: float | None,
-    target: tuple[Tensor, float, float | None, Tensor | None, Tensor | None],
-    kind: str,
+    raw: Raw,
+    target: tuple[str, Raw, Norm | None] | None,
     kd_n: Tensor,
     ce_n: Tensor,
     temperature: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z_nV = _logits(x_nV, scale, cap)
+    z_nV = _logits(raw)
     max_n1 = z_nV.amax(-1, keepdim=True)
     shifted_nV = z_nV - max_n1
     exp_nV = shifted_nV.exp()
     sum_n1 = exp_nV.sum(-1, keepdim=True)
-    prob_nV, logp_nV = _target(*target, kind)
-    mass_n1 = prob_nV.sum(-1, keepdim=True)
     kd_n1, ce_n1 = kd_n[:, None], ce_n[:, None]
+    if target is None:
+        raw[0].copy_(exp_nV * (ce_n1 / sum_n1) * _slope(z_nV, raw))
+        return max_n1[:, 0], sum_n1.log()[:, 0], torch.zeros_like(kd_n)
+    prob_nV, logp_nV = _target(*target)
+    mass_n1 = prob_nV.sum(-1, keepdim=True)
     if temperature is None:
         soft_nV, soft_sum_n1, factor_n1 = shifted_nV, sum_n1, kd_n1
         grad_nV = exp_nV * ((ce_n1 + kd_n1 * mass_n1) / sum_n1)
@@ -193,23 +172,15 @@ def _distill_(
         soft_sum_n1 = soft_exp_nV.sum(-1, keepdim=True)
         grad_nV = exp_nV * (ce_n1 / sum_n1) + soft_exp_nV * (factor_n1 * mass_n1 / soft_sum_n1)
     kl_n = (prob_nV * (logp_nV - soft_nV + soft_sum_n1.log())).sum(-1)
-    x_nV.copy_((grad_nV - factor_n1 * prob_nV) * _slope(z_nV, scale, cap))
+    raw[0].copy_((grad_nV - factor_n1 * prob_nV) * _slope(z_nV, raw))
     return max_n1[:, 0], sum_n1.log()[:, 0], kl_n
 
 
-def _target(
-    values_nV: Tensor,
-    scale: float,
-    cap: float | None,
-    max_n: Tensor | None,
-    log_sum_n: Tensor | None,
-    kind: str,
-) -> tuple[Tensor, Tensor]:
+def _target(kind: str, raw: Raw, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """P and log P of a target, (n, V) each."""
     if kind == "prob":
-        return values_nV, values_nV.clamp(min=torch.finfo(values_nV.dtype).tiny).log()
-    logp_nV = _logits(values_nV, scale, cap)
-    if max_n is not None and log_sum_n is not None:
-        logp_nV = ((logp_nV - max_n[:, None]) - log_sum_n[:, None]).clamp(
-            min=logp_floor(logp_nV.dtype)
-        )
+        return raw[0], raw[0].clamp(min=torch.finfo(raw[0].dtype).tiny).log()
+    logp_nV = _logits(raw)
+    if norm is not None:
+        logp_nV = _logp(logp_nV, norm).clamp(min=logp_floor(logp_nV.dtype))
     return logp_nV.exp(), logp_nV

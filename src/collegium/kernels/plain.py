@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from collegium.kernels.rows import (
-    BlockStats,
     DenseTarget,
     LogSumExp,
     RawRows,
+    RowKernels,
+    RunningMean,
     Workspace,
-    logp_floor,
+    floor_,
     to_logits,
 )
 from collegium.options import torch
@@ -40,25 +41,24 @@ MIN_UNIT = 1e-30
 """Smallest unit u of a pool that stores P / u: its values stay below 1 / u."""
 
 
-class TorchKernels:
-    """`RowKernels` as PyTorch operations on strips."""
-
-    name = "torch"
+class TorchKernels(RowKernels):
+    """Kernels as PyTorch operations on strips."""
 
     def __init__(self) -> None:
         self._scratch = Workspace()
 
-    def read(self, rows: RawRows, labels_n: Tensor) -> BlockStats:
-        stats = self._read(rows, labels_n, has_excluded=False)
-        if rows.values_nV.device.type != "cpu" or bool(stats.entropy_n.isnan().any()):
+    def read(self, rows: RawRows) -> tuple[LogSumExp, Tensor]:
+        if rows.values_nV.device.type == "cpu":
+            logsumexp, entropy_n = self._read(rows, has_excluded=False)
             # Logits of -inf are rare: a second sweep for them is cheaper than a clamp for all.
-            return self._read(rows, labels_n, has_excluded=True)
-        return stats
+            if not bool(entropy_n.isnan().any()):
+                return logsumexp, entropy_n
+        return self._read(rows, has_excluded=True)
 
-    def _read(self, rows: RawRows, labels_n: Tensor, *, has_excluded: bool) -> BlockStats:
-        max_n, sum_n, dot_n = self._empty_rows(rows, 3)
+    def _read(self, rows: RawRows, *, has_excluded: bool) -> tuple[LogSumExp, Tensor]:
+        max_n, sum_n, dot_n = rows.empty_columns(3)
         shift_n = torch.zeros_like(max_n)
-        for part in self._strips(rows):
+        for part in _strips(rows):
             z_sV = self._logits(rows, part, "z")
             exp_sV = self._strip(z_sV, "exp")
             max_s = torch.amax(z_sV, -1, out=max_n[part])
@@ -73,85 +73,65 @@ class TorchKernels:
             torch.sum(exp_sV.mul_(z_sV), -1, out=dot_n[part])
         unshifted_n = max_n - shift_n  # exactly 0 for shifted rows
         logsumexp = LogSumExp(max_n, (sum_n * torch.exp(-unshifted_n)).log())
-        label_logp_n = logsumexp.logp(rows.at_labels(labels_n)[0])
-        return BlockStats(
-            logsumexp, (unshifted_n - dot_n / sum_n) + logsumexp.log_sum_n, label_logp_n
-        )
+        return logsumexp, (unshifted_n - dot_n / sum_n) + logsumexp.log_sum_n
 
     def add_(
-        self,
-        pool_nV: Tensor,
-        rows: RawRows,
-        logsumexp: LogSumExp,
-        share_n: Tensor | None,
-        *,
-        is_log: bool,
-        unit_n: Tensor | None = None,
-        is_last: bool = True,
-    ) -> Tensor | None:
-        if not is_log and _exp_is_safe(logsumexp.max_n):
-            units = _units(logsumexp, share_n, unit_n)
+        self, mean: RunningMean, rows: RawRows, logsumexp: LogSumExp, share_n: Tensor | None
+    ) -> None:
+        if not mean.is_log and _exp_is_safe(logsumexp.max_n):
+            units = _units(logsumexp, share_n, mean.unit_n)
             if units is not None:
-                self._add_exp_(pool_nV, rows, *units, is_first=share_n is None, is_last=is_last)
-                return None if is_last else units[0]
+                return self._add_exp_(mean, rows, *units, is_first=share_n is None)
+        mean_nV, unit_n = mean.values_nV, mean.unit_n
         if unit_n is not None:
-            pool_nV.mul_(unit_n[:, None])
-        norm_n = logsumexp.log_sum_n if is_log else torch.exp(-logsumexp.log_sum_n)
-        factor_n = norm_n if is_log or share_n is None else norm_n * share_n
-        for part in self._strips(rows):
-            z_sV, pool_sV = self._logits(rows, part, "z"), pool_nV[part]
-            out_sV = pool_sV if share_n is None else self._strip(pool_sV, "exp")
+            mean_nV.mul_(unit_n[:, None])
+            mean.unit_n = None
+        norm_n = logsumexp.log_sum_n if mean.is_log else torch.exp(-logsumexp.log_sum_n)
+        factor_n = norm_n if mean.is_log or share_n is None else norm_n * share_n
+        for part in _strips(rows):
+            z_sV, mean_sV = self._logits(rows, part, "z"), mean_nV[part]
+            out_sV = mean_sV if share_n is None else self._strip(mean_sV, "exp")
             torch.sub(z_sV, logsumexp.max_n[part, None], out=out_sV)
-            if is_log:
-                out_sV.sub_(factor_n[part, None]).clamp_(min=logp_floor(out_sV.dtype))
+            if mean.is_log:
+                floor_(out_sV.sub_(factor_n[part, None]))
                 if share_n is not None:
-                    pool_sV.lerp_(out_sV, share_n[part, None])
+                    mean_sV.lerp_(out_sV, share_n[part, None])
             elif share_n is None:
                 out_sV.exp_().mul_(factor_n[part, None])
             else:
-                pool_sV.mul_((1.0 - share_n)[part, None])
-                pool_sV.addcmul_(out_sV.exp_(), factor_n[part, None])
+                mean_sV.mul_((1.0 - share_n)[part, None])
+                mean_sV.addcmul_(out_sV.exp_(), factor_n[part, None])
 
     def _add_exp_(
-        self,
-        pool_nV: Tensor,
-        rows: RawRows,
-        unit_n: Tensor,
-        factor_n: Tensor,
-        *,
-        is_first: bool,
-        is_last: bool,
+        self, mean: RunningMean, rows: RawRows, unit_n: Tensor, factor_n: Tensor, *, is_first: bool
     ) -> None:
-        # pool <- pool + factor exp z. The pool's share is in its unit, so rescaling needs no sweep.
-        for part in self._strips(rows):
-            z_sV, pool_sV = self._logits(rows, part, "z"), pool_nV[part]
+        # mean <- mean + factor exp z. Its share is in the unit, so rescaling needs no sweep.
+        is_last = mean.num_remaining == 0
+        for part in _strips(rows):
+            z_sV, mean_sV = self._logits(rows, part, "z"), mean.values_nV[part]
             if is_first:
-                torch.exp(z_sV, out=pool_sV)
+                torch.exp(z_sV, out=mean_sV)
             else:
-                exp_sV = torch.exp(z_sV, out=self._strip(pool_sV, "exp"))
-                pool_sV.addcmul_(exp_sV, factor_n[part, None])
+                exp_sV = torch.exp(z_sV, out=self._strip(mean_sV, "exp"))
+                mean_sV.addcmul_(exp_sV, factor_n[part, None])
             if is_last:
-                pool_sV.mul_(unit_n[part, None])
+                mean_sV.mul_(unit_n[part, None])
+        mean.unit_n = None if is_last else unit_n
 
     def softmax_(self, rows: RawRows, logsumexp: LogSumExp, factor_n: Tensor) -> None:
         factor_n = factor_n * torch.exp(-logsumexp.log_sum_n)
-        for part in self._strips(rows):
+        for part in _strips(rows):
             z_sV = self._logits(rows, part, "z")
             out_sV = self._strip(z_sV, "exp")
             torch.sub(z_sV, logsumexp.max_n[part, None], out=out_sV).exp_()
             self._store(rows, part, z_sV, out_sV.mul_(factor_n[part, None]))
 
     def distill_(
-        self,
-        rows: RawRows,
-        target: DenseTarget | None,
-        kd_n: Tensor,
-        ce_n: Tensor,
-        *,
-        temperature: float,
+        self, rows: RawRows, target: DenseTarget | None, kd_n: Tensor, ce_n: Tensor
     ) -> tuple[LogSumExp, Tensor]:
-        max_n, log_sum_n, kl_n = self._empty_rows(rows, 3)
-        for part in self._strips(rows):
+        max_n, log_sum_n, kl_n = rows.empty_columns(3)
+        temperature = 1.0 if target is None else target.temperature
+        for part in _strips(rows):
             z_sV, raw_sV = self._logits(rows, part, "z"), rows.values_nV[part]
             shifted_sV = self._strip(z_sV, "shifted")
             # Without a cast, scale or cap the values are the logits: no copy, fully in-place.
@@ -195,7 +175,7 @@ class TorchKernels:
         else:
             torch.sub(z_sV, target.logsumexp.max_n[part, None], out=logp_sV)
             logp_sV.sub_(target.logsumexp.log_sum_n[part, None])
-            logp_sV.clamp_(min=logp_floor(logp_sV.dtype))
+            floor_(logp_sV)
         return torch.exp(logp_sV, out=self._strip(logp_sV, "prob")), logp_sV
 
     def _store(self, rows: RawRows, part: slice, z_sV: Tensor, grad_sV: Tensor) -> None:
@@ -214,23 +194,20 @@ class TorchKernels:
         raw_sV = rows.values_nV[part]
         if raw_sV.dtype == rows.dtype and rows.scale == 1.0 and rows.softcap is None:
             return raw_sV
-        out_sV = self._scratch.matrix(name, _shape(raw_sV), raw_sV.new_empty(0, dtype=rows.dtype))
+        out_sV = self._scratch.matrix(name, raw_sV.shape, raw_sV.new_empty(0, dtype=rows.dtype))
         return to_logits(RawRows(raw_sV, rows.scale, rows.softcap), out_sV)
 
     def _strip(self, like_sV: Tensor, name: str) -> Tensor:
-        return self._scratch.matrix(name, _shape(like_sV), like_sV)
+        return self._scratch.matrix(name, like_sV.shape, like_sV)
 
-    def _empty_rows(self, rows: RawRows, count: int) -> tuple[Tensor, ...]:
-        shape = (count, rows.values_nV.shape[0])
-        return torch.empty(shape, dtype=rows.dtype, device=rows.values_nV.device).unbind()
 
-    def _strips(self, rows: RawRows) -> Iterator[slice]:
-        num_rows, vocab_size = rows.values_nV.shape
-        is_cpu = rows.values_nV.device.type == "cpu"
-        budget = CPU_STRIP_BYTES * torch.get_num_threads() if is_cpu else GPU_STRIP_BYTES
-        size = max(1, budget // (vocab_size * rows.dtype.itemsize))
-        for start in range(0, num_rows, size):
-            yield slice(start, min(start + size, num_rows))
+def _strips(rows: RawRows) -> Iterator[slice]:
+    num_rows, vocab_size = rows.values_nV.shape
+    is_cpu = rows.values_nV.device.type == "cpu"
+    budget = CPU_STRIP_BYTES * torch.get_num_threads() if is_cpu else GPU_STRIP_BYTES
+    size = max(1, budget // (vocab_size * rows.dtype.itemsize))
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
 
 
 def _exp_is_safe(max_n: Tensor) -> bool:
@@ -257,7 +234,3 @@ def _units(
     if not bool(((new_n >= MIN_UNIT) & factor_n.isfinite()).all()):
         return None
     return new_n, factor_n
-
-
-def _shape(values_sV: Tensor) -> tuple[int, int]:
-    return values_sV.shape[0], values_sV.shape[1]

@@ -5,8 +5,10 @@ Shapes: n rows of one block, V vocabulary, D width, E (row, token) entries.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from collegium.options import torch
 from collegium.types import Head
@@ -42,6 +44,11 @@ class RawRows:
     def logits(self) -> Tensor:
         """Return (n, V) logits in a new tensor with a graph, in float32 or wider."""
         return Head(self.values_nV, None, self.scale, self.softcap).finish(self.values_nV)
+
+    def empty_columns(self, count: int) -> tuple[Tensor, ...]:
+        """Return uninitialized (n,) tensors in the dtype of the arithmetic."""
+        shape = (count, self.values_nV.shape[0])
+        return torch.empty(shape, dtype=self.dtype, device=self.values_nV.device).unbind()
 
     def tempered(self, temperature: float) -> RawRows:
         """Return the same values with z / T in place of z."""
@@ -103,22 +110,6 @@ class LogSumExp:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockStats:
-    """Statistics of n rows from one sweep, (n,) each, in float32 or wider."""
-
-    logsumexp: LogSumExp
-    entropy_n: Tensor
-    """Nats."""
-    label_logp_n: Tensor
-    """Log-probability of the label, at least `logp_floor`."""
-
-    @property
-    def max_logp_n(self) -> Tensor:
-        """Log-probability of the most likely token."""
-        return -self.logsumexp.log_sum_n
-
-
-@dataclass(frozen=True, slots=True)
 class DenseTarget:
     """One distribution per row, as logits with their logsumexp, as log P, or as P."""
 
@@ -126,6 +117,10 @@ class DenseTarget:
     kind: Literal["logits", "logp", "prob"]
     logsumexp: LogSumExp | None = None
     """Of the rows, for `logits` only."""
+    temperature: float = 1.0
+    """Temperature T at which the student is compared with it. The target itself is softened."""
+    is_normalized: bool = True
+    """False for draws at another temperature: their mass is 1 on average, not in each row."""
 
     @classmethod
     def of_logp(cls, logp_nV: Tensor) -> DenseTarget:
@@ -138,7 +133,18 @@ class DenseTarget:
             return self
         rows = replace(self.rows, values_nV=self.rows.values_nV.to(dtype))
         logsumexp = None if self.logsumexp is None else self.logsumexp.to(dtype)
-        return DenseTarget(rows, self.kind, logsumexp)
+        return replace(self, rows=rows, logsumexp=logsumexp)
+
+    def mass(self) -> Tensor:
+        """(n,) sum_v P."""
+        if self.kind == "prob":
+            return self.rows.values_nV.sum(-1)
+        total_n = self.rows.logits().logsumexp(-1)
+        return (total_n if self.logsumexp is None else total_n - self.logsumexp.total()).exp()
+
+    def as_logp_(self) -> DenseTarget:
+        """The same target as finite log-probabilities, in-place if its dtype allows."""
+        return replace(self, rows=RawRows(self.logp_()), kind="logp", logsumexp=None)
 
     def logp_(self) -> Tensor:
         """Turn the target into (n, V) finite log-probabilities, in-place if its dtype allows."""
@@ -148,64 +154,57 @@ class DenseTarget:
         if self.kind == "prob":
             return values_nV.clamp_(min=torch.finfo(values_nV.dtype).tiny).log_()
         logits_nV = to_logits(self.rows, values_nV)
-        if logits_nV.is_contiguous() or self.logsumexp is None:
+        if self.logsumexp is None or (logits_nV.is_contiguous() and self.is_normalized):
             return floor_(torch.log_softmax(logits_nV, -1, out=logits_nV))
         # With gaps between the rows, log_softmax would need a copy.
         logits_nV.sub_(self.logsumexp.max_n[:, None]).sub_(self.logsumexp.log_sum_n[:, None])
         return floor_(logits_nV)
 
 
-class RowKernels(Protocol):
+@dataclass(slots=True)
+class RunningMean:
+    """A weighted mean of members that arrive one by one, stored as `unit_n` times `values_nV`.
+
+    Before the last member a backend may leave a unit per row, which saves a sweep.
+    """
+
+    values_nV: Tensor
+    """(n, V), overwritten by the first member."""
+    is_log: bool = False
+    """Whether the members are log P instead of P."""
+    num_remaining: int = 0
+    """Members that follow the one being added."""
+    unit_n: Tensor | None = None
+    """(n,); None for 1, and always after the last member."""
+
+
+class RowKernels(ABC):
     """Operations that take all of the time outside the matrix products."""
 
-    name: str
+    @abstractmethod
+    def read(self, rows: RawRows) -> tuple[LogSumExp, Tensor]:
+        """Compute logsumexp and (n,) entropy in nats of n rows, without changing them."""
 
-    def read(self, rows: RawRows, labels_n: Tensor) -> BlockStats:
-        """Compute the statistics of n rows without changing them."""
-        ...
-
+    @abstractmethod
     def add_(
-        self,
-        pool_nV: Tensor,
-        rows: RawRows,
-        logsumexp: LogSumExp,
-        share_n: Tensor | None,
-        *,
-        is_log: bool,
-        unit_n: Tensor | None = None,
-        is_last: bool = True,
-    ) -> Tensor | None:
-        """Add a member to a running mean: pool <- (1 - share) pool + share m, or m without shares.
-
-        m is P of the rows, or log P for `is_log`. Before the last member a backend may store the
-        mean divided by a unit per row, which saves a sweep.
+        self, mean: RunningMean, rows: RawRows, logsumexp: LogSumExp, share_n: Tensor | None
+    ) -> None:
+        """Add a member m: mean <- (1 - share) mean + share m, or m without shares.
 
         Args:
-            pool_nV: the mean of the earlier members, overwritten without shares.
-            rows: outputs of the new member.
+            mean: of the earlier members.
+            rows: outputs of the new member, whose P or log P is m.
             logsumexp: of the rows.
-            share_n: (n,) share of the new member.
-            is_log: whether to pool log-probabilities.
-            unit_n: the unit that the previous call returned.
-            is_last: whether the pool must be the mean itself afterwards.
-
-        Returns:
-            (n,) unit: the mean is unit times the pool. None for 1.
+            share_n: (n,) share of the new member; None for the first one.
         """
-        ...
 
+    @abstractmethod
     def softmax_(self, rows: RawRows, logsumexp: LogSumExp, factor_n: Tensor) -> None:
         """x <- factor softmax(z) dz/dx: the dense gradient of a loss on a sparse target."""
-        ...
 
+    @abstractmethod
     def distill_(
-        self,
-        rows: RawRows,
-        target: DenseTarget | None,
-        kd_n: Tensor,
-        ce_n: Tensor,
-        *,
-        temperature: float,
+        self, rows: RawRows, target: DenseTarget | None, kd_n: Tensor, ce_n: Tensor
     ) -> tuple[LogSumExp, Tensor]:
         """Compute the forward KL per row and overwrite x with the gradient of KL and CE.
 
@@ -216,7 +215,6 @@ class RowKernels(Protocol):
         Returns:
             The logsumexp of the rows, and (n,) KL in nats, zero without a target.
         """
-        ...
 
 
 def logp_floor(dtype: torch.dtype) -> float:
@@ -284,7 +282,7 @@ class Workspace:
         # Fresh memory of this size costs more than the arithmetic: pages are faulted in and zeroed.
         self._buffers: dict[str, Tensor] = {}
 
-    def matrix(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+    def matrix(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """Return an uninitialized matrix with the dtype and device of `like`.
 
         Rows are aligned to `row_alignment_bytes`, so there may be a gap after each.
@@ -305,8 +303,6 @@ class Workspace:
         # CPU buffers are kept: fresh pages would have to be zeroed again.
         self._buffers = {k: v for k, v in self._buffers.items() if v.device.type == "cpu"}
 
-    def __deepcopy__(self, memo: object) -> Workspace:
-        return Workspace()
-
     def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        """Copy and pickle as an empty workspace."""
         return Workspace, ()

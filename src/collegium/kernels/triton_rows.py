@@ -3,7 +3,7 @@
 Shapes: n rows of one block, V vocabulary.
 
 Passes over an (n, V) block: statistics 1 read, pooling 2 reads and 1 write, distilling 3 reads (one
-of them partly from the L2 cache) and 1 write. Targets are assumed to have mass 1.
+of them partly from the L2 cache) and 1 write.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -18,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from collegium.kernels.plain import MIN_LOGIT
-from collegium.kernels.rows import BlockStats, DenseTarget, LogSumExp, RawRows, logp_floor
+from collegium.kernels.rows import (
+    DenseTarget,
+    LogSumExp,
+    RawRows,
+    RowKernels,
+    RunningMean,
+    logp_floor,
+)
 
 MAX_TILE = 4096
 """Columns that a program holds at once."""
@@ -30,41 +37,29 @@ _MIN = tl.constexpr(MIN_LOGIT)
 _NONE, _LOGITS, _PROB = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
 
 
-class TritonKernels:
-    """`RowKernels` in Triton, on a CPU only in its interpreter."""
+class TritonKernels(RowKernels):
+    """Kernels in Triton, on a CPU only in its interpreter."""
 
-    name = "triton"
-
-    def read(self, rows: RawRows, labels_n: Tensor) -> BlockStats:
-        x_nV = rows.values_nV
-        max_n, log_sum_n, entropy_n = _empty_rows(rows, 3)
-        _read_kernel[(x_nV.shape[0],)](
-            x_nV, max_n, log_sum_n, entropy_n, **_head(rows), **_shape(rows)
+    def read(self, rows: RawRows) -> tuple[LogSumExp, Tensor]:
+        max_n, log_sum_n, entropy_n = rows.empty_columns(3)
+        _read_kernel[(len(max_n),)](
+            rows.values_nV, max_n, log_sum_n, entropy_n, **_head(rows), **_shape(rows)
         )
-        logsumexp = LogSumExp(max_n, log_sum_n)
-        return BlockStats(logsumexp, entropy_n, logsumexp.logp(rows.at_labels(labels_n)[0]))
+        return LogSumExp(max_n, log_sum_n), entropy_n
 
     def add_(
-        self,
-        pool_nV: Tensor,
-        rows: RawRows,
-        logsumexp: LogSumExp,
-        share_n: Tensor | None,
-        *,
-        is_log: bool,
-        unit_n: Tensor | None = None,
-        is_last: bool = True,
+        self, mean: RunningMean, rows: RawRows, logsumexp: LogSumExp, share_n: Tensor | None
     ) -> None:
         _add_kernel[_tiles(rows)](
-            pool_nV,
+            mean.values_nV,
             rows.values_nV,
             logsumexp.max_n,
             logsumexp.log_sum_n,
             logsumexp.max_n if share_n is None else share_n,
-            pool_stride=pool_nV.stride(0),
+            mean_stride=mean.values_nV.stride(0),
             has_share=share_n is not None,
-            is_log=is_log,
-            floor=logp_floor(pool_nV.dtype),
+            is_log=mean.is_log,
+            floor=logp_floor(mean.values_nV.dtype),
             **_head(rows),
             **_shape(rows),
         )
@@ -75,33 +70,30 @@ class TritonKernels:
         _softmax_kernel[_tiles(rows)](x_nV, *norm, factor_n, **_head(rows), **_shape(rows))
 
     def distill_(
-        self,
-        rows: RawRows,
-        target: DenseTarget | None,
-        kd_n: Tensor,
-        ce_n: Tensor,
-        *,
-        temperature: float,
+        self, rows: RawRows, target: DenseTarget | None, kd_n: Tensor, ce_n: Tensor
     ) -> tuple[LogSumExp, Tensor]:
-        x_nV = rows.values_nV
-        max_n, log_sum_n, kl_n = _empty_rows(rows, 3)
-        target_rows = rows if target is None else target.rows
-        norm = None if target is None else target.logsumexp
-        _distill_kernel[(x_nV.shape[0],)](
-            x_nV,
-            target_rows.values_nV,
-            max_n if norm is None else norm.max_n,
-            max_n if norm is None else norm.log_sum_n,
+        max_n, log_sum_n, kl_n = rows.empty_columns(3)
+        kind = KINDS[None if target is None else target.kind]
+        # Placeholders: the constants of the kernel exclude the loads of what is missing.
+        target = target or DenseTarget(rows, "logp")
+        norm = target.logsumexp or LogSumExp(max_n, log_sum_n)
+        mass_n = torch.ones_like(kd_n) if target.is_normalized else target.mass()
+        _distill_kernel[(len(max_n),)](
+            rows.values_nV,
+            target.rows.values_nV,
+            norm.max_n,
+            norm.log_sum_n,
+            mass_n,
             kd_n,
             ce_n,
             max_n,
             log_sum_n,
             kl_n,
-            target_stride=target_rows.values_nV.stride(0),
-            kind=KINDS[None if target is None else target.kind],
-            target_scale=target_rows.scale,
-            target_cap=target_rows.softcap or 0.0,
-            temperature=temperature,
+            target_stride=target.rows.values_nV.stride(0),
+            kind=kind,
+            target_scale=target.rows.scale,
+            target_cap=target.rows.softcap or 0.0,
+            temperature=target.temperature,
             floor=logp_floor(rows.dtype),
             tiny=torch.finfo(rows.dtype).tiny,
             **_head(rows),
@@ -134,11 +126,6 @@ def _tile(rows: RawRows) -> int:
 def _tiles(rows: RawRows) -> tuple[int, int]:
     num_rows, vocab_size = rows.values_nV.shape
     return num_rows, triton.cdiv(vocab_size, _tile(rows))
-
-
-def _empty_rows(rows: RawRows, count: int) -> tuple[Tensor, ...]:
-    shape = (count, rows.values_nV.shape[0])
-    return torch.empty(shape, dtype=rows.dtype, device=rows.values_nV.device).unbind()
 
 
 @triton.jit
@@ -234,14 +221,14 @@ def _read_kernel(
 
 @triton.jit
 def _add_kernel(
-    pool_ptr,
+    mean_ptr,
     x_ptr,
     max_ptr,
     log_sum_ptr,
     share_ptr,
     num_columns,
     x_stride,
-    pool_stride,
+    mean_stride,
     has_share: tl.constexpr,
     is_log: tl.constexpr,
     floor: tl.constexpr,
@@ -252,7 +239,7 @@ def _add_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
-    pool_ptr += row * pool_stride
+    mean_ptr += row * mean_stride
     start = tl.program_id(1) * tile
     columns = start + tl.arange(0, tile)
     row_max, log_sum = tl.load(max_ptr + row), tl.load(log_sum_ptr + row)
@@ -267,9 +254,9 @@ def _add_kernel(
                 member = tl.exp(member)
             if has_share:
                 share = tl.load(share_ptr + row)
-                pool = _load(pool_ptr, columns, num_columns, dtype, is_partial)
-                member = pool * (1.0 - share) + member * share
-            _store(pool_ptr, columns, member, num_columns, is_partial)
+                mean = _load(mean_ptr, columns, num_columns, dtype, is_partial)
+                member = mean * (1.0 - share) + member * share
+            _store(mean_ptr, columns, member, num_columns, is_partial)
 
 
 @triton.jit
@@ -326,6 +313,7 @@ def _distill_kernel(
     target_ptr,
     target_max_ptr,
     target_log_sum_ptr,
+    mass_ptr,
     kd_ptr,
     ce_ptr,
     max_ptr,
@@ -369,7 +357,7 @@ def _distill_kernel(
     log_soft_sum = log_sum
     if temperature != 1.0:
         log_soft_sum = tl.log(soft_sum)
-    kd, ce = tl.load(kd_ptr + row), tl.load(ce_ptr + row)
+    mass, kd, ce = tl.load(mass_ptr + row), tl.load(kd_ptr + row), tl.load(ce_ptr + row)
     target_max, target_log_sum = row_max, log_sum
     if kind == _LOGITS:
         target_max = tl.load(target_max_ptr + row)
@@ -393,7 +381,7 @@ def _distill_kernel(
                 logq = (_finite(z) - row_max) / temperature - log_soft_sum
                 part = prob * (logp - logq)
                 kl += tl.sum(_mask_partial(part, 0.0, columns, num_columns, is_partial), 0)
-                grad += kd * (tl.exp(logq) - prob) / temperature
+                grad += kd * (mass * tl.exp(logq) - prob) / temperature
             _store(x_ptr, columns, grad * _slope(z, scale, cap), num_columns, is_partial)
     tl.store(max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)

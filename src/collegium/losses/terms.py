@@ -1,17 +1,17 @@
-"""The loss terms over the vocabulary at one block of rows, and their gradient at the head's product.
+"""Loss terms over the vocabulary at one block of rows, with their gradient at the head's product.
 
 Shapes: n rows of one block, V vocabulary, E entries of a named target, S tokens of its support.
 
-Forward KL and cross-entropy have closed forms: with Q = softmax(z), the gradient of KL(P || Q) at z is
-Q sum_v P - P, and that of CE is Q - onehot(label). Other divergences are differentiated by autograd
-on their support. A named target reads log q at E entries only: if g_e is the gradient there, that at
-z is the g_e at their places minus Q times their sum over the row.
+Forward KL and cross-entropy have closed forms: with Q = softmax(z), the gradient of KL(P || Q) at
+z is Q sum_v P - P, and that of CE is Q - onehot(label). Other divergences are differentiated by
+autograd on their support. A named target reads log q at E entries only: if g_e is the gradient
+there, that at z is the g_e at their places minus Q times their sum over the row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,22 @@ from collegium.losses.divergences import LOG_FLOOR, Divergence, ForwardKL
 TRUTH = "truth"
 """Term of the labels that replace contradicting teachers; without such a row it has no gradient."""
 TAIL_FLOOR = 1e-6
-"""Smallest mass of the student's tail: float32 log-probabilities carry no less. Its gradient stays."""
+"""Smallest mass of the student's tail: float32 log-probabilities resolve no less."""
+
+
+def softened_(
+    target: DenseTarget, temperature: float, divergence: Divergence, kernels: RowKernels
+) -> DenseTarget:
+    """P^(1/T), renormalized, in the form that the divergence reads; the values are overwritten."""
+    if isinstance(divergence, ForwardKL):
+        if temperature == 1.0:
+            return target
+        rows = RawRows(target.logp_().div_(temperature))
+        return DenseTarget(rows, "logits", kernels.read(rows)[0], temperature)
+    logp_nV = target.logp_()
+    if temperature != 1.0:
+        logp_nV = (logp_nV / temperature).log_softmax(-1)
+    return replace(DenseTarget.of_logp(logp_nV), temperature=temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,33 +50,11 @@ class BlockLosses:
 
     labels_n: Tensor
     target: DenseTarget | NamedRows | None
-    """P at the temperature T; None for labels only."""
+    """P, a full one as returned by `softened_`; None for labels only."""
     kernels: RowKernels
     divergence: Divergence
-    temperature: float
     kd_factor_n: Tensor | None = None
     """(n,) f; None for 1."""
-
-    @classmethod
-    def of(
-        cls,
-        labels_n: Tensor,
-        target: DenseTarget | NamedRows | None,
-        kernels: RowKernels,
-        *,
-        divergence: Divergence,
-        temperature: float,
-        kd_factor_n: Tensor | None = None,
-    ) -> BlockLosses:
-        """Soften the target, whose values are overwritten: P^(1/T), renormalized."""
-        if isinstance(target, DenseTarget):
-            if not isinstance(divergence, ForwardKL):
-                target = DenseTarget.of_logp(_softened(target, temperature))
-            elif temperature != 1.0:
-                values_nV = target.logp_().div_(temperature)
-                logsumexp = kernels.read(RawRows(values_nV), labels_n * 0).logsumexp
-                target = DenseTarget(RawRows(values_nV), "logits", logsumexp)
-        return cls(labels_n, target, kernels, divergence, temperature, kd_factor_n)
 
     def terms_(
         self, rows: RawRows, weights: Mapping[str, float], *, with_gradient: bool = True
@@ -71,61 +64,54 @@ class BlockLosses:
         The gradient is taken at the head's product and may overwrite the rows. It is undefined
         without `with_gradient`, which works under `torch.inference_mode`, where autograd does not.
         """
-        if isinstance(self.target, DenseTarget) and not isinstance(self.divergence, ForwardKL):
-            if not with_gradient:
-                return self._differentiable(rows, self.target, weights), rows.values_nV
-            return self._autograd(rows, self.target, weights)
-        return self._closed_form(rows, weights, with_gradient=with_gradient)
-
-    def _closed_form(
-        self, rows: RawRows, weights: Mapping[str, float], *, with_gradient: bool
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        one_n = torch.ones(len(self.labels_n), dtype=rows.dtype, device=rows.values_nV.device)
-        factor_n = one_n if self.kd_factor_n is None else self.kd_factor_n.to(rows.dtype)
-        kd_n = weights.get("kd", 0.0) * factor_n
-        ce_n = weights.get("ce", 0.0) * one_n + weights.get(TRUTH, 0.0) * (1.0 - factor_n)
+        labels_n, factor_n = self.labels_n, self.kd_factor_n
         needs_labels = "ce" in weights or TRUTH in weights
-        # Labels outside of the vocabulary fail here, and only where a term reads them.
-        labels_n = self.labels_n if needs_labels else torch.zeros_like(self.labels_n)
+        if not needs_labels:
+            # Labels outside of the vocabulary raise an error only where a term reads them.
+            labels_n = torch.zeros_like(labels_n)
+        if factor_n is None:
+            factor_n = torch.ones_like(labels_n, dtype=rows.dtype)
+        factor_n = factor_n.to(rows.dtype)
+        if isinstance(self.target, DenseTarget) and not isinstance(self.divergence, ForwardKL):
+            return self._autograd(
+                rows, weights, labels_n=labels_n, factor_n=factor_n, with_gradient=with_gradient
+            )
+        kd_n = weights.get("kd", 0.0) * factor_n
+        ce_n = weights.get("ce", 0.0) + weights.get(TRUTH, 0.0) * (1.0 - factor_n)
         z_label_n, slope_n = rows.at_labels(labels_n)
         if isinstance(self.target, NamedRows):
             logsumexp, value_n = self._named_(
-                rows, self.target, labels_n, kd_n, ce_n, with_gradient=with_gradient
+                rows, self.target, kd_n, ce_n, with_gradient=with_gradient
             )
         else:
             target = None if self.target is None else self.target.to(rows.dtype)
-            logsumexp, value_n = self.kernels.distill_(
-                rows, target, kd_n, ce_n, temperature=self.temperature
-            )
-        values_nV = rows.values_nV
+            logsumexp, value_n = self.kernels.distill_(rows, target, kd_n, ce_n)
         if needs_labels:
-            missing_n1 = (-ce_n * slope_n)[:, None].to(values_nV.dtype)
-            values_nV.scatter_add_(1, labels_n[:, None], missing_n1)
-        ce_loss_n = -logsumexp.logp(z_label_n)
-        terms = {"kd": factor_n * value_n, "ce": ce_loss_n, TRUTH: (1.0 - factor_n) * ce_loss_n}
-        return {name: terms[name] for name in weights}, values_nV
+            missing_n = (-ce_n * slope_n).to(rows.values_nV.dtype)
+            rows.values_nV.scatter_add_(1, labels_n[:, None], missing_n[:, None])
+        terms = _weighted_terms(weights, value_n, -logsumexp.logp(z_label_n), factor_n)
+        return terms, rows.values_nV
 
     def _named_(
         self,
         rows: RawRows,
         target: NamedRows,
-        labels_n: Tensor,
         kd_n: Tensor,
         ce_n: Tensor,
         *,
         with_gradient: bool,
     ) -> tuple[LogSumExp, Tensor]:
-        num_rows, row_E = len(labels_n), target.row_of_entry()
+        """Closed form or autograd at the named entries: logsumexp and (n,) values."""
+        num_rows, row_E = len(target), target.row_of_entry()
         z_E, slope_E = rows.at(row_E, target.ids)
         is_kl = isinstance(self.divergence, ForwardKL)
-        if is_kl and target.log_tail is None:
-            # The pull of the entries does not depend on the student: one sweep, as for labels only.
+        is_one_sweep = is_kl and target.log_tail is None
+        if is_one_sweep:
+            # The pull of the entries does not depend on the student, as for labels only.
             pull_n = row_sums(target.logp.to(rows.dtype).exp(), row_E, num_rows)
-            logsumexp, _ = self.kernels.distill_(
-                rows, None, kd_n, ce_n + kd_n * pull_n, temperature=1.0
-            )
+            logsumexp, _ = self.kernels.distill_(rows, None, kd_n, ce_n + kd_n * pull_n)
         else:
-            logsumexp = self.kernels.read(rows, labels_n).logsumexp
+            logsumexp, _ = self.kernels.read(rows)
         logq_E = LogSumExp(logsumexp.max_n[row_E], logsumexp.log_sum_n[row_E]).logp(z_E)
         if is_kl:
             value_n, grad_E = named_kl(logq_E, row_E, target)
@@ -134,50 +120,44 @@ class BlockLosses:
                 self.divergence, logq_E, row_E, target, with_gradient=with_gradient
             )
         grad_E = grad_E * kd_n[row_E]
-        if not is_kl or target.log_tail is not None:
-            mass_n = row_sums(grad_E, row_E, num_rows)
-            self.kernels.softmax_(rows, logsumexp, ce_n - mass_n)
+        if not is_one_sweep:
+            self.kernels.softmax_(rows, logsumexp, ce_n - row_sums(grad_E, row_E, num_rows))
         rows.add_at_(row_E, target.ids, grad_E * slope_E)
         return logsumexp, value_n
 
     def _autograd(
-        self, rows: RawRows, target: DenseTarget, weights: Mapping[str, float]
+        self,
+        rows: RawRows,
+        weights: Mapping[str, float],
+        *,
+        labels_n: Tensor,
+        factor_n: Tensor,
+        with_gradient: bool,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        raw_nV = rows.values_nV
-        with torch.enable_grad():
-            raw_nV = raw_nV.detach().requires_grad_()
-            terms = self._differentiable(RawRows(raw_nV, rows.scale, rows.softcap), target, weights)
-            total = sum(
-                (weight * terms[name].sum(dtype=rows.dtype) for name, weight in weights.items()),
-                start=raw_nV.new_zeros((), dtype=rows.dtype),
-            )
-            gradient_nV = torch.autograd.grad(total, raw_nV)[0]
-        return {name: value_n.detach() for name, value_n in terms.items()}, gradient_nV
-
-    def _differentiable(
-        self, rows: RawRows, target: DenseTarget, weights: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        logits_nV = rows.logits()
-        logq_nV = logits_nV.log_softmax(-1)
-        terms: dict[str, Tensor] = {}
-        ce_n = None
-        if "ce" in weights or TRUTH in weights:
-            ce_n = -logq_nV.gather(1, self.labels_n[:, None]).squeeze(1)
-        if "ce" in weights and ce_n is not None:
-            terms["ce"] = ce_n
-        if self.temperature != 1.0:
-            logq_nV = (logits_nV / self.temperature).log_softmax(-1)
-        kd_n = self.divergence(target.rows.values_nV.to(logits_nV.dtype), logq_nV)
-        factor_n = self.kd_factor_n
-        terms["kd"] = kd_n if factor_n is None else factor_n.to(kd_n.dtype) * kd_n
-        if factor_n is not None and ce_n is not None:
-            terms[TRUTH] = (1.0 - factor_n).to(ce_n.dtype) * ce_n
-        return terms
+        target, raw_nV = self.target, rows.values_nV.detach()
+        assert isinstance(target, DenseTarget)
+        with torch.set_grad_enabled(with_gradient):
+            raw_nV = raw_nV.requires_grad_(with_gradient)
+            logits_nV = replace(rows, values_nV=raw_nV).logits()
+            logq_nV = logits_nV.log_softmax(-1)
+            ce_n = -logq_nV.gather(1, labels_n[:, None])[:, 0]
+            if target.temperature != 1.0:
+                logq_nV = (logits_nV / target.temperature).log_softmax(-1)
+            kd_n = self.divergence(target.rows.values_nV.to(rows.dtype), logq_nV)
+            terms = _weighted_terms(weights, kd_n, ce_n, factor_n)
+            total = raw_nV.new_zeros((), dtype=rows.dtype)
+            for name, weight in weights.items():
+                total = total + weight * terms[name].sum(dtype=rows.dtype)
+            if with_gradient:
+                raw_nV = torch.autograd.grad(total, raw_nV)[0]
+        return {name: value_n.detach() for name, value_n in terms.items()}, raw_nV
 
 
-def _softened(target: DenseTarget, temperature: float) -> Tensor:
-    logp_nV = target.logp_()
-    return logp_nV if temperature == 1.0 else (logp_nV / temperature).log_softmax(-1)
+def _weighted_terms(
+    weights: Mapping[str, float], kd_n: Tensor, ce_n: Tensor, factor_n: Tensor
+) -> dict[str, Tensor]:
+    terms = {"kd": factor_n * kd_n, "ce": ce_n, TRUTH: (1.0 - factor_n) * ce_n}
+    return {name: terms[name] for name in weights}
 
 
 def named_kl(logq_E: Tensor, row_E: Tensor, target: NamedRows) -> tuple[Tensor, Tensor]:
@@ -228,7 +208,9 @@ def named_divergence(
     if target.log_tail is not None:
         target_nS[:, width] = target.log_tail.to(logq_E.dtype)
 
-    def values(logq_E: Tensor) -> Tensor:
+    logq_E, grad_E = logq_E.detach(), torch.zeros_like(logq_E)
+    with torch.set_grad_enabled(with_gradient):
+        logq_E.requires_grad_(with_gradient)
         student_nS = logq_E.new_full((num_rows, width), LOG_FLOOR)
         student_nS = student_nS.index_put((row_E, place_E), logq_E)
         rest_n = _tail_mass(logq_E, row_E, num_rows)
@@ -236,14 +218,9 @@ def named_divergence(
         rest_n = rest_n + (rest_n.clamp(min=TAIL_FLOOR) - rest_n).detach()
         # A row that names every token has no tail, not one at the floor.
         log_rest_n = torch.where(starts.diff() < target.vocab_size, rest_n.log(), LOG_FLOOR)
-        return divergence(target_nS, torch.cat([student_nS, log_rest_n[:, None]], dim=1))
-
-    if not with_gradient:
-        return values(logq_E), torch.zeros_like(logq_E)
-    with torch.enable_grad():
-        logq_E = logq_E.detach().requires_grad_()
-        value_n = values(logq_E)
-        grad_E = torch.autograd.grad(value_n.sum(), logq_E)[0]
+        value_n = divergence(target_nS, torch.cat([student_nS, log_rest_n[:, None]], dim=1))
+        if with_gradient:
+            grad_E = torch.autograd.grad(value_n.sum(), logq_E)[0]
     return value_n.detach(), grad_E
 
 

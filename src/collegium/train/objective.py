@@ -16,11 +16,11 @@ from collegium.errors import TrainingError
 from collegium.fusion.fuse import Fusion, Target, TargetBlock
 from collegium.fusion.requirements import Requirement, fusion_requirements
 from collegium.kernels.backends import kernels_for
-from collegium.kernels.rows import RowKernels, Workspace
+from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
 from collegium.losses.divergences import ForwardKL
 from collegium.losses.engine import BlockEngine, fitted_block_size
 from collegium.losses.features import FeatureLoss
-from collegium.losses.terms import TRUTH, BlockLosses
+from collegium.losses.terms import TRUTH, BlockLosses, softened_
 from collegium.train.options import ObjectiveOptions
 from collegium.types import LossSum
 
@@ -108,17 +108,16 @@ class Objective(nn.Module):
         return BlockEngine(student.hidden, student.head, workspace=self.workspace, block_size=size)
 
     def losses(
-        self, labels_n: Tensor, target: TargetBlock | None, kernels: RowKernels
+        self, labels_n: Tensor, block: TargetBlock | None, kernels: RowKernels
     ) -> BlockLosses:
-        """The terms over the vocabulary at n rows."""
-        return BlockLosses.of(
-            labels_n,
-            None if target is None else target.target,
-            kernels,
-            divergence=self.options.divergence,
-            temperature=self.options.temperature,
-            kd_factor_n=None if target is None else target.kd_factor_n,
-        )
+        """The terms over the vocabulary at n rows; values of a full target are overwritten."""
+        divergence = self.options.divergence
+        if block is None:
+            return BlockLosses(labels_n, None, kernels, divergence)
+        target = block.target
+        if isinstance(target, DenseTarget):
+            target = softened_(target, self.options.temperature, divergence, kernels)
+        return BlockLosses(labels_n, target, kernels, divergence, block.kd_factor_n)
 
     def end_step(self) -> None:
         """Update dynamic scales after an optimizer step; they are constant within one."""
