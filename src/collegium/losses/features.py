@@ -10,6 +10,7 @@ raw norms differ by orders of magnitude between model families.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from collegium.distributions import Answer
 from collegium.errors import RecipeError, TrainingError, nearest
 from collegium.losses.pairing import FeatureOptions, feature_map
+from collegium.types import LossSum
 
 EPSILON = 1e-6
 """Added to a mean square before the root, so that a zero state has a finite gradient."""
@@ -78,8 +80,7 @@ class FeatureLoss(nn.Module):
             for name, pairs in self.pairs.items()
         )
         self.register_buffer("scale_K", torch.ones(len(self.pairs)))
-        self._sums_K: Tensor | None = None
-        self._reference: Tensor | None = None
+        self._sums: Tensor | None = None  # (1 + K,): distribution loss, then the terms
 
     @property
     def student_taps(self) -> list[str]:
@@ -127,13 +128,42 @@ class FeatureLoss(nn.Module):
             losses[f"feature/{name}"] = torch.stack(values).mean(0)
         return losses
 
+    def added_to(
+        self,
+        loss: LossSum,
+        student_features: Mapping[str, Tensor],
+        answers: Sequence[Answer],
+        *,
+        measure: bool = False,
+    ) -> LossSum:
+        """Add the feature terms to a loss, and record their size for the next dynamic scales.
+
+        `measure` also measures the gradient norm of each term.
+        """
+        factors = self.weights()
+        sums = {name: value.sum() for name, value in self(student_features, answers).items()}
+        total, norms = loss.total, dict(loss.grad_norms)
+        if total.requires_grad and sums:
+            reference = "kd" if "kd" in loss.terms else "ce"
+            self.record(loss.weights[reference] * loss.terms[reference], sums)
+        for name, value in sums.items():
+            weighted = factors[name] * value
+            total = total + weighted
+            if measure and total.requires_grad:
+                norms[name] = _grad_norm(weighted, student_features)
+        return replace(
+            loss,
+            total=total,
+            terms={**loss.terms, **{name: value.detach() for name, value in sums.items()}},
+            weights={**loss.weights, **factors},
+            grad_norms=norms,
+        )
+
     def record(self, reference: Tensor, sums: Mapping[str, Tensor]) -> None:
         """Accumulate a micro-batch's sums over rows of the distribution loss and feature terms."""
-        sums_K = torch.stack([sums[f"feature/{name}"].detach() for name in self.pairs])
-        reference = reference.detach()
-        if self._sums_K is not None and self._reference is not None:
-            sums_K, reference = sums_K + self._sums_K, reference + self._reference
-        self._sums_K, self._reference = sums_K, reference
+        terms = [sums[f"feature/{name}"].detach() for name in self.pairs]
+        step = torch.stack([reference.detach().to(terms[0].dtype), *terms])
+        self._sums = step if self._sums is None else self._sums + step
 
     def end_step(self) -> None:
         """Update the dynamic scales from the sums of the optimizer step that just ended.
@@ -142,11 +172,9 @@ class FeatureLoss(nn.Module):
         """
         # Sums cover the whole step and all ranks, so any split of a batch gives the same gradient.
         # Scales per micro-batch would give small micro-batches the weight of large ones.
-        sums_K, reference = self._sums_K, self._reference
-        self._sums_K = self._reference = None
-        if sums_K is None or reference is None or not self.options.dynamic_scale:
+        sums, self._sums = self._sums, None
+        if sums is None or not self.options.dynamic_scale:
             return
-        sums = torch.cat([reference[None].to(sums_K.dtype), sums_K])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         ratio_K = sums[0] / sums[1:]
@@ -181,3 +209,16 @@ def _normalize(x_ND: Tensor) -> Tensor:
     # The mean over D of the product of two normalized states is their cosine.
     x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
     return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + EPSILON)
+
+
+def _grad_norm(weighted: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+    """Norm of a term's gradient at all tapped hidden states together."""
+    square = torch.zeros((), dtype=weighted.dtype, device=weighted.device)
+    taps = [tap for tap in features.values() if tap.requires_grad]
+    if not taps:
+        return square
+    grads = torch.autograd.grad(weighted, taps, retain_graph=True, allow_unused=True)
+    for grad in grads:
+        if grad is not None:
+            square += torch.linalg.vector_norm(grad, dtype=weighted.dtype).square()
+    return square.sqrt()

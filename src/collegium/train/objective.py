@@ -1,19 +1,22 @@
-"""The objective: the factors of its terms, and the losses of one block of rows.
+"""The objective: the factors of its terms, and their sums over blocks of rows.
 
 Shapes: N rows, n rows of one block, V vocabulary, K teachers.
 
-`train.step` sums over blocks and terms. The trainer divides once, by the number of target tokens of
-the whole optimizer step.
+`train.step` loops over the blocks. The trainer divides once, by the number of target tokens of the
+whole optimizer step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from collegium.distributions import HiddenRows
-from collegium.errors import TrainingError
-from collegium.fusion.fuse import Fusion, Target, TargetBlock
+from collegium.distributions import Answer, HiddenRows
+from collegium.errors import RecipeError, TrainingError
+from collegium.fusion.conflict import ConflictBlock
+from collegium.fusion.fuse import Fusion, Target, TargetBlock, fuse
 from collegium.fusion.requirements import Requirement, fusion_requirements
 from collegium.kernels.backends import kernels_for
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
@@ -22,16 +25,17 @@ from collegium.losses.engine import BlockEngine, fitted_block_size
 from collegium.losses.features import FeatureLoss
 from collegium.losses.terms import TRUTH, BlockLosses, softened_
 from collegium.train.options import ObjectiveOptions
-from collegium.types import LossSum
+from collegium.types import LossSum, Rows
 
 
 class Objective(nn.Module):
     """The loss that a training step minimizes, summed over rows.
 
-    L = sum_n [kd_ratio T^2 D(P^(1/T), Q_T) + (1 - kd_ratio) CE_n] + sum_k weight_k scale_k sum_n F_k(n),
+    L = sum_n [kd_ratio T^2 D(P^(1/T), Q_T) + (1 - kd_ratio) CE_n]
+        + sum_k weight_k scale_k sum_n F_k(n),
     with P the fused target, P^(1/T) renormalized, Q_T = softmax(z / T), and CE at temperature 1.
-    Without teachers, L = sum_n CE_n. Where a conflict policy gives row n the factor f_n, D counts f_n
-    times and kd_ratio (1 - f_n) CE_n is added as the term `truth`.
+    Without teachers, L = sum_n CE_n. Where a conflict policy gives row n the factor f_n, D counts
+    f_n times and kd_ratio (1 - f_n) CE_n is added as the term `truth`.
 
     Source: Hinton et al. 2015, arXiv 1503.02531, with a fused target instead of one teacher.
     """
@@ -90,6 +94,19 @@ class Objective(nn.Module):
             weights[TRUTH] = kd_ratio
         return {name: weight for name, weight in weights.items() if weight > 0}
 
+    def fuse(self, answers: Sequence[Answer], rows: Rows, kernels: RowKernels) -> Target:
+        """Fuse the answers of the teachers into the target of the rows.
+
+        Raises:
+            RecipeError: there is no fusion.
+        """
+        if self.fusion is None:
+            raise RecipeError(
+                f"fusion: got none for {len(answers)} teachers; must be given where kd_ratio > 0; "
+                "add it or use kd_ratio: 0"
+            )
+        return fuse(self.fusion, answers, rows, kernels=kernels, workspace=self.workspace)
+
     def engine(self, student: HiddenRows, target: Target | None) -> BlockEngine:
         """The block engine of the student, with blocks that fit in memory."""
         num_bytes: int | None = student.head.weight.element_size()
@@ -123,6 +140,51 @@ class Objective(nn.Module):
         """Update dynamic scales after an optimizer step; they are constant within one."""
         if self.features is not None:
             self.features.end_step()
+
+
+class TermSums:
+    """Sums over the blocks of a batch, which end as a `LossSum`."""
+
+    def __init__(self, weights: Mapping[str, float], zero: Tensor, *, measure: bool) -> None:
+        """Start from a scalar zero in the dtype of the sums."""
+        self.norms = {name: zero.clone() for name in weights} if measure else {}
+        """Squared gradient norm of each weighted term; empty unless measured."""
+        self._weights = weights
+        self._zero = zero
+        self._terms = {name: zero.clone() for name in weights}
+        self._weights_Kn: list[Tensor] = []
+        self._conflicts: list[ConflictBlock] = []
+
+    def add(self, terms: Mapping[str, Tensor], target: TargetBlock | None) -> None:
+        """Add the (n,) terms of one block, and keep its weights and conflicts."""
+        for name, value_n in terms.items():
+            self._terms[name] += value_n.sum(dtype=self._zero.dtype)
+        # Not the target itself: over all blocks that would be (N, V).
+        if target is not None and target.weights_Kn is not None:
+            self._weights_Kn.append(target.weights_Kn)
+        if target is not None and target.conflict is not None:
+            self._conflicts.append(target.conflict)
+
+    def loss(self, engine: BlockEngine, rows: Rows) -> LossSum:
+        """The weighted sum of the terms, with the gradients of the engine, and its record."""
+        total = self._zero.clone()
+        for name, weight in self._weights.items():
+            total = total + weight * self._terms[name]
+        conflict: dict[str, Tensor] = {}
+        if self._conflicts:
+            conflict = {
+                "disagreement": torch.cat([block.disagreement_n for block in self._conflicts]),
+                "applied": torch.cat([block.applied_n for block in self._conflicts]),
+            }
+        return LossSum(
+            total=engine.attach(total),
+            terms=self._terms,
+            weights=self._weights,
+            grad_norms={name: norm.sqrt() for name, norm in self.norms.items()},
+            rows=rows,
+            teacher_weights_KN=torch.cat(self._weights_Kn, dim=1) if self._weights_Kn else None,
+            conflict=conflict,
+        )
 
 
 class InertTermCheck:
