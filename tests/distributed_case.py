@@ -27,35 +27,31 @@ TIED = {"tie_word_embeddings": True}
 
 
 def make_step() -> DistillStep:
+    teachers = [LocalTeacher(f"t{k}", tiny_model(V, seed=k), vocab_size=V) for k in range(2)]
     features = FeatureLoss(
         FeatureOptions(dynamic_scale=False), {"layer_1": 32}, {"t0": {"layer_1": 32}}
     )
     objective = Objective(ObjectiveOptions(kd_ratio=0.6, block_size=5), Fusion(), features=features)
-    return DistillStep(tiny_model(V + 4, seed=9, **TIED), objective, vocab_size=V)
+    student = tiny_model(V + 4, seed=9, **TIED)
+    return DistillStep(student, objective, vocab_size=V, teachers=teachers)
 
 
-def make_batch() -> Batch:
+def make_inputs() -> dict[str, torch.Tensor]:
     """Make four windows, the last one untrained, so that the second rank has fewer rows."""
     ids = torch.randint(V, (4, LENGTH), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[2:, 5:] = -100
     labels[3] = -100
-    position = torch.arange(LENGTH).expand_as(ids).contiguous()
-    samples = torch.arange(4)[:, None].expand_as(ids).contiguous()
-    return Batch(ids, position, labels, samples)
+    return {
+        "input_ids": ids,
+        "position_ids": torch.arange(LENGTH).expand_as(ids).contiguous(),
+        "labels": labels,
+        "sample_ids": torch.arange(4)[:, None].expand_as(ids).contiguous(),
+    }
 
 
-def half(batch: Batch, rank: int) -> Batch:
-    part = slice(2 * rank, 2 * rank + 2)
-    return Batch(
-        batch.input_ids[part], batch.position_ids[part], batch.labels[part], batch.sample_ids[part]
-    )
-
-
-def total(module: Any, batch: Batch, teachers: list[LocalTeacher]) -> torch.Tensor:
-    rows = batch.rows()
-    scored = [teacher.score(batch, rows, ["layer_1"]) for teacher in teachers]
-    return module(batch, rows, scored)[0]
+def half(inputs: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    return {name: value[2 * rank : 2 * rank + 2] for name, value in inputs.items()}
 
 
 def wrapped(name: str, step: DistillStep) -> Any:
@@ -74,14 +70,13 @@ def main() -> None:
     name, meeting = sys.argv[1:]
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    teachers = [LocalTeacher(f"t{k}", tiny_model(V, seed=k), vocab_size=V) for k in range(2)]
-    batch, single = make_batch(), make_step()
-    num_rows = len(batch.rows())
-    expected = total(single, batch, teachers) / num_rows
+    inputs, single = make_inputs(), make_step()
+    num_rows = len(Batch.from_inputs(inputs).rows())
+    expected = single(inputs)[0] / num_rows
     expected.backward()
     module = wrapped(name, make_step())
     for accumulated in (1, 2):  # the second micro-batch adds to the gradients
-        loss = total(module, half(batch, rank), teachers) / num_rows
+        loss = module(half(inputs, rank))[0] / num_rows
         (2 * loss).backward()
         loss = loss.detach()
         dist.all_reduce(loss)
