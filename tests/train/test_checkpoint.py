@@ -29,13 +29,13 @@ def test_a_committed_folder_verifies_and_lists_every_file(tmp_path: Path) -> Non
     checkpoint.verify(final)
     manifest = json.loads((final / "MANIFEST.json").read_text())
     assert [entry["name"] for entry in manifest["files"]] == ["state.json", "student/weights"]
-    assert checkpoint.newest_verified(tmp_path) == final
-    assert checkpoint.newest_verified(tmp_path / "none") is None
+    assert checkpoint.survey(tmp_path)[0] == final
+    assert checkpoint.survey(tmp_path / "none") == (None, [])
 
 
 def test_newest_is_by_number_not_by_name_or_time(tmp_path: Path) -> None:
     made = [make(tmp_path, step) for step in (200, 9, 30)]
-    assert checkpoint.newest_verified(tmp_path) == made[0]
+    assert checkpoint.survey(tmp_path)[0] == made[0]
     assert checkpoint.checkpoints(tmp_path) == [made[0], made[2], made[1]]
 
 
@@ -65,7 +65,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before(
 ) -> None:
     first, second = make(tmp_path, 1), make(tmp_path, 2)
     (second / "state.json").write_text("[]")
-    assert checkpoint.newest_verified(tmp_path) == first
+    assert checkpoint.survey(tmp_path)[0] == first
     assert not second.exists()
     assert [path.name[:10] for path in tmp_path.glob("corrupt-*")] == ["corrupt-2-"]
     assert "checkpoint-2: state.json has a wrong sha256" in caplog.text
@@ -80,7 +80,7 @@ def test_a_newer_format_is_neither_used_nor_set_aside(tmp_path: Path) -> None:
     manifest = json.loads((final / "MANIFEST.json").read_text())
     (final / "MANIFEST.json").write_text(json.dumps(manifest | {"format": 99}))
     with refused(checkpoint.NewerFormat, "checkpoint-1"):
-        checkpoint.newest_verified(tmp_path)
+        checkpoint.survey(tmp_path)
     assert final.exists()
 
 

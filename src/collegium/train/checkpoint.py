@@ -26,7 +26,7 @@ class NewerFormat(TrainingError):
 
 
 def temporary_folder(parent: Path, label: int | str) -> Path:
-    """Create a folder, invisible to `newest_verified`, that `commit` publishes."""
+    """Create a folder, invisible to `survey`, that `commit` publishes."""
     folder = parent / f".tmp-{label}-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
     return folder
@@ -147,17 +147,14 @@ def step_of(folder: Path) -> int:
     return int(match.group(1))
 
 
-def newest_verified(run_folder: Path) -> Path | None:
-    """Return the newest checkpoint that verifies. Damaged ones are renamed `corrupt-N-*`.
+def survey(run_folder: Path, *, set_aside: bool = True) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that verifies, and the errors of the damaged newer ones.
+
+    Damaged ones are renamed `corrupt-N-*`, unless `set_aside` is False.
 
     Raises:
         NewerFormat: the newest intact checkpoint has a newer format.
     """
-    return survey(run_folder)[0]
-
-
-def survey(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """Like `newest_verified`, with the errors of the damaged newer checkpoints."""
     failures: list[str] = []
     for folder in checkpoints(run_folder):
         try:
@@ -166,12 +163,11 @@ def survey(run_folder: Path) -> tuple[Path | None, list[str]]:
             # Not damaged: falling back to an older one would discard its steps.
             raise
         except TrainingError as error:
-            aside = folder.with_name(f"corrupt-{step_of(folder)}-{uuid.uuid4().hex[:8]}")
-            os.rename(folder, aside)
-            _log.warning("%s; set aside as %s", error, aside.name)
             failures.append(str(error))
-            continue
-        return folder, failures
+            if set_aside:
+                _log.warning("%s; set aside as %s", error, _renamed(folder, "corrupt").name)
+        else:
+            return folder, failures
     return None, failures
 
 
@@ -182,17 +178,8 @@ def require_valid_checkpoint(run_folder: Path) -> None:
         TrainingError: there are checkpoints and none verifies.
         NewerFormat: the newest intact checkpoint has a newer format.
     """
-    failures: list[str] = []
-    for folder in checkpoints(run_folder):
-        try:
-            verify(folder)
-        except NewerFormat:
-            raise
-        except TrainingError as error:
-            failures.append(str(error))
-        else:
-            return
-    if failures:
+    newest, failures = survey(run_folder, set_aside=False)
+    if newest is None and failures:
         raise TrainingError(
             f"{run_folder}: no usable checkpoint: {'; '.join(failures)}; restore a valid one, or "
             f"delete {run_folder} to train from scratch"
@@ -211,11 +198,8 @@ def set_aside_after(run_folder: Path, step: int) -> None:
     """Rename the checkpoints of later steps, which a resumed run will write again."""
     for folder in checkpoints(run_folder):
         if step_of(folder) > step:
-            aside = folder.with_name(f"replaced-{step_of(folder)}-{uuid.uuid4().hex[:8]}")
-            os.rename(folder, aside)
-            _log.warning(
-                "%s is later than the step to resume from; kept as %s", folder.name, aside.name
-            )
+            aside = _renamed(folder, "replaced").name
+            _log.warning("%s is later than the step to resume from; kept as %s", folder.name, aside)
 
 
 def prune(run_folder: Path, *, keep: int) -> None:
@@ -226,6 +210,11 @@ def prune(run_folder: Path, *, keep: int) -> None:
         doomed = folder.with_name(f".tmp-pruned-{uuid.uuid4().hex[:8]}")
         os.rename(folder, doomed)
         shutil.rmtree(doomed)
+
+
+def _renamed(folder: Path, label: str) -> Path:
+    aside = folder.with_name(f"{label}-{step_of(folder)}-{uuid.uuid4().hex[:8]}")
+    return folder.rename(aside)
 
 
 def _entry(path: Path, root: Path) -> dict[str, str | int]:

@@ -6,7 +6,6 @@ Shapes: N rows, K teachers, M domains.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collegium.storage.files import write_text
 from collegium.types import LossSum
 
 
@@ -57,7 +57,8 @@ class StepMeter:
         if loss.teacher_weights_KN is not None:
             self._add("teachers", loss.teacher_weights_KN.sum(1))
             self._add_domains("domains", loss.teacher_weights_KN, samples_N)
-            self._count_domains(samples_N)
+            ones_N = torch.ones_like(samples_N, dtype=torch.float32)
+            self._add_domains("domain_rows", ones_N, samples_N)
         for name, value_N in loss.conflict.items():
             self._add(f"conflict/{name}", value_N.sum())
             self._add_domains(f"conflict_domains/{name}", value_N[None], samples_N)
@@ -68,24 +69,14 @@ class StepMeter:
         value = value.detach().float()
         self._sums[name] = value.clone() if total is None else total + value
 
-    def _add_domains(self, name: str, values_KN: Tensor, samples_N: Tensor) -> None:
-        """Sum (K, N) values into (K, M)."""
-        if self._sample_domains is not None:
-            sums_KM = values_KN.new_zeros(values_KN.shape[0], len(self._domains))
-            self._add(name, sums_KM.index_add(1, self._domains_of(samples_N), values_KN))
-
-    def _count_domains(self, samples_N: Tensor) -> None:
-        if self._sample_domains is not None:
-            domain_N = self._domains_of(samples_N)
-            # Not `bincount`, which synchronizes with the device to size its output.
-            ones_N = torch.ones_like(domain_N, dtype=torch.float32)
-            zeros_M = ones_N.new_zeros(len(self._domains))
-            self._add("domain_rows", zeros_M.index_add(0, domain_N, ones_N))
-
-    def _domains_of(self, samples_N: Tensor) -> Tensor:
-        assert self._sample_domains is not None
+    def _add_domains(self, name: str, values: Tensor, samples_N: Tensor) -> None:
+        """Sum (..., N) values into (..., M)."""
+        if self._sample_domains is None:
+            return
         self._sample_domains = self._sample_domains.to(samples_N.device)
-        return self._sample_domains[samples_N]
+        # Not `bincount`, which synchronizes with the device to size its output.
+        sums = values.new_zeros(*values.shape[:-1], len(self._domains))
+        self._add(name, sums.index_add(-1, self._sample_domains[samples_N], values))
 
     def row(self, gather: Callable[[Any], list[Any]] = lambda value: [value]) -> dict[str, Any]:
         """Return the means since the last row over all processes, and reset.
@@ -229,7 +220,4 @@ class RunLog:
         if not self.path.exists():
             return
         kept = [row for row in self.rows() if row["step"] <= step]
-        # Rename instead of writing in place: a kill here must not cost the rows to keep.
-        temporary = self.path.with_name(f".tmp-{self.path.name}")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))

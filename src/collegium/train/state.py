@@ -31,27 +31,6 @@ OBJECTIVE = "objective.safetensors"
 STUDENT = "student"
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a safetensors file."""
-    # Cloned, because safetensors refuses tensors that share memory.
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, str(path))
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file written by `save_tensors`."""
-    return load_file(str(path))
-
-
-def write(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `state.json`.
-
-    Raises:
-        TrainingError: part of the record is not JSON-serializable.
-    """
-    text = json.dumps({name: plain(value, name) for name, value in record.items()})
-    (folder / STATE).write_text(text, encoding="utf-8")
-
-
 def read(folder: Path) -> dict[str, Any]:
     """Read `state.json`."""
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -72,24 +51,30 @@ def save(
         TrainingError: a part cannot be saved without pickle.
     """
     optimizer_record, tensors = optimizer_state(optimizer)
-    save_tensors(tensors, folder / OPTIMIZER)
-    save_objective(objective, folder)
-    write(
-        folder,
-        {
-            **record,
-            "optimizer": optimizer_record,
-            "scheduler": scheduler.state_dict(),
-            "rng": rng_state(),
-            "meter": meter.state(),
-        },
-    )
+    _save_tensors(tensors, folder / OPTIMIZER)
+    # The adapters and running statistics of the terms, if any.
+    if objective.state_dict():
+        _save_tensors(objective.state_dict(), folder / OBJECTIVE)
+    parts = {
+        **record,
+        "optimizer": optimizer_record,
+        "scheduler": scheduler.state_dict(),
+        "rng": rng_state(),
+        "meter": meter.state(),
+    }
+    text = json.dumps({name: plain(value, name) for name, value in parts.items()})
+    (folder / STATE).write_text(text, encoding="utf-8")
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    # Cloned, because safetensors refuses tensors that share memory.
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, path)
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
     """Restore optimizer and scheduler from a checkpoint."""
     record = read(folder)
-    load_optimizer_state(optimizer, record["optimizer"], load_tensors(folder / OPTIMIZER))
+    load_optimizer_state(optimizer, record["optimizer"], load_file(folder / OPTIMIZER))
     scheduler.load_state_dict(record["scheduler"])
 
 
@@ -191,21 +176,14 @@ def no_shard_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def save_objective(objective: nn.Module, folder: Path) -> None:
-    """Write the adapters and running statistics of the objective, if any."""
-    state = objective.state_dict()
-    if state:
-        save_tensors(state, folder / OBJECTIVE)
-
-
 def load_objective(objective: nn.Module, folder: Path) -> None:
-    """Restore a file written by `save_objective`.
+    """Restore the adapters and running statistics of the objective from a checkpoint.
 
     Raises:
         TrainingError: the adapters differ from the saved ones.
     """
     path = folder / OBJECTIVE
-    saved = load_file(str(path)) if path.exists() else {}
+    saved = load_file(path) if path.exists() else {}
     try:
         objective.load_state_dict(saved)
     except RuntimeError as error:
