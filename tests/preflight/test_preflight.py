@@ -22,6 +22,7 @@ from collegium.fusion.gate import Gate
 from collegium.fusion.rules import BestSingle, PrefixLikelihood, Uniform
 from collegium.fusion.weighting import Weighting
 from collegium.preflight import search as search_module
+from collegium.preflight import sweeps
 from collegium.preflight.advice import Findings, findings_of, verdict_sentences
 from collegium.preflight.measure import run_preflight
 from collegium.preflight.search import Candidate, FoldedFusion, Search, choose
@@ -445,3 +446,14 @@ def test_default_rules_have_no_fitted_parameters():
     more = {row["fusion"]["weighting"]["name"] for row in extended["fusions"]} - set(names)
     assert more == {"calibrated_entropy", "fixed", "domain_weights", "route", "consensus", "gate"}
     assert "power_mean" not in {row["fusion"]["pool"] for row in standard["fusions"]}
+
+
+def test_only_the_extended_search_measures_the_consensus(monkeypatch):
+    calls = []
+    real = sweeps._consensus
+    monkeypatch.setattr(sweeps, "_consensus", lambda *args: calls.append(1) or real(*args))
+    teachers = [specialist("one", 1), specialist("five", 5)]
+    run_preflight(teachers, two_domains(), batch_size=8)
+    assert not calls
+    run_preflight(teachers, two_domains(), batch_size=8, extended=True)
+    assert calls

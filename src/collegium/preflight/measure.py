@@ -81,7 +81,8 @@ def run_preflight(
         )
     unique_scorers(teachers, ())
     split = CalibrationSplit(dataset, spread_windows(dataset, max_tokens), batch_size, progress)
-    scalars = sweep_teachers(teachers, split)
+    # Only rules of the extended search read the consensus.
+    scalars = sweep_teachers(teachers, split, with_consensus=extended)
     metrics = {name: scalars.metrics(name) for name in scalars.tables.teachers}
     best_single = min(metrics, key=lambda name: metrics[name].nll)
     search = Search(teachers, scalars, split, best_single=best_single, extended=extended)

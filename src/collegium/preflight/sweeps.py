@@ -94,13 +94,17 @@ class Scalars:
 
 
 @torch.no_grad()
-def sweep_teachers(teachers: Sequence[Teacher], split: CalibrationSplit) -> Scalars:
+def sweep_teachers(
+    teachers: Sequence[Teacher], split: CalibrationSplit, *, with_consensus: bool = True
+) -> Scalars:
     """Score each teacher once on the chosen windows and keep only scalars.
 
     Args:
         teachers: live teachers, or all read from a per-teacher cache. The disagreement of cached
             teachers is measured on their stored tokens, with the remaining mass spread evenly.
         split: the windows.
+        with_consensus: whether to measure the consensus of live teachers, at the cost of two more
+            passes of each head.
 
     Raises:
         DataError: the windows have no target tokens.
@@ -112,7 +116,7 @@ def sweep_teachers(teachers: Sequence[Teacher], split: CalibrationSplit) -> Scal
     origins: list[Origins] = []
     step = max(1, sum(split.counts()) // JSD_ROWS)
     for answers, rows, batch_origins in split.answers(teachers):
-        kl_KN = _consensus(answers, rows) if stored_at is None else None
+        kl_KN = _consensus(answers, rows) if with_consensus and stored_at is None else None
         tables.append(TemperatureTables.of(answers, rows, grid=grid, consensus_kl_KN=kl_KN))
         disagreement += _disagreement(answers, len(rows), step)
         origins.append(batch_origins)
