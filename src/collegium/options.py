@@ -102,11 +102,10 @@ class OneOf:
 
     def _plain(self, value: Any) -> dict[str, Any]:
         names = {cls: name for name, cls in self.table.items()}
-        # In Python, any instance of the base class is accepted.
+        # In Python, any instance of the base class is accepted, also one without options.
         name = names.get(type(value), type(value).__name__)
-        if self.key is None or name == self.default:
-            return plain(value)
-        return {self.key: name, **plain(value)}
+        options = plain(value) if dataclasses.is_dataclass(value) else {}
+        return options if self.key is None or name == self.default else {self.key: name, **options}
 
 
 def plain(options: Any) -> Any:

@@ -353,9 +353,9 @@ def test_unknown_and_missing_teacher_names_are_refused(logits_KNV, rows):
     fixed = {"law": 0.5, "medicine": 0.5}
     cases: list[tuple[Fusion, str]] = [
         (Fusion(temperatures={"laww": 2.0}), "fusion.temperatures: got `laww`"),
-        (Fusion(weighting=BestSingle(teacher="prosa")), "fusion.weighting: got `prosa`"),
-        (Fusion(weighting=Fixed(weights=fixed)), "fusion.weighting: got no weight"),
-        (Fusion(weighting=Fixed(weights={**fixed, "x": 0.0})), "fusion.weighting: got `x`"),
+        (Fusion(weighting=BestSingle(teacher="prosa")), "fusion.weighting.teacher: got `prosa`"),
+        (Fusion(weighting=Fixed(weights=fixed)), "fusion.weighting.weights: no weight"),
+        (Fusion(weighting=Fixed(weights={**fixed, "x": 0.0})), "fusion.weighting.weights: no "),
     ]
     for fusion, where in cases:
         with refused(RecipeError, where):

@@ -144,7 +144,7 @@ def test_unknown_teachers_are_refused():
     logits_KNV, rows = _zoo([0, 0, 1], ["pros", None, None, None, None, None])
     with refused(DataError, "teacher_ids: "):
         fuse(Fusion(weighting=ROUTE), make_teachers(logits_KNV), rows)
-    with refused(RecipeError, "fusion.weighting: got `med`"):
+    with refused(RecipeError, "fusion.weighting.domains.clinic: got `med`"):
         Fusion(weighting=Route(default="law", domains={"clinic": "med"})).check(NAMES)
     with pytest.raises(ValidationError) as caught:
         Route(domains={"clinic": "law"})  # type: ignore[call-arg]

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pytest
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from collegium.config.recipe import decode_fusion
 from collegium.fusion.fitted import WEIGHTINGS
 from collegium.fusion.weighting import CalibrationData, FittedWeighting, RowStats, constant_scores
+from collegium.options import option
 from collegium.preflight.measure import run_preflight
-from collegium.types import STRICT, Rows
+from collegium.types import Rows
 from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
 
 VOCAB = 24
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class Accuracy(FittedWeighting):
     """Weights in proportion to how often a teacher's most likely token was the label."""
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,9 +28,10 @@ from collegium.config.yaml import (
     yaml_writer,
 )
 from collegium.data.sources import DataOptions
-from collegium.errors import RecipeError, nearest
+from collegium.errors import RecipeError
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
+from collegium.fusion.weighting import unknown_teachers
 from collegium.models.student import AnyStudent
 from collegium.options import option, plain
 from collegium.storage.files import write_bytes
@@ -179,37 +180,15 @@ def _problems(recipe: Recipe) -> Iterator[Problem]:
             "objective.kd_ratio: 0",
         )
     if isinstance(recipe.fusion, Fusion):
-        yield from _fusion_problems(recipe.fusion, recipe.teachers)
+        for path, text in recipe.fusion.problems(recipe.teachers):
+            yield ("fusion", *path), text
     if recipe.objective.features is not None:
         path = ("objective", "features", "teacher_weights")
         weights = recipe.objective.features.teacher_weights
-        yield from ((path, text) for text in _unknown(weights, recipe.teachers))
+        yield from unknown_teachers(path, weights, recipe.teachers)
     if recipe.cache.enabled:
         yield from _cache_problems(recipe)
     yield from _folder_problems(recipe)
-
-
-def _unknown(names: Iterable[str], teachers: Collection[str]) -> list[str]:
-    return [
-        f"got `{name}`; unknown teacher{nearest(name, teachers)}"
-        for name in names
-        if name not in teachers
-    ]
-
-
-def _fusion_problems(fusion: Fusion, teachers: Collection[str]) -> Iterator[Problem]:
-    names: dict[KeyPath, Iterable[str]] = {("temperatures",): fusion.temperatures}
-    for path, table in fusion.weighting.teacher_tables().items():
-        names[("weighting", *path)] = table
-        for missing in sorted(set(teachers) - set(table)):
-            text = f"no weight for teacher `{missing}`; give one, 0 to leave it out"
-            if not fusion.weighting.zero_excludes:
-                text = f"nothing for teacher `{missing}`; fit it again with all teachers"
-            yield ("fusion", "weighting", *path), text
-    for path, name in fusion.weighting.teacher_fields().items():
-        names[("weighting", *path)] = [name]
-    for path, given in names.items():
-        yield from ((("fusion", *path), text) for text in _unknown(given, teachers))
 
 
 def _cache_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -2,52 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from collegium.fusion.conflict import CONFLICTS, Conflict
-from collegium.fusion.fitted import WEIGHTINGS
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.weighting import Weighting
+from collegium.options import plain
 
 
 def describe(fusion: Fusion) -> str:
     """Return a short name, such as `prefix_likelihood(eta=0.3, decay=0.9), linear`."""
+    snippet = plain(fusion)
+    weighting, conflict = snippet["weighting"], snippet["conflict"]
     pool = f"power_mean(r={fusion.exponent:.3g})" if fusion.pool == "power_mean" else fusion.pool
-    parts = [_call(*_named(fusion.weighting, WEIGHTINGS)), pool]
+    parts = [_call(weighting.pop("name"), weighting), pool]
     if fusion.temperatures:
         parts.append(_call("temperatures", fusion.temperatures))
     if fusion.pooled_temperature != 1.0:
         parts.append(f"pooled_temperature={fusion.pooled_temperature:.3g}")
     if fusion.conflict.is_active:
-        parts.append(_call(*_named(fusion.conflict, CONFLICTS)))
+        parts.append(_call(conflict.pop("name"), conflict))
     return ", ".join(parts)
 
 
-def to_recipe(fusion: Fusion) -> dict[str, object]:
+def to_recipe(fusion: Fusion) -> dict[str, Any]:
     """Return the `fusion:` section of a recipe for this fusion, in plain dicts and numbers."""
-    name, options = _named(fusion.weighting, WEIGHTINGS)
-    snippet: dict[str, object] = {
-        "weighting": {"name": name, **options},
-        "pool": fusion.pool,
-        "temperatures": dict(fusion.temperatures),
-        "pooled_temperature": fusion.pooled_temperature,
-    }
+    snippet = plain(fusion)
     # Other pools reject an exponent other than the default.
-    if fusion.pool == "power_mean":
-        snippet["exponent"] = fusion.exponent
-    if fusion.conflict.is_active:
-        name, options = _named(fusion.conflict, CONFLICTS)
-        snippet["conflict"] = {"name": name, **options}
+    if fusion.pool != "power_mean":
+        del snippet["exponent"]
+    if not fusion.conflict.is_active:
+        del snippet["conflict"]
     return snippet
-
-
-def _named(option: Weighting | Conflict, table: Mapping[str, type]) -> tuple[str, dict[str, Any]]:
-    """The name of an option in its table, or of its class, and its values."""
-    names = {option_class: name for name, option_class in table.items()}
-    options = dataclasses.asdict(option) if dataclasses.is_dataclass(option) else {}
-    return names.get(type(option), type(option).__name__), options
 
 
 def _call(name: str, options: Mapping[str, object]) -> str:

@@ -9,13 +9,14 @@ Order: logits / T_k, statistics, weights, pool, conflict policy, pooled temperat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Protocol
 
 from pydantic import Field, model_validator
 
 from collegium.distributions import Answer, Capabilities, NamedRows
+from collegium.errors import RecipeError
 from collegium.fusion.conflict import (
     CONFLICTS,
     Conflict,
@@ -36,7 +37,7 @@ from collegium.fusion.pools import (
 )
 from collegium.fusion.routing import RoutedReader
 from collegium.fusion.rules import PrefixLikelihood
-from collegium.fusion.weighting import Carry, RowStats, Weighting, check_names
+from collegium.fusion.weighting import Carry, OptionProblem, RowStats, Weighting, unknown_teachers
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
 from collegium.options import OneOf, option, torch
 from collegium.types import Batch, Rows
@@ -81,14 +82,21 @@ class Fusion:
         """True if the label of a row enters its target, which then cannot be judged by its NLL."""
         return self.weighting.uses_label or self.conflict.uses_label
 
-    def check(self, teachers: Sequence[str]) -> None:
-        """Check that every name in the options is a teacher of this run.
+    def problems(self, teachers: Collection[str]) -> Iterator[OptionProblem]:
+        """Yield each name that belongs to no teacher of the run, and each teacher without weight."""
+        yield from unknown_teachers(("temperatures",), self.temperatures, teachers)
+        for path, text in self.weighting.problems(teachers):
+            yield ("weighting", *path), text
+
+    def check(self, teachers: Collection[str]) -> None:
+        """Refuse options that do not fit the teachers of the run.
 
         Raises:
             RecipeError: a name belongs to no teacher, or a teacher has no weight.
         """
-        self.weighting.check(teachers)
-        check_names("fusion.temperatures", self.temperatures, teachers)
+        lines = [f"fusion.{'.'.join(path)}: {text}" for path, text in self.problems(teachers)]
+        if lines:
+            raise RecipeError("\n".join(lines))
 
 
 @dataclass(slots=True)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from typing_extensions import Self
 
-from collegium.errors import RecipeError, nearest
+from collegium.errors import nearest
 from collegium.options import torch
 from collegium.types import Rows, domain_number
 
@@ -155,6 +155,10 @@ class Conditions:
     """Whether to try fitted rules, and rules that apply each head more than once."""
 
 
+OptionProblem = tuple[tuple[str, ...], str]
+"""Path inside the options, and a text that begins after it."""
+
+
 class Weighting(ABC):
     """A rule that maps statistics of rows to unnormalized log-weights of teachers.
 
@@ -232,25 +236,17 @@ class Weighting(ABC):
         """True if this teacher's weight is zero at every row, independent of its outputs."""
         return False
 
-    def check(self, teachers: Sequence[str]) -> None:
-        """Check that the options name teachers of this run, and all of them where required.
-
-        Raises:
-            RecipeError: a name is not a teacher, or a teacher lacks a weight.
-        """
-        tables = self.teacher_tables()
-        named = {name for table in tables.values() for name in table}
-        named |= set(self.teacher_fields().values())
-        check_names("fusion.weighting", sorted(named), teachers)
-        for path, table in tables.items():
-            for teacher in teachers:
-                if teacher not in table:
-                    remedy = f"add `{teacher}: 0.0` to leave it out"
-                    raise RecipeError(
-                        f"fusion.weighting: got no {path[0].removesuffix('s')} for teacher "
-                        f"`{teacher}`; must give one to each; "
-                        + (remedy if self.zero_excludes else "fit it again")
-                    )
+    def problems(self, teachers: Collection[str]) -> Iterator[OptionProblem]:
+        """Yield each teacher that the options name and the run lacks, or the other way round."""
+        for path, table in self.teacher_tables().items():
+            for missing in sorted(set(teachers) - set(table)):
+                text = f"no weight for teacher `{missing}`; give one, 0 to leave it out"
+                if not self.zero_excludes:
+                    text = f"nothing for teacher `{missing}`; fit it again with all teachers"
+                yield path, text
+            yield from unknown_teachers(path, table, teachers)
+        for path, name in self.teacher_fields().items():
+            yield from unknown_teachers(path, [name], teachers)
 
 
 class FittedWeighting(Weighting):
@@ -272,17 +268,13 @@ class FittedWeighting(Weighting):
         return [cls.fit] if conditions.is_extended else []
 
 
-def check_names(where: str, names: Iterable[str], teachers: Sequence[str]) -> None:
-    """Check that every name is a teacher of this run.
-
-    Raises:
-        RecipeError: a name is not a teacher.
-    """
+def unknown_teachers(
+    path: tuple[str, ...], names: Iterable[str], teachers: Collection[str]
+) -> Iterator[OptionProblem]:
+    """Yield a problem per name that is not a teacher of this run."""
     for name in names:
         if name not in teachers:
-            raise RecipeError(
-                f"{where}: got `{name}`; must be the name of a teacher{nearest(name, teachers)}"
-            )
+            yield path, f"got `{name}`; unknown teacher{nearest(name, teachers)}"
 
 
 def check_sum_to_one(weights: Mapping[str, float]) -> None:
