@@ -34,7 +34,7 @@ class ConflictBlock:
 
     @classmethod
     def of(cls, policy: Conflict, disagreement_n: Tensor, is_changed_n: Tensor) -> ConflictBlock:
-        """The effect of a policy on rows with this disagreement, whose weights it changed or not."""
+        """The effect of a policy on rows with this disagreement and possibly changed weights."""
         if not policy.yields_to_labels:
             return cls(disagreement_n, is_changed_n.to(disagreement_n.dtype))
         kd_factor_n = policy.kd_factor(disagreement_n)

@@ -1,6 +1,6 @@
 """Fuse the answers of several teachers into one target distribution per row.
 
-    live answers ─▶ StreamedTarget    block by block over the vocabulary; memory does not grow with K
+    live answers ─▶ StreamedTarget    block by block over the vocabulary; memory is constant in K
     named answers ─▶ merge (merge.py) once per batch on the union of the named tokens and a tail
 
 Shapes: N rows of a batch, n rows of one block, V vocabulary, K teachers.
@@ -83,7 +83,7 @@ class Fusion:
         return self.weighting.uses_label or self.conflict.uses_label
 
     def problems(self, teachers: Collection[str]) -> Iterator[OptionProblem]:
-        """Yield each name that belongs to no teacher of the run, and each teacher without weight."""
+        """Yield each name that is no teacher of the run, and each teacher without weight."""
         yield from unknown_teachers(("temperatures",), self.temperatures, teachers)
         for path, text in self.weighting.problems(teachers):
             yield ("weighting", *path), text
@@ -110,7 +110,7 @@ class TargetBlock:
     stats: RowStats | None = None
     """(K, n) each, after the temperatures; NaN where a teacher was not read."""
     log_normalizer_n: Tensor | None = None
-    """(n,) log Z of the log-linear pool, log Z / (1 - r) of the power mean, None for linear pools."""
+    """(n,) log Z of the log-linear pool, log Z / (1 - r) of the power mean, else None."""
     pooled_temperature: float = 1.0
     conflict: ConflictBlock | None = None
     """Measurements of the conflict policy; None without one."""
@@ -129,9 +129,9 @@ class TargetBlock:
     def disagreement_n(self) -> Tensor:
         """Disagreement of the teachers at each row in nats, (n,); 0 where all agree.
 
-        Linear pool P: JSD_w = H(P) - sum_k w_k H_k. Log-linear pool: -log Z = sum_k w_k KL(P || P_k).
-        Power mean: -log Z / (1 - r), close to JSD_w for r near 1 and to -log Z for r near 0. All are
-        taken before the pooled temperature. Undefined for a corrected target.
+        Linear pool P: JSD_w = H(P) - sum_k w_k H_k. Log-linear pool: -log Z = sum_k w_k
+        KL(P || P_k). Power mean: -log Z / (1 - r), close to JSD_w for r near 1 and to -log Z for r
+        near 0. All are taken before the pooled temperature. Undefined for a corrected target.
         """
         if self.log_normalizer_n is not None:
             return (-self.log_normalizer_n).clamp(min=0.0)
@@ -257,9 +257,9 @@ class StreamedTarget:
     """A target over the whole vocabulary, fused block by block without gradient.
 
     Two (n, V) tensors are alive at most, for any K: the pool and the logits of the current teacher.
-    The power mean, rules that compare teachers with their mean, and conflict policies need one or two
-    more. A policy that changes weights pools its blocks twice. Under `route` each row is read from
-    one teacher and nothing is pooled.
+    The power mean, rules that compare teachers with their mean, and conflict policies need one or
+    two more. A policy that changes weights pools its blocks twice. Under `route` each row is read
+    from one teacher and nothing is pooled.
     """
 
     def __init__(

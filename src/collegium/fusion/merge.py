@@ -4,8 +4,8 @@ Shapes: N rows of a batch, V vocabulary, K teachers, E entries of all rows of on
 of all rows of the union.
 
 Draws are pooled linearly as they are: E[sum_k w_k t_k] = sum_k w_k P_k. Where a teacher is exact
-(top k), every teacher is read on the union U of the tokens that any of them names, and outside of it
-as one tail: a top-k teacher has tail / (V - k) at each token that it does not name. On U and its
+(top k), every teacher is read on the union U of the tokens that any of them names, and outside of
+it as one tail: a top-k teacher has tail / (V - k) at each token that it does not name. On U and its
 tail every pool of such distributions is exact, since all of them are constant outside of U.
 """
 

@@ -63,7 +63,7 @@ class RowReader:
         return RowStats(entropy_n, label_logp_n, max_logp_n), kept_nV
 
     def _buffers_like(self, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
-        # Fresh memory of this size costs more than the arithmetic: every page is faulted in and zeroed.
+        # Fresh memory of this size costs more than the arithmetic: pages are faulted in and zeroed.
         num_rows, old = logits_nV.shape[0], self._buffers
         if old is None or old[0].shape[0] < num_rows or old[0].dtype != logits_nV.dtype:
             old = self._buffers = (torch.empty_like(logits_nV), torch.empty_like(logits_nV))
@@ -268,9 +268,9 @@ class Pool:
     """A weighted mean of distributions whose members arrive one by one, in one (n, V) accumulator.
 
     linear: M = sum_k w_k P_k. log_linear: M = sum_k w_k log P_k.
-    power_mean: M = log sum_k w_k P_k^r, in log space. After k members with log-weights s_1 ... s_k the
-    weights are softmax_j(s). The next member enters with weight exp(s_k - logsumexp(s_1 ... s_k)), so
-    no scale of the scores overflows or underflows.
+    power_mean: M = log sum_k w_k P_k^r, in log space. After k members with log-weights s_1 ... s_k
+    the weights are softmax_j(s). The next member enters with weight
+    exp(s_k - logsumexp(s_1 ... s_k)), so no scale of the scores overflows or underflows.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The operations that a fusion and an objective require, compared with a source before a run.
 
-Live teachers support everything. A cache lacks the tokens that it did not keep, and a finished target
-has its weights built in.
+Live teachers support everything. A cache lacks the tokens that it did not keep, and a finished
+target has its weights built in.
 """
 
 from __future__ import annotations

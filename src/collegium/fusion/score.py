@@ -27,8 +27,9 @@ def score_teachers(
 ) -> list[Answer]:
     """Score the rows with the teachers, in their order.
 
-    Under `route` a live teacher reads only the windows that hold rows of its own, scores those rows,
-    and is skipped where there are none. A teacher whose hidden states are compared scores all rows.
+    Under `route` a live teacher reads only the windows that hold rows routed to it, scores those
+    rows, and is skipped where there are none. A teacher whose hidden states are compared scores all
+    rows.
 
     Args:
         teachers: the frozen models, or sources that answer for them.

@@ -1,6 +1,7 @@
 """Divergences between target and student, per row, in log space.
 
-Shapes: n rows of one block, S tokens of the support. P is the target, Q the student. All values are in nats.
+Shapes: n rows of one block, S tokens of the support. P is the target, Q the student.
+All values are in nats.
 
 Each divergence consists of plain differentiable operations, without temperatures, masks or weights.
 Target log-probabilities of -inf are clamped to `LOG_FLOOR`. Their probability is still exactly

@@ -1,4 +1,4 @@
-"""Defaults and checks of `DistillTrainer`: arguments, vocabulary size, named teachers, objective."""
+"""Defaults and checks of `DistillTrainer`: arguments, vocabulary, named teachers, objective."""
 
 from __future__ import annotations
 

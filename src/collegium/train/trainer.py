@@ -88,15 +88,15 @@ class DistillTrainer(Trainer):
         Args:
             model: the student.
             teachers: frozen models, or objects with `score`. Models are named by their key or
-                `teacher_0` ... and moved to `args.device`. Token ids must mean the same to all of them
-                and to the student; compare the tokenizers before.
+                `teacher_0` ... and moved to `args.device`. Token ids must mean the same to all of
+                them and to the student; compare the tokenizers before.
             args: training arguments; see `training_arguments` for those of a recipe.
             train_dataset: windows of `PackedDataset`, or items with `input_ids` and `labels`.
             eval_dataset: the same, or a mapping of names to such.
             objective: the loss; by default 0.9 forward KL to the linear pool under prefix
                 likelihood, and 0.1 CE.
             targets: finished targets, such as a fused cache, instead of teachers.
-            processing_class: the tokenizer, saved beside every student. Gives V, else the head does.
+            processing_class: the tokenizer, saved with every student. Gives V, else the head does.
             data_collator: makes a batch of items; `Collator` by default.
             compute_metrics: as in `Trainer`, over the student's logits.
             preprocess_logits_for_metrics: as in `Trainer`.
@@ -277,7 +277,7 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as `Trainer` does, with the loss and its terms per target token as in training."""
+        """Evaluate as `Trainer` does, with loss and terms per target token as in training."""
         self.step.eval()
         self._evaluated = []
         output = super().evaluation_loop(
