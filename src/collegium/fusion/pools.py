@@ -234,34 +234,32 @@ class _Expanded(WrappedRows):
         return slice(first, last), self.rows_m[first:last] - block.start
 
     def raw(self, block: slice, workspace: Workspace, buffer: str) -> tuple[RawRows, bool]:
-        own, at_m = self._bounds(block)
-        if own.start == own.stop:
+        part, at_m = self._bounds(block)
+        if part.start == part.stop:
             # One row gives the vocabulary size and dtype; a teacher without a row has no answer.
-            own = slice(0, 1)
-        raw, _ = self.inner.raw(own, workspace, f"{buffer} of some rows")
-        values_mV = raw.values_nV[: len(at_m)]
-        values_nV = values_mV.new_zeros(block.stop - block.start, values_mV.shape[1])
-        values_nV[at_m.to(values_nV.device)] = values_mV
+            part = slice(0, 1)
+        raw, _ = self.inner.raw(part, workspace, f"{buffer} of some rows")
+        values_nV = _expand(raw.values_nV[: len(at_m)], at_m, block)
         return replace(raw, values_nV=values_nV), True
 
     def logits(self, block: slice) -> Tensor:
-        own, at_m = self._bounds(block)
-        logits_mV = self.inner.logits(own)
-        logits_nV = logits_mV.new_zeros(block.stop - block.start, logits_mV.shape[1])
-        logits_nV[at_m.to(logits_nV.device)] = logits_mV
-        return logits_nV
+        part, at_m = self._bounds(block)
+        return _expand(self.inner.logits(part), at_m, block)
 
     def scalars(self, block: slice, temperature: float) -> tuple[Tensor, Tensor, Tensor] | None:
-        own, at_m = self._bounds(block)
-        scalars = self.inner.scalars(own, temperature)
+        part, at_m = self._bounds(block)
+        scalars = self.inner.scalars(part, temperature)
         if scalars is None:
             return None
-        expanded = []
-        for scalar_m in scalars:
-            scalar_n = scalar_m.new_zeros(block.stop - block.start)
-            scalar_n[at_m.to(scalar_n.device)] = scalar_m
-            expanded.append(scalar_n)
-        return expanded[0], expanded[1], expanded[2]
+        entropy_n, label_logp_n, max_logp_n = (_expand(x_m, at_m, block) for x_m in scalars)
+        return entropy_n, label_logp_n, max_logp_n
+
+
+def _expand(values: Tensor, at_m: Tensor, block: slice) -> Tensor:
+    """(m, ...) -> (n, ...) with zeros at the other rows of the block."""
+    expanded = values.new_zeros(block.stop - block.start, *values.shape[1:])
+    expanded[at_m.to(values.device)] = values
+    return expanded
 
 
 class Pool:

@@ -60,8 +60,8 @@ def _score_own_rows(teacher: Teacher, batch: Batch, rows: Rows, own_m: Tensor) -
     if len(own_m) == len(rows):
         return teacher.score(batch, rows)
     own_m = own_m.to(rows.index.device)
-    own = rows.part(own_m)
+    routed = rows.part(own_m)
     length = batch.input_ids.shape[1]
-    windows_b, place_m = torch.unique(own.index // length, return_inverse=True)
-    own = replace(own, index=place_m * length + own.index % length)
-    return replace(teacher.score(batch.part(windows_b), own), rows=own_m)
+    windows_b, place_m = torch.unique(routed.index // length, return_inverse=True)
+    routed = replace(routed, index=place_m * length + routed.index % length)
+    return replace(teacher.score(batch.part(windows_b), routed), rows=own_m)

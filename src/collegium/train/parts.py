@@ -37,9 +37,9 @@ def adopt_arguments(args: TrainingArguments) -> None:
         (args.load_best_model_at_end, "load_best_model_at_end", True, "False; use the checkpoints"),
         (args.save_total_limit == 1, "save_total_limit", 1, "at least 2, in case one is damaged"),
     ]
-    for is_wrong, name, value, wanted in problems:
+    for is_wrong, name, value, expected in problems:
         if is_wrong:
-            raise TrainingError(f"{name}: got {value}; must be {wanted}")
+            raise TrainingError(f"{name}: got {value}; must be {expected}")
     # Our collator needs columns that the student's `forward` does not take.
     args.remove_unused_columns = False
     # The filter would hide a NaN from the log; a step that is not finite is refused instead.
