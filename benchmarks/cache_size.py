@@ -26,11 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from collegium.cache.build import expected_bytes_per_token
-from collegium.cache.codec import Samples, TopK
-from collegium.cache.layout import Layout
-from collegium.cache.options import CacheOptions
-from collegium.cache.shards import PieceTargets, shard_bytes
+from collegium.cache.codecs.targets import Samples, TargetCodec, TopK
+from collegium.cache.encode import FusedEncoder, TargetEncoder, TeacherEncoder
+from collegium.cache.shards import EncodedPiece, ShardMetadata, shard_bytes
 from collegium.console import quiet_libraries
 from collegium.data.encode import Encoded
 from collegium.data.pack import PackedDataset
@@ -44,7 +42,6 @@ from collegium.demo.corpora import (
 from collegium.distributions import LIVE, Answer
 from collegium.fusion.fuse import Fusion
 from collegium.run.folder import environment
-from collegium.teachers.encoders import CorpusEncoder, FusedEncoder, TeacherEncoder
 from collegium.teachers.local import LocalTeacher
 from collegium.types import Batch, Rows
 
@@ -80,13 +77,16 @@ def main() -> None:
     # All encoders read the same batches, which SmolLM2 scores only once.
     teacher = CachingTeacher(LocalTeacher("smollm2", model, vocab_size=SMALL))
     lines = []
-    for title, encoder, layout, goals in encoders(teacher, dataset):
-        pieces = list(encoder.encode(0))
+    for title, encoder, codec, goals in encoders(teacher, dataset):
+        pieces = list(encoder.encode(0, codec))
+        sample = [piece.columns for piece in pieces]
+        num_targets = sum(map(codec.num_targets, sample))
         for vocab_size in (SMALL, LARGE):
             entries = pieces if vocab_size == SMALL else spread(pieces)
-            num_targets = sum(len(piece.rows.sizes) for piece in entries)
-            measured = len(shard_bytes(entries, layout, vocab_size, identity={})) / num_targets
-            expected = expected_bytes_per_token(layout, vocab_size)
+            codec = dataclasses.replace(codec, vocab_size=vocab_size)
+            metadata = ShardMetadata(format=2, shard=0, num_targets=num_targets, num_shards=1)
+            measured = len(shard_bytes(entries, codec, metadata)) / num_targets
+            expected = codec.bytes_per_target(sample)
             formula = f"{distillkit_bytes(50, vocab_size):.0f}" if "top" in title else ""
             goal = goals.get(vocab_size, "")
             row = (
@@ -105,33 +105,27 @@ def main() -> None:
 
 def encoders(
     teacher: CachingTeacher, dataset: PackedDataset
-) -> list[tuple[str, CorpusEncoder, Layout, dict[int, int]]]:
+) -> list[tuple[str, TargetEncoder, TargetCodec, dict[int, int]]]:
     """Return the caches to measure, with their maximum sizes by vocabulary."""
-    rows: list[tuple[str, CorpusEncoder, Layout, dict[int, int]]] = []
-    fused = [
-        ("fused, 50 draws", Samples(draws=50), {SMALL: 40, LARGE: 48}),
-        ("fused, top-50 and tail", TopK(k=50), {}),
+    fused = FusedEncoder(
+        dataset=dataset, batch_size=4, seed=0, teachers=lambda: [teacher], fusion=Fusion()
+    )
+    single = TeacherEncoder(
+        dataset=dataset, batch_size=4, seed=0, name=teacher.name, teacher=lambda: teacher
+    )
+    draws, top_k, few = Samples(draws=50), TopK(k=50), Samples(draws=24)
+    title = "one teacher, 24 draws"
+    return [
+        ("fused, 50 draws", fused, TargetCodec("fused", draws, SMALL), {SMALL: 40, LARGE: 48}),
+        ("fused, top-50 and tail", fused, TargetCodec("fused", top_k, SMALL), {}),
+        (title, single, TargetCodec("per_teacher", few, SMALL), {SMALL: 36}),
+        (
+            f"{title}, readable at 2 more temperatures",
+            single,
+            TargetCodec("per_teacher", few, SMALL, (1.25, 1.6)),
+            {},
+        ),
     ]
-    for title, targets, goals in fused:
-        options = CacheOptions(targets=targets, batch_size=4)
-        encoder = FusedEncoder(
-            lambda: [teacher], Fusion(), dataset, options=options, seed=0, vocab_size=SMALL
-        )
-        rows.append((title, encoder, Layout("fused", targets), goals))
-    for title, temperatures in (("", ()), (", readable at 2 more temperatures", (1.25, 1.6))):
-        layout = Layout("per_teacher", Samples(draws=24), temperatures)
-        encoder = TeacherEncoder(
-            teacher.name,
-            lambda: teacher,
-            dataset,
-            layout=layout,
-            batch_size=4,
-            seed=0,
-            vocab_size=SMALL,
-        )
-        goals = {} if temperatures else {SMALL: 36}
-        rows.append((f"one teacher, 24 draws{title}", encoder, layout, goals))
-    return rows
 
 
 class CachingTeacher:
@@ -187,14 +181,14 @@ def read_text(tokenizer: Any, folder: Path, num_tokens: int) -> PackedDataset:
     return PackedDataset.from_encoded(documents, max_length=LENGTH)
 
 
-def spread(pieces: Sequence[PieceTargets]) -> list[PieceTargets]:
+def spread(pieces: Sequence[EncodedPiece]) -> list[EncodedPiece]:
     """Move each entry to a random one of three ids reserved for it."""
     rng = np.random.default_rng(0)
     moved = []
     for piece in pieces:
-        ids = piece.rows.ids.astype(np.uint32) * 3
+        ids = piece.columns["ids"].astype(np.uint32) * 3
         ids += rng.integers(3, size=len(ids), dtype=np.uint32)
-        moved.append(dataclasses.replace(piece, rows=dataclasses.replace(piece.rows, ids=ids)))
+        moved.append(EncodedPiece(piece.key, {**piece.columns, "ids": ids}))
     return moved
 
 

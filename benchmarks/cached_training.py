@@ -33,7 +33,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cache_size import replace_section
 from collegium.cache.build import build_cache
-from collegium.cache.options import CacheOptions
+from collegium.cache.encode import FusedEncoder
+from collegium.cache.keys import BatchKeys
 from collegium.cache.store import open_cache
 from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
@@ -41,12 +42,12 @@ from collegium.distributions import Teacher
 from collegium.fusion.fuse import Fusion
 from collegium.run.folder import environment
 from collegium.teachers.cached import CachedTargets
-from collegium.teachers.encoders import FusedEncoder
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
 from collegium.train.step import DistillStep
+from collegium.types import Batch
 
 MODES = {"ce": "(a) labels only", "cached": "(b) cached teachers", "live": "(c) live teachers"}
 SHARPNESS = 9.0
@@ -81,13 +82,11 @@ def main() -> None:
         folder = Path(root)
         teachers = make_teachers(options)
         entries = make_cache(folder, teachers, dataset, options)
-        steps = {
-            "ce": make_step([], None, dataset, options),
-            "cached": make_step([], open_targets(folder, dataset), dataset, options),
-            "live": make_step(teachers, None, dataset, options),
-        }
+        sources = {"ce": ([], None), "cached": ([], open_targets(folder, dataset))}
+        sources["live"] = teachers, None
+        steps = {mode: make_step(*source, dataset, options) for mode, source in sources.items()}
         speeds = measure(steps, options.rounds)
-        del steps, teachers
+        del sources, steps, teachers
         peaks = {mode: measure_peak(mode, folder) for mode in MODES}
     text = table(speeds, peaks) + "\n\n" + origin(entries, options, time.perf_counter() - started)
     print(text)
@@ -135,32 +134,28 @@ def make_cache(
     folder: Path, teachers: Sequence[Teacher], dataset: PackedDataset, options: argparse.Namespace
 ) -> float:
     """Build the cache and return its number of entries per target."""
-    cache = CacheOptions(batch_size=4)
     encoder = FusedEncoder(
-        lambda: teachers, Fusion(), dataset, options=cache, seed=0, vocab_size=options.vocab
+        dataset=dataset, batch_size=4, seed=0, teachers=lambda: teachers, fusion=Fusion()
     )
     identity = {
         "kind": "fused",
         "targets": {"name": "samples", "draws": 50},
         "vocab_size": options.vocab,
     }
-    num_entries = 0
-
-    def encode(shard: int) -> Iterator[Any]:
-        nonlocal num_entries
-        for piece in encoder.encode(shard):
-            num_entries += len(piece.rows.ids)
-            yield piece
-
     started = time.perf_counter()
-    manifest = build_cache(folder, identity, encode, shard_targets=encoder.shard_targets)
-    seconds, num_targets = time.perf_counter() - started, manifest["num_targets"]
-    print(f"cache: {num_targets / seconds:,.0f} targets/s, {num_entries / num_targets:.1f} entries")
-    return num_entries / num_targets
+    manifest = build_cache(folder, identity, encoder)
+    assert manifest is not None
+    speed = manifest.num_targets / (time.perf_counter() - started)
+    cache = open_cache(folder)
+    keys = BatchKeys(dataset.sample_names)
+    batches = (Batch.from_inputs(Collator()([dict(window)])) for window in dataset)
+    entries = sum(len(cache.read(keys(batch)).ids) for batch in batches) / manifest.num_targets
+    print(f"cache: {speed:,.0f} targets/s, {entries:.1f} entries")
+    return entries
 
 
 def open_targets(folder: Path, dataset: PackedDataset) -> CachedTargets:
-    """Open the cache as finished targets."""
+    """Open the cache as a source of targets."""
     return CachedTargets(open_cache(folder), dataset.sample_names)
 
 
@@ -173,15 +168,15 @@ def make_step(
     """Return a function that runs one training step and returns its number of rows."""
     torch.manual_seed(0)
     student = make_model(options.vocab, options.width)
-    objective = Objective(ObjectiveOptions(), Fusion() if teachers else None)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    train = DistillStep(
+    objective = Objective(ObjectiveOptions(), Fusion() if teachers or targets else None)
+    module = DistillStep(
         student, objective, vocab_size=options.vocab, teachers=teachers, targets=targets
     )
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     batches = prefetch_batches(dataset, targets, options)
 
     def step() -> int:
-        total, loss = train(next(batches))
+        total, loss = module(next(batches))
         (total / loss.num_rows).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,18 @@ import numpy as np
 import torch
 
 from collegium.cache.build import build_cache
-from collegium.cache.codec import SCALARS, Samples, Targets, TopK, encode_rows, row_keys
-from collegium.cache.shards import PieceKey, PieceTargets, document_hash, window_hash
+from collegium.cache.codecs.targets import (
+    SCALARS,
+    Samples,
+    TargetCodec,
+    Targets,
+    TopK,
+    row_keys,
+)
+from collegium.cache.keys import PieceKey, document_hash, window_hash
+from collegium.cache.manifest import Manifest, manifest_digest
+from collegium.cache.processes import Ranks
+from collegium.cache.shards import EncodedPiece
 
 VOCAB = 300
 LENGTHS = [9, 2, 17, 5, 30, 12, 3]
@@ -53,30 +65,78 @@ def logp_of(shard: int, piece: int, length: int) -> torch.Tensor:
     return torch.randn(length - 1, VOCAB, generator=generator).mul_(3).log_softmax(-1)
 
 
-def pieces_of(shard: int, targets: Targets, lengths: Sequence[int] = LENGTHS) -> list[PieceTargets]:
+def codec_of(targets: Targets, vocab_size: int = VOCAB) -> TargetCodec:
+    """Return the codec of a fused cache."""
+    return TargetCodec("fused", targets, vocab_size)
+
+
+def pieces_of(shard: int, targets: Targets, lengths: Sequence[int] = LENGTHS) -> list[EncodedPiece]:
     """Return the encoded pieces of a shard."""
     pieces = []
     for piece, length in enumerate(lengths):
         key, logp = key_of(shard, piece, length), logp_of(shard, piece, length)
         keys = row_keys(3, np.full(length - 1, key.document, np.uint64), np.arange(length - 1))
         scalars = {name: logp[:, i] for i, name in enumerate(SCALARS)}
-        pieces.append(PieceTargets(key, encode_rows(targets, logp, keys, scalars=scalars)))
+        pieces.append(EncodedPiece(key, codec_of(targets).encode(logp, keys, scalars)))
     return pieces
 
 
+class Stop(Exception):
+    """Interrupts a build."""
+
+
+@dataclass
+class Encoder:
+    """A corpus encoder of synthetic pieces, which records its calls."""
+
+    targets: Targets = field(default_factory=lambda: Samples(draws=20))
+    num_shards: int = 3
+    stop_at: int = -1
+    """Shard at which the build is interrupted."""
+    encoded: list[int] = field(default_factory=list)
+    sampled: int = 0
+
+    @property
+    def shard_targets(self) -> list[int]:
+        return [sum(LENGTHS) - len(LENGTHS)] * self.num_shards
+
+    def encode(self, shard: int, codec: TargetCodec) -> Iterator[EncodedPiece]:
+        if shard == self.stop_at:
+            raise Stop
+        self.encoded.append(shard)
+        yield from pieces_of(shard, self.targets)
+
+    def sample(self, codec: TargetCodec) -> list[EncodedPiece]:
+        self.sampled += 1
+        return pieces_of(0, self.targets)
+
+
 def build(
-    path: Path, targets: Targets | None = None, *, num_shards: int = 3, **changed: Any
-) -> dict[str, Any]:
-    """Build a complete cache."""
+    path: Path,
+    targets: Targets | None = None,
+    *,
+    num_shards: int = 3,
+    encoder: Encoder | None = None,
+    ranks: Ranks | None = None,
+    **changed: Any,
+) -> Manifest | None:
+    """Build a cache, or the shards of a rank."""
     targets = targets or Samples(draws=20)
-    manifest = build_cache(
-        path,
-        identity(targets, **changed),
-        lambda number: pieces_of(number, targets),
-        shard_targets=[sum(LENGTHS) - len(LENGTHS)] * num_shards,
-    )
-    assert manifest is not None
-    return manifest
+    encoder = encoder or Encoder(targets, num_shards)
+    return build_cache(path, identity(targets, **changed), encoder, ranks=ranks or Ranks())
+
+
+def entries_of(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of the shards in a manifest."""
+    return json.loads((path / "manifest.json").read_text())["shards"]
+
+
+def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest of a folder, and give it the digest of its new content."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    manifest["sha256"] = manifest_digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def content(path: Path) -> dict[str, bytes]:

@@ -201,14 +201,13 @@ CacheFolder = Annotated[str, typer.Argument(metavar="PATH", help="Folder or URL 
 def cache_build(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Cache the teachers' outputs for the corpus. Resumes an interrupted build."""
     loaded = _load(recipe, overrides)
-    from collegium.cache.feature_store import read_feature_manifest
-    from collegium.cache.store import read_manifest
+    from collegium.cache.manifest import read_manifest
     from collegium.run import pipeline
 
     for folder in pipeline.cache(loaded):
-        manifest = read_manifest(folder) or read_feature_manifest(folder)
+        manifest = read_manifest(folder)
         if manifest is not None:  # or other processes are still building
-            _print_cache(folder, manifest)
+            typer.echo(f"cache: {folder}: {manifest.summary()}")
 
 
 @cache_app.command("info")
@@ -216,30 +215,24 @@ def cache_info(path: CacheFolder) -> None:
     """Show the contents of a cache and the inputs it was built from."""
     import json
 
-    from collegium.cache.feature_store import feature_folders, require_feature_manifest
-    from collegium.cache.store import cache_folders, require_manifest
+    from collegium.cache.manifest import cache_folders, require_manifest
 
-    manifests = [(folder, require_manifest(folder)) for folder in cache_folders(path)]
-    manifests += [(folder, require_feature_manifest(folder)) for folder in feature_folders(path)]
-    for folder, manifest in manifests:
-        _print_cache(folder, manifest)
-        typer.echo(json.dumps(manifest["identity"], indent=1))
+    for folder in cache_folders(path):
+        manifest = require_manifest(folder)
+        typer.echo(f"cache: {folder}: {manifest.summary()}")
+        typer.echo(json.dumps(manifest.identity, indent=1))
 
 
 @cache_app.command("verify")
 def cache_verify(path: CacheFolder) -> None:
     """Verify the checksums of a cache, and decode every target."""
-    from collegium.cache.feature_store import feature_folders, open_features
-    from collegium.cache.store import cache_folders, open_cache
+    from collegium.cache.manifest import cache_folders
+    from collegium.cache.store import open_cache
 
     for folder in cache_folders(path):
         cache = open_cache(folder)
         cache.check()
-        _print_cache(folder, cache.manifest)
-    for folder in feature_folders(path):
-        features = open_features(folder)
-        features.check()
-        _print_cache(folder, features.manifest)
+        typer.echo(f"cache: {folder}: {cache.manifest.summary()}")
     typer.echo("every shard verified")
 
 
@@ -256,13 +249,7 @@ def cache_merge(
     from collegium.cache.merge import merge_all
 
     for folder, manifest in merge_all(paths):
-        _print_cache(folder, manifest)
-
-
-def _print_cache(path: Path | str, manifest: Any) -> None:
-    from collegium.cache.store import summary
-
-    typer.echo(f"cache: {path}: {summary(manifest)}")
+        typer.echo(f"cache: {folder}: {manifest.summary()}")
 
 
 @app.command()

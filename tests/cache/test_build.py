@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -11,12 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import cache_cases
-from collegium.cache.build import build_cache, expected_bytes_per_token
-from collegium.cache.codec import Samples, TopK
-from collegium.cache.layout import Layout
+from cache_cases import Encoder, Stop, codec_of
+from collegium.cache.codecs.targets import Samples, TopK
+from collegium.cache.manifest import read_manifest
 from collegium.cache.store import open_cache
 from collegium.errors import CacheError, CollegiumError
 from collegium.storage.files import lock_folder
@@ -26,44 +29,31 @@ TARGETS = Samples(draws=20)
 PER_SHARD = sum(cache_cases.LENGTHS) - len(cache_cases.LENGTHS)
 
 
-class _Stop(Exception):
-    pass
-
-
-def _build(path: Path, *, encoded: list[int] | None = None, stop_at: int = -1) -> dict:
-    def encode(number: int):
-        if number == stop_at:
-            raise _Stop
-        if encoded is not None:
-            encoded.append(number)
-        return cache_cases.pieces_of(number, TARGETS)
-
-    manifest = build_cache(
-        path, cache_cases.identity(TARGETS), encode, shard_targets=[PER_SHARD] * 4
-    )
-    assert manifest is not None
-    return manifest
+def _build(path: Path, **changed) -> list[int]:
+    """Build four shards, and return the encoded ones."""
+    encoder = Encoder(TARGETS, 4, **changed)
+    cache_cases.build(path, encoder=encoder)
+    return encoder.encoded
 
 
 def test_an_interrupted_build_resumes_and_gives_the_same_bytes(tmp_path: Path) -> None:
     _build(tmp_path / "whole")
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         _build(tmp_path / "broken", stop_at=2)
     with refused(CacheError, "TMP/broken: "):
         open_cache(tmp_path / "broken")
-    (tmp_path / "broken" / ".shard-00002-aa.parquet.tmp").write_bytes(b"half a shard")
-    encoded: list[int] = []
-    _build(tmp_path / "broken", encoded=encoded)
-    assert encoded == [2, 3]
+    (tmp_path / "broken" / f".shard-00002-{'a' * 16}.parquet.tmp").write_bytes(b"half a shard")
+    assert _build(tmp_path / "broken") == [2, 3]
     assert cache_cases.content(tmp_path / "broken") == cache_cases.content(tmp_path / "whole")
 
 
 def test_a_finished_cache_is_not_rebuilt(tmp_path: Path) -> None:
-    first = _build(tmp_path)
+    _build(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("shard-*")}
-    encoded: list[int] = []
-    assert _build(tmp_path, encoded=encoded) == first
-    assert encoded == []
+    manifest = read_manifest(tmp_path)
+    encoder = Encoder(TARGETS, 4)
+    assert cache_cases.build(tmp_path, encoder=encoder) == manifest
+    assert (encoder.encoded, encoder.sampled) == ([], 0)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("shard-*")} == before
 
 
@@ -78,9 +68,7 @@ def test_only_a_damaged_shard_is_built_again(tmp_path: Path, damage: str) -> Non
         victim.write_bytes(data)
     else:
         victim.unlink()
-    encoded: list[int] = []
-    _build(tmp_path, encoded=encoded)
-    assert encoded == [1]
+    assert _build(tmp_path) == [1]
     assert cache_cases.content(tmp_path) == good
 
 
@@ -97,6 +85,8 @@ def test_shards_of_another_run_are_refused_by_field(tmp_path: Path, is_finished:
         (tmp_path / "manifest.json").unlink()
     with refused(CacheError, "TMP: "):
         cache_cases.build(tmp_path, TARGETS, seed=4)
+    with refused(CacheError, "TMP: "):
+        cache_cases.build(tmp_path, TARGETS, num_shards=2, seed=4)
 
 
 def test_a_second_builder_is_refused(tmp_path: Path) -> None:
@@ -114,7 +104,7 @@ def _limit_file_size(num_bytes: int) -> None:
 def test_a_full_disk_stops_cleanly_and_the_build_resumes_later(tmp_path: Path) -> None:
     _build(tmp_path / "whole")
     path = tmp_path / "cache"
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         _build(path, stop_at=2)
     kept = cache_cases.content(path)
     soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
@@ -137,92 +127,86 @@ def test_low_disk_space_is_refused_before_encoding(
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1, 1, 10))
-    encoded: list[int] = []
-    with refused(CacheError, "TMP: "):
-        _build(tmp_path, encoded=encoded)
-    assert encoded == []
+    encoder = Encoder(TARGETS)
+    with refused(CacheError, "TMP: ", volatile=r"about [\d,]+"):
+        cache_cases.build(tmp_path, encoder=encoder)
+    assert encoder.encoded == []
 
 
-def test_a_shard_with_too_few_targets_is_not_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+def test_an_error_of_the_manifest_is_reported_as_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(path: Path, value: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("collegium.cache.build.write_json", fail)
+    where = "TMP/manifest.json: " if number == errno.EACCES else "TMP: "
+    with refused(CacheError, where, volatile=r"[\d,]{3,}"):
+        _build(tmp_path)
+    monkeypatch.undo()
+    assert _build(tmp_path) == [], "all shards are kept"
+
+
+def test_a_shard_with_too_few_targets_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Encoder, "shard_targets", [PER_SHARD + 1])
     with refused(ValueError, "shard 0: "):
-        build_cache(
-            tmp_path,
-            cache_cases.identity(TARGETS),
-            lambda number: cache_cases.pieces_of(number, TARGETS),
-            shard_targets=[PER_SHARD + 1],
-        )
+        _build(tmp_path)
     assert not list(tmp_path.glob("shard-*"))
 
 
 def test_the_size_estimate_is_in_the_measured_range() -> None:
-    assert 25 < expected_bytes_per_token(Layout("fused", Samples(draws=50)), 49_152) < 48
-    assert 80 < expected_bytes_per_token(Layout("fused", TopK(k=50)), 49_152) < 130
+    def estimate(targets: Samples | TopK, entries: int) -> float:
+        sample = {"sizes": np.full(10, entries), "ids": np.zeros(10 * entries)}
+        return codec_of(targets, 49_152).bytes_per_target([sample])
+
+    assert 25 < estimate(Samples(draws=50), 15) < 48
+    assert 80 < estimate(TopK(k=50), 50) < 130
 
 
-def test_the_estimate_uses_a_sample_and_then_the_finished_shards(tmp_path: Path) -> None:
+def test_the_estimate_uses_a_sample_and_then_the_finished_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """No sample is drawn once shards exist, nor if none is missing."""
-    estimates: list[int] = []
-    samples: list[int] = []
 
-    def build(stop_at: int = -1) -> None:
-        def encode(number: int):
-            assert estimates, "announced too late"
-            if number == stop_at:
-                raise _Stop
-            return cache_cases.pieces_of(number, TARGETS)
+    def announced() -> float:
+        text = capsys.readouterr().err.replace("\n", " ")
+        return float(re.findall(r"about ([\d.,]+) MB to write", text)[0])
 
-        def sample() -> float:
-            samples.append(1)
-            return 7.0
-
-        build_cache(
-            tmp_path,
-            cache_cases.identity(TARGETS),
-            encode,
-            shard_targets=[PER_SHARD] * 4,
-            sample=sample,
-            announce=estimates.append,
-        )
-
-    with pytest.raises(_Stop):
-        build(stop_at=2)
-    layout = Layout("fused", TARGETS)
-    vocab_size = cache_cases.identity(TARGETS)["vocab_size"]
-    per_token = expected_bytes_per_token(layout, vocab_size, 7.0)
-    assert estimates == [round(4 * PER_SHARD * per_token)]
-    build()
-    assert estimates[1] == pytest.approx(
-        sum(p.stat().st_size for p in tmp_path.glob("shard-0000[01]*")), abs=1
-    )
-    build()
-    assert (len(estimates), len(samples)) == (2, 1)
+    encoder = Encoder(TARGETS, 4_000, stop_at=2)
+    with pytest.raises(Stop):
+        cache_cases.build(tmp_path, encoder=encoder)
+    sample = [piece.columns for piece in cache_cases.pieces_of(0, TARGETS)]
+    per_target = codec_of(TARGETS).bytes_per_target(sample)
+    assert announced() == pytest.approx(4_000 * PER_SHARD * per_target / 1e6, abs=0.051)
+    with pytest.raises(Stop):
+        cache_cases.build(tmp_path, encoder=encoder)
+    finished = [path.stat().st_size for path in tmp_path.glob("shard-*")]
+    assert announced() == pytest.approx(3_998 * sum(finished) / 2 / 1e6, abs=0.051)
+    assert encoder.sampled == 1
 
 
 KILLED = """
 import sys, time
 from pathlib import Path
 import cache_cases
-from collegium.cache.build import build_cache
-targets = cache_cases.Samples(draws=20)
-def encode(number):
-    print(number, flush=True)
-    time.sleep(0.02)
-    return cache_cases.pieces_of(number, targets)
-build_cache(Path(sys.argv[1]), cache_cases.identity(targets), encode, shard_targets=[%d] * 12)
+class Slow(cache_cases.Encoder):
+    def encode(self, shard, codec):
+        print(shard, flush=True)
+        time.sleep(0.02)
+        return super().encode(shard, codec)
+cache_cases.build(Path(sys.argv[1]), encoder=Slow(num_shards=12))
 """
 
 
 @pytest.mark.slow
 def test_a_kill_costs_at_most_one_shard(tmp_path: Path) -> None:
     """After three SIGKILLs at random times, the bytes equal those of an uninterrupted build."""
-    build_cache(
-        tmp_path / "whole",
-        cache_cases.identity(TARGETS),
-        lambda number: cache_cases.pieces_of(number, TARGETS),
-        shard_targets=[PER_SHARD] * 12,
-    )
+    cache_cases.build(tmp_path / "whole", num_shards=12)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-c", KILLED % PER_SHARD, str(tmp_path / "cut")]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "cut")]
     rng = random.Random(0)
     started: list[int] = []
     for _ in range(3):

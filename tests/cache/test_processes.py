@@ -11,8 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import cache_cases
-from collegium.cache.build import build_cache
-from collegium.cache.codec import Samples
+from collegium.cache.codecs.targets import Samples
 from collegium.cache.merge import merge_all
 from collegium.cache.processes import Ranks
 from collegium.cache.store import open_cache
@@ -21,17 +20,14 @@ from collegium.errors import CacheError, CollegiumError, RecipeError
 from refusals import refused
 
 TARGETS = Samples(draws=20)
-COUNTS = [sum(cache_cases.LENGTHS) - len(cache_cases.LENGTHS)] * 5
 
 
 def _build(path: Path, ranks: Ranks, *, encoded: list[int] | None = None, **changed):
-    def encode(number: int):
-        if encoded is not None:
-            encoded.append(number)
-        return cache_cases.pieces_of(number, TARGETS)
-
-    identity = cache_cases.identity(TARGETS, **changed)
-    return build_cache(path, identity, encode, shard_targets=COUNTS, ranks=ranks)
+    encoder = cache_cases.Encoder(TARGETS, 5)
+    manifest = cache_cases.build(path, encoder=encoder, ranks=ranks, **changed)
+    if encoded is not None:
+        encoded += encoder.encoded
+    return manifest
 
 
 def test_the_last_rank_finishes_the_cache_with_the_bytes_of_a_single_process(
@@ -121,25 +117,57 @@ def test_folders_that_do_not_fit_are_not_merged(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / "manifest.json").exists()
 
 
+def test_a_merge_removes_nothing_from_the_other_folders(tmp_path: Path) -> None:
+    for rank in range(2):
+        _build(tmp_path / f"part{rank}", Ranks(rank, 2))
+    damaged = sorted((tmp_path / "part0").glob("shard-*"))[0]
+    assert damaged.name.startswith("shard-00000")
+    damaged.write_bytes(b"damaged")
+    (tmp_path / "part0" / f".{damaged.name}.tmp").write_bytes(b"half")
+    before = cache_cases.content(tmp_path / "part0")
+    with refused(CacheError, "TMP/part1: "):
+        merge_all([tmp_path / "part1", tmp_path / "part0"])
+    assert cache_cases.content(tmp_path / "part0") == before
+    _build(tmp_path / "part0", Ranks(0, 2))
+    merge_all([tmp_path / "part1", tmp_path / "part0"])
+    open_cache(tmp_path / "part1").check()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "shard-00000-x.parquet"])
+def test_a_manifest_that_names_a_path_is_not_merged(tmp_path: Path, name: str) -> None:
+    for folder in ("mine", "theirs"):
+        _build(tmp_path / folder, Ranks())
+    (tmp_path / "secret").write_text("secret")
+    cache_cases.rewrite_manifest(tmp_path / "theirs", lambda m: m["shards"][0].update(name=name))
+    before = cache_cases.content(tmp_path / "mine")
+    with refused(CacheError, "TMP/theirs/manifest.json: shards.0.name: "):
+        merge_all([tmp_path / "mine", tmp_path / "theirs"])
+    assert cache_cases.content(tmp_path / "mine") == before
+
+
+def test_a_shard_under_another_number_is_not_merged(tmp_path: Path) -> None:
+    for rank in range(2):
+        _build(tmp_path / f"part{rank}", Ranks(rank, 2))
+    shard = sorted((tmp_path / "part1").glob("shard-*"))[0]
+    shard.rename(shard.with_name(shard.name.replace("00001", "00007")))
+    with refused(CacheError, "TMP/part1/shard-00007-DIGEST.parquet: "):
+        merge_all([tmp_path / "part0", tmp_path / "part1"])
+
+
 PROCESS = """
 import sys
 from pathlib import Path
 import cache_cases
-from collegium.cache.build import build_cache
 from collegium.cache.processes import Ranks
-targets = cache_cases.Samples(draws=20)
-manifest = build_cache(
-    Path(sys.argv[1]), cache_cases.identity(targets), lambda n: cache_cases.pieces_of(n, targets),
-    shard_targets=[%d] * 5, ranks=Ranks.from_environment(),
-)
-print("last" if manifest else "done")
+encoder, ranks = cache_cases.Encoder(num_shards=5), Ranks.from_environment()
+print("last" if cache_cases.build(Path(sys.argv[1]), encoder=encoder, ranks=ranks) else "done")
 """
 
 
 @pytest.mark.slow
 def test_concurrent_processes_build_one_cache(tmp_path: Path) -> None:
     _build(tmp_path / "whole", Ranks())
-    command = [sys.executable, "-c", PROCESS % COUNTS[0], str(tmp_path / "cache")]
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "cache")]
     path = os.pathsep.join(p for p in sys.path if p)
     running = [
         subprocess.Popen(

@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import cache_cases
-from collegium.cache.codec import SCALARS, Samples, Targets, TopK, decode_rows
-from collegium.cache.layout import Layout
-from collegium.cache.shards import GROUP_TARGETS, PieceKey, window_hash
+from collegium.cache.codecs.targets import SCALARS, Samples, TargetCodec, Targets, TopK
+from collegium.cache.keys import PieceKey, window_hash
+from collegium.cache.shards import ShardMetadata, shard_bytes
 from collegium.cache.store import open_cache
-from collegium.cache.token_ranks import build_vocabulary
+from collegium.cli import app
 from collegium.errors import CacheError
 from refusals import refused
 
@@ -43,44 +44,43 @@ def test_targets_round_trip_in_any_order(tmp_path: Path, targets: Targets) -> No
     places = [(s, p, n) for s in range(3) for p, n in enumerate(cache_cases.LENGTHS)]
     random.Random(0).shuffle(places)
     for shard, piece, length in places:
-        rows = cache.rows([cache_cases.key_of(shard, piece, length)])
-        written = cache_cases.pieces_of(shard, targets)[piece].rows
-        assert _same(rows, decode_rows(targets, written, cache_cases.VOCAB))
+        rows = cache.read([cache_cases.key_of(shard, piece, length)])
+        written = cache_cases.pieces_of(shard, targets)[piece].columns
+        assert _same(rows, cache_cases.codec_of(targets).decode(written))
         assert len(rows) == length - 1, "L tokens give L - 1 targets"
-    joined = cache.rows([cache_cases.key_of(*place) for place in places[:5]])
-    parts = [cache.rows([cache_cases.key_of(*place)]) for place in places[:5]]
+    joined = cache.read([cache_cases.key_of(*place) for place in places[:5]])
+    parts = [cache.read([cache_cases.key_of(*place)]) for place in places[:5]]
     dense = torch.cat([part.logits(slice(0, len(part))) for part in parts])
     assert torch.equal(joined.logits(slice(0, len(joined))), dense)
     assert len(cache) == len(places)
 
 
-def test_scalars_round_trip(tmp_path: Path) -> None:
+def test_no_pieces_give_no_rows(tmp_path: Path) -> None:
     cache_cases.build(tmp_path)
-    cache = open_cache(tmp_path)
-    scalars = cache.scalars(cache_cases.key_of(1, 2, 17))
-    logp = cache_cases.logp_of(1, 2, 17)
-    for number, name in enumerate(SCALARS):
-        assert scalars[name] == pytest.approx(logp[:, number].numpy(), rel=2**-10)
+    assert len(open_cache(tmp_path).read([])) == 0
 
 
 @pytest.mark.parametrize("targets", cache_cases.CODECS, ids=str)
 def test_a_shard_is_an_ordinary_parquet_file(tmp_path: Path, targets: Targets) -> None:
     import datasets
 
-    manifest = cache_cases.build(tmp_path / "cache", targets)
-    path = tmp_path / "cache" / manifest["shards"][0]["name"]
+    cache_cases.build(tmp_path / "cache", targets)
+    path = tmp_path / "cache" / cache_cases.entries_of(tmp_path / "cache")[0]["name"]
     table = pq.read_table(path)
     assert table.num_rows == len(cache_cases.LENGTHS)
     assert all(not field.nullable for field in table.schema)
     assert table.schema.field("gaps").type.value_type == pa.uint16()
     assert table.schema.field("entropy").type.value_type == pa.float16()
     assert [len(x) for x in table["entropy"].to_pylist()] == [n - 1 for n in cache_cases.LENGTHS]
+    logp = cache_cases.logp_of(0, 2, cache_cases.LENGTHS[2])
+    for number, name in enumerate(SCALARS):
+        assert table[name][2].as_py() == pytest.approx(logp[:, number].tolist(), rel=2**-10)
     codec = pq.ParquetFile(path).metadata.row_group(0).column(3).compression
     assert codec == "ZSTD"
     data = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "hf"))
     assert data[2]["offset"] == 20
     assert sorted(data[0]["vocabulary"]) == sorted(
-        {int(v) for p in cache_cases.pieces_of(0, targets) for v in p.rows.ids}
+        {int(v) for p in cache_cases.pieces_of(0, targets) for v in p.columns["ids"]}
     )
 
 
@@ -92,8 +92,8 @@ def test_the_documented_reader_needs_no_collegium(tmp_path: Path, targets: Targe
     assert "collegium" not in code
     names: dict = {}
     exec(code, names)
-    manifest = cache_cases.build(tmp_path, targets)
-    for shard, entry in enumerate(manifest["shards"]):
+    cache_cases.build(tmp_path, targets)
+    for shard, entry in enumerate(cache_cases.entries_of(tmp_path)):
         read = list(names["read_shard"](tmp_path / entry["name"]))
         assert len(read) == len(cache_cases.LENGTHS)
         for number, (document, offset, decoded) in enumerate(read):
@@ -110,25 +110,15 @@ def test_the_documented_reader_needs_no_collegium(tmp_path: Path, targets: Targe
                         assert value == pytest.approx(row[token].item(), abs=1 / 128 + 1e-6)
 
 
-def test_common_tokens_have_small_ranks(tmp_path: Path) -> None:
-    pieces = cache_cases.pieces_of(0, Samples(draws=20))
-    ids = np.concatenate([piece.rows.ids for piece in pieces])
-    words = build_vocabulary(ids, cache_cases.VOCAB)
-    counts = [int((ids == word).sum()) for word in words]
-    assert counts == sorted(counts, reverse=True)
-    assert len(words) == len(set(ids.tolist()))
-
-
 def test_row_groups_end_at_the_target_limit(tmp_path: Path) -> None:
-    from collegium.cache.shards import shard_bytes
-
     targets = TopK(k=1)
     pieces = cache_cases.pieces_of(0, targets, [1500] * 7)
     path = tmp_path / "x.parquet"
-    path.write_bytes(shard_bytes(pieces, Layout("fused", targets), cache_cases.VOCAB, identity={}))
-    metadata = pq.ParquetFile(path).metadata
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [3, 3, 1]
-    assert GROUP_TARGETS == 4096
+    metadata = ShardMetadata(format=2, shard=0, num_targets=7 * 1499, num_shards=1)
+    path.write_bytes(shard_bytes(pieces, cache_cases.codec_of(targets), metadata))
+    stored = pq.ParquetFile(path).metadata
+    assert [stored.row_group(i).num_rows for i in range(stored.num_row_groups)] == [3, 3, 1]
+    assert TargetCodec.group_targets == 4096
 
 
 def test_another_context_or_mask_is_another_key(tmp_path: Path) -> None:
@@ -144,9 +134,9 @@ def test_another_context_or_mask_is_another_key(tmp_path: Path) -> None:
     ]
     for window in changed:
         with refused(CacheError, "TMP: holds no target for the tokens at 0 of document"):
-            cache.rows([PieceKey(key.document, key.offset, window)])
+            cache.read([PieceKey(key.document, key.offset, window)])
     with refused(CacheError, "TMP: "):
-        cache.rows([PieceKey(key.document + 1, key.offset, key.window)])
+        cache.read([PieceKey(key.document + 1, key.offset, key.window)])
 
 
 @pytest.mark.parametrize(
@@ -178,12 +168,50 @@ def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [3, 1])
 def test_another_format_is_refused(tmp_path: Path, number: int) -> None:
-    from collegium.cache.store import manifest_digest
+    cache_cases.build(tmp_path)
+    cache_cases.rewrite_manifest(tmp_path, lambda manifest: manifest.update(format=number))
+    with refused(CacheError, "TMP/manifest.json: got format"):
+        open_cache(tmp_path)
 
-    manifest = cache_cases.build(tmp_path) | {"format": number}
-    manifest["sha256"] = manifest_digest(manifest)
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+
+SHAPES = {
+    "no format": lambda m: m.pop("format"),
+    "format is text": lambda m: m.update(format="2"),
+    "identity is a list": lambda m: m.update(identity=[]),
+    "shards is a number": lambda m: m.update(shards=3),
+    "a shard without a name": lambda m: m["shards"][0].pop("name"),
+    "a climbing name": lambda m: m["shards"][0].update(name="../x"),
+    "an absolute name": lambda m: m["shards"][0].update(name="/etc/passwd"),
+    "an unknown field": lambda m: m.update(more=1),
+    "num_targets is text": lambda m: m.update(num_targets="x"),
+    "a billion draws": lambda m: m["identity"]["targets"].update(draws=10**9),
+    "unknown targets": lambda m: m["identity"].update(targets={"name": "os.system"}),
+    "targets is a list": lambda m: m["identity"].update(targets=[1]),
+    "vocab_size is null": lambda m: m["identity"].update(vocab_size=None),
+    "an unknown kind": lambda m: m["identity"].update(kind="mine"),
+    "no kind": lambda m: m["identity"].pop("kind"),
+    "hidden states without a projection": lambda m: m["identity"].update(kind="features"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_manifest_of_another_shape_is_refused(tmp_path: Path, shape: str) -> None:
+    """The digest is right, as in a manifest that somebody has written on purpose."""
+    cache_cases.build(tmp_path)
+    cache_cases.rewrite_manifest(tmp_path, SHAPES[shape])
     with refused(CacheError, "TMP/manifest.json: "):
+        open_cache(tmp_path)
+    for command in ("info", "verify"):
+        result = CliRunner().invoke(app, ["cache", command, str(tmp_path)])
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "null", "{", "\ud800"])
+def test_a_manifest_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    cache_cases.build(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    # The text in parentheses is that of the JSON parser.
+    with refused(CacheError, "TMP/manifest.json: ", volatile=r"\(.*\)"):
         open_cache(tmp_path)
 
 
@@ -255,7 +283,7 @@ def test_damage_after_opening_fails_a_page_checksum(tmp_path: Path) -> None:
     path, other = sorted(tmp_path.glob("*.parquet"))
     good = path.read_bytes()
     key = cache_cases.key_of(0, 4, 30)
-    expected = open_cache(tmp_path).rows([key])
+    expected = open_cache(tmp_path).read([key])
     rng = random.Random(3)
     messages: list[str] = []
     for number in range(NUM_LATE_CORRUPTIONS):
@@ -271,7 +299,7 @@ def test_damage_after_opening_fails_a_page_checksum(tmp_path: Path) -> None:
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         try:
-            rows = cache.rows([key])
+            rows = cache.read([key])
         except CacheError as error:
             messages.append(str(error))
         else:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from collegium.cache.codec import Samples, TopK, row_keys
-from collegium.cache.layout import Layout
+from collegium.cache.codecs.targets import Samples, TopK, capabilities_of, row_keys
 from collegium.distributions import Answer, DenseRows, NamedRows, StoredScalars
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import FollowHighest, TargetCorrection, TruthFallback
@@ -77,7 +76,8 @@ def _stored(logits_NV: Tensor, labels_N: Tensor, *, seed: int, draws: int = 24) 
     """Cache contents without rounding: reference for `TeacherEncoder` and `TargetCache.stored`."""
     logp_NV = logits_NV.log_softmax(1)
     keys_N = row_keys(seed, np.full(len(logp_NV), 3, np.uint64), np.arange(len(logp_NV)))
-    sizes, ids, counts = Samples(draws=draws).encode(logp_NV, keys_N)
+    columns = Samples(draws=draws).encode(logp_NV, keys_N)
+    sizes, ids, counts = columns["sizes"], columns["ids"], columns["counts"]
     starts = torch.from_numpy(np.concatenate([[0], sizes.astype(np.int64).cumsum()]))
     mass_E = torch.from_numpy(counts.astype(np.float64)) / draws
     rows = NamedRows(starts, torch.from_numpy(ids), mass_E.log(), None, V, is_sampled=True)
@@ -204,7 +204,7 @@ def test_gradient_equals_that_of_the_dense_target_in_expectation(
 
 
 def test_fusion_that_draws_cannot_give_is_refused() -> None:
-    source = Layout("per_teacher", Samples(draws=24), KEPT).capabilities()
+    source = capabilities_of("per_teacher", Samples(draws=24), KEPT)
     for change, where in [
         ({"pool": "log_linear"}, "fusion.pool: got log_linear"),
         ({"pool": "power_mean"}, "fusion.pool: got power_mean"),
@@ -224,7 +224,7 @@ def test_fusion_that_draws_cannot_give_is_refused() -> None:
         Fusion(weighting=Entropy(granularity="batch")),
     ):
         check(fusion_requirements(supported), [source])
-    top_k = Layout("per_teacher", TopK(), KEPT).capabilities()
+    top_k = capabilities_of("per_teacher", TopK(), KEPT)
     check(fusion_requirements(Fusion(pool="log_linear", conflict=TruthFallback())), [top_k])
 
 

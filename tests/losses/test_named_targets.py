@@ -136,7 +136,7 @@ def test_blocks_of_a_target_match_the_whole() -> None:
 def test_gradient_of_draws_is_unbiased() -> None:
     """The mean over many draws is the dense gradient within five standard errors."""
     from cache_cases import Samples, row_keys
-    from collegium.cache.codec import SCALARS, decode_rows, encode_rows
+    from collegium.cache.codecs.targets import SCALARS, TargetCodec
 
     num_repeats, draws = 4000, 10
     _, logp = _top_k(1)
@@ -145,10 +145,8 @@ def test_gradient_of_draws_is_unbiased() -> None:
 
     keys = row_keys(5, np.arange(num_repeats).astype(np.uint64), np.zeros(num_repeats))
     scalars = {name: torch.zeros(num_repeats) for name in SCALARS}
-    encoded = encode_rows(
-        Samples(draws=draws), logp[:1].repeat(num_repeats, 1), keys, scalars=scalars
-    )
-    target = decode_rows(Samples(draws=draws), encoded, V)
+    codec = TargetCodec("fused", Samples(draws=draws), V)
+    target = codec.decode(codec.encode(logp[:1].repeat(num_repeats, 1), keys, scalars))
     student = logits[:1].detach().repeat(num_repeats, 1).requires_grad_()
     _, kl = named_terms(student, torch.zeros(num_repeats, dtype=torch.int64), target)
     gradient = _gradient(kl, student)

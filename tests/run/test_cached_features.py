@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_run
-from collegium.cache.feature_store import open_features
+from collegium.cache.store import open_cache
 from collegium.cli import app
 from collegium.config.recipe import Recipe, dump_recipe, load_recipe
 from collegium.data.pack import Collator
@@ -67,7 +67,7 @@ def test_states_and_loss_match_live_teachers(built: Recipe) -> None:
     assert not isinstance(fusion, str)
     variant = main_variant(built, fusion)
     for name, taps in context.kept_taps.items():
-        assert HiddenCache(context, name).open().taps == taps
+        assert list(HiddenCache(context, name).open().codec.projections) == taps
     root = built.output_dir / "compared"
     live = RunContext(recipe_at(root.parent.parent, "cache={enabled: false}"))
     trainers = [
@@ -152,12 +152,31 @@ def test_merge_copies_hidden_states(built: Recipe, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.count("features") == 2
     for name in ("code", "scripture"):
-        merged, source = (open_features(path / "features" / name) for path in (first, second))
+        merged, source = (open_cache(path / "features" / name) for path in (first, second))
         assert merged.digest == source.digest
-    manifest = second / "features" / "code" / "features.json"
+    manifest = second / "features" / "code" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"rank"', '"rang"'))
     result = CliRunner().invoke(app, ["cache", "merge", str(first), str(second)])
     assert result.exit_code != 0
+
+
+def test_processes_share_the_work_and_the_projection(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("cache.encode", "run.caches"):
+        monkeypatch.setattr(f"collegium.{module}.SHARD_TARGETS", 300)
+    whole = recipe_at(root, f"output_dir={root}/whole")
+    pipeline.cache(whole)
+    parts = HiddenCache(RunContext(recipe_at(root, f"output_dir={root}/parts")), "code")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        parts.build()
+        assert parts.is_done() == (rank == 1)
+    folders = [HiddenCache(RunContext(whole), "code").path, parts.path]
+    files = [{p.name: p.read_bytes() for p in f.iterdir() if p.suffix} for f in folders]
+    assert len(files[0]) > 3
+    assert files[0] == files[1]
 
 
 def test_a_recipe_with_cached_states_reads_back_equal(root: Path, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 import tiny
-from collegium.cache.codec import Samples, TopK
-from collegium.cache.options import CacheOptions
+from collegium.cache.codecs.targets import Samples, TargetCodec, TopK
+from collegium.cache.encode import FusedEncoder
+from collegium.cache.keys import pieces_of
+from collegium.cache.shards import split_runs
 from collegium.cli import app
 from collegium.config.recipe import Recipe, dump_recipe, load_recipe
 from collegium.data.pack import Collator
@@ -29,9 +31,7 @@ from collegium.run.caches import FusedCache
 from collegium.run.context import RunContext
 from collegium.run.controls import CONTROLS, Measured, main_variant
 from collegium.storage.files import read_json
-from collegium.teachers import encoders
-from collegium.teachers.cached import CachedTargets, pieces_of
-from collegium.teachers.encoders import FusedEncoder, shard_windows
+from collegium.teachers.cached import CachedTargets
 from collegium.types import Batch, domain_number
 from refusals import refused
 
@@ -88,18 +88,21 @@ def built(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return recipe
 
 
-def _encoder(context: RunContext, options: CacheOptions) -> FusedEncoder:
+def _encoder(context: RunContext, batch_size: int) -> FusedEncoder:
     """Return an encoder of the training split under the fusion of the recipe."""
     fusion = context.recipe.fusion
     assert isinstance(fusion, Fusion)
     return FusedEncoder(
-        lambda: context.teachers(list(context.recipe.teachers)),
-        fusion,
-        context.datasets["train"],
-        options=options,
+        dataset=context.datasets["train"],
+        batch_size=batch_size,
         seed=0,
-        vocab_size=context.vocab_size,
+        teachers=lambda: context.teachers(list(context.recipe.teachers)),
+        fusion=fusion,
     )
+
+
+def _codec(context: RunContext, draws: int = 50) -> TargetCodec:
+    return TargetCodec("fused", Samples(draws=draws), context.vocab_size)
 
 
 @pytest.mark.parametrize("order", ["as it is", "shuffled"])
@@ -131,7 +134,7 @@ def test_a_cached_target_equals_the_live_one_in_any_order_of_windows(
             cached.logits(slice(0, len(rows))).exp(), dense.exp(), atol=1e-4, rtol=2 / 64
         )
         num_rows += len(rows)
-    assert num_rows == dataset.num_target_tokens == cache.manifest["num_targets"]
+    assert num_rows == dataset.num_target_tokens == cache.manifest.num_targets
 
 
 def test_a_cached_route_equals_the_live_one(zoo: Path, tmp_path: Path) -> None:
@@ -164,45 +167,43 @@ def test_offsets_name_every_target_of_a_document_once(built: Recipe) -> None:
     """No two rows share the randomness of their draws, and every piece has its offset."""
     context = RunContext(built)
     dataset = context.datasets["train"]
-    encoder = _encoder(context, CacheOptions(batch_size=5))
+    encoder = _encoder(context, batch_size=5)
     positions: set[tuple[int, int]] = set()
     num_targets = 0
     for shard in range(len(encoder.shard_targets)):
-        for piece in encoder.encode(shard):
-            count = len(piece.rows.sizes)
+        for piece in encoder.encode(shard, _codec(context)):
+            count = len(piece.columns["sizes"])
             num_targets += count
             positions |= {(piece.key.document, piece.key.offset + i) for i in range(count)}
     assert num_targets == len(positions) == dataset.num_target_tokens
     assert len({key for key, _ in positions}) > 1
 
 
-def test_shards_are_cut_by_their_number_of_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "SHARD_TARGETS", 10)
-    counts = np.array([4, 4, 4, 12, 0, 3, 3])
-    assert shard_windows(counts) == [range(0, 3), range(3, 4), range(4, 7)]
-    assert shard_windows(counts[:3]) == [range(0, 3)]
+def test_shards_are_cut_by_their_number_of_targets() -> None:
+    counts = [4, 4, 4, 12, 0, 3, 3]
+    assert split_runs(counts, 10) == [range(0, 3), range(3, 4), range(4, 7)]
+    assert split_runs(counts[:3], 10) == [range(0, 3)]
+    assert split_runs([*counts[:3], 0, 0], 10) == [range(0, 3)], "a shard has targets"
 
 
 def test_the_batch_size_changes_almost_no_draw(built: Recipe) -> None:
     context = RunContext(built)
     draws = []
     for batch_size in (1, 7):
-        options = CacheOptions(batch_size=batch_size, targets=Samples(draws=16))
-        encoder = _encoder(context, options)
-        pieces = {p.key: p.rows.ids.tolist() for p in encoder.encode(0)}
-        draws.append(pieces)
+        pieces = _encoder(context, batch_size).encode(0, _codec(context, draws=16))
+        draws.append({piece.key: piece.columns["ids"].tolist() for piece in pieces})
     assert draws[0].keys() == draws[1].keys()
     same = sum(draws[0][key] == draws[1][key] for key in draws[0])
     assert same >= 0.95 * len(draws[0]), "only draws at the edge between two tokens may differ"
 
 
-def test_an_estimate_from_all_windows_is_exact(built: Recipe) -> None:
+def test_a_sample_of_all_windows_holds_every_target(built: Recipe) -> None:
     context = RunContext(built)
     dataset = context.datasets["train"]
-    options = CacheOptions(batch_size=len(dataset), targets=Samples(draws=16))
-    encoder = _encoder(context, options)
-    num_entries = sum(len(piece.rows.ids) for piece in encoder.encode(0))
-    assert encoder.sample_entries() == pytest.approx(num_entries / dataset.num_target_tokens)
+    encoder, codec = _encoder(context, batch_size=len(dataset)), _codec(context)
+    assert sum(codec.num_targets(piece.columns) for piece in encoder.sample(codec)) == (
+        dataset.num_target_tokens
+    )
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 import tiny
-from collegium.cache.codec import STEP, Samples
+from collegium.cache.codecs.targets import STEP, Samples
+from collegium.cache.keys import BatchKeys
 from collegium.cli import app
 from collegium.config.recipe import Recipe, decode_fusion, dump_recipe, load_recipe
 from collegium.data.pack import Collator
-from collegium.distributions import NamedRows
+from collegium.distributions import Answer, DenseRows, NamedRows
 from collegium.errors import CacheError, RecipeError
-from collegium.fusion.fuse import Fusion
+from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.pools import RowReader
 from collegium.fusion.requirements import check, fusion_requirements
 from collegium.fusion.rules import Entropy, Uniform
@@ -27,7 +28,7 @@ from collegium.run.caches import TeacherCache
 from collegium.run.context import RunContext
 from collegium.run.controls import CONTROLS, Measured
 from collegium.storage.files import read_json
-from collegium.teachers.cached import BatchKeys, CachedTeacher
+from collegium.teachers.cached import CachedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
@@ -166,7 +167,7 @@ def test_stored_rows_match_the_live_teacher(finished: Recipe) -> None:
         ("scripture", "code"), context.teachers(list(context.recipe.teachers)), strict=True
     ):
         cache = TeacherCache(context, name, "train").open()
-        assert cache.layout.targets == Samples(draws=24)
+        assert cache.codec.targets == Samples(draws=24)
         teacher = CachedTeacher(name, cache, keys)
         for batch in _batches(context):
             rows = batch.rows()
@@ -220,6 +221,31 @@ MIXED_FUSIONS = [
     Fusion(weighting=Uniform()),
     Fusion(weighting=Entropy(), temperatures={"code": 1.25}),
 ]
+
+
+def test_top_k_answers_are_fused_on_the_union_of_their_tokens(zoo: Path, tmp_path: Path) -> None:
+    """Against the pool of the same truncated distributions over the whole vocabulary."""
+    recipe = _recipe(zoo, tmp_path, "cache.targets={name: top_k, k: 12}", "fusion.pool=log_linear")
+    assert pipeline.train(recipe).is_dir()
+    log = (recipe.output_dir / "train" / "log.jsonl").read_text().splitlines()
+    assert set(json.loads(log[0])["teacher_weights"]) == set(NAMES[:2])
+    context = RunContext(recipe)
+    keys = BatchKeys(context.datasets["train"].sample_names)
+    teachers = [
+        CachedTeacher(name, TeacherCache(context, name, "train").open(), keys) for name in NAMES[:2]
+    ]
+    batch = _batches(context)[0]
+    rows = batch.rows()
+    every = slice(0, len(rows))
+    named = [teacher.score(batch, rows) for teacher in teachers]
+    dense = [Answer(a.name, DenseRows(a.distribution.logits(every))) for a in named]
+    for pool in ("linear", "log_linear", "power_mean"):
+        fusion = Fusion(weighting=Uniform(), pool=pool)
+        merged = fuse(fusion, named, rows).block(every).target
+        assert isinstance(merged, NamedRows)
+        assert int(merged.starts.diff().max()) > 12, "no token outside of both top-k is named"
+        expected = fuse(fusion, dense, rows).block(every).logp()
+        torch.testing.assert_close(merged.logits(every).exp(), expected.exp(), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 import cache_cases
-from collegium.cache.store import cache_folders, open_cache, require_manifest
+from collegium.cache.manifest import cache_folders, require_manifest
+from collegium.cache.store import open_cache
 from collegium.cli import app
 from collegium.errors import CacheError, CollegiumError
 from refusals import refused, stable
@@ -34,8 +35,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_cache_behind_a_url_gives_the_same_targets(url: str, tmp_path: Path) -> None:
-    local = open_cache(tmp_path / "cache").rows(KEYS)
-    remote = open_cache(url, require_manifest(tmp_path / "cache")["identity"]).rows(KEYS)
+    local = open_cache(tmp_path / "cache").read(KEYS)
+    remote = open_cache(url, require_manifest(tmp_path / "cache").identity).read(KEYS)
     assert torch.equal(local.ids, remote.ids)
     assert torch.equal(local.logp, remote.logp)
 
@@ -76,6 +77,13 @@ def test_folders_of_teachers_are_found(tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     assert cache_folders(url) == [f"{url}/teachers/{name}/train" for name in ("a", "b")]
     assert len(open_cache(cache_folders(url)[1])) == len(cache_cases.LENGTHS)
+
+
+def test_a_folder_with_special_characters_is_read(tmp_path: Path) -> None:
+    root = tmp_path / "~[a]*::b"
+    cache_cases.build(root / "teachers" / "a" / "train", num_shards=1)
+    assert cache_folders(root) == [f"{root}/teachers/a/train"]
+    assert len(open_cache(cache_folders(root)[0])) == len(cache_cases.LENGTHS)
 
 
 def test_an_unknown_protocol_is_refused() -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import reference_losses
-from collegium.cache.codec import Samples, TopK
-from collegium.cache.layout import Layout
+from collegium.cache.codecs.targets import Samples, TopK, capabilities_of
 from collegium.distributions import Answer, DenseRows, HiddenRows, NamedRows
 from collegium.errors import RecipeError, TrainingError
 from collegium.fusion.conflict import TargetCorrection, TruthFallback
@@ -539,7 +538,7 @@ def test_a_finished_target_without_one_of_the_terms(kd_ratio: float) -> None:
     assert set(loss.terms) == ({"kd"} if kd_ratio else {"ce"})
 
 
-DRAWS, TOP_K = (Layout("fused", targets).capabilities() for targets in (Samples(), TopK()))
+DRAWS, TOP_K = (capabilities_of("fused", targets, ()) for targets in (Samples(), TopK()))
 
 
 @pytest.mark.parametrize(

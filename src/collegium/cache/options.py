@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 
-from collegium.cache.codec import TARGETS, Samples, Targets
-from collegium.cache.features import FeatureCacheOptions
-from collegium.cache.layout import Kind, Layout
+from collegium.cache.codecs.hidden import FeatureCacheOptions
+from collegium.cache.codecs.targets import TARGETS, Samples, TargetKind, Targets, capabilities_of
 from collegium.distributions import Capabilities
-from collegium.options import OneOf
-from collegium.types import STRICT
+from collegium.options import OneOf, option
 
 _TARGETS = Samples()
 # Measured: 35.2 bytes per target at V = 49,152, of a budget of 36 (docs/results/cache.md).
 _TEACHER_DRAWS = 24
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@option
 class CacheOptions:
     """Teacher targets, computed once and read by every student that shares them."""
 
@@ -31,7 +28,7 @@ class CacheOptions:
     """Folder. Defaults to `cache` in the run folder. Runs with equal identities can share it."""
     url: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://")] | None = None
     """fsspec URL of a finished cache (`s3://bucket/cache`), read instead of `path`, never built."""
-    kind: Kind = "fused"
+    kind: TargetKind = "fused"
     """fused: one target for all teachers, under this run's fusion. per_teacher: the outputs of each
     teacher, so that weights can change and teachers can be added without rerunning the others. Draws
     are for linear pools only."""
@@ -81,8 +78,10 @@ class CacheOptions:
     @property
     def capabilities(self) -> Capabilities:
         """The operations that this cache supports."""
-        layout = Layout(self.kind, self.targets, tuple(self.temperatures))
-        return layout.capabilities(has_features=self.features is not None)
+        has_features = self.features is not None
+        return capabilities_of(
+            self.kind, self.targets, self.temperatures, has_features=has_features
+        )
 
     def __post_init__(self) -> None:
         # By identity, not equality: 50 draws set in the recipe are kept.

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from collegium.cache.keys import BatchKeys
 from collegium.cache.processes import Ranks
 from collegium.config.recipe import decode_fusion
 from collegium.console import progress
@@ -37,7 +38,7 @@ from collegium.run.context import RunContext, free_memory
 from collegium.run.controls import CONTROLS, Measured, Variant, main_variant
 from collegium.run.folder import last_row
 from collegium.storage.files import fingerprint, read_json, write_json
-from collegium.teachers.cached import BatchKeys, CachedTargets, CachedTeacher
+from collegium.teachers.cached import CachedTargets, CachedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions
 from collegium.teachers.prefetch import PrefetchingCollator
@@ -410,7 +411,7 @@ def preflights(context: RunContext) -> list[Artifact[Any]]:
 
 def caches(context: RunContext) -> list[Artifact[Any]]:
     """Return the caches that the recipe describes, for this process to build its share of."""
-    recipe, ranks = context.recipe, Ranks.from_environment()
+    recipe = context.recipe
     if not recipe.teachers:
         raise RecipeError("teachers: none given; a cache stores their outputs, name at least one")
     if recipe.cache.kind == "fused":
@@ -418,10 +419,9 @@ def caches(context: RunContext) -> list[Artifact[Any]]:
         assert fusion is not None  # there are teachers
         return [FusedCache(context, fusion)]
     splits: tuple[Split, ...] = ("calibration", "train")
-    kept = context.kept_taps if ranks.rank == 0 else ()  # hidden states have one builder
     return [
         *(TeacherCache(context, name, split) for name in recipe.teachers for split in splits),
-        *(HiddenCache(context, name) for name in kept),
+        *(HiddenCache(context, name) for name in context.kept_taps),
     ]
 
 

@@ -17,25 +17,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from torch import Tensor
+
 from collegium.cache.build import build_cache
-from collegium.cache.feature_build import build_features
-from collegium.cache.feature_store import FeatureCache, open_features
-from collegium.cache.layout import Layout
+from collegium.cache.encode import (
+    SHARD_TARGETS,
+    CorpusEncoder,
+    FusedEncoder,
+    HiddenEncoder,
+    TeacherEncoder,
+)
+from collegium.cache.manifest import read_manifest, require_identity
 from collegium.cache.processes import Ranks
-from collegium.cache.store import TargetCache, open_cache, read_manifest, require_identity, summary
+from collegium.cache.store import CacheReader, open_cache
 from collegium.config.recipe import plain
-from collegium.console import progress, say
+from collegium.distributions import NamedRows
 from collegium.errors import RecipeError
 from collegium.evaluate.scoring import spread_windows
 from collegium.fusion.describe import to_recipe
 from collegium.fusion.fuse import Fusion
 from collegium.run.artifact import Artifact
 from collegium.run.context import RunContext
-from collegium.teachers.cached_features import FeatureEncoder
-from collegium.teachers.encoders import SHARD_TARGETS, CorpusEncoder, FusedEncoder, TeacherEncoder
 
 Split = Literal["train", "calibration"]
-T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
 CALIBRATION_K = 64
 """Tokens stored per position of the calibration split.
 
@@ -43,7 +48,7 @@ They only measure how far teachers are apart; everything else is in the scalars.
 """
 
 
-class Cache(Artifact[T_co]):
+class Cache(Artifact[CacheReader[T]]):
     """A folder of stored teacher outputs, or a URL of one that is only read."""
 
     @property
@@ -84,8 +89,24 @@ class Cache(Artifact[T_co]):
         """
         manifest = read_manifest(self.location)
         if manifest is not None:
-            require_identity(self.location, manifest["identity"], self.identity())
+            require_identity(self.location, manifest.identity, self.identity())
         return manifest is not None
+
+    @abstractmethod
+    def encoder(self) -> CorpusEncoder:
+        """Return the source of its content."""
+
+    def build(self) -> None:
+        """Build the shards of this process, and say how many and how large they are.
+
+        Raises:
+            CacheError: the folder belongs to another run, or the disk is full.
+        """
+        ranks = Ranks.from_environment()
+        build_cache(self.path, self.identity(), self.encoder(), label=self.name, ranks=ranks)
+
+    def open(self) -> CacheReader[T]:
+        return open_cache(self.location, self.identity())
 
     def log(self) -> AbstractContextManager[None]:
         """Record the stage, unless several processes build together and share no log."""
@@ -93,7 +114,7 @@ class Cache(Artifact[T_co]):
 
 
 @dataclass(frozen=True, eq=False)
-class FusedCache(Cache[TargetCache]):
+class FusedCache(Cache[NamedRows]):
     """Fused targets of all teachers on the training split."""
 
     fusion: Fusion
@@ -112,24 +133,19 @@ class FusedCache(Cache[TargetCache]):
             "fusion": plain(to_recipe(self.fusion)),
         }
 
-    def build(self) -> None:
+    def encoder(self) -> FusedEncoder:
         context, recipe = self.context, self.context.recipe
-        encoder = FusedEncoder(
-            lambda: context.teachers(list(recipe.teachers)),
-            self.fusion,
-            context.datasets["train"],
-            options=recipe.cache,
+        return FusedEncoder(
+            dataset=context.datasets["train"],
+            batch_size=recipe.cache.batch_size,
             seed=recipe.seed,
-            vocab_size=context.vocab_size,
+            teachers=lambda: context.teachers(list(recipe.teachers)),
+            fusion=self.fusion,
         )
-        build_targets(self, encoder)
-
-    def open(self) -> TargetCache:
-        return open_cache(self.location, self.identity())
 
 
 @dataclass(frozen=True, eq=False)
-class TeacherCache(Cache[TargetCache]):
+class TeacherCache(Cache[NamedRows]):
     """Outputs of one teacher on one split."""
 
     teacher: str
@@ -152,30 +168,24 @@ class TeacherCache(Cache[TargetCache]):
             "teachers": {self.teacher: context.teacher_identity(self.teacher)},
         }
 
-    def build(self) -> None:
+    def encoder(self) -> TeacherEncoder:
         context, recipe = self.context, self.context.recipe
         dataset = context.datasets[self.split]
         windows = None
         if self.split == "calibration":
             windows = spread_windows(dataset, recipe.preflight.max_tokens)
-        encoder = TeacherEncoder(
-            self.teacher,
-            lambda: context.teachers([self.teacher])[0],
-            dataset,
-            layout=Layout.of_identity(self.identity()),
+        return TeacherEncoder(
+            dataset=dataset,
             batch_size=recipe.cache.batch_size,
             seed=recipe.seed,
-            vocab_size=context.vocab_size,
             windows=windows,
+            name=self.teacher,
+            teacher=lambda: context.teachers([self.teacher])[0],
         )
-        build_targets(self, encoder)
-
-    def open(self) -> TargetCache:
-        return open_cache(self.location, self.identity())
 
 
 @dataclass(frozen=True, eq=False)
-class HiddenCache(Cache[FeatureCache]):
+class HiddenCache(Cache[dict[str, Tensor]]):
     """Hidden states of one teacher on the training split."""
 
     teacher: str
@@ -194,63 +204,18 @@ class HiddenCache(Cache[FeatureCache]):
             "teachers": {self.teacher: context.teacher_identity(self.teacher)},
         }
 
-    def build(self) -> None:
+    def encoder(self) -> HiddenEncoder:
         context, recipe = self.context, self.context.recipe
-        options, identity = recipe.cache.features, self.identity()
+        options = recipe.cache.features
         assert options is not None  # or no tap would be kept
-        encoder = FeatureEncoder(
-            lambda: context.teachers([self.teacher])[0],
-            context.datasets["train"],
-            identity["layers"],
-            options=options,
+        return HiddenEncoder(
+            dataset=context.datasets["train"],
             batch_size=recipe.cache.batch_size,
             seed=recipe.seed,
+            teacher=lambda: context.teachers([self.teacher])[0],
+            taps=context.kept_taps[self.teacher],
+            options=options,
         )
-        num_targets = sum(encoder.shard_targets)
-        max_bytes = num_targets * len(identity["layers"]) * (options.rank + 4)
-        say(
-            f"{self.name}: {num_targets:,} targets, at most {max_bytes / 1e6:,.1f} MB at {self.path}"
-        )
-        with progress(self.name) as advance:
-            manifest = build_features(
-                self.path,
-                identity,
-                encoder.fit,
-                encoder.encode,
-                shard_targets=encoder.shard_targets,
-                progress=advance,
-            )
-        say(f"{self.name}: {summary(manifest)}")
-
-    def open(self) -> FeatureCache:
-        return open_features(self.location, self.identity())
-
-
-def build_targets(artifact: Cache[TargetCache], encoder: CorpusEncoder) -> None:
-    """Build the shards of this process, and say how many and how large they are.
-
-    Raises:
-        CacheError: the folder belongs to another run, or the disk is full.
-    """
-    name, path, ranks = artifact.name, artifact.path, Ranks.from_environment()
-    num_targets = sum(encoder.shard_targets)
-    with progress(name) as advance:
-        manifest = build_cache(
-            path,
-            artifact.identity(),
-            encoder.encode,
-            shard_targets=encoder.shard_targets,
-            sample=encoder.sample_entries,
-            announce=lambda size: say(
-                f"{name}: {num_targets:,} targets, about {size / 1e6:,.1f} MB to write to {path}"
-            ),
-            progress=advance,
-            ranks=ranks,
-        )
-    if manifest is None:
-        say(f"{name}: rank {ranks.rank} of {ranks.world_size} is done; the last one ends the cache")
-    else:
-        say(f"{name}: {summary(manifest)}")
 
 
 def corpus_identity(context: RunContext, split: Split) -> dict[str, Any]:

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from collegium.cache.codec import (
+from collegium.cache.codecs.targets import (
     SCALARS,
     STEP,
     Samples,
+    TargetCodec,
     TopK,
-    decode_rows,
     draw,
-    encode_rows,
     id_dtype,
     row_keys,
 )
@@ -35,7 +34,11 @@ def _scalars(num_rows: int) -> dict[str, torch.Tensor]:
 
 def _encode(targets, logp, keys=None):
     keys = _keys(len(logp)) if keys is None else keys
-    return encode_rows(targets, logp, keys, scalars=_scalars(len(logp)))
+    return _codec(targets, logp.shape[1]).encode(logp, keys, _scalars(len(logp)))
+
+
+def _codec(targets, vocab_size: int = V) -> TargetCodec:
+    return TargetCodec("fused", targets, vocab_size)
 
 
 def test_draws_are_unbiased() -> None:
@@ -43,7 +46,7 @@ def test_draws_are_unbiased() -> None:
     num_rows, num_draws = 8000, 50
     logp_V = _logp(1)[0]
     encoded = _encode(Samples(draws=num_draws), logp_V.repeat(num_rows, 1))
-    counts = np.bincount(encoded.ids, weights=encoded.values, minlength=V)
+    counts = np.bincount(encoded["ids"], weights=encoded["counts"], minlength=V)
     expected = logp_V.double().exp().numpy() * num_rows * num_draws
     chi_square = ((counts - expected) ** 2 / expected).sum()
     # 59 degrees of freedom: mean 59, standard deviation 10.9.
@@ -80,14 +83,14 @@ def test_impossible_tokens_are_never_drawn() -> None:
     logp[:, -1] = -torch.inf
     logp = logp.log_softmax(-1)
     encoded = _encode(Samples(draws=64), logp)
-    assert (encoded.ids % 3 != 0).all()
-    assert encoded.ids.max() < V - 1
+    assert (encoded["ids"] % 3 != 0).all()
+    assert encoded["ids"].max() < V - 1
 
 
 def test_stored_draws_decode_to_the_drawn_counts() -> None:
     logp, keys = _logp(9), _keys(9)
     encoded = _encode(Samples(draws=30), logp, keys)
-    rows = decode_rows(Samples(draws=30), encoded, V)
+    rows = _codec(Samples(draws=30)).decode(encoded)
     dense = rows.logits(slice(0, 9)).exp()
     expected = torch.stack([row.bincount(minlength=V).float() / 30 for row in draw(logp, keys, 30)])
     assert torch.allclose(dense, expected)
@@ -98,7 +101,7 @@ def test_stored_draws_decode_to_the_drawn_counts() -> None:
 @pytest.mark.parametrize("k", [1, 7, 59, 60, 100])
 def test_top_k_meets_its_error_bound_and_has_an_exact_tail(k: int) -> None:
     logp = _logp(40, scale=4.0).double()
-    rows = decode_rows(TopK(k=k), _encode(TopK(k=k), logp), V)
+    rows = _codec(TopK(k=k)).decode(_encode(TopK(k=k), logp))
     kept = min(k, V)
     top = logp.topk(kept).values
     assert (rows.logp.view(40, kept) - top).abs().max() <= STEP
@@ -111,7 +114,7 @@ def test_top_k_meets_its_error_bound_and_has_an_exact_tail(k: int) -> None:
 def test_a_tail_below_rounding_is_kept() -> None:
     logp = torch.full((1, V), -40.0, dtype=torch.float64)
     logp[0, 5] = 0.0
-    rows = decode_rows(TopK(k=1), _encode(TopK(k=1), logp), V)
+    rows = _codec(TopK(k=1)).decode(_encode(TopK(k=1), logp))
     assert rows.log_tail.item() == pytest.approx(-40 + np.log(V - 1), abs=1e-5)
     assert rows.ids.tolist() == [5]
 
@@ -125,57 +128,60 @@ def test_the_largest_token_id_fits(vocab_size: int, dtype: type) -> None:
     logp[0, vocab_size - 1] = 0.0
     for targets in (Samples(draws=300), TopK(k=1)):
         encoded = _encode(targets, logp)
-        assert encoded.ids.dtype == dtype
-        assert decode_rows(targets, encoded, vocab_size).ids.tolist() == [vocab_size - 1]
+        assert encoded["ids"].dtype == dtype
+        assert _codec(targets, vocab_size).decode(encoded).ids.tolist() == [vocab_size - 1]
 
 
 def test_the_dtype_of_counts_fits_the_number_of_draws() -> None:
     certain = torch.log(torch.tensor([[1.0, 0.0]]))
     for draws, dtype in ((255, np.uint8), (256, np.uint16)):
         encoded = _encode(Samples(draws=draws), certain)
-        assert encoded.values.dtype == dtype
-        assert encoded.values.tolist() == [draws]
+        assert encoded["counts"].dtype == dtype
+        assert encoded["counts"].tolist() == [draws]
 
 
 def test_scalars_are_float16_and_finite() -> None:
     scalars = _scalars(1) | {"label_logp": torch.tensor([-1e30])}
-    encoded = encode_rows(Samples(), _logp(1), _keys(1), scalars=scalars)
-    assert all(values.dtype == np.float16 for values in encoded.scalars.values())
-    assert np.isfinite(encoded.scalars["label_logp"]).all()
+    encoded = _codec(Samples()).encode(_logp(1), _keys(1), scalars)
+    assert all(encoded[name].dtype == np.float16 for name in SCALARS)
+    assert np.isfinite(encoded["label_logp"]).all()
     with refused(ValueError, "entropy: "):
-        encode_rows(
-            Samples(), _logp(1), _keys(1), scalars=scalars | {"entropy": torch.tensor([torch.nan])}
+        _codec(Samples()).encode(
+            _logp(1), _keys(1), scalars | {"entropy": torch.tensor([torch.nan])}
         )
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"values": np.array([3, 3], np.uint8)},
-        {"ids": np.array([1, V], np.uint16)},
-        {"sizes": np.array([1, 0], np.uint8)},
-        {"sizes": np.array([2, 0], np.uint8)},
+        {"counts": np.array([3, 3], np.uint8)},
+        {"vocabulary": np.array([1, V], np.uint16)},
+        {"gaps": np.array([0, 2], np.uint16)},
+        {"sizes": np.array([1], np.uint8)},
+        {"sizes": np.array([2, 0], np.uint8), "entropy": np.zeros(2, np.float16)},
+        {"entropy": np.zeros(2, np.float16)},
     ],
-    ids=["counts", "token id", "sizes", "empty row"],
+    ids=["counts", "token id", "rank", "sizes", "empty row", "scalars"],
 )
-def test_rows_that_no_encoder_writes_are_refused(change: dict) -> None:
-    import dataclasses
-
-    logp = torch.log(torch.tensor([[0.4, 0.6] + [0.0] * (V - 2)])).repeat(1, 1)
-    good = _encode(Samples(draws=5), logp)
-    good = dataclasses.replace(
-        good, ids=np.array([0, 1], np.uint16), values=np.array([2, 3], np.uint8),
-        sizes=np.array([2], np.uint8),
-    )  # fmt: skip
-    decode_rows(Samples(draws=5), good, V)
+def test_columns_that_no_encoder_writes_are_refused(change: dict) -> None:
+    codec = _codec(Samples(draws=5))
+    packed = {
+        "sizes": np.array([2], np.uint8),
+        "gaps": np.array([0, 1], np.uint16),
+        "counts": np.array([2, 3], np.uint8),
+        "vocabulary": np.array([0, 1], np.uint16),
+        "entropy": np.zeros(1, np.float16),
+    }
+    assert codec.unpack(packed, packed.pop("vocabulary"))["ids"].tolist() == [0, 1]
+    packed |= {"vocabulary": np.array([0, 1], np.uint16)} | change
     with refused(ValueError):
-        decode_rows(Samples(draws=5), dataclasses.replace(good, **change), V)
+        codec.unpack(packed, packed.pop("vocabulary"))
 
 
 def test_both_ends_of_the_unit_interval_draw_possible_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ends = np.array([[0.0, 1 - 2.0**-53]])
-    monkeypatch.setattr("collegium.cache.codec._uniforms", lambda keys, number: ends)
+    monkeypatch.setattr("collegium.cache.codecs.targets._uniforms", lambda keys, number: ends)
     logp = torch.log(torch.tensor([[0.0, 0.1, 0.7, 0.2, 0.0]]))
     assert draw(logp, _keys(1), 2).tolist() == [[1, 3]]

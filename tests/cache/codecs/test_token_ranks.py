@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from collegium.cache.token_ranks import (
-    build_vocabulary,
-    from_gaps,
-    from_heights,
-    from_ranks,
-    rank_order,
-    to_gaps,
-    to_heights,
-    to_ranks,
-)
+from collegium.cache.codecs.token_ranks import from_gaps, from_heights, to_gaps, to_heights
 from refusals import refused
 
 MAX_ID = 2**16 - 1
@@ -30,18 +21,24 @@ def _rows() -> tuple[np.ndarray, np.ndarray]:
 
 def test_the_round_trip_sorts_tokens_by_rank() -> None:
     ids, sizes = _rows()
-    vocabulary = build_vocabulary(ids, MAX_ID + 1)
-    assert vocabulary.dtype == np.uint16
-    ranks = to_ranks(ids, vocabulary, MAX_ID + 1)
-    order = rank_order(ranks, sizes)
-    back = from_gaps(to_gaps(ranks[order], sizes), sizes)
-    bounds = np.cumsum(sizes.astype(int))[:-1]
-    for row in np.split(back, bounds):
-        assert (np.diff(row) > 0).all()
-    tokens = from_ranks(back, vocabulary)
+    vocabulary, gaps, order = to_gaps(ids, sizes, MAX_ID + 1)
+    assert vocabulary.dtype == gaps.dtype == np.uint16
+    tokens = from_gaps(gaps, sizes, vocabulary)
     assert (tokens == ids[order]).all()
+    bounds = np.cumsum(sizes.astype(int))[:-1]
+    rank = {int(word): number for number, word in enumerate(vocabulary)}
+    for row in np.split(tokens, bounds):
+        assert (np.diff([rank[int(word)] for word in row]) > 0).all()
     pairs = zip(np.split(tokens, bounds), np.split(ids, bounds), strict=True)
     assert all(set(a.tolist()) == set(b.tolist()) for a, b in pairs)
+
+
+def test_common_tokens_have_small_ranks() -> None:
+    ids, sizes = _rows()
+    vocabulary = to_gaps(ids, sizes, MAX_ID + 1)[0]
+    counts = [int((ids == word).sum()) for word in vocabulary]
+    assert counts == sorted(counts, reverse=True)
+    assert sorted(vocabulary.tolist()) == sorted(set(ids.tolist()))
 
 
 def test_the_round_trip_of_levels_is_exact() -> None:
@@ -56,9 +53,9 @@ def test_the_round_trip_of_levels_is_exact() -> None:
 def test_values_that_no_writer_writes_are_refused() -> None:
     sizes = np.array([2, 1], np.uint8)
     with refused(ValueError):
-        from_gaps(np.array([3, 0, 0], np.uint16), sizes)
-    assert from_gaps(np.array([0, 1, 0], np.uint16), sizes).tolist() == [0, 1, 0]
+        from_gaps(np.array([3, 0, 0], np.uint16), sizes, np.arange(9))
+    assert from_gaps(np.array([0, 1, 0], np.uint16), sizes, np.array([7, 5])).tolist() == [7, 5, 7]
     with refused(ValueError):
-        from_ranks(np.array([2]), np.array([7, 5]))
+        from_gaps(np.array([0, 2, 0], np.uint16), sizes, np.array([7, 5]))
     with refused(ValueError):
         from_heights(np.array([1, 4, 2]), np.array([3, 2]), sizes)

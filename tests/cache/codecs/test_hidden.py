@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import safetensors.numpy
 import torch
+from typer.testing import CliRunner
 
-from collegium.cache.feature_build import build_features
-from collegium.cache.feature_shards import PieceFeatures
-from collegium.cache.feature_store import FEATURE_MANIFEST, FeatureCache, open_features
-from collegium.cache.features import Projection, projections_bytes, read_projections
-from collegium.cache.shards import PieceKey
-from collegium.cache.store import manifest_digest
+import cache_cases
+from collegium.cache.build import SINGLE_PROCESS, build_cache
+from collegium.cache.codecs.hidden import OFFSET, HiddenCodec, Projection
+from collegium.cache.keys import PieceKey
+from collegium.cache.manifest import MANIFEST, Manifest
+from collegium.cache.merge import merge_all
+from collegium.cache.processes import Ranks
+from collegium.cache.shards import EncodedPiece
+from collegium.cache.store import CacheReader, open_cache
+from collegium.cli import app
 from collegium.errors import CacheError
 from collegium.losses.features import _normalize
 from refusals import refused
@@ -53,12 +60,12 @@ def test_the_error_meets_its_bound_against_float64(rank: int) -> None:
     projection = Projection.fit(hidden(500), rank, seed=1)
     states = hidden(200, seed=2)
     codes, scales = projection.encode(states)
-    assert codes.dtype == np.int8
+    assert codes.dtype == np.uint8
     assert codes.shape == (200, min(rank, D))
     basis, mean = projection.basis_DR.astype(np.float64), projection.mean_D.astype(np.float64)
     exact = states.astype(np.float64)
     coefficients = (exact - mean) @ basis
-    quantized = codes.astype(np.float64) * scales.astype(np.float64)[:, None]
+    quantized = (codes.astype(np.float64) - OFFSET) * scales.astype(np.float64)[:, None]
     assert (np.abs(quantized - coefficients) <= 0.5 * scales[:, None] * (1 + 1e-3) + 1e-5).all()
     left_out = np.linalg.norm(exact - mean - coefficients @ basis.T, axis=1)
     error = np.linalg.norm(exact - projection.decode(codes, scales), axis=1)
@@ -108,14 +115,30 @@ def test_the_alignment_loss_and_its_gradient_are_preserved(rank: int, tolerance:
 def test_edge_cases() -> None:
     projection = Projection.fit(hidden(3), D, seed=0)
     codes, scales = projection.encode(projection.mean_D[None])
-    assert not codes.any()
+    assert (codes == OFFSET).all()
     assert scales.tolist() == [0.0]
     assert np.array_equal(projection.decode(codes, scales)[0], projection.mean_D)
     again = Projection.fit(hidden(3), D, seed=0)
-    assert projections_bytes({"a": projection}) == projections_bytes({"a": again})
+    assert HiddenCodec({"a": projection}).dump() == HiddenCodec({"a": again}).dump()
     other = Projection.fit(hidden(3), D, seed=1)
-    assert projections_bytes({"a": projection}) != projections_bytes({"a": other})
-    assert read_projections(projections_bytes({"a": projection})).keys() == {"a"}
+    assert HiddenCodec({"a": projection}).dump() != HiddenCodec({"a": other}).dump()
+    assert HiddenCodec.load(HiddenCodec({"a": projection}).dump()).projections.keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"a.mean": np.zeros(3, np.float32)},
+        {"a.mean": np.zeros(3, np.float32), "a.basis": np.zeros((2, 3), np.float32)},
+    ],
+    ids=["empty", "no basis", "other width"],
+)
+def test_a_side_file_without_projections_is_refused(tensors: dict[str, np.ndarray]) -> None:
+    with refused(ValueError):
+        HiddenCodec.load(safetensors.numpy.save(tensors))
+    with refused(ValueError, volatile=r"\(.*\)"):
+        HiddenCodec.load(b"other bytes")
 
 
 # Complete folders
@@ -129,20 +152,28 @@ def states_of(shard: int, piece: int, tap: str) -> np.ndarray:
     return hidden(LENGTHS[piece], TAPS[tap], seed=10 * shard + piece)
 
 
-def fit() -> dict[str, Projection]:
-    return {tap: Projection.fit(hidden(200, width), 8, seed=0) for tap, width in TAPS.items()}
+class Encoder:
+    """A corpus encoder of synthetic states."""
+
+    shard_targets = [sum(LENGTHS)] * SHARDS
+
+    def fit(self) -> bytes:
+        projections = {
+            tap: Projection.fit(hidden(200, width), 8, seed=0) for tap, width in TAPS.items()
+        }
+        return HiddenCodec(projections).dump()
+
+    def encode(self, shard: int, codec: HiddenCodec) -> Iterator[EncodedPiece]:
+        for piece in range(len(LENGTHS)):
+            states = {tap: states_of(shard, piece, tap) for tap in TAPS}
+            yield EncodedPiece(key_of(shard, piece), codec.encode(states))
+
+    def sample(self, codec: HiddenCodec) -> list[EncodedPiece]:
+        return list(self.encode(0, codec))
 
 
-def encode(shard: int, projections: Mapping[str, Projection]) -> Iterator[PieceFeatures]:
-    for piece in range(len(LENGTHS)):
-        taps = {tap: projections[tap].encode(states_of(shard, piece, tap)) for tap in TAPS}
-        yield PieceFeatures(key_of(shard, piece), taps)
-
-
-def build(path: Path, **changed: Any) -> dict[str, Any]:
-    return build_features(
-        path, IDENTITY | changed, fit, encode, shard_targets=[sum(LENGTHS)] * SHARDS
-    )
+def build(path: Path, ranks: Ranks = SINGLE_PROCESS, **changed: Any) -> Manifest | None:
+    return build_cache(path, IDENTITY | changed, Encoder(), label="hidden", ranks=ranks)
 
 
 @pytest.fixture
@@ -152,31 +183,97 @@ def built(tmp_path: Path) -> Path:
 
 
 def content(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir() if file.name != ".lock"}
+    return {
+        file.name: file.read_bytes() for file in path.iterdir() if not file.name.startswith(".")
+    }
 
 
-def read_all(cache: FeatureCache) -> None:
+def read_all(cache: CacheReader[Any]) -> None:
     for shard in range(SHARDS):
         for piece in range(len(LENGTHS)):
-            cache.rows([key_of(shard, piece)], sorted(TAPS))
+            cache.read([key_of(shard, piece)])
 
 
 def test_pieces_are_read_in_any_order(built: Path) -> None:
-    cache, projections = open_features(built, IDENTITY), fit()
+    cache = open_cache(built, IDENTITY)
+    projections = cache.codec.projections
     places = [(2, 2), (0, 1), (1, 0)]
-    states = cache.rows([key_of(*place) for place in places], ["layer_3"])
-    expected = [
-        projections["layer_3"].decode(*projections["layer_3"].encode(states_of(*p, "layer_3")))
-        for p in places
-    ]
-    assert list(states) == ["layer_3"]
-    # The last bit of a matrix product depends on how its rows are split.
-    np.testing.assert_allclose(states["layer_3"].numpy(), np.concatenate(expected), rtol=1e-5)
+    states = cache.read([key_of(*place) for place in places])
+    assert states.keys() == TAPS.keys()
+    for tap, states_ND in states.items():
+        parts = [
+            projections[tap].decode(*projections[tap].encode(states_of(*p, tap))) for p in places
+        ]
+        # The last bit of a matrix product depends on how its rows are split.
+        np.testing.assert_allclose(states_ND.numpy(), np.concatenate(parts), rtol=1e-5)
+    assert cache.read([])["layer_3"].shape == (0, TAPS["layer_3"])
     cache.check()
     with refused(CacheError, "TMP/code: "):
-        cache.rows([key_of(0, 0)], ["layer_9"])
-    with refused(CacheError, "TMP/code: "):
-        cache.rows([PieceKey(1, 3, bytes(16))], ["layer_3"])
+        cache.read([PieceKey(1, 3, bytes(16))])
+
+
+def test_the_size_is_announced_before_the_shards(tmp_path: Path, capsys) -> None:
+    build(tmp_path)
+    text = capsys.readouterr().err
+    # Two taps of 8 coefficients and a scale each.
+    assert "hidden: 45 targets, about 0.0 MB to write to" in text
+    codec = open_cache(tmp_path).codec
+    assert codec.bytes_per_target([]) == 2 * (8 + 4)
+
+
+def test_low_disk_space_is_refused_before_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with refused(CacheError, "TMP: "):
+        build(tmp_path)
+    assert not list(tmp_path.glob("shard-*"))
+
+
+def test_ranks_build_the_bytes_of_a_single_process(built: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        manifest = build(tmp_path / "ranks", Ranks(rank, 2))
+        assert (manifest is None) == (rank == 0)
+    assert content(tmp_path / "ranks") == content(built)
+
+
+def test_merged_folders_have_the_bytes_of_a_single_build(built: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        build(tmp_path / f"part{rank}" / "features" / "code", Ranks(rank, 2))
+    merge_all([tmp_path / "part0", tmp_path / "part1"])
+    assert content(tmp_path / "part0" / "features" / "code") == content(built)
+
+
+def test_shards_of_another_projection_are_not_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "a", Ranks(0, 2))
+    other = HiddenCodec(
+        {tap: Projection.fit(hidden(99, width), 8, seed=1) for tap, width in TAPS.items()}
+    )
+    monkeypatch.setattr(Encoder, "fit", lambda _: other.dump())
+    build(tmp_path / "b", Ranks(1, 2))
+    with refused(CacheError, "TMP/b: "):
+        merge_all([tmp_path / "a", tmp_path / "b"])
+    next((tmp_path / "b").glob("projection-*")).unlink()
+    with refused(CacheError, "TMP/new: "):
+        (tmp_path / "new").mkdir()
+        build(tmp_path / "c", Ranks(0, 2))
+        next((tmp_path / "c").glob("projection-*")).unlink()
+        merge_all([tmp_path / "new", tmp_path / "b", tmp_path / "c"])
+
+
+def test_hidden_states_of_format_1_are_refused(built: Path) -> None:
+    folder = built.rename(built.parent / "old")
+    folder = Path(shutil.copytree(folder, built.parent / "features" / "code"))
+    (folder / MANIFEST).rename(folder / "features.json")
+    for call in (open_cache, build):
+        with refused(CacheError, "TMP/features/code/features.json: "):
+            call(folder)
+    for command in ("info", "verify"):
+        result = CliRunner().invoke(app, ["cache", command, str(built.parent)])
+        assert result.exit_code == 2
+        assert "features.json" in result.stderr
 
 
 def test_any_parquet_reader_opens_a_shard(built: Path) -> None:
@@ -193,7 +290,7 @@ def test_any_parquet_reader_opens_a_shard(built: Path) -> None:
 def test_another_run_is_refused_field_by_field(built: Path) -> None:
     other = IDENTITY | {"rank": 16, "layers": ["layer_0"]}
     with refused(CacheError, "TMP/code: "):
-        open_features(built, other)
+        open_cache(built, other)
     with refused(CacheError, "TMP/code: "):
         build(built, rank=16)
 
@@ -203,8 +300,7 @@ _CHILD = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from cache import test_features as cases
-import collegium.cache.feature_build as module
+from cache.codecs import test_hidden as cases
 count, inner = 0, os.replace
 def replace(*arguments, **named):
     global count
@@ -222,39 +318,45 @@ cases.build(Path({folder!r}))
 def test_a_killed_build_resumes_to_the_same_bytes(built: Path, tmp_path: Path, at: int) -> None:
     """Killed just before the projection, each shard and the manifest are published."""
     folder = tmp_path / "killed"
-    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
+    paths = [str(Path(__file__).parents[2]), str(Path(__file__).parents[3] / "src")]
     code = _CHILD.format(paths=paths, at=at, folder=str(folder))
     process = subprocess.run([sys.executable, "-c", code], check=False, env=os.environ)
     assert process.returncode == -signal.SIGKILL
-    assert not (folder / FEATURE_MANIFEST).exists()
+    assert not (folder / MANIFEST).exists()
     build(folder)
     assert content(folder) == content(built)
 
 
-def test_a_finished_folder_is_not_encoded_again(built: Path) -> None:
-    def never(*_: Any) -> Any:
-        raise AssertionError("encoded again")
-
+def test_a_finished_folder_is_not_encoded_again(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = content(built)
-    build_features(built, IDENTITY, never, never, shard_targets=[sum(LENGTHS)] * SHARDS)
+    with monkeypatch.context() as patch:
+        for name in ("fit", "encode", "sample"):
+            patch.setattr(Encoder, name, lambda *_: pytest.fail("encoded again"))
+        build(built)
     assert content(built) == before
     sorted(built.glob("shard-*"))[1].unlink()
     build(built)
     assert content(built) == before
 
 
-def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, data: bytes) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_an_error_of_the_disk_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(path: Path, data: bytes) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("collegium.cache.feature_build.write_bytes", full)
-    with refused(CacheError, "TMP/code/projection-DIGEST.safetensors: "):
+    monkeypatch.setattr("collegium.cache.build.write_bytes", fail)
+    where = "TMP/code: " if number == errno.ENOSPC else "TMP/code/projection-DIGEST.safetensors: "
+    with refused(CacheError, where, volatile=r"[\d,]{3,}"):
         build(tmp_path / "code")
 
 
 def test_every_flipped_bit_is_detected_before_reading(built: Path) -> None:
     generator = np.random.default_rng(0)
-    files = sorted(file for file in built.iterdir() if file.name != ".lock")
+    files = sorted(file for file in built.iterdir() if not file.name.startswith("."))
     for number in range(200):
         file = files[number % len(files)]
         good = file.read_bytes()
@@ -262,15 +364,15 @@ def test_every_flipped_bit_is_detected_before_reading(built: Path) -> None:
         damaged[generator.integers(len(good))] ^= 1 << int(generator.integers(8))
         file.write_bytes(damaged)
         with pytest.raises(CacheError):
-            read_all(open_features(built, IDENTITY))
+            read_all(open_cache(built, IDENTITY))
         file.write_bytes(good)
-    read_all(open_features(built, IDENTITY))
+    read_all(open_cache(built, IDENTITY))
 
 
 @pytest.mark.parametrize("back", [3, 10, 20, 40, 60])
 def test_damage_after_opening_fails_a_page_checksum(built: Path, back: int) -> None:
     """Damages only pages: the footer was read on opening."""
-    cache = open_features(built, IDENTITY)
+    cache = open_cache(built, IDENTITY)
     for file in built.glob("shard-*.parquet"):
         data = bytearray(file.read_bytes())
         chunk = pq.ParquetFile(file).metadata.row_group(0).column(3)
@@ -296,14 +398,12 @@ def test_other_damage_is_reported(built: Path, damage: str) -> None:
     elif damage == "projection gone":
         next(built.glob("projection-*")).unlink()
     else:
-        manifest = json.loads((built / FEATURE_MANIFEST).read_text()) | {"format": 9}
-        manifest["sha256"] = manifest_digest(manifest)
-        (built / FEATURE_MANIFEST).write_text(json.dumps(manifest))
+        cache_cases.rewrite_manifest(built, lambda manifest: manifest.update(format=9))
     # Sizes depend on the version of Arrow; swapped shards may even have equal ones.
     sizes = r"has \d+ bytes instead of \d+"
     volatile = rf"{sizes}|fails its sha256" if damage == "swapped" else sizes
-    where = {"projection gone": "projection-", "newer": FEATURE_MANIFEST}.get(damage, "shard-00000")
+    where = {"projection gone": "projection-", "newer": MANIFEST}.get(damage, "shard-00000")
     with refused(CacheError, f"TMP/code/{where}", volatile=volatile):
-        open_features(built, IDENTITY)
+        open_cache(built, IDENTITY)
     with refused(CacheError, "TMP/code/nowhere: "):
-        open_features(built / "nowhere")
+        open_cache(built / "nowhere")

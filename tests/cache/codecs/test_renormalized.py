@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from collegium.cache.codec import SCALARS, TopK, decode_rows, encode_rows
+from collegium.cache.codecs.targets import SCALARS, TargetCodec, TopK
 
 
 def test_the_kept_tokens_take_all_the_mass_and_keep_their_proportions() -> None:
@@ -14,9 +14,8 @@ def test_the_kept_tokens_take_all_the_mass_and_keep_their_proportions() -> None:
     keys = np.zeros(5, np.uint64)
     rows = {}
     for renormalized in (False, True):
-        targets = TopK(k=4, renormalized=renormalized)
-        encoded = encode_rows(targets, logp_nV, keys, scalars=scalars)
-        rows[renormalized] = decode_rows(targets, encoded, 30)
+        codec = TargetCodec("fused", TopK(k=4, renormalized=renormalized), 30)
+        rows[renormalized] = codec.decode(codec.encode(logp_nV, keys, scalars))
     assert rows[True].log_tail is None
     assert rows[False].log_tail is not None
     kept = rows[True].logp.view(5, 4)

@@ -6,7 +6,7 @@
     floor        of a row: its largest level, which is its least likely token
     height       floor minus level
 
-Shapes: n rows, E entries.
+Shapes: n rows, E entries, V vocabulary of the model.
 """
 
 # Sorting a row of n entries saves log2(n!) bits, and with ranks most of the remaining gaps fit a
@@ -17,59 +17,41 @@ from __future__ import annotations
 
 import numpy as np
 
+from collegium.cache.shards import starts_of
 
-def build_vocabulary(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Return the distinct ids, most frequent first."""
+
+def to_gaps(
+    ids: np.ndarray, sizes: np.ndarray, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encode (E,) ids; returns the vocabulary, (E,) gaps, and the (E,) order of their entries."""
     counts = np.bincount(ids, minlength=vocab_size)
     # Stable, so equal counts keep the order of their ids: a shard's bytes are reproducible.
-    order = np.argsort(-counts, kind="stable")
-    return order[: np.count_nonzero(counts)].astype(ids.dtype)
-
-
-def to_ranks(ids: np.ndarray, vocabulary: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Map (E,) ids to (E,) int64 positions in the vocabulary."""
+    vocabulary = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     rank_V = np.zeros(vocab_size, np.int64)
     rank_V[vocabulary] = np.arange(len(vocabulary))
-    return rank_V[ids]
-
-
-def rank_order(ranks: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return (E,) int64 indices that sort the entries of each row by rank."""
-    row_E = np.repeat(np.arange(len(sizes)), sizes.astype(np.int64))
+    ranks = rank_V[ids]
     # Ranks stay below 2^32, so one argsort of row and rank sorts all rows.
-    return np.argsort((row_E << 32) + ranks, kind="stable")
-
-
-def to_gaps(ranks: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Convert (E,) ranks, ascending in each row, to differences, keeping the first of a row."""
-    gaps = np.diff(ranks, prepend=ranks[:1])
-    first = row_starts(sizes)
+    row_E = np.repeat(np.arange(len(sizes)), sizes)
+    order = np.argsort((row_E << 32) + ranks, kind="stable")
+    ranks, first = ranks[order], starts_of(sizes)[:-1]
+    gaps = np.diff(ranks, prepend=0)
     gaps[first] = ranks[first]
-    return gaps
+    return vocabulary.astype(ids.dtype), gaps.astype(ids.dtype), order
 
 
-def from_gaps(gaps: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Invert `to_gaps`, as int64.
+def from_gaps(gaps: np.ndarray, sizes: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
+    """Decode (E,) gaps to ids, sorted by rank within a row.
 
     Raises:
-        ValueError: a row holds a token twice.
+        ValueError: a row holds a token twice, or a rank is outside the vocabulary.
     """
-    running = np.cumsum(gaps.astype(np.int64))
-    first = row_starts(sizes)
+    first = starts_of(sizes)[:-1]
     is_zero = gaps == 0
     is_zero[first] = False
     if is_zero.any():
         raise ValueError("a row holds a token twice")
-    before = np.concatenate([np.zeros(1, np.int64), running])[first]
-    return running - np.repeat(before, sizes.astype(np.int64))
-
-
-def from_ranks(ranks: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
-    """Map (E,) ranks to (E,) ids.
-
-    Raises:
-        ValueError: a rank is outside the vocabulary.
-    """
+    sums = starts_of(gaps)
+    ranks = sums[1:] - np.repeat(sums[first], sizes)
     if ranks.size and int(ranks.max()) >= len(vocabulary):
         raise ValueError(f"a rank not below {len(vocabulary)}, the size of the shard's vocabulary")
     return vocabulary[ranks]
@@ -77,8 +59,8 @@ def from_ranks(ranks: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
 
 def to_heights(levels: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Convert (E,) levels to (E,) heights and (n,) floors of the same dtype."""
-    floors = np.maximum.reduceat(levels, row_starts(sizes)) if len(sizes) else levels[:0]
-    return np.repeat(floors, sizes.astype(np.int64)) - levels, floors
+    floors = np.maximum.reduceat(levels, starts_of(sizes)[:-1]) if len(sizes) else levels[:0]
+    return np.repeat(floors, sizes) - levels, floors
 
 
 def from_heights(heights: np.ndarray, floors: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -87,14 +69,8 @@ def from_heights(heights: np.ndarray, floors: np.ndarray, sizes: np.ndarray) -> 
     Raises:
         ValueError: a log-probability is above 0.
     """
-    floor_E = np.repeat(floors, sizes.astype(np.int64))
+    floor_E = np.repeat(floors, sizes)
     # Checked before the subtraction, which would wrap around in unsigned integers.
     if (heights > floor_E).any():
         raise ValueError("a log-probability is above 0")
     return floor_E - heights
-
-
-def row_starts(sizes: np.ndarray) -> np.ndarray:
-    """Return the (n,) int64 index of the first entry of each row."""
-    sizes = sizes.astype(np.int64)
-    return np.cumsum(sizes) - sizes

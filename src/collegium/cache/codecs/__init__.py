@@ -1,0 +1,1 @@
+"""Codecs: the columns of distributions and of hidden states."""

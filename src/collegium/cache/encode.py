@@ -1,0 +1,251 @@
+"""Encode a data set into the shards of a cache: fused targets, outputs of a teacher, hidden states.
+
+Shapes: N rows of a batch, n rows of one block, V vocabulary, M rows of a sample, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collegium.cache.codecs.hidden import FeatureCacheOptions, HiddenCodec, Projection
+from collegium.cache.codecs.targets import TargetCodec, entropy_name, log_z_name, row_keys
+from collegium.cache.keys import PieceKey, document_hash, pieces_of
+from collegium.cache.shards import Columns, EncodedPiece, join_columns, split_columns, split_runs
+from collegium.data.pack import Collator, PackedDataset
+from collegium.distributions import Teacher
+from collegium.fusion.fuse import Fusion, TargetBlock, fuse
+from collegium.fusion.pools import RowReader
+from collegium.fusion.score import score_teachers
+from collegium.losses.engine import default_block_size
+from collegium.models.loading import choose_device
+from collegium.types import Batch, Rows
+
+SHARD_TARGETS = 2**18
+"""Targets per shard, or a few more: what an interrupted build may lose."""
+
+
+@dataclass(kw_only=True, eq=False)
+class CorpusEncoder(ABC):
+    """Encodes the windows of a data set, shard by shard. No teacher is loaded before the first."""
+
+    dataset: PackedDataset
+    batch_size: int
+    """Windows per batch."""
+    seed: int
+    """Seed of the draws, or of the projections."""
+    windows: Sequence[int] | None = None
+    """The windows to read; None for all."""
+
+    def __post_init__(self) -> None:
+        self._windows = range(len(self.dataset)) if self.windows is None else self.windows
+        self._counts = self.dataset.targets_per_window()[np.asarray(self._windows, np.int64)]
+        self._shards = split_runs(self._counts.tolist(), SHARD_TARGETS)
+        self._hashes = [document_hash(name) for name in self.dataset.sample_names]
+        self._device = choose_device("auto")
+
+    @property
+    def shard_targets(self) -> list[int]:
+        """Number of targets of each shard."""
+        return [int(self._counts[places.start : places.stop].sum()) for places in self._shards]
+
+    def encode(self, shard: int, codec: Any) -> Iterator[EncodedPiece]:
+        """Encode the pieces of a shard, shortest windows first.
+
+        Raises:
+            TrainingError: a teacher's hidden states are not finite.
+        """
+        windows = [self._windows[place] for place in self._shards[shard]]
+        # Windows of similar length share a batch, which saves padding.
+        lengths = [len(self.dataset[window]["input_ids"]) for window in windows]
+        yield from self._encode([windows[i] for i in np.argsort(lengths, kind="stable")], codec)
+
+    def sample(self, codec: Any) -> list[EncodedPiece]:
+        """Encode one batch of windows, spread over the data set, for the size estimate."""
+        places = np.linspace(0, len(self._windows) - 1, min(self.batch_size, len(self._windows)))
+        return list(self._encode([self._windows[int(place)] for place in places], codec))
+
+    def fit(self) -> bytes:
+        """Return the content of the side file, for kinds with one."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def _encode_rows(
+        self, batch: Batch, rows: Rows, key_N: Sequence[PieceKey], codec: Any
+    ) -> Columns:
+        """Encode all rows of a batch; `key_N` has the key of the piece of each row."""
+
+    def _encode(self, windows: Sequence[int], codec: Any) -> Iterator[EncodedPiece]:
+        for numbers, batch in self._batches(windows):
+            pieces = pieces_of(batch, self._hashes)
+            keys = [
+                replace(piece.key, offset=self._offset(numbers[piece.window], piece.start))
+                for piece in pieces
+            ]
+            counts = [piece.num_targets for piece in pieces]
+            key_N = [key for key, count in zip(keys, counts, strict=True) for _ in range(count)]
+            columns = self._encode_rows(batch, batch.rows(), key_N, codec)
+            yield from map(EncodedPiece, keys, split_columns(columns, counts, codec.entries))
+
+    def _batches(self, windows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
+        """Yield the windows in batches, except for batches without a row."""
+        for start in range(0, len(windows), self.batch_size):
+            numbers = windows[start : start + self.batch_size]
+            items: list[dict[str, object]] = [{**self.dataset[window]} for window in numbers]
+            batch = Batch.from_inputs(Collator()(items)).to(self._device)
+            if batch.num_rows():
+                yield numbers, batch
+
+    def _offset(self, window: int, start: int) -> int:
+        """Return the tokens of its document before the piece that begins at `start` of a window."""
+        at = 0
+        for piece in self.dataset.pieces(window):
+            if at == start:
+                return piece.start
+            at += piece.stop - piece.start
+        raise ValueError(f"window {window}: no piece begins at {start}")
+
+
+class TargetEncoder(CorpusEncoder):
+    """Encodes distributions block by block."""
+
+    @property
+    def draw_seed(self) -> int:
+        """Seed of the draws."""
+        return self.seed
+
+    def _encode_rows(
+        self, batch: Batch, rows: Rows, key_N: Sequence[PieceKey], codec: TargetCodec
+    ) -> Columns:
+        document_N = np.array([key.document for key in key_N], np.uint64)
+        # A row is at the token before its label.
+        offset_N = batch.position_ids.flatten()[rows.index].cpu().numpy() + 1
+        offset_N += np.array([key.offset for key in key_N], np.int64)
+        keys_N = row_keys(self.draw_seed, document_N, offset_N)
+        size = default_block_size(codec.vocab_size, self._device)
+        blocks = [slice(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
+        distributions = self._distributions(batch, rows, blocks, codec)
+        return join_columns(
+            [
+                codec.encode(logp_nV, keys_N[block], scalars)
+                for block, (logp_nV, scalars) in zip(blocks, distributions, strict=True)
+            ]
+        )
+
+    @abstractmethod
+    def _distributions(
+        self, batch: Batch, rows: Rows, blocks: Sequence[slice], codec: TargetCodec
+    ) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+        """Yield (n, V) log-probabilities, valid until the next block, and (n,) scalars by name."""
+
+
+@dataclass(kw_only=True, eq=False)
+class FusedEncoder(TargetEncoder):
+    """Encodes the fused target of all teachers."""
+
+    teachers: Callable[[], Sequence[Teacher]]
+    fusion: Fusion
+
+    def _distributions(
+        self, batch: Batch, rows: Rows, blocks: Sequence[slice], codec: TargetCodec
+    ) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+        answers = score_teachers(self.teachers(), batch, rows, self.fusion)
+        target = fuse(self.fusion, answers, rows)
+        for block in blocks:
+            fused = target.block(block)
+            yield fused.logp(), fused_scalars(fused, rows.labels[block])
+
+
+@dataclass(kw_only=True, eq=False)
+class TeacherEncoder(TargetEncoder):
+    """Encodes the output of a single teacher."""
+
+    name: str
+    teacher: Callable[[], Teacher]
+
+    @property
+    def draw_seed(self) -> int:
+        # Teachers that agree must not share their draws, or their errors would add up.
+        return self.seed ^ document_hash(self.name)
+
+    def _distributions(
+        self, batch: Batch, rows: Rows, blocks: Sequence[slice], codec: TargetCodec
+    ) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+        distribution = self.teacher().score(batch, rows).distribution
+        reader = RowReader()
+        for block in blocks:
+            labels_n = rows.labels[block]
+            stats, logp_nV = reader.read(distribution.logits(block).to(labels_n.device), labels_n)
+            scalars = {
+                "entropy": stats.entropy_KN,
+                "label_logp": stats.label_logp_KN,
+                "max_logp": stats.max_logp_KN,
+            }
+            for temperature in codec.temperatures:
+                log_z_n, entropy_n = at_temperature(logp_nV, temperature)
+                scalars[log_z_name(temperature)] = log_z_n
+                scalars[entropy_name(temperature)] = entropy_n
+            yield logp_nV, scalars
+
+
+@dataclass(kw_only=True, eq=False)
+class HiddenEncoder(CorpusEncoder):
+    """Encodes the hidden states of a single teacher."""
+
+    teacher: Callable[[], Teacher]
+    taps: Sequence[str]
+    options: FeatureCacheOptions
+
+    def fit(self) -> bytes:
+        """Fit the projection of each tap on the first rows of the shuffled windows."""
+        sample: dict[str, list[np.ndarray]] = {tap: [] for tap in self.taps}
+        num_rows, fit_rows = 0, self.options.fit_rows
+        for _, batch in self._batches(self._windows):
+            rows = batch.rows()
+            for tap, states_ND in self._states(batch, rows).items():
+                sample[tap].append(states_ND)
+            num_rows += len(rows)
+            if num_rows >= fit_rows:
+                break
+        projections = {}
+        for number, (tap, parts) in enumerate(sample.items()):
+            states_MD = np.concatenate(parts)[:fit_rows]
+            seed = self.seed + number
+            projections[tap] = Projection.fit(states_MD, self.options.rank, seed=seed)
+        return HiddenCodec(projections).dump()
+
+    def _encode_rows(
+        self, batch: Batch, rows: Rows, key_N: Sequence[PieceKey], codec: HiddenCodec
+    ) -> Columns:
+        return codec.encode(self._states(batch, rows))
+
+    def _states(self, batch: Batch, rows: Rows) -> dict[str, np.ndarray]:
+        """Return the (N, D) float32 states of each tap."""
+        states = self.teacher().score(batch, rows, self.taps).features
+        return {tap: states[tap].float().cpu().numpy() for tap in self.taps}
+
+
+@torch.no_grad()
+def at_temperature(logp_nV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log Z_T = log sum_v P(v)^(1/T), and the entropy of P_T = P^(1/T) / Z_T: (n,) nats each."""
+    scaled_nV = logp_nV / temperature
+    log_z_n = scaled_nV.logsumexp(1)
+    entropy_n = log_z_n - (scaled_nV - log_z_n[:, None]).exp().mul_(scaled_nV).sum(1)
+    return log_z_n, entropy_n
+
+
+def fused_scalars(fused: TargetBlock, labels_n: Tensor) -> dict[str, Tensor]:
+    """Return (n,) scalars of the target at each row, in nats."""
+    logp_nV = fused.logp()
+    return {
+        "entropy": -(logp_nV.exp() * logp_nV).sum(1),
+        "label_logp": logp_nV.gather(1, labels_n[:, None])[:, 0],
+        "max_logp": logp_nV.amax(1),
+        "disagreement": fused.disagreement_n(),
+    }

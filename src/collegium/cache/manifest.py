@@ -1,0 +1,185 @@
+"""The manifest of a cache folder: the identity of its content, and the checksum of each file.
+
+docs/cache-format.md documents it for other readers. It is written last, so a folder without one is
+unfinished. A cache with another identity than the run's is refused, and so is a file that fails its
+checksum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic_core import from_json
+
+from collegium.errors import CacheError
+from collegium.storage.files import differing_fields, fingerprint
+from collegium.storage.location import Location
+
+FORMAT = 2
+"""Version of docs/cache-format.md. Any other is refused."""
+MANIFEST = "manifest.json"
+OLD_HIDDEN_MANIFEST = "features.json"
+"""Manifest of hidden states in format 1."""
+SHARD_NAME = r"shard-(\d{5,})-([0-9a-f]{16})\.parquet"
+SIDE_NAME = r"([a-z]+)-([0-9a-f]{16})\.safetensors"
+FOLDERS = ("teachers/*/*/", "features/*/")
+"""Folders of a per-teacher cache: outputs of teachers, and hidden states."""
+MAX_FIELDS = 8
+"""Differing identity fields shown in one message."""
+_AGAIN = (
+    "must be the file that the cache was built with; delete it and build the cache again, all other "
+    "shards are kept"
+)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class FileEntry(_Record):
+    """A file that a builder wrote. The patterns of names exclude every path."""
+
+    name: Annotated[str, Field(pattern=f"^(?:{SHARD_NAME}|{SIDE_NAME})$")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: NonNegativeInt
+
+
+class ShardEntry(FileEntry):
+    """A shard, and its number of targets."""
+
+    targets: NonNegativeInt
+
+
+class Manifest(_Record):
+    """Content of a manifest."""
+
+    format: Literal[2]
+    identity: dict[str, Any]
+    """Everything the content depends on, as plain data."""
+    shards: list[ShardEntry]
+    num_targets: NonNegativeInt
+    num_bytes: NonNegativeInt
+    sha256: str
+    """Digest of all other fields, and so of every byte of the cache."""
+    side_file: FileEntry | None = None
+
+    def summary(self) -> str:
+        """Describe the size of a finished cache in one line."""
+        return (
+            f"{self.num_targets:,} targets in {len(self.shards)} shards, "
+            f"{self.num_bytes / 1e6:,.1f} MB, "
+            f"{self.num_bytes / max(self.num_targets, 1):.1f} bytes per target"
+        )
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the digest of all manifest fields except the digest itself."""
+    return fingerprint({key: value for key, value in manifest.items() if key != "sha256"})
+
+
+def read_manifest(where: Path | str) -> Manifest | None:
+    """Read the manifest of a finished cache, or None if there is none.
+
+    Raises:
+        CacheError: it is damaged, is no manifest, or has another format.
+    """
+    location = Location.of(where)
+    file = location.path_of(MANIFEST)
+    try:
+        data = location.read_bytes(MANIFEST)
+        if data is None:
+            _refuse_old_hidden_states(location)
+            return None
+        values = from_json(data)
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{file}: damaged ({error}); build the cache again") from error
+    if not isinstance(values, dict) or values.get("sha256") != manifest_digest(values):
+        raise CacheError(f"{file}: fails its own sha256; delete it and build the cache again")
+    version = values.get("format")
+    if isinstance(version, int) and version != FORMAT:
+        is_newer = version > FORMAT
+        remedy = "upgrade collegium" if is_newer else "delete the folder and build the cache again"
+        raise CacheError(f"{file}: got format {version}; must be {FORMAT}; {remedy}")
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        raise CacheError(
+            f"{file}: {first_error(error)}; delete it and build the cache again"
+        ) from error
+
+
+def require_manifest(where: Path | str) -> Manifest:
+    """Read the manifest of a finished cache.
+
+    Raises:
+        CacheError: there is none, or `read_manifest` fails.
+    """
+    manifest = read_manifest(where)
+    if manifest is None:
+        raise CacheError(
+            f"{where}: no finished cache; must hold {MANIFEST}; build it with `collegium cache`"
+        )
+    return manifest
+
+
+def _refuse_old_hidden_states(location: Location) -> None:
+    if location.size(OLD_HIDDEN_MANIFEST) is not None:
+        raise CacheError(
+            f"{location.path_of(OLD_HIDDEN_MANIFEST)}: got hidden states of format 1; must be of "
+            f"format {FORMAT}; delete the folder and build the cache again"
+        )
+
+
+def first_error(error: ValidationError) -> str:
+    """Describe the first field of another shape than in docs/cache-format.md."""
+    detail = error.errors(include_url=False)[0]
+    is_missing = detail["type"] == "missing"
+    got = "is missing" if is_missing else f"got {detail['input']!r:.60}"
+    return f"{'.'.join(map(str, detail['loc']))}: {got}; must be as in docs/cache-format.md"
+
+
+def require_identity(where: Path | str, actual: Any, expected: Mapping[str, Any]) -> None:
+    """Refuse a cache of another run.
+
+    Raises:
+        CacheError: a field differs. All are listed as `field: in the cache -> in the run`.
+    """
+    fields = differing_fields(actual, expected)
+    if fields:
+        more = f" and {len(fields) - MAX_FIELDS} more" if len(fields) > MAX_FIELDS else ""
+        raise CacheError(
+            f"{where}: built for another run ({'; '.join(fields[:MAX_FIELDS])}{more}); must agree "
+            "in every field; set another cache.path, or delete that folder"
+        )
+
+
+def verify_file(location: Location, entry: FileEntry) -> None:
+    """Verify the size and checksum of a file against its manifest entry.
+
+    Raises:
+        CacheError: the file is missing or differs.
+    """
+    # The size first: a truncated file is found without reading it.
+    num_bytes = location.size(entry.name)
+    if num_bytes is None:
+        raise damaged(location, entry.name, "missing")
+    if num_bytes != entry.bytes:
+        raise damaged(location, entry.name, f"has {num_bytes} bytes instead of {entry.bytes}")
+    if location.sha256(entry.name) != entry.sha256:
+        raise damaged(location, entry.name, "fails its sha256")
+
+
+def damaged(location: Location, name: str, problem: str) -> CacheError:
+    """Return the error for a file that is not the one of the manifest."""
+    return CacheError(f"{location.path_of(name)}: {problem}; {_AGAIN}")
+
+
+def cache_folders(where: Path | str) -> list[str]:
+    """Return the folder of a fused cache, or all folders of a per-teacher cache."""
+    location = Location.of(where)
+    patterns = [folder + MANIFEST for folder in FOLDERS] + [f"features/*/{OLD_HIDDEN_MANIFEST}"]
+    folders = [folder for pattern in patterns for folder in location.folders(pattern)]
+    return folders or [str(where)]
