@@ -64,20 +64,11 @@ def write_log(folder: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 def _environment() -> dict[str, Any]:
     return {
-        "versions": {
-            "collegium": "0.1.0",
-            "python": "3.11.9",
-            "torch": "2.13.0",
-            "transformers": "5.23.0",
-        },
-        "machine": {
-            "platform": "Linux x86_64",
-            "cores": 2,
-            "memory_bytes": 16_000_000_000,
-            "devices": ["cpu"],
-        },
-        "seed": 1,
-        "commit": None,
+        "python": "3.11.9",
+        "platform": "Linux x86_64",
+        "processor": "a processor",
+        "cpus": 2,
+        "packages": {"collegium": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
     }
 
 
@@ -124,23 +115,28 @@ def _preflight(
     size = len(teachers)
     jsd = [[0.0 if i == j else 0.2 + 0.03 * abs(i - j) for j in range(size)] for i in range(size)]
     top1 = [[0.0 if i == j else 0.5 + 0.04 * abs(i - j) for j in range(size)] for i in range(size)]
-    names = ("prefix_likelihood eta=0.1", "uniform", "entropy token", "log_linear")
+    rules: list[dict[str, Any]] = [
+        {"name": "domain_weights", "weights": {d: {t: 0.5 for t in teachers} for d in domains}},
+        {"name": "uniform"},
+        {"name": "entropy", "form": "softmax", "tau": 0.25},
+        {"name": "gate", "offsets": {name: -0.1 for name in teachers}, "entropy": 0.5},
+    ]
     ways = ("pooled", "raw", "temperatures", "temperatures+pooled")
     fusions = [
         {
-            "name": n,
+            "name": rule["name"],
             "nll": 4.58 + 0.2 * i,
-            "fusion": {},
+            "fusion": {"weighting": rule, "pool": "linear", "temperatures": {}},
             "calibration": way,
             "domains": {},
             "is_chosen": i == 0,
             "interval": [4.5 + 0.2 * i, 4.66 + 0.2 * i],
             "interval_to_chosen": [0.19 * i, 0.21 * i],
             "best_teacher_share": 0.6 - 0.1 * i,
-            "rank_correlation": None if n == "uniform" else 0.4 - 0.1 * i,
+            "rank_correlation": None if rule["name"] == "uniform" else 0.4 - 0.1 * i,
             "regret": {"constant": -0.3 + 0.2 * i, "per_token": 0.8},
         }
-        for i, (n, way) in enumerate(zip(names, ways, strict=True))
+        for i, (rule, way) in enumerate(zip(rules, ways, strict=True))
     ]
     single = min(measures, key=lambda name: measures[name]["nll"], default=None)
     return {
@@ -150,15 +146,15 @@ def _preflight(
         "disagreement": {"teachers": list(teachers), "jsd": jsd, "top1": top1},
         "fusions": fusions,
         "chosen": {
-            "name": names[0],
+            "name": rules[0]["name"],
             "nll": 4.58,
-            "fusion": {},
+            "fusion": fusions[0]["fusion"],
             "weights": {name: 1 / size for name in teachers},
             "leave_one_out": {name: 0.1 * i for i, name in enumerate(teachers)},
         },
         "held_out": _held_out(measures),
         "verdict": ["The chosen fusion is better than any single teacher (4.58 vs. 5.65 nats)."],
-        "best_single": {"teacher": single, "nll": measures[single]["nll"]} if single else None,
+        "best_single": {"teacher": single, "nll": measures[single]["nll"]} if single else {},
     }
 
 
@@ -298,4 +294,10 @@ def _log(
         "grad_shares": shares,
         "teacher_weights": {t: raw[k] / sum(raw) for k, t in enumerate(teachers)},
         "domain_weights": by_domain if size else {},
+        "conflict": _conflict(domains, done) if size > 1 else {},
     }
+
+
+def _conflict(domains: Sequence[str], done: float) -> dict[str, Any]:
+    rates = {"disagreement": 0.2 + 0.1 * done, "applied": 0.1}
+    return {**rates, "domains": {domain: rates for domain in domains}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,14 @@ from collegium.cli import app
 from collegium.config.recipe import Recipe, load_recipe, write_fusion
 from collegium.config.template import TEMPLATE
 from collegium.errors import CollegiumError, DataError, Interrupted
+from collegium.storage.records import (
+    CandidateFusion,
+    ChosenFusion,
+    Disagreement,
+    PreflightReport,
+    ResultRow,
+    TeacherMeasure,
+)
 from recipes_for_tests import MINIMAL
 from refusals import check_message
 
@@ -130,7 +139,7 @@ def test_train_and_report_print_the_path_of_the_result(
 def test_preflight_applies_its_choice(recipe_file: Path, stages: dict[str, Any]) -> None:
     fusion = {"weighting": {"name": "entropy", "tau": 0.5}, "pool": "linear"}
 
-    def measure(recipe: Recipe, *, apply_to: Path | None) -> dict[str, Any]:
+    def measure(recipe: Recipe, *, apply_to: Path | None) -> PreflightReport:
         if apply_to is not None:
             write_fusion(apply_to, fusion)
         return measured(fusion)
@@ -141,29 +150,25 @@ def test_preflight_applies_its_choice(recipe_file: Path, stages: dict[str, Any])
     assert recipe_file.read_text() == before
     result = invoke("preflight", recipe_file, "--apply")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.replace("\n", "").endswith("fusion set to entropy")
+    assert result.stdout.replace("\n", "").endswith("fusion set to entropy(tau=0.5), linear")
     assert plain_fusion(load_recipe(recipe_file)) == ("entropy", 0.5)
 
 
 def test_run_and_evaluate_print_the_table(
     tmp_path: Path, recipe_file: Path, stages: dict[str, Any]
 ) -> None:
-    numbers = ("nll", "perplexity", "bits_per_byte", "entropy", "overconfidence", "ece", "top1")
-    more = ("kl_to_fused", "agreement_fused", "steps", "train_tokens", "train_seconds")
-    row: dict[str, Any] = {"name": "student", "kind": "student", "num_parameters": 1000}
-    row.update(dict.fromkeys((*numbers, *more), 0.25), num_tokens=10, num_bytes=40)
-    row.update(domains={}, agreement={}, reliability=None, entropy_bins=None)
+    row = ResultRow(name="student", kind="student", num_parameters=1000, perplexity=7.4, ece=0.25)
 
     def finish(recipe: Recipe) -> Path:
         recipe.output_dir.mkdir(exist_ok=True)
-        (recipe.output_dir / "results.json").write_text(json.dumps([row]))
+        (recipe.output_dir / "results.json").write_text(json.dumps([row.to_json()]))
         return recipe.output_dir
 
     stages["run"] = stages["evaluate"] = finish
     folder = tmp_path / "out"
     ran = invoke("run", recipe_file, f"output_dir={folder}")
     assert ran.exit_code == 0, ran.exception
-    assert "student" in ran.stdout
+    assert re.search(r"student +1.00 k +7.40 +25.0 %", ran.stdout)
     assert ran.stdout.replace("\n", "").endswith(f"report: {folder / 'report.html'}")
     evaluated = invoke("evaluate", recipe_file, f"output_dir={folder}")
     assert evaluated.exit_code == 0
@@ -177,39 +182,17 @@ def plain_fusion(recipe: Recipe) -> tuple[str, float]:
     return weighting["name"], weighting["tau"]
 
 
-def measured(fusion: dict[str, Any]) -> dict[str, Any]:
-    """Return the smallest preflight.json that can be printed."""
-    teacher = {
-        "num_tokens": 100,
-        "nll": 2.0,
-        "perplexity": 7.4,
-        "entropy": 1.9,
-        "ece": 0.1,
-        "overconfidence": 0.1,
-        "temperature": 1.1,
-        "top1": 0.4,
-        "domains": {"web": 2.0},
-    }
-    chosen = {
-        "name": "entropy",
-        "nll": 1.9,
-        "fusion": fusion,
-        "calibration": "raw",
-        "domains": {"web": 1.9},
-        "num_tokens": 100,
-    }
-    names = ["code", "prose"]
+def measured(fusion: dict[str, Any]) -> PreflightReport:
+    """Return the smallest preflight that can be printed."""
+    teacher = TeacherMeasure(nll=2.0, perplexity=7.4, ece=0.1, domains={"web": 2.0})
     zeros = [[0.0, 0.1], [0.1, 0.0]]
-    return {
-        "num_tokens": 100,
-        "seconds": 1.0,
-        "teachers": dict.fromkeys(names, teacher),
-        "disagreement": {"teachers": names, "jsd": zeros, "top1": zeros},
-        "fusions": [chosen],
-        "chosen": chosen,
-        "best_single": {"teacher": "code", "nll": 2.0},
-        "verdict": ["The chosen fusion knows more than any single teacher."],
-    }
+    return PreflightReport(
+        teachers={"code": teacher, "prose": teacher},
+        disagreement=Disagreement(teachers=["code", "prose"], jsd=zeros, top1=zeros),
+        fusions=[CandidateFusion(nll=1.9, fusion=fusion, calibration="raw")],
+        chosen=ChosenFusion(nll=1.9, fusion=fusion),
+        verdict=["The chosen fusion knows more than any single teacher."],
+    )
 
 
 def test_user_errors_exit_with_2(recipe_file: Path, stages: dict[str, Any]) -> None:

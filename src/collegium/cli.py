@@ -122,7 +122,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from collegium.run import pipeline
 
     folder = pipeline.run(loaded)
-    _print_results(folder / "results.json")
+    _print_results(folder)
     typer.echo(f"report: {folder / 'report.html'}")
 
 
@@ -149,15 +149,17 @@ def preflight(
 ) -> None:
     """Measure the teachers on held-out text and choose a fusion."""
     loaded = _load(recipe, overrides)
-    from collegium.evaluate.table import preflight_tables
+    from collegium.report.run_files import RunFiles
+    from collegium.report.run_tables import preflight_tables
     from collegium.run import pipeline
+    from collegium.storage.records import fusion_title
 
     measured = pipeline.preflight(loaded, apply_to=recipe if apply else None)
-    _print(*preflight_tables(measured))
-    for sentence in measured["verdict"]:
+    _print(*preflight_tables(RunFiles(loaded.name, preflight=measured)))
+    for sentence in measured.verdict:
         typer.echo(sentence)
     if apply:
-        typer.echo(f"{recipe}: fusion set to {measured['chosen']['name']}")
+        typer.echo(f"{recipe}: fusion set to {fusion_title(measured.chosen.fusion)}")
 
 
 def _print(*tables: Any) -> None:
@@ -168,15 +170,14 @@ def _print(*tables: Any) -> None:
         # rich assumes 80 columns without a terminal, which cuts tables in files and pipes.
         console = Console(width=TABLE_WIDTH)
     for table in tables:
-        console.print(table)
+        console.print(table.rich())
 
 
-def _print_results(path: Path) -> None:
-    import json
+def _print_results(folder: Path) -> None:
+    from collegium.report.run_files import read_run
+    from collegium.report.run_tables import evaluation_table
 
-    from collegium.evaluate.table import render_table
-
-    _print(render_table(json.loads(path.read_text(encoding="utf-8"))))
+    _print(evaluation_table(read_run(folder)))
 
 
 class _CacheGroup(TyperGroup):
@@ -268,7 +269,7 @@ def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from collegium.run import pipeline
 
     pipeline.evaluate(loaded)
-    _print_results(loaded.output_dir / "results.json")
+    _print_results(loaded.output_dir)
 
 
 @app.command()
@@ -300,7 +301,7 @@ def demo(
     from collegium.demo.run import run_demo
 
     folder = run_demo(quick=quick, output_dir=output_dir, seed=seed, controls=names)
-    _print_results(folder / "results.json")
+    _print_results(folder)
     typer.echo(f"report: {folder / 'report.html'}")
 
 
@@ -310,12 +311,12 @@ def study(
 ) -> None:
     """Run one recipe under many settings and seeds. Ends with a table and an HTML page."""
     check_versions()
-    from collegium.study.run import run_study
+    from collegium.study.sweep import run_study
 
-    finished = run_study(file)
-    for table in finished.tables:
+    page, tables = run_study(file)
+    for table in tables:
         typer.echo(f"\n{table.title}\n\n{table.markdown()}")
-    typer.echo(f"\nreport: {finished.page}")
+    typer.echo(f"\nreport: {page}")
 
 
 @app.command()

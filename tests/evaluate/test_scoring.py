@@ -96,7 +96,7 @@ def test_figures_equal_naive_loops() -> None:
     expected = naive_figures(student, teachers)
     fusion, data = Fusion(weighting=Uniform()), text_dataset(packing=False)
     scored = score_models([student], teachers, fusion, data, batch_size=2)["student"]
-    figures = scored.to_dict()
+    figures = scored.scores().to_json()
     figures["agreement"] = figures["agreement"]["a"]  # type: ignore[index]
     for key, value in expected.items():
         assert figures[key] == pytest.approx(value, rel=2e-5, abs=1e-6), key
@@ -116,27 +116,27 @@ def test_the_calibration_error_has_fifteen_bins_of_equal_mass() -> None:
     assert scored.ece == pytest.approx(
         np.abs((fifteenth_N % 2 == 0) - confidence_N).mean(), rel=1e-6
     )
-    bins = scored.to_dict()["reliability"]
+    bins = scored.scores().to_json()["reliability"]
     assert bins["count"] == [8] * 15  # type: ignore[index]
-    assert scored.to_dict()["entropy_bins"]["count"] == [8] * 15  # type: ignore[index]
+    assert scored.scores().to_json()["entropy_bins"]["count"] == [8] * 15  # type: ignore[index]
 
 
 def test_fused_target_agrees_with_itself() -> None:
     teachers = [local("a", 1), local("b", 2)]
     scored = score_models(teachers, teachers, Fusion(), text_dataset(), batch_size=2)
     assert list(scored) == ["a", "b", FUSED]
-    fused = scored[FUSED].to_dict()
+    fused = scored[FUSED].scores().to_json()
     assert fused["kl_to_fused"] == 0.0
     assert fused["agreement_fused"] == 1.0
-    assert fused["agreement"]["a"] == scored["a"].to_dict()["agreement_fused"]  # type: ignore[index]
-    assert scored["a"].to_dict()["agreement"]["a"] == 1.0  # type: ignore[index]
-    assert scored["a"].to_dict()["agreement"]["b"] < 1.0  # type: ignore[index]
+    assert fused["agreement"]["a"] == scored["a"].scores().to_json()["agreement_fused"]  # type: ignore[index]
+    assert scored["a"].scores().to_json()["agreement"]["a"] == 1.0  # type: ignore[index]
+    assert scored["a"].scores().to_json()["agreement"]["b"] < 1.0  # type: ignore[index]
 
 
 def test_a_single_teacher_is_its_fused_target() -> None:
     teacher = local("a", 1)
     scored = score_models([teacher], [teacher], Fusion(), text_dataset(), batch_size=2)
-    figures = scored["a"].to_dict()
+    figures = scored["a"].scores().to_json()
     assert figures["kl_to_fused"] == pytest.approx(0.0, abs=1e-7)
     assert figures["agreement_fused"] == 1.0
     assert figures["nll"] == pytest.approx(scored[FUSED].nll, rel=1e-6)
@@ -145,7 +145,7 @@ def test_a_single_teacher_is_its_fused_target() -> None:
 def assert_same(first: dict[str, Metrics], other: dict[str, Metrics]) -> None:
     assert list(first) == list(other)
     for name in first:
-        a, b = first[name].to_dict(), other[name].to_dict()
+        a, b = first[name].scores().to_json(), other[name].scores().to_json()
         for key in ("nll", "bits_per_byte", "entropy", "ece", "top1", "kl_to_fused"):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), (name, key)
         assert a["num_tokens"] == b["num_tokens"]
@@ -208,7 +208,7 @@ def test_an_unavailable_accelerator_is_not_used(monkeypatch: pytest.MonkeyPatch)
 
 def test_domains_add_up() -> None:
     scored = score_models([local("a", 1)], [], None, text_dataset(), batch_size=2)["a"]
-    figures = scored.to_dict()
+    figures = scored.scores().to_json()
     domains = figures["domains"]
     assert list(domains) == ["code", "prose"]  # type: ignore[call-overload]
     rows = list(domains.values())  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ def test_a_teacher_may_have_the_name_of_a_calibrated_one() -> None:
         temperatures={"a": 2.0, "a (calibrated)": None},
         batch_size=2,
         max_tokens=None,
-    )
+    ).to_json()
     a, other = report["teachers"].values()
     assert list(report["teachers"]) == ["a", "a (calibrated)"]
     assert a["raw"]["nll"] < other["raw"]["nll"] - 1

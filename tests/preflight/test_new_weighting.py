@@ -45,7 +45,7 @@ def test_one_class_and_one_line_suffice(monkeypatch: pytest.MonkeyPatch) -> None
         BigramTeacher(name, bigram_logits(vocab_size=VOCAB, step=step, sharpness=4.0))
         for name, step in (("one", 1), ("five", 5))
     ]
-    report = run_preflight(teachers, data, batch_size=4, extended=True)
+    report = run_preflight(teachers, data, batch_size=4, extended=True).to_json()
     tried = [row for row in report["fusions"] if row["fusion"]["weighting"]["name"] == "accuracy"]
     assert {row["fusion"]["pool"] for row in tried} == {"linear", "log_linear", "power_mean"}
     (raw,) = [
@@ -58,5 +58,5 @@ def test_one_class_and_one_line_suffice(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(fusion.weighting, Accuracy)
     assert fusion.weighting.shares == raw["weighting"]["shares"]
     # It is fitted, so the standard search leaves it out.
-    standard = run_preflight(teachers, data, batch_size=4)
+    standard = run_preflight(teachers, data, batch_size=4).to_json()
     assert "accuracy" not in {row["fusion"]["weighting"]["name"] for row in standard["fusions"]}

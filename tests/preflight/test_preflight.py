@@ -52,7 +52,7 @@ def specialist(name: str, step: int, sharpness: float = 4.0) -> BigramTeacher:
 @lru_cache(maxsize=1)
 def two_specialists() -> dict[str, Any]:
     teachers = [specialist("one", 1), specialist("five", 5)]
-    return run_preflight(teachers, two_domains(), batch_size=8, extended=True)
+    return run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_json()
 
 
 def chosen_fusion(report: dict) -> Fusion:
@@ -132,7 +132,9 @@ def test_without_domains_prefix_likelihood_finds_the_specialist() -> None:
     data = two_domains()
     documents = [data[i]["input_ids"].tolist() for i in range(len(data))]
     bare = id_dataset(documents, ["default"] * len(documents), max_length=25)
-    report = run_preflight([specialist("one", 1), specialist("five", 5)], bare, batch_size=8)
+    report = run_preflight(
+        [specialist("one", 1), specialist("five", 5)], bare, batch_size=8
+    ).to_json()
     assert isinstance(chosen_fusion(report).weighting, (PrefixLikelihood, Gate))
     names = {row["fusion"]["weighting"]["name"] for row in report["fusions"]}
     assert "domain_weights" not in names
@@ -146,7 +148,7 @@ def test_fitted_rules_are_scored_on_unseen_documents() -> None:
     ]
     data = id_dataset(documents, ["all", "all"], max_length=120)
     teachers = [specialist("one", 1), specialist("five", 5)]
-    report = run_preflight(teachers, data, batch_size=2, extended=True)
+    report = run_preflight(teachers, data, batch_size=2, extended=True).to_json()
     (fitted,) = [
         row
         for row in report["fusions"]
@@ -165,7 +167,7 @@ def test_fitted_rules_are_scored_on_unseen_documents() -> None:
 def test_every_calibration_is_tried() -> None:
     # Sharpness 9 claims 99.7 % where the text follows the step in about 71 % of the cases.
     teachers = [specialist("one", 1, 9.0), specialist("five", 5, 9.0)]
-    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True)
+    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_json()
     tried = {(row["fusion"]["pool"], row["calibration"]) for row in report["fusions"]}
     calibrations = {"raw", "temperatures", "pooled", "temperatures+pooled"}
     assert tried == {
@@ -226,7 +228,7 @@ def test_teachers_are_measured_like_models() -> None:
     report = two_specialists()
     assert list(report["teachers"]) == ["one", "five"]
     for name, figures in report["teachers"].items():
-        expected = scored[name].to_dict()
+        expected = scored[name].scores().to_json()
         for key in ("nll", "perplexity", "entropy", "ece", "overconfidence", "top1"):
             assert figures[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key
     assert (
@@ -259,7 +261,7 @@ def test_divergence_is_bounded_and_symmetric() -> None:
 
 def test_an_overconfident_teacher_is_named() -> None:
     teachers = [specialist("one", 1), specialist("loud", 5, sharpness=14.0)]
-    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True)
+    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_json()
     assert report["teachers"]["loud"]["overconfidence"] > 1.0
     assert report["teachers"]["loud"]["temperature"] > 1.5
     assert "overconfident: " in report["verdict"][1]
@@ -311,7 +313,9 @@ def test_the_specialist_of_a_rare_domain_is_not_idle() -> None:
 
 
 def test_a_single_teacher() -> None:
-    report = run_preflight([specialist("one", 1)], two_domains(), batch_size=8, extended=True)
+    report = run_preflight(
+        [specialist("one", 1)], two_domains(), batch_size=8, extended=True
+    ).to_json()
     assert {row["fusion"]["weighting"]["name"] for row in report["fusions"]} == {"best_single"}
     verdict = report["verdict"]
     assert verdict[2] == "There is only one teacher, `one`, so there is nothing to fuse."
@@ -319,7 +323,7 @@ def test_a_single_teacher() -> None:
 
 def test_the_report_is_deterministic_and_strict_json() -> None:
     teachers = [specialist("one", 1), specialist("five", 5)]
-    again = run_preflight(teachers, two_domains(), batch_size=8, extended=True)
+    again = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_json()
     first = two_specialists()
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
     text = json.dumps(first, allow_nan=False)
@@ -331,7 +335,7 @@ def test_infinite_nll_is_null() -> None:
     sure = torch.full((VOCAB, VOCAB), -math.inf)
     sure.fill_diagonal_(0.0)
     teachers = [specialist("one", 1), BigramTeacher("sure", sure)]
-    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True)
+    report = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_json()
     json.dumps(report, allow_nan=False)
     assert report["best_single"]["teacher"] == "one"
 
@@ -339,7 +343,7 @@ def test_infinite_nll_is_null() -> None:
 def test_whole_distributions_read_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_module, "FULL_TOKENS", 240)
     teachers = [specialist("one", 1), specialist("five", 5)]
-    report = run_preflight(teachers, two_domains(), batch_size=8, max_tokens=480)
+    report = run_preflight(teachers, two_domains(), batch_size=8, max_tokens=480).to_json()
     assert report["num_tokens"] == 480
     assert {row["num_tokens"] for row in report["fusions"]} == {240}
     raw = entry(report, describe(Fusion(weighting=Uniform())))
@@ -353,7 +357,7 @@ def test_scalars_and_sweeps_read_the_same_rows(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(search_module, "FULL_TOKENS", 240)
     monkeypatch.setattr(BestSingle, "is_single", False)
     teachers = [specialist("one", 1), specialist("five", 5)]
-    report = run_preflight(teachers, two_domains(), batch_size=8)
+    report = run_preflight(teachers, two_domains(), batch_size=8).to_json()
     by_pool = {
         row["fusion"]["pool"]: row
         for row in report["fusions"]
@@ -439,8 +443,8 @@ def test_verdict_against_several_teachers() -> None:
 
 def test_default_rules_have_no_fitted_parameters():
     teachers = [specialist("one", 1), specialist("five", 5)]
-    standard = run_preflight(teachers, two_domains(), batch_size=8)
-    extended = run_preflight(teachers, two_domains(), batch_size=8, extended=True)
+    standard = run_preflight(teachers, two_domains(), batch_size=8).to_json()
+    extended = run_preflight(teachers, two_domains(), batch_size=8, extended=True).to_json()
     names = [row["fusion"]["weighting"]["name"] for row in standard["fusions"]]
     assert set(names) == {"uniform", "best_single", "entropy", "prefix_likelihood"}
     more = {row["fusion"]["weighting"]["name"] for row in extended["fusions"]} - set(names)

@@ -1,6 +1,5 @@
 """Run folder: atomic files, recorded stages, one recipe and one process per folder."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from collegium.errors import CollegiumError, Interrupted, RecipeError
-from collegium.run.folder import RunFolder, last_row
+from collegium.run.folder import RunFolder
 from collegium.storage.files import read_json, write_json
 from refusals import refused
 
@@ -83,25 +82,24 @@ def test_a_stage_records_its_key_outcome_and_total_seconds(tmp_path: Path) -> No
     with pytest.raises(Interrupted), folder.stage("train", "k1"):
         raise Interrupted("stopped")
     state = folder.stages()["train"]
-    assert (state["status"], state["note"]) == ("interrupted", "stopped")
+    assert (state.status, state.note) == ("interrupted", "stopped")
     assert not folder.is_done("train", "k1")
-    state["seconds"] = 100.0
-    write_json(tmp_path / "stages.json", {"train": state})
+    write_json(tmp_path / "stages.json", {"train": {**state.to_json(), "seconds": 100.0}})
     with folder.stage("train", "k1"):
-        assert folder.stages()["train"]["status"] == "running"
+        assert folder.stages()["train"].status == "running"
     assert folder.is_done("train", "k1")
     assert not folder.is_done("train", "k2")
-    assert folder.stages()["train"]["seconds"] >= 100.0
+    assert (folder.stages()["train"].seconds or 0) >= 100.0
     with folder.stage("train", "k2"):
         pass
-    assert folder.stages()["train"]["seconds"] < 100.0
+    assert (folder.stages()["train"].seconds or 0) < 100.0
 
 
 def test_a_failed_stage_is_recorded(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with pytest.raises(ValueError, match="no"), folder.stage("train", "k"):
         raise ValueError("no")
-    assert folder.stages()["train"]["status"] == "failed"
+    assert folder.stages()["train"].status == "failed"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock on Windows")
@@ -120,8 +118,3 @@ def test_a_second_process_on_the_same_folder_is_refused(tmp_path: Path) -> None:
         RunFolder(tmp_path).check_free()
     RunFolder(tmp_path).check_free()
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-
-
-def test_last_row(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in (1, 2)))
-    assert last_row(tmp_path / "log.jsonl") == {"step": 2}

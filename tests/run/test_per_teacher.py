@@ -411,7 +411,7 @@ def test_preflight_reads_the_cache_and_chooses_a_fusion_it_supports(
     recipe = _recipe(zoo, tmp_path, "fusion=auto", f"preflight.candidates={candidates}")
     pipeline.cache(recipe)
     calls = Calls(monkeypatch)
-    report = pipeline.preflight(recipe)
+    report = pipeline.preflight(recipe).to_json()
     assert calls.by_name == {}
     chosen = decode_fusion(report["chosen"]["fusion"])
     check(fusion_requirements(chosen), [recipe.cache.capabilities])
@@ -427,7 +427,7 @@ def test_preflight_reads_the_cache_and_chooses_a_fusion_it_supports(
         batch_size=4,
         max_tokens=200,
         extended=candidates == "extended",
-    )
+    ).to_json()
     for name, teacher in live["teachers"].items():
         for key in ("nll", "entropy", "ece", "top1"):
             assert report["teachers"][name][key] == pytest.approx(teacher[key], abs=2e-3)

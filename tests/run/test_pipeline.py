@@ -98,7 +98,7 @@ def test_another_control_trains_only_that_control(finished: Path, tmp_path: Path
     )
     before = _weights(run)
     rows = pipeline.evaluate(recipe)
-    assert [row["name"] for row in rows if row["kind"] == "control"] == [
+    assert [row.name for row in rows if row.kind == "control"] == [
         "control: CE only, equal steps",
         "control: uniform weights",
     ]
@@ -150,8 +150,10 @@ def test_preflight_can_write_its_choice_into_the_recipe(zoo: Path, tmp_path: Pat
     report = pipeline.preflight(recipe, apply_to=tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")
     assert isinstance(again.fusion, Fusion)
-    assert report["chosen"]["nll"] <= report["best_single"]["nll"] + 1e-6
-    assert len(report["verdict"]) == 3
+    assert report.chosen.nll is not None
+    assert report.best_single.nll is not None
+    assert report.chosen.nll <= report.best_single.nll + 1e-6
+    assert len(report.verdict) == 3
 
 
 def test_check_writes_nothing_and_summarizes_the_run(zoo: Path, tmp_path: Path) -> None:

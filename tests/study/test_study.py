@@ -15,7 +15,6 @@ from collegium.errors import RecipeError
 from collegium.study import sweep
 from collegium.study.measurements import spearman
 from collegium.study.options import load_study
-from collegium.study.run import run_study
 from collegium.study.zoo import PermutedLabels
 from collegium.types import IGNORE, domain_number
 from refusals import refused
@@ -78,7 +77,7 @@ def test_each_setting_and_seed_runs_once(tiny_study: Path, monkeypatch: pytest.M
         raise AssertionError("ran again")
 
     monkeypatch.setattr(sweep.pipeline, "evaluate", nothing_left_to_do)
-    assert run_study(tiny_study).page == folder / "report.html"
+    assert sweep.run_study(tiny_study)[0] == folder / "report.html"
     assert json.loads((folder / "rows.json").read_text()) == rows
 
 
@@ -88,7 +87,7 @@ def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
     head = head.replace("    EM: {pick: {weighting: fixed}}\n", "")
     figure = "figures:\n  - {kind: dots, y: calibration_nll}\n"
     tiny_study.write_text(f"{head}measures: [calibration_nll, regret]\n{figure}", encoding="utf-8")
-    run_study(tiny_study)
+    sweep.run_study(tiny_study)
     rows = json.loads((tiny_study.parent / "study" / "rows.json").read_text())
     fusions = {row["levels"]["fusion"] for row in rows}
     assert {"uniform, linear", "prefix_likelihood(eta=0.3, decay=0.9), linear"} <= fusions
@@ -130,14 +129,14 @@ def test_setting_with_an_unknown_key_names_it(tiny_study: Path) -> None:
     text = tiny_study.read_text().replace("objective.kd_ratio", "objective.kd_raito")
     tiny_study.write_text(text, encoding="utf-8")
     with refused(RecipeError, "uniform_0.9_seed0.yaml:16: objective.kd_raito"):
-        run_study(tiny_study)
+        sweep.run_study(tiny_study)
 
 
 def test_pick_outside_the_candidates_lists_them(tiny_study: Path) -> None:
     text = tiny_study.read_text().replace("{weighting: fixed}", "{weighting: min_ce}")
     tiny_study.write_text(text, encoding="utf-8")
     with refused(RecipeError, "EM, 0.5 (seed 0): preflight"):
-        run_study(tiny_study)
+        sweep.run_study(tiny_study)
 
 
 def test_there_are_studies() -> None:

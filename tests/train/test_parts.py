@@ -11,8 +11,8 @@ from transformers import TrainerCallback, TrainingArguments
 from collegium.losses.features import FeatureLoss
 from collegium.losses.pairing import FeatureOptions
 from collegium.models.forward import tap_names, tap_width
+from collegium.storage.records import read_log
 from collegium.teachers.local import LocalTeacher
-from collegium.train.meter import RunLog
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
 from collegium.train.parts import adopt_arguments, named_teachers
@@ -92,7 +92,7 @@ def test_teachers_on_both_devices_train_a_student_on_the_gpu(tmp_path: Path) -> 
         )
         made.train()
         assert made.model.device.type == ("cpu" if on_cpu else "cuda")
-        losses.append([row["loss"] for row in RunLog(made.run_folder / "log.jsonl").rows()])
+        losses.append([row.loss for row in read_log(made.run_folder / "log.jsonl") or ()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 

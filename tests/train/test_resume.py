@@ -25,6 +25,7 @@ from collegium.errors import Interrupted, TrainingError
 from collegium.losses.features import FeatureLoss
 from collegium.losses.pairing import FeatureOptions
 from collegium.models.forward import tap_names, tap_width
+from collegium.storage.records import LogStep, read_log
 from collegium.train import checkpoint, state
 from collegium.train.meter import RunLog
 from collegium.train.objective import Objective
@@ -71,7 +72,7 @@ def digest(folder: Path) -> dict[str, Any]:
     last = folder / "checkpoint-8"
     record = state.read(last)
     record["meter"].pop("sums")
-    logged = RunLog(folder / "log.jsonl").rows()
+    logged = [row.to_json() for row in read_log(folder / "log.jsonl") or ()]
     for row in logged:
         row.pop("tokens_per_s")
     return {
@@ -349,12 +350,11 @@ def test_an_optimizer_that_needs_pickle_is_refused() -> None:
 
 def test_the_log_never_contains_a_step_twice(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "log.jsonl")
-    assert log.rows() == []
     for step in (1, 2, 3):
-        log.append({"step": step, "loss": 0.5})
+        log.append(LogStep(step=step, loss=0.5))
     with log.path.open("a") as file:
         file.write('{"step": 4, "lo')
     log.truncate(2)
-    assert log.rows() == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
-    log.append({"step": 3, "loss": 0.25})
-    assert len(log.rows()) == 3
+    assert read_log(log.path) == (LogStep(step=1, loss=0.5), LogStep(step=2, loss=0.5))
+    log.append(LogStep(step=3, loss=0.25))
+    assert len(read_log(log.path) or ()) == 3

@@ -18,7 +18,8 @@ from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Answer
 from collegium.errors import ModelError, TrainingError
-from collegium.train.meter import RunLog, StepMeter
+from collegium.storage.records import read_log
+from collegium.train.meter import StepMeter
 from collegium.train.step import row_losses
 from collegium.train.trainer import DistillTrainer, TrainOptions, training_arguments
 from collegium.types import LossSum, Rows
@@ -94,9 +95,9 @@ def test_without_teachers_the_loss_is_the_cross_entropy_of_transformers(tmp_path
     assert metrics["eval_ce"] == pytest.approx(expected, rel=1e-6)
     assert metrics["eval_num_tokens"] == 8
     made.train()
-    row = RunLog(tmp_path / "log.jsonl").rows()[0]
-    assert row["loss"] == pytest.approx(expected, rel=1e-5)
-    assert row["terms"].keys() == {"ce"}
+    (row, *_) = read_log(tmp_path / "log.jsonl") or ()
+    assert row.loss == pytest.approx(expected, rel=1e-5)
+    assert row.terms.keys() == {"ce"}
 
 
 def test_evaluation_averages_over_tokens_not_batches(tmp_path: Path) -> None:
@@ -181,12 +182,14 @@ def test_the_log_counts_where_a_conflict_policy_acts() -> None:
     again = StepMeter(["a"], domains=["code", "law"], sample_domains=torch.tensor([1, 0, 1]))
     again.load(json.loads(json.dumps(meter.state())), torch.device("cpu"))
     for row in (meter.row(), again.row()):
-        conflict = row["conflict"]
-        assert conflict["disagreement"] == pytest.approx(0.2)
-        assert conflict["applied"] == pytest.approx(0.5)
-        assert conflict["domains"]["law"]["applied"] == pytest.approx(0.5)
-        assert conflict["domains"]["code"] == pytest.approx({"disagreement": 0.2, "applied": 0.5})
-    assert meter.row()["conflict"] == {}
+        conflict = row.conflict
+        assert conflict.disagreement == pytest.approx(0.2)
+        assert conflict.applied == pytest.approx(0.5)
+        assert conflict.domains["law"].applied == pytest.approx(0.5)
+        assert conflict.domains["code"].to_json() == pytest.approx(
+            {"disagreement": 0.2, "applied": 0.5}
+        )
+    assert meter.row().conflict.to_json() == {}
 
 
 def test_teachers_are_never_trained(tmp_path: Path) -> None:
@@ -332,7 +335,7 @@ def test_bfloat16_runs_the_layers_and_leaves_the_losses(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
     plain = trainer(tmp_path / "plain", options={"max_steps": 2, "logging_steps": 1})
     plain.train()
-    first = [RunLog(m.run_folder / "log.jsonl").rows()[0]["loss"] for m in (made, plain)]
+    first = [(read_log(m.run_folder / "log.jsonl") or ())[0].loss for m in (made, plain)]
     assert first[0] != first[1]
     assert first[0] == pytest.approx(first[1], rel=1e-2)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +18,17 @@ from collegium.fusion.calibration import (
     entropy_bins,
     reliability_bins,
 )
+from collegium.storage.records import (
+    CalibrationScore,
+    DomainScore,
+    EntropyBins,
+    ModelScores,
+    Reliability,
+)
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
-
-
-def finite(value: float | None) -> float | None:
-    """Return the value, or None for infinity and NaN, which strict JSON cannot represent."""
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def perplexity(nll: float) -> float:
@@ -104,64 +107,62 @@ class Metrics:
         """Expected calibration error of the top-1 prediction over 15 bins of equal mass."""
         return calibration_error(self.confidence_N, self.is_correct_N)[0]
 
-    def by_domain(self) -> dict[str, dict[str, float | int | None]]:
-        """NLL, perplexity, bits per byte, calibration and token count of each non-empty domain."""
-        figures: dict[str, dict[str, float | int | None]] = {}
+    def by_domain(self) -> dict[str, DomainScore]:
+        """Return the scores on each non-empty domain."""
+        scores: dict[str, DomainScore] = {}
         for index, domain in enumerate(self.targets.domains):
             in_domain_N = self.targets.domains_N == index
             if not in_domain_N.any():
                 continue
             nll = _mean(self.nll_N[in_domain_N])
             bytes_n = self.targets.num_bytes_N[in_domain_N]
-            figures[domain] = {
-                "nll": finite(nll),
-                "perplexity": finite(perplexity(nll)),
-                "bits_per_byte": finite(_bits_per_byte(self.nll_N[in_domain_N], bytes_n)),
-                **self.calibration(in_domain_N),
-                "num_tokens": int(in_domain_N.sum()),
-            }
-        return figures
+            scores[domain] = DomainScore(
+                nll=nll,
+                perplexity=perplexity(nll),
+                bits_per_byte=_bits_per_byte(self.nll_N[in_domain_N], bytes_n),
+                **self._calibration(in_domain_N),
+                num_tokens=int(in_domain_N.sum()),
+            )
+        return scores
 
-    def calibration(self, is_kept_N: Bools) -> dict[str, float | None]:
-        """Measure calibration on the kept rows, with the keys of results.json.
+    def calibration(self) -> CalibrationScore:
+        """Return the calibration on all rows and on each domain."""
+        figures = self._calibration(np.ones(len(self.nll_N), dtype=np.bool_))
+        return CalibrationScore(nll=self.nll, **figures, domains=self.by_domain())
 
-        `entropy` H, `overconfidence` NLL - H, and `ece` = `ece_over` + `ece_under`.
-        """
+    def _calibration(self, is_kept_N: Bools) -> dict[str, Any]:
         entropy = _mean(self.entropy_N[is_kept_N])
         _, over, under = calibration_error(
             self.confidence_N[is_kept_N], self.is_correct_N[is_kept_N]
         )
         return {
-            "entropy": finite(entropy),
-            "overconfidence": finite(_mean(self.nll_N[is_kept_N]) - entropy),
-            "ece": finite(over + under),
-            "ece_over": finite(over),
-            "ece_under": finite(under),
+            "entropy": entropy,
+            "overconfidence": _mean(self.nll_N[is_kept_N]) - entropy,
+            "ece": over + under,
+            "ece_over": over,
+            "ece_under": under,
         }
 
-    def to_dict(self) -> dict[str, object]:
-        """Return the metrics with the keys of results.json. Undefined values are None, not NaN."""
-        return {
-            "nll": finite(self.nll),
-            "perplexity": finite(self.perplexity),
-            "bits_per_byte": finite(self.bits_per_byte),
-            "entropy": finite(self.entropy),
-            "overconfidence": finite(self.overconfidence),
-            "ece": finite(self.ece),
-            "top1": finite(self.top1),
-            "kl_to_fused": None
-            if self.kl_to_fused_N is None
-            else finite(_mean(self.kl_to_fused_N)),
-            "agreement_fused": None if self.agrees_fused_N is None else _mean(self.agrees_fused_N),
-            "agreement": {name: _mean(agrees_N) for name, agrees_N in self.agrees_N.items()},
-            "num_tokens": len(self.targets),
-            "num_bytes": int(self.targets.num_bytes_N.sum()),
-            "domains": self.by_domain(),
-            "reliability": _nan_to_none(reliability_bins(self.confidence_N, self.is_correct_N)),
-            "entropy_bins": _nan_to_none(
-                entropy_bins(self.entropy_N, self.is_correct_N, self.nll_N)
-            ),
-        }
+    def scores(self) -> ModelScores:
+        """Return the part of a row of results.json that is measured."""
+        kl_N, agrees_N = self.kl_to_fused_N, self.agrees_fused_N
+        return ModelScores(
+            nll=self.nll,
+            perplexity=self.perplexity,
+            bits_per_byte=self.bits_per_byte,
+            entropy=self.entropy,
+            overconfidence=self.overconfidence,
+            ece=self.ece,
+            top1=self.top1,
+            kl_to_fused=None if kl_N is None else _mean(kl_N),
+            agreement_fused=None if agrees_N is None else _mean(agrees_N),
+            agreement={name: _mean(agrees_N) for name, agrees_N in self.agrees_N.items()},
+            num_tokens=len(self.targets),
+            num_bytes=int(self.targets.num_bytes_N.sum()),
+            domains=self.by_domain(),
+            reliability=Reliability(**reliability_bins(self.confidence_N, self.is_correct_N)),
+            entropy_bins=EntropyBins(**entropy_bins(self.entropy_N, self.is_correct_N, self.nll_N)),
+        )
 
 
 def _mean(values_N: Floats | Bools) -> float:
@@ -172,7 +173,3 @@ def _mean(values_N: Floats | Bools) -> float:
 def _bits_per_byte(nll_N: Floats, num_bytes_N: Ints) -> float | None:
     num_bytes = int(num_bytes_N.sum())
     return float(nll_N.sum(dtype=np.float64)) / math.log(2) / num_bytes if num_bytes else None
-
-
-def _nan_to_none(bins: Mapping[str, list[float]]) -> dict[str, list[float | None]]:
-    return {key: [finite(value) for value in values] for key, values in bins.items()}

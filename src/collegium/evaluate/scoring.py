@@ -20,10 +20,14 @@ from collegium.errors import CollegiumError, DataError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.fusion.fuse import Fusion, Target, fuse
 from collegium.models.loading import choose_device
+from collegium.storage.records import ModelInfo, ResultRow
 from collegium.types import Batch, Rows, is_row
 
 FUSED = "fused target"
 """Name of the row of the fused target."""
+
+KINDS = ("untouched", "teacher", "fused", "control", "student")
+"""Kinds of models in the order of results.json."""
 
 BLOCK_ELEMENTS = 2**23
 """Elements of one [n, V] buffer if no block size is given: 32 MiB in float32."""
@@ -53,6 +57,24 @@ class Chunk:
     batch: Batch
     rows: Rows
     origins: Origins
+
+
+def results_rows(metrics: Mapping[str, Metrics], about: Sequence[ModelInfo]) -> list[ResultRow]:
+    """Return the rows of results.json: untouched, teachers, fused, controls, student.
+
+    The fused target needs no entry in `about`.
+
+    Raises:
+        CollegiumError: a scored model is missing in `about`.
+    """
+    infos = {info.name: info for info in (ModelInfo(name=FUSED, kind="fused"), *about)}
+    for name in metrics:
+        if name not in infos:
+            raise CollegiumError(
+                f"results: got metrics of `{name}`; must have a description; add it to `about`"
+            )
+    rows = [ResultRow(**dict(infos[name]), **dict(metrics[name].scores())) for name in metrics]
+    return sorted(rows, key=lambda row: KINDS.index(row.kind))
 
 
 def score_models(

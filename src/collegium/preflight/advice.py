@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from collegium.evaluate.metrics import Metrics, perplexity
 from collegium.fusion.calibration import TemperatureTables
-from collegium.fusion.describe import describe
+from collegium.fusion.describe import to_recipe
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Uniform
 from collegium.preflight.search import SAME_NLL, Candidate, Search
+from collegium.storage.records import fusion_title
 
 # Specialists off their domain reach 1 to 3 nats (docs/results/demo.md).
 OVERCONFIDENCE_THRESHOLD = 0.3
@@ -60,7 +61,7 @@ def findings_of(
     best_single = search.conditions.best_single
     several = [other for other in ranked if not other.fusion.weighting.is_single]
     return Findings(
-        fusion_name=describe(fusion),
+        fusion_name=fusion_title(to_recipe(fusion)),
         num_tokens=len(chosen.nll_N),
         nll=chosen.nll,
         uniform_nll=search.linear_nll(Uniform()),

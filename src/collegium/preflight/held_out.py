@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from collegium.data.pack import PackedDataset
 from collegium.distributions import LIVE, Answer, Capabilities, Teacher, WrappedRows
-from collegium.evaluate.metrics import Metrics, finite
 from collegium.evaluate.scoring import FUSED, OnProgress, score_models
 from collegium.fusion.fuse import Fusion
+from collegium.storage.records import HeldOut, TeacherCalibration
 from collegium.types import Batch, Rows
 
 
@@ -27,15 +25,10 @@ def held_out_report(
     batch_size: int,
     max_tokens: int | None,
     progress: OnProgress | None = None,
-) -> dict[str, Any]:
+) -> HeldOut:
     """Measure NLL, entropy, overconfidence and ECE of each teacher and of the fused target.
 
     Each teacher is scored raw and at its individually fitted temperature (None counts as 1).
-
-    Returns:
-        `{"num_tokens", "teachers": {name: {"raw": figures, "temperature": T, "calibrated":
-        figures}}, "fused": figures}`, with figures `{"nll", "entropy", "overconfidence", "ece",
-        "ece_over", "ece_under", "domains": {domain: same keys}}`.
 
     Raises:
         DataError: the split has no target tokens.
@@ -57,27 +50,18 @@ def held_out_report(
         max_tokens=max_tokens,
         progress=progress,
     )
-    return {
-        "num_tokens": len(scored[FUSED].targets),
-        "teachers": {
-            scaled.teacher.name: {
-                "raw": _figures(scored[scaled.teacher.name]),
-                "temperature": scaled.temperature,
-                "calibrated": _figures(scored[scaled.name]),
-            }
+    return HeldOut(
+        num_tokens=len(scored[FUSED].targets),
+        teachers={
+            scaled.teacher.name: TeacherCalibration(
+                raw=scored[scaled.teacher.name].calibration(),
+                temperature=scaled.temperature,
+                calibrated=scored[scaled.name].calibration(),
+            )
             for scaled in calibrated
         },
-        "fused": _figures(scored[FUSED]),
-    }
-
-
-def _figures(metrics: Metrics) -> dict[str, Any]:
-    all_rows_N = np.ones(len(metrics.nll_N), dtype=np.bool_)
-    return {
-        "nll": finite(metrics.nll),
-        **metrics.calibration(all_rows_N),
-        "domains": metrics.by_domain(),
-    }
+        fused=scored[FUSED].calibration(),
+    )
 
 
 @dataclass(frozen=True)

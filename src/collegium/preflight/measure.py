@@ -14,7 +14,7 @@ import torch
 from collegium.data.pack import PackedDataset
 from collegium.distributions import Teacher
 from collegium.errors import CollegiumError
-from collegium.evaluate.metrics import Metrics, finite
+from collegium.evaluate.metrics import Metrics
 from collegium.evaluate.scoring import OnProgress, spread_windows, unique_scorers
 from collegium.fusion.calibration import TemperatureTables, calibration_error, fit_temperature
 from collegium.fusion.describe import describe, to_recipe
@@ -28,6 +28,14 @@ from collegium.preflight.weight_quality import (
     rank_correlation,
     regret,
 )
+from collegium.storage.records import (
+    BestTeacher,
+    CandidateFusion,
+    ChosenFusion,
+    Disagreement,
+    PreflightReport,
+    TeacherMeasure,
+)
 
 
 def run_preflight(
@@ -39,7 +47,7 @@ def run_preflight(
     extended: bool = False,
     held_out: PackedDataset | None = None,
     progress: OnProgress | None = None,
-) -> dict[str, Any]:
+) -> PreflightReport:
     """Measure teachers and fusions on the calibration split, and choose the fusion of lowest NLL.
 
     Every weighting is tried as a linear pool, from one sweep that keeps scalars only. A second
@@ -67,9 +75,6 @@ def run_preflight(
         held_out: the validation split, of which about `max_tokens` are read.
         progress: called with (batches done, all batches) of each sweep.
 
-    Returns:
-        The content of preflight.json: strict JSON, undefined numbers are None.
-
     Raises:
         CollegiumError: there is no teacher, or two teachers share a name.
         DataError: the split has no target tokens.
@@ -89,18 +94,19 @@ def run_preflight(
     ranked = search.ranked()
     chosen = choose(ranked)
     report = preflight_record(search, ranked, chosen, metrics)
+    measured: dict[str, Any] = {}
     if held_out is not None:
-        report["held_out"] = held_out_report(
+        measured["held_out"] = held_out_report(
             teachers,
             chosen.fusion,
             held_out,
-            temperatures={name: row["temperature"] for name, row in report["teachers"].items()},
+            temperatures={name: row.temperature for name, row in report.teachers.items()},
             batch_size=batch_size,
             max_tokens=max_tokens,
             progress=progress,
         )
-    report["seconds"] = time.perf_counter() - started
-    return report
+    measured["seconds"] = time.perf_counter() - started
+    return report.model_copy(update=measured)
 
 
 def preflight_record(
@@ -108,74 +114,64 @@ def preflight_record(
     ranked: Sequence[Candidate],
     chosen: Candidate,
     metrics: Mapping[str, Metrics],
-) -> dict[str, Any]:
+) -> PreflightReport:
     """Return the content of preflight.json, without the held-out figures and the duration."""
     findings = findings_of(search, ranked, chosen, metrics)
     scalars = search.scalars
-    return {
-        "num_tokens": len(scalars.targets),
-        "seconds": None,
-        "teachers": {name: _teacher(scalars.tables, scored) for name, scored in metrics.items()},
-        "disagreement": {
-            "teachers": scalars.tables.teachers,
-            "jsd": scalars.jsd_KK.tolist(),
-            "top1": scalars.differs_KK.tolist(),
-        },
-        "fusions": [_fusion(candidate, chosen, search) for candidate in ranked],
-        "chosen": {
-            "name": describe(chosen.fusion),
-            "nll": finite(chosen.nll),
-            "fusion": to_recipe(chosen.fusion),
-            "weights": findings.mean_weights,
-            "leave_one_out": {
-                name: finite(value) for name, value in findings.leave_one_out.items()
-            },
-        },
-        "best_single": {
-            "teacher": findings.best_single,
-            "nll": finite(findings.best_single_nll),
-        },
-        "verdict": verdict_sentences(findings),
-    }
+    return PreflightReport(
+        num_tokens=len(scalars.targets),
+        teachers={name: _teacher(scalars.tables, scored) for name, scored in metrics.items()},
+        disagreement=Disagreement(
+            teachers=scalars.tables.teachers,
+            jsd=scalars.jsd_KK.tolist(),
+            top1=scalars.differs_KK.tolist(),
+        ),
+        fusions=[_fusion(candidate, chosen, search) for candidate in ranked],
+        chosen=ChosenFusion(
+            name=describe(chosen.fusion),
+            nll=chosen.nll,
+            fusion=to_recipe(chosen.fusion),
+            weights=findings.mean_weights,
+            leave_one_out=findings.leave_one_out,
+        ),
+        best_single=BestTeacher(teacher=findings.best_single, nll=findings.best_single_nll),
+        verdict=verdict_sentences(findings),
+    )
 
 
-def _teacher(tables: TemperatureTables, metrics: Metrics) -> dict[str, Any]:
+def _teacher(tables: TemperatureTables, metrics: Metrics) -> TeacherMeasure:
     ece, over, under = calibration_error(metrics.confidence_N, metrics.is_correct_N)
-    return {
-        "nll": finite(metrics.nll),
-        "perplexity": finite(metrics.perplexity),
-        "entropy": finite(metrics.entropy),
-        "ece": finite(ece),
-        "ece_over": finite(over),
-        "ece_under": finite(under),
-        "overconfidence": finite(metrics.overconfidence),
-        "temperature": finite(fit_temperature(tables, metrics.name)),
-        "top1": finite(metrics.top1),
-        "domains": {domain: row["nll"] for domain, row in metrics.by_domain().items()},
-    }
+    return TeacherMeasure(
+        nll=metrics.nll,
+        perplexity=metrics.perplexity,
+        entropy=metrics.entropy,
+        ece=ece,
+        ece_over=over,
+        ece_under=under,
+        overconfidence=metrics.overconfidence,
+        temperature=fit_temperature(tables, metrics.name),
+        top1=metrics.top1,
+        domains={domain: score.nll for domain, score in metrics.by_domain().items()},
+    )
 
 
-def _fusion(candidate: Candidate, chosen: Candidate, search: Search) -> dict[str, Any]:
+def _fusion(candidate: Candidate, chosen: Candidate, search: Search) -> CandidateFusion:
     samples_N = torch.from_numpy(search.scalars.targets.samples_N)[search.is_shared_N]
     interval = difference_interval(candidate.nll_N, torch.zeros_like(candidate.nll_N), samples_N)
     to_chosen = difference_interval(candidate.nll_N, chosen.nll_N, samples_N)
-    return {
-        "name": describe(candidate.fusion),
-        "nll": finite(candidate.nll),
-        "num_tokens": len(candidate.nll_N),
-        "nll_all_tokens": finite(candidate.nll_all),
-        "fusion": to_recipe(candidate.fusion),
-        "calibration": candidate.calibration,
-        "is_chosen": candidate is chosen,
-        "interval": _edges(interval),
-        "interval_to_chosen": _edges(to_chosen),
+    return CandidateFusion(
+        name=describe(candidate.fusion),
+        nll=candidate.nll,
+        num_tokens=len(candidate.nll_N),
+        nll_all_tokens=candidate.nll_all,
+        fusion=to_recipe(candidate.fusion),
+        calibration=candidate.calibration,
+        is_chosen=candidate is chosen,
+        interval=interval,
+        interval_to_chosen=to_chosen,
         **_weight_measures(candidate, search),
-        "domains": _domain_nll(candidate, search),
-    }
-
-
-def _edges(interval: tuple[float, float] | None) -> list[float | None] | None:
-    return None if interval is None else [finite(edge) for edge in interval]
+        domains=_domain_nll(candidate, search),
+    )
 
 
 def _weight_measures(candidate: Candidate, search: Search) -> dict[str, Any]:
@@ -187,20 +183,19 @@ def _weight_measures(candidate: Candidate, search: Search) -> dict[str, Any]:
     weights_KN = search.weights(candidate)
     stats = search.scalars.tables.stats(fusion.temperatures)
     label_logp_KN = stats.label_logp_KN[:, search.is_shared_N]
-    regrets = regret(candidate.nll_N, label_logp_KN)
     return {
         "rank_correlation": rank_correlation(weights_KN, -label_logp_KN),
         "best_teacher_share": best_teacher_share(weights_KN, -label_logp_KN),
-        "regret": {name: finite(value) for name, value in regrets.items()},
+        "regret": regret(candidate.nll_N, label_logp_KN),
     }
 
 
-def _domain_nll(candidate: Candidate, search: Search) -> dict[str, float | None]:
+def _domain_nll(candidate: Candidate, search: Search) -> dict[str, float]:
     targets = search.scalars.targets
     domains_N = torch.from_numpy(targets.domains_N)[search.is_shared_N]
     by_domain = {}
     for index, domain in enumerate(targets.domains):
         in_domain_N = domains_N == index
         if in_domain_N.any():
-            by_domain[domain] = finite(float(candidate.nll_N[in_domain_N].mean()))
+            by_domain[domain] = float(candidate.nll_N[in_domain_N].mean())
     return by_domain

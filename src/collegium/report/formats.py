@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 MISSING = "–"
 # As wide as a plus sign, unlike a hyphen.
@@ -86,9 +87,13 @@ def duration(seconds: float | None) -> str:
     return f"{whole_s // 3600} h {whole_s % 3600 // 60:02d} min"
 
 
-def perplexity_of(nll: float | None, recorded: float | None = None) -> float | None:
-    """Return the recorded perplexity or else exp(NLL), or None if that would overflow."""
-    if recorded is not None:
-        return recorded
-    # exp overflows a double above 709.
-    return math.exp(nll) if nll is not None and nll < 700 else None
+def interval(edges: Sequence[float | None] | None, write: Callable[..., str] = fixed) -> str:
+    """Format the edges of an interval: `4.500 … 4.660`."""
+    if not edges or None in edges:
+        return MISSING
+    return " … ".join(map(write, edges))
+
+
+def text(value: object) -> str:
+    """Return a name or a note, or a dash if there is none."""
+    return MISSING if value in (None, "") else str(value)

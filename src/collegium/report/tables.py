@@ -1,252 +1,120 @@
-"""Tables of the report as plain values. The template only lays them out."""
+"""One table model with three renderers: HTML (macros.html), Markdown and a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from collegium.report.colors import row_color
-from collegium.report.files import DomainScore, ResultRow, RunFiles
-from collegium.report.formats import (
-    amount,
-    duration,
-    fixed,
-    percent,
-    perplexity,
-    perplexity_of,
-    ratio,
-    signed,
-    signed_percent,
-    whole,
-)
-from collegium.report.headline import best, score
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
 
-GROUPS = (
-    ("student", "Distilled"),
-    ("control", "Controls"),
-    ("fused", "Fused target"),
-    ("teacher", "Teachers"),
-    ("untouched", "Before training"),
-)
-TRAINED = ("student", "control")
+from collegium.report.formats import fixed
+
+R = TypeVar("R")
+MAX_UNWRAPPED = 10
+"""Longest cell in a terminal that is never wrapped."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A formatted value. `strong` marks the best of its column."""
+class Cell(NamedTuple):
+    """A formatted value, and whether it is the best of its column."""
 
     text: str
-    strong: bool = False
+    is_best: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A row: a name with a color swatch, then its values. `group` starts a new block of rows."""
-
-    name: str
-    cells: tuple[Cell, ...]
-    color: str = ""
-    group: str = ""
-    mark: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table with text in the first column and numbers in the others."""
-
-    first: str
-    columns: tuple[str, ...]
-    lines: tuple[Line, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column: reads a value from a row, formats it and ranks it (lowest is best, if any)."""
+@dataclass(frozen=True)
+class Column(Generic[R]):
+    """A column: reads a value of a row and formats it. The value of lowest `rank` is the best."""
 
     title: str
-    read: Callable[[ResultRow], float | None]
-    write: Callable[[float | None], str]
-    rank: Callable[[float], float] | None = None
+    read: str | Callable[[R], Any]
+    """An attribute of the row, or a function."""
+    write: Callable[[Any], str] = fixed
+    rank: Callable[[Any], float] | None = None
+    is_text: bool = False
+    short: str | None = ""
+    """Heading in a terminal, the title if empty. None omits the column there."""
+
+    def value(self, row: R) -> Any:
+        """Return the value of a row, None if it has none."""
+        return getattr(row, self.read) if isinstance(self.read, str) else self.read(row)
+
+    def best(self, rows: Sequence[R]) -> str | None:
+        """Return the text of the best value, None unless at least two rows have one."""
+        values = [value for row in rows if (value := self.value(row)) is not None]
+        if self.rank is None or len(values) < 2:
+            return None
+        return self.write(min(values, key=self.rank))
 
 
-def _low(value: float) -> float:
-    return value
+@dataclass(frozen=True)
+class Line(Generic[R]):
+    """A row with its name and color. `group` is a heading above it."""
+
+    name: str
+    row: R
+    color: str = ""
+    group: str = ""
+    is_marked: bool = False
+    competes: bool = True
+    """Whether its values may be the best of their columns."""
 
 
-def _high(value: float) -> float:
-    return -value
+@dataclass(frozen=True)
+class Table(Generic[R]):
+    """A table with names in the first column."""
 
+    title: str
+    first: str
+    columns: Sequence[Column[R]]
+    lines: Sequence[Line[R]]
 
-METRICS = (
-    Column("Perplexity", score, perplexity, _low),
-    Column("NLL", lambda row: row.nll, fixed, _low),
-    Column("Bits / byte", lambda row: row.bits_per_byte, fixed, _low),
-    Column("Top-1", lambda row: row.top1, percent, _high),
-    Column("ECE", lambda row: row.ece, percent, _low),
-    # By magnitude: underconfidence is as far from calibrated as overconfidence.
-    Column("NLL − H", lambda row: row.overconfidence, signed, abs),
-    Column("KL to target", lambda row: row.kl_to_fused, fixed, _low),
-    Column("Agreement", lambda row: row.agreement_fused, percent, _high),
-    Column("Steps", lambda row: row.steps, whole),
-    Column("Tokens", lambda row: row.train_tokens, amount),
-)
-
-
-def evaluation_table(run: RunFiles) -> Table:
-    """Return all rows of `results.json`, student first, with the best trained model in bold."""
-    columns = [
-        column
-        for column in METRICS
-        if any(column.read(row) is not None for row in run.results or ())
-    ]
-    return _result_table(run, columns, "Model")
-
-
-def domain_table(run: RunFiles) -> Table:
-    """Return perplexity by row and domain, with the best trained model in bold."""
-
-    def reader(domain: str) -> Callable[[ResultRow], float | None]:
-        def read(row: ResultRow) -> float | None:
-            domain_score = row.domains.get(domain, DomainScore())
-            return perplexity_of(domain_score.nll, domain_score.perplexity)
-
-        return read
-
-    columns = [Column(name, reader(name), perplexity, _low) for name in run.domains()]
-    return _result_table(run, columns, "Model")
-
-
-def agreement_table(run: RunFiles) -> Table:
-    """Return the share of tokens on which a model and a teacher have the same top-1 token."""
-    rows = [
-        row
-        for row in run.rows(*TRAINED, "fused")
-        if any(v is not None for v in row.agreement.values())
-    ]
-    names = tuple(dict.fromkeys(name for row in rows for name in row.agreement))
-    lines = []
-    for row in rows:
-        values = [row.agreement.get(name) for name in names]
-        highest = max(value for value in values if value is not None)
-        cells = tuple(Cell(percent(value), value == highest and len(names) > 1) for value in values)
-        lines.append(Line(row.title, cells, row_color(row, run), mark=row.kind == "student"))
-    return Table("Model", names, tuple(lines))
-
-
-def _result_table(run: RunFiles, columns: Sequence[Column], first: str) -> Table:
-    # Only trained models compete: the fused target and the teachers are not alternatives to them.
-    trained = run.rows(*TRAINED)
-    marks = [_best_of(column, trained) for column in columns]
-    lines = []
-    for kind, group in GROUPS:
-        for i, row in enumerate(run.rows(kind)):
-            cells = []
-            for column, mark in zip(columns, marks, strict=True):
-                value = column.read(row)
-                text = column.write(value)
-                # Compared as text: two values that look the same are both the best.
-                cells.append(Cell(text, kind in TRAINED and mark is not None and text == mark))
-            lines.append(
-                Line(
-                    row.title,
-                    tuple(cells),
-                    row_color(row, run),
-                    "" if i else group,
-                    kind == "student",
-                )
+    def rows(self) -> Iterator[tuple[Line[R], list[Cell]]]:
+        """Yield each line with its cells."""
+        competing = [line.row for line in self.lines if line.competes]
+        best = [column.best(competing) for column in self.columns]
+        for line in self.lines:
+            texts = [column.write(column.value(line.row)) for column in self.columns]
+            # Compared as text: two values that look the same are both the best.
+            yield (
+                line,
+                [Cell(t, line.competes and t == b) for t, b in zip(texts, best, strict=True)],
             )
-    return Table(first, tuple(column.title for column in columns), tuple(lines))
 
+    def markdown(self) -> str:
+        """Render as Markdown without the title, with the best of each column in bold."""
+        lines = [[self.first, *(column.title for column in self.columns)]]
+        lines.append(["---", *("---" if c.is_text else "---:" for c in self.columns)])
+        for line, cells in self.rows():
+            texts = [f"**{cell.text}**" if cell.is_best else cell.text for cell in cells]
+            lines.append([line.name, *texts])
+        # A bar in a name would split its cell.
+        escaped = [[text.replace("|", "\\|") for text in line] for line in lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
-def _best_of(column: Column, rows: Iterable[ResultRow]) -> str | None:
-    values = [value for row in rows if (value := column.read(row)) is not None]
-    if column.rank is None or len(values) < 2:
-        return None
-    return column.write(min(values, key=column.rank))
-
-
-def size_table(run: RunFiles) -> Table:
-    """Return the parameters of each model, also relative to the student."""
-    rows = [row for row in run.rows("student", "teacher") if row.num_parameters]
-    student = best(run.rows("student"))
-    base = student.num_parameters if student else None
-    lines = [
-        _size_line(row.title, row.num_parameters, base, row_color(row, run), row.kind)
-        for row in rows
-    ]
-    sizes = [row.num_parameters or 0.0 for row in run.rows("teacher")]
-    if len(sizes) > 1 and sum(sizes):
-        lines.append(_size_line("all teachers combined", sum(sizes), base, "", "sum"))
-    return Table("Model", ("Parameters", "Exact", "Relative to student"), tuple(lines))
-
-
-def _size_line(name: str, size: float | None, base: float | None, color: str, kind: str) -> Line:
-    relative = size / base if size and base else None
-    cells = (Cell(amount(size)), Cell(whole(size)), Cell(ratio(relative)))
-    return Line(name, cells, color, mark=kind == "student")
-
-
-def cost_table(run: RunFiles) -> Table:
-    """Return the training cost of the student and each control."""
-    rows = [
-        row for row in run.rows(*TRAINED) if row.steps is not None or row.train_seconds is not None
-    ]
-    student = best(run.rows("student"))
-    base = student.train_seconds if student else None
-    lines = []
-    for row in rows:
-        speed = (
-            row.train_tokens / row.train_seconds if row.train_tokens and row.train_seconds else None
-        )
-        relative = row.train_seconds / base - 1 if row.train_seconds is not None and base else None
-        texts = (
-            whole(row.steps),
-            amount(row.train_tokens),
-            duration(row.train_seconds),
-            "–" if speed is None else f"{amount(speed)}/s",
-            signed_percent(relative) if row.kind == "control" else "",
-        )
-        lines.append(
-            Line(
-                row.title, tuple(map(Cell, texts)), row_color(row, run), mark=row.kind == "student"
-            )
-        )
-    return Table("Model", ("Steps", "Tokens", "Time", "Tokens/s", "Time vs. student"), tuple(lines))
-
-
-def stage_table(run: RunFiles) -> Table:
-    """Return status, wall time and share of the total time of each stage."""
-    stages = run.stages or {}
-    total = sum(stage.seconds or 0.0 for stage in stages.values())
-    lines = []
-    for name, stage in stages.items():
-        share = stage.seconds / total if stage.seconds is not None and total > 0 else None
-        texts = (
-            stage.status or "–",
-            # Without the UTC offset.
-            (stage.started or "–")[: len("2026-01-31T12:00:00")].replace("T", " "),
-            duration(stage.seconds),
-            percent(share),
-            stage.note or "",
-        )
-        lines.append(Line(name, tuple(map(Cell, texts))))
-    if lines:
-        texts = ("", "", duration(total), "", "")
-        lines.append(Line("total", tuple(map(Cell, texts)), mark=True))
-    return Table("Stage", ("Status", "Started", "Time", "Share", "Note"), tuple(lines))
-
-
-def environment_table(run: RunFiles) -> Table:
-    """Return versions and machine, with nested keys joined by dots."""
-    lines = [Line(key, (Cell(text),)) for key, text in _flat("", run.environment or {})]
-    return Table("Key", ("Value",), tuple(lines))
-
-
-def _flat(prefix: str, value: object) -> Iterable[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
-    elif isinstance(value, list):
-        yield prefix, ", ".join(map(str, value)) or "–"
-    elif prefix:
-        yield prefix, "–" if value is None or value == {} else str(value)
+    def rich(self) -> RichTable:
+        """Render for a terminal, with the best of each column and the marked names in bold."""
+        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.collapse_padding, table.pad_edge = True, False
+        table.add_column(Text(self.first))
+        shown = [column.short is not None for column in self.columns]
+        rows = list(self.rows())
+        for i, column in enumerate(self.columns):
+            if not shown[i]:
+                continue
+            # Long cells may wrap: rich cuts names to nothing before it cuts other cells.
+            is_short = all(len(cells[i].text) <= MAX_UNWRAPPED for _, cells in rows)
+            justify = "left" if column.is_text else "right"
+            # Text: a name such as `[red]a` must not be read as rich markup.
+            title = Text(column.short or column.title)
+            table.add_column(title, justify=justify, no_wrap=is_short)
+        for line, cells in rows:
+            if line.group:
+                table.add_section()
+                table.add_row(Text(line.group, style="dim"))
+            texts = [Text(c.text, "bold" if c.is_best else "") for c in compress(cells, shown)]
+            table.add_row(Text(line.name, "bold" if line.is_marked else ""), *texts)
+        return table

@@ -27,8 +27,13 @@ from collegium.console import progress
 from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Teacher
 from collegium.errors import RecipeError
-from collegium.evaluate.scoring import OnProgress, iterate_chunks, score_models, spread_windows
-from collegium.evaluate.table import ModelInfo, results_rows
+from collegium.evaluate.scoring import (
+    OnProgress,
+    iterate_chunks,
+    results_rows,
+    score_models,
+    spread_windows,
+)
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss
 from collegium.preflight.measure import run_preflight
@@ -36,8 +41,15 @@ from collegium.run.artifact import Artifact
 from collegium.run.caches import Cache, FusedCache, HiddenCache, Split, TeacherCache
 from collegium.run.context import RunContext, free_memory
 from collegium.run.controls import CONTROLS, Measured, Variant, main_variant
-from collegium.run.folder import last_row
-from collegium.storage.files import fingerprint, read_json, write_json
+from collegium.storage.files import fingerprint, write_json
+from collegium.storage.records import (
+    ModelInfo,
+    PreflightReport,
+    ResultRow,
+    TrainSummary,
+    open_record,
+    read_log,
+)
 from collegium.teachers.cached import CachedTargets, CachedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions
@@ -55,7 +67,7 @@ if TYPE_CHECKING:
     from collegium.train.trainer import DistillTrainer
 
 
-class Preflight(Artifact[dict[str, Any]]):
+class Preflight(Artifact[PreflightReport]):
     """Quality, calibration and disagreement of the teachers, and the fusion chosen from them."""
 
     @property
@@ -101,10 +113,10 @@ class Preflight(Artifact[dict[str, Any]]):
                 held_out=None if caches else held_out,
                 progress=advance,
             )
-        write_json(self.path, result)
+        write_json(self.path, result.to_json())
 
-    def open(self) -> dict[str, Any]:
-        return read_json(self.path)
+    def open(self) -> PreflightReport:
+        return open_record(self.path, PreflightReport)
 
 
 class Recorder:
@@ -201,8 +213,10 @@ class Student(Artifact[Path]):
         trainer = self.trainer(self.output_dir)
         trainer.train(resume_from_checkpoint=bool(checkpoints(self.output_dir)))
         trainer.save_student(self.path)
-        tokens = last_row(self.output_dir / "log.jsonl")["num_tokens"]
-        write_json(self.summary, {"steps": trainer.state.global_step, "train_tokens": tokens})
+        log = read_log(self.output_dir / "log.jsonl")
+        tokens = log[-1].num_tokens if log else None
+        summary = TrainSummary(steps=trainer.state.global_step, train_tokens=tokens)
+        write_json(self.summary, summary.to_json())
 
     def open(self) -> Path:
         return self.path
@@ -220,10 +234,11 @@ class Student(Artifact[Path]):
     def info(self) -> ModelInfo:
         """Return the facts about the finished student that results.json lists."""
         return ModelInfo(
+            name=self.variant.label,
             kind="student" if self.variant.name == "student" else "control",
             num_parameters=self.context.student_facts.num_parameters,
-            train_seconds=self.context.folder.stages()[self.name]["seconds"],
-            **read_json(self.summary),
+            train_seconds=self.context.folder.stages()[self.name].seconds,
+            **dict(open_record(self.summary, TrainSummary)),
         )
 
     def trainer(self, output_dir: Path) -> DistillTrainer:
@@ -291,7 +306,7 @@ class Student(Artifact[Path]):
 
 
 @dataclass(frozen=True, eq=False)
-class Results(Artifact[list[dict[str, Any]]]):
+class Results(Artifact[list[ResultRow]]):
     """Scores of the untouched student, the teachers and all trained students."""
 
     students: tuple[Student, ...]
@@ -330,26 +345,27 @@ class Results(Artifact[list[dict[str, Any]]]):
                     max_tokens=max_tokens,
                     progress=advance,
                 )
-        write_json(self.path, results_rows(scored, self._model_info()))
+        rows = results_rows(scored, self._model_info())
+        write_json(self.path, [row.to_json() for row in rows])
 
     def _load_untouched(self) -> LocalTeacher:
         student = self.context.new_student()
         return LocalTeacher(UNTOUCHED, student, vocab_size=self.context.vocab_size)
 
-    def _model_info(self) -> dict[str, ModelInfo]:
+    def _model_info(self) -> list[ModelInfo]:
         context = self.context
         size = context.student_facts.num_parameters
-        return {
-            UNTOUCHED: ModelInfo(kind="untouched", num_parameters=size),
-            **{
-                name: ModelInfo(kind="teacher", num_parameters=count)
+        return [
+            ModelInfo(name=UNTOUCHED, kind="untouched", num_parameters=size),
+            *(
+                ModelInfo(name=name, kind="teacher", num_parameters=count)
                 for name, count in context.teacher_parameters.items()
-            },
-            **{one.variant.label: one.info() for one in self.students},
-        }
+            ),
+            *(one.info() for one in self.students),
+        ]
 
-    def open(self) -> list[dict[str, Any]]:
-        return read_json(self.path)
+    def open(self) -> list[ResultRow]:
+        return open_record(self.path, list[ResultRow])
 
 
 class Report(Artifact[Path]):
@@ -399,7 +415,7 @@ def resolved_fusion(context: RunContext) -> Fusion | None:
             "fusion: got auto, and preflight is not done; must be known to all processes that "
             "build a cache together; run `collegium preflight` before, or name a fusion"
         )
-    return decode_fusion(preflight.ensure()["chosen"]["fusion"])
+    return decode_fusion(preflight.ensure().chosen.fusion)
 
 
 def preflights(context: RunContext) -> list[Artifact[Any]]:
@@ -435,7 +451,7 @@ def controls(context: RunContext) -> list[Student]:
     recipe = context.recipe
     if not recipe.teachers or not recipe.evaluate.controls:
         return []
-    best = Preflight(context).ensure()["best_single"]["teacher"]
+    best = Preflight(context).ensure().best_single.teacher
     measured = Measured(best_teacher=best, compute_ratio=context.compute_ratio)
     return [Student(context, CONTROLS[name](recipe, measured)) for name in recipe.evaluate.controls]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -24,6 +23,7 @@ from collegium.storage.files import (
     write_json,
     write_text,
 )
+from collegium.storage.records import Environment, Stage, read_record
 
 REMEDY = "wait for it, or choose another output_dir"
 RUN_FILES = ("recipe.json", "stages.json")
@@ -45,11 +45,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise CollegiumError(f"{path}: not a JSON object; delete it to recreate it")
     return value or {}
-
-
-def last_row(path: Path) -> dict[str, Any]:
-    """Return the last object of a JSON Lines file."""
-    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ class RunFolder:
         try:
             write_json(self.path / "recipe.json", recipe)
             write_text(self.path / "recipe.yaml", text)
-            write_json(self.path / "environment.json", environment())
+            write_json(self.path / "environment.json", environment().to_json())
         except OSError as error:
             raise self._not_writable(str(error.strerror)) from error
 
@@ -157,52 +152,50 @@ class RunFolder:
         with lock_folder(self.path, REMEDY):
             yield
 
-    def stages(self) -> dict[str, Any]:
+    def stages(self) -> dict[str, Stage]:
         """Return the state of every stage that has been started."""
-        return _read_object(self.path / "stages.json")
+        return read_record(self.path / "stages.json", dict[str, Stage]) or {}
 
     def is_done(self, stage: str, key: str) -> bool:
         """Return True if the stage was finished with the same inputs (`key`)."""
-        state = self.stages().get(stage, {})
-        return state.get("status") == "done" and state.get("key") == key
+        state = self.stages().get(stage, Stage())
+        return state.status == "done" and state.key == key
 
     @contextmanager
     def stage(self, name: str, key: str) -> Iterator[None]:
         """Record a stage's start, seconds (summed over interruptions) and outcome."""
         started = time.monotonic()
-        before = self.stages().get(name, {})
+        before = self.stages().get(name, Stage())
         # Another key is other work: its time does not count.
-        spent = before.get("seconds", 0.0) if before.get("key") == key else 0.0
-        state = {
-            "status": "running",
-            "key": key,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": spent,
-        }
+        spent = before.seconds or 0.0 if before.key == key else 0.0
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        state = Stage(status="running", key=key, started=now, seconds=spent)
         self._record(name, state)
+        outcome: dict[str, Any] = {}
         say(f"{name} ...")
         try:
             yield
         # BaseException, because Ctrl-C must not leave the stage as "running".
         except BaseException as error:
             is_stopped = isinstance(error, KeyboardInterrupt | Interrupted)
-            state["status"] = "interrupted" if is_stopped else "failed"
-            state["note"] = str(error)[:500]
+            outcome["status"] = "interrupted" if is_stopped else "failed"
+            outcome["note"] = str(error)[:500]
             raise
         else:
-            state["status"] = "done"
+            outcome["status"] = "done"
         finally:
-            state["seconds"] = round(spent + time.monotonic() - started, 2)
-            self._record(name, state)
-            say(f"{name}: {state['status']}, {state['seconds']:.0f} s")
+            outcome["seconds"] = round(spent + time.monotonic() - started, 2)
+            self._record(name, state.model_copy(update=outcome))
+            say(f"{name}: {outcome['status']}, {outcome['seconds']:.0f} s")
 
-    def _record(self, name: str, state: Mapping[str, Any]) -> None:
-        stages = self.stages()
-        stages[name] = dict(state)
-        write_json(self.path / "stages.json", stages)
+    def _record(self, name: str, state: Stage) -> None:
+        stages = {**self.stages(), name: state}
+        write_json(
+            self.path / "stages.json", {name: stage.to_json() for name, stage in stages.items()}
+        )
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """Return package versions and machine data for the report."""
     versions = {}
     for package in PACKAGES:
@@ -210,13 +203,13 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "packages": versions,
-    }
+    return Environment(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        processor=_processor(),
+        cpus=os.cpu_count(),
+        packages=versions,
+    )
 
 
 def _processor() -> str:

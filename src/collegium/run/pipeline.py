@@ -20,6 +20,7 @@ from collegium.run.artifacts import ARTIFACTS, Report
 from collegium.run.caches import Cache
 from collegium.run.checks import CheckReport, check_run
 from collegium.run.context import RunContext
+from collegium.storage.records import PreflightReport, ResultRow
 
 
 def check(recipe: Recipe) -> CheckReport:
@@ -31,18 +32,16 @@ def check(recipe: Recipe) -> CheckReport:
     return check_run(RunContext(recipe))
 
 
-def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> dict[str, Any]:
+def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> PreflightReport:
     """Measure teachers and fusions on the calibration split, without training.
 
     Args:
         recipe: the run.
         apply_to: a recipe file whose `fusion` is replaced by the chosen one.
-
-    Returns: the content of preflight.json (docs/design/spine.md).
     """
     (measured,) = _ensure(recipe, "preflight")
     if apply_to is not None:
-        write_fusion(apply_to, measured["chosen"]["fusion"])
+        write_fusion(apply_to, measured.chosen.fusion)
     return measured
 
 
@@ -73,7 +72,7 @@ def train(recipe: Recipe) -> Path:
     return student
 
 
-def evaluate(recipe: Recipe) -> list[dict[str, Any]]:
+def evaluate(recipe: Recipe) -> list[ResultRow]:
     """Train the controls that the recipe lists, score every model, and write results.json."""
     (rows,) = _ensure(recipe, "evaluate")
     return rows

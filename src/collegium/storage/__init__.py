@@ -1,1 +1,1 @@
-"""Files on disk, local or behind a URL."""
+"""Files on disk or behind a URL, and their typed contents."""

@@ -2,160 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from collegium.report.canvas import (
-    MUTED,
-    STUDENT,
-    TEACHERS,
-    house_style,
-    label,
-    legend_below,
-    new_figure,
-    render,
-)
-from collegium.study.measurements import spearman, summarize
-from collegium.study.options import MEASURES, FigureOptions
-from collegium.study.sweep import StudyRow, setting_name
+from collegium.report.canvas import house_style, label, legend_below, new_figure, render_svg
+from collegium.report.colors import MUTED, STUDENT, TEACHERS
+from collegium.storage.records import StudyRow
+from collegium.study.measurements import by_setting, measure_label, spearman, summarize
+from collegium.study.options import FigureOptions
 
-WIDE = 10.4
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_LABEL_LENGTH = 44
 
 
 def draw_figures(
     rows: Sequence[StudyRow], figures: Sequence[FigureOptions], factors: Sequence[str]
-) -> list[bytes | None]:
-    """Return each figure as SVG bytes, or None where no row has its measures."""
-    kinds: dict[str, Callable[[Sequence[StudyRow], FigureOptions, Sequence[str]], bytes | None]] = {
-        "scatter": scatter,
-        "lines": lines,
-        "dots": dots,
-    }
+) -> list[tuple[FigureOptions, bytes]]:
+    """Return the options and the SVG of each figure that some row has the measures of."""
+    kinds = {"scatter": scatter, "lines": lines, "dots": dots}
     with house_style():
-        return [kinds[options.kind](rows, options, factors) for options in figures]
+        drawn = [(options, kinds[options.kind](rows, options, factors)) for options in figures]
+        return [(options, render_svg(figure)) for options, figure in drawn if figure is not None]
 
 
-def by_setting(rows: Sequence[StudyRow], factors: Sequence[str]) -> dict[str, list[StudyRow]]:
-    """Group the rows by setting, in order of first appearance."""
-    groups: dict[str, list[StudyRow]] = {}
-    for row in rows:
-        groups.setdefault(setting_name(row["levels"], factors), []).append(row)
-    return groups
-
-
-def measure_label(name: str) -> str:
-    """Return the label of a measure, such as `NLL of the student on code`."""
-    base, _, domain = name.partition("@")
-    return MEASURES[base] + (f" on {domain}" if domain else "")
-
-
-def correlations(
-    rows: Sequence[StudyRow], x: str, y: str, factors: Sequence[str]
-) -> dict[str, Any]:
-    """Return the rank correlation of two measures over settings, of seed means and per seed."""
-    pairs = [(row["seed"], row["values"].get(x), row["values"].get(y)) for row in rows]
+def correlation(
+    rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str]
+) -> str | None:
+    """Describe the rank correlation of x and y over settings, of seed means and per seed."""
     by_seed: dict[int, list[tuple[float, float]]] = {}
-    for seed, x_value, y_value in pairs:
-        if x_value is not None and y_value is not None:
-            by_seed.setdefault(seed, []).append((x_value, y_value))
+    for seed, x, y in _points(rows, options):
+        by_seed.setdefault(seed, []).append((x, y))
     means = []
     for group in by_setting(rows, factors).values():
-        x_mean, y_mean = summarize(group, x).mean, summarize(group, y).mean
-        if x_mean is not None and y_mean is not None:
-            means.append((x_mean, y_mean))
+        x, y = summarize(group, options.x).mean, summarize(group, options.y).mean
+        if x is not None and y is not None:
+            means.append((x, y))
     # `preflight_predicts` has +0.98 for the means, +0.99 and +0.90 for its seeds.
-    return {
-        "settings": len(means),
-        "means": spearman(*zip(*means, strict=True)) if means else None,
-        "seeds": {seed: spearman(*zip(*xy, strict=True)) for seed, xy in by_seed.items()},
-    }
+    rho = spearman(*zip(*means, strict=True)) if means else None
+    if rho is None:
+        return None
+    seeds = {seed: spearman(*zip(*points, strict=True)) for seed, points in by_seed.items()}
+    texts = [f"seed {seed}: {value:+.2f}" for seed, value in seeds.items() if value is not None]
+    return f"over {len(means)} settings: {rho:+.2f} ({', '.join(texts)})"
 
 
 def scatter(
     rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str]
-) -> bytes | None:
+) -> Figure | None:
     """Plot one point per setting and seed, numbered by setting as in the legend."""
-    groups = {
-        name: points
-        for name, group in by_setting(rows, factors).items()
-        if (points := _points(group, options))
-    }
+    settings = by_setting(rows, factors).items()
+    groups = {name: points for name, group in settings if (points := list(_points(group, options)))}
     if not groups:
         return None
-    figure, (axes,) = new_figure(WIDE, 4.6 + 0.11 * len(groups))
+    figure, (axes,) = new_figure(4.6 + 0.11 * len(groups))
     seeds = sorted({seed for points in groups.values() for seed, _, _ in points})
     for number, (name, points) in enumerate(groups.items()):
         color = TEACHERS[number % len(TEACHERS)]
-        for i, (seed, x, y) in enumerate(points):
+        # Only the first point has a label, or the legend would repeat the setting per seed.
+        text: str | None = label(f"{number + 1}  {name}", MAX_LABEL_LENGTH)
+        for seed, x, y in points:
             marker = MARKERS[seeds.index(seed) % len(MARKERS)]
-            # Only the first point has a label, or the legend would repeat the setting per seed.
-            text = label(f"{number + 1}  {name}", MAX_LABEL_LENGTH) if i == 0 else None
             axes.scatter(x, y, color=color, marker=marker, s=42, label=text, zorder=3)
             axes.annotate(str(number + 1), (x, y), (5, 4), textcoords="offset points", fontsize=8)
-    axes.set_title(_correlation_title(correlations(rows, options.x, options.y, factors)))
+            text = None
+    rho = correlation(rows, options, factors)
+    axes.set_title(f"Rank correlation {rho}" if rho else "")
     axes.set(xlabel=measure_label(options.x), ylabel=measure_label(options.y))
     legend_below(figure, axes)
-    return render(figure)
+    return figure
 
 
-def _points(rows: Sequence[StudyRow], options: FigureOptions) -> list[tuple[int, float, float]]:
-    """Return (seed, x, y) of the rows that have both."""
-    points = [
-        (row["seed"], row["values"].get(options.x), row["values"].get(options.y)) for row in rows
-    ]
-    return [(seed, x, y) for seed, x, y in points if x is not None and y is not None]
+def _points(rows: Sequence[StudyRow], options: FigureOptions) -> Iterator[tuple[int, float, float]]:
+    """Yield (seed, x, y) of the rows that have both."""
+    for row in rows:
+        x, y = row.values.get(options.x), row.values.get(options.y)
+        if x is not None and y is not None:
+            yield row.seed, x, y
 
 
-def _correlation_title(rho: Mapping[str, Any]) -> str:
-    if rho["means"] is None:
-        return ""
-    single = ", ".join(
-        f"seed {seed}: {value:+.2f}" for seed, value in rho["seeds"].items() if value is not None
-    )
-    return f"Rank correlation over {rho['settings']} settings: {rho['means']:+.2f} ({single})"
-
-
-def lines(rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str]) -> bytes | None:
+def lines(
+    rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str]
+) -> Figure | None:
     """Plot a measure over the levels of a factor: the mean as a line, each seed as a dot."""
-    measured = [
-        row for row in rows if _value(row, options.y) is not None and options.x in row["levels"]
-    ]
-    if not measured:
+    rows = [r for r in rows if r.values.get(options.y) is not None and options.x in r.levels]
+    if not rows:
         return None
-    levels = list(dict.fromkeys(row["levels"][options.x] for row in measured))
+    levels = list(dict.fromkeys(row.levels[options.x] for row in rows))
     positions = _positions(levels)
-    groups: dict[str, list[StudyRow]] = {}
-    for row in measured:
-        groups.setdefault(row["levels"].get(options.by, ""), []).append(row)
-    figure, (axes,) = new_figure(WIDE, 4.4)
-    for number, (name, group) in enumerate(groups.items()):
+    figure, (axes,) = new_figure(4.4)
+    for number, name in enumerate(dict.fromkeys(row.levels.get(options.by, "") for row in rows)):
         color = TEACHERS[number % len(TEACHERS)] if options.by else STUDENT
-        by_level = {x: [r for r in group if r["levels"][options.x] == x] for x in levels}
-        points = [
-            (positions[x], summarize(level_rows, options.y).mean)
-            for x, level_rows in by_level.items()
-            if level_rows
-        ]
-        axes.plot(
-            *zip(*points, strict=True),
-            color=color,
-            marker="o",
-            label=label(name or "mean", MAX_LABEL_LENGTH),
-        )
-        # With one seed the dot would coincide with the mean.
-        if len({row["seed"] for row in group}) > 1:
-            for x, level_rows in by_level.items():
-                values = summarize(level_rows, options.y).values
-                axes.scatter([positions[x]] * len(values), values, color=color, s=12, alpha=0.6)
-    _level_axis(axes, levels, positions)
+        group = [row for row in rows if row.levels.get(options.by, "") == name]
+        points = []
+        for level, x in positions.items():
+            seeds = summarize([r for r in group if r.levels[options.x] == level], options.y)
+            if seeds.mean is not None:
+                points.append((x, seeds.mean))
+            # With one seed the dot would coincide with the mean.
+            if len({row.seed for row in group}) > 1:
+                axes.scatter([x] * len(seeds.values), seeds.values, color=color, s=12, alpha=0.6)
+        text = label(name or "mean", MAX_LABEL_LENGTH)
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", label=text)
+    _level_axis(axes, positions)
     axes.set(xlabel=options.x, ylabel=measure_label(options.y))
     legend_below(figure, axes)
-    return render(figure)
+    return figure
 
 
 def _positions(levels: Sequence[str]) -> dict[str, float]:
@@ -166,35 +120,30 @@ def _positions(levels: Sequence[str]) -> dict[str, float]:
         return {level: float(index) for index, level in enumerate(levels)}
 
 
-def _level_axis(axes: Axes, levels: Sequence[str], positions: Mapping[str, float]) -> None:
-    values = [positions[level] for level in levels]
+def _level_axis(axes: Axes, positions: Mapping[str, float]) -> None:
+    low, high = min(positions.values()), max(positions.values())
     # Levels such as 10, 25, 50, 100 would crowd at the left of a linear axis.
-    if min(values) > 0 and max(values) / min(values) >= 4:
+    if low > 0 and high / low >= 4:
         axes.set_xscale("log")
         # Minor ticks would put labels between the levels.
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.minorticks_off()
-    axes.set_xticks(values, [label(level, 18) for level in levels])
+    axes.set_xticks(list(positions.values()), [label(level, 18) for level in positions])
 
 
-def dots(rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str]) -> bytes | None:
+def dots(rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str]) -> Figure | None:
     """Plot each setting on its own line: the mean as a vertical mark, each seed as a dot."""
-    measured = [row for row in rows if _value(row, options.y) is not None]
-    if not measured:
+    rows = [row for row in rows if row.values.get(options.y) is not None]
+    if not rows:
         return None
-    groups = by_setting(measured, factors)
-    figure, (axes,) = new_figure(WIDE, 1.1 + 0.3 * len(groups))
+    groups = by_setting(rows, factors)
+    figure, (axes,) = new_figure(1.1 + 0.3 * len(groups))
     for position, group in enumerate(groups.values()):
         seeds = summarize(group, options.y)
         axes.scatter(seeds.values, [position] * len(seeds.values), color=STUDENT, s=26, zorder=3)
-        if seeds.mean is not None:
-            axes.scatter([seeds.mean], [position], color=MUTED, marker="|", s=220, zorder=2)
+        axes.scatter(seeds.mean or 0, position, color=MUTED, marker="|", s=220, zorder=2)
     axes.set_yticks(range(len(groups)), [label(name, MAX_LABEL_LENGTH) for name in groups])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(measure_label(options.y))
-    return render(figure)
-
-
-def _value(row: StudyRow, measure: str) -> float | None:
-    return row["values"].get(measure)
+    return figure

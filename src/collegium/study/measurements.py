@@ -2,98 +2,160 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
+from collegium.report.formats import fixed, perplexity
 from collegium.storage.files import read_json
+from collegium.storage.records import (
+    CandidateFusion,
+    ModelScores,
+    Number,
+    Numbers,
+    PreflightReport,
+    ResultRow,
+    StudyRow,
+    read_log,
+    read_record,
+)
 
-Values = dict[str, float | None]
+T = TypeVar("T")
+
+
+class RunParts(NamedTuple):
+    """What the measures of a finished run are read from."""
+
+    student: ResultRow
+    fused: ModelScores
+    folder: Path
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Measures of one study row by name, and levels that the run itself adds."""
+class Measure(Generic[T]):
+    """A measure of a study: its label, where it is read, and how a table writes it."""
 
-    values: Values
-    levels: Mapping[str, str] = field(default_factory=dict)
+    label: str
+    read: Callable[[T], Number]
+    is_lower_better: bool = False
+    write: Callable[[float | None], str] = fixed
+    digits: int = 3
+    """Digits of its standard deviation."""
 
 
-def run_row(folder: Path) -> Measurement:
+_coarse = partial(fixed, digits=1)
+RUN_MEASURES: dict[str, Measure[RunParts]] = {
+    "fused_nll": Measure("NLL of the fused target", attrgetter("fused.nll"), True),
+    "student_nll": Measure("NLL of the student", attrgetter("student.nll"), True),
+    "student_perplexity": Measure(
+        "perplexity of the student", attrgetter("student.perplexity"), True, perplexity, 1
+    ),
+    "student_ece": Measure("ECE of the student", attrgetter("student.ece")),
+    "student_overconfidence": Measure(
+        "NLL − H of the student", attrgetter("student.overconfidence")
+    ),
+    "student_kl": Measure("KL(fused target, student)", attrgetter("student.kl_to_fused"), True),
+    "bytes_per_token": Measure(
+        "bytes per target", lambda run: _bytes_per_token(run.folder), False, _coarse, 1
+    ),
+    "tokens_per_s": Measure(
+        "target tokens per second", lambda run: _tokens_per_s(run.folder), False, _coarse, 1
+    ),
+    "train_seconds": Measure(
+        "seconds of training", attrgetter("student.train_seconds"), False, _coarse, 1
+    ),
+}
+PREFLIGHT_MEASURES: dict[str, Measure[CandidateFusion]] = {
+    "calibration_nll": Measure(
+        "NLL of the fused target on the calibration split", attrgetter("nll"), True
+    ),
+    "rank_correlation": Measure(
+        "rank correlation of weight and −NLL", attrgetter("rank_correlation")
+    ),
+    "best_teacher_share": Measure(
+        "P(highest weight = best teacher)", attrgetter("best_teacher_share")
+    ),
+    "regret": Measure(
+        "regret against the best constant weights",
+        lambda candidate: (candidate.regret or {}).get("constant"),
+        True,
+    ),
+}
+MEASURES: dict[str, Measure[Any]] = {**RUN_MEASURES, **PREFLIGHT_MEASURES}
+"""`NAME@DOMAIN` is the value on one domain."""
+# results.json has other measures per domain as well, but studies read only these.
+BY_DOMAIN = ("fused_nll", "student_nll", "student_perplexity")
+
+
+def measure_label(name: str) -> str:
+    """Return the label of a measure, such as `NLL of the student on code`."""
+    base, _, domain = name.partition("@")
+    return MEASURES[base].label + (f" on {domain}" if domain else "")
+
+
+def run_values(folder: Path) -> Numbers:
     """Read the measures of a finished run: student, fused target, cache size and time."""
-    rows = read_json(folder / "results.json")
-    student = next(row for row in rows if row["kind"] == "student")
+    rows = read_record(folder / "results.json", list[ResultRow]) or []
+    student = next(row for row in rows if row.kind == "student")
     # A run without teachers has no fused target.
-    fused = next((row for row in rows if row["kind"] == "fused"), {})
-    values: Values = {
-        "fused_nll": fused.get("nll"),
-        "student_nll": student["nll"],
-        "student_perplexity": student["perplexity"],
-        "student_ece": student["ece"],
-        "student_overconfidence": student["overconfidence"],
-        "student_kl": student["kl_to_fused"],
-        "bytes_per_token": _bytes_per_token(folder / "cache"),
-        "tokens_per_s": _tokens_per_s(folder / "train" / "log.jsonl"),
-        "train_seconds": student["train_seconds"],
-    }
-    for domain, scores in student["domains"].items():
-        values[f"student_nll@{domain}"] = scores["nll"]
-        values[f"student_perplexity@{domain}"] = scores["perplexity"]
-    for domain, scores in fused.get("domains", {}).items():
-        values[f"fused_nll@{domain}"] = scores["nll"]
-    return Measurement(values)
+    fused = next((row for row in rows if row.kind == "fused"), ModelScores())
+    values = dict(_values(RUN_MEASURES, RunParts(student, fused, folder)))
+    for domain, score in student.domains.items():
+        values[f"student_nll@{domain}"] = score.nll
+        values[f"student_perplexity@{domain}"] = score.perplexity
+    for domain, score in fused.domains.items():
+        values[f"fused_nll@{domain}"] = score.nll
+    return values
 
 
-def preflight_rows(report: Mapping[str, Any]) -> list[Measurement]:
-    """Return one row per fusion that a preflight compared, with its name as a level."""
-    measurements = []
-    for entry in report["fusions"]:
-        values: Values = {
-            "calibration_nll": entry["nll"],
-            "rank_correlation": entry.get("rank_correlation"),
-            "best_teacher_share": entry.get("best_teacher_share"),
-            "regret": (entry.get("regret") or {}).get("constant"),
-        }
-        levels = {"fusion": family(entry), "calibration": entry["calibration"]}
-        measurements.append(Measurement(values, levels))
-    return measurements
+def _values(measures: Mapping[str, Measure[T]], source: T) -> Numbers:
+    return {name: measure.read(source) for name, measure in measures.items()}
 
 
-def family(entry: Mapping[str, Any]) -> str:
+def preflight_values(report: PreflightReport) -> Iterator[tuple[dict[str, str], Numbers]]:
+    """Yield the levels and measures of each fusion that a preflight compared."""
+    for candidate in report.fusions:
+        levels = {"fusion": family(candidate), "calibration": candidate.calibration or ""}
+        yield levels, _values(PREFLIGHT_MEASURES, candidate)
+
+
+def family(candidate: CandidateFusion) -> str:
     """Name a fusion without its fitted numbers, such as `gate, linear`."""
     # Fitted numbers differ between seeds, but the seeds of a setting must share a name.
-    weighting = entry["fusion"]["weighting"]
-    configured = ("form", "granularity", "eta", "decay")
-    options = [
-        f"{key}={weighting[key]}"
-        for key in configured
-        if key in weighting and weighting["name"] != "gate"
-    ]
-    name = weighting["name"] + (f"({', '.join(options)})" if options else "")
-    return f"{name}, {entry['fusion']['pool']}"
+    weighting: Mapping[str, Any] = candidate.fusion["weighting"]
+    name = weighting["name"]
+    configured = () if name == "gate" else ("form", "granularity", "eta", "decay")
+    options = ", ".join(f"{key}={weighting[key]}" for key in configured if key in weighting)
+    return f"{f'{name}({options})' if options else name}, {candidate.fusion['pool']}"
 
 
-def _bytes_per_token(cache: Path) -> float | None:
+def _bytes_per_token(folder: Path) -> float | None:
     # A fused cache has one manifest, per-teacher caches have one each. A student reads them all.
-    paths = sorted(cache.rglob("manifest.json"))
+    paths = sorted((folder / "cache").rglob("manifest.json"))
     # Only preflight reads the calibration split.
     manifests = [read_json(path) for path in paths if path.parent.name != "calibration"]
     sized = [m for m in manifests if m.get("num_targets")]
     return sum(m["num_bytes"] / m["num_targets"] for m in sized) if sized else None
 
 
-def _tokens_per_s(log: Path) -> float | None:
+def _tokens_per_s(folder: Path) -> float | None:
     # The median over logged steps ignores a slow first step.
-    if not log.is_file():
-        return None
-    lines = [
-        json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
-    speeds = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
+    log = read_log(folder / "train" / "log.jsonl") or ()
+    speeds = [line.tokens_per_s for line in log if line.tokens_per_s]
     return statistics.median(speeds) if speeds else None
+
+
+def by_setting(rows: Sequence[StudyRow], factors: Sequence[str]) -> dict[str, list[StudyRow]]:
+    """Group the rows by setting, named by its levels, in order of first appearance."""
+    groups: dict[str, list[StudyRow]] = {}
+    for row in rows:
+        name = " · ".join(row.levels[factor] for factor in factors if factor in row.levels)
+        groups.setdefault(name, []).append(row)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -113,9 +175,9 @@ class Summary:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], measure: str) -> Summary:
+def summarize(rows: Sequence[StudyRow], measure: str) -> Summary:
     """Collect the values of a measure in these rows, without missing ones."""
-    values = (row["values"].get(measure) for row in rows)
+    values = (row.values.get(measure) for row in rows)
     return Summary(tuple(value for value in values if value is not None))
 
 

@@ -16,29 +16,12 @@ from collegium.config.yaml import KeyPath, decode, read_text, read_yaml, shown
 from collegium.errors import nearest
 from collegium.fusion.fitted import WEIGHTINGS
 from collegium.options import option
+from collegium.study.measurements import BY_DOMAIN, MEASURES
 
 PICK = "pick"
 """Level key that selects a fusion fitted by preflight, such as `{weighting: gate, pool: linear,
 calibration: raw}`. Any other option of the weighting narrows the selection."""
 ZooName = Literal["specialists", "generalists", "contradicting"]
-MEASURES = {
-    "fused_nll": "NLL of the fused target",
-    "student_nll": "NLL of the student",
-    "student_perplexity": "perplexity of the student",
-    "student_ece": "ECE of the student",
-    "student_overconfidence": "NLL − H of the student",
-    "student_kl": "KL(fused target, student)",
-    "calibration_nll": "NLL of the fused target on the calibration split",
-    "rank_correlation": "rank correlation of weight and −NLL",
-    "best_teacher_share": "P(highest weight = best teacher)",
-    "regret": "regret against the best constant weights",
-    "bytes_per_token": "bytes per target",
-    "tokens_per_s": "target tokens per second",
-    "train_seconds": "seconds of training",
-}
-"""Measures of a run and their labels. `NAME@DOMAIN` is the value on one domain."""
-# results.json has other measures per domain as well, but studies read only these.
-BY_DOMAIN = ("fused_nll", "student_nll", "student_perplexity")
 Level = dict[str, Any]
 
 

@@ -1,10 +1,10 @@
-"""Runs of a study: one ordinary recipe per setting and seed. Finished runs are skipped."""
+"""Run a study: one ordinary recipe per setting and seed. Finished runs are skipped."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from ruamel.yaml import YAML
 from collegium.config.recipe import Recipe, load_recipe, recipe_hash
 from collegium.console import say
 from collegium.errors import RecipeError
+from collegium.report.tables import Table
 from collegium.run import pipeline
-from collegium.storage.files import fingerprint, read_json, write_json, write_text
-from collegium.study.measurements import preflight_rows, run_row
-from collegium.study.options import PICK, Level, StudyOptions, slug
+from collegium.storage.files import fingerprint, lock_folder, write_json, write_text
+from collegium.storage.records import StudyRow, StudyRun, read_record
+from collegium.study.measurements import preflight_values, run_values
+from collegium.study.options import PICK, Level, StudyOptions, load_study, slug
+from collegium.study.results import study_tables, write_page
+from collegium.study.zoo import prepare_zoo
 
-StudyRow = dict[str, Any]
-"""`{"levels": {factor: level}, "seed", "folder", "values": {measure: number or None}}`."""
 SEED = "{seed}"
 NOT_MEASURED = ("student", "objective", "train", "cache", "evaluate", "fusion")
 """Recipe sections that a preflight does not depend on, except for the student's tokenizer."""
@@ -39,6 +41,27 @@ class Job:
     def title(self) -> str:
         """Name of the job in progress output and errors."""
         return f"{', '.join(self.levels.values())} (seed {self.seed})"
+
+
+def run_study(path: Path) -> tuple[Path, list[Table[Any]]]:
+    """Train missing teachers, execute the unfinished runs, and return the page and its tables.
+
+    Raises:
+        CollegiumError: the study file, a recipe, its data or a model is unusable. Finished runs
+            are kept.
+    """
+    study = load_study(path)
+    folder = study.output_dir
+    if folder == Path():
+        folder = Path("runs") / "study" / study.name
+    # Two processes in one study folder would execute the same runs.
+    with lock_folder(folder, "wait for it, or choose another output_dir"):
+        for zoo in study.zoo:
+            for seed in study.seeds:
+                prepare_zoo(zoo, seed)
+        rows = run_jobs(study, path.parent / study.base, folder)
+        page = write_page(study, rows, folder, text=path.read_text(encoding="utf-8"))
+    return page, study_tables(study, rows)
 
 
 def jobs_of(study: StudyOptions, folder: Path) -> list[Job]:
@@ -62,7 +85,7 @@ def run_jobs(study: StudyOptions, base: Path, folder: Path) -> list[StudyRow]:
     for number, job in enumerate(jobs, start=1):
         say(f"[{number}/{len(jobs)}] {job.title}")
         rows += _run(study, job, base, folder)
-        write_json(folder / "rows.json", rows)
+        write_json(folder / "rows.json", [row.to_json() for row in rows])
     return rows
 
 
@@ -71,16 +94,20 @@ def _run(study: StudyOptions, job: Job, base: Path, folder: Path) -> list[StudyR
     record = job.folder / "study.json"
     # The hash of the whole recipe: after an edit of the base or a level, its runs are repeated.
     key = recipe_hash(recipe)
-    if record.is_file() and (done := read_json(record))["key"] == key:
-        return done["rows"]
+    if (done := read_record(record, StudyRun)) and done.key == key:
+        return list(done.rows)
     if study.students:
         pipeline.evaluate(recipe)
-        measured = [run_row(recipe.output_dir)]
+        measured = [({}, run_values(recipe.output_dir))]
     else:
-        measured = preflight_rows(pipeline.preflight(recipe))
-    head = {"seed": job.seed, "folder": str(job.folder)}
-    rows = [{"levels": {**job.levels, **m.levels}, **head, "values": m.values} for m in measured]
-    write_json(record, {"key": key, "rows": rows})
+        measured = preflight_values(pipeline.preflight(recipe))
+    rows = [
+        StudyRow(
+            levels={**job.levels, **more}, seed=job.seed, folder=str(job.folder), values=values
+        )
+        for more, values in measured
+    ]
+    write_json(record, StudyRun(key=key, rows=rows).to_json())
     return rows
 
 
@@ -117,16 +144,17 @@ def _fitted_fusion(job: Job, values: Mapping[str, Any], folder: Path) -> Any:
         "fusion": "auto",
     }
     report = pipeline.preflight(_write_recipe(folder / "recipes" / f"{name}.yaml", measured))
-    for entry in report["fusions"]:
-        fusion = entry["fusion"]
+    names = set()
+    for candidate in report.fusions:
+        fusion = candidate.fusion
         fitted = {**fusion["weighting"], "weighting": fusion["weighting"]["name"]}
-        fitted |= {"pool": fusion["pool"], "calibration": entry["calibration"]}
+        fitted |= {"pool": fusion["pool"], "calibration": candidate.calibration}
         if all(fitted.get(key) == value for key, value in pick.items()):
             return fusion
+        names.add(fitted["weighting"])
     raise RecipeError(
         f"{job.title}: preflight has no fusion with {json.dumps(pick)}; must be one that it tries; "
-        "weightings: "
-        f"{', '.join(sorted({e['fusion']['weighting']['name'] for e in report['fusions']}))}"
+        f"weightings: {', '.join(sorted(names))}"
     )
 
 
@@ -165,8 +193,3 @@ def _write_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
     return load_recipe(path)
-
-
-def setting_name(levels: Mapping[str, str], factors: Sequence[str]) -> str:
-    """Return the name of a setting: its levels in factor order."""
-    return " · ".join(levels[factor] for factor in factors if factor in levels)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from collegium.storage.files import write_text
+from collegium.storage.records import ConflictEffect, LogStep, LossMeans, read_log
 from collegium.types import LossSum
 
 
@@ -78,25 +79,10 @@ class StepMeter:
         sums = values.new_zeros(*values.shape[:-1], len(self._domains))
         self._add(name, sums.index_add(-1, self._sample_domains[samples_N], values))
 
-    def row(self, gather: Callable[[Any], list[Any]] = lambda value: [value]) -> dict[str, Any]:
+    def row(self, gather: Callable[[Any], list[Any]] = lambda value: [value]) -> LossMeans:
         """Return the means since the last row over all processes, and reset.
 
         `gather` collects one value of every process.
-
-        - `loss`: weighted sum of the terms, in nats per target token.
-        - `terms`: each term per target token, without its factor.
-        - `term_weights`: factor of each term in the last micro-batch, including T^2 and dynamic
-          scales.
-        - `grad_shares`: gradient norm of each term over the sum of all norms, over the measured
-          steps since the last row. Empty if none was measured. `kd` and `ce` are measured at the
-          student's final hidden states (N, D), `feature/NAME` at its tapped ones. Gradients at
-          different depths have different scales: compare `kd` with `ce`, feature terms with each
-          other, and any share over time. A feature share of 0.5 is not half of the update.
-        - `teacher_weights`, `domain_weights`: mean fusion weight per target token, overall and
-          per domain with target tokens.
-        - `num_tokens`: target tokens since the start of the run.
-        - `tokens_per_s`: target tokens per second since the last row, or since this process
-          started to train, including the time spent saving.
         """
         parts = gather((self.state(), self._timed_rows))
         num_tokens = sum(state["num_tokens"] for state, _ in parts)
@@ -108,19 +94,18 @@ class StepMeter:
         total_norm = sum(norms.values())
         seconds = max(time.monotonic() - self._started, 1e-9)
         loss = self._sums.get("loss")
-        row = {
-            "loss": 0.0 if loss is None else loss.item() / rows,
-            "tokens_per_s": timed_rows / seconds,
-            "num_tokens": num_tokens,
-            "terms": {name: value / rows for name, value in self._named("terms/").items()},
-            "term_weights": self._term_weights,
-            "grad_shares": {name: norm / total_norm for name, norm in norms.items()}
-            if total_norm > 0
-            else {},
-            "teacher_weights": self._teacher_weights(rows),
-            "domain_weights": self._domain_weights(),
-            "conflict": self._conflict(rows),
-        }
+        is_measured = total_norm > 0
+        row = LossMeans(
+            loss=0.0 if loss is None else loss.item() / rows,
+            tokens_per_s=timed_rows / seconds,
+            num_tokens=num_tokens,
+            terms={name: value / rows for name, value in self._named("terms/").items()},
+            term_weights=self._term_weights,
+            grad_shares={n: norm / total_norm for n, norm in norms.items()} if is_measured else {},
+            teacher_weights=self._teacher_weights(rows),
+            domain_weights=self._domain_weights(),
+            conflict=self._conflict(rows),
+        )
         self._clear()
         return row
 
@@ -145,11 +130,10 @@ class StepMeter:
             if count > 0
         }
 
-    def _conflict(self, rows: int) -> dict[str, Any]:
-        """Return the conflict policy's means per row, overall and per domain. Empty without one."""
+    def _conflict(self, rows: int) -> ConflictEffect:
         means = {name: value / rows for name, value in self._named("conflict/").items()}
         if not means or "domain_rows" not in self._sums:
-            return means
+            return ConflictEffect.model_validate(means)
         counts = self._sums["domain_rows"].tolist()
         columns = {name: self._sums[f"conflict_domains/{name}"][0].tolist() for name in means}
         domains = {
@@ -157,7 +141,7 @@ class StepMeter:
             for m, domain in enumerate(self._domains)
             if counts[m] > 0
         }
-        return {**means, "domains": domains}
+        return ConflictEffect.model_validate({**means, "domains": domains})
 
     def state(self) -> dict[str, Any]:
         """Return the state from which a resumed run continues the current row."""
@@ -191,33 +175,24 @@ def _total(states: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], int]
 
 
 class RunLog:
-    """`log.jsonl`: one JSON object per logged step, without duplicates. See `StepMeter.row`."""
+    """`log.jsonl`: one JSON object per logged step, without duplicates."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: LogStep) -> None:
         """Append one row."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Read the rows; an incomplete last line is ignored."""
-        if not self.path.exists():
-            return []
-        rows: list[dict[str, Any]] = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                # A kill during `append` leaves half a line, always the last one.
-                break
-        return rows
+            file.write(_line(row))
 
     def truncate(self, step: int) -> None:
         """Drop the rows after `step`, which a resumed run writes again."""
         if not self.path.exists():
             return
-        kept = [row for row in self.rows() if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in read_log(self.path) or () if row.step <= step]
+        write_text(self.path, "".join(map(_line, kept)))
+
+
+def _line(row: LogStep) -> str:
+    return json.dumps(row.to_json(), allow_nan=False) + "\n"

@@ -34,6 +34,7 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.errors import Interrupted, TrainingError
 from collegium.fusion import requirements
 from collegium.fusion.fuse import TargetSource
+from collegium.storage.records import LogStep
 from collegium.train import state
 from collegium.train.meter import RunLog, StepMeter
 from collegium.train.nan_diagnosis import NanGuard
@@ -258,11 +259,12 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of every term, and append training rows to log.jsonl."""
         if "loss" in logs:
-            row = {"step": self.state.global_step, "epoch": self.state.epoch, **logs}
-            row |= self._meter.row(self._gather)
+            head = {**logs, "step": self.state.global_step, "epoch": self.state.epoch}
+            # The meter's `loss` replaces the trainer's, a mean over steps instead of tokens.
+            row = LogStep(**{**head, **dict(self._meter.row(self._gather))})
             if self.is_world_process_zero():
                 self._log.append(row)
-            logs = {**logs, **_flat(row)}
+            logs = {**logs, **_flat(row.to_json())}
             logs.pop("step")
         super().log(logs, start_time)
 

@@ -5,22 +5,24 @@ from pathlib import Path
 import pytest
 
 import run_fixture
-from collegium.report import canvas, files, marks, plots
+from collegium.report import canvas, colors, plots
+from collegium.report.run_files import RunFiles, read_run
+from collegium.storage import records
 
-KEYS = ["perplexity", "loss", "weights", "trust", "disagreement", "gradients"]
+KEYS = ["perplexity", "loss", "weights", "conflict", "trust", "disagreement", "gradients"]
 
 
-def _run(tmp_path: Path, **options: object) -> files.RunFiles:
-    return files.read_run(
+def _run(tmp_path: Path, **options: object) -> RunFiles:
+    return read_run(
         run_fixture.write_run(tmp_path / "run", **options)  # type: ignore[arg-type]
     )
 
 
-def _keys(run: files.RunFiles) -> list[str]:
+def _keys(run: RunFiles) -> list[str]:
     drawn = plots.draw_all(run)
-    for plot in drawn:
-        assert ET.fromstring(plot.svg).tag.endswith("svg")
-    return [plot.key for plot in drawn]
+    for svg in drawn.values():
+        assert ET.fromstring(svg).tag.endswith("svg")
+    return list(drawn)
 
 
 @pytest.mark.parametrize("num_teachers", [2, 10, 23])
@@ -31,13 +33,13 @@ def test_draws_every_plot_for_any_number_of_teachers(num_teachers: int, tmp_path
 
 def test_one_teacher_has_no_disagreement(tmp_path: Path) -> None:
     assert _keys(_run(tmp_path, teachers=["only"], steps=5)) == [
-        k for k in KEYS if k != "disagreement"
+        k for k in KEYS if k not in ("conflict", "disagreement")
     ]
 
 
 def test_without_teachers(tmp_path: Path) -> None:
     run = _run(tmp_path, teachers=[], controls=[], steps=5)
-    assert _keys(run) == [k for k in KEYS if k not in ("weights", "disagreement")]
+    assert _keys(run) == [k for k in KEYS if k not in ("weights", "conflict", "disagreement")]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 400])
@@ -46,19 +48,19 @@ def test_draws_any_number_of_logged_steps(steps: int, tmp_path: Path) -> None:
 
 
 def test_empty_runs_have_no_plots() -> None:
-    assert plots.draw_all(files.RunFiles("empty")) == []
+    assert plots.draw_all(RunFiles("empty")) == {}
     assert (
-        plots.draw_all(files.RunFiles("empty", log=(), results=(), preflight=files.Preflight()))
-        == []
+        plots.draw_all(RunFiles("empty", log=(), results=(), preflight=records.PreflightReport()))
+        == {}
     )
 
 
 def test_values_that_are_all_null_give_no_plot() -> None:
-    line = files.LogStep(
+    line = records.LogStep(
         step=3, terms={"ce": None}, teacher_weights={"a": None}, grad_shares={"ce": None}
     )
-    row = files.ResultRow(name="student", kind="student", reliability=None)
-    assert _keys(files.RunFiles("nulls", log=(line,), results=(row,))) == []
+    row = records.ResultRow(name="student", kind="student", reliability=None)
+    assert _keys(RunFiles("nulls", log=(line,), results=(row,))) == []
 
 
 def test_gaps_and_oversized_values_are_skipped(tmp_path: Path) -> None:
@@ -75,23 +77,23 @@ def test_gaps_and_oversized_values_are_skipped(tmp_path: Path) -> None:
 
 
 def test_empty_bins_are_skipped(tmp_path: Path) -> None:
-    empty = files.Reliability(confidence=[None] * 3, accuracy=[None] * 3, count=[0.0] * 3)
-    row = files.ResultRow(name="a", kind="teacher", nll=1.0, reliability=empty)
-    assert _keys(files.RunFiles("bins", results=(row,))) == ["perplexity"]
+    empty = records.Reliability(confidence=[None] * 3, accuracy=[None] * 3, count=[0.0] * 3)
+    row = records.ResultRow(name="a", kind="teacher", perplexity=2.7, reliability=empty)
+    assert _keys(RunFiles("bins", results=(row,))) == ["perplexity"]
 
 
 def test_same_data_gives_same_bytes(tmp_path: Path) -> None:
     run = _run(tmp_path, steps=4)
-    assert [p.svg for p in plots.draw_all(run)] == [p.svg for p in plots.draw_all(run)]
+    assert plots.draw_all(run) == plots.draw_all(run)
 
 
 def test_plots_ignore_user_settings(tmp_path: Path) -> None:
     import matplotlib
 
     run = _run(tmp_path, steps=4)
-    expected = [plot.svg for plot in plots.draw_all(run)]
+    expected = plots.draw_all(run)
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
-        assert [plot.svg for plot in plots.draw_all(run)] == expected
+        assert plots.draw_all(run) == expected
 
 
 @pytest.mark.parametrize(
@@ -108,30 +110,30 @@ def test_plots_ignore_user_settings(tmp_path: Path) -> None:
 )
 def test_labels_are_always_drawable(name: str, drawn: str, tmp_path: Path) -> None:
     assert canvas.label(name) == drawn
-    assert len(_keys(_run(tmp_path, teachers=[name, "b"], domains=[name], steps=2))) == 6
+    assert len(_keys(_run(tmp_path, teachers=[name, "b"], domains=[name], steps=2))) == 7
 
 
 def test_a_teacher_keeps_its_color_and_the_second_ten_get_dashes() -> None:
     names = [str(i) for i in range(12)]
-    assert len({canvas.teacher_color(name, names) for name in names[:10]}) == 10
-    assert canvas.teacher_color("1", names) == canvas.teacher_color("11", names)
-    assert canvas.teacher_dash("1", names) != canvas.teacher_dash("11", names)
+    assert len({colors.teacher_color(name, names) for name in names[:10]}) == 10
+    assert colors.teacher_color("1", names) == colors.teacher_color("11", names)
+    assert colors.teacher_dash("1", names) != colors.teacher_dash("11", names)
 
 
 def test_domain_weights_average_the_logged_steps() -> None:
     log = [
-        files.LogStep(step=1, domain_weights={"news": {"a": 0.2, "b": 0.8}}),
-        files.LogStep(step=2, domain_weights={"news": {"a": 0.6, "b": None}}),
-        files.LogStep(step=3),
+        records.LogStep(step=1, domain_weights={"news": {"a": 0.2, "b": 0.8}}),
+        records.LogStep(step=2, domain_weights={"news": {"a": 0.6, "b": None}}),
+        records.LogStep(step=3),
     ]
-    domains, table = plots._domain_weights(log, ["a", "b"])
+    domains, table = plots.domain_means(log, ["a", "b"], lambda line: line.domain_weights)
     assert domains == ["news"]
     assert table.tolist() == [[pytest.approx(0.4), pytest.approx(0.8)]]
 
 
 def test_running_mean_keeps_gaps_and_levels() -> None:
-    values = marks.array([1.0, 1.0, None, 1.0, 1.0, 7.0])
-    smooth = marks._running_mean(values, 3)
+    values = canvas.array([1.0, 1.0, None, 1.0, 1.0, 7.0])
+    smooth = canvas.running_mean(values, 3)
     assert smooth[:2].tolist() == [1.0, 1.0]
     assert smooth[2] != smooth[2]
     assert smooth[4] == pytest.approx(3.0)

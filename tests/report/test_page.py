@@ -8,6 +8,7 @@ import pytest
 
 import run_fixture
 from collegium.report import page, plots
+from collegium.storage import files
 from refusals import refused
 
 MARKS = (
@@ -124,7 +125,7 @@ def _tags(text: str) -> list[tuple[str, dict[str, str | None]]]:
 
 
 def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "draw_all", lambda run: [])
+    monkeypatch.setattr(page, "draw_all", lambda run: {})
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_headline_names_the_winner_and_the_margin(report: str) -> None:
     )
 
 
-def test_has_every_section_and_all_six_plots(report: str) -> None:
+def test_has_every_section_and_every_plot(report: str) -> None:
     assert re.findall(r'<h2 id="(\w+)"', report) == [
         "plots",
         "evaluation",
@@ -149,7 +150,7 @@ def test_has_every_section_and_all_six_plots(report: str) -> None:
         "recipe",
         "environment",
     ]
-    assert report.count("<figure>") == 6
+    assert report.count("<figure>") == 7
     assert "is missing" not in report
 
 
@@ -170,14 +171,32 @@ def test_a_long_ranking_of_fusions_is_folded(
 ) -> None:
     _without_plots(monkeypatch)
     folder = run_fixture.write_run(tmp_path / "run", steps=2)
-    fusions = [{"name": f"candidate-{i:02}", "nll": 9.0 - i / 10} for i in range(13)]
-    chosen = {"name": "candidate-12", "nll": 9.0 - 12 / 10}
-    run_fixture.write_json(folder / "preflight.json", {"fusions": fusions, "chosen": chosen})
+    fusions = [
+        {
+            "nll": 7.8 + i / 10,
+            "fusion": {"weighting": {"name": f"candidate-{i:02}"}},
+            "is_chosen": i == 11,
+        }
+        for i in range(13)
+    ]
+    run_fixture.write_json(folder / "preflight.json", {"fusions": fusions})
     text = page.write_report(folder).read_text(encoding="utf-8")
-    shown, _, folded = text.partition("<details><summary>3 more</summary>")
-    assert re.findall(r"candidate-\d\d", shown) == [f"candidate-{i:02}" for i in range(12, 2, -1)]
-    assert re.findall(r"candidate-\d\d", folded) == ["candidate-02", "candidate-01", "candidate-00"]
-    assert text.count("<b>chosen</b>") == 1
+    shown, _, folded = text.partition("<details><summary>2 more</summary>")
+    # The chosen fusion is shown wherever it ranks.
+    numbers = [*range(10), 11]
+    assert re.findall(r"candidate-\d\d", shown) == [f"candidate-{i:02}" for i in numbers]
+    assert re.findall(r"candidate-\d\d", folded) == ["candidate-10", "candidate-12"]
+    assert text.count(">chosen</td>") == 1
+
+
+def test_a_fitted_fusion_is_a_name_and_a_table(report: str) -> None:
+    assert "<h3>Chosen fusion: domain_weights, linear</h3>" in report
+    assert '<th scope="row">weights, fiction</th>' in report
+    assert "fiction/gutenberg" not in report
+
+
+def test_an_active_conflict_policy_is_shown(report: str) -> None:
+    assert "<h3>Conflict policy</h3>" in report
 
 
 def test_loads_nothing_and_runs_nothing(report: str) -> None:
@@ -239,7 +258,8 @@ def test_names_are_shown_and_never_run(
         steps=2,
         recipe=f"name: {payload}\n",
     )
-    run_fixture.write_json(folder / "environment.json", {payload: {payload: [payload]}})
+    machine = {"processor": payload, "packages": {payload: payload}}
+    run_fixture.write_json(folder / "environment.json", machine)
     stage = {"status": payload, "started": payload, "seconds": 1.0, "note": payload}
     run_fixture.write_json(folder / "stages.json", {payload: stage})
     text = page.write_report(folder).read_text(encoding="utf-8")
@@ -248,7 +268,7 @@ def test_names_are_shown_and_never_run(
     assert "<script" not in text.lower()
     allowed = {
         "class", "id", "href", "src", "alt", "style", "scope", "colspan", "lang", "charset",
-        "http-equiv", "content", "name",
+        "http-equiv", "content", "name", "data-label",
     }  # fmt: skip
     assert {key for _, attrs in tags for key in attrs} <= allowed
     styles = [value or "" for _, attrs in tags for key, value in attrs.items() if key == "style"]
@@ -262,8 +282,8 @@ def test_names_are_shown_and_never_run(
 def test_hostile_names_in_plots_are_paths_and_not_text(tmp_path: Path) -> None:
     names = list(MARKS[:10])
     folder = run_fixture.write_run(tmp_path / "run", teachers=names, domains=names, steps=3)
-    for plot in plots.draw_all(page.read_run(folder)):
-        for element in ET.fromstring(plot.svg).iter():
+    for svg in plots.draw_all(page.read_run(folder)).values():
+        for element in ET.fromstring(svg).iter():
             tag = element.tag.rpartition("}")[2]
             assert tag in SVG_TAGS
             for key, value in element.attrib.items():
@@ -272,10 +292,13 @@ def test_hostile_names_in_plots_are_paths_and_not_text(tmp_path: Path) -> None:
 
 
 def test_template_never_disables_escaping() -> None:
-    text = Path(page.__file__).with_name("page.html").read_text(encoding="utf-8")
-    assert "|safe" not in text.replace(" ", "")
-    assert "autoescape" not in text
-    assert "<script" not in text
+    templates = list(Path(page.__file__).parent.glob("*.html"))
+    assert len(templates) == 4
+    for template in templates:
+        text = template.read_text(encoding="utf-8")
+        assert "|safe" not in text.replace(" ", "")
+        assert "autoescape" not in text
+        assert "<script" not in text
 
 
 def test_a_failed_write_leaves_the_old_page(
@@ -288,7 +311,7 @@ def test_a_failed_write_leaves_the_old_page(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(page.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with refused(page.CollegiumError, "TMP/run/report.html"):
         page.write_report(folder)
     assert (folder / "report.html").read_text() == "old"

@@ -1,0 +1,426 @@
+"""Records of the JSON files in run and study folders: written and read as these classes only.
+
+A value that does not apply or is not finite is None, `null` in the file. NLL, entropy and loss are
+in nats per target token, calibration errors and agreements are shares in [0, 1].
+
+    train/log.jsonl   LogStep per line     stages.json        {stage: Stage}
+    preflight.json    PreflightReport            environment.json   Environment
+    results.json      [ResultRow]          train/summary.json TrainSummary
+    rows.json         [StudyRow]           study.json         StudyRun
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+
+from collegium.errors import CollegiumError
+
+T = TypeVar("T")
+
+
+def _finite(value: Any) -> Any:
+    # Strict JSON has no NaN. A diverged run logs one: a gap in a curve, not an error.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+Numbers = Mapping[str, Number]
+
+
+class Record(BaseModel):
+    """An object in a file. Types are strict, and unknown keys are ignored."""
+
+    # Strict: "4.5" where a number belongs is a broken file. A newer version may add keys.
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that were set, as plain dicts, lists and numbers."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class ConflictRates(Record):
+    """Effect of the conflict policy on some rows."""
+
+    disagreement: Number = None
+    """Mean disagreement c of the teachers, in [0, 1]."""
+    applied: Number = None
+    """Share of the rows whose weights the policy changed, or mean weight moved to the label."""
+
+
+class ConflictEffect(ConflictRates):
+    """Effect of the conflict policy on all rows and by domain. Nothing is set without one."""
+
+    domains: Mapping[str, ConflictRates] = {}
+
+
+class TrainerStep(Record):
+    """The trainer's part of a log line."""
+
+    step: int
+    epoch: Number = None
+    grad_norm: Number = None
+    learning_rate: Number = None
+
+
+class LossMeans(Record):
+    """Means per target token since the previous log line, over all processes."""
+
+    loss: Number = None
+    """Weighted sum of the terms."""
+    tokens_per_s: Number = None
+    """Target tokens per second of training and saving, in this process's lifetime."""
+    num_tokens: int | None = None
+    """Target tokens since the start of the run."""
+    terms: Numbers = {}
+    """Each term without its factor: `kd`, `ce`, `truth`, `feature/TEACHER`."""
+    term_weights: Numbers = {}
+    """Factor of each term in the last micro-batch, including T^2 and dynamic scales."""
+    grad_shares: Numbers = {}
+    """Gradient norm of each term over the sum of all norms, over the measured steps.
+
+    `kd` and `ce` are measured at the student's final hidden states (N, D), `feature/NAME` at its
+    tapped ones. Gradients at different depths have different scales: compare `kd` with `ce`,
+    feature terms with each other, and any share over time."""
+    teacher_weights: Numbers = {}
+    """Mean fusion weight of each teacher."""
+    domain_weights: Mapping[str, Numbers] = {}
+    """The same of each domain with target tokens."""
+    conflict: ConflictEffect = ConflictEffect()
+
+
+class LogStep(LossMeans, TrainerStep):
+    """One line of `log.jsonl`, one per logged step."""
+
+
+class TrainSummary(Record):
+    """Cost of a finished training."""
+
+    steps: int
+    train_tokens: int | None
+
+
+class DomainScore(Record):
+    """Quality and calibration of a model on some tokens."""
+
+    nll: Number = None
+    perplexity: Number = None
+    bits_per_byte: Number = None
+    entropy: Number = None
+    overconfidence: Number = None
+    """NLL - entropy: 0 if calibrated, positive if overconfident."""
+    ece: Number = None
+    """Expected calibration error over 15 bins of equal mass, the sum of the next two."""
+    ece_over: Number = None
+    """Part of the bins whose confidence exceeds their accuracy."""
+    ece_under: Number = None
+    num_tokens: int | None = None
+
+
+class CalibrationScore(DomainScore):
+    """Calibration of a model on held-out text and on each of its domains."""
+
+    domains: Mapping[str, DomainScore] = {}
+
+
+class Reliability(Record):
+    """Mean confidence and accuracy of each confidence bin."""
+
+    confidence: Sequence[Number] = []
+    accuracy: Sequence[Number] = []
+    count: Sequence[Number] = []
+
+
+class EntropyBins(Record):
+    """Accuracy and NLL of the tokens in each bin of predicted entropy."""
+
+    entropy: Sequence[Number] = []
+    accuracy: Sequence[Number] = []
+    nll: Sequence[Number] = []
+    count: Sequence[Number] = []
+
+
+class ModelInfo(Record):
+    """Facts about a scored model besides its scores."""
+
+    name: str
+    kind: Literal["untouched", "teacher", "fused", "student", "control"]
+    num_parameters: int | None = None
+    steps: int | None = None
+    train_tokens: int | None = None
+    train_seconds: Number = None
+    note: str | None = None
+
+
+class ModelScores(Record):
+    """Scores of a model on the validation split."""
+
+    nll: Number = None
+    perplexity: Number = None
+    bits_per_byte: Number = None
+    entropy: Number = None
+    overconfidence: Number = None
+    ece: Number = None
+    top1: Number = None
+    kl_to_fused: Number = None
+    agreement_fused: Number = None
+    """Share of tokens with the same top-1 token as the fused target."""
+    agreement: Numbers = {}
+    """The same with each teacher."""
+    num_tokens: int | None = None
+    num_bytes: int | None = None
+    domains: Mapping[str, DomainScore] = {}
+    reliability: Reliability | None = None
+    entropy_bins: EntropyBins | None = None
+
+
+class ResultRow(ModelScores, ModelInfo):
+    """One row of the evaluation."""
+
+    @property
+    def title(self) -> str:
+        """The name without its kind, for places that already show the kind."""
+        return self.name.removeprefix(f"{self.kind}: ")
+
+
+class TeacherMeasure(Record):
+    """PreflightReport scores of one teacher on the calibration split."""
+
+    nll: Number = None
+    perplexity: Number = None
+    entropy: Number = None
+    ece: Number = None
+    ece_over: Number = None
+    ece_under: Number = None
+    overconfidence: Number = None
+    temperature: Number = None
+    """Fitted to this teacher only."""
+    top1: Number = None
+    domains: Numbers = {}
+    """NLL by domain."""
+
+
+class Disagreement(Record):
+    """Pairwise Jensen-Shannon divergence and share of differing top-1 tokens."""
+
+    teachers: Sequence[str] = []
+    jsd: Sequence[Sequence[Number]] = []
+    top1: Sequence[Sequence[Number]] = []
+
+
+class CandidateFusion(Record):
+    """A fusion that preflight compared. Each token is scored under the fit of the other half."""
+
+    name: str = ""
+    nll: Number = None
+    """NLL of the fused target on the tokens that rank all candidates."""
+    num_tokens: int | None = None
+    nll_all_tokens: Number = None
+    """NLL on the whole split, where it was measured."""
+    fusion: Mapping[str, Any] = {}
+    """The `fusion:` section of a recipe, fitted on the whole split."""
+    calibration: str | None = None
+    """raw, temperatures, pooled, or temperatures+pooled."""
+    is_chosen: bool = False
+    interval: Sequence[Number] | None = None
+    """95 % interval of the NLL, by a bootstrap over documents."""
+    interval_to_chosen: Sequence[Number] | None = None
+    """The same of its difference to the NLL of the chosen fusion."""
+    rank_correlation: Number = None
+    """Of weight and -NLL of the teachers, over tokens."""
+    best_teacher_share: Number = None
+    """Share of tokens whose best teacher has the highest weight."""
+    regret: Numbers | None = None
+    """NLL above that of the best `constant` weights, and of the best teacher `per_token`."""
+    domains: Numbers = {}
+    """NLL by domain."""
+
+
+class ChosenFusion(Record):
+    """The chosen fusion, its mean weights, and the rise of its NLL without each teacher."""
+
+    name: str = ""
+    nll: Number = None
+    fusion: Mapping[str, Any] = {}
+    weights: Numbers = {}
+    leave_one_out: Numbers = {}
+
+
+class BestTeacher(Record):
+    """The single teacher with the lowest NLL."""
+
+    teacher: str = ""
+    nll: Number = None
+
+
+class TeacherCalibration(Record):
+    """Calibration of one teacher, raw and at its fitted temperature."""
+
+    raw: CalibrationScore = CalibrationScore()
+    temperature: Number = None
+    calibrated: CalibrationScore = CalibrationScore()
+
+
+class HeldOut(Record):
+    """Calibration on the validation split, on which nothing is fitted or chosen."""
+
+    num_tokens: int | None = None
+    teachers: Mapping[str, TeacherCalibration] = {}
+    fused: CalibrationScore = CalibrationScore()
+
+
+class PreflightReport(Record):
+    """Teachers and fusions measured before training."""
+
+    num_tokens: int | None = None
+    seconds: Number = None
+    teachers: Mapping[str, TeacherMeasure] = {}
+    disagreement: Disagreement | None = None
+    fusions: Sequence[CandidateFusion] = []
+    """Sorted by NLL."""
+    chosen: ChosenFusion = ChosenFusion()
+    best_single: BestTeacher = BestTeacher()
+    verdict: Sequence[str] = []
+    """Three sentences."""
+    held_out: HeldOut | None = None
+    """Not measured where the teachers are read from a cache."""
+
+
+class Stage(Record):
+    """State and wall time of a pipeline stage."""
+
+    status: str | None = None
+    """running, done, failed or interrupted."""
+    key: str | None = None
+    """Fingerprint of its inputs."""
+    started: str | None = None
+    seconds: Number = None
+    """Summed over interruptions."""
+    note: str | None = None
+    """Message of the error that ended it."""
+
+
+class Environment(Record):
+    """Package versions and machine."""
+
+    python: str | None = None
+    platform: str | None = None
+    processor: str | None = None
+    cpus: int | None = None
+    packages: Mapping[str, str] = {}
+
+
+class StudyRow(Record):
+    """Measures of one run of a study, or of one fusion that its preflight compared."""
+
+    levels: Mapping[str, str]
+    """Factor -> level."""
+    seed: int
+    folder: str
+    values: Numbers
+
+
+class StudyRun(Record):
+    """Finished rows of one run, and the hash of the recipe that they belong to."""
+
+    key: str
+    rows: Sequence[StudyRow]
+
+
+def fusion_title(fusion: Mapping[str, Any]) -> str:
+    """Return the name of a fusion in recipe form, without its fitted tables of numbers.
+
+    Examples: `prefix_likelihood(eta=0.3, decay=0.9), linear`; `domain_weights, log_linear`.
+    """
+    exponent = fusion.get("exponent")
+    pool = str(fusion.get("pool", "linear"))
+    parts = [
+        _call(fusion.get("weighting", {})),
+        pool if exponent is None else f"{pool}(r={exponent:.3g})",
+    ]
+    if fusion.get("temperatures"):
+        parts.append("temperatures")
+    if (temperature := fusion.get("pooled_temperature", 1.0)) != 1.0:
+        parts.append(f"pooled_temperature={temperature:.3g}")
+    if "conflict" in fusion:
+        parts.append(_call(fusion["conflict"]))
+    return ", ".join(parts)
+
+
+def _call(option: Mapping[str, Any]) -> str:
+    """Format `name(key=value, ...)`, or only the name if some values are tables."""
+    values = {key: value for key, value in option.items() if key != "name" and value is not None}
+    name = str(option.get("name"))
+    if not values or any(isinstance(value, dict) for value in values.values()):
+        return name
+    texts = (f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+    return f"{name}({', '.join(texts)})"
+
+
+def read_record(path: Path, form: type[T]) -> T | None:
+    """Read a JSON file, or return None if it does not exist.
+
+    Raises:
+        CollegiumError: it cannot be read, or does not match `form`.
+    """
+    data = _read_bytes(path)
+    return None if data is None else _decode(data, form, where=str(path))
+
+
+def open_record(path: Path, form: type[T]) -> T:
+    """Read a JSON file that must exist.
+
+    Raises:
+        CollegiumError: it is missing, cannot be read, or does not match `form`.
+    """
+    record = read_record(path, form)
+    if record is None:
+        raise CollegiumError(f"{path}: not found; must be there; repeat its stage")
+    return record
+
+
+def read_log(path: Path) -> tuple[LogStep, ...] | None:
+    """Read the lines of a `log.jsonl` in step order, or return None if it does not exist.
+
+    Raises:
+        CollegiumError: it cannot be read, or a line is broken.
+    """
+    data = _read_bytes(path)
+    if data is None:
+        return None
+    # A run in progress or a killed one leaves half a line at the end, without a newline.
+    lines = (
+        _decode(line, LogStep, where=f"{path}:{number}")
+        for number, line in enumerate(data.split(b"\n")[:-1], start=1)
+        if line.strip()
+    )
+    # A resumed run may log some steps twice; the weights come from the later line.
+    latest = {line.step: line for line in lines}
+    return tuple(latest[step] for step in sorted(latest))
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CollegiumError(f"{path}: cannot be read ({error}); must be a file") from error
+
+
+def _decode(data: bytes, form: type[T], *, where: str) -> T:
+    try:
+        return TypeAdapter(form).validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ": ".join([where, *([".".join(map(str, first["loc"]))] if first["loc"] else [])])
+        value = first["input"]
+        text = repr(value.decode(errors="replace") if isinstance(value, bytes) else value)
+        raise CollegiumError(
+            f"{path}: got {text if len(text) <= 60 else f'{text[:57]}...'}; "
+            f"must match the file formats of a run ({first['msg']}); delete it and repeat its stage"
+        ) from error

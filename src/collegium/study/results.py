@@ -1,0 +1,116 @@
+"""Page of a study and its tables: mean ± standard deviation over the seeds of each setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from collegium.report.formats import fixed
+from collegium.report.page import REPORT, render
+from collegium.report.tables import Column, Line, Table
+from collegium.run.folder import environment
+from collegium.storage.files import write_text
+from collegium.storage.records import StudyRow
+from collegium.study.figures import correlation, draw_figures
+from collegium.study.measurements import (
+    MEASURES,
+    Summary,
+    by_setting,
+    measure_label,
+    summarize,
+)
+from collegium.study.options import StudyOptions
+
+
+def write_page(study: StudyOptions, rows: Sequence[StudyRow], folder: Path, *, text: str) -> Path:
+    """Write report.html, table.md and figure-N.svg into a study folder, and return the page path.
+
+    Args:
+        study: the study.
+        rows: rows of all its runs.
+        folder: output folder.
+        text: contents of the study file, shown on the page.
+    """
+    factors = factor_names(study, rows)
+    tables = study_tables(study, rows)
+    plots = draw_figures(rows, study.figures, factors)
+    # Plain files beside the page: docs/results embeds copies of them.
+    for number, (_, svg) in enumerate(plots, start=1):
+        write_text(folder / f"figure-{number}.svg", svg.decode("utf-8"))
+    facts = [
+        f"Rank correlation of {measure_label(figure.x)} and {measure_label(figure.y)} {rho}."
+        for figure in study.figures
+        if figure.kind == "scatter" and (rho := correlation(rows, figure, factors))
+    ]
+    markdown = [f"### {table.title}\n\n{table.markdown()}" for table in tables]
+    write_text(folder / "table.md", "\n\n".join([*facts, *markdown]) + "\n")
+    machine = environment()
+    versions = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
+    page = render(
+        "study.html",
+        study=study,
+        facts=facts,
+        tables=tables,
+        plots=[(o.title or measure_label(o.y), o.caption, svg) for o, svg in plots],
+        # Without students, a run has several rows.
+        num_runs=len({row.folder for row in rows}),
+        text=text,
+        machine=f"{machine.processor}, {machine.cpus} cores; Python {machine.python}, {versions}",
+    )
+    write_text(folder / REPORT, page)
+    return folder / REPORT
+
+
+def factor_names(study: StudyOptions, rows: Sequence[StudyRow]) -> list[str]:
+    """Return the factors of the study, then those that its runs added."""
+    return list(dict.fromkeys([*study.factors, *(name for row in rows for name in row.levels)]))
+
+
+def study_tables(study: StudyOptions, rows: Sequence[StudyRow]) -> list[Table[Any]]:
+    """Return a table of all settings, preceded for two factors by one pivot table per measure."""
+    factors = factor_names(study, rows)
+    pivots = []
+    if len(study.factors) == 2 and study.students:
+        across, down = factors[:2]
+        pivots = [pivot_table(rows, name, down=down, across=across) for name in study.measures]
+    return [*pivots, setting_table(rows, study.measures, factors)]
+
+
+def setting_table(
+    rows: Sequence[StudyRow], measures: Sequence[str], factors: Sequence[str]
+) -> Table[list[StudyRow]]:
+    """Return a table with one line per setting and one column per measure."""
+    columns = [_column(measure_label(name), name, lambda group: group) for name in measures]
+    lines = [Line(name, group) for name, group in by_setting(rows, factors).items()]
+    return Table("All settings", " · ".join(factors), columns, lines)
+
+
+def pivot_table(
+    rows: Sequence[StudyRow], measure: str, *, down: str, across: str
+) -> Table[list[StudyRow]]:
+    """Return one measure of two factors, with a line per `down` level and a column per `across`."""
+    columns = [
+        _column(x, measure, lambda group, x=x: [r for r in group if r.levels.get(across) == x])
+        for x in by_setting(rows, [across])
+    ]
+    lines = [Line(y, group) for y, group in by_setting(rows, [down]).items()]
+    return Table(measure_label(measure), f"{down} \\ {across}", columns, lines)
+
+
+def _column(
+    title: str, measure: str, select: Callable[[list[StudyRow]], list[StudyRow]]
+) -> Column[list[StudyRow]]:
+    options = MEASURES[measure.partition("@")[0]]
+
+    def read(group: list[StudyRow]) -> Summary | None:
+        summary = summarize(select(group), measure)
+        return summary if summary.values else None
+
+    def write(summary: Summary | None) -> str:
+        text = options.write(summary and summary.mean)
+        if summary is None or summary.deviation is None:
+            return text
+        return f"{text} ± {fixed(summary.deviation, options.digits)}"
+
+    return Column(title, read, write, (lambda s: s.mean) if options.is_lower_better else None)
