@@ -178,7 +178,7 @@ def read_text(tokenizer: Any, folder: Path, num_tokens: int) -> PackedDataset:
         total += len(ids)
         if total >= num_tokens:
             break
-    return PackedDataset.from_encoded(documents, max_length=LENGTH)
+    return PackedDataset(documents, max_length=LENGTH)
 
 
 def spread(pieces: Sequence[EncodedPiece]) -> list[EncodedPiece]:

@@ -127,7 +127,7 @@ def make_dataset(options: argparse.Namespace) -> PackedDataset:
     size = options.length * options.batch * (options.rounds + 1)
     ids = np.random.default_rng(0).integers(options.vocab, size=size)
     document = Encoded(ids, np.arange(size) > 0, np.ones(size, np.int64), True)
-    return PackedDataset.from_encoded([document], max_length=options.length)
+    return PackedDataset([document], max_length=options.length)
 
 
 def make_cache(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from collegium.data.encode import Encoded, encode
+from collegium.data.encode import Encoded, Encoder
 from collegium.data.readers import Document
 from collegium.data.windows import PackedDataset
 from collegium.distributions import LIVE, Answer, DenseRows
@@ -28,9 +28,9 @@ def text_dataset(*, packing: bool = True, max_length: int = 48) -> PackedDataset
         for domain, texts in TEXTS.items()
         for number, text in enumerate(texts)
     ]
-    encoded = [encode(d, tiny.tiny_tokenizer(), max_length=max_length) for d in documents]
-    return PackedDataset.from_encoded(
-        [document for document in encoded if document is not None],
+    encoder = Encoder(tiny.tiny_tokenizer(), max_length=max_length, where="texts")
+    return PackedDataset(
+        [encoded for encoded in encoder.encode(documents) if encoded is not None],
         max_length=max_length,
         packing=packing,
         domains=[document.domain for document in documents],
@@ -50,7 +50,7 @@ def id_dataset(
         )
         for ids in documents
     ]
-    return PackedDataset.from_encoded(encoded, max_length=max_length, domains=domains)
+    return PackedDataset(encoded, max_length=max_length, domains=domains)
 
 
 class BigramTeacher:

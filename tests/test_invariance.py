@@ -116,7 +116,7 @@ def naive_gradient(
 
 
 def lay_out(max_length: int, *, packing: bool, batch_size: int) -> list[dict[str, Tensor]]:
-    dataset = PackedDataset.from_encoded(make_documents(), max_length=max_length, packing=packing)
+    dataset = PackedDataset(make_documents(), max_length=max_length, packing=packing)
     items = [dataset[i] for i in range(len(dataset))]
     groups = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     return [Collator()(group) for group in groups]

@@ -134,7 +134,8 @@ class Batch:
                     "causal language models"
                 )
         ids_BT, labels_BT = inputs["input_ids"], inputs["labels"]
-        if "sample_ids" in inputs and "position_ids" in inputs:
+        is_separated = "sample_ids" in inputs and "position_ids" in inputs
+        if is_separated and "attention_mask" not in inputs:
             position_BT, sample_BT = inputs["position_ids"], inputs["sample_ids"]
         else:
             position_BT, sample_BT = _positions(inputs)

@@ -16,7 +16,6 @@ from refusals import check_message
 FILE = Path("zoo/code.jsonl")
 HERE = f"data.train[1]: {FILE}"
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
 def rows(*values: object) -> bytes:
@@ -120,12 +119,6 @@ def test_a_good_template_passes(bench: Bench) -> None:
     template(bench, tiny.CHAT_TEMPLATE)
     Path("zoo/scripture.jsonl").write_bytes(rows(*texts(60)))
     assert bench.accepted()[0] == "vocabulary: 400 tokens"
-
-
-def test_57_an_endless_template(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("collegium.data.chat.PROBE_SECONDS", 0.3)
-    template(bench, ENDLESS)
-    bench.refused("data.train: tokenizer")
 
 
 def test_57_a_template_that_reaches_into_python(bench: Bench) -> None:

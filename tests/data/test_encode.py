@@ -1,8 +1,6 @@
 """Targets, stop tokens and bytes per token of encoded documents."""
 
 import copy
-import threading
-import time
 from functools import lru_cache
 
 import numpy as np
@@ -13,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from collegium.data.encode import Encoder, encode, split_of
+from collegium.data.encode import Encoder
+from collegium.data.pack import split_of
 from collegium.data.sources import Document
 from collegium.data.tokens import bytes_of_tokens
 from collegium.errors import DataError
@@ -37,6 +36,13 @@ CHATML = (
 
 def document(**content):
     return Document(id="17", domain="d", **content)
+
+
+def encode(document, tokenizer, **options):
+    encoder = Encoder(tokenizer, where="data", **options)
+    (encoded,) = encoder.encode([document])
+    encoder.check()
+    return encoded
 
 
 def with_template(template):
@@ -120,7 +126,7 @@ def test_an_end_of_turn_token_other_than_eos_counts_as_stop():
     ids=["outside the block", "newline", "nothing"],
 )
 def test_stop_token_outside_the_targets_is_refused(template):
-    with refused(DataError, "17"):
+    with refused(DataError, "data: 17"):
         encode(document(messages=TURNS), with_template(template), max_length=99)
 
 
@@ -128,45 +134,28 @@ def test_template_that_rewrites_earlier_turns_is_refused():
     rewrites = (
         "{% for m in messages %}{% if loop.last %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     )
-    with refused(DataError, "17"):
+    with refused(DataError, "data: 17"):
         encode(document(messages=TURNS), with_template(rewrites), max_length=99)
 
 
 def test_missing_and_broken_templates():
-    with refused(DataError, "17"):
+    with refused(DataError, "data: 17"):
         encode(document(messages=TURNS), tiny.tiny_tokenizer(), max_length=99)
     broken = with_template("{{ raise_exception('roles must alternate') }}")
-    with refused(DataError, "17"):
+    with refused(DataError, "data: 17"):
         encode(document(messages=TURNS), broken, max_length=99)
-
-
-def test_an_endless_template_is_refused_and_stopped(monkeypatch):
-    # 10^10 steps of at least one bytecode each.
-    endless = with_template(
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    )
-    monkeypatch.setattr("collegium.data.chat.PROBE_SECONDS", 0.2)
-    before = set(threading.enumerate())
-    start = time.monotonic()
-    with refused(DataError, "data.train: tokenizer"):
-        Encoder(endless, max_length=99, where="data.train").encode([document(messages=TURNS)])
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)
-    assert set(threading.enumerate()) == before
-    assert time.monotonic() - start < 5
-    Encoder(endless, max_length=99).encode([document(text="never rendered")])
 
 
 def test_a_template_cannot_reach_into_python():
     escape = with_template("{{ messages.__class__.__mro__ }}")
-    with refused(DataError, "17"):
+    with refused(DataError, "data: 17"):
         encode(document(messages=TURNS), escape, max_length=99)
 
 
 def test_no_eos_token_names_candidates():
     backend = tiny.tiny_tokenizer().backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    with refused(DataError, "tokenizer"):
+    with refused(DataError, "data: tokenizer"):
         encode(document(text="a"), tokenizer, max_length=9)
 
 
@@ -181,7 +170,7 @@ def test_targets_are_decided_before_truncation():
     assert left.ids.tolist() == whole.ids[2:].tolist()
     assert left.is_target.tolist() == [False, True, True, True, True]
     assert encode(pair, tokenizer, max_length=6, truncate="drop") is None
-    with refused(DataError, "1 samples"):
+    with refused(DataError, "data: samples"):
         encode(pair, tokenizer, max_length=6, truncate="error")
     assert len(encode(pair, tokenizer, max_length=7, truncate="error")) == 7
 
@@ -189,13 +178,15 @@ def test_targets_are_decided_before_truncation():
 def test_samples_without_targets():
     tokenizer = with_template(PLAIN)
     silent = document(messages=TURNS[:2])
-    with refused(DataError, "1 samples"):
+    with refused(DataError, "data: samples"):
         encode(silent, tokenizer, max_length=99)
-    with refused(DataError, "1 samples"):
+    with refused(DataError, "data: samples"):
         encode(document(prompt="abc", completion="x"), tokenizer, max_length=3)
-    encoder = Encoder(tokenizer, max_length=99)
+    encoder = Encoder(tokenizer, max_length=99, where="data")
     first, second = encoder.encode([silent, document(text="ab")])
-    encoder.check()
+    assert encoder.check() == [
+        "data: samples without a target token: 1 of 2 (first: id 17); skipped"
+    ]
     assert (first, encoder.untrained) == (None, ["17"])
     assert second is not None
 
@@ -208,7 +199,7 @@ def test_batches_equal_single_documents():
         document(prompt="a", completion="b"),
         document(text="x"),
     ]
-    together = Encoder(tokenizer, max_length=64).encode(documents)
+    together = Encoder(tokenizer, max_length=64, where="data").encode(documents)
     for item, encoded in zip(documents, together, strict=True):
         single = encode(item, tokenizer, max_length=64)
         for name in ("ids", "is_target", "num_bytes"):
@@ -235,10 +226,10 @@ TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size
 @given(TEXTS, TEXTS, st.booleans())
 def test_bytes_sum_to_the_text(text, other, is_piece):
     tokenizer = sentencepiece() if is_piece else tiny.tiny_tokenizer()
-    (encoded,) = Encoder(tokenizer, max_length=999).encode([document(text=text)])
+    (encoded,) = Encoder(tokenizer, max_length=999, where="data").encode([document(text=text)])
     assert encoded.num_bytes.sum() == len(text.encode())
     assert (encoded.num_bytes >= 0).all()
-    (encoded,) = Encoder(tokenizer, max_length=999).encode(
+    (encoded,) = Encoder(tokenizer, max_length=999, where="data").encode(
         [document(prompt=text, completion=other)]
     )
     assert encoded.num_bytes[encoded.is_target].sum() == len(other.encode())

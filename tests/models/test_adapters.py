@@ -93,7 +93,7 @@ def test_the_trainer_updates_only_the_adapters(tmp_path: Path) -> None:
             seed=0,
             on_cpu=True,
         ),
-        train_dataset=PackedDataset.from_encoded([document], max_length=24),
+        train_dataset=PackedDataset([document], max_length=24),
     )
     trainer.train()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}

@@ -71,7 +71,7 @@ def make_dataset(max_length: int, *, packing: bool = True) -> PackedDataset:
         is_target = np.arange(length) >= (1 if number % 2 else max(1, length // 3))
         ids = generator.integers(2, V, length)
         documents.append(Encoded(ids, is_target, np.ones(length, np.int64), can_split=False))
-    return PackedDataset.from_encoded(
+    return PackedDataset(
         documents, max_length=max_length, packing=packing, domains=DOMAINS, teachers=NAMED
     )
 
@@ -131,7 +131,7 @@ def test_every_row_of_a_document_knows_its_teacher_wherever_it_is_packed():
             assert {EXPECTED[number] for number in rows.samples[own_m].tolist()} <= {name}
         assert batch.teacher_ids is not None
         assert batch.teacher_ids[batch.sample_ids < 0].unique().tolist() in ([], [0])
-    assert make_dataset(32).fingerprint != PackedDataset.from_encoded(
+    assert make_dataset(32).fingerprint != PackedDataset(
         [Encoded(np.arange(4), np.arange(4) > 0, np.ones(4, np.int64), can_split=False)],
         max_length=32,
     ).fingerprint  # fmt: skip

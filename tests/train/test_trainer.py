@@ -128,7 +128,7 @@ def test_the_log_has_a_row_per_logged_step_with_every_number(tmp_path: Path) -> 
         Encoded(np.arange(3, 11), np.ones(8, bool), np.ones(8, np.int64), can_split=True)
         for _ in range(6)
     ]
-    data = PackedDataset.from_encoded(
+    data = PackedDataset(
         encoded, max_length=8, domains=["law", "code"] * 3, names=[f"doc {n}" for n in range(6)]
     )
     made = trainer(

@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
-import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from collegium.data.readers import Document, at
-from collegium.data.tokens import Tokens, bytes_of_tokens, encode_offsets
+from collegium.data.readers import Document
+from collegium.data.tokens import Encoded, bytes_of_tokens, tokenize
 from collegium.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PROBE_SECONDS = 2.0
-"""Time limit for rendering two short messages. A sane template takes a thousandth of it."""
-_PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
-def probe_template(tokenizer: PreTrainedTokenizerFast, *, where: str = "") -> None:
-    """Reject a chat template that does not terminate.
-
-    A template is a program that ships with the model's files. It is rendered once in a separate
-    thread, which is stopped at the time limit. Exceptions are left to the encoding of the rows.
-    Memory is not limited.
-
-    Raises:
-        DataError: two short messages take longer than `PROBE_SECONDS`.
-    """
-
-    def render() -> None:
-        with suppress(Exception, SystemExit):
-            tokenizer.apply_chat_template(list(_PROBE), tokenize=False)
-
-    if not tokenizer.chat_template:
-        return
-    worker = threading.Thread(target=render, daemon=True)
-    worker.start()
-    worker.join(PROBE_SECONDS)
-    if worker.is_alive():
-        # Takes effect between bytecodes, so a single long operation cannot be interrupted:
-        # https://docs.python.org/3/c-api/init.html#c.PyThreadState_SetAsyncExc
-        stop = ctypes.pythonapi.PyThreadState_SetAsyncExc
-        stop(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(SystemExit))
-        raise DataError(
-            f"{at(where, 'tokenizer')}: chat template took more than {PROBE_SECONDS:g} s for two "
-            "short messages; must terminate; fix tokenizer_config.json or chat_template.jinja"
-        )
-
-
-def encode_chat(
-    document: Document, tokenizer: PreTrainedTokenizerFast, *, where: str = ""
-) -> Tokens:
+def encode_chat(document: Document, tokenizer: PreTrainedTokenizerFast, *, where: str) -> Encoded:
     """Render and encode a chat, with the assistant's turns and their stop tokens as targets.
 
     Target spans come from the template's `{% generation %}` blocks, or else from rendering the
@@ -67,7 +28,7 @@ def encode_chat(
         DataError: the chat template is missing, fails, rewrites earlier turns, or ends an
             assistant turn without a stop token.
     """
-    place = at(where, document.id)
+    place = f"{where}: {document.id}"
     if not tokenizer.chat_template:
         raise DataError(
             f"{place}: got `messages` but the tokenizer has no chat template; must have one; use "
@@ -75,24 +36,25 @@ def encode_chat(
         )
     messages = [dict(message) for message in document.messages or ()]
     text = _render(messages, tokenizer, place)
-    ((ids, offsets),) = encode_offsets([text], tokenizer)
+    ((ids, offsets),) = tokenize([text], tokenizer)
     # The mask of `apply_chat_template` is all zeros for a template without generation blocks.
-    if _GENERATION.search(_template(tokenizer)):
+    if _GENERATION.search(tokenizer.get_chat_template()):
         is_target = _generation_mask(messages, tokenizer, ids, place)
     else:
         is_target = np.zeros(len(ids), bool)
         for start, end in _turn_spans(messages, text, tokenizer, place):
             is_target |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
-    is_special = np.isin(ids, _special_ids(tokenizer))
-    _trim_turns_to_stop(
-        text, offsets, is_target, is_special & ~_is_never_stop(ids, tokenizer), place
-    )
-    num_bytes = np.where(is_special, 0, bytes_of_tokens(text, offsets[:, 1]))
-    return Tokens(ids, is_target, num_bytes)
-
-
-def _template(tokenizer: PreTrainedTokenizerFast) -> str:
-    return tokenizer.get_chat_template()
+    special = {
+        n: token.content for n, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    # Bos and unknown tokens end no turn. Some tokenizers, such as GPT-2's, use one token as bos,
+    # unknown and eos.
+    never = (tokenizer.bos_token, tokenizer.unk_token)
+    stops = [n for n, name in special.items() if name == tokenizer.eos_token or name not in never]
+    _trim_turns_to_stop(text, offsets, is_target, np.isin(ids, stops), place)
+    num_bytes = bytes_of_tokens(text, offsets[:, 1])
+    num_bytes[np.isin(ids, list(special))] = 0
+    return Encoded(ids, is_target, num_bytes, can_split=False)
 
 
 def _render(
@@ -102,6 +64,7 @@ def _render(
     *,
     is_prompt: bool = False,
 ) -> str:
+    # transformers renders in jinja2's ImmutableSandboxedEnvironment: a template cannot reach Python.
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -153,18 +116,6 @@ def _turn_spans(
             )
         spans.append((len(start_text), len(end_text)))
     return spans
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    return [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
-
-
-def _is_never_stop(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Mark bos and unknown tokens, which cannot end a turn unless they are eos as well."""
-    others = [tokenizer.bos_token_id, tokenizer.unk_token_id]
-    eos = tokenizer.eos_token_id
-    # Some tokenizers, such as GPT-2's, use one token as bos, unk and eos.
-    return np.isin(ids, [n for n in others if isinstance(n, int) and n != eos])
 
 
 def _trim_turns_to_stop(

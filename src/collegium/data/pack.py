@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from itertools import chain, combinations
 from typing import TYPE_CHECKING
 
-from collegium.data.encode import Encoded, Encoder, seeded_hash, split_of
+from collegium.data.encode import Encoder
 from collegium.data.sources import DataOptions, Document, SourceOptions, read_documents
+from collegium.data.tokens import Encoded
 from collegium.data.windows import Collator, PackedDataset
 from collegium.errors import DataError, nearest
 
@@ -16,11 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Collator", "DataOptions", "PackedDataset", "build_datasets"]
 
-_PARTS = ("train", "calibration", "validation")
-# Documents are encoded in chunks: fast tokenizers work on batches, and a chunk bounds the memory.
-_CHUNK_DOCUMENTS = 512
-_CHUNK_CHARACTERS = 1_000_000
-_Keyed = tuple[int, Document, Encoded]
 _LOG = logging.getLogger(__name__)
 
 
@@ -48,34 +46,53 @@ def build_datasets(
         "validation": options.max_validation_tokens,
     }
     return {
-        part: _build(parts[part], limits[part], options, tokenizer, where=f"{where}.{part}")
-        for part in _PARTS
+        part: _build(documents, limits[part], options, tokenizer, where=f"{where}.{part}")
+        for part, documents in parts.items()
     }
+
+
+def split_of(
+    document: Document, *, seed: int, calibration: float, validation: float
+) -> Literal[train, calibration, validation]:
+    """Assign a document to a split, as a function of its content and the seed only.
+
+    u = SHA-256(seed, content) in [0, 1). The split is validation if u < validation, calibration if
+    u < validation + calibration, else train. Identical documents always get the same split.
+    """
+    share = _seeded_hash(document, seed, "split") / 2**64
+    if share < validation:
+        return "validation"
+    return "calibration" if share < validation + calibration else "train"
+
+
+def _seeded_hash(document: Document, seed: int, purpose: str) -> int:
+    """Return a hash in [0, 2^64) of the content, the seed and the purpose."""
+    digest = hashlib.sha256(f"{purpose}:{seed}:{document.content_hash()}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def _split(
     options: DataOptions, where: str, teachers: Collection[str]
 ) -> dict[str, list[Document]]:
-    parts: dict[str, list[Document]] = {part: [] for part in _PARTS}
+    parts = {
+        part: list(_read_sources(sources, f"{where}.{part}", teachers))
+        for part, sources in options.sources.items()
+    }
+    pooled, parts["train"] = parts["train"], []
     shares = {
         "calibration": 0.0 if options.calibration else options.calibration_fraction,
         "validation": 0.0 if options.validation else options.validation_fraction,
     }
-    for document in _read_sources(options.train, f"{where}.train", teachers):
+    for document in pooled:
         parts[split_of(document, seed=options.split_seed, **shares)].append(document)
-    for part, sources in (("calibration", options.calibration), ("validation", options.validation)):
-        parts[part] += _read_sources(sources, f"{where}.{part}", teachers)
     num_documents = sum(map(len, parts.values()))
-    for part in _PARTS:
-        if not parts[part]:
-            remedy = (
-                "lower the fractions"
-                if part == "train"
-                else f"raise `{part}_fraction`, add `{part}` sources"
-            )
+    for part, documents in parts.items():
+        if not documents:
+            remedy = f"raise `{part}_fraction`, add `{part}` sources"
             raise DataError(
-                f"{where}.{part}: none of {num_documents:,} documents fell into this part; must "
-                f"have at least one; {remedy}, or split the texts with `split_on: blank_line`"
+                f"{where}.{part}: got no document (of {num_documents:,}); must have at least one; "
+                f"{'lower the fractions' if part == 'train' else remedy}, or split the texts with "
+                "`split_on: blank_line`"
             )
     return parts
 
@@ -90,25 +107,20 @@ def _read_sources(
             if name is not None and name not in teachers:
                 raise DataError(
                     f"{place}: {document.id}: `{source.teacher_column}`: got `{name}`; "
-                    "must be the name of a teacher, or null"
-                    f"{nearest(name, teachers)}"
+                    f"must be the name of a teacher, or null{nearest(name, teachers)}"
                 )
             yield document
 
 
 def _check_disjoint(parts: dict[str, list[Document]], where: str) -> None:
-    for later, earlier in (
-        ("validation", "train"),
-        ("calibration", "train"),
-        ("validation", "calibration"),
-    ):
+    for earlier, later in combinations(parts, 2):
         hashes = {document.content_hash() for document in parts[earlier]}
         shared = [d.id for d in parts[later] if d.content_hash() in hashes]
         if shared:
             raise DataError(
-                f"{where}.{later}: {len(shared):,} of {len(parts[later]):,} {later} documents also "
-                f"occur in {earlier} (first: {shared[0]}); must be disjoint; remove them from one "
-                "of the two"
+                f"{where}.{later}: got documents that also occur in {earlier}: {len(shared):,} of "
+                f"{len(parts[later]):,} (first: {shared[0]}); must be disjoint; remove them from "
+                "one of the two"
             )
 
 
@@ -121,54 +133,57 @@ def _build(
     where: str,
 ) -> PackedDataset:
     seed = options.split_seed
-    keyed = [(seeded_hash(document, seed, "order"), document) for document in documents]
-    # Ids break ties between identical documents.
-    keyed.sort(key=lambda pair: (pair[0], pair[1].id))
+    # Ids and domains break ties between identical documents.
+    documents = sorted(documents, key=lambda d: (_seeded_hash(d, seed, "order"), d.id, d.domain))
     encoder = Encoder(
         tokenizer, max_length=options.max_length, truncate=options.truncate, where=where
     )
-    chosen = _select(keyed, max_tokens, encoder)
-    encoder.check()
-    if not chosen:
+    encoded = _select(documents, max_tokens, encoder)
+    warnings = encoder.check()
+    if not encoded:
         raise DataError(
             f"{where}: no document left ({len(encoder.too_long):,} too long for "
             f"{options.max_length:,} tokens); must have at least one; raise `max_length` or the "
             "token limit, or set `truncate: right`"
         )
-    _log_warnings(encoder, where)
+    for line in warnings:
+        _LOG.warning(line)
     # The pad id may be eos: padding is masked by position, never by id. A mask by id removed the
     # real eos from the loss in https://github.com/huggingface/trl/issues/6357
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return PackedDataset.from_encoded(
-        [encoded for _, encoded in chosen],
+    chosen = [documents[number] for number in encoded]
+    return PackedDataset(
+        list(encoded.values()),
         max_length=options.max_length,
         packing=options.packing,
-        domains=[document.domain for document, _ in chosen],
-        names=[document.id for document, _ in chosen],
-        teachers=[document.teacher for document, _ in chosen],
+        domains=[document.domain for document in chosen],
+        names=[document.id for document in chosen],
+        teachers=[document.teacher for document in chosen],
         pad_token_id=pad if isinstance(pad, int) else 0,
         order_seed=seed,
     )
 
 
 def _select(
-    keyed: list[tuple[int, Document]], max_tokens: int | None, encoder: Encoder
-) -> list[tuple[Document, Encoded]]:
-    """Encode documents in key order, balanced over the domains up to `max_tokens`."""
-    domains = sorted({document.domain for _, document in keyed})
+    documents: Sequence[Document], max_tokens: int | None, encoder: Encoder
+) -> dict[int, Encoded]:
+    """Encode documents, balanced over the domains up to `max_tokens`: number -> tokens, in order."""
+
+    def stream(domain: str) -> Iterator[tuple[int, Encoded]]:
+        numbers = [number for number, d in enumerate(documents) if d.domain == domain]
+        encoded = encoder.encode(documents[number] for number in numbers)
+        return ((number, e) for number, e in zip(numbers, encoded, strict=True) if e is not None)
+
     # Streams are lazy: past the token limit, no more chunks are encoded.
-    streams = {
-        name: _encode_stream([pair for pair in keyed if pair[1].domain == name], encoder)
-        for name in domains
-    }
+    streams = {name: stream(name) for name in sorted({d.domain for d in documents})}
     if max_tokens is None:
-        chosen = [item for stream in streams.values() for item in stream]
-    else:
-        chosen = list(_balance_domains(streams, max_tokens))
-    return [(d, e) for _, d, e in sorted(chosen, key=lambda item: (item[0], item[1].id))]
+        return dict(sorted(chain.from_iterable(streams.values())))
+    return dict(sorted(_balance_domains(streams, max_tokens)))
 
 
-def _balance_domains(streams: dict[str, Iterator[_Keyed]], max_tokens: int) -> Iterator[_Keyed]:
+def _balance_domains(
+    streams: dict[str, Iterator[tuple[int, Encoded]]], max_tokens: int
+) -> Iterator[tuple[int, Encoded]]:
     """Yield from the domain with the fewest tokens, until `max_tokens` or the end of all streams.
 
     A text over the remaining share of its domain is truncated. A prompt or chat over the limit ends
@@ -182,56 +197,14 @@ def _balance_domains(streams: dict[str, Iterator[_Keyed]], max_tokens: int) -> I
         if item is None:
             del streams[name]
             continue
-        key, document, encoded = item
+        number, encoded = item
         # Tokens per domain once all remaining domains have equally many.
         level = (room + sum(used[domain] for domain in streams)) // len(streams)
         share = min(room, max(2, level - used[name])) if encoded.can_split else room
-        encoded = _truncate(encoded, share)
-        if encoded is None:
+        if len(encoded) > share and not encoded.can_split:
             del streams[name]
             continue
-        yield key, document, encoded
+        encoded = encoded.part(slice(share))
+        yield number, encoded
         used[name] += len(encoded)
         room -= len(encoded)
-
-
-def _truncate(encoded: Encoded, room: int) -> Encoded | None:
-    if len(encoded) <= room:
-        return encoded
-    if not encoded.can_split:
-        return None
-    return Encoded(
-        encoded.ids[:room], encoded.is_target[:room], encoded.num_bytes[:room], can_split=True
-    )
-
-
-def _encode_stream(keyed: list[tuple[int, Document]], encoder: Encoder) -> Iterator[_Keyed]:
-    start = 0
-    while start < len(keyed):
-        stop, characters = start, 0
-        while (
-            stop < len(keyed) and stop - start < _CHUNK_DOCUMENTS and characters < _CHUNK_CHARACTERS
-        ):
-            document = keyed[stop][1]
-            characters += len(document.text or "") + len(document.prompt or "")
-            stop += 1
-        encoded = encoder.encode([document for _, document in keyed[start:stop]])
-        for (key, document), tokens in zip(keyed[start:stop], encoded, strict=True):
-            if tokens is not None:
-                yield key, document, tokens
-        start = stop
-
-
-def _log_warnings(encoder: Encoder, where: str) -> None:
-    if encoder.too_long:
-        longest = max(length for _, length in encoder.too_long)
-        action = "dropped" if encoder.truncate == "drop" else f"truncated ({encoder.truncate})"
-        _LOG.warning(
-            "%s: %d samples exceed %d tokens (longest %d) and were %s",
-            where, len(encoder.too_long), encoder.max_length, longest, action,
-        )  # fmt: skip
-    if encoder.untrained:
-        _LOG.warning(
-            "%s: %d of %d samples have no target token (first: id %s) and were skipped",
-            where, len(encoder.untrained), encoder.num_seen, encoder.untrained[0],
-        )  # fmt: skip

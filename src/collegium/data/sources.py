@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from collegium.data.readers import (
-    Document,
-    Row,
-    RowParser,
-    at,
-    check_text,
-    read_jsonl,
-    read_parquet,
-    read_text_file,
-)
+from collegium.data.readers import Document, Format, Row, parse_rows, read_rows
 from collegium.errors import DataError
 from collegium.options import option
+from collegium.storage.files import listing
 
-__all__ = ["DataOptions", "Document", "SourceOptions", "check_sources", "read_documents"]
+__all__ = [
+    "DataOptions",
+    "Document",
+    "SourceOptions",
+    "Truncate",
+    "check_sources",
+    "read_documents",
+]
 
-_FORMATS = {
+_FORMATS: dict[str, Format] = {
     ".txt": "text",
     ".text": "text",
     ".md": "text",
@@ -36,6 +35,9 @@ _FORMATS = {
     ".parquet": "parquet",
 }
 _FIRST_ROWS = 3
+
+Truncate = Literal["right", "left", "drop", "error"]
+"""Handling of a prompt or chat longer than a window."""
 
 
 @option
@@ -99,7 +101,7 @@ class DataOptions:
     """Fraction of the `train` documents held out for evaluation, if it has no sources."""
     split_seed: int = 0
     """Seed of the held-out split and of the order of the documents."""
-    truncate: Literal["right", "left", "drop", "error"] = "right"
+    truncate: Truncate = "right"
     """Handling of prompts and chats longer than a window. Texts are never truncated."""
     max_train_tokens: Annotated[int, Field(ge=2)] | None = None
     """Train on at most this many tokens, balanced over the domains."""
@@ -134,7 +136,7 @@ def read_documents(options: SourceOptions, *, where: str) -> Iterator[Document]:
             documents.
     """
     num_rows = num_documents = 0
-    for document in _read_all(options, where):
+    for document in chain.from_iterable(_read_source(options, where)):
         num_rows += 1
         if document is None:
             continue
@@ -142,13 +144,13 @@ def read_documents(options: SourceOptions, *, where: str) -> Iterator[Document]:
         num_documents += 1
         if num_documents == options.limit:
             return
-    label = options.path or options.hub or ""
+    place = f"{where}: {options.path or options.hub}"
     if num_rows == 0:
-        raise DataError(f"{at(where, label)}: 0 rows; must have at least one document")
+        raise DataError(f"{place}: got no rows; must have at least one document")
     if num_documents == 0:
         raise DataError(
-            f"{at(where, label)}: {num_rows:,} of {num_rows:,} rows have an empty "
-            f"`{options.text_column}`; must have text; set `text_column` to the right field"
+            f"{place}: rows with an empty `{options.text_column}`: {num_rows:,} of {num_rows:,}; "
+            "must have text; set `text_column` to the right field"
         )
 
 
@@ -163,54 +165,60 @@ def check_sources(options_list: Sequence[SourceOptions], *, where: str) -> None:
         # Checking a hub dataset would download it.
         if options.hub is not None:
             continue
-        for file in _find_files(options, place):
-            _check_readable(file, place)
-            # The domain may stay empty: these documents are discarded.
-            list(islice(_parse_file(file, options, "", place), _FIRST_ROWS))
+        for documents in _read_source(options, place):
+            list(islice(documents, _FIRST_ROWS))
         # Reads up to the first document, and raises for a source that has none.
         next(read_documents(options, where=place))
 
 
-def _read_all(options: SourceOptions, where: str) -> Iterator[Document | None]:
+def _read_source(options: SourceOptions, where: str) -> Iterator[Iterator[Document | None]]:
+    """Yield the documents of each file, None for a blank row."""
     if options.hub is not None:
-        yield from _read_hub(options, where)
-        return
-    files = _find_files(options, where)
-    domain = options.domain or _default_domain(options, files)
-    for file in files:
-        yield from _parse_file(file, options, domain, where)
+        rows_of = {options.hub: enumerate(_load_hub(options, where), start=1)}
+        domain = options.hub.rstrip("/").rsplit("/", 1)[-1]
+    else:
+        files = _find_files(options, where)
+        rows_of = {str(file): _read_file(file, options, where) for file in files}
+        domain = _default_domain(options, files)
+    for name, rows in rows_of.items():
+        yield parse_rows(
+            rows,
+            name,
+            domain=options.domain or domain,
+            text_column=options.text_column,
+            teacher_column=options.teacher_column,
+            where=where,
+        )
 
 
-def _parse_file(
-    file: Path, options: SourceOptions, domain: str, where: str
-) -> Iterator[Document | None]:
-    kind = _format_of(file, options, where)
-    if kind == "text" and options.teacher_column is not None:
+def _read_file(file: Path, options: SourceOptions, where: str) -> Iterator[Row]:
+    form = _FORMATS.get(_extension(file)) if options.format == "auto" else options.format
+    if form is None:
         raise DataError(
-            f"{at(where, str(file))}: got `teacher_column` for a text file; must have named "
+            f"{where}: {file}: unknown extension `{_extension(file)}`; must be one of "
+            f"{', '.join(_FORMATS)}; set `format` if the content is one of these"
+        )
+    if form == "text" and options.teacher_column is not None:
+        raise DataError(
+            f"{where}: {file}: got `teacher_column` for a text file; must have named "
             "fields; use JSONL or parquet, or name the teacher of its domain"
         )
-    if kind == "text":
-        for line, text in read_text_file(file, options.split_on, where):
-            name = str(file) if line is None else f"{file}:{line}"
-            check_text(text, "the text", place=at(where, name))
-            yield Document(id=name, domain=domain, text=text) if text.strip() else None
-        return
-    rows: Iterable[Row]
-    if kind == "jsonl":
-        rows = read_jsonl(file, options.max_line_bytes, where)
-    else:
-        rows = read_parquet(file, where)
-    yield from _parse_rows(rows, str(file), domain, options, where)
+    yield from read_rows(
+        file,
+        form,
+        split_on=options.split_on,
+        text_column=options.text_column,
+        max_line_bytes=options.max_line_bytes,
+        where=where,
+    )
 
 
-def _read_hub(options: SourceOptions, where: str) -> Iterator[Document | None]:
+def _load_hub(options: SourceOptions, where: str) -> Any:
     import datasets
 
-    assert options.hub is not None
     try:
-        loaded: Any = datasets.load_dataset(
-            options.hub,
+        return datasets.load_dataset(
+            str(options.hub),
             options.name,
             split=options.split,
             revision=options.revision,
@@ -220,84 +228,40 @@ def _read_hub(options: SourceOptions, where: str) -> Iterator[Document | None]:
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"{at(where, options.hub)}: cannot be loaded ({type(error).__name__}: {reason}); "
+            f"{where}: {options.hub}: cannot be loaded ({type(error).__name__}: {reason}); "
             "must be a dataset that `datasets.load_dataset` opens; check the name, the network, "
             "`name`, `split` and `revision`"
         ) from error
-    domain = options.domain or options.hub.rstrip("/").rsplit("/", 1)[-1]
-    rows = enumerate(loaded, start=1)
-    yield from _parse_rows(rows, options.hub, domain, options, where)
-
-
-def _parse_rows(
-    rows: Iterable[Row], label: str, domain: str, options: SourceOptions, where: str
-) -> Iterator[Document | None]:
-    parser = RowParser(
-        text_column=options.text_column, domain=domain, teacher_column=options.teacher_column
-    )
-    for number, row in rows:
-        name = f"{label}:{number}"
-        yield parser.parse(row, name, place=at(where, name))
 
 
 def _find_files(options: SourceOptions, where: str) -> list[Path]:
-    assert options.path is not None
-    path = Path(os.path.expanduser(options.path))
+    path = Path(os.path.expanduser(str(options.path)))
     # Unlike Path.is_file, os.path.isfile is False for a name that is too long for the system.
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
         files = sorted(f for f in path.rglob("*") if f.is_file() and _extension(f) in _FORMATS)
-        if not files:
-            raise DataError(
-                f"{at(where, options.path)}: no {', '.join(_FORMATS)} file; {_contents(path)}"
-            )
-        return files
-    files = [f for f in map(Path, sorted(glob.glob(str(path), recursive=True))) if f.is_file()]
+        fault = f"no {', '.join(_FORMATS)} file"
+    else:
+        matches = sorted(glob.glob(str(path), recursive=True))
+        files = [file for file in map(Path, matches) if file.is_file()]
+        fault = "no such file"
     if not files:
-        parent = path.parent
-        while not os.path.isdir(parent) and parent != parent.parent:
-            parent = parent.parent
-        raise DataError(f"{at(where, options.path)}: no such file; {_contents(parent)}")
+        folder = next(p for p in (path, *path.parents) if os.path.isdir(p))
+        raise DataError(f"{where}: {options.path}: {fault}; {folder} contains: {listing(folder)}")
     return files
 
 
-def _contents(folder: Path) -> str:
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return f"{folder} contains: {shown or 'nothing'}"
-
-
 def _default_domain(options: SourceOptions, files: Sequence[Path]) -> str:
-    assert options.path is not None
-    path = Path(os.path.expanduser(options.path))
+    path = Path(os.path.expanduser(str(options.path)))
     if os.path.isdir(path):
         return path.resolve().name
     if len(files) > 1:
         return files[0].resolve().parent.name
-    return files[0].name[: len(files[0].name) - len(_extension(files[0]))] or files[0].name
+    name, extension = files[0].name, _extension(files[0])
+    return name[: len(name) - len(extension)] or name
 
 
 def _extension(file: Path) -> str:
     suffixes = "".join(file.suffixes[-2:]).lower()
     return suffixes if suffixes in _FORMATS else file.suffix.lower()
-
-
-def _format_of(file: Path, options: SourceOptions, where: str) -> str:
-    if options.format != "auto":
-        return options.format
-    kind = _FORMATS.get(_extension(file))
-    if kind is None:
-        raise DataError(
-            f"{at(where, str(file))}: unknown extension `{_extension(file)}`; must be one of "
-            f"{', '.join(_FORMATS)}; set `format` if the content is one of these"
-        )
-    return kind
-
-
-def _check_readable(file: Path, where: str) -> None:
-    try:
-        with file.open("rb") as handle:
-            handle.read(1)
-    except OSError as error:
-        raise DataError(f"{at(where, str(file))}: cannot be read ({error.strerror})") from error

@@ -1,9 +1,9 @@
-"""Token ids of plain text, with the number of UTF-8 bytes per token."""
+"""Token ids of text, with the number of UTF-8 bytes per token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,43 +13,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """L tokens: ids (L,) int64, is_target (L,) bool, num_bytes (L,) int64."""
+class Encoded:
+    """Tokens of an encoded document of length L."""
 
     ids: np.ndarray
+    """(L,) int64."""
     is_target: np.ndarray
+    """(L,) bool: the token is a target (never the first one)."""
     num_bytes: np.ndarray
+    """(L,) int64: UTF-8 bytes of the document's text per token, 0 for added tokens."""
+    can_split: bool
+    """Whether the document may span several windows. Prompts and chats may not."""
 
-    @classmethod
-    def added(cls, ids: Sequence[int], *, is_target: bool) -> Tokens:
-        """Return special tokens, which cover no bytes of the text."""
-        return cls(
-            np.array(ids, np.int64), np.full(len(ids), is_target), np.zeros(len(ids), np.int64)
-        )
+    def __len__(self) -> int:
+        return self.ids.shape[0]
 
-    def with_target(self, is_target: bool) -> Tokens:
-        """Return a copy with all tokens, or none, marked as targets."""
-        return replace(self, is_target=np.full(len(self.ids), is_target))
-
-
-def concatenate(parts: Sequence[Tokens]) -> Tokens:
-    """Concatenate tokens in order."""
-    return Tokens(
-        np.concatenate([p.ids for p in parts]),
-        np.concatenate([p.is_target for p in parts]),
-        np.concatenate([p.num_bytes for p in parts]),
-    )
+    def part(self, span: slice) -> Encoded:
+        """Return some of the tokens. The first one has no context to be predicted from."""
+        is_target = self.is_target[span].copy()
+        is_target[:1] = False
+        return Encoded(self.ids[span], is_target, self.num_bytes[span], self.can_split)
 
 
-def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
-    """Encode texts without special tokens and without targets."""
-    return [
-        Tokens(ids, np.zeros(len(ids), bool), bytes_of_tokens(text, offsets[:, 1]))
-        for text, (ids, offsets) in zip(texts, encode_offsets(texts, tokenizer), strict=True)
-    ]
-
-
-def encode_offsets(
+def tokenize(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the ids (L,) and character offsets (L, 2) of each text, without special tokens."""
@@ -95,4 +81,4 @@ def _byte_offsets(text: str) -> np.ndarray:
         return np.arange(len(text) + 1)
     code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     size = 1 + (code >= 0x80).astype(np.int64) + (code >= 0x800) + (code >= 0x10000)
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(size)])
+    return np.concatenate([[0], np.cumsum(size)])

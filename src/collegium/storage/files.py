@@ -85,6 +85,14 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def listing(folder: Path, limit: int = 12) -> str:
+    """Return the names in a folder, without hidden ones, for a message."""
+    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "nothing") + more
+
+
 def fingerprint(value: Any) -> str:
     """Return the SHA-256 of a JSON-serializable value, independent of key order."""
     text = json.dumps(value, sort_keys=True, default=str)
