@@ -35,12 +35,19 @@ def lab(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 @pytest.fixture
 def bench(lab: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """A bench on which loading a model fails the test."""
+    """A bench on which loading a model fails the test. On the meta device no tensor is read."""
+    original = PreTrainedModel.from_pretrained
 
     def load(*args: object, **kwargs: object) -> None:
         raise AssertionError("a weight was loaded")
 
     for loader in LOADERS:
         monkeypatch.setattr(loader, load)
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", load)
+
+    def from_pretrained(cls: type[PreTrainedModel], *args: object, **kwargs: object) -> object:
+        if kwargs.get("device_map") != "meta":
+            load()
+        return original.__func__(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
     return lab

@@ -72,22 +72,21 @@ def test_round_trip(tmp_path: Path, model_type: str, tied: bool) -> None:
     folder = save_tiny(tmp_path / "m", model_type=model_type, tie_word_embeddings=tied)
     options = ModelOptions(model=str(folder), device="cpu")
     check_weights(options, where=HERE)
-    loaded = load_model(options, where=HERE)
-    assert (loaded.name, loaded.head_size) == ("m", len(tiny_tokenizer()))
-    assert not loaded.model.training
+    model = load_model(options, where=HERE)
+    assert not model.training
     expected = tiny_model(
         len(tiny_tokenizer()), model_type=model_type, tie_word_embeddings=tied
     ).state_dict()
-    for name, tensor in loaded.model.state_dict().items():
+    for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], atol=0, rtol=0)
-    probe(loaded.model, vocab_size=loaded.head_size, where=HERE)
+    probe(model, vocab_size=len(tiny_tokenizer()), where=HERE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype(folder: Path, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     options = ModelOptions(model=str(folder), dtype=name, device="cpu")  # type: ignore[arg-type]
-    model = load_model(options, where=HERE).model
+    model = load_model(options, where=HERE)
     assert {p.dtype for p in model.parameters()} == {dtype}
     probe(model, vocab_size=300, where=HERE)
 
@@ -111,11 +110,6 @@ def test_fewer_layers_in_the_config(folder: Path, check: Check) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     rejects(check, folder)
-
-
-def test_numbered_tensors_outside_the_model_are_not_layers(folder: Path) -> None:
-    change(folder, lambda t: t.update({"foo.9.bar": torch.zeros(2)}))
-    rejects(check_weights, folder)
 
 
 def test_files_are_scanned_without_a_model(folder: Path) -> None:
@@ -158,17 +152,16 @@ def test_non_finite_weight_that_attention_would_hide(folder: Path) -> None:
 
 def test_scan_finds_one_infinite_value() -> None:
     model = tiny_model(96)
-    scan_weights(model, HERE)
+    assert scan_weights(model.named_parameters(), where=HERE) == []
     model.lm_head.weight.data[5, 7] = float("-inf")
     with refused(ModelError, f"{HERE}: lm_head.weight"):
-        scan_weights(model, HERE)
+        scan_weights(model.named_parameters(), where=HERE)
 
 
-def test_all_zero_head_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_model(96)
-    model.lm_head.weight.data.zero_()
+def test_all_zero_head_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change(folder, lambda t: t["lm_head.weight"].zero_())
     with caplog.at_level(logging.WARNING, logger="collegium"):
-        scan_weights(model, HERE)
+        load_model(ModelOptions(model=str(folder), device="cpu"), where=HERE)
     assert [record.getMessage() for record in caplog.records] == [
         "teachers[0]: lm_head.weight is all zeros"
     ]
@@ -179,14 +172,14 @@ def test_config_cannot_choose_an_attention_kernel(folder: Path) -> None:
     for key in ("_attn_implementation", "_attn_implementation_internal", "attn_implementation"):
         config[key] = "someone/kernel"
     (folder / "config.json").write_text(json.dumps(config))
-    loaded = load_model(ModelOptions(model=str(folder), device="cpu"), where=HERE)
-    assert loaded.model.config._attn_implementation == "sdpa"
+    model = load_model(ModelOptions(model=str(folder), device="cpu"), where=HERE)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_pickles_are_never_read(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     # The message quotes an error of transformers, which differs between versions.
-    with refused(ModelError, HERE, volatile=r"(?s)(?<=cannot be loaded; ).*"):
+    with refused(ModelError, HERE, volatile=r"(?<=cannot be loaded \()[^)]*"):
         load_model(ModelOptions(model=str(folder), device="cpu"), where=HERE)
 
 

@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from collegium.errors import ModelError, nearest
 from collegium.options import torch
+from collegium.storage.files import listing
 
 if TYPE_CHECKING:
     from collegium.models.options import ModelOptions
@@ -29,14 +29,6 @@ LFS_MAGIC = b"version https://git-lfs"
 HUB_ID = re.compile(r"^[\w.\-]+/[\w.\-]+$")
 
 
-class TensorInfo(NamedTuple):
-    """Entry of a safetensors header."""
-
-    dtype: str
-    """Name in the format, such as `BF16`."""
-    shape: tuple[int, ...]
-
-
 def check_model_folder(options: ModelOptions, *, where: str) -> None:
     """Check device, attention and files of a model without loading weights or fetching a hub id.
 
@@ -48,9 +40,17 @@ def check_model_folder(options: ModelOptions, *, where: str) -> None:
     folder = resolve_folder(options.model, where=where)
     if folder is not None:
         config = _read_json(folder / CONFIG, where=where)
-        _check_model_type(config, folder, options.trust_remote_code, where=where)
+        if not config.get("auto_map"):
+            place = f"{where}: {folder / CONFIG}: model_type"
+            check_model_type(config.get("model_type"), where=place)
+        elif not options.trust_remote_code:
+            files = ", ".join(sorted(p.name for p in folder.glob("*.py"))) or "elsewhere"
+            raise ModelError(
+                f"{where}: {folder} requires custom Python code ({files}); refused; "
+                f"review it, then set `trust_remote_code: true`"
+            )
         for shard in shards(folder, where=where):
-            _check_dtypes(read_header(shard, where=where), shard, where=where)
+            _check_header(shard, where=where)
     if folder is not None or options.tokenizer is not None:
         check_tokenizer_folder(options.tokenizer_path, where=where)
 
@@ -77,8 +77,8 @@ def check_device(device: str, *, where: str) -> None:
         number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
         if number >= count:
             raise ModelError(
-                f"{where}.device: got {device}, but {count} CUDA devices were found; "
-                f"must be a device of this machine; set `device: cpu`"
+                f"{where}.device: got {device}; must be a device of this machine (CUDA devices: "
+                f"{count}); set `device: cpu`"
             )
     if device == "mps" and not torch.backends.mps.is_available():
         raise ModelError(f"{where}.device: got mps, which is not available; set `device: cpu`")
@@ -100,6 +100,36 @@ def check_attention(attention: str, *, where: str) -> None:
             )
 
 
+def check_model_type(model_type: object, *, where: str) -> None:
+    """Check that transformers has a causal language model of this type.
+
+    Raises:
+        ModelError: it has none.
+    """
+    # Only the name tables: importing the model classes would take a second longer.
+    import transformers
+    from transformers.models.auto.configuration_auto import (
+        CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    hint = ""
+    if model_type in CONFIG_MAPPING_NAMES:
+        hint = "; this type does not predict the next token"
+    elif model_type is not None:
+        hint = f"; transformers {transformers.__version__} does not know this type"
+        # There are hundreds of model types: suggest the nearest name, never the whole list.
+        close = nearest(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        is_close = close.startswith("; did")
+        hint += close if is_close else "; is it custom code or from a newer release?"
+    raise ModelError(
+        f"{where}: got {model_type!r}; must be a causal language model of transformers, such as "
+        f"`llama` or `qwen3`{hint}"
+    )
+
+
 def check_tokenizer_folder(path: str, *, where: str) -> None:
     """Check that a folder has tokenizer files. A no-op for hub ids.
 
@@ -110,7 +140,7 @@ def check_tokenizer_folder(path: str, *, where: str) -> None:
     if folder is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
             f"{where}: got {folder}, without a tokenizer; must contain tokenizer.json or "
-            f"tokenizer.model (found: {_listing(folder)}); set `tokenizer:`"
+            f"tokenizer.model (found: {listing(folder)}); set `tokenizer:`"
         )
 
 
@@ -130,56 +160,87 @@ def resolve_folder(path: str, *, where: str) -> Path | None:
         )
     if HUB_ID.match(path) and not path.startswith(".") and not os.path.isdir(folder.parent):
         return None
-    parent = next((p for p in folder.parents if os.path.isdir(p)), Path("."))
+    parent = next(p for p in folder.parents if os.path.isdir(p))
     raise ModelError(
         f"{where}: got {path}, which does not exist; must be a model folder or a hub id "
-        f"`owner/name`; {parent} contains: {_listing(parent)}"
+        f"`owner/name`; {parent} contains: {listing(parent)}"
     )
 
 
-def read_header(path: Path, *, where: str) -> dict[str, TensorInfo]:
-    """Return dtype and shape of the tensors of a safetensors file by name, reading no tensor.
+def shards(folder: Path, *, where: str) -> list[Path]:
+    """Return the weight files in index order, each an existing file inside the folder.
 
     Raises:
-        ModelError: a git-lfs pointer, a damaged header, or a size other than the header implies.
+        ModelError: no weights that can be read safely, or a file that is missing or outside.
     """
-    with path.open("rb") as binary:
-        if binary.read(len(LFS_MAGIC)) == LFS_MAGIC:
+    names = [WEIGHTS]
+    if (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX, where=where).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{where}: {folder / INDEX} has no `weight_map`; copy it again")
+        names = list(dict.fromkeys(str(name) for name in weight_map.values()))
+    elif not (folder / WEIGHTS).exists():
+        _refuse_without_weights(folder, where=where)
+    root = folder.resolve()
+    # The hub cache symlinks every file of a snapshot into the `blobs` folder next to it.
+    allowed = (root, root.parent.parent / "blobs")
+    for name in names:
+        # The index is untrusted: absolute names, `..` and links could reach any file.
+        path = (folder / name).resolve()
+        if not any(path.is_relative_to(parent) for parent in allowed):
             raise ModelError(
-                f"{where}: {path} is a git-lfs pointer, not weights; run `git lfs pull`"
+                f"{where}: {folder / name} is outside the model folder, at {path}; refused"
             )
+        if not path.is_file():
+            raise ModelError(
+                f"{where}: {INDEX} lists {name}, which is not in {folder}; copy it again"
+            )
+    return [folder / name for name in names]
+
+
+def _refuse_without_weights(folder: Path, *, where: str) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{where}: {folder} contains an adapter, not a model; merge it into its base model "
+            "first"
+        )
+    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES):
+        raise ModelError(
+            f"{where}: {folder / pickles[0]} is a pickle, which can run code, and is refused; "
+            f"must be *.safetensors; save the model again with `save_pretrained`"
+        )
+    raise ModelError(f"{where}: no {WEIGHTS} in {folder} (found: {listing(folder)})")
+
+
+def _check_header(path: Path, *, where: str) -> None:
+    """Check that a safetensors file is complete and holds floats, reading no tensor."""
     try:
         # The header is validated on opening, including that the tensors cover the file exactly.
         with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: TensorInfo(part.get_dtype(), tuple(part.get_shape()))
-                for name, part in slices.items()
-            }
+            names = file.keys()
+            dtypes = {name: file.get_slice(name).get_dtype() for name in names}
     except SafetensorError as error:
+        with path.open("rb") as binary:
+            if binary.read(len(LFS_MAGIC)) == LFS_MAGIC:
+                raise ModelError(
+                    f"{where}: {path} is a git-lfs pointer, not weights; run `git lfs pull`"
+                ) from error
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise ModelError(
             f"{where}: {path} is truncated, damaged or not a safetensors file "
             f"({path.stat().st_size:,} bytes; {reason}); copy it again"
         ) from error
-
-
-def read_headers(folder: Path, *, where: str) -> dict[str, TensorInfo]:
-    """Merge the headers of all shards of a model folder.
-
-    Raises:
-        ModelError: no weights, or an unusable shard.
-    """
-    headers: dict[str, TensorInfo] = {}
-    for shard in shards(folder, where=where):
-        headers.update(read_header(shard, where=where))
-    return headers
+    for name, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            raise ModelError(
+                f"{where}: {name} in {path} is {dtype}; must be one of {', '.join(FLOATS)}; "
+                "quantized weights are not supported"
+            )
 
 
 def weights_size(path: str) -> int:
     """Return the total size of a folder's safetensors files in bytes, 0 for a hub id."""
-    folder = Path(os.path.expanduser(path))
-    return sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
+    return sum(shard.stat().st_size for shard in _weight_files(path))
 
 
 def weights_digest(path: str) -> str:
@@ -187,138 +248,30 @@ def weights_digest(path: str) -> str:
 
     A hub id is not fetched: its digest is that of the name.
     """
-    folder = Path(os.path.expanduser(path))
     digest = hashlib.sha256()
-    if not folder.is_dir():
+    if not os.path.isdir(os.path.expanduser(path)):
         digest.update(f"hub:{path}".encode())
-        return digest.hexdigest()
-    for shard in sorted(folder.glob("*.safetensors")):
+    for shard in _weight_files(path):
         with shard.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
+def _weight_files(path: str) -> list[Path]:
+    return sorted(Path(os.path.expanduser(path)).glob("*.safetensors"))
+
+
 def _read_json(path: Path, *, where: str) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(
-            f"{where}: no {path.name} in {path.parent} (found: {_listing(path.parent)}); "
+            f"{where}: no {path.name} in {path.parent} (found: {listing(path.parent)}); "
             f"must be a Hugging Face model folder"
         )
-    data = path.read_bytes()
     try:
-        value = json.loads(data.decode())
-    except json.JSONDecodeError as error:
-        rest = data.decode()[error.pos :].strip()
-        fault = (
-            f"line {error.lineno}, column {error.colno}: {error.msg}"
-            if rest and not error.msg.startswith("Unterminated")
-            else f"ends at byte {len(data)} inside a value"
-        )
-        raise ModelError(f"{where}: {path} {fault}; must be JSON; copy it again") from error
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{where}: {path} is not UTF-8 text; copy it again") from error
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{where}: {path} is not JSON ({error}); copy it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{where}: {path}: got {type(value).__name__}; must be a JSON object")
     return value
-
-
-def _check_model_type(
-    config: Mapping[str, Any], folder: Path, trust_remote_code: bool, *, where: str
-) -> None:
-    if config.get("auto_map"):
-        if trust_remote_code:
-            return
-        files = ", ".join(sorted(p.name for p in folder.glob("*.py"))) or "elsewhere"
-        raise ModelError(
-            f"{where}: {folder} requires custom Python code ({files}); refused; "
-            f"review it, then set `trust_remote_code: true`"
-        )
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise ModelError(
-            f"{where}: {folder / CONFIG} has no `model_type`; must be a transformers config; "
-            f"copy it again"
-        )
-    # Only the name tables: importing the model classes would take a second longer.
-    import transformers
-    from transformers.models.auto.configuration_auto import (
-        CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
-    )
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if model_type not in CONFIG_MAPPING_NAMES:
-        raise ModelError(
-            f"{where}: {folder / CONFIG} has model_type `{model_type}`, which transformers "
-            f"{transformers.__version__} does not know"
-            f"{_did_you_mean(model_type, CONFIG_MAPPING_NAMES)}"
-        )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(
-            f"{where}: {folder / CONFIG} has model_type `{model_type}`, which is not a causal "
-            f"language model; must predict the next token; use another model"
-        )
-
-
-def _did_you_mean(name: str, model_types: Iterable[str]) -> str:
-    # There are hundreds of model types: suggest the nearest name, never the whole list.
-    hint = nearest(name, model_types)
-    return hint if hint.startswith("; did") else "; is it custom code or from a newer release?"
-
-
-def shards(folder: Path, *, where: str) -> list[Path]:
-    """Return the weight files in index order, each an existing file inside the folder."""
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX, where=where).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{where}: {folder / INDEX} has no `weight_map`; copy it again")
-        names = list(dict.fromkeys(str(name) for name in weight_map.values()))
-        return [_shard_path(folder, name, where=where) for name in names]
-    if (folder / WEIGHTS).exists():
-        return [_shard_path(folder, WEIGHTS, where=where)]
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{where}: {folder} contains an adapter, not a model; merge it into its base model "
-            "first"
-        )
-    if pickles:
-        raise ModelError(
-            f"{where}: {folder / pickles[0]} is a pickle, which can run code, and is refused; "
-            f"must be *.safetensors; save the model again with `save_pretrained`"
-        )
-    raise ModelError(f"{where}: no {WEIGHTS} in {folder} (found: {_listing(folder)})")
-
-
-def _shard_path(folder: Path, name: str, *, where: str) -> Path:
-    path = folder / name
-    # The index is untrusted: absolute names and `..` could reach any file of the machine.
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ModelError(
-            f"{where}: `{name}` in {INDEX} is outside the model folder {folder}; refused"
-        )
-    if not path.is_file():
-        raise ModelError(f"{where}: {INDEX} lists {name}, which is not in {folder}; copy it again")
-    root = folder.resolve()
-    # The hub cache symlinks every file of a snapshot into the `blobs` folder next to it.
-    allowed = (root, root.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(parent) for parent in allowed):
-        raise ModelError(
-            f"{where}: {path} is a symlink out of the model folder, to {path.resolve()}; refused"
-        )
-    return path
-
-
-def _check_dtypes(header: Mapping[str, TensorInfo], path: Path, *, where: str) -> None:
-    for name, tensor in header.items():
-        if tensor.dtype not in FLOATS:
-            raise ModelError(
-                f"{where}: {name} in {path} is {tensor.dtype}; must be one of "
-                f"{', '.join(FLOATS)}; quantized weights are not supported"
-            )
-
-
-def _listing(folder: Path, limit: int = 12) -> str:
-    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "nothing") + more

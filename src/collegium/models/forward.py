@@ -6,9 +6,9 @@ Shapes: B batch, T time, N rows (the trained positions of a batch), D width, V v
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +30,6 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 MULTIPLIES_BY_DIVISOR = ("hyperclovax",)
 # MPT's config has `logit_scale`, but its model ignores it.
 UNUSED_FACTOR = ("mpt",)
-LAYER = re.compile(r"^layer_(\d+)$")
 
 
 def model_head(model: PreTrainedModel, vocab_size: int) -> Head:
@@ -123,11 +122,6 @@ def forward_rows(
     return HiddenRows(hidden=hidden_ND, head=model_head(model, vocab_size), features=features)
 
 
-def num_layers(model: PreTrainedModel) -> int:
-    """Return the number of blocks of a model."""
-    return len(_blocks(model))
-
-
 def tap_names(model: PreTrainedModel) -> list[str]:
     """Return the names of the hidden states that `forward_rows` can return, in forward order.
 
@@ -136,8 +130,7 @@ def tap_names(model: PreTrainedModel) -> list[str]:
     """
     # `hidden_states[-1]` is before or after the final norm depending on the model
     # (huggingface/transformers#26142), so taps are named explicitly.
-    layers = [f"layer_{i}" for i in range(num_layers(model))]
-    return ["embed", *layers, "final_prenorm", "final_postnorm"]
+    return [*_tapped_modules(model), "final_postnorm"]
 
 
 def tap_width(model: PreTrainedModel, tap: str) -> int:
@@ -168,28 +161,34 @@ def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
             f"to each other; use another model family"
         )
     device = head_layer(model).weight.device
-    first, second = _random_windows(vocab_size, device)
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(vocab_size, (2, sum(_LENGTHS)), generator=generator).to(device)
+    changed_BT = ids_BT.clone()
+    changed_BT[:, : _LENGTHS[0]] = (ids_BT[:, : _LENGTHS[0]] + 1) % vocab_size
     with _eval_mode(model):
-        ours = forward_rows(model, first, _all_rows(first), vocab_size=vocab_size)
-        expected_BTV = model(
-            input_ids=first.input_ids, position_ids=first.position_ids, use_cache=False
+        batch = _pack(ids_BT, _LENGTHS)
+        ours = forward_rows(model, batch, _all_rows(batch), vocab_size=vocab_size)
+        theirs_BTV = model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
         ).logits
-        other = forward_rows(model, second, _all_rows(second), vocab_size=vocab_size)
-        unpacked = [_document_hidden(model, first, span, vocab_size) for span in _SPANS]
+        changed_BTD = _hidden(model, changed_BT, _LENGTHS, vocab_size)
+        unpacked = [
+            _hidden(model, document_BT, [document_BT.shape[1]], vocab_size)
+            for document_BT in ids_BT.split(_LENGTHS, dim=1)
+        ]
+    logits_NV, expected_NV = ours.logits(slice(None)), theirs_BTV[..., :vocab_size].flatten(0, 1)
     dtype = ours.hidden.dtype
-    expected_NV = expected_BTV[..., :vocab_size].flatten(0, 1)
     # The two differ by the rounding of one linear map. In half precision 64 roundings would be half
     # of the largest logit and hide a wrong factor.
     factor = 64 if torch.finfo(dtype).bits >= 32 else 8
-    if not _close(ours.logits(slice(None)), expected_NV, dtype, factor=factor):
+    if not _close(logits_NV, expected_NV, dtype, factor=factor):
         raise ModelError(
             f"{where}: {model_type} computes its logits in an unsupported way (largest difference "
-            f"{_gap(ours.logits(slice(None)), expected_NV):.3g}); use another model family"
+            f"{_gap(logits_NV, expected_NV):.3g}); use another model family"
         )
-    hidden_BTD = ours.hidden.view(*first.input_ids.shape, -1)
-    start = _SPANS[1].start
-    changed_BTD = other.hidden.view_as(hidden_BTD)
-    leaks = not _close(hidden_BTD[:, start:], changed_BTD[:, start:], dtype, factor=8)
+    hidden_BTD = ours.hidden.view_as(changed_BTD)
+    second = slice(_LENGTHS[0], None)
+    leaks = not _close(hidden_BTD[:, second], changed_BTD[:, second], dtype, factor=8)
     differs = not _close(hidden_BTD, torch.cat(unpacked, dim=1), dtype, factor=64)
     if leaks or differs:
         raise ModelError(
@@ -199,35 +198,24 @@ def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
         )
 
 
-_SPANS = (slice(0, 5), slice(5, 12))
-"""The two documents of each probe window."""
+_LENGTHS = [5, 7]
+"""Tokens of the two documents of each probe window."""
 
 
-def _random_windows(vocab_size: int, device: torch.device) -> tuple[Batch, Batch]:
-    """Return two batches that differ only in the first document of each window."""
-    generator = torch.Generator().manual_seed(0)
-    length = _SPANS[-1].stop
-    ids = torch.randint(vocab_size, (2, length), generator=generator)
-    changed = ids.clone()
-    changed[:, _SPANS[0]] = (changed[:, _SPANS[0]] + 1) % vocab_size
-    position = torch.cat([torch.arange(span.stop - span.start) for span in _SPANS]).expand(2, -1)
-    labels = torch.full_like(ids, IGNORE)
-    batches = [
-        Batch(*(t.contiguous().to(device) for t in (window, position, labels, labels)))
-        for window in (ids, changed)
-    ]
-    return batches[0], batches[1]
+def _pack(ids_BT: Tensor, lengths: Sequence[int]) -> Batch:
+    """Return windows of documents of these lengths, without targets."""
+    position_T = torch.cat([torch.arange(length) for length in lengths]).to(ids_BT.device)
+    ignored_BT = torch.full_like(ids_BT, IGNORE)
+    position_BT = position_T.expand_as(ids_BT).contiguous()
+    return Batch(ids_BT.contiguous(), position_BT, ignored_BT, ignored_BT)
 
 
-def _document_hidden(model: PreTrainedModel, batch: Batch, span: slice, vocab_size: int) -> Tensor:
-    part = Batch(
-        batch.input_ids[:, span].contiguous(),
-        batch.position_ids[:, span].contiguous(),
-        batch.labels[:, span],
-        batch.sample_ids[:, span],
-    )
-    hidden_ND = forward_rows(model, part, _all_rows(part), vocab_size=vocab_size).hidden
-    return hidden_ND.view(*part.input_ids.shape, -1)
+def _hidden(
+    model: PreTrainedModel, ids_BT: Tensor, lengths: Sequence[int], vocab_size: int
+) -> Tensor:
+    batch = _pack(ids_BT, lengths)
+    rows = forward_rows(model, batch, _all_rows(batch), vocab_size=vocab_size)
+    return rows.hidden.view(*ids_BT.shape, -1)
 
 
 def _all_rows(batch: Batch) -> Rows:
@@ -260,30 +248,22 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 def _capture_outputs(model: PreTrainedModel, taps: Sequence[str]) -> Iterator[Mapping[str, Tensor]]:
     """Collect the outputs of the tapped modules while the model runs."""
     outputs: dict[str, Tensor] = {}
-    handles = []
+
+    def keep(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        # Only keep a reference: an operation here would run inside gradient checkpointing.
+        outputs[tap] = output[0] if isinstance(output, tuple) else output
+
     if taps:
         _check_taps(model, taps)
-    for tap in taps:
-        if tap == "final_postnorm":
-            continue
-
-        def keep(_module: nn.Module, _inputs: Any, output: Any, tap: str = tap) -> None:
-            # Only keep a reference: an operation here would run inside gradient checkpointing.
-            outputs[tap] = output[0] if isinstance(output, tuple) else output
-
-        handles.append(_tapped_module(model, tap).register_forward_hook(keep))
+    modules = _tapped_modules(model) if taps else {}
+    handles = [
+        modules[tap].register_forward_hook(partial(keep, tap)) for tap in taps if tap in modules
+    ]
     try:
         yield outputs
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tapped_module(model: PreTrainedModel, tap: str) -> nn.Module:
-    if tap == "embed":
-        return input_layer(model)
-    layer = LAYER.match(tap)
-    return _blocks(model)[int(layer.group(1)) if layer else -1]
 
 
 def _check_taps(model: PreTrainedModel, taps: Sequence[str]) -> None:
@@ -309,8 +289,9 @@ def _body(model: PreTrainedModel) -> nn.Module:
     return body
 
 
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the outermost `ModuleList` whose length is the config's number of layers."""
+def _tapped_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the module behind each tap but `final_postnorm`, in forward order."""
+    # The blocks are the outermost `ModuleList` whose length is the config's number of layers.
     count = int(model.config.get_text_config().num_hidden_layers)
     lists = [
         (name.count("."), module)
@@ -322,7 +303,9 @@ def _blocks(model: PreTrainedModel) -> nn.ModuleList:
             f"{model.config.model_type}: no list of {count} blocks was found, so its layers "
             f"cannot be tapped; remove `features`"
         )
-    return min(lists, key=lambda item: item[0])[1]
+    blocks = min(lists, key=lambda item: item[0])[1]
+    layers = {f"layer_{number}": block for number, block in enumerate(blocks)}
+    return {"embed": input_layer(model), **layers, "final_prenorm": blocks[-1]}
 
 
 def _head_scale(config: PretrainedConfig) -> float:

@@ -130,7 +130,7 @@ class PretrainedStudent(ModelOptions, StudentOptions):
     ) -> PreTrainedModel:
         from collegium.models.loading import load_model
 
-        return load_model(self, where=where).model
+        return load_model(self, where=where)
 
 
 @option

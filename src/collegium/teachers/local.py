@@ -72,10 +72,9 @@ class LocalTeacher:
         Raises:
             ModelError: the folder or its weights cannot be used.
         """
-        loaded = load_model(options, where=where)
         return cls(
             name,
-            loaded.model,
+            load_model(options, where=where),
             vocab_size=vocab_size,
             offload=options.offload,
             logit_scale=options.logit_scale,
