@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from collegium.data.encode import Encoder
 from collegium.data.sources import DataOptions, Document, SourceOptions, read_documents
@@ -53,7 +53,7 @@ def build_datasets(
 
 def split_of(
     document: Document, *, seed: int, calibration: float, validation: float
-) -> Literal[train, calibration, validation]:
+) -> Literal["train", "calibration", "validation"]:
     """Assign a document to a split, as a function of its content and the seed only.
 
     u = SHA-256(seed, content) in [0, 1). The split is validation if u < validation, calibration if
