@@ -17,7 +17,6 @@ from typer.testing import CliRunner, Result
 import collegium.run
 from collegium.cli import app
 from collegium.config.recipe import Recipe, load_recipe, write_fusion
-from collegium.config.template import TEMPLATE
 from collegium.errors import CollegiumError, DataError, Interrupted
 from collegium.storage.records import (
     CandidateFusion,
@@ -101,7 +100,8 @@ def test_init_writes_a_recipe_that_decodes(tmp_path: Path, monkeypatch: pytest.M
     assert invoke("init").exit_code == 0
     recipe = load_recipe("collegium.yaml")
     assert list(recipe.teachers) == ["general", "code"]
-    assert Path("collegium.yaml").read_text() == TEMPLATE
+    template = Path(collegium.__file__).parent / "config" / "template.yaml"
+    assert Path("collegium.yaml").read_text() == template.read_text()
 
 
 def test_init_does_not_overwrite(tmp_path: Path) -> None:

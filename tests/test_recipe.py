@@ -21,7 +21,7 @@ from collegium.config.recipe import (
     recipe_hash,
     write_fusion,
 )
-from collegium.config.yaml import read_yaml, scalar
+from collegium.config.yaml import read_yaml
 from collegium.data.sources import DataOptions, SourceOptions
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import CONFLICTS, TruthFallback
@@ -298,16 +298,17 @@ def test_there_are_recipes() -> None:
     ],
 )
 def test_scalars(text: str, value: Any) -> None:
-    assert scalar(text) == value
-    assert type(scalar(text)) is type(value)
+    read = read_yaml(f"a: {text}\n", "x.yaml").data["a"]
+    assert read == value
+    assert type(read) is type(value)
 
 
 @pytest.mark.parametrize(
     "text", ["010", "-010", "00", "007.5", "01e3", ".inf", "-.INF", ".NaN", "1e999"]
 )
 def test_refused_scalars(text: str) -> None:
-    with refused(ValueError, f"got {text}"):
-        scalar(text)
+    with refused(RecipeError, f"x.yaml:1: a: got {text}"):
+        read_yaml(f"a: {text}\n", "x.yaml").check()
 
 
 def test_line_numbers_are_recorded() -> None:
@@ -325,12 +326,17 @@ def test_aliases_and_a_byte_order_mark_are_fine(recipe_file: Path) -> None:
     assert read_yaml("a: &x {b: 1}\nc: *x\n", "x").data == {"a": {"b": 1}, "c": {"b": 1}}
 
 
-def test_decoding_is_light(recipe_file: Path) -> None:
+def test_a_recipe_is_refused_before_heavy_imports(recipe_file: Path) -> None:
+    recipe_file.write_text(minimal(objective="{kd_ratio: 2}", fusion="{weighting: gate}"))
     program = (
         "import sys\n"
         "from collegium.config.recipe import load_recipe\n"
-        f"load_recipe({str(recipe_file)!r})\n"
-        "print(sorted({'transformers', 'datasets'} & set(sys.modules)))"
+        "from collegium.errors import RecipeError\n"
+        "try:\n"
+        f"    load_recipe({str(recipe_file)!r})\n"
+        "except RecipeError:\n"
+        "    heavy = {'torch', 'transformers', 'pyarrow', 'datasets', 'matplotlib'}\n"
+        "    print(sorted(heavy & set(sys.modules)))\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60

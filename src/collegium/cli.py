@@ -324,11 +324,12 @@ def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("collegium.yaml"),
 ) -> None:
     """Write a commented recipe to start from. Never overwrites a file."""
-    from collegium.config.template import TEMPLATE
+    from importlib.resources import files
 
+    template = files("collegium.config").joinpath("template.yaml").read_text(encoding="utf-8")
     try:
         with path.open("x", encoding="utf-8") as stream:
-            stream.write(TEMPLATE)
+            stream.write(template)
     except FileExistsError as error:
         raise RecipeError(f"{path}: already exists; choose another name, or delete it") from error
     except OSError as error:

@@ -72,7 +72,7 @@ def test_01_a_missing_file_lists_the_recipes_beside_it(
 def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"name: caf\xe9\n")
-    check_message(refusal("check", path), "run.yaml: ")
+    check_message(refusal("check", path), "TMP/run.yaml: ")
     check_message(refusal("check", tmp_path), "TMP: ")
     path.write_bytes(b"a: \x00\n")
     check_message(refusal("check", path), "run.yaml:")

@@ -20,8 +20,6 @@ from ruamel.yaml.error import YAMLError
 from collegium.cache.options import CacheOptions
 from collegium.config.yaml import (
     Document,
-    KeyPath,
-    Problem,
     decode,
     read_text,
     read_yaml,
@@ -31,7 +29,6 @@ from collegium.data.sources import DataOptions
 from collegium.errors import RecipeError
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
-from collegium.fusion.weighting import unknown_teachers
 from collegium.models.student import AnyStudent
 from collegium.options import option, plain
 from collegium.storage.files import write_bytes
@@ -171,75 +168,53 @@ def write_fusion(path: str | os.PathLike[str], snippet: Mapping[str, Any]) -> No
         raise RecipeError(f"{file.name}: cannot write `fusion`: {error}") from error
 
 
-def _problems(recipe: Recipe) -> Iterator[Problem]:
-    """Yield the path and the text of each problem that no section can see by itself."""
+def _problems(recipe: Recipe) -> Iterator[str]:
+    """Yield `key: problem` for each problem that no section can see by itself."""
     if not recipe.teachers and recipe.objective.kd_ratio > 0:
-        yield (
-            ("teachers",),
-            "got none; must be at least one under `teachers:`; for training on labels set "
-            "objective.kd_ratio: 0",
-        )
+        remedy = "for training on labels set objective.kd_ratio: 0"
+        yield f"teachers: got none; must be at least one under `teachers:`; {remedy}"
     if isinstance(recipe.fusion, Fusion):
-        for path, text in recipe.fusion.problems(recipe.teachers):
-            yield ("fusion", *path), text
-    if recipe.objective.features is not None:
-        path = ("objective", "features", "teacher_weights")
-        weights = recipe.objective.features.teacher_weights
-        yield from unknown_teachers(path, weights, recipe.teachers)
+        yield from recipe.fusion.problems(recipe.teachers)
+    features = recipe.objective.features
+    for name in features.teacher_weights if features else ():
+        if name not in recipe.teachers:
+            hint = nearest(name, recipe.teachers)
+            yield f"objective.features.teacher_weights: got `{name}`; must be a teacher{hint}"
     if recipe.cache.enabled:
         yield from _cache_problems(recipe)
     yield from _folder_problems(recipe)
 
 
-def _cache_problems(recipe: Recipe) -> Iterator[Problem]:
+def _cache_problems(recipe: Recipe) -> Iterator[str]:
     cache = recipe.cache
     if not recipe.teachers or recipe.objective.kd_ratio == 0:
-        yield ("cache", "enabled"), "needs teachers and objective.kd_ratio > 0; set it to false"
+        yield "cache.enabled: needs teachers and objective.kd_ratio > 0; set it to false"
     if cache.features is not None and recipe.objective.features is None:
-        yield (
-            ("cache", "features"),
-            "got some without objective.features; must go with them; omit it",
-        )
-    problems = unmet(recipe.objective.requirements(), cache.capabilities)
+        yield "cache.features: got some without objective.features; must go with them; omit it"
+    yield from unmet(recipe.objective.requirements(), cache.capabilities)
     if isinstance(recipe.fusion, Fusion):
         # A fused cache is built from live teachers, and may use any fusion that is fixed per row.
         source = FIXED_PER_ROW if cache.kind == "fused" else cache.capabilities
-        problems += unmet(fusion_requirements(recipe.fusion), source)
-    for problem in problems:
-        key, _, text = problem.partition(": ")
-        yield tuple(key.split(".")), text
+        yield from unmet(fusion_requirements(recipe.fusion), source)
 
 
-def _folder_problems(recipe: Recipe) -> Iterator[Problem]:
-    """The run folder must not be read by the run, and what is written there must not be read."""
-    path: KeyPath = ("output_dir",)
-    output = _resolved(recipe.output_dir)
+def _folder_problems(recipe: Recipe) -> Iterator[str]:
+    """The run must not write where it reads, nor read what it writes."""
+    got, output = f"output_dir: got {recipe.output_dir}", _resolved(recipe.output_dir)
     if "\0" in str(output):
-        yield path, "got a NUL character; must be a path; remove it"
+        yield "output_dir: got a NUL character; must be a path; remove it"
     owners = {"student": recipe.student} | {f"teacher `{n}`": t for n, t in recipe.teachers.items()}
-    inputs = {
-        owner if option == "model" else f"{option} of {owner}": path
-        for owner, options in owners.items()
-        for option, path in options.paths().items()
-    }
-    for owner, model in inputs.items():
-        folder = _resolved(model)
-        if folder == output:
-            yield path, f"got {recipe.output_dir}, the folder of the {owner}; choose another"
-        elif any(folder.is_relative_to(output / name) for name in ("student", "train", "controls")):
-            yield (
-                path,
-                f"got {recipe.output_dir}, which would overwrite the {owner}; choose another",
-            )
+    written = [output / name for name in ("student", "train", "controls")]
+    for owner, options in owners.items():
+        for option, path in options.paths().items():
+            folder = _resolved(path)
+            if folder == output or any(map(folder.is_relative_to, written)):
+                files = owner if option == "model" else f"{option} of the {owner}"
+                yield f"{got}, where the run would overwrite the {files}; choose another"
     for source in itertools.chain(*recipe.data.sources.values()):
         if source.path is not None and output.is_relative_to(_resolved(source.path)):
-            yield (
-                path,
-                (
-                    f"got {recipe.output_dir}, in the data folder {source.path}, where the files of the run "
-                    "would be read as text; choose another"
-                ),
-            )
+            problem = f"in the data folder {source.path}, which would read the run's own files"
+            yield f"{got}, {problem}; choose another"
 
 
 def _resolved(path: str | Path) -> Path:

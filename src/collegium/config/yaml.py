@@ -9,7 +9,6 @@ import operator
 import re
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,13 +26,7 @@ from collegium.options import OneOf
 
 T = TypeVar("T")
 KeyPath = tuple[str | int, ...]
-Problem = tuple[KeyPath, str]
-"""Path of a key, and what is wrong there."""
-Place = tuple[int, str]
-"""Offset in a file and `recipe.yaml:12`, or -1 and the override or the name of the file."""
-
 MAX_BYTES = 1_000_000
-MAX_DEPTH = 40
 CODE_KEYS = frozenset({"_target_", "_component_", "_function_", "!function"})
 RENAMED = {
     "alpha": "objective.kd_ratio (the share of the distillation loss)",
@@ -51,15 +44,6 @@ RENAMED = {
 }
 """Keys of other tools, and ours."""
 
-_CONSTANTS = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-}
-_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_LEADING_ZERO = re.compile(r"([-+]?)0+([0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?)")
-_NON_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _SECRET_KEY = re.compile(
     r"(.*_)?(api_?key|password|secret|hf_token|access_token|auth_token)|token", re.I
 )
@@ -77,32 +61,14 @@ _WORDS = {
 """Words of pydantic, and ours."""
 
 
-def scalar(text: str) -> Any:
-    """Return the value of a plain scalar in the core schema of YAML 1.2.
-
-    Raises:
-        ValueError: a number with a leading zero, or one that is not finite.
-    """
-    if text in _CONSTANTS:
-        return _CONSTANTS[text]
-    if zero := _LEADING_ZERO.fullmatch(text):
-        problem = f"got {text}; a leading zero is ambiguous"
-        raise ValueError(f"{problem}; write {zero[1]}{zero[2]}, or quote it if it is text")
-    if _INT.fullmatch(text):
-        return int(text, 0)
-    is_float = _FLOAT.fullmatch(text) is not None
-    if _NON_FINITE.fullmatch(text) or (is_float and not math.isfinite(float(text))):
-        raise ValueError(f"got {text}; must be a finite number")
-    return float(text) if is_float else text
-
-
 @dataclass
 class Document:
     """Plain data of a YAML file, the place of each key, and all problems found."""
 
     name: str
     data: Any = None
-    places: dict[KeyPath, Place] = field(default_factory=dict)
+    places: dict[KeyPath, tuple[int, str]] = field(default_factory=dict)
+    """Offset in the file and `recipe.yaml:12`, or -1 and the override that set the key."""
     problems: list[tuple[int, KeyPath, str]] = field(default_factory=list)
     """Offset, path and message."""
 
@@ -113,40 +79,39 @@ class Document:
         offset, place = next(places, (-1, self.name))
         self.problems.append((offset, path, ": ".join(filter(None, (place, dotted(path), text)))))
 
-    def check(self, problems: Iterable[Problem] = ()) -> None:
-        """Check that there are no problems, neither recorded ones nor these.
+    def check(self, problems: Iterable[str] = ()) -> None:
+        """Check that there are no problems: recorded ones, or these, each as `key: problem`.
 
         Raises:
             RecipeError: with every problem, one per line, in the order of the file.
         """
-        for path, text in problems:
-            self.add(path, text)
+        for problem in problems:
+            key, _, text = problem.partition(": ")
+            self.add(tuple(key.split(".")), text)
         if self.problems:
             lines = [text for *_, text in sorted(self.problems, key=lambda problem: problem[0])]
             raise RecipeError("\n".join(dict.fromkeys(lines)))
 
-    def read(self, node: Any, path: KeyPath, place: Callable[[Any], Place]) -> Any:
+    def read(self, node: Any, path: KeyPath, place: Callable[[Any], tuple[int, str]]) -> Any:
         """Convert a node of ruamel to plain data. A value with a problem becomes null."""
-        if not isinstance(node, (MappingNode, SequenceNode)):
+        if isinstance(node, MappingNode):
+            pairs = [(k.value if isinstance(k, ScalarNode) else "?", k, v) for k, v in node.value]
+        elif isinstance(node, SequenceNode):
+            pairs = [(index, child, child) for index, child in enumerate(node.value)]
+        else:
             try:
-                return None if node is None else _scalar_of(node, path[-1])
+                return None if node is None else _scalar(node, path[-1])
             except ValueError as error:
                 return self.add(path, str(error))
-        if len(path) > MAX_DEPTH:  # such as an alias of itself
-            return self.add(path[:1], f"must be nested at most {MAX_DEPTH} levels deep")
-        is_mapping = isinstance(node, MappingNode)
-        pairs = node.value if is_mapping else [(child, child) for child in node.value]
         values: dict[Any, Any] = {}
-        for index, (key_node, child) in enumerate(pairs):
-            text = key_node.value if isinstance(key_node, ScalarNode) else "?"
-            key = text if is_mapping else index
+        for key, key_node, child in pairs:
             at = (*path, key)
             problem = "a recipe cannot name code; remove this key" if key in CODE_KEYS else ""
             if key in values:
                 problem = f"given twice, first at {self.places[at][1]}; remove one"
             self.places[at] = place(key_node.start_mark)
             values[key] = self.add(at, problem) if problem else self.read(child, at, place)
-        return values if is_mapping else list(values.values())
+        return values if isinstance(node, MappingNode) else list(values.values())
 
     def override(self, override: str) -> None:
         """Set one value, as in `train.max_steps=10`. Its path is checked when it is decoded.
@@ -193,11 +158,28 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _scalar_of(node: Any, key: str | int) -> Any:
-    if _is_secret(key, node.value):
+def _scalar(node: Any, key: str | int) -> Any:
+    """Convert a scalar by the core schema of YAML 1.2, where dates and 1_000 are text.
+
+    Raises:
+        ValueError: a secret, a number with a leading zero, or one that is not finite.
+    """
+    text, kind = node.value, node.tag.rpartition(":")[2]
+    if _is_secret(key, text):
         remedy = "keep it in the environment (HF_TOKEN for the model hub)"
         raise ValueError(f"holds a secret; {remedy}; value not shown")
-    return node.value if node.style else scalar(node.value)
+    if node.style or "_" in text:
+        return text
+    if kind in ("null", "bool"):
+        return {"true": True, "false": False}.get(text.lower())
+    if kind not in ("int", "float"):
+        return text
+    if re.match("[-+]?0[0-9]", text):
+        raise ValueError(f"got {text}; a leading zero is ambiguous; remove it, or quote text")
+    number = int(text, 0) if kind == "int" else float(re.sub(r"\.(?=[in])", "", text.lower()))
+    if number in (math.inf, -math.inf) or number != number:
+        raise ValueError(f"got {text}; must be a finite number")
+    return number
 
 
 def _is_secret(key: str | int, text: str) -> bool:
@@ -215,15 +197,11 @@ def read_text(file: Path) -> str:
         if file.stat().st_size > MAX_BYTES:
             raise RecipeError(f"{file.name}: must be at most {MAX_BYTES:,} bytes")
         return file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
+    except FileNotFoundError as error:
         names = ", ".join(sorted(path.name for path in file.parent.glob("*.y*ml"))[:10]) or "none"
-        is_missing = isinstance(error, FileNotFoundError)
-        remedy = f"; YAML files in {file.parent}/: {names}" if is_missing else ""
-        raise RecipeError(f"{file}: cannot be read: {error.strerror}{remedy}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{file.name}: byte {error.start} is not UTF-8; save it as UTF-8"
-        ) from error
+        raise RecipeError(f"{file}: not found; YAML files in {file.parent}/: {names}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read as UTF-8 text: {error}") from error
 
 
 def read_yaml(text: str, name: str, overrides: Sequence[str] = ()) -> Document:
@@ -232,15 +210,18 @@ def read_yaml(text: str, name: str, overrides: Sequence[str] = ()) -> Document:
     Raises:
         RecipeError: not YAML, not a mapping, or an override that does not fit.
     """
-    node = _compose(text, lambda line: f"{name}:{line}" if line else name)
-    if not isinstance(node, MappingNode):
-        got = "nothing" if node is None else f"a {node.id}"
-        remedy = "`collegium init` writes a commented recipe"
-        raise RecipeError(f"{name}: got {got}; must be a mapping of keys; {remedy}")
     document = Document(name)
-    document.data = document.read(node, (), lambda mark: (mark.index, f"{name}:{mark.line + 1}"))
-    for override in overrides:
-        document.override(override)
+    try:
+        node = _compose(text, lambda line: f"{name}:{line}" if line else name)
+        if not isinstance(node, MappingNode):
+            got = "nothing" if node is None else f"a {node.id}"
+            remedy = "`collegium init` writes a commented recipe"
+            raise RecipeError(f"{name}: got {got}; must be a mapping of keys; {remedy}")
+        document.data = document.read(node, (), lambda m: (m.index, f"{name}:{m.line + 1}"))
+        for override in overrides:
+            document.override(override)
+    except RecursionError as error:
+        raise RecipeError(f"{name}: must be nested less deeply, without cycles") from error
     return document
 
 
@@ -255,8 +236,6 @@ def _compose(text: str, place: Callable[[int], str]) -> Any:
         mark = error.problem_mark or error.context_mark
         problem = f"column {mark.column + 1}: not valid YAML: {error.problem}"
         raise RecipeError(f"{place(mark.line + 1)}: {problem}\n{mark.get_snippet()}") from error
-    except RecursionError as error:
-        raise RecipeError(f"{place(0)}: must be nested less deeply") from error
     except YAMLError as error:
         raise RecipeError(f"{place(0)}: not valid YAML: {str(error).splitlines()[0]}") from error
     problem = "YAML tags are not allowed; remove the `!`"
@@ -264,7 +243,7 @@ def _compose(text: str, place: Callable[[int], str]) -> Any:
 
 
 def decode(
-    cls: type[T], document: Document, check: Callable[[T], Iterable[Problem]] = lambda _: ()
+    cls: type[T], document: Document, check: Callable[[T], Iterable[str]] = lambda _: ()
 ) -> T:
     """Build an option class from a document. `check` finds further problems in it.
 
@@ -279,14 +258,14 @@ def decode(
     else:
         document.check(check(options))
         return options
-    problems: list[Problem] = []
+    problems: list[tuple[KeyPath, str]] = []
     has_counts = False
     for item in items:
         path, keys = _locate(cls, document.data, item)
         if item["type"] == "int_type" and str(item["input"]).endswith(".0"):
             # Large counts are written as 1e6.
-            container = functools.reduce(operator.getitem, path[:-1], document.data)
-            container[path[-1]] = int(item["input"])
+            parent = functools.reduce(operator.getitem, path[:-1], document.data)
+            parent[path[-1]] = int(item["input"])
             has_counts = True
         text = message(item, keys)
         key, _, rest = text.partition(": ")
@@ -353,11 +332,9 @@ def message(item: Mapping[str, Any], keys: Collection[str] = ()) -> str:
 
 class _Representer(RoundTripRepresenter):
     def represent_text(self, text: str) -> Any:
-        """Quote text that would be read back as something else."""
-        style = '"'
-        with suppress(ValueError):
-            if scalar(text) == text and text.isprintable() and text == text.strip():
-                style = None
+        """Quote what ruamel would write without quotes or fold, and read back as something else."""
+        is_plain = text.isprintable() and text == text.strip()
+        style = None if is_plain else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -9,14 +9,14 @@ Order: logits / T_k, statistics, weights, pool, conflict policy, pooled temperat
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Protocol
 
 from pydantic import Field, model_validator
 
 from collegium.distributions import Answer, Capabilities, NamedRows
-from collegium.errors import RecipeError
+from collegium.errors import RecipeError, nearest
 from collegium.fusion.conflict import (
     CONFLICTS,
     Conflict,
@@ -37,7 +37,7 @@ from collegium.fusion.pools import (
 )
 from collegium.fusion.routing import RoutedReader
 from collegium.fusion.rules import PrefixLikelihood
-from collegium.fusion.weighting import Carry, OptionProblem, RowStats, Weighting, unknown_teachers
+from collegium.fusion.weighting import Carry, RowStats, Weighting
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
 from collegium.options import OneOf, option, torch
 from collegium.types import Batch, Rows
@@ -82,21 +82,33 @@ class Fusion:
         """True if the label of a row enters its target, which then cannot be judged by its NLL."""
         return self.weighting.uses_label or self.conflict.uses_label
 
-    def problems(self, teachers: Collection[str]) -> Iterator[OptionProblem]:
-        """Yield each name that is no teacher of the run, and each teacher without weight."""
-        yield from unknown_teachers(("temperatures",), self.temperatures, teachers)
-        for path, text in self.weighting.problems(teachers):
-            yield ("weighting", *path), text
+    def problems(self, teachers: Collection[str]) -> Iterator[str]:
+        """Yield `key: problem` for names that are no teacher, and teachers without an entry."""
+        names: dict[str, Iterable[str]] = {"temperatures": self.temperatures}
+        for path, name in self.weighting.teacher_fields().items():
+            names[".".join(("weighting", *path))] = [name]
+        for path, table in self.weighting.teacher_tables().items():
+            key = ".".join(("weighting", *path))
+            names[key] = table
+            remedy = "0 leaves it out" if self.weighting.zero_excludes else "fit it again"
+            for name in teachers:
+                if name not in table:
+                    text = f"got none for teacher `{name}`; must give one to each; {remedy}"
+                    yield f"fusion.{key}: {text}"
+        for key, listed in names.items():
+            for name in listed:
+                if name not in teachers:
+                    hint = nearest(name, teachers)
+                    yield f"fusion.{key}: got `{name}`; must be a teacher{hint}"
 
     def check(self, teachers: Collection[str]) -> None:
-        """Refuse options that do not fit the teachers of the run.
+        """Check that every name in the options is a teacher of this run.
 
         Raises:
             RecipeError: a name belongs to no teacher, or a teacher has no weight.
         """
-        lines = [f"fusion.{'.'.join(path)}: {text}" for path, text in self.problems(teachers)]
-        if lines:
-            raise RecipeError("\n".join(lines))
+        if problems := list(self.problems(teachers)):
+            raise RecipeError("\n".join(problems))
 
 
 @dataclass(slots=True)

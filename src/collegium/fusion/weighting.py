@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from typing_extensions import Self
 
-from collegium.errors import nearest
 from collegium.options import torch
 from collegium.types import Rows, domain_number
 
@@ -155,8 +154,6 @@ class Conditions:
     """Whether to try fitted rules, and rules that apply each head more than once."""
 
 
-OptionProblem = tuple[tuple[str, ...], str]
-"""Path inside the options, and a text that begins after it."""
 
 
 class Weighting(ABC):
@@ -236,18 +233,6 @@ class Weighting(ABC):
         """True if this teacher's weight is zero at every row, independent of its outputs."""
         return False
 
-    def problems(self, teachers: Collection[str]) -> Iterator[OptionProblem]:
-        """Yield each teacher that the options name and the run lacks, or the other way round."""
-        for path, table in self.teacher_tables().items():
-            for missing in sorted(set(teachers) - set(table)):
-                text = f"no weight for teacher `{missing}`; give one, 0 to leave it out"
-                if not self.zero_excludes:
-                    text = f"nothing for teacher `{missing}`; fit it again with all teachers"
-                yield path, text
-            yield from unknown_teachers(path, table, teachers)
-        for path, name in self.teacher_fields().items():
-            yield from unknown_teachers(path, [name], teachers)
-
 
 class FittedWeighting(Weighting):
     """A rule whose options a preflight fits on calibration text."""
@@ -266,15 +251,6 @@ class FittedWeighting(Weighting):
     @classmethod
     def candidates(cls, conditions: Conditions) -> Sequence[Fit]:
         return [cls.fit] if conditions.is_extended else []
-
-
-def unknown_teachers(
-    path: tuple[str, ...], names: Iterable[str], teachers: Collection[str]
-) -> Iterator[OptionProblem]:
-    """Yield a problem per name that is not a teacher of this run."""
-    for name in names:
-        if name not in teachers:
-            yield path, f"got `{name}`; unknown teacher{nearest(name, teachers)}"
 
 
 def check_sum_to_one(weights: Mapping[str, float]) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from collegium.config.yaml import KeyPath, decode, read_text, read_yaml, shown
+from collegium.config.yaml import decode, read_text, read_yaml, shown
 from collegium.errors import nearest
 from collegium.fusion.fitted import WEIGHTINGS
 from collegium.options import option
@@ -118,31 +118,31 @@ def load_study(path: Path) -> StudyOptions:
     return decode(StudyOptions, read_yaml(read_text(path), path.name), _level_problems)
 
 
-def _level_problems(study: StudyOptions) -> Iterator[tuple[KeyPath, str]]:
+def _level_problems(study: StudyOptions) -> Iterator[str]:
     """Check the names in `pick`, and that each level of a factor has its own folder name."""
     for factor, levels in study.factors.items():
         slugs: dict[str, str] = {}
         for name, level in levels.items():
+            key = f"factors.{factor}.{name}"
             other = slugs.setdefault(slug(name), name)
             if other != name:
                 # One folder for two levels would mix their runs.
-                text = f"same folder as `{other}`; must differ in a letter or digit"
-                yield ("factors", factor, name), text
+                yield f"{key}: same folder as `{other}`; must differ in a letter or digit"
             if PICK in level:
-                yield from _pick_problems(level[PICK], ("factors", factor, name, PICK))
+                yield from _pick_problems(level[PICK], f"{key}.{PICK}")
 
 
-def _pick_problems(pick: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+def _pick_problems(pick: Any, key: str) -> Iterator[str]:
     name = pick.get("weighting") if isinstance(pick, Mapping) else None
-    if name not in WEIGHTINGS:
-        text = f"got {shown(name)}; must be a weighting{nearest(str(name), WEIGHTINGS)}"
-        yield (*path, "weighting"), text
+    if str(name) not in WEIGHTINGS:
+        hint = nearest(str(name), WEIGHTINGS)
+        yield f"{key}.weighting: got {shown(name)}; must be a weighting{hint}"
         return
     fields = (item.name for item in dataclasses.fields(WEIGHTINGS[name]))  # type: ignore[arg-type]
     allowed = ["weighting", "pool", "calibration", *fields]
-    for key in pick:
-        if key not in allowed:
-            yield path, f"got `{key}`; unknown key{nearest(key, allowed)}"
+    for option_name in pick:
+        if option_name not in allowed:
+            yield f"{key}: got `{option_name}`; unknown key{nearest(option_name, allowed)}"
 
 
 def slug(text: str) -> str:
