@@ -206,10 +206,10 @@ def _folder_problems(recipe: Recipe) -> Iterator[str]:
     owners = {"student": recipe.student} | {f"teacher `{n}`": t for n, t in recipe.teachers.items()}
     written = [output / name for name in ("student", "train", "controls")]
     for owner, options in owners.items():
-        for option, path in options.paths().items():
+        for key, path in options.paths().items():
             folder = _resolved(path)
             if folder == output or any(map(folder.is_relative_to, written)):
-                files = owner if option == "model" else f"{option} of the {owner}"
+                files = owner if key == "model" else f"{key} of the {owner}"
                 yield f"{got}, where the run would overwrite the {files}; choose another"
     for source in itertools.chain(*recipe.data.sources.values()):
         if source.path is not None and output.is_relative_to(_resolved(source.path)):
