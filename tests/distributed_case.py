@@ -1,4 +1,4 @@
-"""One of two processes: each reads half of a batch and compares with a single process.
+"""One of two processes: a wrapped step against a single process, or a run of the trainer.
 
 Run by tests/train/test_distributed.py.
 """
@@ -7,27 +7,40 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import TrainerCallback
 
+from collegium.cache.build import build_cache
+from collegium.cache.encode import FusedEncoder
+from collegium.cache.store import open_cache
+from collegium.data.encode import Encoded
+from collegium.data.pack import Collator, PackedDataset
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss
 from collegium.losses.pairing import FeatureOptions
+from collegium.models.forward import tap_names, tap_width
+from collegium.storage.records import read_log
+from collegium.teachers.cached import CachedTargets
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
+from collegium.train.progress import TrainingProgress
 from collegium.train.step import DistillStep
-from collegium.types import Batch
 from tiny import tiny_model
+from training_runs import VOCAB, small_model, trainer
 
 V, LENGTH = 60, 12
 TIED = {"tie_word_embeddings": True}
+SOURCES = ("live", "features", "cache")
 
 
-def make_step() -> DistillStep:
-    teachers = [LocalTeacher(f"t{k}", tiny_model(V, seed=k), vocab_size=V) for k in range(2)]
+def make_step(teachers: list[LocalTeacher]) -> DistillStep:
     features = FeatureLoss(
         FeatureOptions(dynamic_scale=False), {"layer_1": 32}, {"t0": {"layer_1": 32}}
     )
@@ -42,16 +55,7 @@ def make_inputs() -> dict[str, torch.Tensor]:
     labels = ids.clone()
     labels[2:, 5:] = -100
     labels[3] = -100
-    return {
-        "input_ids": ids,
-        "position_ids": torch.arange(LENGTH).expand_as(ids).contiguous(),
-        "labels": labels,
-        "sample_ids": torch.arange(4)[:, None].expand_as(ids).contiguous(),
-    }
-
-
-def half(inputs: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
-    return {name: value[2 * rank : 2 * rank + 2] for name, value in inputs.items()}
+    return {"input_ids": ids, "labels": labels}
 
 
 def wrapped(name: str, step: DistillStep) -> Any:
@@ -66,21 +70,24 @@ def wrapped(name: str, step: DistillStep) -> Any:
     return fully_shard(step, mesh=mesh)
 
 
-def main() -> None:
-    name, meeting = sys.argv[1:]
+def compare_step(name: str, folder: Path) -> None:
+    """Loss and gradients of a wrapped step, each rank with half of a batch."""
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    inputs, single = make_inputs(), make_step()
-    num_rows = len(Batch.from_inputs(inputs).rows())
-    expected = single(inputs)[0] / num_rows
+    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=2)
+    teachers = [LocalTeacher(f"t{k}", tiny_model(V, seed=k), vocab_size=V) for k in range(2)]
+    inputs, single = make_inputs(), make_step(teachers)
+    total, loss = single(inputs)
+    num_rows = loss.num_rows
+    expected = total / num_rows
     expected.backward()
-    module = wrapped(name, make_step())
+    module = wrapped(name, make_step(teachers))
+    half = {key: value[2 * rank : 2 * rank + 2] for key, value in inputs.items()}
     for accumulated in (1, 2):  # the second micro-batch adds to the gradients
-        loss = module(half(inputs, rank))[0] / num_rows
-        (2 * loss).backward()
-        loss = loss.detach()
-        dist.all_reduce(loss)
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+        mean = module(half)[0] / num_rows
+        (2 * mean).backward()
+        mean = mean.detach()
+        dist.all_reduce(mean)
+        torch.testing.assert_close(mean, expected.detach(), rtol=1e-5, atol=1e-6)
         for (path, reference), (_, sharded) in zip(
             single.named_parameters(), module.named_parameters(), strict=True
         ):
@@ -95,7 +102,105 @@ def main() -> None:
                 atol=1e-6,
                 msg=lambda m, p=path: f"{p}: {m}",
             )
-    print("same as one process", flush=True)
+
+
+def make_windows() -> PackedDataset:
+    """Eleven windows of one document each; every fourth one has no trained token."""
+    generator = np.random.default_rng(0)
+    documents = []
+    for number, length in enumerate(generator.integers(4, 13, 11)):
+        is_target = (np.arange(length) > 0) & (number % 4 > 0)
+        ids = generator.integers(2, VOCAB, length)
+        documents.append(Encoded(ids, is_target, np.ones(length, np.int64), False))
+    return PackedDataset.from_encoded(documents, max_length=12, packing=False)
+
+
+def make_teachers() -> list[LocalTeacher]:
+    models = [small_model(1).double(), small_model(2, width=16).double()]
+    return [LocalTeacher(f"t{k}", model, vocab_size=VOCAB) for k, model in enumerate(models)]
+
+
+def build_fused_cache(folder: Path) -> None:
+    """The fused target of both teachers at all windows, as the top 8 with their tail."""
+    encoder = FusedEncoder(
+        dataset=make_windows(), batch_size=8, seed=0, teachers=make_teachers, fusion=Fusion()
+    )
+    identity = {"kind": "fused", "targets": {"name": "top_k", "k": 8}, "vocab_size": VOCAB}
+    build_cache(folder, identity, encoder)
+
+
+class Gradients(TrainerCallback):
+    """Records all gradients of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.made: Any = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        for name, parameter in self.made.step.named_parameters():
+            self.tensors[f"gradient {state.global_step}/{name}"] = parameter.grad.clone()
+
+
+def train(source: str, folder: Path, cache: Path, *, batch_size: int) -> dict[str, torch.Tensor]:
+    """Train two epochs of three steps in float64; return gradients, weights and scales."""
+    student, kept = small_model().double(), Gradients()
+    objective, targets = Objective(ObjectiveOptions(kd_ratio=0.6), Fusion()), None
+    if source == "features":
+        options = FeatureOptions(weight=0.5)
+        widths = [{tap: tap_width(m, tap) for tap in tap_names(m)} for m in (student, student)]
+        features = FeatureLoss(options, widths[0], {"t0": widths[1]}, seed=0).double()
+        objective = Objective(ObjectiveOptions(features=options), Fusion(), features=features)
+    elif source == "cache":
+        targets = CachedTargets(open_cache(cache), make_windows().sample_names)
+    made = trainer(
+        folder,
+        model=student,
+        teachers=[] if targets else make_teachers(),
+        objective=objective,
+        targets=targets,
+        train_dataset=make_windows(),
+        eval_dataset=make_windows(),
+        data_collator=Collator(),
+        callbacks=[kept, TrainingProgress(quiet=True)],
+        options={
+            "max_steps": -1,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": batch_size,
+            "per_device_eval_batch_size": batch_size,
+            "gradient_accumulation_steps": 2,
+            "logging_steps": 1,
+            "save_steps": 100,
+        },
+    )
+    kept.made = made
+    metrics = made.evaluate()
+    made.train()
+    metrics |= {f"trained {name}": value for name, value in made.evaluate().items()}
+    kept.tensors |= {
+        name: torch.tensor(value, dtype=torch.float64)
+        for name, value in metrics.items()
+        if name.endswith(("loss", "kd", "num_tokens"))
+    }
+    log = [row.loss for row in read_log(folder / "log.jsonl") or ()]
+    kept.tensors |= {f"weight/{name}": value for name, value in made.step.state_dict().items()}
+    return {**kept.tensors, "log": torch.tensor(log, dtype=torch.float64)}
+
+
+def run_trainer(source: str, folder: Path) -> None:
+    """This rank's part of a run; rank 0 writes its result."""
+    result = train(source, folder / "two", folder / "cache", batch_size=1)
+    assert dist.get_world_size() == 2
+    if dist.get_rank() == 0:
+        save_file(result, folder / "two.safetensors")
+
+
+def main() -> None:
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    if name in SOURCES:
+        run_trainer(name, folder)
+    else:
+        compare_step(name, folder)
+    print("done", flush=True)
     dist.barrier()
     # Skips interpreter shutdown, where the process group can deadlock with its own thread.
     os._exit(0)

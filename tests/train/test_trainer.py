@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
+import collegium
 from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Answer
 from collegium.errors import ModelError, TrainingError
+from collegium.kernels.plain import TorchKernels
 from collegium.storage.records import read_log
 from collegium.train.meter import StepMeter
 from collegium.train.step import row_losses
@@ -25,6 +28,8 @@ from collegium.train.trainer import DistillTrainer, TrainOptions, training_argum
 from collegium.types import LossSum, Rows
 from refusals import refused
 from training_runs import VOCAB, FakeTeacher, Windows, objective, small_model, trainer
+
+SOURCE = Path(collegium.__file__).parent
 
 
 class Gradients(TrainerCallback):
@@ -311,6 +316,33 @@ def test_the_step_has_one_denominator_and_no_first_token_in_it(tmp_path: Path) -
     halved = made.compute_loss(made.model, batch, num_items_in_batch=2 * expected)
     assert sums.num_rows == expected
     assert halved.item() == pytest.approx(loss.item() / 2)
+
+
+def test_a_kernel_and_a_teacher_are_a_few_calls_below_the_training_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader of the step passes at most 8 of our frames."""
+    depths: dict[str, int] = {}
+
+    def record(name: str) -> None:
+        ours = [f.function for f in inspect.stack() if f.filename.startswith(str(SOURCE))]
+        depths[name] = ours.index("training_step")
+
+    real = TorchKernels.distill_
+
+    def distill_(*arguments: Any, **named: Any) -> Any:
+        record("kernel")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(TorchKernels, "distill_", distill_)
+    teacher = small_model(1)
+    teacher.base_model.register_forward_pre_hook(lambda *_: record("teacher"))
+    options = {"max_steps": 1}
+    trainer(
+        tmp_path, teachers=[teacher], objective=objective(backend="torch"), options=options
+    ).train()
+    assert depths.keys() == {"kernel", "teacher"}
+    assert max(depths.values()) <= 8
 
 
 def test_an_inert_term_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

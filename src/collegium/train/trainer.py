@@ -50,7 +50,7 @@ from collegium.train.parts import (
 from collegium.train.progress import StopCallback, TrainingProgress
 from collegium.train.resume import Checkpointer
 from collegium.train.step import DistillStep
-from collegium.types import Batch, LossSum
+from collegium.types import IGNORE, Batch, LossSum
 
 __all__ = ["DistillTrainer", "TrainOptions", "training_arguments"]
 
@@ -194,12 +194,23 @@ class DistillTrainer(Trainer):
     ) -> tuple[list[Any], Tensor]:
         """Fetch the micro-batches of a step, and count their rows over all processes."""
         samples = list(islice(epoch_iterator, num_batches))
+        if samples:
+            samples[-1] = self._without_repeats(samples[-1])
         num_rows = torch.zeros((), dtype=torch.int64, device=device)
         for inputs in samples:
             num_rows += Batch.from_inputs(inputs).num_rows().to(device)
         if self.args.world_size > 1:
             num_rows = cast(Tensor, self.accelerator.reduce(num_rows))
         return samples, num_rows.clamp(min=1)
+
+    def _without_repeats(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Leave out windows that Accelerate repeats to fill the last batch of each process."""
+        loader = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+            return inputs
+        labels = inputs["labels"].clone()
+        labels[max(loader.remainder - self.args.process_index * len(labels), 0) :] = IGNORE
+        return {**inputs, "labels": labels}
 
     def training_step(
         self,
@@ -309,7 +320,7 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The mean loss of a batch; (B, T, V) logits exist only where metrics are computed."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = dict(self._without_repeats(self._prepare_inputs(inputs)))
         with torch.no_grad():
             mean, loss = self.compute_loss(self.step.student, inputs, return_outputs=True)
             self._evaluated.append(loss)
