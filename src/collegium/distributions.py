@@ -1,4 +1,4 @@
-"""Distributions over the vocabulary at the rows of a batch, and the answers of teachers made of them.
+"""Distributions over the vocabulary at the rows of a batch, and the answers made of them.
 
 Shapes: N rows, n rows of one block, m rows that a teacher answers, V vocabulary, D width of the
 hidden states, E named entries of all rows together.
@@ -179,8 +179,8 @@ class NamedRows(Distribution):
     """Distributions of N rows that name E tokens in all, as compressed sparse rows.
 
     Row r owns the entries starts[r] to starts[r + 1]. Draws: t_i = count_i / N, so E[t] = P and a
-    token that was not drawn says nothing. Otherwise the named probabilities are exact, and all other
-    tokens share `log_tail`.
+    token that was not drawn says nothing. Otherwise the named probabilities are exact, and all
+    other tokens share `log_tail`.
     """
 
     starts: Tensor

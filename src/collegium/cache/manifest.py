@@ -30,8 +30,8 @@ FOLDERS = ("teachers/*/*/", "features/*/")
 MAX_FIELDS = 8
 """Differing identity fields shown in one message."""
 _AGAIN = (
-    "must be the file that the cache was built with; delete it and build the cache again, all other "
-    "shards are kept"
+    "must be the file that the cache was built with; delete it and build the cache again, all "
+    "other shards are kept"
 )
 
 

@@ -64,8 +64,8 @@ def merge_caches(paths: Sequence[Path]) -> Manifest:
         for path, entries in shards.items():
             if not entries and (path != first or len(paths) == 1):
                 raise CacheError(
-                    f"{path}: holds no shard; must be a folder in which a cache was built; name the "
-                    "folders that hold some"
+                    f"{path}: holds no shard; must be a folder in which a cache was built; name "
+                    "the folders that hold some"
                 )
         metadata = {
             (path, number): read_metadata(path / entry.name, number)
@@ -82,8 +82,8 @@ def merge_caches(paths: Sequence[Path]) -> Manifest:
             missing = (n for n in range(example.num_shards) if n not in sources)
             shown = ", ".join(map(str, islice(missing, 8))) + (" ..." if num_missing > 8 else "")
             raise CacheError(
-                f"{first}: {num_missing} of {example.num_shards} shards are in no folder ({shown}); "
-                "must be complete; build them again, or name their folders"
+                f"{first}: {num_missing} of {example.num_shards} shards are in no folder "
+                f"({shown}); must be complete; build them again, or name their folders"
             )
         places = [(sources[number], number) for number in range(example.num_shards)]
         side = None
@@ -112,7 +112,7 @@ def _copy(path: Path, entry: FileEntry, folder: Path) -> FileEntry:
             write_bytes(folder / entry.name, (path / entry.name).read_bytes())
         except OSError as error:
             raise CacheError(
-                f"{folder / entry.name}: cannot be written ({error.strerror}); free space, then run "
-                "the same command again"
+                f"{folder / entry.name}: cannot be written ({error.strerror}); free space, then "
+                "run the same command again"
             ) from error
     return entry

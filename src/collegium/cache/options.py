@@ -30,8 +30,8 @@ class CacheOptions:
     """fsspec URL of a finished cache (`s3://bucket/cache`), read instead of `path`, never built."""
     kind: TargetKind = "fused"
     """fused: one target for all teachers, under this run's fusion. per_teacher: the outputs of each
-    teacher, so that weights can change and teachers can be added without rerunning the others. Draws
-    are for linear pools only."""
+    teacher, so that weights can change and teachers can be added without rerunning the others.
+    Draws are for linear pools only."""
     targets: Annotated[Targets, OneOf(TARGETS)] = _TARGETS
     """Codec of the distributions. Defaults to 50 draws, or to 24 in a per-teacher cache."""
     temperatures: list[Annotated[float, Field(gt=0)]] = field(default_factory=list)

@@ -83,7 +83,7 @@ class Codec(Protocol[Decoded]):
 
 
 class ShardMetadata(BaseModel):
-    """Metadata of a shard. Its extra fields are the identity, so shards merge without a manifest."""
+    """Metadata of a shard. Its extra fields are the identity: shards merge without a manifest."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
@@ -114,6 +114,7 @@ def shard_bytes(
         {_METADATA_KEY: json.dumps(metadata.model_dump(exclude_unset=True), sort_keys=True)},
     )
     buffer = io.BytesIO()
+    elements: Any = [f"{name}.list.element" for name in columns]  # its stub allows only a bool
     writer = pq.ParquetWriter(
         buffer,
         schema,
@@ -121,7 +122,7 @@ def shard_bytes(
         compression_level=ZSTD_LEVEL,
         use_dictionary=False,
         # Groups bytes by significance, so the zero high bytes of small numbers compress away.
-        use_byte_stream_split=[f"{name}.list.element" for name in columns],  # pyright: ignore[reportArgumentType]
+        use_byte_stream_split=elements,
         write_statistics=False,
         # Readers verify these, so that damage after `open_cache` cannot return a wrong value.
         write_page_checksum=True,
@@ -156,8 +157,8 @@ def read_metadata(path: Path, number: int) -> ShardMetadata:
         )
     except (OSError, ValueError, KeyError) as error:
         raise CacheError(
-            f"{path}: has no cache metadata; must be a shard of format {FORMAT}; delete it and build "
-            "it again"
+            f"{path}: has no cache metadata; must be a shard of format {FORMAT}; delete it and "
+            "build it again"
         ) from error
     if metadata.shard != number:
         raise CacheError(

@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 
 from collegium.cache.options import CacheOptions
 from collegium.config.yaml import (
-    Document,
+    YamlDocument,
     decode,
     read_text,
     read_yaml,
@@ -125,7 +125,7 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         RecipeError: with every problem, one per line.
     """
-    Document("recipe").check(_problems(recipe))
+    YamlDocument("recipe").check(_problems(recipe))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -148,7 +148,7 @@ def decode_fusion(snippet: Any, where: str = "fusion") -> Fusion:
     Raises:
         RecipeError: with every problem, one per line.
     """
-    return decode(Fusion, Document(where, snippet))
+    return decode(Fusion, YamlDocument(where, snippet))
 
 
 def write_fusion(path: str | os.PathLike[str], snippet: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ _WORDS = {
 
 
 @dataclass
-class Document:
+class YamlDocument:
     """Plain data of a YAML file, the place of each key, and all problems found."""
 
     name: str
@@ -204,13 +204,13 @@ def read_text(file: Path) -> str:
         raise RecipeError(f"{file}: cannot be read as UTF-8 text: {error}") from error
 
 
-def read_yaml(text: str, name: str, overrides: Sequence[str] = ()) -> Document:
+def read_yaml(text: str, name: str, overrides: Sequence[str] = ()) -> YamlDocument:
     """Read a mapping in YAML 1.2, changed by overrides such as `train.max_steps=10`.
 
     Raises:
         RecipeError: not YAML, not a mapping, or an override that does not fit.
     """
-    document = Document(name)
+    document = YamlDocument(name)
     try:
         node = _compose(text, lambda line: f"{name}:{line}" if line else name)
         if not isinstance(node, MappingNode):
@@ -243,7 +243,7 @@ def _compose(text: str, place: Callable[[int], str]) -> Any:
 
 
 def decode(
-    cls: type[T], document: Document, check: Callable[[T], Iterable[str]] = lambda _: ()
+    cls: type[T], document: YamlDocument, check: Callable[[T], Iterable[str]] = lambda _: ()
 ) -> T:
     """Build an option class from a document. `check` finds further problems in it.
 

@@ -64,7 +64,7 @@ def _render(
     *,
     is_prompt: bool = False,
 ) -> str:
-    # transformers renders in jinja2's ImmutableSandboxedEnvironment: a template cannot reach Python.
+    # transformers renders in jinja2's ImmutableSandboxedEnvironment: no template reaches Python.
     try:
         return str(
             tokenizer.apply_chat_template(

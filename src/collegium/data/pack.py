@@ -167,7 +167,7 @@ def _build(
 def _select(
     documents: Sequence[Document], max_tokens: int | None, encoder: Encoder
 ) -> dict[int, Encoded]:
-    """Encode documents, balanced over the domains up to `max_tokens`: number -> tokens, in order."""
+    """Encode documents, balanced over domains up to `max_tokens`: number -> tokens, in order."""
 
     def stream(domain: str) -> Iterator[tuple[int, Encoded]]:
         numbers = [number for number, d in enumerate(documents) if d.domain == domain]

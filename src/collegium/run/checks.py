@@ -78,7 +78,7 @@ def _check_machine(recipe: Recipe, *, trains: bool) -> None:
         )
     if recipe.train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise RecipeError(
-            "train.bf16: got true, and this CUDA device has no bfloat16; must be false here; remove it"
+            "train.bf16: got true; must be false on a CUDA device without bfloat16; remove it"
         )
     require_backend(recipe.objective.backend)
 
@@ -134,7 +134,7 @@ def _check_cache(context: RunContext) -> None:
     size = context.vocab_size
     if cache.enabled and isinstance(cache.targets, TopK) and cache.targets.k > size:
         raise RecipeError(
-            f"cache.targets.k: got {cache.targets.k}; must be at most {size}, the size of the vocabulary"
+            f"cache.targets.k: got {cache.targets.k}; must be at most the vocabulary size, {size}"
         )
 
 
@@ -156,8 +156,8 @@ def _check_datasets(context: RunContext, report: CheckReport) -> None:
     needed = options.per_device_train_batch_size * options.gradient_accumulation_steps
     if windows < needed:
         raise DataError(
-            f"data.train: {windows} windows, one optimizer step needs {needed}; give more text, or lower "
-            "train.per_device_train_batch_size or train.gradient_accumulation_steps"
+            f"data.train: {windows} windows, one optimizer step needs {needed}; give more text, "
+            "or lower train.per_device_train_batch_size or train.gradient_accumulation_steps"
         )
     epochs = context.num_steps * needed / windows
     report.lines.append(
@@ -166,7 +166,7 @@ def _check_datasets(context: RunContext, report: CheckReport) -> None:
 
 
 def _check_routing(context: RunContext, report: CheckReport) -> None:
-    """Check that the domains of a weighting occur in the data, and that teacher columns are read."""
+    """Check the domains of a weighting against the data, and that teacher columns are read."""
     recipe = context.recipe
     weighting = recipe.fusion.weighting if isinstance(recipe.fusion, Fusion) else None
     known = sorted({name for part in context.datasets.values() for name in part.domains})
@@ -175,7 +175,8 @@ def _check_routing(context: RunContext, report: CheckReport) -> None:
         for name in names:
             if name not in known:
                 raise RecipeError(
-                    f"fusion.weighting.{'.'.join(path)}: got `{name}`; must be a domain of the data{nearest(name, known)}"
+                    f"fusion.weighting.{'.'.join(path)}: got `{name}`; "
+                    f"must be a domain of the data{nearest(name, known)}"
                 )
     columns = [
         f"data.{part}[{number}].teacher_column"
@@ -186,8 +187,8 @@ def _check_routing(context: RunContext, report: CheckReport) -> None:
     if isinstance(weighting, Route):
         if not weighting.domains and not columns:
             report.warnings.append(
-                "fusion.weighting: route without `domains` and without a `teacher_column` sends every row to "
-                f"`{weighting.default}`"
+                "fusion.weighting: route without `domains` and without a `teacher_column` sends "
+                f"every row to `{weighting.default}`"
             )
     elif weighting is not None:
         report.warnings += [

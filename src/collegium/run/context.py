@@ -133,8 +133,8 @@ class RunContext:
     def compute_ratio(self) -> float:
         """Compute of a step with all teachers over that of a step without.
 
-        1 + sum_k 2 N_k / (6 N_S): a forward pass costs 2 operations per parameter and token, forward
-        and backward together 6 (arXiv 2001.08361, section 2.1).
+        1 + sum_k 2 N_k / (6 N_S): a forward pass costs 2 operations per parameter and token,
+        forward and backward together 6 (arXiv 2001.08361, section 2.1).
         """
         known = (count for count in self.teacher_parameters.values() if count is not None)
         return 1 + 2 * sum(known) / (6 * self.student_facts.num_parameters)

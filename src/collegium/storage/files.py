@@ -117,7 +117,8 @@ def lock_folder(
     """Hold the lock file `name` of a folder, exclusively or `shared`.
 
     Raises:
-        CollegiumError: another process holds the lock, unless `wait`. The message ends with `remedy`.
+        CollegiumError: another process holds the lock and `wait` is false. The message ends with
+            `remedy`.
     """
     path.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":

@@ -89,7 +89,7 @@ class Location:
         )
 
     def folders(self, pattern: str) -> list[str]:
-        """Return the subfolders with a file matching `pattern`, such as `teachers/*/manifest.json`."""
+        """Return the subfolders with a file that matches, as in `teachers/*/manifest.json`."""
         names = self.files.glob(f"{glob.escape(self.root)}/{pattern}")
         # Keep the tails of the paths of the file system, which also extend a URL.
         depth = pattern.count("/") + 1

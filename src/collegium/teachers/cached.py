@@ -98,8 +98,8 @@ class CachedTeacher:
         missing = [tap for tap in taps if tap not in states]
         if missing:
             raise CacheError(
-                f"{self._hidden.location}: holds {', '.join(states)}; must hold {missing[0]}; build "
-                "the cache again from this recipe"
+                f"{self._hidden.location}: holds {', '.join(states)}; must hold {missing[0]}; "
+                "build the cache again from this recipe"
             )
         return {tap: states[tap] for tap in taps}
 

@@ -51,7 +51,7 @@ class LocalTeacher:
         """Freeze `model`, which must share no parameter with `student`.
 
         Raises:
-            ModelError: teacher and student share a parameter, so freezing one would freeze the other.
+            ModelError: teacher and student share a parameter: freezing one would freeze both.
         """
         if student is not None:
             _check_apart(name, model, student)
@@ -142,8 +142,8 @@ def _check_apart(name: str, model: nn.Module, student: nn.Module) -> None:
     shared = [n for n, parameter in model.named_parameters() if id(parameter) in theirs]
     if shared:
         raise ModelError(
-            f"teacher {name}: shares {len(shared)} parameters with the student ({shared[0]}); must be "
-            f"a model of its own, since teachers are frozen; use copy.deepcopy(model)"
+            f"teacher {name}: shares {len(shared)} parameters with the student ({shared[0]}); "
+            f"must be a model of its own, since teachers are frozen; use copy.deepcopy(model)"
         )
 
 

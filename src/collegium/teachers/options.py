@@ -104,7 +104,7 @@ class LocalOptions(ModelOptions, TeacherOptions):
     """A frozen Hugging Face model in this process, with its own data type and device."""
 
     offload: bool = False
-    """Keep the teacher on the CPU between its turns: slower, but one teacher at a time on the GPU."""
+    """Keep the teacher on the CPU between its turns: slower, but holds one on the GPU."""
     logit_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on its logits: makes a teacher more (above 1) or less confident than it is, for stress
     tests."""

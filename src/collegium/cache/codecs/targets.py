@@ -19,8 +19,8 @@ Error bounds:
 
     draws     t = counts / N has E[t] = p exactly and Var[t_i] = p_i (1 - p_i) / N
     top-k     The tail is exact to float32. A kept log-probability is within `STEP` of the true one:
-              it is rounded to a multiple of `STEP`, then all kept ones are scaled, by less than half
-              a step, to sum to 1 - tail.
+              it is rounded to a multiple of `STEP`, then all kept ones are scaled, by less than
+              half a step, to sum to 1 - tail.
     levels    of drawn tokens are within `STEP` / 2, down to `-MAX_LEVEL * STEP`
     scalars   a relative error of 2^-11: below the precision of a bfloat16 teacher
 
@@ -256,8 +256,8 @@ class TargetCodec:
     def bytes_per_target(self, sample: Sequence[Columns]) -> float:
         """Estimate the bytes per target on disk.
 
-        A rank costs log2 V - log2(n!) / n - `FREQUENCY_BITS` bits: a row's n entries are sorted, and
-        common tokens have small ranks.
+        A rank costs log2 V - log2(n!) / n - `FREQUENCY_BITS` bits: a row's n entries are sorted,
+        and common tokens have small ranks.
         """
         # The number of unique draws depends on the teachers' entropy: on English text 15 of 50 for
         # a good model, twice as many for a small one.
