@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from collegium.cache.codecs.targets import Samples, TargetCodec, TopK
+from collegium.cache.codecs.targets import TargetCodec
 from collegium.cache.encode import FusedEncoder, TargetEncoder, TeacherEncoder
+from collegium.cache.options import Samples, TopK
 from collegium.cache.shards import EncodedPiece, ShardMetadata, shard_bytes
 from collegium.console import quiet_libraries
 from collegium.data.encode import Encoded

@@ -12,16 +12,10 @@ import numpy as np
 import torch
 
 from collegium.cache.build import build_cache
-from collegium.cache.codecs.targets import (
-    SCALARS,
-    Samples,
-    TargetCodec,
-    Targets,
-    TopK,
-    row_keys,
-)
+from collegium.cache.codecs.targets import SCALARS, TargetCodec, row_keys
 from collegium.cache.keys import PieceKey, document_hash, window_hash
 from collegium.cache.manifest import Manifest, manifest_digest
+from collegium.cache.options import Samples, Targets, TopK
 from collegium.cache.processes import Ranks
 from collegium.cache.shards import EncodedPiece
 

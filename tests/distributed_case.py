@@ -112,7 +112,7 @@ def make_windows() -> PackedDataset:
         is_target = (np.arange(length) > 0) & (number % 4 > 0)
         ids = generator.integers(2, VOCAB, length)
         documents.append(Encoded(ids, is_target, np.ones(length, np.int64), False))
-    return PackedDataset.from_encoded(documents, max_length=12, packing=False)
+    return PackedDataset(documents, max_length=12, packing=False)
 
 
 def make_teachers() -> list[LocalTeacher]:

@@ -18,8 +18,8 @@ import pytest
 
 import cache_cases
 from cache_cases import Encoder, Stop, codec_of
-from collegium.cache.codecs.targets import Samples, TopK
 from collegium.cache.manifest import read_manifest
+from collegium.cache.options import Samples, TopK
 from collegium.cache.store import open_cache
 from collegium.errors import CacheError, CollegiumError
 from collegium.storage.files import lock_folder

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 import cache_cases
-from collegium.cache.codecs.targets import Samples
 from collegium.cache.merge import merge_all
+from collegium.cache.options import Samples
 from collegium.cache.processes import Ranks
 from collegium.cache.store import open_cache
 from collegium.cli import app

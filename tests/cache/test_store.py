@@ -15,8 +15,9 @@ import torch
 from typer.testing import CliRunner
 
 import cache_cases
-from collegium.cache.codecs.targets import SCALARS, Samples, TargetCodec, Targets, TopK
+from collegium.cache.codecs.targets import SCALARS, TargetCodec
 from collegium.cache.keys import PieceKey, window_hash
+from collegium.cache.options import Samples, Targets, TopK
 from collegium.cache.shards import ShardMetadata, shard_bytes
 from collegium.cache.store import open_cache
 from collegium.cli import app

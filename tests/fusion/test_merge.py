@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from collegium.cache.codecs.targets import Samples, TopK, capabilities_of, row_keys
+from collegium.cache.codecs.targets import encode_draws, row_keys
+from collegium.cache.options import Samples, TopK, capabilities_of
 from collegium.distributions import Answer, DenseRows, NamedRows, StoredScalars
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import FollowHighest, TargetCorrection, TruthFallback
@@ -76,7 +77,7 @@ def _stored(logits_NV: Tensor, labels_N: Tensor, *, seed: int, draws: int = 24) 
     """Cache contents without rounding: reference for `TeacherEncoder` and `TargetCache.stored`."""
     logp_NV = logits_NV.log_softmax(1)
     keys_N = row_keys(seed, np.full(len(logp_NV), 3, np.uint64), np.arange(len(logp_NV)))
-    columns = Samples(draws=draws).encode(logp_NV, keys_N)
+    columns = encode_draws(logp_NV, keys_N, draws)
     sizes, ids, counts = columns["sizes"], columns["ids"], columns["counts"]
     starts = torch.from_numpy(np.concatenate([[0], sizes.astype(np.int64).cumsum()]))
     mass_E = torch.from_numpy(counts.astype(np.float64)) / draws

@@ -12,9 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 import tiny
-from collegium.cache.codecs.targets import Samples, TargetCodec, TopK
+from collegium.cache.codecs.targets import TargetCodec
 from collegium.cache.encode import FusedEncoder
 from collegium.cache.keys import pieces_of
+from collegium.cache.options import Samples, TopK
 from collegium.cache.shards import split_runs
 from collegium.cli import app
 from collegium.config.recipe import Recipe, dump_recipe, load_recipe

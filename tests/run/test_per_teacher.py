@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 import tiny
-from collegium.cache.codecs.targets import STEP, Samples
+from collegium.cache.codecs.targets import STEP
 from collegium.cache.keys import BatchKeys
+from collegium.cache.options import Samples
 from collegium.cli import app
 from collegium.config.recipe import Recipe, decode_fusion, dump_recipe, load_recipe
 from collegium.data.pack import Collator

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import reference_losses
-from collegium.cache.codecs.targets import Samples, TopK, capabilities_of
+from collegium.cache.options import Samples, TopK, capabilities_of
 from collegium.distributions import Answer, DenseRows, HiddenRows, NamedRows
 from collegium.errors import RecipeError, TrainingError
 from collegium.fusion.conflict import TargetCorrection, TruthFallback

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collegium.cache.codecs.hidden import FeatureCacheOptions, HiddenCodec, Projection
+from collegium.cache.codecs.hidden import HiddenCodec, Projection
 from collegium.cache.codecs.targets import TargetCodec, entropy_name, log_z_name, row_keys
 from collegium.cache.keys import PieceKey, document_hash, pieces_of
+from collegium.cache.options import FeatureCacheOptions
 from collegium.cache.shards import Columns, EncodedPiece, join_columns, split_columns, split_runs
 from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Teacher

@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from collegium.cache.codecs.hidden import FeatureCacheOptions
-from collegium.cache.codecs.targets import TARGETS, Samples, TargetKind, Targets, capabilities_of
-from collegium.distributions import Capabilities
+from collegium.distributions import Capabilities, Capability
 from collegium.options import OneOf, option
+
+MAX_DRAWS = 2**16 - 1
+
+
+@option
+class Samples:
+    """Independent draws from the distribution, stored as tokens with counts. Unbiased.
+
+    t_i = count_i / N. Supports only forward KL and cross-entropy, at temperature 1.
+
+    Source: Anshumann et al. 2025, arXiv 2503.16870.
+    """
+
+    draws: Annotated[int, Field(ge=1, le=MAX_DRAWS)] = 50
+    """Draws per token of text."""
+
+
+@option
+class TopK:
+    """The k most likely tokens, with all others as one bucket of exact mass."""
+
+    k: Annotated[int, Field(ge=1, le=MAX_DRAWS)] = 50
+    """Tokens kept per token of text."""
+    renormalized: bool = False
+    """Drop the tail and renormalize the kept tokens. Biased: a baseline for comparisons."""
+
+
+Targets = Samples | TopK
+TARGETS: dict[str, type[Samples] | type[TopK]] = {"samples": Samples, "top_k": TopK}
+"""Forms of stored distributions by their names in recipes and manifests."""
+TargetKind = Literal["fused", "per_teacher"]
+
+
+@option
+class FeatureCacheOptions:
+    """Hidden states of the teachers, cached for feature terms."""
+
+    rank: Annotated[int, Field(ge=1)] = 256
+    """Coefficients of one byte per row, teacher and layer, at most the teacher's width."""
+    fit_rows: Annotated[int, Field(ge=2)] = 4096
+    """Rows, from the first windows, that the projection is fitted on."""
+
 
 _TARGETS = Samples()
 # Measured: 35.2 bytes per target at V = 49,152, of a budget of 36 (docs/results/cache.md).
@@ -87,3 +128,22 @@ class CacheOptions:
         # By identity, not equality: 50 draws set in the recipe are kept.
         if self.kind == "per_teacher" and self.targets is _TARGETS:
             object.__setattr__(self, "targets", Samples(draws=_TEACHER_DRAWS))
+
+
+def capabilities_of(
+    kind: TargetKind, targets: Targets, temperatures: Sequence[float], *, has_features: bool = False
+) -> Capabilities:
+    """Return the operations that such a cache supports in the place of teachers."""
+    is_sampled = isinstance(targets, Samples)
+    supported = {
+        Capability.LOGARITHMS: not is_sampled,
+        Capability.REFUSION: kind == "per_teacher",
+        Capability.PER_BATCH: kind == "per_teacher",
+        Capability.FEATURES: has_features,
+    }
+    return Capabilities(
+        f"a {kind.replace('_', '-')} cache of {'draws' if is_sampled else 'top-k targets'}",
+        frozenset(name for name, is_supported in supported.items() if is_supported),
+        tuple(temperatures),
+        "set cache.enabled: false",
+    )

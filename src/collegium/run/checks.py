@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from collegium.cache.codecs.targets import TopK
+from collegium.cache.options import TopK
 from collegium.config.recipe import Recipe, check_recipe
 from collegium.data.sources import check_sources
 from collegium.errors import DataError, RecipeError, nearest

@@ -15,7 +15,7 @@ from typing import Any
 
 from collegium.cache.processes import Ranks
 from collegium.config.recipe import Recipe, load_recipe, write_fusion
-from collegium.errors import CollegiumError
+from collegium.errors import CollegiumError, RecipeError
 from collegium.run.artifacts import ARTIFACTS, Report
 from collegium.run.caches import Cache
 from collegium.run.checks import CheckReport, check_run
@@ -38,7 +38,11 @@ def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> PreflightRepor
     Args:
         recipe: the run.
         apply_to: a recipe file whose `fusion` is replaced by the chosen one.
+
+    Raises:
+        CollegiumError: there are no teachers, or the run could not work.
     """
+    _require_teachers(recipe, "preflight compares them")
     (measured,) = _ensure(recipe, "preflight")
     if apply_to is not None:
         write_fusion(apply_to, measured.chosen.fusion)
@@ -54,6 +58,7 @@ def cache(recipe: Recipe) -> list[Path]:
     Raises:
         CollegiumError: there are no teachers, or a folder cannot be used.
     """
+    _require_teachers(recipe, "a cache stores their outputs")
     ranks = Ranks.from_environment()
     ranks.set_device()
     if ranks.is_single:
@@ -119,6 +124,11 @@ def opened(recipe: Recipe) -> Iterator[RunContext]:
     with context.folder.lock():
         context.folder.claim(context.values, context.recipe_text)
         yield context
+
+
+def _require_teachers(recipe: Recipe, reason: str) -> None:
+    if not recipe.teachers:
+        raise RecipeError(f"teachers: got none; must be at least one: {reason}; add some")
 
 
 def _ensure(recipe: Recipe, *stages: str) -> Sequence[Any]:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from collegium.cache.codecs.targets import TargetCodec, capabilities_of
+from collegium.cache.codecs.targets import TargetCodec
 from collegium.cache.keys import BatchKeys
+from collegium.cache.options import capabilities_of
 from collegium.cache.store import CacheReader
 from collegium.distributions import Answer, Capabilities, NamedRows
 from collegium.errors import CacheError, RecipeError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from collegium.cache.codecs.targets import SCALARS, TargetCodec, TopK
+from collegium.cache.codecs.targets import SCALARS, TargetCodec
+from collegium.cache.options import TopK
 
 
 def test_the_kept_tokens_take_all_the_mass_and_keep_their_proportions() -> None:

@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from collegium.cache.codecs.targets import (
-    SCALARS,
-    STEP,
-    Samples,
-    TargetCodec,
-    TopK,
-    draw,
-    id_dtype,
-    row_keys,
-)
+from collegium.cache.codecs.targets import SCALARS, STEP, TargetCodec, draw, id_dtype, row_keys
+from collegium.cache.options import Samples, TopK
 from refusals import refused
 
 V = 60

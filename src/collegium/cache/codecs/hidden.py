@@ -14,32 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import safetensors.numpy
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from collegium.cache.shards import Columns, ListColumn, join_columns, starts_of
-from collegium.options import option
 
 LEVELS = 127
 """Largest size of a code. Codes are symmetric around `OFFSET`."""
 # Signed codes cost 1.4 bytes each on disk, because Parquet extends them to 32 bits and the bytes of
 # the sign do not compress away. Unsigned ones cost 0.93, the entropy of normal coefficients.
 OFFSET = 128
-
-
-@option
-class FeatureCacheOptions:
-    """Hidden states of the teachers, cached for feature terms."""
-
-    rank: Annotated[int, Field(ge=1)] = 256
-    """Coefficients of one byte per row, teacher and layer, at most the teacher's width."""
-    fit_rows: Annotated[int, Field(ge=2)] = 4096
-    """Rows, from the first windows, that the projection is fitted on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -41,105 +41,20 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from collegium.cache.codecs.token_ranks import from_gaps, from_heights, to_gaps, to_heights
+from collegium.cache.options import TARGETS, Samples, TargetKind, Targets, TopK
 from collegium.cache.shards import Columns, ListColumn, join_columns, starts_of
-from collegium.distributions import Capabilities, Capability, NamedRows, StoredScalars
-from collegium.options import OneOf, option
+from collegium.distributions import NamedRows, StoredScalars
+from collegium.options import OneOf
 
 # bfloat16 logits near 16 are spaced eight times as far apart.
 STEP = 1 / 64
 """Quantization step of stored log-probabilities, in nats."""
 MAX_LEVEL = 2**16 - 1
-MAX_DRAWS = 2**16 - 1
 SCALARS = ("entropy", "label_logp", "max_logp", "disagreement")
 """Per row of a fused target, in nats: H(P), log P(label), max log P, teacher disagreement."""
 # Fitted to English text scored by SmolLM2: docs/results/cache.md.
 FREQUENCY_BITS = 2.3
 """Bits per rank that unequal frequencies save."""
-
-
-@option
-class Samples:
-    """Independent draws from the distribution, stored as tokens with counts. Unbiased.
-
-    t_i = count_i / N. Supports only forward KL and cross-entropy, at temperature 1.
-
-    Source: Anshumann et al. 2025, arXiv 2503.16870.
-    """
-
-    draws: Annotated[int, Field(ge=1, le=MAX_DRAWS)] = 50
-    """Draws per token of text."""
-
-    def encode(self, logp_nV: Tensor, keys_n: np.ndarray) -> dict[str, np.ndarray]:
-        """Encode (n, V) log-probabilities with (n,) uint64 keys. Equal keys give equal draws."""
-        drawn_nN = draw(logp_nV, keys_n, self.draws).sort(dim=1).values
-        # Run-length encoding of the sorted draws, vectorized over all rows. The first draw of each
-        # row starts a run, so no run crosses a row boundary.
-        is_first_nN = torch.ones_like(drawn_nN, dtype=torch.bool)
-        is_first_nN[:, 1:] = drawn_nN[:, 1:] != drawn_nN[:, :-1]
-        run_starts = is_first_nN.flatten().nonzero().squeeze(1)
-        end = run_starts.new_tensor([drawn_nN.numel()])
-        dtype = uint_for(self.draws)
-        return {
-            "sizes": is_first_nN.sum(1).cpu().numpy().astype(dtype),
-            "ids": drawn_nN.flatten()[run_starts].cpu().numpy(),
-            "counts": torch.cat([run_starts, end]).diff().cpu().numpy().astype(dtype),
-        }
-
-    def log_mass(self, columns: Columns) -> np.ndarray:
-        """Return (E,) float32 log(count / N)."""
-        return np.log(columns["counts"].astype(np.float64) / self.draws).astype(np.float32)
-
-    def check(self, columns: Columns) -> None:
-        """Raise ValueError if the counts of a row do not add up to N."""
-        counts = columns["counts"]
-        totals = _row_sums(counts.astype(np.int64), columns["sizes"])
-        if (counts == 0).any() or (totals != self.draws).any():
-            raise ValueError(f"counts of a row do not add up to {self.draws}")
-
-
-@option
-class TopK:
-    """The k most likely tokens, with all others as one bucket of exact mass."""
-
-    k: Annotated[int, Field(ge=1, le=MAX_DRAWS)] = 50
-    """Tokens kept per token of text."""
-    renormalized: bool = False
-    """Drop the tail and renormalize the kept tokens. Biased: a baseline for comparisons."""
-
-    def encode(self, logp_nV: Tensor, keys_n: np.ndarray) -> dict[str, np.ndarray]:
-        """Encode (n, V) log-probabilities. The keys are ignored."""
-        num_kept = min(self.k, logp_nV.shape[1])
-        top = logp_nV.topk(num_kept, dim=1)
-        # Logsumexp over the rest, because 1 - sum(kept) loses a tail below the rounding error.
-        rest_nV = logp_nV.scatter(1, top.indices, -torch.inf)
-        return {
-            "sizes": np.full(len(logp_nV), num_kept, uint_for(self.k)),
-            "ids": top.indices.flatten().cpu().numpy(),
-            "levels": _levels(top.values.flatten()),
-            "log_tail": rest_nV.logsumexp(1).clamp(max=0.0).float().cpu().numpy(),
-        }
-
-    def log_mass(self, columns: Columns) -> np.ndarray:
-        """Return (E,) float32 log-probabilities that sum, with the tail, to 1."""
-        logp = -columns["levels"].astype(np.float64) * STEP
-        log_tail = columns["log_tail"].astype(np.float64)
-        if self.renormalized:
-            log_tail = np.full_like(log_tail, -np.inf)
-        # The bound keeps log(0) out of rows whose tail rounds to the whole mass.
-        log_kept = np.log(-np.expm1(np.minimum(log_tail, -1e-12)))
-        scale = log_kept - np.log(_row_sums(np.exp(logp), columns["sizes"]))
-        return (logp + np.repeat(scale, columns["sizes"])).astype(np.float32)
-
-    def check(self, columns: Columns) -> None:
-        """Raise ValueError if a tail is not a log-probability."""
-        if not (columns["log_tail"] <= 0).all():
-            raise ValueError("a tail is not a log-probability")
-
-
-Targets = Samples | TopK
-TARGETS: dict[str, type[Samples] | type[TopK]] = {"samples": Samples, "top_k": TopK}
-"""Codecs by their names in recipes and manifests."""
-TargetKind = Literal["fused", "per_teacher"]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="ignore", allow_inf_nan=False))
@@ -177,10 +92,14 @@ class TargetCodec:
         Raises:
             ValueError: a scalar is NaN.
         """
-        columns = self.targets.encode(logp_nV, keys_n)
-        if self.kind == "per_teacher" and isinstance(self.targets, Samples):
-            row_E = np.repeat(np.arange(len(logp_nV)), columns["sizes"])
-            columns["levels"] = _levels(logp_nV[row_E, columns["ids"]])
+        targets = self.targets
+        if isinstance(targets, TopK):
+            columns = encode_top_k(logp_nV, targets.k)
+        else:
+            columns = encode_draws(logp_nV, keys_n, targets.draws)
+            if self.kind == "per_teacher":
+                row_E = np.repeat(np.arange(len(logp_nV)), columns["sizes"])
+                columns["levels"] = _levels(logp_nV[row_E, columns["ids"]])
         columns["ids"] = columns["ids"].astype(id_dtype(self.vocab_size))
         return columns | {name: _float16(name, scalars[name]) for name in self.scalars}
 
@@ -223,7 +142,7 @@ class TargetCodec:
         rows["ids"] = from_gaps(columns["gaps"], sizes, shared)
         if "heights" in columns:
             rows["levels"] = from_heights(columns["heights"], columns["floor"], sizes)
-        self.targets.check(rows)
+        _check_mass(self.targets, rows)
         return rows
 
     def decode(self, columns: Columns) -> NamedRows:
@@ -232,7 +151,7 @@ class TargetCodec:
         rows = NamedRows(
             starts=torch.from_numpy(starts_of(columns["sizes"])),
             ids=torch.from_numpy(columns["ids"].astype(np.int64)),
-            logp=torch.from_numpy(self.targets.log_mass(columns)),
+            logp=torch.from_numpy(_log_mass(self.targets, columns)),
             log_tail=torch.from_numpy(columns["log_tail"].copy()) if has_tail else None,
             vocab_size=self.vocab_size,
             is_sampled=isinstance(self.targets, Samples),
@@ -273,23 +192,60 @@ class TargetCodec:
         return entries * (rank_bytes + 0.33) + 0.7 + levels + scalars
 
 
-def capabilities_of(
-    kind: TargetKind, targets: Targets, temperatures: Sequence[float], *, has_features: bool = False
-) -> Capabilities:
-    """Return the operations that such a cache supports in the place of teachers."""
-    is_sampled = isinstance(targets, Samples)
-    supported = {
-        Capability.LOGARITHMS: not is_sampled,
-        Capability.REFUSION: kind == "per_teacher",
-        Capability.PER_BATCH: kind == "per_teacher",
-        Capability.FEATURES: has_features,
+def encode_draws(logp_nV: Tensor, keys_n: np.ndarray, num_draws: int) -> dict[str, np.ndarray]:
+    """Encode draws from (n, V) log-probabilities with (n,) uint64 keys; equal keys draw the same."""
+    drawn_nN = draw(logp_nV, keys_n, num_draws).sort(dim=1).values
+    # Run-length encoding of the sorted draws, vectorized over all rows. The first draw of each row
+    # starts a run, so no run crosses a row boundary.
+    is_first_nN = torch.ones_like(drawn_nN, dtype=torch.bool)
+    is_first_nN[:, 1:] = drawn_nN[:, 1:] != drawn_nN[:, :-1]
+    run_starts = is_first_nN.flatten().nonzero().squeeze(1)
+    end = run_starts.new_tensor([drawn_nN.numel()])
+    dtype = uint_for(num_draws)
+    return {
+        "sizes": is_first_nN.sum(1).cpu().numpy().astype(dtype),
+        "ids": drawn_nN.flatten()[run_starts].cpu().numpy(),
+        "counts": torch.cat([run_starts, end]).diff().cpu().numpy().astype(dtype),
     }
-    return Capabilities(
-        f"a {kind.replace('_', '-')} cache of {'draws' if is_sampled else 'top-k targets'}",
-        frozenset(name for name, is_supported in supported.items() if is_supported),
-        tuple(temperatures),
-        "set cache.enabled: false",
-    )
+
+
+def encode_top_k(logp_nV: Tensor, k: int) -> dict[str, np.ndarray]:
+    """Encode the k most likely tokens of (n, V) log-probabilities, and the mass of all others."""
+    num_kept = min(k, logp_nV.shape[1])
+    top = logp_nV.topk(num_kept, dim=1)
+    # Logsumexp over the rest, because 1 - sum(kept) loses a tail below the rounding error.
+    rest_nV = logp_nV.scatter(1, top.indices, -torch.inf)
+    return {
+        "sizes": np.full(len(logp_nV), num_kept, uint_for(k)),
+        "ids": top.indices.flatten().cpu().numpy(),
+        "levels": _levels(top.values.flatten()),
+        "log_tail": rest_nV.logsumexp(1).clamp(max=0.0).float().cpu().numpy(),
+    }
+
+
+def _log_mass(targets: Targets, columns: Columns) -> np.ndarray:
+    """Return (E,) float32 log(count / N), or log-probabilities that sum, with the tail, to 1."""
+    if isinstance(targets, Samples):
+        return np.log(columns["counts"].astype(np.float64) / targets.draws).astype(np.float32)
+    logp = -columns["levels"].astype(np.float64) * STEP
+    log_tail = columns["log_tail"].astype(np.float64)
+    if targets.renormalized:
+        log_tail = np.full_like(log_tail, -np.inf)
+    # The bound keeps log(0) out of rows whose tail rounds to the whole mass.
+    log_kept = np.log(-np.expm1(np.minimum(log_tail, -1e-12)))
+    scale = log_kept - np.log(_row_sums(np.exp(logp), columns["sizes"]))
+    return (logp + np.repeat(scale, columns["sizes"])).astype(np.float32)
+
+
+def _check_mass(targets: Targets, columns: Columns) -> None:
+    if isinstance(targets, TopK):
+        if not (columns["log_tail"] <= 0).all():
+            raise ValueError("a tail is not a log-probability")
+        return
+    counts = columns["counts"]
+    totals = _row_sums(counts.astype(np.int64), columns["sizes"])
+    if (counts == 0).any() or (totals != targets.draws).any():
+        raise ValueError(f"counts of a row do not add up to {targets.draws}")
 
 
 def log_z_name(temperature: float) -> str:
