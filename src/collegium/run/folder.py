@@ -49,7 +49,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Folder of one run, laid out as in docs/design/spine.md."""
+    """Folder of one run, laid out as in docs/design/layout.md."""
 
     path: Path
 
