@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Distribution(ABC):
-    """One distribution per row; storage is up to the subclass.
+    """One distribution per row. Storage is up to the subclass.
 
     The properties describe a full distribution, which a subclass of named tokens overrides.
     """
@@ -43,7 +43,7 @@ class Distribution(ABC):
 
     @property
     def temperatures(self) -> Collection[float] | None:
-        """The temperatures at which it can be read; None for any."""
+        """The temperatures at which it can be read. None for any."""
         return None
 
     @property
@@ -67,7 +67,7 @@ class Distribution(ABC):
         return RawRows(self.logits(block)), False
 
     def scalars(self, block: slice, temperature: float) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Stored entropy, label and maximum log-probability, (n,) each; None to compute them."""
+        """Stored entropy, label and maximum log-probability, (n,) each. None to compute them."""
         return None
 
 
@@ -102,7 +102,7 @@ class HiddenRows(Distribution):
 
 @dataclass(frozen=True, slots=True)
 class DenseRows(Distribution):
-    """Logits of N rows held in memory; for small vocabularies, preflight and tests."""
+    """Logits of N rows held in memory, for small vocabularies, preflight and tests."""
 
     logits_NV: Tensor
 
@@ -151,7 +151,7 @@ class StoredScalars:
     max_logp_N: Tensor
     """(N,) log-probability of the most likely token at temperature 1."""
     entropy: Mapping[float, Tensor]
-    """Temperature -> (N,) entropy; 1 is among the keys."""
+    """Temperature -> (N,) entropy. 1 is among the keys."""
     log_z: Mapping[float, Tensor] = field(default_factory=dict)
     """Temperature T other than 1 -> (N,) log sum_v P(v)^(1/T)."""
 
@@ -190,14 +190,14 @@ class NamedRows(Distribution):
     logp: Tensor
     """(E,) log of the mass of each entry, float32 or wider."""
     log_tail: Tensor | None
-    """(N,) log of the mass of all tokens that are not named; None for zero mass."""
+    """(N,) log of the mass of all tokens that are not named. None for zero mass."""
     vocab_size: int
     is_sampled: bool = False
     """Whether the entries are draws, or a mean of distributions one of which is made of draws."""
     token_logp: Tensor | None = None
-    """(E,) the teacher's log-probability of each drawn token; None where `logp` is that already."""
+    """(E,) the teacher's log-probability of each drawn token. None where `logp` is that already."""
     stored: StoredScalars | None = None
-    """Statistics of the whole distributions; None where only the entries are known."""
+    """Statistics of the whole distributions. None where only the entries are known."""
 
     @property
     def is_full(self) -> bool:
@@ -227,7 +227,7 @@ class NamedRows(Distribution):
         )
 
     def block(self, block: slice) -> NamedRows:
-        """The rows of `block`; contiguous ones without a copy."""
+        """The rows of `block`, without a copy if they are contiguous."""
         start, stop, step = block.indices(len(self))
         if step != 1:
             return self.take(torch.arange(len(self), device=self.starts.device)[block])
@@ -295,7 +295,7 @@ class NamedRows(Distribution):
         """The distributions P_T = P^(1/T) / Z_T, for a stored temperature T.
 
         Draws from P become draws that are unbiased for P_T by the factor
-        P_T(v) / P(v) = exp((1/T - 1) log P(v) - log Z_T); their mass need not sum to 1.
+        P_T(v) / P(v) = exp((1/T - 1) log P(v) - log Z_T). Their mass need not sum to 1.
         """
         at = self.stored_temperature(temperature)
         if at == 1.0:
@@ -314,7 +314,7 @@ class NamedRows(Distribution):
         """The stored temperature that equals this one up to rounding.
 
         Raises:
-            ValueError: none is that close; `fusion.requirements` checks this before a run.
+            ValueError: none is that close. `fusion.requirements` checks this before a run.
         """
         nearest = nearest_temperature(temperature, self.temperatures)
         if nearest is None:
@@ -325,7 +325,7 @@ class NamedRows(Distribution):
 
 
 def nearest_temperature(temperature: float, stored: Collection[float]) -> float | None:
-    """The stored temperature equal to this one up to rounding; None where there is none."""
+    """The stored temperature equal to this one up to rounding. None where there is none."""
     for value in (1.0, *stored):
         if abs(temperature - value) <= 1e-6 * value:
             return value
@@ -341,14 +341,14 @@ class Answer:
     features: Mapping[str, Tensor] = field(default_factory=dict)
     """Tapped hidden states by name, each (N, D) or, for some of the rows, (m, D)."""
     rows: Tensor | None = None
-    """(m,) int64, ascending: the rows that it answers; None for all of them."""
+    """(m,) int64, ascending: the rows that it answers. None for all of them."""
 
 
 class Capability(Enum):
     """An operation that not every source of targets supports."""
 
     LOGARITHMS = "log-probabilities of tokens"
-    """Logarithms, powers and entropies of a distribution; biased when taken of random draws."""
+    """Logarithms, powers and entropies of a distribution, biased when taken of random draws."""
     ANY_TEMPERATURE = "any temperature"
     """Softening that needs tokens which top k and draws leave out."""
     REFUSION = "other weights"
@@ -368,7 +368,7 @@ class Capabilities:
     """A noun phrase for messages, such as `a cache of draws`."""
     supported: frozenset[Capability]
     temperatures: Collection[float] | None = None
-    """Stored temperatures of each teacher; None for any."""
+    """Stored temperatures of each teacher. None for any."""
     remedy: str = ""
     """The way to get what the source lacks."""
 
@@ -386,7 +386,7 @@ class Teacher(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
-        """Score the rows without gradient; `taps` names the hidden states to return.
+        """Score the rows without gradient. `taps` names the hidden states to return.
 
         Tensors are on the device of the batch, wherever the teacher computes them.
         """

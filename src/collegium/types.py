@@ -36,13 +36,13 @@ def domain_number(name: str) -> int:
 
 
 def teacher_number(name: str) -> int:
-    """The number of a teacher that a document names, computed like `domain_number`; never 0."""
+    """The number of a teacher that a document names, computed like `domain_number`, and never 0."""
     return domain_number(name)
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The N trained positions of a batch; every later tensor is (N, ...).
+    """The N trained positions of a batch. Every later tensor is (N, ...).
 
     Rows are in document order, and the rows of one document are contiguous.
     """
@@ -56,7 +56,7 @@ class Rows:
     samples: Tensor
     """(N,) int64: the number of the document in its dataset."""
     domains: Tensor | None = None
-    """(N,) int64: `domain_number` of the document's domain; None for data without domains."""
+    """(N,) int64: `domain_number` of the document's domain. None for data without domains."""
     teachers: Tensor | None = None
     """(N,) int64: `teacher_number` of the teacher that the document names, 0 for none."""
 
@@ -76,7 +76,7 @@ class Rows:
 
     @classmethod
     def cat(cls, parts: Sequence[Rows]) -> Rows:
-        """Concatenate rows; document numbers are kept as they are."""
+        """Concatenate rows. Document numbers are kept as they are."""
         domains = [part.domains for part in parts if part.domains is not None]
         teachers = [part.teachers for part in parts if part.teachers is not None]
         return cls(
@@ -107,13 +107,13 @@ class Batch:
     input_ids: Tensor
     """(B, T) int64."""
     position_ids: Tensor
-    """(B, T) int64; padding is one more document at the end of a window."""
+    """(B, T) int64. Padding is one more document at the end of a window."""
     labels: Tensor
     """(B, T) int64, not shifted: the token's own id for a target, else `IGNORE`."""
     sample_ids: Tensor
     """(B, T) int64: number of the document in its dataset, -1 for padding."""
     domain_ids: Tensor | None = None
-    """(B, T) int64: `domain_number` of the document's domain; None for data without domains."""
+    """(B, T) int64: `domain_number` of the document's domain. None for data without domains."""
     teacher_ids: Tensor | None = None
     """(B, T) int64: `teacher_number` of the teacher that the document names, 0 for none."""
 
@@ -121,7 +121,7 @@ class Batch:
     def from_inputs(cls, inputs: Mapping[str, Tensor]) -> Batch:
         """Read the output of our collator, or of one for Hugging Face causal language models.
 
-        Of the latter, `attention_mask` marks padding, on either side; `position_ids` default to the
+        Of the latter, `attention_mask` marks padding, on either side. `position_ids` default to the
         place in the row, and `sample_ids` to the number of the row. Other keys are ignored.
 
         Raises:
@@ -255,7 +255,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """A loss summed over N rows; only the trainer normalizes it."""
+    """A loss summed over N rows. Only the trainer normalizes it."""
 
     total: Tensor
     """Scalar with a graph: the sum over terms of weight times value."""
@@ -264,12 +264,12 @@ class LossSum:
     weights: Mapping[str, float]
     """The factor of each term in `total`."""
     grad_norms: Mapping[str, Tensor]
-    """Norm of each weighted term's gradient at the hidden states it reads; empty if unmeasured."""
+    """Norm of each weighted term's gradient at the hidden states it reads. Empty if unmeasured."""
     rows: Rows
     teacher_weights_KN: Tensor | None = None
-    """(K, N) fusion weights, detached; None without teachers."""
+    """(K, N) fusion weights, detached. None without teachers."""
     conflict: Mapping[str, Tensor] = field(default_factory=dict)
-    """(N,) measurements of a conflict policy in [0, 1], by name; empty without one."""
+    """(N,) measurements of a conflict policy in [0, 1], by name. Empty without one."""
 
     @property
     def num_rows(self) -> int:

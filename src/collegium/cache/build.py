@@ -59,7 +59,7 @@ def build_cache(
 
     Args:
         path: the folder, locked during the build.
-        identity: everything the content depends on, as plain data; `kind` names the codec.
+        identity: everything the content depends on, as plain data. `kind` names the codec.
         encoder: the source of the pieces.
         label: name of the cache in progress messages.
         ranks: rank and world size, which assign shards to processes.
@@ -223,7 +223,7 @@ class _Build:
 
 
 def finished_shards(path: Path, owner: Ranks | None = None) -> dict[int, FileEntry]:
-    """Return the shards with a valid checksum; deletes the partial and damaged ones of `owner`."""
+    """Return the shards with a valid checksum. Deletes the partial and damaged ones of `owner`."""
     shards = finished_files(
         path, SHARD_NAME, deletes=lambda number: owner is not None and owner.owns(int(number))
     )

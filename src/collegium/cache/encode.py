@@ -42,7 +42,7 @@ class CorpusEncoder(ABC):
     seed: int
     """Seed of the draws, or of the projections."""
     windows: Sequence[int] | None = None
-    """The windows to read; None for all."""
+    """The windows to read. None for all."""
 
     def __post_init__(self) -> None:
         self._windows = range(len(self.dataset)) if self.windows is None else self.windows
@@ -80,7 +80,7 @@ class CorpusEncoder(ABC):
     def _encode_rows(
         self, batch: Batch, rows: Rows, key_N: Sequence[PieceKey], codec: Any
     ) -> Columns:
-        """Encode all rows of a batch; `key_N` has the key of the piece of each row."""
+        """Encode all rows of a batch. `key_N` has the key of the piece of each row."""
 
     def _encode(self, windows: Sequence[int], codec: Any) -> Iterator[EncodedPiece]:
         for numbers, batch in self._batches(windows):

@@ -21,7 +21,7 @@ class PieceKey:
     document: int
     """`document_hash` of the document's id."""
     offset: int
-    """Tokens of the document before the piece; 0 in keys of a batch, which does not know it."""
+    """Tokens of the document before the piece, 0 in keys of a batch, which does not know it."""
     window: bytes
     """`window_hash` of the piece."""
 
@@ -53,7 +53,7 @@ class BatchPiece:
 
 
 def pieces_of(batch: Batch, hashes: Sequence[int]) -> list[BatchPiece]:
-    """Return the pieces of a batch in the order of its rows; `hashes` by sample number."""
+    """Return the pieces of a batch in row order, given the document hash of each sample number."""
     ids_BT, samples_BT = batch.input_ids.cpu().numpy(), batch.sample_ids.cpu().numpy()
     position_BT = batch.position_ids.cpu().numpy()
     is_target_BT = np.zeros(ids_BT.shape, bool)

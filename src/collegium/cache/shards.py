@@ -2,7 +2,7 @@
 
 docs/cache-format.md documents the columns for other readers. A piece of L trained tokens has L - 1
 targets, because its first token is never one. The lists of a piece hold its targets in text order.
-A codec defines the list columns; the columns of the keys are the same in every cache.
+A codec defines the list columns. The columns of the keys are the same in every cache.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Codec(Protocol[Decoded]):
     """The columns of a cache, and their meaning."""
 
     shared: ClassVar[str]
-    """The column stored only in the first row of a shard; empty for none."""
+    """The column stored only in the first row of a shard. Empty for none."""
     entries: ClassVar[frozenset[str]]
     """Columns with `sizes` values per target. All others have equally many for each target."""
     group_targets: ClassVar[int]

@@ -57,7 +57,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         order_seed: int | None = None,
         teachers: Sequence[str | None] = (),
     ) -> None:
-        """Lay documents out in windows, in order; `order_seed` then shuffles the windows.
+        """Lay documents out in windows, in order. `order_seed` then shuffles the windows.
 
         `domains` and `names` have one entry per document, as does `teachers` if any names one.
 

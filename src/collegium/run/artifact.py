@@ -41,7 +41,7 @@ class Artifact(ABC, Generic[T_co]):
 
     @abstractmethod
     def build(self) -> None:
-        """Write it; an interrupted build resumes when called again."""
+        """Write it. An interrupted build resumes when called again."""
 
     @abstractmethod
     def open(self) -> T_co:

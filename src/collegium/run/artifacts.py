@@ -132,7 +132,7 @@ class Recorder:
         batch_size: int,
         max_tokens: int | None,
     ) -> None:
-        """Write to `folder`; the arguments are those of `score_models`."""
+        """Write to `folder`. The arguments are those of `score_models`."""
         self._folder = folder
         self._splits = splits
         self._batch_size = batch_size
@@ -189,7 +189,7 @@ class Student(Artifact[Path]):
         return [inputs, self.variant.identity(), caches]
 
     def dependencies(self) -> Sequence[Cache[Any]]:
-        """The caches to train from; none to train with live teachers.
+        """The caches to train from, none for live teachers.
 
         A fused cache holds targets under the fusion of the recipe, so it serves no other.
         """
@@ -401,7 +401,7 @@ class Report(Artifact[Path]):
 
 
 def resolved_fusion(context: RunContext) -> Fusion | None:
-    """Return the fusion of the recipe or, for `auto`, of the preflight; None without teachers.
+    """Return the fusion of the recipe or, for `auto`, of the preflight. None without teachers.
 
     Raises:
         RecipeError: it is `auto` without a finished preflight, in one of several processes.

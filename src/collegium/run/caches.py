@@ -44,7 +44,7 @@ T = TypeVar("T")
 CALIBRATION_K = 64
 """Tokens stored per position of the calibration split.
 
-They only measure how far teachers are apart; everything else is in the scalars.
+They only measure how far teachers are apart. Everything else is in the scalars.
 """
 
 
@@ -82,7 +82,7 @@ class Cache(Artifact[CacheReader[T]]):
         return (options.path or self.context.recipe.output_dir / "cache") / self.folder
 
     def is_done(self) -> bool:
-        """Return True if the manifest exists; its shards are verified when they are read.
+        """Return True if the manifest exists. Its shards are verified when they are read.
 
         Raises:
             CacheError: the folder belongs to another run, or its manifest is damaged.

@@ -46,7 +46,7 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
         trains: False for a cache build, which several processes may share.
 
     Raises:
-        CollegiumError: the run could not work; the message gives the remedy.
+        CollegiumError: the run could not work. The message gives the remedy.
     """
     report = CheckReport()
     recipe = context.recipe

@@ -62,7 +62,7 @@ class RunContext:
         return self.recipe.student.content() if section == "student" else {}
 
     def teacher_identity(self, name: str) -> dict[str, Any]:
-        """Return everything that the outputs of a teacher depend on; its files are read once."""
+        """Return everything that the outputs of a teacher depend on. Its files are read once."""
         if name not in self._identities:
             self._identities[name] = self.recipe.teachers[name].identity()
         return self._identities[name]

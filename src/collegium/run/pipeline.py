@@ -50,7 +50,7 @@ def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> PreflightRepor
 
 
 def cache(recipe: Recipe) -> list[Path]:
-    """Run the teachers over the corpus once and store their outputs; return the cache folders.
+    """Run the teachers over the corpus once and store their outputs. Return the cache folders.
 
     Every finished shard is verified, and a damaged one is built again. Started by a launcher, each
     process builds its share.
@@ -72,7 +72,7 @@ def cache(recipe: Recipe) -> list[Path]:
 
 
 def train(recipe: Recipe) -> Path:
-    """Train the student, without controls; return its Hugging Face folder."""
+    """Train the student, without controls. Return its Hugging Face folder."""
     (student,) = _ensure(recipe, "train")
     return student
 
@@ -89,7 +89,7 @@ def report(recipe: Recipe) -> Path:
 
 
 def run(recipe: Recipe) -> Path:
-    """Run all stages in order; return the run folder."""
+    """Run all stages in order. Return the run folder."""
     _ensure(recipe, "train", "evaluate", "report")
     return recipe.output_dir
 
@@ -113,7 +113,7 @@ def distill(recipe: Recipe | str | Path, *overrides: str) -> Path:
 
 @contextmanager
 def opened(recipe: Recipe) -> Iterator[RunContext]:
-    """Check a run and lock its folder; a run that could not work writes nothing.
+    """Check a run and lock its folder. A run that could not work writes nothing.
 
     Raises:
         CollegiumError: as `check`, or another process is running on the folder.
@@ -132,7 +132,7 @@ def _require_teachers(recipe: Recipe, reason: str) -> None:
 
 
 def _ensure(recipe: Recipe, *stages: str) -> Sequence[Any]:
-    """Build the artifacts of stages; return those of the last, opened."""
+    """Build the artifacts of stages. Return those of the last, opened."""
     contents: list[Any] = []
     with opened(recipe) as context:
         for stage in stages:

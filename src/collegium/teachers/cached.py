@@ -21,10 +21,10 @@ from collegium.types import Batch, Rows
 
 
 class CachedTargets:
-    """The finished targets of a fused cache; windows of a batch may be in any order."""
+    """The finished targets of a fused cache. Windows of a batch may be in any order."""
 
     def __init__(self, cache: CacheReader[NamedRows], documents: Sequence[str]) -> None:
-        """Read from `cache`; `documents` has the ids of the sample numbers of a batch."""
+        """Read from `cache`. `documents` has the ids of the sample numbers of a batch."""
         keys = BatchKeys(documents)
         self._read = Prefetcher(lambda batch: cache.read(keys(batch)))
         self.capabilities = _capabilities(cache)
@@ -59,7 +59,7 @@ class CachedTeacher:
         Args:
             name: of the teacher.
             cache: its distributions.
-            keys: of the pieces of a batch; shared by the teachers of one data set.
+            keys: the keys of the pieces of a batch, shared by the teachers of one data set.
             hidden: its hidden states, (N, D) by tap.
         """
         self.name = name

@@ -11,4 +11,4 @@ TEACHERS: dict[str, type[TeacherOptions]] = {"local": LocalOptions}
 """Value of `kind` in a recipe -> the options of that kind."""
 
 AnyTeacher = Annotated[TeacherOptions, OneOf(TEACHERS, key="kind", default="local")]
-"""A teacher of any kind; `local` where a recipe names none."""
+"""A teacher of any kind. `local` where a recipe names none."""

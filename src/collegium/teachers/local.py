@@ -25,7 +25,7 @@ MAX_NAMES = 5
 
 @dataclass(frozen=True)
 class MovedRows(WrappedRows):
-    """Hidden states and head on the teacher's device; only the logits of a block are moved."""
+    """Hidden states and head on the teacher's device. Only the logits of a block are moved."""
 
     device: torch.device
 
@@ -82,7 +82,7 @@ class LocalTeacher:
 
     @torch.no_grad()
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
-        """Score the rows without gradient; `taps` names the hidden states to return.
+        """Score the rows without gradient. `taps` names the hidden states to return.
 
         Raises:
             TrainingError: a hidden state is not finite.

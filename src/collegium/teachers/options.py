@@ -51,7 +51,7 @@ class TeacherOptions(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return everything that its answers depend on, as plain data; caches are keyed by it."""
+        """Return everything that its answers depend on, as plain data. Caches are keyed by it."""
 
     @abstractmethod
     def load_tokenizer(self, where: str) -> PreTrainedTokenizerFast:
@@ -83,7 +83,7 @@ class TeacherOptions(ABC):
         return False
 
     def facts(self, where: str) -> ModelFacts | None:
-        """Return facts about its architecture; None if it has no hidden states to tap.
+        """Return facts about its architecture. None if it has no hidden states to tap.
 
         Raises:
             ModelError: the model cannot be built.

@@ -17,7 +17,7 @@ from torch import Tensor
 from collegium.types import Batch
 
 MAX_PENDING = 64
-"""Pending batches; more drop the oldest. Covers the micro-batches of one optimizer step."""
+"""Maximum of pending batches, which covers the micro-batches of one optimizer step."""
 T = TypeVar("T")
 
 
@@ -31,7 +31,7 @@ class Prefetcher(Generic[T]):
         self._pending: OrderedDict[bytes, Future[T]] = OrderedDict()
 
     def prefetch(self, batch: Batch) -> None:
-        """Start to read; errors are raised by the call for this batch."""
+        """Start to read. Errors are raised by the call for this batch."""
         key = batch_digest(batch)
         if key in self._pending:
             return
@@ -54,7 +54,7 @@ class Prefetches(Protocol):
 
 
 class PrefetchingCollator:
-    """A collator that prefetches each batch it makes; for data loaders without worker processes."""
+    """A collator that prefetches each batch it makes, for data loaders without worker processes."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Hidden states of a live teacher, recorded to disk so that its body can be released.
 
 Evaluation and preflight read the same batches of several models. Recording one model after the
-other keeps a single body in memory; the replayed answers equal the live ones bit for bit.
+other keeps a single body in memory. The replayed answers equal the live ones bit for bit.
 
 Shapes: N rows of a batch, D width.
 """

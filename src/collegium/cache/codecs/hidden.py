@@ -46,7 +46,7 @@ class Projection:
         R is at most D. With fewer rows than R, some directions are arbitrary. They are kept for
         later rows.
 
-        Source: Pearson 1901 for the directions; the rotation as in QuaRot, arXiv 2404.00456.
+        Source: Pearson 1901 for the directions, QuaRot (arXiv 2404.00456) for the rotation.
         """
         hidden_MD = hidden_MD.astype(np.float64)
         mean_D = hidden_MD.mean(0)
@@ -75,7 +75,7 @@ class Projection:
         return codes_nR.astype(np.uint8), scale_n.astype(np.float32)
 
     def decode(self, codes_nR: np.ndarray, scale_n: np.ndarray) -> np.ndarray:
-        """Decode (n, R) codes and (n,) scales to (n, D) float32."""
+        """Decode (n, R) codes and (n,) scales, which broadcast over R, to (n, D) float32."""
         coefficient_nR = (codes_nR.astype(np.float32) - OFFSET) * scale_n[:, None]
         return coefficient_nR @ self.basis_DR.T + self.mean_D
 

@@ -59,7 +59,7 @@ FREQUENCY_BITS = 2.3
 
 @dataclass(frozen=True, config=ConfigDict(extra="ignore", allow_inf_nan=False))
 class TargetCodec:
-    """Columns of a cache of distributions; its fields are part of the cache's identity."""
+    """Columns of a cache of distributions. Its fields are part of the cache's identity."""
 
     shared: ClassVar[str] = "vocabulary"
     entries: ClassVar[frozenset[str]] = frozenset({"ids", "counts", "levels", "gaps", "heights"})
@@ -146,7 +146,7 @@ class TargetCodec:
         return rows
 
     def decode(self, columns: Columns) -> NamedRows:
-        """Decode stored rows; those of one teacher with its scalars."""
+        """Decode stored rows, and the scalars if they are those of one teacher."""
         has_tail = isinstance(self.targets, TopK) and not self.targets.renormalized
         rows = NamedRows(
             starts=torch.from_numpy(starts_of(columns["sizes"])),
@@ -193,7 +193,7 @@ class TargetCodec:
 
 
 def encode_draws(logp_nV: Tensor, keys_n: np.ndarray, num_draws: int) -> dict[str, np.ndarray]:
-    """Encode draws from (n, V) log-probabilities with (n,) uint64 keys; equal keys draw the same."""
+    """Encode draws from (n, V) log-probabilities by (n,) uint64 keys. Equal keys draw the same."""
     drawn_nN = draw(logp_nV, keys_n, num_draws).sort(dim=1).values
     # Run-length encoding of the sorted draws, vectorized over all rows. The first draw of each row
     # starts a run, so no run crosses a row boundary.
