@@ -8,7 +8,7 @@ PROSE := $(wildcard src docs recipes benchmarks README.md)
 # Two test workers with two threads each would wait for each other on two cores.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-all check format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --include='*/collegium/fusion/*,*/collegium/losses/*,*/collegium/train/*' --fail-under=95
+
+# All cases of all sweeps: `make test` runs a fixed sample of the longest ones.
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --all
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
