@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from collegium.distributions import Answer, DenseRows, Distribution, NamedRows
+from collegium.cache.codecs.targets import encode_draws, row_keys
+from collegium.cache.options import Samples, TopK
+from collegium.distributions import Answer, DenseRows, Distribution, NamedRows, StoredScalars
 from collegium.fusion.conflict import ConflictBlock
 from collegium.fusion.fitted import CalibratedEntropy, DomainWeights, Fixed, Route
-from collegium.fusion.fuse import Fusion, TargetBlock, fuse
+from collegium.fusion.fuse import Fusion, StreamedTarget, TargetBlock, fuse
 from collegium.fusion.gate import Gate
 from collegium.fusion.pools import TeacherReader
 from collegium.fusion.rules import (
@@ -140,11 +144,50 @@ def make_teachers(logits_KNV: Tensor, names: Sequence[str] = NAMES) -> list[Answ
     return [Answer(name, DenseRows(logits_NV)) for name, logits_NV in pairs]
 
 
+def stored_rows(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    targets: Samples | TopK,
+    *,
+    temperatures: Sequence[float] = (),
+    seed: int = 0,
+) -> NamedRows:
+    """Contents of a per-teacher cache without rounding."""
+    logp_NV = logits_NV.log_softmax(1)
+    num_rows, vocab_size = logp_NV.shape
+    if isinstance(targets, TopK):
+        top = logp_NV.topk(targets.k)
+        tail_N = logp_NV.scatter(1, top.indices, -torch.inf).logsumexp(1)
+        starts, ids = torch.arange(num_rows + 1) * targets.k, top.indices.flatten()
+        rows = NamedRows(starts, ids, top.values.flatten(), tail_N, vocab_size)
+    else:
+        keys_N = row_keys(seed, np.full(num_rows, 3, np.uint64), np.arange(num_rows))
+        columns = encode_draws(logp_NV, keys_N, targets.draws)
+        sizes, ids, counts = columns["sizes"], columns["ids"], columns["counts"]
+        starts = torch.from_numpy(np.concatenate([[0], sizes.astype(np.int64).cumsum()]))
+        mass_E = torch.from_numpy(counts.astype(np.float64)) / targets.draws
+        rows = NamedRows(starts, torch.from_numpy(ids), mass_E.log(), None, vocab_size, True)
+        rows = replace(rows, token_logp=logp_NV[rows.row_of_entry(), rows.ids])
+    at = {value: (logits_NV / value).log_softmax(1) for value in (1.0, *temperatures)}
+    stored = StoredScalars(
+        logp_NV.gather(1, labels_N[:, None])[:, 0],
+        logp_NV.amax(1),
+        {value: torch.special.entr(logp.exp()).sum(1) for value, logp in at.items()},
+        {value: (logp_NV / value).logsumexp(1) for value in temperatures},
+    )
+    return replace(rows, stored=stored)
+
+
 def fused(
-    fusion: Fusion, teachers: Sequence[Answer], rows: Rows, block_size: int = 4
+    fusion: Fusion,
+    teachers: Sequence[Answer],
+    rows: Rows,
+    block_size: int = 4,
+    *,
+    is_streamed: bool = False,
 ) -> TargetBlock:
     """Fuse all rows block by block, and concatenate the blocks over the vocabulary."""
-    target = fuse(fusion, teachers, rows)
+    target = (StreamedTarget if is_streamed else fuse)(fusion, teachers, rows)
     starts = range(0, len(rows), block_size)
     blocks = [target.block(slice(s, min(s + block_size, len(rows)))) for s in starts]
     conflicts = [b.conflict for b in blocks if b.conflict is not None]

@@ -41,34 +41,6 @@ def entropy_weights(entropies: list[float], form: str, tau: float) -> list[float
     return [(1.0 - h / total) / (len(entropies) - 1) for h in entropies]
 
 
-def averaged(values: list[float], documents: list[int], granularity: str) -> list[float]:
-    """Replace each row's value by the mean over its group of rows."""
-    result = []
-    for t in range(len(values)):
-        if granularity == "token":
-            group = [values[t]]
-        elif granularity == "batch":
-            group = values
-        else:
-            group = [v for v, d in zip(values, documents, strict=True) if d == documents[t]]
-        result.append(math.fsum(group) / len(group))
-    return result
-
-
-def prefix_weights(
-    label_logp: list[list[float]], documents: list[int], eta: float, decay: float
-) -> list[list[float]]:
-    """weights[t][k] from label_logp[k][t]."""
-    result = []
-    for t in range(len(documents)):
-        scores = []
-        for logp in label_logp:
-            earlier = [s for s in range(t) if documents[s] == documents[t]]
-            scores.append(eta * math.fsum(decay ** (t - s) * logp[s] for s in earlier))
-        result.append(softmax(scores))
-    return result
-
-
 def interpolated(x: float, knots: list[list[float]]) -> float:
     """Interpolate linearly between the knots, constant beyond them."""
     if x <= knots[0][0]:
@@ -92,55 +64,13 @@ def consensus_kl(logps: list[list[float]]) -> list[float]:
     ]
 
 
-def gate_weights(
-    logps: list[list[list[float]]],
-    labels: list[int],
-    documents: list[int],
-    names: list[str],
-    options: dict,
-) -> list[list[float]]:
-    """weights[t][k] of the learned gate."""
-    result = []
-    for t in range(len(labels)):
-        kl = consensus_kl([rows[t] for rows in logps])
-        scores = [options["offsets"][name] for name in names]
-        columns = {
-            "entropy": [entropy(rows[t]) for rows in logps],
-            "max_logp": [max(rows[t]) for rows in logps],
-            "consensus": kl,
-            "prefix_nll": [
-                -math.fsum(
-                    options["decay"] ** (t - s) * rows[s][labels[s]]
-                    for s in range(t)
-                    if documents[s] == documents[t]
-                )
-                for rows in logps
-            ],
-        }
-        for name, values in columns.items():
-            mean = math.fsum(values) / len(values)
-            for k, value in enumerate(values):
-                scores[k] += options[name] * (value - mean)
-        result.append(softmax(scores))
-    return result
-
-
-def label_aware_weights(name: str, options: dict, ce: list[list[float]]) -> list[list[float]]:
-    """weights[t][k] from the (averaged) cross-entropies ce[k][t]."""
-    result = []
-    for t in range(len(ce[0])):
-        here = [values[t] for values in ce]
-        if name == "ca_mkd":
-            shares = softmax(here)
-            others = max(1, len(here) - 1)
-            result.append([(1 - share) / others for share in shares] if len(here) > 1 else [1.0])
-        elif name == "min_ce":
-            result.append(normalized([float(value == min(here)) for value in here]))
-        elif options["tau"] is None:
-            result.append(softmax([math.exp(-value) for value in here]))
-        else:
-            result.append(softmax([-value / options["tau"] for value in here]))
-    return result
+def label_aware_weights(name: str, tau: float | None, ce: list[float]) -> list[float]:
+    """Weights of K teachers from their (averaged) cross-entropies at one row."""
+    if name == "ca_mkd":
+        return [(1 - share) / (len(ce) - 1) for share in softmax(ce)] if len(ce) > 1 else [1.0]
+    if name == "min_ce":
+        return normalized([float(value == min(ce)) for value in ce])
+    return softmax([math.exp(-value) if tau is None else -value / tau for value in ce])
 
 
 def disagreement(logps: list[list[float]], weights: list[float]) -> float:
@@ -168,10 +98,11 @@ def pool(
         ]
         return [math.log(p) for p in normalized([power ** (1 / exponent) for power in powers])]
     if kind == "linear":
-        return [
-            math.log(math.fsum(w * math.exp(lp[v]) for w, lp in zip(weights, logps, strict=True)))
+        probs = [
+            math.fsum(w * math.exp(lp[v]) for w, lp in zip(weights, logps, strict=True))
             for v in range(len(logps[0]))
         ]
+        return [math.log(p) if p > 0 else -math.inf for p in probs]
     mean = [
         math.fsum(w * lp[v] for w, lp in zip(weights, logps, strict=True))
         for v in range(len(logps[0]))
@@ -179,56 +110,146 @@ def pool(
     return log_softmax(mean)
 
 
+def constant_weight(weighting: dict, teacher: str, domain: str | None) -> float:
+    """The weight of a teacher under a rule that reads no distribution, not normalized."""
+    name, table = weighting["name"], weighting.get("weights", {})
+    if name == "uniform":
+        return 1.0
+    if name == "best_single":
+        return float(teacher == weighting["teacher"])
+    if name == "route":
+        return float(teacher == weighting["domains"].get(domain, weighting["default"]))
+    return (table.get(domain, weighting["default"]) if name == "domain_weights" else table)[teacher]
+
+
+Stats = tuple[float, float, float]
+"""Entropy, log-probability of the label and of the most likely token."""
+
+
 def row_weights(
-    name: str,
-    options: dict,
+    weighting: dict,
+    stats: list[list[Stats | None]],
     logps: list[list[list[float]]],
+    documents: list[int],
+    names: list[str],
+    domains: list[str] | None,
+) -> list[dict[int, float]]:
+    """Weight of each teacher k that answers row t; `stats[k][t]` is None where it does not.
+
+    `logps[k][t]` is its distribution as it is pooled, which may be coarser than the one that the
+    statistics describe.
+    """
+    name, num_rows = weighting["name"], len(documents)
+    granularity = weighting.get("granularity", "sequence")
+
+    def document(t: int) -> list[int]:
+        return [s for s in range(num_rows) if documents[s] == documents[t]]
+
+    def mean(k: int, t: int, column: int) -> float:
+        group = {"token": [t], "sequence": document(t), "batch": list(range(num_rows))}
+        known = [row for s in group[granularity] if (row := stats[k][s]) is not None]
+        return math.fsum(row[column] for row in known) / len(known)
+
+    def evidence(k: int, t: int) -> float:
+        """Decayed label log-probabilities at earlier rows answered by all of the document."""
+        present = [rows for rows in stats if any(rows[s] for s in document(t))]
+        shared = [s for s in document(t) if s < t and all(rows[s] for rows in present)]
+        decay = weighting["decay"]
+        return math.fsum(decay ** (t - s) * (stats[k][s] or (0, 0, 0))[1] for s in shared)
+
+    def gate_score(k: int, t: int, kl: float) -> float:
+        entropy_k, _, max_k = stats[k][t] or (0, 0, 0)
+        score = weighting["offsets"][names[k]] + weighting["consensus"] * kl
+        score += weighting["entropy"] * entropy_k + weighting["max_logp"] * max_k
+        return score - weighting["prefix_nll"] * evidence(k, t)
+
+    def weights(here: list[int], t: int) -> list[float]:
+        if name == "prefix_likelihood":
+            return softmax([weighting["eta"] * evidence(k, t) for k in here])
+        if name == "entropy":
+            means = [mean(k, t, 0) for k in here]
+            return entropy_weights(means, weighting["form"], weighting["tau"])
+        if name == "calibrated_entropy":
+            expected = [
+                interpolated((stats[k][t] or (0,))[0], weighting["maps"][names[k]]) for k in here
+            ]
+            return softmax([-nll / weighting["tau"] for nll in expected])
+        if name in ("ca_mkd", "min_ce", "avg_ce"):
+            return label_aware_weights(name, weighting.get("tau"), [-mean(k, t, 1) for k in here])
+        if name == "consensus":
+            return softmax(
+                [-kl / weighting["tau"] for kl in consensus_kl([logps[k][t] for k in here])]
+            )
+        if name == "gate":
+            has_kl = weighting["consensus"] != 0
+            kls = consensus_kl([logps[k][t] for k in here]) if has_kl else [0.0] * len(here)
+            return softmax([gate_score(k, t, kl) for k, kl in zip(here, kls, strict=True)])
+        domain = domains[t] if domains else None
+        return normalized([constant_weight(weighting, names[k], domain) for k in here])
+
+    answering = [[k for k, rows in enumerate(stats) if rows[t]] for t in range(num_rows)]
+    return [dict(zip(here, weights(here, t), strict=True)) for t, here in enumerate(answering)]
+
+
+def resolved_conflict(
+    conflict: dict, weights: dict[int, float], logps: dict[int, list[float]], label_logp: dict
+) -> tuple[float, dict[int, float]]:
+    """Disagreement c of the teachers at one row, and their weights under the policy."""
+    c = disagreement([logps[k] for k in weights], list(weights.values()))
+    kept = weights
+    if len(weights) == 1 or c <= conflict.get("threshold", math.inf):
+        return (c if len(weights) > 1 else 0.0), weights
+    if conflict["name"] == "follow_highest":
+        kept = {k: w for k, w in weights.items() if w == max(weights.values())}
+    else:
+        least = max(label_logp[k] for k in weights) + math.log(conflict["share"])
+        kept = {k: w for k, w in weights.items() if label_logp[k] >= least}
+    return c, dict(zip(kept, normalized(list(kept.values())), strict=True))
+
+
+def corrected(logp: list[float], label: int, margin: float) -> list[float]:
+    """Mix in the label until it leads by the margin, where it is not the most likely token."""
+    prob = [math.exp(lp) for lp in logp]
+    gap = max(prob) - prob[label]
+    share = (gap + margin) / (1 + gap) if gap > 0 else 0.0
+    return [math.log((1 - share) * p + share * (v == label)) for v, p in enumerate(prob)]
+
+
+def fuse_answers(
+    recipe: dict,
+    logps: list[list[list[float]]],
+    stats: list[list[Stats | None]],
     labels: list[int],
     documents: list[int],
     names: list[str],
     domains: list[str] | None = None,
-) -> list[list[float]]:
-    """weights[t][k] of the rule called `name`, from logps[k][t][v]."""
-    num_teachers, num_rows = len(logps), len(labels)
-    if name == "uniform":
-        return [[1.0 / num_teachers] * num_teachers for _ in range(num_rows)]
-    if name == "fixed":
-        return [normalized([options["weights"][n] for n in names]) for _ in range(num_rows)]
-    if name == "best_single":
-        return [[float(n == options["teacher"]) for n in names] for _ in range(num_rows)]
-    if name == "prefix_likelihood":
-        label_logp = [[rows[t][labels[t]] for t in range(num_rows)] for rows in logps]
-        return prefix_weights(label_logp, documents, options["eta"], options["decay"])
-    if name == "domain_weights":
-        tables = [options["weights"].get(d, options["default"]) for d in domains or []]
-        return [normalized([table[n] for n in names]) for table in tables]
-    if name == "route":
-        chosen = [options["domains"].get(d, options["default"]) for d in domains or []]
-        return [[float(n == teacher) for n in names] for teacher in chosen]
-    if name == "calibrated_entropy":
-        scores = [
-            [-interpolated(entropy(row), options["maps"][n]) / options["tau"] for row in rows]
-            for n, rows in zip(names, logps, strict=True)
-        ]
-        return [softmax([values[t] for values in scores]) for t in range(num_rows)]
-    if name == "consensus":
-        divergences = [consensus_kl([rows[t] for rows in logps]) for t in range(num_rows)]
-        return [softmax([-kl / options["tau"] for kl in row]) for row in divergences]
-    if name == "gate":
-        return gate_weights(logps, labels, documents, names, options)
-    if name in ("ca_mkd", "min_ce", "avg_ce"):
-        granularity = options.get("granularity", "sequence")
-        ce = [[-rows[t][labels[t]] for t in range(num_rows)] for rows in logps]
-        means = [averaged(values, documents, granularity) for values in ce]
-        return label_aware_weights(name, options, means)
-    means = [
-        averaged([entropy(row) for row in rows], documents, options["granularity"])
-        for rows in logps
-    ]
-    return [
-        entropy_weights([mean[t] for mean in means], options["form"], options["tau"])
-        for t in range(num_rows)
-    ]
+) -> tuple[list[list[float]], list[list[float]], list[float]]:
+    """Fuse distributions by the `fusion:` section of a recipe.
+
+    Returns logp[t][v], weights[t][k], and the disagreement of each row, 0 without a policy.
+    """
+    conflict, disagreements, target = recipe.get("conflict"), [0.0] * len(labels), []
+    all_weights = row_weights(recipe["weighting"], stats, logps, documents, names, domains)
+    for t, weights in enumerate(all_weights):
+        here = {k: logps[k][t] for k in weights}
+        if conflict is not None:
+            label_logp = {k: (stats[k][t] or (0, 0, 0))[1] for k in weights}
+            resolved = resolved_conflict(conflict, weights, here, label_logp)
+            disagreements[t], weights = resolved
+            all_weights[t] = weights
+        kind, exponent = recipe["pool"], recipe.get("exponent", 0.5)
+        pooled = pool([here[k] for k in weights], list(weights.values()), kind, exponent)
+        if recipe["pooled_temperature"] != 1.0:
+            pooled = log_softmax(pooled, recipe["pooled_temperature"])
+        if conflict is not None and conflict["name"] == "target_correction":
+            pooled = corrected(pooled, labels[t], conflict["margin"])
+        target.append(pooled)
+    table = [[weights.get(k, 0.0) for k in range(len(names))] for weights in all_weights]
+    return target, table, disagreements
+
+
+def stats_of(logp: list[float], label: int) -> Stats:
+    return entropy(logp), logp[label], max(logp)
 
 
 def fuse(
@@ -239,24 +260,16 @@ def fuse(
     names: list[str],
     domains: list[str] | None = None,
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Fuse by the `fusion:` section of a recipe, without its conflict policy.
-
-    Returns logp[t][v] and weights[t][k].
-    """
+    """Fuse complete answers: logp[t][v] and weights[t][k]."""
     temperatures = [recipe["temperatures"].get(n, 1.0) for n in names]
     logps = [
         [log_softmax(row, temperature) for row in rows]
         for rows, temperature in zip(logits, temperatures, strict=True)
     ]
-    options = dict(recipe["weighting"])
-    name = options.pop("name")
-    weights = row_weights(name, options, logps, labels, documents, names, domains)
-    exponent = recipe.get("exponent", 0.5)
-    target = []
-    for t in range(len(labels)):
-        pooled = pool([rows[t] for rows in logps], weights[t], recipe["pool"], exponent)
-        target.append(log_softmax(pooled, recipe["pooled_temperature"]))
-    return target, weights
+    stats: list[list[Stats | None]] = [
+        [stats_of(row, label) for row, label in zip(rows, labels, strict=True)] for rows in logps
+    ]
+    return fuse_answers(recipe, logps, stats, labels, documents, names, domains)[:2]
 
 
 def em_weights(label_logp: list[list[float]], num_iterations: int) -> list[float]:

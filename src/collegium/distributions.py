@@ -264,8 +264,8 @@ class NamedRows(Distribution):
             return torch.full(
                 (len(self),), -torch.inf, dtype=self.logp.dtype, device=self.logp.device
             )
-        num_others = (self.vocab_size - self.starts.diff()).clamp(min=1)
-        return self.log_tail.to(self.logp.dtype) - num_others.log().to(self.logp.dtype)
+        num_others = (self.vocab_size - self.starts.diff()).clamp(min=1).to(self.logp.dtype)
+        return self.log_tail.to(self.logp.dtype) - num_others.log()
 
     def logits(self, block: slice) -> Tensor:
         """(n, V) log-probabilities with the tail spread evenly; -inf for tokens without mass."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from collegium.cache.codecs.targets import encode_draws, row_keys
 from collegium.cache.options import Samples, TopK, capabilities_of
-from collegium.distributions import Answer, DenseRows, NamedRows, StoredScalars
+from collegium.distributions import Answer, DenseRows, NamedRows
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import FollowHighest, TargetCorrection, TruthFallback
 from collegium.fusion.fitted import CalibratedEntropy, DomainWeights, Fixed, Route
@@ -31,6 +29,7 @@ from collegium.fusion.rules import (
 from collegium.fusion.weighting import Weighting
 from collegium.losses.divergences import ForwardKL
 from collegium.types import Rows, domain_number
+from fusion_cases import stored_rows
 from named_terms import named_terms
 from refusals import refused
 
@@ -74,23 +73,8 @@ def _rows() -> Rows:
 
 
 def _stored(logits_NV: Tensor, labels_N: Tensor, *, seed: int, draws: int = 24) -> NamedRows:
-    """Cache contents without rounding: reference for `TeacherEncoder` and `TargetCache.stored`."""
-    logp_NV = logits_NV.log_softmax(1)
-    keys_N = row_keys(seed, np.full(len(logp_NV), 3, np.uint64), np.arange(len(logp_NV)))
-    columns = encode_draws(logp_NV, keys_N, draws)
-    sizes, ids, counts = columns["sizes"], columns["ids"], columns["counts"]
-    starts = torch.from_numpy(np.concatenate([[0], sizes.astype(np.int64).cumsum()]))
-    mass_E = torch.from_numpy(counts.astype(np.float64)) / draws
-    rows = NamedRows(starts, torch.from_numpy(ids), mass_E.log(), None, V, is_sampled=True)
-    at = {value: (logits_NV / value).log_softmax(1) for value in (1.0, *KEPT)}
-    stored = StoredScalars(
-        logp_NV.gather(1, labels_N[:, None])[:, 0],
-        logp_NV.amax(1),
-        {value: torch.special.entr(logp.exp()).sum(1) for value, logp in at.items()},
-        {value: (logp_NV / value).logsumexp(1) for value in KEPT},
-    )
-    logp_E = logp_NV[rows.row_of_entry(), rows.ids]
-    return dataclasses.replace(rows, token_logp=logp_E, stored=stored)
+    codec = Samples(draws=draws)
+    return stored_rows(logits_NV, labels_N, codec, temperatures=KEPT, seed=seed)
 
 
 def _dense(fusion: Fusion, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -131,30 +115,6 @@ def test_statistics_at_a_temperature_are_exact(temperature: float) -> None:
     torch.testing.assert_close(scalars[0], torch.special.entr(logp.exp()).sum(1))
     torch.testing.assert_close(scalars[1], logp.gather(1, rows.labels[:, None])[:, 0])
     torch.testing.assert_close(scalars[2], logp.amax(1))
-
-
-def test_target_is_the_weighted_sum_of_the_draws() -> None:
-    """Entry by entry in float64, with an excluded teacher and tokens drawn by several teachers."""
-    logits, rows = _logits(), _rows()
-    stored = [_stored(logits[k], rows.labels, seed=k) for k in range(K)]
-    fusion = Fusion(
-        weighting=Fixed(weights={"code": 0.6, "law": 0.4, "prose": 0.0}), temperatures=TEMPERATURES
-    )
-    target, weights_KN = _merged(fusion, stored, rows)
-    expected = torch.zeros(N, V, dtype=torch.float64)
-    for k, name in enumerate(NAMES):
-        temperature = TEMPERATURES.get(name, 1.0)
-        p = logits[k].softmax(1)
-        ratio = (logits[k] / temperature).softmax(1) / p
-        draws = stored[k]
-        for row in range(N):
-            for entry in range(int(draws.starts[row]), int(draws.starts[row + 1])):
-                token = int(draws.ids[entry])
-                share = float(draws.logp[entry].exp()) * float(ratio[row, token])
-                expected[row, token] += float(weights_KN[k, row]) * share
-    torch.testing.assert_close(target.logits(slice(0, N)).exp(), expected, rtol=1e-9, atol=1e-12)
-    assert (target.starts.diff() == (expected > 0).sum(1)).all(), "no token twice in a row"
-    assert target.log_tail is None
 
 
 @pytest.mark.parametrize("temperature", KEPT)

@@ -12,6 +12,7 @@ from torch import Tensor
 import reference
 import reference_losses
 from collegium.distributions import Answer, HiddenRows, NamedRows
+from collegium.fusion.describe import to_recipe
 from collegium.fusion.fitted import Fixed
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import Entropy, PrefixLikelihood
@@ -101,11 +102,7 @@ class Problem:
             z = reference_losses.logits(wide(hidden), wide(table)[:V], **self.head)
             logps.append(z.log_softmax(-1).tolist())
         labels = self.labels.tolist()
-        weights = naive_weights(fusion.weighting, logps, labels)
-        target = [
-            reference.pool([logps[k][t] for k in range(3)], weights[t], fusion.pool)
-            for t in range(N)
-        ]
+        target, _ = reference.fuse(to_recipe(fusion), logps, labels, DOCUMENTS, NAMES)
         trained = [wide(x).requires_grad_() for x in self.trained]
         z = reference_losses.logits(trained[0], trained[1][:V], trained[2], **self.head)
         total = reference_losses.objective(
@@ -121,20 +118,6 @@ class Problem:
 
 def wide(x: Tensor) -> Tensor:
     return x.detach().cpu().double().clone()
-
-
-def naive_weights(weighting: Any, logps: list, labels: list[int]) -> list[list[float]]:
-    if isinstance(weighting, Fixed):
-        return [[weighting.weights[name] for name in NAMES]] * N
-    if isinstance(weighting, PrefixLikelihood):
-        label_logp = [[logps[k][t][labels[t]] for t in range(N)] for k in range(3)]
-        return reference.prefix_weights(label_logp, DOCUMENTS, weighting.eta, weighting.decay)
-    return [
-        reference.entropy_weights(
-            [reference.entropy(logps[k][t]) for k in range(3)], weighting.form, weighting.tau
-        )
-        for t in range(N)
-    ]
 
 
 def agree(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
@@ -176,36 +159,45 @@ def named_target(problem: Problem, *, has_tail: bool) -> NamedRows:
     )
 
 
+NAMED_CASES = [
+    *[("forward_kl", part, has_tail) for part in PARTS for has_tail in (False, True)],
+    *[(name, "both", True) for name, option in DIVERGENCES.items() if not option.allows_draws],
+]
+
+
 @pytest.mark.parametrize("head", [{}, {"scale": 2.0, "softcap": 3.0}], ids=["plain", "capped"])
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("has_tail", [False, True], ids=["draws", "tail"])
+@pytest.mark.parametrize(("name", "part", "has_tail"), NAMED_CASES)
 @pytest.mark.parametrize("dtype", list(BOUND), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_named_targets(backend, dtype, has_tail, part, head):
+def test_named_targets(backend, dtype, name, part, has_tail, head):
+    """On the named tokens and one tail, against autograd in float64."""
     problem, kd_ratio = Problem(dtype, device_of(backend), **head), PARTS[part]
     target = named_target(problem, has_tail=has_tail)
-    objective = Objective(
-        ObjectiveOptions(kd_ratio=kd_ratio, backend=backend, block_size=5), Fusion()
+    options = ObjectiveOptions(
+        kd_ratio=kd_ratio, backend=backend, block_size=5, divergence=DIVERGENCES[name]()
     )
-    answers = [Answer("cache", target)]
-    total = row_losses(objective, problem.student(), answers, problem.rows()).total
+    objective, answers = Objective(options, Fusion()), [Answer("cache", target)]
+    loss = row_losses(objective, problem.student(), answers, problem.rows())
+    with torch.inference_mode():
+        evaluated = row_losses(objective, problem.student(), answers, problem.rows())
+    assert evaluated.terms == loss.terms
     trained = [wide(x).requires_grad_() for x in problem.trained]
     z = reference_losses.logits(trained[0], trained[1][:V], trained[2], **head)
     truth = torch.zeros((), dtype=torch.float64)
     for t in range(N):
         logq = z[t].log_softmax(-1)
         entries = slice(int(target.starts[t]), int(target.starts[t + 1]))
-        ids, logp = target.ids[entries].cpu(), target.logp[entries].cpu().double()
-        kl = (logp.exp() * (logp - logq[ids])).sum()
+        p, q = wide(target.logp[entries]).exp(), logq[target.ids[entries].cpu()].exp()
         if target.log_tail is not None:
-            log_rest = torch.log1p(-logq[ids].exp().sum())
-            log_tail = target.log_tail[t].cpu().double()
-            kl = kl + log_tail.exp() * (log_tail - log_rest)
-        truth = truth + kd_ratio * kl - (1 - kd_ratio) * logq[problem.labels[t]]
+            p = torch.cat([p, wide(target.log_tail[t : t + 1]).exp()])
+            q = torch.cat([q, 1 - q.sum()[None]])
+        kd = reference_losses.DIVERGENCES[name](p, q)
+        truth = truth + kd_ratio * kd - (1 - kd_ratio) * logq[problem.labels[t]]
     grads = torch.autograd.grad(truth, trained)
     bound = max(BOUND[dtype], 1e-7)  # targets are float32
-    torch.testing.assert_close(wide(total), truth.detach(), rtol=bound, atol=bound)
-    agree(problem.grads(total), list(grads), dtype if dtype is not torch.float64 else torch.float32)
+    torch.testing.assert_close(wide(loss.total), truth.detach(), rtol=bound, atol=bound)
+    bound = dtype if dtype is not torch.float64 else torch.float32
+    agree(problem.grads(loss.total), list(grads), bound)
 
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))

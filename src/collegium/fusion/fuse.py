@@ -27,6 +27,7 @@ from collegium.fusion.conflict import (
 from collegium.fusion.fitted import WEIGHTINGS, Route
 from collegium.fusion.merge import merge
 from collegium.fusion.pools import (
+    MIN_SCORE,
     Member,
     Pool,
     PoolKind,
@@ -44,9 +45,6 @@ from collegium.types import Batch, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MIN_SCORE = -1e300
-"""Finite stand-in for a log-weight of -inf. Avoids NaN in later differences."""
 
 
 @option
@@ -360,6 +358,7 @@ class StreamedTarget:
         members = [self._add(number, block, pool, mixture) for number in range(len(self._names))]
         stats = RowStats.stack([member[0] for member in members])
         score_Kn = torch.stack([member[1] for member in members])
+        entropy_Kn = torch.stack([member[2] for member in members])
         pooled = pool.result()
         conflict = None
         if policy.is_active:
@@ -367,7 +366,7 @@ class StreamedTarget:
             mixture_nV = (pooled if mixture is None else mixture.result())[0].logp_()
             weights_Kn = score_Kn.softmax(0).to(stats.entropy_KN.dtype)
             mixture_entropy_n = -mixture_nV.exp().mul_(mixture_nV).sum(-1)
-            disagreement_n = disagreement(mixture_entropy_n, stats.entropy_KN, weights_Kn)
+            disagreement_n = disagreement(mixture_entropy_n, entropy_Kn, weights_Kn)
             changed_Kn = policy.scores(score_Kn, stats.label_logp_KN, disagreement_n)
             is_changed_n = (changed_Kn != score_Kn).any(0)
             if is_changed_n.any():
@@ -377,15 +376,18 @@ class StreamedTarget:
 
     def _add(
         self, number: int, block: slice, pool: Pool, mixture: Pool | None
-    ) -> tuple[RowStats, Tensor]:
-        """Pool one teacher's distribution, and keep its statistics and (n,) scores."""
+    ) -> tuple[RowStats, Tensor, Tensor]:
+        """Pool one teacher's distribution; return its statistics, (n,) scores and (n,) entropy."""
         member = self._member(number, block)
         score_n = self._scores(number, member.stats, block)
+        entropy_n = member.stats.entropy_KN
+        if self._fusion.conflict.is_active:
+            entropy_n = self._reader.entropy(number, member)
         if not self._is_excluded[number]:
             if mixture is not None:
                 mixture.add(member, score_n)
             pool.add(member, score_n)
-        return member.stats, score_n
+        return member.stats, score_n, entropy_n
 
     def _member(self, number: int, block: slice) -> Member:
         # The only pooled member stays in the buffer in which its head wrote it.
@@ -446,12 +448,10 @@ class StreamedTarget:
         if self._swept_KN is not None:
             score_n = self._swept_KN[number, block]
         else:
-            answered_KN, name = self._reader.answered_KN, self._names[number]
-            shared_1n = None if answered_KN is None else answered_KN[:, block].all(0)[None]
             score_1n, self._carries[number] = self._fusion.weighting.stream(
-                replace(RowStats.stack([stats]), answered_KN=shared_1n),
+                RowStats.stack([stats]),
                 self._rows.part(block),
-                [name],
+                [self._names[number]],
                 self._carries[number],
             )
             score_n = score_1n[0]

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING
 
 from collegium.distributions import Answer, NamedRows
 from collegium.fusion.conflict import Conflict, ConflictBlock, disagreement
-from collegium.fusion.pools import PoolKind, answered_mask, check_coverage, masked_scores
+from collegium.fusion.pools import (
+    PoolKind,
+    answered_mask,
+    check_coverage,
+    masked_scores,
+    shared_mask,
+)
 from collegium.fusion.weighting import RowStats, Weighting
 from collegium.kernels.rows import logp_floor
 from collegium.options import torch
@@ -73,7 +79,11 @@ def merge(
     check_coverage(answered_KN)
     parts = [_Part.of(answer, rows, temperatures) for answer in answers]
     names = [answer.name for answer in answers]
-    stats = replace(RowStats.stack([part.stats for part in parts]), answered_KN=answered_KN)
+    stats = replace(
+        RowStats.stack([part.stats for part in parts]),
+        answered_KN=answered_KN,
+        shared_N=shared_mask(answered_KN, rows),
+    )
     if all(part.rows.is_sampled for part in parts):
         logw_KN = _log_weights(weighting, stats, rows, names)
         return Merged(_mean_of_draws(parts, logw_KN, len(rows)), _weights(logw_KN, stats))

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PoolKind = Literal["linear", "log_linear", "power_mean"]
+MIN_SCORE = -1e300
+"""Finite stand-in for a log-weight of -inf. Avoids NaN in later differences."""
 
 
 class RowReader:
@@ -100,7 +102,8 @@ class TeacherReader:
         self._kernels = kernels or TorchKernels()
         self._workspace = workspace or Workspace()
         self._temperatures = [temperatures.get(answer.name, 1.0) for answer in answers]
-        self.answered_KN = answered_mask(answers, rows)
+        self._answered_KN = answered_mask(answers, rows)
+        self._shared_N = shared_mask(self._answered_KN, rows)
         self._distributions = [
             _prepared(answer, temperature, len(rows))
             for answer, temperature in zip(answers, self._temperatures, strict=True)
@@ -123,9 +126,12 @@ class TeacherReader:
                 logsumexp = computed
             label_logp_n = computed.logp(raw.at_labels(labels_n)[0])
             scalars = entropy_n, label_logp_n, -computed.log_sum_n
-        answered_KN = self.answered_KN
-        answered_n = None if answered_KN is None else answered_KN[number, block]
-        stats = RowStats(*scalars, answered_KN=answered_n)
+        answered_KN, shared_N = self._answered_KN, self._shared_N
+        stats = RowStats(
+            *scalars,
+            answered_KN=None if answered_KN is None else answered_KN[number, block],
+            shared_N=None if shared_N is None else shared_N[block],
+        )
         is_normalized = not (distribution.has_draws and temperature != 1.0)
         return Member(raw, logsumexp, stats, is_scratch, is_normalized)
 
@@ -139,20 +145,30 @@ class TeacherReader:
         if not consensus:
             return RowStats.stack([self.member(number, block).stats for number in numbers])
         pool = Pool("linear", len(self._distributions), kernels=self._kernels)
-        all_stats = []
+        all_stats, entropies = [], []
         for number in numbers:
             member = self.member(number, block)
             score_n = torch.zeros_like(member.stats.entropy_KN, dtype=torch.float64)
-            pool.add(member, masked_scores(score_n, member.stats))
+            pool.add(member, masked_scores(score_n, member.stats).clamp(min=MIN_SCORE))
             all_stats.append(member.stats)
+            entropies.append(self.entropy(number, member))
         stats = RowStats.stack(all_stats)
         mean_logp_nV = pool.result()[0].logp_()
         cross = []
         for number in numbers:
             prob_nV = self._probabilities(number, block)
             cross.append(-prob_nV.mul_(mean_logp_nV).sum(-1))
-        kl_Kn = (torch.stack(cross) - stats.entropy_KN).clamp(min=0.0)
+        kl_Kn = (torch.stack(cross) - torch.stack(entropies)).clamp(min=0.0)
         return replace(stats, consensus_kl_KN=kl_Kn)
+
+    def entropy(self, number: int, member: Member) -> Tensor:
+        """(n,) entropy of a member as it is pooled.
+
+        Stored statistics describe the whole distribution, which named tokens and a tail coarsen.
+        """
+        if self._distributions[number].is_full:
+            return member.stats.entropy_KN
+        return self._kernels.read(member.rows)[1]
 
     def _probabilities(self, number: int, block: slice) -> Tensor:
         """(n, V) probabilities of one teacher in a new tensor."""
@@ -180,6 +196,19 @@ def answered_mask(answers: Sequence[Answer], rows: Rows) -> Tensor | None:
             answered_N.zero_()
             answered_N[answer.rows.to(answered_N.device)] = True
     return answered_KN
+
+
+def shared_mask(answered_KN: Tensor | None, rows: Rows) -> Tensor | None:
+    """(N,) bool: the rows answered by every teacher that answers in their document. None for all.
+
+    A teacher without an answer in a document has no share in its weights.
+    """
+    if answered_KN is None:
+        return None
+    _, place_N = torch.unique_consecutive(rows.documents, return_inverse=True)
+    num_answers_KD = answered_KN.new_zeros(len(answered_KN), len(rows), dtype=torch.int64)
+    num_answers_KD.index_add_(1, place_N, answered_KN.long())
+    return (answered_KN | (num_answers_KD == 0)[:, place_N]).all(0)
 
 
 def check_coverage(answered_KN: Tensor | None) -> None:

@@ -121,6 +121,8 @@ class Entropy(Weighting):
         # One teacher holds all the entropy, so its complement is 0 and the log would be -inf.
         if len(teachers) == 1:
             return torch.zeros_like(entropy_KN)
+        if stats.answered_KN is not None:
+            entropy_KN = entropy_KN.masked_fill(~stats.answered_KN, 0.0)
         share_KN = entropy_KN / entropy_KN.sum(0).clamp(min=MIN_ENTROPY)
         return torch.log1p(-share_KN.clamp(max=1.0))
 
@@ -158,9 +160,9 @@ class PrefixLikelihood(Weighting):
         # `clamp` copies, so the in-place scan below does not touch the statistics.
         evidence_Kn = stats.label_logp_KN.double().clamp(min=MIN_LOGP)
         zero = evidence_Kn.new_zeros(())
-        if stats.answered_KN is not None:
-            # Evidence is comparable only at rows that every teacher answers.
-            evidence_Kn = torch.where(stats.answered_KN.all(0), evidence_Kn, zero)
+        if stats.shared_N is not None:
+            # Evidence is comparable only at rows that all teachers of the document answer.
+            evidence_Kn = torch.where(stats.shared_N, evidence_Kn, zero)
         carried_K = torch.zeros_like(evidence_Kn[:, 0])
         if carry is not None:
             continues = documents_n[0] == carry.document

@@ -35,11 +35,13 @@ class RowStats:
     """(K, N) nats, KL(P_k || mean of all P). None unless the rule sets `needs_consensus`."""
     answered_KN: Tensor | None = None
     """(K, N) bool: the teacher answers the row. None for all. Statistics of other rows are 0."""
+    shared_N: Tensor | None = None
+    """(N,) bool: every teacher that answers in the document answers the row. None for all."""
 
     @classmethod
     def stack(cls, parts: Sequence[RowStats]) -> RowStats:
         """Stack the (N,) statistics of each teacher into (K, N)."""
-        return cls._joined(parts, torch.stack)
+        return replace(cls._joined(parts, torch.stack), shared_N=parts[0].shared_N)
 
     @classmethod
     def cat(cls, parts: Sequence[RowStats]) -> RowStats:
@@ -58,18 +60,21 @@ class RowStats:
             join([part.max_logp_KN for part in parts]),
             optional([part.consensus_kl_KN for part in parts]),
             optional([part.answered_KN for part in parts]),
+            optional([part.shared_N for part in parts]),
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RowStats:
-        """Apply a function to every column, such as a selection of rows."""
-        return self._joined([self], lambda columns: function(columns[0]))
+        """Apply a function to every (K, N) column, such as a selection of rows."""
+        mask_N, columns = self.shared_N, replace(self, shared_N=None)
+        mapped = self._joined([columns], lambda columns: function(columns[0]))
+        return replace(mapped, shared_N=None if mask_N is None else function(mask_N[None])[0])
 
     def with_nan(self) -> RowStats:
         """The same statistics with NaN at rows without an answer, for reports."""
         if self.answered_KN is None:
             return self
         is_missing_KN = ~self.answered_KN
-        columns = replace(self, answered_KN=None)
+        columns = replace(self, answered_KN=None, shared_N=None)
         return columns.map(lambda column_KN: column_KN.masked_fill(is_missing_KN, torch.nan))
 
     def consensus_kl(self) -> Tensor:
@@ -198,7 +203,7 @@ class Weighting(ABC):
         """Score one block of rows of a rule that streams.
 
         Args:
-            stats: (1, n) each, of one teacher; `answered_KN` marks rows that every teacher answers.
+            stats: (1, n) each, of one teacher.
             rows: the same n rows, which follow those of the call before.
             teachers: the name of the teacher.
             carry: the carry returned for the preceding rows, None at the first.
