@@ -23,12 +23,12 @@ demo: $(STAMP)
 	$(BIN)/collegium demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --include='*/collegium/fusion/*,*/collegium/losses/*,*/collegium/train/*' --fail-under=95
 
 # All cases of all sweeps: `make test` runs a fixed sample of the longest ones.
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --all
+	$(BIN)/python -m pytest -n 2 --dist worksteal --all
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

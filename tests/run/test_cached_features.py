@@ -16,10 +16,10 @@ from collegium.config.recipe import Recipe, dump_recipe, load_recipe
 from collegium.data.pack import Collator
 from collegium.errors import CacheError, RecipeError
 from collegium.run import pipeline
-from collegium.run.artifacts import Student
 from collegium.run.caches import HiddenCache
 from collegium.run.context import RunContext
 from collegium.run.controls import main_variant
+from collegium.run.students import Student
 from collegium.storage.files import read_json
 from collegium.types import Batch
 from refusals import refused

@@ -27,10 +27,10 @@ from collegium.fusion.requirements import FIXED_PER_ROW, check, fusion_requireme
 from collegium.fusion.rules import Entropy, PrefixLikelihood, Uniform
 from collegium.losses.pairing import FeatureOptions
 from collegium.run import pipeline
-from collegium.run.artifacts import Student
 from collegium.run.caches import FusedCache
 from collegium.run.context import RunContext
 from collegium.run.controls import CONTROLS, Measured, main_variant
+from collegium.run.students import Student
 from collegium.storage.files import read_json
 from collegium.teachers.cached import CachedTargets
 from collegium.types import Batch, domain_number

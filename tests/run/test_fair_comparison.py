@@ -21,10 +21,10 @@ from collegium.errors import TrainingError
 from collegium.fusion.fuse import Fusion
 from collegium.losses.pairing import FeatureOptions
 from collegium.models.loading import count_parameters
-from collegium.run import artifacts, pipeline
-from collegium.run.artifacts import Student
+from collegium.run import artifacts, choice, pipeline
 from collegium.run.context import RunContext
 from collegium.run.controls import CONTROLS, Measured, main_variant
+from collegium.run.students import Student
 from collegium.train import options as options_module
 from collegium.train.options import TrainOptions, training_arguments
 from refusals import refused
@@ -93,8 +93,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
     """Observe a complete run with three controls."""
     recipe = make_zoo(tmp_path_factory.mktemp("fair"))
     observed: dict[str, Any] = {"trainers": {}, "scored": {}}
-    real_preflight, real_score = artifacts.run_preflight, artifacts.score_models
-    real_record, real_trainer = artifacts.record, Student.trainer
+    real_preflight, real_score = choice.run_preflight, artifacts.score_models
+    real_record, real_trainer = choice.record, Student.trainer
 
     def run_preflight(teachers: Any, dataset: Any, **named: Any) -> Any:
         observed["preflight_data"] = dataset.fingerprint
@@ -120,9 +120,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artifacts, "run_preflight", run_preflight)
+        patch.setattr(choice, "run_preflight", run_preflight)
         patch.setattr(artifacts, "score_models", score_models)
-        patch.setattr(artifacts, "record", record)
+        patch.setattr(choice, "record", record)
         patch.setattr(Student, "trainer", trainer)
         pipeline.run(recipe)
     return Witness(recipe=recipe, context=RunContext(recipe), **observed)
@@ -250,7 +250,7 @@ def test_a_student_on_the_cpu_is_trained_there(
         values.append(on_cpu)
         return real(options, on_cpu=True, **named)
 
-    monkeypatch.setattr("collegium.run.artifacts.training_arguments", arguments)
+    monkeypatch.setattr("collegium.run.students.training_arguments", arguments)
     recipe = make_zoo(tmp_path)
     recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, device="cpu"))
     context = RunContext(recipe)

@@ -24,10 +24,10 @@ from collegium.fusion.requirements import check, fusion_requirements
 from collegium.fusion.rules import Entropy, Uniform
 from collegium.preflight.measure import run_preflight
 from collegium.run import pipeline
-from collegium.run.artifacts import Student
 from collegium.run.caches import TeacherCache
 from collegium.run.context import RunContext
 from collegium.run.controls import CONTROLS, Measured
+from collegium.run.students import Student
 from collegium.storage.files import read_json
 from collegium.teachers.cached import CachedTeacher
 from collegium.teachers.local import LocalTeacher

@@ -20,8 +20,9 @@ from collegium.errors import (
 )
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, Uniform
-from collegium.run import artifacts, pipeline
+from collegium.run import pipeline
 from collegium.run.controls import CONTROLS, Measured, main_variant
+from collegium.run.students import Student
 from collegium.storage.files import read_json
 from refusals import refused
 from tiny_run import recipe_text, write_zoo
@@ -87,7 +88,7 @@ def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.Mon
 
     for name in ("run_preflight", "score_models"):
         monkeypatch.setattr(artifacts, name, refuse)
-    monkeypatch.setattr(artifacts.Student, "trainer", refuse)
+    monkeypatch.setattr(Student, "trainer", refuse)
     assert pipeline.run(load_recipe(finished / "recipe.yaml")) == finished
 
 

@@ -26,7 +26,7 @@ from collegium.config.yaml import (
     yaml_writer,
 )
 from collegium.data.sources import DataOptions
-from collegium.errors import RecipeError
+from collegium.errors import RecipeError, nearest
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
 from collegium.models.student import AnyStudent

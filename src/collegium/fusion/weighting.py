@@ -159,8 +159,6 @@ class Conditions:
     """Whether to try fitted rules, and rules that apply each head more than once."""
 
 
-
-
 class Weighting(ABC):
     """A rule that maps statistics of rows to unnormalized log-weights of teachers.
 

@@ -119,7 +119,8 @@ class BlockEngine:
         hidden_ND, weight_VD, bias_V = self._inputs
         if not self.is_trained:
             return total
-        return _Precomputed.apply(hidden_ND, weight_VD, bias_V, total, self._grads)  # type: ignore[return-value]
+        tensors = hidden_ND, weight_VD, bias_V, total, self._grads
+        return _Precomputed.apply(*tensors)  # type: ignore[return-value]
 
     def _hidden(self, block: slice) -> Tensor:
         return self._inputs[0].detach()[block].to(self._head.weight.dtype)
@@ -194,7 +195,8 @@ class _Precomputed(torch.autograd.Function):
             )
         # Without retain_graph the gradients are scaled in place: that of the head is the largest
         # tensor of a loss, and a copy would cost as much memory as a block.
-        is_kept = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+        bindings: Any = torch._C  # the function is missing in the stubs
+        is_kept = bindings._autograd._get_current_graph_task_keep_graph()
         grads = [
             None if grad is None else _scaled(grad, grad_output, dtype, in_place=not is_kept)
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)

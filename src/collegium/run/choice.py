@@ -1,0 +1,144 @@
+"""The preflight of a run, and the fusion that it chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from collegium.cache.keys import BatchKeys
+from collegium.cache.processes import Ranks
+from collegium.config.recipe import decode_fusion
+from collegium.console import progress
+from collegium.data.pack import PackedDataset
+from collegium.distributions import Teacher
+from collegium.errors import RecipeError
+from collegium.evaluate.scoring import (
+    OnProgress,
+    iterate_chunks,
+    spread_windows,
+)
+from collegium.fusion.fuse import Fusion
+from collegium.preflight.measure import run_preflight
+from collegium.run.artifact import Artifact
+from collegium.run.caches import TeacherCache
+from collegium.run.context import RunContext, free_memory
+from collegium.storage.files import fingerprint, write_json
+from collegium.storage.records import (
+    PreflightReport,
+    open_record,
+)
+from collegium.teachers.cached import CachedTeacher
+from collegium.teachers.recorded import record
+from collegium.types import Batch, Rows
+
+
+class Preflight(Artifact[PreflightReport]):
+    """Quality, calibration and disagreement of the teachers, and the fusion chosen from them."""
+
+    @property
+    def name(self) -> str:
+        return "preflight"
+
+    @property
+    def path(self) -> Path:
+        return self.context.folder.path / "preflight.json"
+
+    def identity(self) -> Any:
+        inputs = self.context.inputs("student", "teachers", "data", "preflight")
+        caches = {cache.teacher: cache.identity() for cache in self.dependencies()}
+        return [fingerprint(inputs), caches] if caches else inputs
+
+    def dependencies(self) -> Sequence[TeacherCache]:
+        """The per-teacher caches of the calibration split, if the recipe has them."""
+        recipe = self.context.recipe
+        if not recipe.cache.enabled or recipe.cache.kind == "fused":
+            return ()
+        return [TeacherCache(self.context, name, "calibration") for name in recipe.teachers]
+
+    def build(self) -> None:
+        context, options = self.context, self.context.recipe.preflight
+        split, held_out = context.datasets["calibration"], context.datasets["validation"]
+        batch_size, max_tokens = options.batch_size, options.max_tokens
+        caches = self.dependencies()
+        with context.scratch() as scratch, progress(self.name) as advance:
+            teachers: Sequence[Teacher]
+            if caches:
+                keys = BatchKeys(split.sample_names)
+                teachers = [CachedTeacher(one.teacher, one.open(), keys) for one in caches]
+            else:
+                recorder = Recorder(scratch, [split, held_out], batch_size, max_tokens)
+                teachers = [recorder.teacher(context, name) for name in context.recipe.teachers]
+            result = run_preflight(
+                teachers,
+                split,
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                extended=options.candidates == "extended",
+                # A cache of the calibration split does not cover the validation split.
+                held_out=None if caches else held_out,
+                progress=advance,
+            )
+        write_json(self.path, result.to_json())
+
+    def open(self) -> PreflightReport:
+        return open_record(self.path, PreflightReport)
+
+
+def resolved_fusion(context: RunContext) -> Fusion | None:
+    """Return the fusion of the recipe or, for `auto`, of the preflight. None without teachers.
+
+    Raises:
+        RecipeError: it is `auto` without a finished preflight, in one of several processes.
+    """
+    recipe = context.recipe
+    if not recipe.teachers or isinstance(recipe.fusion, Fusion):
+        return recipe.fusion if isinstance(recipe.fusion, Fusion) and recipe.teachers else None
+    preflight = Preflight(context)
+    if not Ranks.from_environment().is_single and not preflight.is_done():
+        raise RecipeError(
+            "fusion: got auto, and preflight is not done; must be known to all processes that "
+            "build a cache together; run `collegium preflight` before, or name a fusion"
+        )
+    return decode_fusion(preflight.ensure().chosen.fusion)
+
+
+class Recorder:
+    """Records models one after the other, on the batches that an evaluation will read.
+
+    At most one of them is in memory. The recordings are used like the models.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        splits: Sequence[PackedDataset],
+        batch_size: int,
+        max_tokens: int | None,
+    ) -> None:
+        """Write to `folder`. The arguments are those of `score_models`."""
+        self._folder = folder
+        self._splits = splits
+        self._batch_size = batch_size
+        self._max_tokens = max_tokens
+
+    def __call__(self, name: str, load: Callable[[], Teacher]) -> Teacher:
+        """Load a model, record it and release it."""
+        folder = self._folder / str(len(list(self._folder.iterdir())))
+        with progress(f"reading with {name}") as advance:
+            recorded = record(load(), self._batches(advance), folder)
+        free_memory()
+        return recorded
+
+    def teacher(self, context: RunContext, name: str) -> Teacher:
+        """Record a teacher of a run."""
+        return self(name, partial(context.take_teacher, name))
+
+    def _batches(self, advance: OnProgress) -> Iterator[tuple[Batch, Rows]]:
+        for split in self._splits:
+            windows = spread_windows(split, self._max_tokens)
+            for chunk in iterate_chunks(
+                split, batch_size=self._batch_size, windows=windows, progress=advance
+            ):
+                yield chunk.batch, chunk.rows
