@@ -21,6 +21,7 @@ from collegium.errors import TrainingError
 from collegium.fusion.fuse import Fusion
 from collegium.losses.pairing import FeatureOptions
 from collegium.models.loading import count_parameters
+from collegium.models.student import PretrainedStudent
 from collegium.run import artifacts, choice, pipeline
 from collegium.run.context import RunContext
 from collegium.run.controls import CONTROLS, Measured, main_variant
@@ -222,7 +223,7 @@ def test_keys_cover_the_text_and_the_initial_weights_of_a_student(tmp_path: Path
     recipe = make_zoo(tmp_path)
     trained = dataclasses.replace(
         recipe,
-        student=dataclasses.replace(recipe.student, config=None, model=str(tmp_path / "code")),
+        student=PretrainedStudent(model=str(tmp_path / "code")),
     )
     before = RunContext(recipe).inputs("data"), RunContext(trained).inputs("student")
     assert before == (RunContext(recipe).inputs("data"), RunContext(trained).inputs("student"))
