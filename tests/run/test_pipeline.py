@@ -20,7 +20,7 @@ from collegium.errors import (
 )
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, Uniform
-from collegium.run import pipeline
+from collegium.run import artifacts, choice, pipeline
 from collegium.run.controls import CONTROLS, Measured, main_variant
 from collegium.run.students import Student
 from collegium.storage.files import read_json
@@ -86,8 +86,8 @@ def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.Mon
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("ran again")
 
-    for name in ("run_preflight", "score_models"):
-        monkeypatch.setattr(artifacts, name, refuse)
+    monkeypatch.setattr(choice, "run_preflight", refuse)
+    monkeypatch.setattr(artifacts, "score_models", refuse)
     monkeypatch.setattr(Student, "trainer", refuse)
     assert pipeline.run(load_recipe(finished / "recipe.yaml")) == finished
 
