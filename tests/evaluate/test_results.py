@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from collegium.errors import CollegiumError
-from collegium.evaluate.metrics import Metrics, ScoredTokens
-from collegium.evaluate.scoring import FUSED, results_rows, score_models
+from collegium.evaluate.metrics import Metrics, ScoredTokens, perplexity
+from collegium.evaluate.scoring import FUSED, Windows, results_rows, score_models
 from collegium.fusion.fuse import Fusion
 from collegium.storage.records import ModelInfo, ResultRow
 from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
@@ -27,7 +27,7 @@ def model(name: str, sharpness: float) -> BigramTeacher:
 def rows() -> list[ResultRow]:
     teachers = [model("a", 3.0), model("b", 2.0)]
     models = [model("distilled", 2.5), model("untouched", 0.1), *teachers, model("ce_only", 1.0)]
-    scored = score_models(models, teachers, Fusion(), DATASET, batch_size=4)
+    scored = score_models(models, teachers, Fusion(), Windows.spread(DATASET, 4))
     about = [
         ModelInfo(name="distilled", kind="student", steps=10, train_tokens=99),
         ModelInfo(name="untouched", kind="untouched", num_parameters=1_100_000),
@@ -61,7 +61,6 @@ def test_rows_have_the_keys_of_the_file_format() -> None:
 def test_infinite_values_become_null() -> None:
     ones = np.ones(2, np.float32)
     infinite = Metrics(
-        name="a",
         targets=ScoredTokens(np.zeros(2, int), np.zeros(2, int), np.zeros(2, int), ("x",)),
         nll_N=np.array([math.inf, 1.0], np.float32),
         entropy_N=ones,
@@ -78,21 +77,20 @@ def test_infinite_values_become_null() -> None:
 
 
 def test_a_huge_nll_has_no_perplexity() -> None:
-    huge = score_models([model("a", 0.1)], [], None, DATASET, batch_size=4)["a"]
+    huge = score_models([model("a", 0.1)], [], None, Windows.spread(DATASET, 4))["a"]
     # exp(5000) overflows float64.
     big = Metrics(
-        name="a",
         targets=huge.targets,
         nll_N=huge.nll_N + np.float32(5000),
         entropy_N=huge.entropy_N,
         confidence_N=huge.confidence_N,
         is_correct_N=huge.is_correct_N,
     )
-    assert big.perplexity == math.inf
+    assert perplexity(big.nll) == math.inf
     assert big.scores().perplexity is None
 
 
 def test_a_model_without_description() -> None:
-    scored = score_models([model("a", 3.0)], [], None, DATASET, batch_size=4)
+    scored = score_models([model("a", 3.0)], [], None, Windows.spread(DATASET, 4))
     with refused(CollegiumError, "results"):
         results_rows(scored, [])

@@ -16,8 +16,9 @@ import tiny
 from collegium.data.windows import PackedDataset
 from collegium.distributions import Answer
 from collegium.errors import CollegiumError, DataError, ModelError
+from collegium.evaluate import scoring
 from collegium.evaluate.metrics import Metrics, ScoredTokens
-from collegium.evaluate.scoring import FUSED, iterate_chunks, score_models
+from collegium.evaluate.scoring import FUSED, Windows, score_models
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import PrefixLikelihood, Uniform
 from collegium.preflight.measure import run_preflight
@@ -95,7 +96,7 @@ def test_figures_equal_naive_loops() -> None:
     student, teachers = local("student", 0), [local("a", 1), local("b", 2)]
     expected = naive_figures(student, teachers)
     fusion, data = Fusion(weighting=Uniform()), text_dataset(packing=False)
-    scored = score_models([student], teachers, fusion, data, batch_size=2)["student"]
+    scored = score_models([student], teachers, fusion, Windows.spread(data, 2))["student"]
     figures = scored.scores().to_json()
     figures["agreement"] = figures["agreement"]["a"]  # type: ignore[index]
     for key, value in expected.items():
@@ -123,7 +124,7 @@ def test_the_calibration_error_has_fifteen_bins_of_equal_mass() -> None:
 
 def test_fused_target_agrees_with_itself() -> None:
     teachers = [local("a", 1), local("b", 2)]
-    scored = score_models(teachers, teachers, Fusion(), text_dataset(), batch_size=2)
+    scored = score_models(teachers, teachers, Fusion(), Windows.spread(text_dataset(), 2))
     assert list(scored) == ["a", "b", FUSED]
     fused = scored[FUSED].scores().to_json()
     assert fused["kl_to_fused"] == 0.0
@@ -135,7 +136,7 @@ def test_fused_target_agrees_with_itself() -> None:
 
 def test_a_single_teacher_is_its_fused_target() -> None:
     teacher = local("a", 1)
-    scored = score_models([teacher], [teacher], Fusion(), text_dataset(), batch_size=2)
+    scored = score_models([teacher], [teacher], Fusion(), Windows.spread(text_dataset(), 2))
     figures = scored["a"].scores().to_json()
     assert figures["kl_to_fused"] == pytest.approx(0.0, abs=1e-7)
     assert figures["agreement_fused"] == 1.0
@@ -154,22 +155,25 @@ def assert_same(first: dict[str, Metrics], other: dict[str, Metrics]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("packing", "batch_size", "block_size"), [(False, 2, None), (True, 1, None), (True, 4, 7)]
+    ("packing", "batch_size", "is_cut"), [(False, 2, False), (True, 1, False), (True, 4, True)]
 )
 def test_layout_and_block_size_do_not_matter(
-    packing: bool, batch_size: int, block_size: int | None
+    packing: bool, batch_size: int, is_cut: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models, fusion = [local("a", 1), local("b", 2)], Fusion(weighting=PrefixLikelihood(eta=0.5))
-    base = score_models(models, models, fusion, text_dataset(max_length=64), batch_size=2)
+    base = score_models(models, models, fusion, Windows.spread(text_dataset(max_length=64), 2))
     data = text_dataset(packing=packing, max_length=64)
-    other = score_models(models, models, fusion, data, batch_size=batch_size, block_size=block_size)
+    if is_cut:
+        # Down to the smallest blocks, of 16 rows.
+        monkeypatch.setattr(scoring, "BLOCK_ELEMENTS", 1)
+    other = score_models(models, models, fusion, Windows.spread(data, batch_size))
     assert_same(base, other)
 
 
 def test_each_scorer_runs_once_per_batch() -> None:
     dataset = id_dataset([[1, 2, 3, 4]] * 4, ["x"] * 4, max_length=8)
     teacher = BigramTeacher("a", bigram_logits(vocab_size=8, step=1, sharpness=2.0))
-    score_models([teacher], [teacher], Fusion(), dataset, batch_size=1)
+    score_models([teacher], [teacher], Fusion(), Windows.spread(dataset, 1))
     # Four documents of four tokens fill two windows of eight.
     assert teacher.num_calls == len(dataset) == 2
 
@@ -188,7 +192,7 @@ def test_batches_are_freed_after_scoring() -> None:
 
     dataset = id_dataset([[1, 2, 3, 4]] * 12, ["x"] * 12, max_length=8)
     teacher = Watching("a", bigram_logits(vocab_size=8, step=1, sharpness=2.0))
-    score_models([teacher], [teacher], Fusion(), dataset, batch_size=1)
+    score_models([teacher], [teacher], Fusion(), Windows.spread(dataset, 1))
     run_preflight([teacher], dataset, batch_size=1)
     assert len(live) >= 2 * len(dataset)
     assert max_live <= 2, "only the previous batch may still be alive"
@@ -201,13 +205,13 @@ def test_an_unavailable_accelerator_is_not_used(monkeypatch: pytest.MonkeyPatch)
         return None if check_available else torch.device("cuda")
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
-    (chunk, *_) = iterate_chunks(id_dataset([[1, 2, 3]], ["x"]), batch_size=1)
-    assert chunk.batch.input_ids.device.type == chunk.rows.index.device.type
-    assert torch.cuda.is_available() or chunk.rows.index.device.type != "cuda"
+    batch, rows, _ = next(Windows.spread(id_dataset([[1, 2, 3]], ["x"]), 1).batches())
+    assert batch.input_ids.device.type == rows.index.device.type
+    assert torch.cuda.is_available() or rows.index.device.type != "cuda"
 
 
 def test_domains_add_up() -> None:
-    scored = score_models([local("a", 1)], [], None, text_dataset(), batch_size=2)["a"]
+    scored = score_models([local("a", 1)], [], None, Windows.spread(text_dataset(), 2))["a"]
     figures = scored.scores().to_json()
     domains = figures["domains"]
     assert list(domains) == ["code", "prose"]  # type: ignore[call-overload]
@@ -225,7 +229,7 @@ def test_domains_add_up() -> None:
 def test_max_tokens_reads_a_part() -> None:
     dataset = id_dataset([[1, 2, 3, 4] * 4] * 20, ["x"] * 20, max_length=16)
     teacher = BigramTeacher("a", bigram_logits(vocab_size=8, step=1, sharpness=2.0))
-    scored = score_models([teacher], [], None, dataset, batch_size=3, max_tokens=60)["a"]
+    scored = score_models([teacher], [], None, Windows.spread(dataset, 3, 60))["a"]
     # A window has 15 targets, so 60 tokens are 4 of the 20 windows.
     assert len(scored.targets) == 60
     assert sorted(set(scored.targets.samples_N)) == [0, 5, 10, 15]
@@ -234,28 +238,27 @@ def test_max_tokens_reads_a_part() -> None:
 def test_duplicate_model_names() -> None:
     models = [local("a", 1), local("a", 2)]
     with refused(CollegiumError, "score_models"):
-        score_models(models, [], None, text_dataset(), batch_size=2)
+        score_models(models, [], None, Windows.spread(text_dataset(), 2))
 
 
 def test_nothing_to_score() -> None:
     empty: PackedDataset = id_dataset([[1]], ["x"])
     with refused(DataError, "evaluation"):
-        score_models([local("a", 1)], [], None, empty, batch_size=2)
+        score_models([local("a", 1)], [], None, Windows.spread(empty, 2))
 
 
 def test_a_model_with_nan_is_named() -> None:
     broken = BigramTeacher("broken", torch.full((8, 8), math.nan))
     with refused(ModelError, "model `broken`"):
-        score_models([broken], [], None, id_dataset([[1, 2, 3]], ["x"]), batch_size=1)
+        score_models([broken], [], None, Windows.spread(id_dataset([[1, 2, 3]], ["x"]), 1))
 
 
-def metrics_of(nll: list[float], samples: list[int], name: str = "a") -> Metrics:
+def metrics_of(nll: list[float], samples: list[int]) -> Metrics:
     size = len(nll)
     targets = ScoredTokens(np.array(samples), np.zeros(size, int), np.ones(size, int), ("x",))
     ones = np.ones(size, np.float32)
     values = np.array(nll, np.float32)
     return Metrics(
-        name=name,
         targets=targets,
         nll_N=values,
         entropy_N=ones,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from collegium.evaluate.scoring import Windows
 from collegium.fusion.fuse import Fusion
 from collegium.preflight.held_out import held_out_report
 from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
@@ -19,12 +20,7 @@ def test_a_teacher_may_have_the_name_of_a_calibrated_one() -> None:
         for name, step in (("a", 1), ("a (calibrated)", 5))
     ]
     report = held_out_report(
-        teachers,
-        Fusion(),
-        data,
-        temperatures={"a": 2.0, "a (calibrated)": None},
-        batch_size=2,
-        max_tokens=None,
+        teachers, Fusion(), Windows.spread(data, 2), {"a": 2.0, "a (calibrated)": None}
     ).to_json()
     a, other = report["teachers"].values()
     assert list(report["teachers"]) == ["a", "a (calibrated)"]

@@ -14,7 +14,7 @@ import torch
 from collegium.config.recipe import decode_fusion
 from collegium.data.windows import PackedDataset
 from collegium.errors import CollegiumError
-from collegium.evaluate.scoring import FUSED, score_models, spread_windows
+from collegium.evaluate.scoring import FUSED, Windows, score_models
 from collegium.fusion.describe import describe
 from collegium.fusion.fitted import DomainWeights, Fixed, Route
 from collegium.fusion.fuse import Fusion
@@ -26,7 +26,7 @@ from collegium.preflight import sweeps
 from collegium.preflight.advice import Findings, findings_of, verdict_sentences
 from collegium.preflight.measure import run_preflight
 from collegium.preflight.search import Candidate, FoldedFusion, Search, choose
-from collegium.preflight.sweeps import CalibrationSplit, pairwise_jsd, sweep_teachers
+from collegium.preflight.sweeps import pairwise_jsd, sweep_teachers
 from evaluation_cases import BigramTeacher, bigram_logits, id_dataset, walks
 from refusals import refused
 
@@ -184,8 +184,7 @@ def test_every_calibration_is_tried() -> None:
 @lru_cache(maxsize=1)
 def search_of_two() -> tuple[list[BigramTeacher], Search, list[Candidate]]:
     teachers = [specialist("one", 1, 9.0), specialist("five", 5)]
-    windows = spread_windows(two_domains(), None)
-    split = CalibrationSplit(two_domains(), windows, 8)
+    split = Windows.spread(two_domains(), 8)
     scalars = sweep_teachers(teachers, split)
     search = Search(teachers, scalars, split, best_single="five", extended=True)
     return teachers, search, search.ranked()
@@ -199,7 +198,7 @@ def test_every_nll_is_that_of_its_fused_target() -> None:
     for tried in by_setting.values():
         parts = [
             torch.from_numpy(
-                score_models([], teachers, fusion, two_domains(), batch_size=5)[FUSED].nll_N
+                score_models([], teachers, fusion, Windows.spread(two_domains(), 5))[FUSED].nll_N
             )
             for fusion in (tried.fusions.first, tried.fusions.second)
         ]
@@ -224,7 +223,7 @@ def test_each_fold_is_scored_under_the_fit_of_the_other() -> None:
 
 def test_teachers_are_measured_like_models() -> None:
     teachers = [specialist("one", 1), specialist("five", 5)]
-    scored = score_models(teachers, [], None, two_domains(), batch_size=8)
+    scored = score_models(teachers, [], None, Windows.spread(two_domains(), 8))
     report = two_specialists()
     assert list(report["teachers"]) == ["one", "five"]
     for name, figures in report["teachers"].items():
@@ -270,7 +269,7 @@ def test_an_overconfident_teacher_is_named() -> None:
 
 def findings(teachers: list[BigramTeacher], data: PackedDataset, weighting: Weighting) -> Findings:
     """The figures behind the verdict, had preflight chosen this linear pool."""
-    split = CalibrationSplit(data, spread_windows(data, None), 50)
+    split = Windows.spread(data, 50)
     scalars = sweep_teachers(teachers, split)
     metrics = {teacher.name: scalars.metrics(teacher.name) for teacher in teachers}
     search = Search(teachers, scalars, split, best_single=teachers[0].name)

@@ -18,7 +18,6 @@ def test_reads_what_was_written(folder: Path) -> None:
     run = read_run(folder)
     assert run.name == "run"
     assert run.teachers() == run_fixture.TEACHERS
-    assert run.domains() == run_fixture.DOMAINS
     assert set(run.controls) == set(run_fixture.CONTROLS)
     assert [row.kind for row in run.rows("student", "control")] == ["student", "control", "control"]
     assert run.log is not None

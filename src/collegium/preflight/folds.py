@@ -11,11 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from collegium.fusion.calibration import (
-    TemperatureTables,
-    fit_joint_temperatures,
-    fit_temperature,
-)
+from collegium.fusion.calibration import TemperatureTables, fit_joint_temperatures, fit_temperature
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.pools import PoolKind
 from collegium.fusion.rules import Uniform
@@ -32,18 +28,11 @@ MIN_DOCUMENTS = 8
 class Fits:
     """Weightings and temperatures fitted on a subset of the rows."""
 
-    def __init__(
-        self, tables: TemperatureTables, is_fit_N: Tensor, *, domains: Sequence[str]
-    ) -> None:
-        self._tables_of_all = tables
-        self._is_fit_N = _subsample(is_fit_N, tables.rows.documents)
+    def __init__(self, tables: TemperatureTables, is_fit_N: Tensor, domains: Sequence[str]) -> None:
+        self.tables = tables.part(_subsample(is_fit_N, tables.rows.documents))
+        """The temperature tables of these rows."""
         self._domains = domains
         self._joint: dict[str, dict[str, float]] = {}
-
-    @cached_property
-    def tables(self) -> TemperatureTables:
-        """The temperature tables of these rows."""
-        return self._tables_of_all.part(self._is_fit_N)
 
     @cached_property
     def individual(self) -> dict[str, float]:

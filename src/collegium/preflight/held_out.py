@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from collegium.data.pack import PackedDataset
 from collegium.distributions import LIVE, Answer, Capabilities, Teacher, WrappedRows
-from collegium.evaluate.scoring import FUSED, OnProgress, score_models
+from collegium.evaluate.scoring import FUSED, Windows, score_models
 from collegium.fusion.fuse import Fusion
 from collegium.storage.records import HeldOut, TeacherCalibration
 from collegium.types import Batch, Rows
@@ -19,12 +18,8 @@ from collegium.types import Batch, Rows
 def held_out_report(
     teachers: Sequence[Teacher],
     fusion: Fusion,
-    dataset: PackedDataset,
-    *,
+    windows: Windows,
     temperatures: Mapping[str, float | None],
-    batch_size: int,
-    max_tokens: int | None,
-    progress: OnProgress | None = None,
 ) -> HeldOut:
     """Measure NLL, entropy, overconfidence and ECE of each teacher and of the fused target.
 
@@ -41,15 +36,7 @@ def held_out_report(
         _ScaledTeacher(teacher.name + suffix, teacher, temperatures[teacher.name] or 1.0)
         for teacher in teachers
     ]
-    scored = score_models(
-        [*teachers, *calibrated],
-        teachers,
-        fusion,
-        dataset,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        progress=progress,
-    )
+    scored = score_models([*teachers, *calibrated], teachers, fusion, windows)
     return HeldOut(
         num_tokens=len(scored[FUSED].targets),
         teachers={

@@ -6,7 +6,7 @@ Shapes: N rows of the calibration split, K teachers.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,27 +15,15 @@ from collegium.data.pack import PackedDataset
 from collegium.distributions import Teacher
 from collegium.errors import CollegiumError
 from collegium.evaluate.metrics import Metrics
-from collegium.evaluate.scoring import OnProgress, spread_windows, unique_scorers
-from collegium.fusion.calibration import TemperatureTables, calibration_error, fit_temperature
+from collegium.evaluate.scoring import OnProgress, Windows, unique_scorers
+from collegium.fusion.calibration import fit_temperature
 from collegium.fusion.describe import describe, to_recipe
+from collegium.preflight import weight_quality
 from collegium.preflight.advice import findings_of, verdict_sentences
 from collegium.preflight.held_out import held_out_report
 from collegium.preflight.search import Candidate, Search, choose
-from collegium.preflight.sweeps import CalibrationSplit, sweep_teachers
-from collegium.preflight.weight_quality import (
-    best_teacher_share,
-    difference_interval,
-    rank_correlation,
-    regret,
-)
-from collegium.storage.records import (
-    BestTeacher,
-    CandidateFusion,
-    ChosenFusion,
-    Disagreement,
-    PreflightReport,
-    TeacherMeasure,
-)
+from collegium.preflight.sweeps import sweep_teachers
+from collegium.storage import records
 
 
 def run_preflight(
@@ -47,7 +35,7 @@ def run_preflight(
     extended: bool = False,
     held_out: PackedDataset | None = None,
     progress: OnProgress | None = None,
-) -> PreflightReport:
+) -> records.PreflightReport:
     """Measure teachers and fusions on the calibration split, and choose the fusion of lowest NLL.
 
     Every weighting is tried as a linear pool, from one sweep that keeps scalars only. A second
@@ -85,92 +73,73 @@ def run_preflight(
             "preflight: got no teacher; must be at least one; add one to `teachers`"
         )
     unique_scorers(teachers, ())
-    split = CalibrationSplit(dataset, spread_windows(dataset, max_tokens), batch_size, progress)
+    split = Windows.spread(dataset, batch_size, max_tokens, progress)
     # Only rules of the extended search read the consensus.
     scalars = sweep_teachers(teachers, split, with_consensus=extended)
-    metrics = {name: scalars.metrics(name) for name in scalars.tables.teachers}
+    tables = scalars.tables
+    metrics = {name: scalars.metrics(name) for name in tables.teachers}
     best_single = min(metrics, key=lambda name: metrics[name].nll)
     search = Search(teachers, scalars, split, best_single=best_single, extended=extended)
     ranked = search.ranked()
     chosen = choose(ranked)
-    report = preflight_record(search, ranked, chosen, metrics)
-    measured: dict[str, Any] = {}
-    if held_out is not None:
-        measured["held_out"] = held_out_report(
-            teachers,
-            chosen.fusion,
-            held_out,
-            temperatures={name: row.temperature for name, row in report.teachers.items()},
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            progress=progress,
-        )
-    measured["seconds"] = time.perf_counter() - started
-    return report.model_copy(update=measured)
-
-
-def preflight_record(
-    search: Search,
-    ranked: Sequence[Candidate],
-    chosen: Candidate,
-    metrics: Mapping[str, Metrics],
-) -> PreflightReport:
-    """Return the content of preflight.json, without the held-out figures and the duration."""
     findings = findings_of(search, ranked, chosen, metrics)
-    scalars = search.scalars
-    return PreflightReport(
+    measures = {n: _teacher(scored, fit_temperature(tables, n)) for n, scored in metrics.items()}
+    more: dict[str, Any] = {}
+    if held_out is not None:
+        unseen = Windows.spread(held_out, batch_size, max_tokens, progress)
+        temperatures = {name: measure.temperature for name, measure in measures.items()}
+        more["held_out"] = held_out_report(teachers, chosen.fusion, unseen, temperatures)
+    return records.PreflightReport(
         num_tokens=len(scalars.targets),
-        teachers={name: _teacher(scalars.tables, scored) for name, scored in metrics.items()},
-        disagreement=Disagreement(
-            teachers=scalars.tables.teachers,
+        teachers=measures,
+        disagreement=records.Disagreement(
+            teachers=tables.teachers,
             jsd=scalars.jsd_KK.tolist(),
             top1=scalars.differs_KK.tolist(),
         ),
         fusions=[_fusion(candidate, chosen, search) for candidate in ranked],
-        chosen=ChosenFusion(
+        chosen=records.ChosenFusion(
             name=describe(chosen.fusion),
             nll=chosen.nll,
             fusion=to_recipe(chosen.fusion),
             weights=findings.mean_weights,
             leave_one_out=findings.leave_one_out,
         ),
-        best_single=BestTeacher(teacher=findings.best_single, nll=findings.best_single_nll),
+        best_single=records.BestTeacher(teacher=findings.best_single, nll=findings.best_single_nll),
         verdict=verdict_sentences(findings),
+        seconds=time.perf_counter() - started,
+        **more,
     )
 
 
-def _teacher(tables: TemperatureTables, metrics: Metrics) -> TeacherMeasure:
-    ece, over, under = calibration_error(metrics.confidence_N, metrics.is_correct_N)
-    return TeacherMeasure(
-        nll=metrics.nll,
-        perplexity=metrics.perplexity,
-        entropy=metrics.entropy,
-        ece=ece,
-        ece_over=over,
-        ece_under=under,
-        overconfidence=metrics.overconfidence,
-        temperature=fit_temperature(tables, metrics.name),
-        top1=metrics.top1,
-        domains={domain: score.nll for domain, score in metrics.by_domain().items()},
+def _teacher(metrics: Metrics, temperature: float) -> records.TeacherMeasure:
+    scores, calibration = metrics.scores(), metrics.calibration()
+    figures = {"nll", "perplexity", "entropy", "ece", "overconfidence", "top1"}
+    return records.TeacherMeasure(
+        **scores.model_dump(include=figures),
+        **calibration.model_dump(include={"ece_over", "ece_under"}),
+        temperature=temperature,
+        domains={domain: score.nll for domain, score in scores.domains.items()},
     )
 
 
-def _fusion(candidate: Candidate, chosen: Candidate, search: Search) -> CandidateFusion:
-    samples_N = torch.from_numpy(search.scalars.targets.samples_N)[search.is_shared_N]
-    interval = difference_interval(candidate.nll_N, torch.zeros_like(candidate.nll_N), samples_N)
-    to_chosen = difference_interval(candidate.nll_N, chosen.nll_N, samples_N)
-    return CandidateFusion(
+def _fusion(candidate: Candidate, chosen: Candidate, search: Search) -> records.CandidateFusion:
+    targets, nll_N = search.scalars.targets, candidate.nll_N
+    samples_N = torch.from_numpy(targets.samples_N)[search.is_shared_N]
+    # The shared tokens may lack a domain.
+    masks = {d: torch.from_numpy(m_N)[search.is_shared_N] for d, m_N in targets.by_domain()}
+    return records.CandidateFusion(
         name=describe(candidate.fusion),
         nll=candidate.nll,
-        num_tokens=len(candidate.nll_N),
+        num_tokens=len(nll_N),
         nll_all_tokens=candidate.nll_all,
         fusion=to_recipe(candidate.fusion),
         calibration=candidate.calibration,
         is_chosen=candidate is chosen,
-        interval=interval,
-        interval_to_chosen=to_chosen,
+        interval=weight_quality.difference_interval(nll_N, torch.zeros_like(nll_N), samples_N),
+        interval_to_chosen=weight_quality.difference_interval(nll_N, chosen.nll_N, samples_N),
         **_weight_measures(candidate, search),
-        domains=_domain_nll(candidate, search),
+        domains={d: float(nll_N[mask_N].mean()) for d, mask_N in masks.items() if mask_N.any()},
     )
 
 
@@ -184,18 +153,7 @@ def _weight_measures(candidate: Candidate, search: Search) -> dict[str, Any]:
     stats = search.scalars.tables.stats(fusion.temperatures)
     label_logp_KN = stats.label_logp_KN[:, search.is_shared_N]
     return {
-        "rank_correlation": rank_correlation(weights_KN, -label_logp_KN),
-        "best_teacher_share": best_teacher_share(weights_KN, -label_logp_KN),
-        "regret": regret(candidate.nll_N, label_logp_KN),
+        "rank_correlation": weight_quality.rank_correlation(weights_KN, -label_logp_KN),
+        "best_teacher_share": weight_quality.best_teacher_share(weights_KN, -label_logp_KN),
+        "regret": weight_quality.regret(candidate.nll_N, label_logp_KN),
     }
-
-
-def _domain_nll(candidate: Candidate, search: Search) -> dict[str, float]:
-    targets = search.scalars.targets
-    domains_N = torch.from_numpy(targets.domains_N)[search.is_shared_N]
-    by_domain = {}
-    for index, domain in enumerate(targets.domains):
-        in_domain_N = domains_N == index
-        if in_domain_N.any():
-            by_domain[domain] = float(candidate.nll_N[in_domain_N].mean())
-    return by_domain

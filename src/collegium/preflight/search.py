@@ -9,11 +9,12 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from collegium.distributions import Teacher
-from collegium.evaluate.scoring import spread
+from collegium.evaluate.scoring import Windows, spread
 from collegium.fusion.calibration import temperature_of_least_nll
 from collegium.fusion.fitted import WEIGHTINGS
 from collegium.fusion.fuse import Fusion
@@ -21,7 +22,7 @@ from collegium.fusion.pools import PoolKind
 from collegium.fusion.rules import BestSingle
 from collegium.fusion.weighting import Conditions, Fit, Weighting
 from collegium.preflight.folds import Fits, balanced_folds
-from collegium.preflight.sweeps import CalibrationSplit, Scalars, sweep_fusions
+from collegium.preflight.sweeps import Scalars, sweep_fusions
 
 # Products and pooled temperatures need whole distributions: on a CPU, 8192 tokens took a quarter of
 # an hour, 4096 take minutes.
@@ -81,12 +82,8 @@ class Candidate:
     def complexity(self) -> tuple[int, bool]:
         """Number of fitted parts, and whether the pool is not linear."""
         fusion = self.fusion
-        is_fitted = (
-            bool(fusion.temperatures),
-            fusion.pooled_temperature != 1.0,
-            fusion.weighting.is_fitted,
-        )
-        return sum(is_fitted), fusion.pool != "linear"
+        num_temperatures = bool(fusion.temperatures) + (fusion.pooled_temperature != 1.0)
+        return num_temperatures + fusion.weighting.is_fitted, fusion.pool != "linear"
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate:
@@ -103,23 +100,18 @@ def choose(candidates: Sequence[Candidate]) -> Candidate:
 
 
 class Search:
-    """Fits and compares fusions on a calibration split.
-
-    Every weighting is tried as a linear pool, raw and with temperatures, from scalars only. One
-    sweep over whole distributions then tries the best of each class of weightings in every pool,
-    with and without temperatures, with and without a pooled temperature.
+    """Fits and compares fusions on a calibration split, as described at `run_preflight`.
 
     Each fusion is fitted three times: on all documents for use, and on each half to score the
     other. Every token is thus scored under parameters that have not seen it, and a rule with more
-    parameters has no advantage. Teachers out of a per-teacher cache are compared as linear pools,
-    from scalars and on all tokens.
+    parameters has no advantage.
     """
 
     def __init__(
         self,
         teachers: Sequence[Teacher],
         scalars: Scalars,
-        split: CalibrationSplit,
+        split: Windows,
         *,
         best_single: str,
         extended: bool = False,
@@ -142,13 +134,12 @@ class Search:
         # Each fold is scored under the fit of the other. Without a second fold, all rows are scored
         # under their own fit.
         everything = self.fits(torch.ones_like(self.is_second_N))
-        self._fits = (everything, everything, everything)
-        if self.is_second_N.any():
-            self._fits = (everything, self.fits(self.is_second_N), self.fits(~self.is_second_N))
+        folds = [self.is_second_N, ~self.is_second_N] if self.is_second_N.any() else []
+        self._fits = [everything, *(map(self.fits, folds) if folds else [everything] * 2)]
 
     def fits(self, is_fit_N: Tensor) -> Fits:
         """Return the fits on a subset of the rows."""
-        return Fits(self.scalars.tables, is_fit_N, domains=self.conditions.domains)
+        return Fits(self.scalars.tables, is_fit_N, self.conditions.domains)
 
     def ranked(self) -> list[Candidate]:
         """Return all candidates, lowest NLL first."""
@@ -216,9 +207,7 @@ class Search:
         return FoldedFusion(*(f.fusion(fit, pool, calibrated=calibrated) for f in self._fits))
 
     def _by_fold(
-        self,
-        function: Callable[[Weighting, Mapping[str, float]], Tensor],
-        fusions: FoldedFusion,
+        self, function: Callable[[Weighting, Mapping[str, float]], Tensor], fusions: FoldedFusion
     ) -> Tensor:
         """Apply a function with values per row to the fusion that scores each row."""
         first, second = fusions.first, fusions.second
@@ -251,11 +240,10 @@ def _with_pooled_temperature(
     return [Candidate(pooled, torch.where(is_second_N, nll_GN[second], nll_GN[first]))]
 
 
-def _subset(split: CalibrationSplit, max_tokens: int | None) -> tuple[CalibrationSplit, Tensor]:
+def _subset(split: Windows, max_tokens: int | None) -> tuple[Windows, Tensor]:
     """Select evenly spread windows with about `max_tokens` targets, and a row mask (N,)."""
     counts = split.counts()
     kept = spread(counts, max_tokens)
-    is_kept = torch.zeros(len(counts), dtype=torch.bool)
-    is_kept[kept] = True
-    subset = replace(split, windows=[split.windows[at] for at in kept])
-    return subset, is_kept.repeat_interleave(torch.tensor(counts))
+    is_kept = np.isin(np.arange(len(counts)), kept)
+    subset = replace(split, indices=[split.indices[at] for at in kept])
+    return subset, torch.from_numpy(is_kept.repeat(counts))

@@ -12,17 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from collegium.data.pack import PackedDataset
 from collegium.distributions import Answer, DenseRows, Teacher
 from collegium.evaluate.metrics import Metrics, ScoredTokens
-from collegium.evaluate.scoring import (
-    OnProgress,
-    Origins,
-    blocks_of,
-    gather_targets,
-    iterate_chunks,
-    window_counts,
-)
+from collegium.evaluate.scoring import Windows, blocks_of
 from collegium.fusion.calibration import TEMPERATURES, TemperatureTables
 from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.pools import TeacherReader
@@ -42,32 +34,6 @@ PAIR_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, eq=False)
-class CalibrationSplit:
-    """The windows of the calibration split that are read."""
-
-    dataset: PackedDataset
-    windows: Sequence[int]
-    batch_size: int
-    progress: OnProgress | None = None
-
-    def answers(self, teachers: Sequence[Teacher]) -> Iterator[tuple[list[Answer], Rows, Origins]]:
-        """Yield the answers of all teachers per batch, and its rows on the same device."""
-        chunks = iterate_chunks(
-            self.dataset,
-            batch_size=self.batch_size,
-            windows=self.windows,
-            progress=self.progress,
-        )
-        for chunk in chunks:
-            answers = [teacher.score(chunk.batch, chunk.rows) for teacher in teachers]
-            yield answers, blocks_of(chunk.rows, answers[0].distribution, None)[0], chunk.origins
-
-    def counts(self) -> list[int]:
-        """Count the target tokens of each window."""
-        return window_counts(self.dataset, self.windows)
-
-
-@dataclass(frozen=True, eq=False)
 class Scalars:
     """Scalars of each teacher on the calibration split, and the disagreement of each pair."""
 
@@ -83,7 +49,6 @@ class Scalars:
         stats = self.tables.stats({}, [teacher])
         label_logp_N, max_logp_N = stats.label_logp_KN[0], stats.max_logp_KN[0]
         return Metrics(
-            name=teacher,
             targets=self.targets,
             nll_N=-label_logp_N.float().numpy(),
             entropy_N=stats.entropy_KN[0].float().numpy(),
@@ -95,7 +60,7 @@ class Scalars:
 
 @torch.no_grad()
 def sweep_teachers(
-    teachers: Sequence[Teacher], split: CalibrationSplit, *, with_consensus: bool = True
+    teachers: Sequence[Teacher], split: Windows, *, with_consensus: bool = True
 ) -> Scalars:
     """Score each teacher once on the chosen windows and keep only scalars.
 
@@ -113,14 +78,14 @@ def sweep_teachers(
     grid = TEMPERATURES if stored_at is None else sorted((1.0, *stored_at))
     tables: list[TemperatureTables] = []
     disagreement: list[tuple[Tensor, Tensor, int]] = []
-    origins: list[Origins] = []
-    step = max(1, sum(split.counts()) // JSD_ROWS)
-    for answers, rows, batch_origins in split.answers(teachers):
+    tokens: list[ScoredTokens] = []
+    step = max(1, int(split.counts().sum()) // JSD_ROWS)
+    for answers, rows, batch_tokens in split.answers(teachers):
         kl_KN = _consensus(answers, rows) if with_consensus and stored_at is None else None
         tables.append(TemperatureTables.of(answers, rows, grid=grid, consensus_kl_KN=kl_KN))
         disagreement += _disagreement(answers, len(rows), step)
-        origins.append(batch_origins)
-    targets = gather_targets(origins, split.dataset)
+        tokens.append(batch_tokens)
+    targets = ScoredTokens.cat(tokens)
     jsd, differs, counts = zip(*disagreement, strict=True)
     zero_KK, num_rows = torch.zeros_like(jsd[0]), sum(counts)
     return Scalars(
@@ -134,7 +99,7 @@ def sweep_teachers(
 @torch.no_grad()
 def sweep_fusions(
     teachers: Sequence[Teacher],
-    split: CalibrationSplit,
+    split: Windows,
     fusions: Sequence[tuple[Fusion, Fusion]],
     is_second_N: Tensor,
     temperatures: Sequence[float],
@@ -161,12 +126,10 @@ def sweep_fusions(
             if not in_fold_n.any():
                 continue
             fold_answers, fold_rows = _select_rows(answers, rows, in_fold_n)
-            nll_FGn[..., in_fold_n] = torch.stack(
-                [
-                    _nll_at_temperatures(pair[fold], fold_answers, fold_rows, temperatures)
-                    for pair in fusions
-                ]
-            )
+            for f, pair in enumerate(fusions):
+                nll_FGn[f][:, in_fold_n] = _nll_at_temperatures(
+                    pair[fold], fold_answers, fold_rows, temperatures
+                )
         parts.append(nll_FGn)
     return torch.cat(parts, -1)
 
@@ -177,15 +140,13 @@ def _nll_at_temperatures(
     """Return (G, n) NLL of p^(1/T) / Z at the labels."""
     target = fuse(fusion, answers, rows)
     parts: list[Tensor] = []
-    for block in blocks_of(rows, answers[0].distribution, None)[1]:
+    for block in blocks_of(rows, answers[0].distribution):
         logp_nV, labels_n1 = target.block(block).logp(), rows.labels[block, None]
         label_logp_n = logp_nV.gather(1, labels_n1)[:, 0]
         # log Z is a logsumexp over V; at T = 1 it is 0.
         columns = [
-            -label_logp_n
-            if temperature == 1.0
-            else torch.logsumexp(logp_nV / temperature, -1) - label_logp_n / temperature
-            for temperature in temperatures
+            -label_logp_n if t == 1.0 else torch.logsumexp(logp_nV / t, -1) - label_logp_n / t
+            for t in temperatures
         ]
         parts.append(torch.stack(columns).double().cpu())
     return torch.cat(parts, -1)
@@ -196,16 +157,13 @@ def _cache_logits(answers: Sequence[Answer], rows: Rows) -> list[Answer]:
     vocab_size = answers[0].distribution.logits(slice(0, 1)).shape[1]
     if len(answers) * len(rows) * vocab_size > MAX_CACHED_ELEMENTS:
         return list(answers)
-    return [
-        replace(answer, distribution=DenseRows(answer.distribution.logits(slice(0, len(rows)))))
-        for answer in answers
-    ]
+    everything = slice(0, len(rows))
+    return [replace(a, distribution=DenseRows(a.distribution.logits(everything))) for a in answers]
 
 
 def _select_rows(
     answers: Sequence[Answer], rows: Rows, is_kept_n: Tensor
 ) -> tuple[list[Answer], Rows]:
-    """Return a subset of the rows and of the answers."""
     if is_kept_n.all():
         return list(answers), rows
     kept_n = is_kept_n.nonzero()[:, 0]
@@ -216,8 +174,7 @@ def _select_rows(
 def _consensus(answers: Sequence[Answer], rows: Rows) -> Tensor:
     """Return (K, N) KL of each teacher from the mean of all, on the CPU."""
     reader = TeacherReader(answers, rows, {})
-    starts = range(0, len(rows), CONSENSUS_ROWS)
-    blocks = [slice(start, min(start + CONSENSUS_ROWS, len(rows))) for start in starts]
+    blocks = blocks_of(rows, answers[0].distribution, CONSENSUS_ROWS)
     parts = [reader.stats(block, consensus=True).consensus_kl().cpu() for block in blocks]
     return torch.cat(parts, dim=1)
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from collegium.fusion.fitted import DIGITS, em_weights
 
+DRAWS = 1000
+"""Draws of the bootstrap."""
+
 
 def rank_correlation(weights_KN: Tensor, nll_KN: Tensor) -> float | None:
     """Return the Spearman correlation over the teachers of weight and -NLL, averaged over rows.
@@ -67,7 +70,7 @@ def regret(nll_N: Tensor, label_logp_KN: Tensor) -> dict[str, float]:
 
 
 def difference_interval(
-    nll_N: Tensor, other_N: Tensor, samples_N: Tensor, *, seed: int = 0, draws: int = 1000
+    nll_N: Tensor, other_N: Tensor, samples_N: Tensor
 ) -> tuple[float, float] | None:
     """Return the 95 % interval of mean NLL minus mean other NLL, by a bootstrap over documents.
 
@@ -84,7 +87,7 @@ def difference_interval(
     total_D = torch.zeros(size, dtype=torch.float64)
     total_D.index_add_(0, document_N, nll_N.double() - other_N.double())
     # Only the number of times each document is drawn matters: one multinomial draw per replicate.
-    times_dD = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=draws)
+    times_dD = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), size=DRAWS)
     differences = (times_dD @ total_D.numpy()) / (times_dD @ count_D.numpy())
     low, high = np.quantile(differences, (0.025, 0.975))
     return float(low), float(high)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,12 +35,10 @@ MAX_ANNOTATED = 14
 STYLE = Path(__file__).with_name("house.mplstyle")
 
 
-@contextmanager
-def house_style() -> Iterator[None]:
+def house_style() -> AbstractContextManager[None]:
     """Apply the style of all plots, regardless of the user's matplotlib configuration."""
     # "default" first: it resets everything that a matplotlibrc has set.
-    with matplotlib.style.context(["default", str(STYLE)]):
-        yield
+    return matplotlib.style.context(["default", str(STYLE)])
 
 
 def new_figure(height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -51,7 +49,7 @@ def new_figure(height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def render_svg(figure: Figure) -> bytes:
-    """Render a figure; the same figure gives the same bytes."""
+    """Render a figure. The same figure gives the same bytes."""
     stream = io.BytesIO()
     # matplotlib writes the current date by default.
     no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}

@@ -38,14 +38,12 @@ def perplexity(value: float | None) -> str:
 
 def percent(share: float | None, digits: int = 1) -> str:
     """Format a fraction as percent: `38.2 %`."""
-    text = fixed(None if share is None else 100 * share, digits)
-    return text if text == MISSING else f"{text} %"
+    return _with_unit(fixed(None if share is None else 100 * share, digits), "%")
 
 
 def signed_percent(share: float | None, digits: int = 1) -> str:
     """Format a relative change as percent: `−8.0 %`."""
-    text = signed(None if share is None else 100 * share, digits)
-    return text if text == MISSING else f"{text} %"
+    return _with_unit(signed(None if share is None else 100 * share, digits), "%")
 
 
 def amount(value: float | None) -> str:
@@ -68,8 +66,11 @@ def whole(value: float | None) -> str:
 
 def ratio(value: float | None) -> str:
     """Format a factor: `9.30 ×`, `23.2 ×`."""
-    text = fixed(value, 1 if value is not None and value >= 10 else 2)
-    return text if text == MISSING else f"{text} ×"
+    return _with_unit(fixed(value, 1 if value is not None and value >= 10 else 2), "×")
+
+
+def _with_unit(text: str, unit: str) -> str:
+    return text if text == MISSING else f"{text} {unit}"
 
 
 def duration(seconds: float | None) -> str:

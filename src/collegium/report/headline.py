@@ -43,9 +43,8 @@ def headline_of(run: RunFiles) -> Headline:
         text = "There is no control to compare it with, so nothing shows that distillation helped."
         return Headline(f"{start}. {text}", facts)
     limit = control.perplexity or 0.0
-    against = (
-        f"the best control, “{control.title}” ({perplexity(limit)}{_effort(control, student)})"
-    )
+    effort = f"{perplexity(limit)}{_effort(control, student)}"
+    against = f"the best control, “{control.title}” ({effort})"
     if limit <= 0 or reached <= 0:
         return Headline(f"{start}. It cannot be compared with {against}.", facts)
     change = reached / limit - 1
@@ -69,19 +68,19 @@ def _effort(control: ResultRow, student: ResultRow) -> str:
 def _without_student(run: RunFiles) -> Headline:
     if run.results is not None:
         return Headline("The evaluation has no distilled student yet.", tuple(_facts(run, None)))
-    if run.log:
-        return Headline(
-            f"Training has reached step {run.log[-1].step}; the student is not evaluated yet."
-        )
-    return Headline("The student is not trained yet.")
+    if not run.log:
+        return Headline("The student is not trained yet.")
+    step = run.log[-1].step
+    return Headline(f"Training has reached step {step}; the student is not evaluated yet.")
 
 
 def _facts(run: RunFiles, reached: float | None) -> Iterator[str]:
     # The best control is already in the headline.
     controls = [row for row in run.rows("control") if row is not best(run.rows("control"))]
+    teacher = best(run.rows("teacher"))
     references = [
         *((f"Control {row.title}", row) for row in reversed(controls)),
-        *((f"Best single teacher {row.title}", row) for row in [best(run.rows("teacher"))] if row),
+        (f"Best single teacher {teacher.title}" if teacher else "", teacher),
         ("Fused target", best(run.rows("fused"))),
         ("Student before training", best(run.rows("untouched"))),
     ]

@@ -48,7 +48,6 @@ def write_report(run_folder: Path) -> Path:
 
 def render_run(run: RunFiles) -> str:
     """Render the page of a run."""
-    candidates = run.preflight.fusions if run.preflight else ()
     return render(
         "run.html",
         run=run,
@@ -63,7 +62,7 @@ def render_run(run: RunFiles) -> str:
         teachers=tables.teacher_tables(run),
         chosen=tables.chosen_table(run),
         fusions=tables.fusion_tables(run),
-        fitted=[t for c in candidates if (t := tables.number_table(c.fusion)).lines],
+        fitted=[t for c in run.measured.fusions if (t := tables.number_table(c.fusion)).lines],
         calibration=tables.calibration_tables(run),
         costs=tables.cost_table(run),
         stages=tables.stage_table(run),

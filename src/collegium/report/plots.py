@@ -10,34 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from collegium.report.canvas import (
-    MAX_DRAWN,
-    array,
-    curve,
-    finish_curves,
-    heat_map,
-    house_style,
-    keys,
-    label,
-    legend_below,
-    new_figure,
-    render_svg,
-    stack,
-)
-from collegium.report.colors import (
-    INK,
-    MUTED,
-    STUDENT,
-    control_color,
-    row_color,
-    teacher_color,
-    teacher_dash,
-)
+from collegium.report import canvas, colors
 from collegium.report.formats import perplexity
 from collegium.report.run_files import RunFiles
 from collegium.storage.records import LogStep, Number, Numbers, ResultRow
 
-TERM_COLORS = {"kd": STUDENT, "ce": "#e0a030"}
+TERM_COLORS = {"kd": colors.STUDENT, "ce": "#e0a030"}
 # From the palette of Paul Tol; these never share a panel with teachers.
 FEATURE_COLORS = ("#44aa99", "#aa4499", "#999933", "#88ccee", "#cc6677", "#117733")
 GROUP_ORDER = ("student", "control", "fused", "teacher", "untouched")
@@ -54,9 +32,11 @@ def draw_all(run: RunFiles) -> dict[str, bytes]:
         "disagreement": disagreement_plot,
         "gradients": gradient_plot,
     }
-    with house_style():
+    with canvas.house_style():
         drawn = {key: draw(run) for key, draw in plots.items()}
-        return {key: render_svg(figure) for key, figure in drawn.items() if figure is not None}
+        return {
+            key: canvas.render_svg(figure) for key, figure in drawn.items() if figure is not None
+        }
 
 
 def perplexity_plot(run: RunFiles) -> Figure | None:
@@ -64,29 +44,29 @@ def perplexity_plot(run: RunFiles) -> Figure | None:
     rows = [(row, row.perplexity) for row in run.rows(*GROUP_ORDER) if row.perplexity]
     if not rows:
         return None
-    values = [min(value, MAX_DRAWN) for _, value in rows]
-    figure, (axes,) = new_figure(0.9 + 0.3 * len(rows))
+    values = [min(value, canvas.MAX_DRAWN) for _, value in rows]
+    figure, (axes,) = canvas.new_figure(0.9 + 0.3 * len(rows))
     # A bar starts at zero, which a logarithmic axis does not have.
     is_wide = max(values) / min(values) > 8
-    colors = [row_color(row, run) for row, _ in rows]
+    row_colors = [colors.row_color(row, run) for row, _ in rows]
     positions = np.arange(len(rows))
     if is_wide:
         floor = min(values) / 1.6
         axes.set_xscale("log")
-        axes.hlines(positions, floor, values, colors=colors, linewidth=2.5, alpha=0.55)
-        axes.scatter(values, positions, c=colors, s=46, zorder=3)
+        axes.hlines(positions, floor, values, colors=row_colors, linewidth=2.5, alpha=0.55)
+        axes.scatter(values, positions, c=row_colors, s=46, zorder=3)
         axes.set_xlim(floor, max(values) * 1.8)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
-        axes.barh(positions, values, color=colors, height=0.66)
+        axes.barh(positions, values, color=row_colors, height=0.66)
         axes.set_xlim(0, max(values) * 1.12)
     for position, value, (_, exact) in zip(positions, values, rows, strict=True):
         axes.annotate(
             perplexity(exact), (value, position), (7, 0), textcoords="offset points", va="center"
         )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.set_yticks(positions, [label(row.title, 44) for row, _ in rows])
+    axes.set_yticks(positions, [canvas.label(row.title, 44) for row, _ in rows])
     axes.get_yticklabels()[0].set_fontweight("bold")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -98,19 +78,18 @@ def perplexity_plot(run: RunFiles) -> Figure | None:
 def loss_plot(run: RunFiles) -> Figure | None:
     """Plot the cross-entropy of student and controls, and the loss terms of the student."""
     log = run.log or ()
-    figure, panels = new_figure(3.5, 2 if log else 1)
+    figure, panels = canvas.new_figure(3.5, 2 if log else 1)
     # Only cross-entropy is comparable: totals of different objectives are not.
     has_ce = any("ce" in line.terms for line in log)
     panels[0].set_title("Cross-entropy" if has_ce or not log else "Loss")
     _all_curves(panels[0], run, lambda line: line.terms.get("ce", line.loss))
     if log:
         panels[1].set_title("Student loss terms")
-        curve(panels[1], log, lambda line: line.loss, "total", INK, ":")
-        for i, term in enumerate(keys(log, lambda line: line.terms)):
-            curve(
-                panels[1], log, lambda line, t=term: line.terms.get(t), term, _term_color(term, i)
-            )
-        finish_curves(panels[1], [line.step for line in log])
+        canvas.curve(panels[1], log, lambda line: line.loss, "total", colors.INK, ":")
+        for i, term in enumerate(canvas.keys(log, lambda line: line.terms)):
+            color = _term_color(term, i)
+            canvas.curve(panels[1], log, lambda line, t=term: line.terms.get(t), term, color)
+        canvas.finish_curves(panels[1], [line.step for line in log])
     for axes in panels:
         axes.set_ylabel("nats per token")
     return figure if any(axes.lines for axes in panels) else None
@@ -118,11 +97,11 @@ def loss_plot(run: RunFiles) -> Figure | None:
 
 def _all_curves(axes: Axes, run: RunFiles, read: Callable[[LogStep], Number]) -> None:
     """Plot one value of the student and of all controls."""
-    curve(axes, run.log or (), read, "student", STUDENT)
+    canvas.curve(axes, run.log or (), read, "student", colors.STUDENT)
     for i, (name, steps) in enumerate(run.controls.items()):
-        curve(axes, steps, read, name, control_color(i), "--")
+        canvas.curve(axes, steps, read, name, colors.control_color(i), "--")
     logs = (run.log or (), *run.controls.values())
-    finish_curves(axes, [line.step for log in logs for line in log])
+    canvas.finish_curves(axes, [line.step for log in logs for line in log])
 
 
 def _term_color(term: str, index: int) -> str:
@@ -131,21 +110,17 @@ def _term_color(term: str, index: int) -> str:
 
 def weights_plot(run: RunFiles) -> Figure | None:
     """Plot mean teacher weights over the steps (stacked areas) and per domain (heat map)."""
-    log = run.log or ()
-    names = keys(log, lambda line: line.teacher_weights)
+    log = [line for line in run.log or () if line.teacher_weights]
+    names = canvas.keys(log, lambda line: line.teacher_weights)
     if not names:
         return None
-    log = [line for line in log if line.teacher_weights]
-    domains, table = domain_means(log, names, lambda line: line.domain_weights)
-    figure, panels = new_figure(max(3.7, 1.6 + 0.3 * len(domains)), 2 if domains else 1)
+    title = "Mean weight by domain"
+    figure, axes = _beside_domains(3.7, title, log, names, lambda line: line.domain_weights)
+    axes.set_title("Mean weight over steps")
     shares = {name: [line.teacher_weights.get(name) for line in log] for name in names}
-    colors = [teacher_color(name, run.teachers()) for name in names]
-    stack(panels[0], [line.step for line in log], shares, colors)
-    panels[0].set_title("Mean weight over steps")
-    if domains:
-        panels[1].set_title("Mean weight by domain")
-        heat_map(panels[1], table, domains, names, "{:.2f}")
-    legend_below(figure, panels[0])
+    stack_colors = [colors.teacher_color(name, run.teachers()) for name in names]
+    canvas.stack(axes, [line.step for line in log], shares, stack_colors)
+    canvas.legend_below(figure, axes)
     return figure
 
 
@@ -154,19 +129,33 @@ def conflict_plot(run: RunFiles) -> Figure | None:
     log = [line for line in run.log or () if line.conflict.applied is not None]
     if not log:
         return None
-    rates = ("disagreement", "applied")
-    domains, table = domain_means(
-        log, rates, lambda line: {k: dict(v) for k, v in line.conflict.domains.items()}
-    )
-    figure, panels = new_figure(max(3.3, 1.6 + 0.3 * len(domains)), 2 if domains else 1)
-    for rate, color in zip(rates, (MUTED, STUDENT), strict=True):
-        curve(panels[0], log, lambda line, rate=rate: getattr(line.conflict, rate), rate, color)
-    panels[0].set(title="Mean over steps", ylim=(0, 1))
-    finish_curves(panels[0], [line.step for line in log])
-    if domains:
-        panels[1].set_title("Mean by domain")
-        heat_map(panels[1], table, domains, rates, "{:.2f}")
+    rates = {"disagreement": colors.MUTED, "applied": colors.STUDENT}
+
+    def by_domain(line: LogStep) -> dict[str, Numbers]:
+        return {domain: dict(effect) for domain, effect in line.conflict.domains.items()}
+
+    figure, axes = _beside_domains(3.3, "Mean by domain", log, list(rates), by_domain)
+    for rate, color in rates.items():
+        canvas.curve(axes, log, lambda line, rate=rate: getattr(line.conflict, rate), rate, color)
+    axes.set(title="Mean over steps", ylim=(0, 1))
+    canvas.finish_curves(axes, [line.step for line in log])
     return figure
+
+
+def _beside_domains(
+    height: float,
+    title: str,
+    log: Sequence[LogStep],
+    names: Sequence[str],
+    read: Callable[[LogStep], Mapping[str, Numbers]],
+) -> tuple[Figure, Axes]:
+    """Create a figure with an empty panel, and beside it a heat map of the means by domain."""
+    domains, table = domain_means(log, names, read)
+    figure, panels = canvas.new_figure(max(height, 1.6 + 0.3 * len(domains)), 1 + bool(domains))
+    if domains:
+        panels[1].set_title(title)
+        canvas.heat_map(panels[1], table, domains, names, "{:.2f}")
+    return figure, panels[0]
 
 
 def domain_means(
@@ -179,7 +168,7 @@ def domain_means(
     table = np.full((len(domains), len(names)), np.nan)
     for i, domain in enumerate(domains):
         for j, name in enumerate(names):
-            values = array(read(line).get(domain, {}).get(name) for line in log)
+            values = canvas.array(read(line).get(domain, {}).get(name) for line in log)
             if np.isfinite(values).any():
                 table[i, j] = np.nanmean(values)
     return domains, table
@@ -187,9 +176,9 @@ def domain_means(
 
 def trust_plot(run: RunFiles) -> Figure | None:
     """Plot accuracy against entropy and confidence for teachers, fused target and student."""
-    figure, (left, right) = new_figure(4.1, 2)
+    figure, (left, right) = canvas.new_figure(4.1, 2)
     # On the diagonal, confidence equals accuracy.
-    right.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    right.plot([0, 1], [0, 1], color=colors.MUTED, linewidth=1, linestyle=(0, (2, 3)))
     for row in run.rows("teacher", "fused", "student"):
         if row.entropy_bins:
             _plot_bins(left, run, row, row.entropy_bins.entropy, row.entropy_bins.accuracy)
@@ -207,7 +196,7 @@ def trust_plot(run: RunFiles) -> Figure | None:
     # Any model may lack one of the two; the legend needs a panel that has labels.
     for panel in (left, right):
         if panel.get_legend_handles_labels()[0]:
-            legend_below(figure, panel)
+            canvas.legend_below(figure, panel)
             return figure
     return None
 
@@ -222,30 +211,30 @@ def _plot_bins(
     is_teacher = row.kind == "teacher"
     axes.plot(
         *zip(*sorted(pairs), strict=True),
-        color=row_color(row, run),
-        linestyle="--" if row.kind == "fused" else teacher_dash(row.name, run.teachers()),
+        color=colors.row_color(row, run),
+        linestyle="--" if row.kind == "fused" else colors.teacher_dash(row.name, run.teachers()),
         linewidth=1.4 if is_teacher else 2.0,
         marker="o" if is_teacher else "D",
         markersize=3.5,
-        label=label(row.title),
+        label=canvas.label(row.title),
     )
 
 
 def disagreement_plot(run: RunFiles) -> Figure | None:
     """Plot Jensen-Shannon divergence and share of differing top-1 tokens per teacher pair."""
-    pairs = run.preflight.disagreement if run.preflight else None
+    pairs = run.measured.disagreement
     if pairs is None or len(pairs.teachers) < 2:
         return None
-    figure, panels = new_figure(max(2.8, 1.3 + 0.38 * len(pairs.teachers)), 2)
+    figure, panels = canvas.new_figure(max(2.8, 1.3 + 0.38 * len(pairs.teachers)), 2)
     for axes, title, values, form in (
         (panels[0], "Jensen-Shannon divergence (nats)", pairs.jsd, "{:.3f}"),
         (panels[1], "Share of differing top-1 tokens", pairs.top1, "{:.0%}"),
     ):
-        table = np.stack([array(line) for line in values])
+        table = np.stack([canvas.array(line) for line in values])
         # The diagonal is zero by definition and stays empty.
         np.fill_diagonal(table, np.nan)
         axes.set_title(title)
-        heat_map(axes, table, pairs.teachers, pairs.teachers, form)
+        canvas.heat_map(axes, table, pairs.teachers, pairs.teachers, form)
     return figure
 
 
@@ -253,18 +242,18 @@ def gradient_plot(run: RunFiles) -> Figure | None:
     """Plot the gradient share of each term and the target tokens per second."""
     # Shares are measured where a term acts: kd and ce at the last hidden state, features at taps.
     log = [line for line in run.log or () if line.grad_shares]
-    terms = keys(log, lambda line: line.grad_shares)
+    terms = canvas.keys(log, lambda line: line.grad_shares)
     logs = (run.log or (), *run.controls.values())
     has_speed = any(line.tokens_per_s is not None for steps in logs for line in steps)
     if not terms and not has_speed:
         return None
-    figure, panels = new_figure(3.3, bool(terms) + has_speed)
+    figure, panels = canvas.new_figure(3.3, bool(terms) + has_speed)
     if terms:
         shares = {term: [line.grad_shares.get(term) for line in log] for term in terms}
-        colors = [_term_color(term, i) for i, term in enumerate(terms)]
-        stack(panels[0], [line.step for line in log], shares, colors)
+        term_colors = [_term_color(term, i) for i, term in enumerate(terms)]
+        canvas.stack(panels[0], [line.step for line in log], shares, term_colors)
         panels[0].set_title("Gradient share by term")
-        legend_below(figure, panels[0])
+        canvas.legend_below(figure, panels[0])
     if has_speed:
         axes = panels[-1]
         axes.set_title("Target tokens per second")

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from collegium.errors import CollegiumError
-from collegium.storage.records import (
-    Environment,
-    LogStep,
-    PreflightReport,
-    ResultRow,
-    Stage,
-    read_log,
-    read_record,
-)
+from collegium.storage import records
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,31 +18,29 @@ class RunFiles:
     name: str
     """Name of the run folder."""
     recipe: str | None = None
-    environment: Environment | None = None
-    stages: Mapping[str, Stage] | None = None
-    preflight: PreflightReport | None = None
-    results: tuple[ResultRow, ...] | None = None
-    log: tuple[LogStep, ...] | None = None
-    controls: Mapping[str, tuple[LogStep, ...]] = field(default_factory=dict)
+    environment: records.Environment | None = None
+    stages: Mapping[str, records.Stage] | None = None
+    preflight: records.PreflightReport | None = None
+    results: tuple[records.ResultRow, ...] | None = None
+    log: tuple[records.LogStep, ...] | None = None
+    controls: Mapping[str, tuple[records.LogStep, ...]] = field(default_factory=dict)
     """Training log of each control that has one, by folder name."""
+
+    @property
+    def measured(self) -> records.PreflightReport:
+        """The preflight, without any figures if it is missing."""
+        return self.preflight or records.PreflightReport()
 
     def teachers(self) -> tuple[str, ...]:
         """Return the names of all teachers in order of first appearance."""
         # Any of the files may be missing, so names are collected from all of them.
-        names = dict.fromkeys(row.name for row in self.rows("teacher"))
-        if self.preflight is not None:
-            names |= dict.fromkeys(self.preflight.teachers)
-        for line in self.log or ():
-            names |= dict.fromkeys(line.teacher_weights)
-        return tuple(names)
+        names = [row.name for row in self.rows("teacher")]
+        logged = itertools.chain(*(line.teacher_weights for line in self.log or ()))
+        return tuple(dict.fromkeys([*names, *self.measured.teachers, *logged]))
 
-    def rows(self, *kinds: str) -> tuple[ResultRow, ...]:
+    def rows(self, *kinds: str) -> tuple[records.ResultRow, ...]:
         """Return the evaluation rows of these kinds, kind by kind."""
         return tuple(row for kind in kinds for row in self.results or () if row.kind == kind)
-
-    def domains(self) -> tuple[str, ...]:
-        """Return the names of all evaluated domains in order of first appearance."""
-        return tuple(dict.fromkeys(name for row in self.results or () for name in row.domains))
 
 
 def read_run(run_folder: Path) -> RunFiles:
@@ -62,9 +53,9 @@ def read_run(run_folder: Path) -> RunFiles:
         raise CollegiumError(
             f"{run_folder}: not found; must be a run folder; create one with `collegium run RECIPE`"
         )
-    stages = read_record(run_folder / "stages.json", dict[str, Stage])
+    stages = records.read_record(run_folder / "stages.json", dict[str, records.Stage])
     logs = {
-        folder.name: read_log(folder / "train" / "log.jsonl")
+        folder.name: records.read_log(folder / "train" / "log.jsonl")
         for folder in sorted(run_folder.glob("controls/*/"))
     }
     # Training order, as in the stage log and in results.json: colors go by position.
@@ -73,11 +64,11 @@ def read_run(run_folder: Path) -> RunFiles:
     return RunFiles(
         name=run_folder.resolve().name,
         recipe=_read_recipe(run_folder / "recipe.yaml"),
-        environment=read_record(run_folder / "environment.json", Environment),
+        environment=records.read_record(run_folder / "environment.json", records.Environment),
         stages=stages,
-        preflight=read_record(run_folder / "preflight.json", PreflightReport),
-        results=read_record(run_folder / "results.json", tuple[ResultRow, ...]),
-        log=read_log(run_folder / "train" / "log.jsonl"),
+        preflight=records.read_record(run_folder / "preflight.json", records.PreflightReport),
+        results=records.read_record(run_folder / "results.json", tuple[records.ResultRow, ...]),
+        log=records.read_log(run_folder / "train" / "log.jsonl"),
         controls={name: log for name in names if (log := logs[name]) is not None},
     )
 

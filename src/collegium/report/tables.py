@@ -79,10 +79,8 @@ class Table(Generic[R]):
         for line in self.lines:
             texts = [column.write(column.value(line.row)) for column in self.columns]
             # Compared as text: two values that look the same are both the best.
-            yield (
-                line,
-                [Cell(t, line.competes and t == b) for t, b in zip(texts, best, strict=True)],
-            )
+            pairs = zip(texts, best, strict=True)
+            yield line, [Cell(text, line.competes and text == top) for text, top in pairs]
 
     def markdown(self) -> str:
         """Render as Markdown without the title, with the best of each column in bold."""
@@ -102,15 +100,12 @@ class Table(Generic[R]):
         table.add_column(Text(self.first))
         shown = [column.short is not None for column in self.columns]
         rows = list(self.rows())
-        for i, column in enumerate(self.columns):
-            if not shown[i]:
-                continue
+        for i, column in compress(enumerate(self.columns), shown):
             # Long cells may wrap: rich cuts names to nothing before it cuts other cells.
             is_short = all(len(cells[i].text) <= MAX_UNWRAPPED for _, cells in rows)
             justify = "left" if column.is_text else "right"
             # Text: a name such as `[red]a` must not be read as rich markup.
-            title = Text(column.short or column.title)
-            table.add_column(title, justify=justify, no_wrap=is_short)
+            table.add_column(Text(column.short or column.title), justify=justify, no_wrap=is_short)
         for line, cells in rows:
             if line.group:
                 table.add_section()

@@ -19,10 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from collegium.console import progress
-from collegium.evaluate.scoring import (
-    results_rows,
-    score_models,
-)
+from collegium.evaluate.scoring import Windows, results_rows, score_models
 from collegium.run.artifact import Artifact
 from collegium.run.caches import FusedCache, HiddenCache, Split, TeacherCache
 from collegium.run.choice import Preflight, Recorder, resolved_fusion
@@ -71,15 +68,8 @@ class Results(Artifact[list[ResultRow]]):
             models = [recorder(UNTOUCHED, self._load_untouched), *teachers]
             models += [recorder(one.variant.label, one.load) for one in self.students]
             with progress(self.name) as advance:
-                scored = score_models(
-                    models,
-                    teachers,
-                    resolved_fusion(context),
-                    split,
-                    batch_size=batch_size,
-                    max_tokens=max_tokens,
-                    progress=advance,
-                )
+                windows = Windows.spread(split, batch_size, max_tokens, advance)
+                scored = score_models(models, teachers, resolved_fusion(context), windows)
         rows = results_rows(scored, self._model_info())
         write_json(self.path, [row.to_json() for row in rows])
 

@@ -14,11 +14,7 @@ from collegium.console import progress
 from collegium.data.pack import PackedDataset
 from collegium.distributions import Teacher
 from collegium.errors import RecipeError
-from collegium.evaluate.scoring import (
-    OnProgress,
-    iterate_chunks,
-    spread_windows,
-)
+from collegium.evaluate.scoring import OnProgress, Windows
 from collegium.fusion.fuse import Fusion
 from collegium.preflight.measure import run_preflight
 from collegium.run.artifact import Artifact
@@ -137,8 +133,6 @@ class Recorder:
 
     def _batches(self, advance: OnProgress) -> Iterator[tuple[Batch, Rows]]:
         for split in self._splits:
-            windows = spread_windows(split, self._max_tokens)
-            for chunk in iterate_chunks(
-                split, batch_size=self._batch_size, windows=windows, progress=advance
-            ):
-                yield chunk.batch, chunk.rows
+            windows = Windows.spread(split, self._batch_size, self._max_tokens, advance)
+            for batch, rows, _ in windows.batches():
+                yield batch, rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from matplotlib.ticker import NullFormatter
 from collegium.report.canvas import house_style, label, legend_below, new_figure, render_svg
 from collegium.report.colors import MUTED, STUDENT, TEACHERS
 from collegium.storage.records import StudyRow
-from collegium.study.measurements import by_setting, measure_label, spearman, summarize
+from collegium.study.measurements import by_setting, measure_label, seed_values, spearman
 from collegium.study.options import FigureOptions
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -32,19 +33,16 @@ def correlation(
     rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str]
 ) -> str | None:
     """Describe the rank correlation of x and y over settings, of seed means and per seed."""
-    by_seed: dict[int, list[tuple[float, float]]] = {}
-    for seed, x, y in _points(rows, options):
-        by_seed.setdefault(seed, []).append((x, y))
-    means = []
-    for group in by_setting(rows, factors).values():
-        x, y = summarize(group, options.x).mean, summarize(group, options.y).mean
-        if x is not None and y is not None:
-            means.append((x, y))
+    points = list(_points(rows, options))
+    by_seed = {seed: [(x, y) for other, x, y in points if other == seed] for seed, _, _ in points}
+    groups = by_setting(rows, factors).values()
+    values = [(seed_values(group, options.x), seed_values(group, options.y)) for group in groups]
+    means = [(fmean(xs), fmean(ys)) for xs, ys in values if xs and ys]
     # `preflight_predicts` has +0.98 for the means, +0.99 and +0.90 for its seeds.
     rho = spearman(*zip(*means, strict=True)) if means else None
     if rho is None:
         return None
-    seeds = {seed: spearman(*zip(*points, strict=True)) for seed, points in by_seed.items()}
+    seeds = {seed: spearman(*zip(*pairs, strict=True)) for seed, pairs in by_seed.items()}
     texts = [f"seed {seed}: {value:+.2f}" for seed, value in seeds.items() if value is not None]
     return f"over {len(means)} settings: {rho:+.2f} ({', '.join(texts)})"
 
@@ -98,12 +96,12 @@ def lines(
         group = [row for row in rows if row.levels.get(options.by, "") == name]
         points = []
         for level, x in positions.items():
-            seeds = summarize([r for r in group if r.levels[options.x] == level], options.y)
-            if seeds.mean is not None:
-                points.append((x, seeds.mean))
+            values = seed_values([r for r in group if r.levels[options.x] == level], options.y)
+            if values:
+                points.append((x, fmean(values)))
             # With one seed the dot would coincide with the mean.
             if len({row.seed for row in group}) > 1:
-                axes.scatter([x] * len(seeds.values), seeds.values, color=color, s=12, alpha=0.6)
+                axes.scatter([x] * len(values), values, color=color, s=12, alpha=0.6)
         text = label(name or "mean", MAX_LABEL_LENGTH)
         axes.plot(*zip(*points, strict=True), color=color, marker="o", label=text)
     _level_axis(axes, positions)
@@ -139,9 +137,9 @@ def dots(rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str
     groups = by_setting(rows, factors)
     figure, (axes,) = new_figure(1.1 + 0.3 * len(groups))
     for position, group in enumerate(groups.values()):
-        seeds = summarize(group, options.y)
-        axes.scatter(seeds.values, [position] * len(seeds.values), color=STUDENT, s=26, zorder=3)
-        axes.scatter(seeds.mean or 0, position, color=MUTED, marker="|", s=220, zorder=2)
+        values = seed_values(group, options.y)
+        axes.scatter(values, [position] * len(values), color=STUDENT, s=26, zorder=3)
+        axes.scatter(fmean(values), position, color=MUTED, marker="|", s=220, zorder=2)
     axes.set_yticks(range(len(groups)), [label(name, MAX_LABEL_LENGTH) for name in groups])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)

@@ -6,41 +6,22 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
+import torch
+
+from collegium.preflight.weight_quality import rank_correlation
 from collegium.report.formats import fixed, perplexity
+from collegium.storage import records
 from collegium.storage.files import read_json
-from collegium.storage.records import (
-    CandidateFusion,
-    ModelScores,
-    Number,
-    Numbers,
-    PreflightReport,
-    ResultRow,
-    StudyRow,
-    read_log,
-    read_record,
-)
-
-T = TypeVar("T")
-
-
-class RunParts(NamedTuple):
-    """What the measures of a finished run are read from."""
-
-    student: ResultRow
-    fused: ModelScores
-    folder: Path
 
 
 @dataclass(frozen=True)
-class Measure(Generic[T]):
-    """A measure of a study: its label, where it is read, and how a table writes it."""
+class Measure:
+    """A measure of a study: its label, and how a table writes it."""
 
     label: str
-    read: Callable[[T], Number]
     is_lower_better: bool = False
     write: Callable[[float | None], str] = fixed
     digits: int = 3
@@ -48,44 +29,23 @@ class Measure(Generic[T]):
 
 
 _coarse = partial(fixed, digits=1)
-RUN_MEASURES: dict[str, Measure[RunParts]] = {
-    "fused_nll": Measure("NLL of the fused target", attrgetter("fused.nll"), True),
-    "student_nll": Measure("NLL of the student", attrgetter("student.nll"), True),
-    "student_perplexity": Measure(
-        "perplexity of the student", attrgetter("student.perplexity"), True, perplexity, 1
-    ),
-    "student_ece": Measure("ECE of the student", attrgetter("student.ece")),
-    "student_overconfidence": Measure(
-        "NLL − H of the student", attrgetter("student.overconfidence")
-    ),
-    "student_kl": Measure("KL(fused target, student)", attrgetter("student.kl_to_fused"), True),
-    "bytes_per_token": Measure(
-        "bytes per target", lambda run: _bytes_per_token(run.folder), False, _coarse, 1
-    ),
-    "tokens_per_s": Measure(
-        "target tokens per second", lambda run: _tokens_per_s(run.folder), False, _coarse, 1
-    ),
-    "train_seconds": Measure(
-        "seconds of training", attrgetter("student.train_seconds"), False, _coarse, 1
-    ),
+MEASURES = {
+    # Of a finished run
+    "fused_nll": Measure("NLL of the fused target", True),
+    "student_nll": Measure("NLL of the student", True),
+    "student_perplexity": Measure("perplexity of the student", True, perplexity, 1),
+    "student_ece": Measure("ECE of the student"),
+    "student_overconfidence": Measure("NLL − H of the student"),
+    "student_kl": Measure("KL(fused target, student)", True),
+    "bytes_per_token": Measure("bytes per target", False, _coarse, 1),
+    "tokens_per_s": Measure("target tokens per second", False, _coarse, 1),
+    "train_seconds": Measure("seconds of training", False, _coarse, 1),
+    # Of a fusion that a preflight compared
+    "calibration_nll": Measure("NLL of the fused target on the calibration split", True),
+    "rank_correlation": Measure("rank correlation of weight and −NLL"),
+    "best_teacher_share": Measure("P(highest weight = best teacher)"),
+    "regret": Measure("regret against the best constant weights", True),
 }
-PREFLIGHT_MEASURES: dict[str, Measure[CandidateFusion]] = {
-    "calibration_nll": Measure(
-        "NLL of the fused target on the calibration split", attrgetter("nll"), True
-    ),
-    "rank_correlation": Measure(
-        "rank correlation of weight and −NLL", attrgetter("rank_correlation")
-    ),
-    "best_teacher_share": Measure(
-        "P(highest weight = best teacher)", attrgetter("best_teacher_share")
-    ),
-    "regret": Measure(
-        "regret against the best constant weights",
-        lambda candidate: (candidate.regret or {}).get("constant"),
-        True,
-    ),
-}
-MEASURES: dict[str, Measure[Any]] = {**RUN_MEASURES, **PREFLIGHT_MEASURES}
 """`NAME@DOMAIN` is the value on one domain."""
 # results.json has other measures per domain as well, but studies read only these.
 BY_DOMAIN = ("fused_nll", "student_nll", "student_perplexity")
@@ -97,13 +57,23 @@ def measure_label(name: str) -> str:
     return MEASURES[base].label + (f" on {domain}" if domain else "")
 
 
-def run_values(folder: Path) -> Numbers:
+def run_values(folder: Path) -> records.Numbers:
     """Read the measures of a finished run: student, fused target, cache size and time."""
-    rows = read_record(folder / "results.json", list[ResultRow]) or []
+    rows = records.read_record(folder / "results.json", list[records.ResultRow]) or []
     student = next(row for row in rows if row.kind == "student")
     # A run without teachers has no fused target.
-    fused = next((row for row in rows if row.kind == "fused"), ModelScores())
-    values = dict(_values(RUN_MEASURES, RunParts(student, fused, folder)))
+    fused = next((row for row in rows if row.kind == "fused"), records.ModelScores())
+    values = {
+        "fused_nll": fused.nll,
+        "student_nll": student.nll,
+        "student_perplexity": student.perplexity,
+        "student_ece": student.ece,
+        "student_overconfidence": student.overconfidence,
+        "student_kl": student.kl_to_fused,
+        "bytes_per_token": _bytes_per_token(folder),
+        "tokens_per_s": _tokens_per_s(folder),
+        "train_seconds": student.train_seconds,
+    }
     for domain, score in student.domains.items():
         values[f"student_nll@{domain}"] = score.nll
         values[f"student_perplexity@{domain}"] = score.perplexity
@@ -112,18 +82,21 @@ def run_values(folder: Path) -> Numbers:
     return values
 
 
-def _values(measures: Mapping[str, Measure[T]], source: T) -> Numbers:
-    return {name: measure.read(source) for name, measure in measures.items()}
-
-
-def preflight_values(report: PreflightReport) -> Iterator[tuple[dict[str, str], Numbers]]:
+def preflight_values(
+    report: records.PreflightReport,
+) -> Iterator[tuple[dict[str, str], records.Numbers]]:
     """Yield the levels and measures of each fusion that a preflight compared."""
     for candidate in report.fusions:
-        levels = {"fusion": family(candidate), "calibration": candidate.calibration or ""}
-        yield levels, _values(PREFLIGHT_MEASURES, candidate)
+        values = {
+            "calibration_nll": candidate.nll,
+            "rank_correlation": candidate.rank_correlation,
+            "best_teacher_share": candidate.best_teacher_share,
+            "regret": (candidate.regret or {}).get("constant"),
+        }
+        yield {"fusion": family(candidate), "calibration": candidate.calibration or ""}, values
 
 
-def family(candidate: CandidateFusion) -> str:
+def family(candidate: records.CandidateFusion) -> str:
     """Name a fusion without its fitted numbers, such as `gate, linear`."""
     # Fitted numbers differ between seeds, but the seeds of a setting must share a name.
     weighting: Mapping[str, Any] = candidate.fusion["weighting"]
@@ -144,41 +117,26 @@ def _bytes_per_token(folder: Path) -> float | None:
 
 def _tokens_per_s(folder: Path) -> float | None:
     # The median over logged steps ignores a slow first step.
-    log = read_log(folder / "train" / "log.jsonl") or ()
+    log = records.read_log(folder / "train" / "log.jsonl") or ()
     speeds = [line.tokens_per_s for line in log if line.tokens_per_s]
     return statistics.median(speeds) if speeds else None
 
 
-def by_setting(rows: Sequence[StudyRow], factors: Sequence[str]) -> dict[str, list[StudyRow]]:
+def by_setting(
+    rows: Sequence[records.StudyRow], factors: Sequence[str]
+) -> dict[str, list[records.StudyRow]]:
     """Group the rows by setting, named by its levels, in order of first appearance."""
-    groups: dict[str, list[StudyRow]] = {}
+    groups: dict[str, list[records.StudyRow]] = {}
     for row in rows:
         name = " · ".join(row.levels[factor] for factor in factors if factor in row.levels)
         groups.setdefault(name, []).append(row)
     return groups
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Values of one measure of one setting, one per seed."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float | None:
-        """Mean, or None if no seed has the measure."""
-        return statistics.fmean(self.values) if self.values else None
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation (n - 1), or None for fewer than two seeds."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-
-def summarize(rows: Sequence[StudyRow], measure: str) -> Summary:
-    """Collect the values of a measure in these rows, without missing ones."""
+def seed_values(rows: Sequence[records.StudyRow], measure: str) -> list[float]:
+    """Return the values of a measure in these rows, one per seed, without missing ones."""
     values = (row.values.get(measure) for row in rows)
-    return Summary(tuple(value for value in values if value is not None))
+    return [value for value in values if value is not None]
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -186,14 +144,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
 
     rho = cov(rank x, rank y) / (sd(rank x) sd(rank y)). Ties share the mean of their ranks.
     """
-    # Constant values have no ranks to correlate, and two points always give +1 or -1.
-    if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
+    # Two points always give +1 or -1.
+    if len(x) < 3:
         return None
-    return statistics.correlation(_ranks(x), _ranks(y))
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    # Quadratic, which is fine for the few dozen settings of a study.
-    below = [sum(other < value for other in values) for value in values]
-    equal = [sum(other == value for other in values) for value in values]
-    return [b + (e - 1) / 2 for b, e in zip(below, equal, strict=True)]
+    columns = torch.tensor([x, y], dtype=torch.float64)[..., None]
+    return rank_correlation(columns[0], -columns[1])

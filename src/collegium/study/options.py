@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from collegium.config.yaml import decode, read_text, read_yaml, shown
 from collegium.errors import nearest
@@ -70,43 +70,11 @@ class StudyOptions:
     figures: list[FigureOptions] = field(default_factory=list)
     """Plots on the page."""
 
-    @model_validator(mode="after")
-    def _check_names(self) -> StudyOptions:
-        if not self.factors or not all(self.factors.values()):
-            raise ValueError("factors: got none; must be at least one with one level; add one")
-        measures = [*self.measures, *(figure.y for figure in self.figures)]
-        measures += [figure.x for figure in self.figures if figure.kind == "scatter"]
-        for name in measures:
-            _check_measure(name)
-        # Without students, preflight_rows adds the level `fusion`.
-        factors = [*self.factors, *(() if self.students else ("fusion",))]
-        for figure in self.figures:
-            axes = [figure.x, figure.by] if figure.kind == "lines" else [figure.by]
-            for factor in filter(None, axes):
-                if factor not in factors:
-                    raise ValueError(
-                        f"figures: got `{factor}`; must be a factor{nearest(factor, factors)}"
-                    )
-            if figure.kind == "lines" and not figure.x:
-                raise ValueError("figures: got `lines` without x; must name a factor; add `x`")
-        return self
-
     def settings(self) -> Iterator[tuple[dict[str, str], Level]]:
         """Yield each combination as factor -> level name, and its changes (later factors win)."""
-        for names in itertools.product(*self.factors.values()):
-            levels = dict(zip(self.factors, names, strict=True))
-            changes: Level = {}
-            for factor, name in levels.items():
-                changes.update(self.factors[factor][name])
-            yield levels, changes
-
-
-def _check_measure(name: str) -> None:
-    base, at, domain = name.partition("@")
-    if base not in MEASURES:
-        raise ValueError(f"got `{name}`; must be a measure{nearest(base, MEASURES)}")
-    if at and (base not in BY_DOMAIN or not domain):
-        raise ValueError(f"got `{name}`; only {', '.join(BY_DOMAIN)} exist by domain")
+        for chosen in itertools.product(*(levels.items() for levels in self.factors.values())):
+            names = dict(zip(self.factors, (name for name, _ in chosen), strict=True))
+            yield names, {key: value for _, level in chosen for key, value in level.items()}
 
 
 def load_study(path: Path) -> StudyOptions:
@@ -115,11 +83,24 @@ def load_study(path: Path) -> StudyOptions:
     Raises:
         RecipeError: lists every problem, one per line.
     """
-    return decode(StudyOptions, read_yaml(read_text(path), path.name), _level_problems)
+    return decode(StudyOptions, read_yaml(read_text(path), path.name), _problems)
 
 
-def _level_problems(study: StudyOptions) -> Iterator[str]:
-    """Check the names in `pick`, and that each level of a factor has its own folder name."""
+def _problems(study: StudyOptions) -> Iterator[str]:
+    if not study.factors or not all(study.factors.values()):
+        yield "factors: got none; must be at least one with one level; add one"
+    yield from _measure_problems("measures", study.measures)
+    # Without students, the rows of a preflight add the level `fusion`.
+    factors = [*study.factors, *(() if study.students else ("fusion",))]
+    for figure in study.figures:
+        has_lines = figure.kind == "lines"
+        measures = [figure.y, figure.x] if figure.kind == "scatter" else [figure.y]
+        yield from _measure_problems("figures", measures)
+        for factor in filter(None, [figure.x, figure.by] if has_lines else [figure.by]):
+            if factor not in factors:
+                yield f"figures: got `{factor}`; must be a factor{nearest(factor, factors)}"
+        if has_lines and not figure.x:
+            yield "figures: got `lines` without x; must name a factor; add `x`"
     for factor, levels in study.factors.items():
         slugs: dict[str, str] = {}
         for name, level in levels.items():
@@ -130,6 +111,15 @@ def _level_problems(study: StudyOptions) -> Iterator[str]:
                 yield f"{key}: same folder as `{other}`; must differ in a letter or digit"
             if PICK in level:
                 yield from _pick_problems(level[PICK], f"{key}.{PICK}")
+
+
+def _measure_problems(key: str, names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        base, at, domain = name.partition("@")
+        if base not in MEASURES:
+            yield f"{key}: got `{name}`; must be a measure{nearest(base, MEASURES)}"
+        elif at and (base not in BY_DOMAIN or not domain):
+            yield f"{key}: got `{name}`; only {', '.join(BY_DOMAIN)} exist by domain"
 
 
 def _pick_problems(pick: Any, key: str) -> Iterator[str]:

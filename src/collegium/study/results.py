@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,14 @@ from collegium.run.folder import environment
 from collegium.storage.files import write_text
 from collegium.storage.records import StudyRow
 from collegium.study.figures import correlation, draw_figures
-from collegium.study.measurements import (
-    MEASURES,
-    Summary,
-    by_setting,
-    measure_label,
-    summarize,
-)
+from collegium.study.measurements import MEASURES, by_setting, measure_label, seed_values
 from collegium.study.options import StudyOptions
 
 
-def write_page(study: StudyOptions, rows: Sequence[StudyRow], folder: Path, *, text: str) -> Path:
-    """Write report.html, table.md and figure-N.svg into a study folder, and return the page path.
+def write_page(
+    study: StudyOptions, rows: Sequence[StudyRow], folder: Path, *, text: str
+) -> tuple[Path, list[Table[Any]]]:
+    """Write report.html, table.md and figure-N.svg of a study. Return the page and its tables.
 
     Args:
         study: the study.
@@ -59,7 +56,7 @@ def write_page(study: StudyOptions, rows: Sequence[StudyRow], folder: Path, *, t
         machine=f"{machine.processor}, {machine.cpus} cores; Python {machine.python}, {versions}",
     )
     write_text(folder / REPORT, page)
-    return folder / REPORT
+    return folder / REPORT, tables
 
 
 def factor_names(study: StudyOptions, rows: Sequence[StudyRow]) -> list[str]:
@@ -70,20 +67,13 @@ def factor_names(study: StudyOptions, rows: Sequence[StudyRow]) -> list[str]:
 def study_tables(study: StudyOptions, rows: Sequence[StudyRow]) -> list[Table[Any]]:
     """Return a table of all settings, preceded for two factors by one pivot table per measure."""
     factors = factor_names(study, rows)
-    pivots = []
+    columns = [_column(measure_label(name), name, lambda group: group) for name in study.measures]
+    lines = [Line(name, group) for name, group in by_setting(rows, factors).items()]
+    tables = [Table("All settings", " · ".join(factors), columns, lines)]
     if len(study.factors) == 2 and study.students:
         across, down = factors[:2]
-        pivots = [pivot_table(rows, name, down=down, across=across) for name in study.measures]
-    return [*pivots, setting_table(rows, study.measures, factors)]
-
-
-def setting_table(
-    rows: Sequence[StudyRow], measures: Sequence[str], factors: Sequence[str]
-) -> Table[list[StudyRow]]:
-    """Return a table with one line per setting and one column per measure."""
-    columns = [_column(measure_label(name), name, lambda group: group) for name in measures]
-    lines = [Line(name, group) for name, group in by_setting(rows, factors).items()]
-    return Table("All settings", " · ".join(factors), columns, lines)
+        tables[:0] = [pivot_table(rows, m, down=down, across=across) for m in study.measures]
+    return tables
 
 
 def pivot_table(
@@ -103,14 +93,13 @@ def _column(
 ) -> Column[list[StudyRow]]:
     options = MEASURES[measure.partition("@")[0]]
 
-    def read(group: list[StudyRow]) -> Summary | None:
-        summary = summarize(select(group), measure)
-        return summary if summary.values else None
+    def read(group: list[StudyRow]) -> list[float] | None:
+        return seed_values(select(group), measure) or None
 
-    def write(summary: Summary | None) -> str:
-        text = options.write(summary and summary.mean)
-        if summary is None or summary.deviation is None:
+    def write(values: list[float] | None) -> str:
+        text = options.write(statistics.fmean(values) if values else None)
+        if values is None or len(values) < 2:
             return text
-        return f"{text} ± {fixed(summary.deviation, options.digits)}"
+        return f"{text} ± {fixed(statistics.stdev(values), options.digits)}"
 
-    return Column(title, read, write, (lambda s: s.mean) if options.is_lower_better else None)
+    return Column(title, read, write, statistics.fmean if options.is_lower_better else None)

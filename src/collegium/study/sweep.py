@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import io
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
-from collegium.config.recipe import Recipe, load_recipe, recipe_hash
+from collegium.config.recipe import Recipe, recipe_hash
 from collegium.console import say
+from collegium.demo.run import read_values, write_recipe
 from collegium.errors import RecipeError
 from collegium.report.tables import Table
 from collegium.run import pipeline
-from collegium.storage.files import fingerprint, lock_folder, write_json, write_text
+from collegium.storage.files import fingerprint, lock_folder, write_json
 from collegium.storage.records import StudyRow, StudyRun, read_record
 from collegium.study.measurements import preflight_values, run_values
 from collegium.study.options import PICK, Level, StudyOptions, load_study, slug
-from collegium.study.results import study_tables, write_page
+from collegium.study.results import write_page
 from collegium.study.zoo import prepare_zoo
 
 SEED = "{seed}"
@@ -60,17 +59,15 @@ def run_study(path: Path) -> tuple[Path, list[Table[Any]]]:
             for seed in study.seeds:
                 prepare_zoo(zoo, seed)
         rows = run_jobs(study, path.parent / study.base, folder)
-        page = write_page(study, rows, folder, text=path.read_text(encoding="utf-8"))
-    return page, study_tables(study, rows)
+        return write_page(study, rows, folder, text=path.read_text(encoding="utf-8"))
 
 
 def jobs_of(study: StudyOptions, folder: Path) -> list[Job]:
     """Return all runs of a study, seed by seed."""
     jobs = []
-    for seed in study.seeds:
-        for levels, changes in study.settings():
-            name = "_".join(slug(level) for level in levels.values())
-            jobs.append(Job(levels, seed, changes, folder / "runs" / f"{name}_seed{seed}"))
+    for seed, (levels, changes) in itertools.product(study.seeds, study.settings()):
+        name = "_".join(map(slug, levels.values()))
+        jobs.append(Job(levels, seed, changes, folder / "runs" / f"{name}_seed{seed}"))
     return jobs
 
 
@@ -102,10 +99,8 @@ def _run(study: StudyOptions, job: Job, base: Path, folder: Path) -> list[StudyR
     else:
         measured = preflight_values(pipeline.preflight(recipe))
     rows = [
-        StudyRow(
-            levels={**job.levels, **more}, seed=job.seed, folder=str(job.folder), values=values
-        )
-        for more, values in measured
+        StudyRow(levels={**job.levels, **more}, seed=job.seed, folder=str(job.folder), values=read)
+        for more, read in measured
     ]
     write_json(record, StudyRun(key=key, rows=rows).to_json())
     return rows
@@ -114,36 +109,35 @@ def _run(study: StudyOptions, job: Job, base: Path, folder: Path) -> list[StudyR
 def _recipe(job: Job, base: Path, folder: Path) -> Recipe:
     """Write and load the recipe of a run, with the fitted fusion if the setting picks one."""
     changes = {key: value for key, value in job.changes.items() if key != PICK}
-    # Through JSON, so that `{seed}` is replaced at any depth.
-    changes = json.loads(json.dumps(changes).replace(SEED, str(job.seed)))
-    values = _with_changes(_base_values(base, job.seed), changes, where=job.title)
+    overrides = [
+        # As JSON, so that `{seed}` is replaced at any depth.
+        f"{key}={json.dumps(value, ensure_ascii=False)}".replace(SEED, str(job.seed))
+        for key, value in changes.items()
+    ]
+    values = read_values(base, SEED, str(job.seed), overrides)
     values |= {"name": job.folder.name, "seed": job.seed, "output_dir": job.folder.as_posix()}
     if PICK in job.changes:
         values["fusion"] = _fitted_fusion(job, values, folder)
-    return _write_recipe(folder / "recipes" / f"{job.folder.name}.yaml", values)
+    return write_recipe(folder / "recipes" / f"{job.folder.name}.yaml", values)
 
 
 def _fitted_fusion(job: Job, values: Mapping[str, Any], folder: Path) -> Any:
     """Return the fusion that a preflight with these teachers fitted for the pick of a setting."""
     pick = {"pool": "linear", "calibration": "raw", **job.changes[PICK]}
-    shared = {
-        key: value
-        for key, value in values.items()
-        if key not in (*NOT_MEASURED, "name", "output_dir")
-    }
+    ignored = (*NOT_MEASURED, "name", "output_dir")
+    shared = {key: value for key, value in values.items() if key not in ignored}
     name = f"preflight-{fingerprint(shared)[:12]}"
-    location = {"name": name, "output_dir": (folder / "preflight" / name).as_posix()}
-    # `extended` tries every rule in every pool, so that a pick finds its candidate.
-    options = {**(values.get("preflight") or {}), "candidates": "extended"}
     # Without training, evaluation and cache: settings that agree in the rest share one preflight.
     measured = {
         **shared,
         "student": values["student"],
-        **location,
-        "preflight": options,
+        "name": name,
+        "output_dir": (folder / "preflight" / name).as_posix(),
+        # `extended` tries every rule in every pool, so that a pick finds its candidate.
+        "preflight": {**(values.get("preflight") or {}), "candidates": "extended"},
         "fusion": "auto",
     }
-    report = pipeline.preflight(_write_recipe(folder / "recipes" / f"{name}.yaml", measured))
+    report = pipeline.preflight(write_recipe(folder / "recipes" / f"{name}.yaml", measured))
     names = set()
     for candidate in report.fusions:
         fusion = candidate.fusion
@@ -156,40 +150,3 @@ def _fitted_fusion(job: Job, values: Mapping[str, Any], folder: Path) -> Any:
         f"{job.title}: preflight has no fusion with {json.dumps(pick)}; must be one that it tries; "
         f"weightings: {', '.join(sorted(names))}"
     )
-
-
-def _base_values(path: Path, seed: int) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8").replace(SEED, str(seed))
-    except OSError as error:
-        raise RecipeError(
-            f"base: {path}: cannot be read ({error.strerror}); must be a recipe"
-        ) from error
-    values = YAML(typ="safe").load(text)
-    if not isinstance(values, dict):
-        raise RecipeError(f"base: {path}: must be a mapping, like every recipe")
-    return values
-
-
-def _with_changes(values: dict[str, Any], changes: Level, *, where: str) -> dict[str, Any]:
-    """Set the values at dotted keys, in-place. Missing mappings on the way are created."""
-    for key, value in changes.items():
-        section: Any = values
-        *path, last = key.split(".")
-        for part in path:
-            if section.get(part) is None:
-                section[part] = {}
-            section = section[part]
-            if not isinstance(section, dict):
-                raise RecipeError(f"{where}: {key}: `{part}` is not a mapping; set it as a whole")
-        section[last] = value
-    return values
-
-
-def _write_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
-    stream = io.StringIO()
-    YAML(typ="safe").dump(dict(values), stream)
-    text = stream.getvalue()
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
-    return load_recipe(path)

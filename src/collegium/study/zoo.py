@@ -8,19 +8,22 @@ runs/zoo/contradicting-SEED/liar  a generalist trained on permuted labels in one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from collegium.config.recipe import load_recipe
+from collegium.config.recipe import Recipe
 from collegium.data.pack import PackedDataset
-from collegium.demo.run import FULL, Plan, prepare_text, write_teacher_recipe
+from collegium.demo.run import FULL, Plan, ensure, prepare_text, write_teacher_recipe
 from collegium.run import pipeline
+from collegium.run.artifacts import Student
+from collegium.run.context import RunContext
+from collegium.run.controls import main_variant
 from collegium.run.folder import RunFolder
-from collegium.storage.files import fingerprint
 from collegium.study.options import ZooName
 from collegium.types import IGNORE, domain_number
 
@@ -33,8 +36,8 @@ GENERALISTS = {"scripture": "wide", "drama": "shallow", "encyclopedia": "neox", 
 """Domain of a specialist -> name of the generalist with the same architecture."""
 
 
-def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL) -> Path:
-    """Train the missing teachers of a zoo and return the folder of their run folders.
+def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL) -> None:
+    """Train the missing teachers of a zoo.
 
     Raises:
         CollegiumError: the text cannot be downloaded, or the folder is unusable.
@@ -43,73 +46,38 @@ def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL
     run.make()
     with run.lock():
         prepare_text(run, plan)
-        for number, (name, config) in enumerate(_configs(zoo, plan).items()):
+        domains = () if zoo == "specialists" else tuple(plan.specialists)
+        train = _train_contradicting if zoo == "contradicting" else pipeline.train
+        for name, config, teacher_seed in _teachers(zoo, plan, seed):
             folder = root / f"{zoo}-{seed}" / name
-            stage = f"{zoo}-{seed} {name}"
-            key = fingerprint([name, dict(config), seed, plan.max_steps])
-            if run.is_done(stage, key) and (folder / "student").is_dir():
-                continue
-            with run.stage(stage, key):
-                _train(zoo, plan, folder, {name: config}, seed=_seed(zoo, seed, number))
-    return root / f"{zoo}-{seed}"
+            recipe = write_teacher_recipe(plan, folder, config, seed=teacher_seed, domains=domains)
+            inputs, make = [name, dict(config), seed, plan.max_steps], partial(train, recipe)
+            ensure(run, f"{zoo}-{seed} {name}", inputs, folder / "student", make)
 
 
-def _configs(zoo: ZooName, plan: Plan) -> Mapping[str, Mapping[str, Any]]:
-    if zoo == "specialists":
-        return plan.specialists
-    if zoo == "generalists":
-        return {
-            GENERALISTS.get(domain, domain): config for domain, config in plan.specialists.items()
-        }
-    return {"liar": next(iter(plan.specialists.values()))}
-
-
-def _seed(zoo: ZooName, seed: int, number: int) -> int:
-    # Generalists read the same text, so each also has its own initialization and data order.
-    return {"specialists": 100 + seed, "generalists": 200 + 10 * seed + number}.get(zoo, 300 + seed)
-
-
-def _train(
-    zoo: ZooName, plan: Plan, folder: Path, teacher: Mapping[str, Mapping[str, Any]], *, seed: int
-) -> None:
-    domains = () if zoo == "specialists" else tuple(plan.specialists)
-    file = write_teacher_recipe(
-        plan, folder.parent.parent, folder, teacher, seed=seed, domains=domains
-    )
-    if zoo != "contradicting":
-        pipeline.train(load_recipe(file))
+def _teachers(zoo: ZooName, plan: Plan, seed: int) -> Iterator[tuple[str, Mapping[str, Any], int]]:
+    """Yield the name, the transformers config and the seed of each teacher."""
+    if zoo == "contradicting":
+        yield "liar", next(iter(plan.specialists.values())), 300 + seed
         return
-    _train_contradicting(file)
+    for number, (domain, config) in enumerate(plan.specialists.items()):
+        if zoo == "specialists":
+            yield domain, config, 100 + seed
+        else:
+            # The same text for all, so each has its own initialization and data order as well.
+            yield GENERALISTS.get(domain, domain), config, 200 + 10 * seed + number
 
 
-def _train_contradicting(file: Path) -> None:
+def _train_contradicting(recipe: Recipe) -> None:
     """Train with plain cross-entropy, with the labels of one domain permuted."""
-    # Imported here: loading the trainer takes longer than a whole `collegium check`.
-    from collegium.run.context import RunContext
-    from collegium.train.objective import Objective
-    from collegium.train.options import training_arguments
-    from collegium.train.trainer import DistillTrainer
-
-    recipe = load_recipe(file)
     context = RunContext(recipe)
-    student = context.new_student()
-    folder = recipe.output_dir
-    trainer = DistillTrainer(
-        model=student,
-        args=training_arguments(
-            recipe.train,
-            output_dir=folder / "train",
-            seed=recipe.seed,
-            on_cpu=student.device.type == "cpu",
-        ),
-        train_dataset=PermutedLabels(
-            context.datasets["train"], PERMUTED_DOMAIN, context.vocab_size, seed=recipe.seed
-        ),
-        objective=Objective(recipe.objective, None),
-        processing_class=context.tokenizer,
+    student = Student(context, main_variant(recipe, None))
+    trainer = student.trainer(student.output_dir)
+    trainer.train_dataset = PermutedLabels(
+        context.datasets["train"], PERMUTED_DOMAIN, context.vocab_size, seed=recipe.seed
     )
     trainer.train()
-    trainer.save_student(folder / "student")
+    trainer.save_student(student.path)
 
 
 class PermutedLabels(Dataset[dict[str, torch.Tensor]]):
