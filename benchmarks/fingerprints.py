@@ -1,4 +1,4 @@
-"""Digests of all files that a set of small runs writes: the proof that a refactoring changes nothing.
+"""Digests of all files of a set of small runs: the proof that a refactoring changes nothing.
 
     python benchmarks/fingerprints.py run FOLDER [--source SRC] > after.json
     python benchmarks/fingerprints.py compare before.json after.json
@@ -54,7 +54,10 @@ cache: {enabled: true, kind: fused}
 evaluate: {controls: [ce_only, best_single], batch_size: 16}
 """,
     "fused-top-k": """
-fusion: {weighting: {name: entropy, granularity: sequence}, pool: log_linear, pooled_temperature: 1.2}
+fusion:
+  weighting: {name: entropy, granularity: sequence}
+  pool: log_linear
+  pooled_temperature: 1.2
 cache: {enabled: true, kind: fused, targets: {name: top_k, k: 20}}
 evaluate: {controls: [], batch_size: 16}
 """,

@@ -29,13 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from collegium.kernels.rows import (
-    DenseTarget,
-    LogSumExp,
-    RawRows,
-    RunningMean,
-    row_alignment_bytes,
-)
+from collegium.kernels.rows import DenseTarget, LogSumExp, RawRows, RunningMean, row_alignment_bytes
 from collegium.kernels.triton_rows import TritonKernels
 
 REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32

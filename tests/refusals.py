@@ -1,7 +1,7 @@
-"""Errors in tests: the kind and the path are asserted, the wording is frozen in `tests/messages.txt`.
+"""Errors in tests: kind and path are asserted, the wording is frozen in `tests/messages.txt`.
 
-A message is a product surface, so its exact words exist once, where a reviewer reads them in a diff. After a change of
-wording run `pytest --update-messages` and read that diff.
+A message is a product surface, so its exact words exist once, where a reviewer reads them in a
+diff. After a change of wording run `pytest --update-messages` and read that diff.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def refused(kind: type[Exception], where: str = "", *, volatile: str = "") -> It
 
     Args:
         kind: class of the error; a subclass does not pass.
-        where: the path that the message starts with, such as `train.max_steps`; empty where there is none to name.
+        where: the path that the message starts with, such as `train.max_steps`. Empty for none.
         volatile: pattern of the parts that differ between machines, such as free bytes.
     """
     with pytest.raises(kind) as caught:

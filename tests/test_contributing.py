@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"^### An? (.+?)\n(.*?)(?=^##)", TEXT, flags=re.DOTALL | re.MULTILINE))
 STEP = re.compile(
-    r"^(?:(?P<verb>Create|Insert above `(?P<above>\w+)` in|Add to `(?P<table>\w+)` in) `(?P<path>.+?)`"
+    r"^(?:(?P<verb>Create|Insert above `(?P<above>\w+)` in|Add to `(?P<table>\w+)` in)"
+    r" `(?P<path>.+?)`"
     r"|Run):\n```python\n(?P<code>.*?)```",
     flags=re.DOTALL | re.MULTILINE,
 )
@@ -67,9 +68,4 @@ def test_an_example_works_as_written(name: str, tmp_path: Path) -> None:
 
 
 def test_there_is_an_example_of_each_extension() -> None:
-    assert list(EXAMPLES) == [
-        "divergence",
-        "weighting with a fit",
-        "kind of teacher",
-        "artifact",
-    ]
+    assert list(EXAMPLES) == ["divergence", "weighting with a fit", "kind of teacher", "artifact"]

@@ -45,12 +45,7 @@ class Windows(Dataset[dict[str, Tensor]]):
             sample = torch.full((length,), 2 * number)
             sample[cut:] += 1
             self.rows.append(
-                {
-                    "input_ids": ids,
-                    "position_ids": position,
-                    "labels": labels,
-                    "sample_ids": sample,
-                }
+                {"input_ids": ids, "position_ids": position, "labels": labels, "sample_ids": sample}
             )
 
     def __len__(self) -> int:

@@ -133,10 +133,7 @@ def test_57_a_template_without_a_stop_token(bench: Bench) -> None:
 
 def test_60_less_than_one_step(bench: Bench) -> None:
     windows = bench.accepted()[3].split(" windows")[0].split()[-1]
-    overrides = (
-        "train.per_device_train_batch_size=1024",
-        "train.gradient_accumulation_steps=4",
-    )
+    overrides = ("train.per_device_train_batch_size=1024", "train.gradient_accumulation_steps=4")
     # The number depends on the tokenizer, so it is compared here and not in the snapshot.
     message = bench.refused("data.train", *overrides, volatile=r"\d+(?= windows)")
     assert f" {windows} windows" in message
@@ -201,9 +198,7 @@ def test_71_not_parquet(bench: Bench) -> None:
     Path("zoo/code.parquet").write_bytes(GOOD)
     # The reasons that pyarrow gives differ between its versions.
     bench.refused(
-        "data.train[1]: zoo/code.parquet",
-        "data.train.1.path=zoo/code.parquet",
-        volatile=r"\(.*\)",
+        "data.train[1]: zoo/code.parquet", "data.train.1.path=zoo/code.parquet", volatile=r"\(.*\)"
     )
 
 

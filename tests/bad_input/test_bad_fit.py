@@ -36,10 +36,7 @@ def test_22_several_processes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_26_the_same_weights_twice(bench: Bench) -> None:
     shutil.copytree("zoo/code", "zoo/copy")
-    bench.refused(
-        "teachers.code and teachers.again",
-        "teachers.again.model=zoo/copy",
-    )
+    bench.refused("teachers.code and teachers.again", "teachers.again.model=zoo/copy")
 
 
 def test_26_the_same_hub_id_twice(bench: Bench) -> None:
@@ -108,7 +105,5 @@ def test_hidden_states_that_do_not_exist(features: str, where: str, bench: Bench
 def test_67_a_window_longer_than_a_models_positions(bench: Bench) -> None:
     bench.refused("data.max_length", "data.max_length=65")
     bench.refused(
-        "data.max_length",
-        "data.max_length=129",
-        "student.config.max_position_embeddings=256",
+        "data.max_length", "data.max_length=129", "student.config.max_position_embeddings=256"
     )

@@ -145,18 +145,14 @@ def test_bad_student(case: str, bench: Bench) -> None:
     """A student from a folder is checked like a teacher."""
     CASES[case]()
     bench.refused(
-        "student",
-        "student={model: zoo/code}",
-        "teachers={scripture: {model: zoo/scripture}}",
+        "student", "student={model: zoo/code}", "teachers={scripture: {model: zoo/scripture}}"
     )
 
 
 def test_53_token_of_the_student_without_a_row(bench: Bench) -> None:
     CASES["53 token without a row"]()
     bench.refused(
-        "student",
-        "student={model: zoo/code}",
-        "teachers={scripture: {model: zoo/scripture}}",
+        "student", "student={model: zoo/code}", "teachers={scripture: {model: zoo/scripture}}"
     )
 
 

@@ -86,10 +86,7 @@ def test_31_is_checked_before_any_input_is_read(stopped: Path, bench: Bench) -> 
     for name in ("code.jsonl", "scripture.jsonl"):
         Path("zoo", name).unlink()
     shutil.rmtree("zoo/code")
-    bench.refused(
-        "output_dir: out holds a run of another recipe",
-        "seed=1",
-    )
+    bench.refused("output_dir: out holds a run of another recipe", "seed=1")
 
 
 def test_29_a_run_of_the_same_recipe_is_resumed(stopped: Path, lab: Bench) -> None:
@@ -102,9 +99,7 @@ def test_30_output_below_a_file(bench: Bench) -> None:
     OUT.write_text("")
     bench.refused("output_dir: cannot write out (out is a file)")
     bench.refused(
-        "output_dir: cannot write out/deep (out is a file)",
-        "output_dir=out/deep",
-        command="check",
+        "output_dir: cannot write out/deep (out is a file)", "output_dir=out/deep", command="check"
     )
 
 
@@ -160,12 +155,7 @@ def test_another_process_on_the_folder(bench: Bench) -> None:
 
 
 def test_a_preflight_without_teachers(bench: Bench) -> None:
-    bench.refused(
-        "teachers: ",
-        "teachers={}",
-        "objective.kd_ratio=0",
-        command="preflight",
-    )
+    bench.refused("teachers: ", "teachers={}", "objective.kd_ratio=0", command="preflight")
 
 
 def test_a_report_without_a_run(bench: Bench) -> None:

@@ -297,7 +297,8 @@ def test_options_are_checked():
     ):
         with pytest.raises(ValidationError):
             DataOptions(**wrong)
-    assert DataOptions(train=source).train[0] == SourceOptions(path="a.txt")  # type: ignore[arg-type]
+    options = DataOptions(train=source)  # type: ignore[arg-type]
+    assert options.train[0] == SourceOptions(path="a.txt")
 
 
 def test_collator_pads_ragged_rows_as_one_more_document():

@@ -57,11 +57,7 @@ def test_three_kinds_of_rows_in_three_formats(tmp_path):
         {"prompt": "q", "completion": "r"},
         {"messages": CHAT, "text": "not this"},
     ]
-    expected = [
-        {"text": "a"},
-        {"prompt": "q", "completion": "r"},
-        {"messages": tuple(CHAT)},
-    ]
+    expected = [{"text": "a"}, {"prompt": "q", "completion": "r"}, {"messages": tuple(CHAT)}]
     for number, row in enumerate(rows):
         plain = write(tmp_path, f"d{number}.jsonl", "\ufeff" + lines(row))
         zipped = tmp_path / f"d{number}.jsonl.gz"
@@ -241,10 +237,7 @@ def test_hub_rows_and_failure(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     options = SourceOptions(hub="who/what", split="dev", revision="abc", streaming=True)
     documents = list(read_documents(options, where="data.train[0]"))
-    assert [(d.id, d.domain) for d in documents] == [
-        ("who/what:1", "what"),
-        ("who/what:2", "what"),
-    ]
+    assert [(d.id, d.domain) for d in documents] == [("who/what:1", "what"), ("who/what:2", "what")]
     assert call == {
         "path": "who/what",
         "name": None,

@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,8 @@ def test_fused_target_agrees_with_itself() -> None:
     fused = scored[FUSED].scores().to_json()
     assert fused["kl_to_fused"] == 0.0
     assert fused["agreement_fused"] == 1.0
-    assert fused["agreement"]["a"] == scored["a"].scores().to_json()["agreement_fused"]  # type: ignore[index]
+    agreement: Any = fused["agreement"]
+    assert agreement["a"] == scored["a"].scores().to_json()["agreement_fused"]
     assert scored["a"].scores().to_json()["agreement"]["a"] == 1.0  # type: ignore[index]
     assert scored["a"].scores().to_json()["agreement"]["b"] < 1.0  # type: ignore[index]
 
@@ -259,9 +261,5 @@ def metrics_of(nll: list[float], samples: list[int]) -> Metrics:
     ones = np.ones(size, np.float32)
     values = np.array(nll, np.float32)
     return Metrics(
-        targets=targets,
-        nll_N=values,
-        entropy_N=ones,
-        confidence_N=ones,
-        is_correct_N=ones > 0,
+        targets=targets, nll_N=values, entropy_N=ones, confidence_N=ones, is_correct_N=ones > 0
     )

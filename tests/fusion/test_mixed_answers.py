@@ -12,14 +12,7 @@ from torch import Tensor
 
 import reference
 from collegium.cache.options import Samples, TopK, capabilities_of
-from collegium.distributions import (
-    LIVE,
-    Answer,
-    DenseRows,
-    Distribution,
-    HiddenRows,
-    NamedRows,
-)
+from collegium.distributions import LIVE, Answer, DenseRows, Distribution, HiddenRows, NamedRows
 from collegium.fusion.conflict import (
     Conflict,
     ConsistentSubset,

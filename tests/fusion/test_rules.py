@@ -206,10 +206,7 @@ def test_invalid_options_are_refused(option_class, options, path, kind):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"weights": {}, "default": {"a": 0.5}},
-        {"weights": {"x": {"a": 2.0}}, "default": {"a": 1.0}},
-    ],
+    [{"weights": {}, "default": {"a": 0.5}}, {"weights": {"x": {"a": 2.0}}, "default": {"a": 1.0}}],
 )
 def test_weights_of_a_domain_must_sum_to_one(options):
     with pytest.raises(ValidationError) as caught:

@@ -61,11 +61,7 @@ def test_weights_are_a_distribution(seed, documents, weighting, pool):
 
 @quick
 @given(
-    seed=SEEDS,
-    documents=DOCUMENTS,
-    weighting=RULES,
-    pool=POOLS,
-    order=st.permutations(range(K)),
+    seed=SEEDS, documents=DOCUMENTS, weighting=RULES, pool=POOLS, order=st.permutations(range(K))
 )
 def test_order_of_teachers_does_not_matter(seed, documents, weighting, pool, order):
     logits_KNV, rows = _zoo(seed, documents)

@@ -15,15 +15,7 @@ from collegium.kernels.rows import (
     spans,
 )
 from collegium.types import Head
-from kernel_cases import (
-    BACKENDS,
-    CASES,
-    close,
-    device_of,
-    kernels_of,
-    raw_rows,
-    truth_of,
-)
+from kernel_cases import BACKENDS, CASES, close, device_of, kernels_of, raw_rows, truth_of
 
 # An odd V, so that rows with gaps and partial tiles occur.
 N, V = 9, 37

@@ -9,13 +9,7 @@ import torch
 from torch import nn
 
 from collegium.errors import ModelError
-from collegium.models.forward import (
-    forward_rows,
-    model_head,
-    probe,
-    tap_names,
-    tap_width,
-)
+from collegium.models.forward import forward_rows, model_head, probe, tap_names, tap_width
 from collegium.models.loading import enable_checkpointing
 from collegium.types import IGNORE, Batch, Rows
 from refusals import refused

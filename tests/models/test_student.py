@@ -90,10 +90,7 @@ def test_token_without_a_row(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     tiny_model(300).save_pretrained(tmp_path / "m")
     options = PretrainedStudent(model=str(tmp_path / "m"), device="cpu")
-    for call in (
-        lambda: options.build(seed=0, where="student"),
-        lambda: options.check("student"),
-    ):
+    for call in (lambda: options.build(seed=0, where="student"), lambda: options.check("student")):
         with refused(ModelError, "student"):
             call()
 

@@ -1,4 +1,4 @@
-"""A new weighting is one class and one line of the table: preflight and recipes know it from then on."""
+"""A new weighting is one class and one line of the table, also for preflight and recipes."""
 
 from __future__ import annotations
 

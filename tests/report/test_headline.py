@@ -59,10 +59,7 @@ def test_without_a_control_no_claim() -> None:
     )
     assert headline.tone == "open"
     assert "no control" in headline.text
-    assert headline.facts == (
-        "Best single teacher b: 80.0 (student +47.5 %)",
-        "Fused target: 70.0",
-    )
+    assert headline.facts == ("Best single teacher b: 80.0 (student +47.5 %)", "Fused target: 70.0")
 
 
 def test_missing_evaluation() -> None:

@@ -186,8 +186,7 @@ def test_every_row_is_scored_with_the_right_weights(seen: Witness) -> None:
 
 def test_controls_on_labels_use_no_teacher_and_no_hidden_state(seen: Witness) -> None:
     recipe = dataclasses.replace(
-        seen.recipe,
-        objective=dataclasses.replace(seen.recipe.objective, features=FeatureOptions()),
+        seen.recipe, objective=dataclasses.replace(seen.recipe.objective, features=FeatureOptions())
     )
     for name in ("ce_only", "ce_only_equal_compute"):
         made = CONTROLS[name](recipe, Measured("code", 2.0))
@@ -221,10 +220,7 @@ def test_other_weights_under_the_same_path_are_another_run(seen: Witness, tmp_pa
 
 def test_keys_cover_the_text_and_the_initial_weights_of_a_student(tmp_path: Path) -> None:
     recipe = make_zoo(tmp_path)
-    trained = dataclasses.replace(
-        recipe,
-        student=PretrainedStudent(model=str(tmp_path / "code")),
-    )
+    trained = dataclasses.replace(recipe, student=PretrainedStudent(model=str(tmp_path / "code")))
     before = RunContext(recipe).inputs("data"), RunContext(trained).inputs("student")
     assert before == (RunContext(recipe).inputs("data"), RunContext(trained).inputs("student"))
     with (tmp_path / "code.jsonl").open("a", encoding="utf-8") as file:

@@ -337,11 +337,7 @@ def test_a_stale_folder_is_refused_before_any_teacher_reads(
     shutil.rmtree(tmp_path / "cache/teachers/scripture")
     calls = Calls(monkeypatch)
     stale = _recipe(
-        zoo,
-        tmp_path,
-        shared,
-        "teachers.code.logit_scale=1.5",
-        f"output_dir={tmp_path / 'other'}",
+        zoo, tmp_path, shared, "teachers.code.logit_scale=1.5", f"output_dir={tmp_path / 'other'}"
     )
     for stage in (pipeline.cache, pipeline.train, pipeline.preflight):
         with refused(CacheError, "TMP/cache/teachers/code/"):

@@ -11,13 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import collegium
 from collegium.config.recipe import Recipe, dump_recipe, load_recipe
-from collegium.errors import (
-    CollegiumError,
-    DataError,
-    ModelError,
-    RecipeError,
-    VocabularyError,
-)
+from collegium.errors import CollegiumError, DataError, ModelError, RecipeError, VocabularyError
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, Uniform
 from collegium.run import artifacts, choice, pipeline

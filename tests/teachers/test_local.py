@@ -113,7 +113,7 @@ def test_non_finite_states_name_teacher_and_samples(batch: Batch) -> None:
         TrainingError, match="teacher bad: non-finite hidden states at the last layer"
     ) as caught:
         teacher.score(batch, batch.rows())
-    # attention weighs a masked value with 0, and 0 * NaN is NaN: the whole window is lost, no other is
+    # Attention weighs a masked value with 0, and 0 * NaN is NaN: one whole window is lost.
     assert "in 7 of 15 rows (samples 7, 8); must be finite" in str(caught.value)
 
 

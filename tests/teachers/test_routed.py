@@ -115,7 +115,9 @@ def naive_gradient(student: Any, teachers: Sequence[CountedTeacher]) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 2, 100])
-@pytest.mark.parametrize(("max_length", "packing"), [(20, True), (32, True), (72, True), (20, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("max_length", "packing"), [(20, True), (32, True), (72, True), (20, False)]
+)
 def test_layout_and_micro_batches_change_nothing(student, teachers, max_length, packing, size):
     batches = make_batches(make_dataset(max_length, packing=packing), size)
     found = gradient(student, teachers, batches, Fusion(weighting=ROUTE))
@@ -182,7 +184,8 @@ def test_all_rows_to_one_teacher_train_as_best_single(student, teachers):
 def test_hidden_states_are_compared_at_all_rows(student, teachers):
     (batch,) = make_batches(make_dataset(72), 100)
     rows, fusion = batch.rows(), Fusion(weighting=ROUTE)
-    widths = {t.name: {tap: tap_width(t.model, tap) for tap in tap_names(t.model)} for t in teachers}  # fmt: skip
+    models = {teacher.name: teacher.model for teacher in teachers}
+    widths = {n: {tap: tap_width(m, tap) for tap in tap_names(m)} for n, m in models.items()}
     mine = {tap: tap_width(student, tap) for tap in tap_names(student)}
     features = FeatureLoss(FeatureOptions(teacher_weights={"a": 0.0}), mine, widths, seed=0)
     objective = Objective(ObjectiveOptions(), fusion, features=features.double())

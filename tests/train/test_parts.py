@@ -31,15 +31,13 @@ def featured() -> Objective:
     )
 
 
-def test_the_scale_of_feature_terms_changes_per_step_not_per_micro_batch(
-    tmp_path: Path,
-) -> None:
+def test_the_scale_of_feature_terms_changes_per_step_not_per_micro_batch(tmp_path: Path) -> None:
     scales, students = [], []
     for batch, accumulate in ((6, 1), (2, 3)):
         seen: list[torch.Tensor] = []
 
         class Keep(TrainerCallback):
-            def on_step_end(self, args, state, control, seen=seen, **kwargs):  # type: ignore[no-untyped-def]
+            def on_step_end(self, args, state, control, seen=seen, **kwargs):
                 seen.append(made.step.objective.features.scale_K.clone())  # noqa: B023
 
         made = trainer(

@@ -49,10 +49,7 @@ def test_the_bar_is_removed_after_an_error(tmp_path: Path) -> None:
     progress = TrainingProgress(console=console)
     bad = FakeTeacher("bad", bad_call=1, bad_sample=2)
     made = trainer(
-        tmp_path,
-        teachers=[bad],
-        options={"per_device_train_batch_size": 6},
-        callbacks=[progress],
+        tmp_path, teachers=[bad], options={"per_device_train_batch_size": 6}, callbacks=[progress]
     )
     with refused(TrainingError, "step 1: "):
         made.train()

@@ -172,14 +172,12 @@ def test_a_finished_run_takes_no_more_steps(unbroken: dict[str, Any], tmp_path: 
     shutil.rmtree(tmp_path / "final")
     assert finish(tmp_path) == unbroken
     by_epochs = trainer(
-        tmp_path / "epochs",
-        options={"max_steps": -1, "num_train_epochs": 1.5, "save_steps": 1},
+        tmp_path / "epochs", options={"max_steps": -1, "num_train_epochs": 1.5, "save_steps": 1}
     )
     by_epochs.train()
     assert by_epochs.state.global_step == 5
     again = trainer(
-        tmp_path / "epochs",
-        options={"max_steps": -1, "num_train_epochs": 1.5, "save_steps": 1},
+        tmp_path / "epochs", options={"max_steps": -1, "num_train_epochs": 1.5, "save_steps": 1}
     )
     assert again.train(resume_from_checkpoint=True).global_step == 5
 

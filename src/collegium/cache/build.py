@@ -25,13 +25,7 @@ from collegium.cache.manifest import (
     require_identity,
 )
 from collegium.cache.processes import REMEDY, Ranks
-from collegium.cache.shards import (
-    Codec,
-    EncodedPiece,
-    ShardMetadata,
-    read_metadata,
-    shard_bytes,
-)
+from collegium.cache.shards import Codec, EncodedPiece, ShardMetadata, read_metadata, shard_bytes
 from collegium.cache.store import SIDE_FILES, load_codec
 from collegium.console import progress, say
 from collegium.errors import CacheError

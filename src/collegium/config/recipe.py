@@ -18,13 +18,7 @@ from pydantic import Field
 from ruamel.yaml.error import YAMLError
 
 from collegium.cache.options import CacheOptions
-from collegium.config.yaml import (
-    YamlDocument,
-    decode,
-    read_text,
-    read_yaml,
-    yaml_writer,
-)
+from collegium.config.yaml import YamlDocument, decode, read_text, read_yaml, yaml_writer
 from collegium.data.sources import DataOptions
 from collegium.errors import RecipeError, nearest
 from collegium.fusion.fuse import Fusion

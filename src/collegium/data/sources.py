@@ -119,11 +119,7 @@ class DataOptions:
     @property
     def sources(self) -> dict[str, list[SourceOptions]]:
         """Sources of each part."""
-        return {
-            "train": self.train,
-            "calibration": self.calibration,
-            "validation": self.validation,
-        }
+        return {"train": self.train, "calibration": self.calibration, "validation": self.validation}
 
 
 def read_documents(options: SourceOptions, *, where: str) -> Iterator[Document]:

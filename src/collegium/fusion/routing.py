@@ -28,11 +28,7 @@ class RoutedReader:
     """
 
     def __init__(
-        self,
-        route: Route,
-        answers: Sequence[Answer],
-        rows: Rows,
-        temperatures: Mapping[str, float],
+        self, route: Route, answers: Sequence[Answer], rows: Rows, temperatures: Mapping[str, float]
     ) -> None:
         self._rows = rows
         self._temperatures = [temperatures.get(answer.name, 1.0) for answer in answers]

@@ -93,13 +93,7 @@ class BlockLosses:
         return terms, rows.values_nV
 
     def _named_(
-        self,
-        rows: RawRows,
-        target: NamedRows,
-        kd_n: Tensor,
-        ce_n: Tensor,
-        *,
-        with_gradient: bool,
+        self, rows: RawRows, target: NamedRows, kd_n: Tensor, ce_n: Tensor, *, with_gradient: bool
     ) -> tuple[LogSumExp, Tensor]:
         """Closed form or autograd at the named entries: logsumexp and (n,) values."""
         num_rows, row_E = len(target), target.row_of_entry()

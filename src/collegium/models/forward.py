@@ -89,12 +89,7 @@ def input_layer(model: PreTrainedModel) -> nn.Embedding:
 
 
 def forward_rows(
-    model: PreTrainedModel,
-    batch: Batch,
-    rows: Rows,
-    *,
-    vocab_size: int,
-    taps: Sequence[str] = (),
+    model: PreTrainedModel, batch: Batch, rows: Rows, *, vocab_size: int, taps: Sequence[str] = ()
 ) -> HiddenRows:
     """Run the body of a model without its head and gather the selected rows: (B, T) -> (N, D).
 

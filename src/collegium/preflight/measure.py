@@ -93,9 +93,7 @@ def run_preflight(
         num_tokens=len(scalars.targets),
         teachers=measures,
         disagreement=records.Disagreement(
-            teachers=tables.teachers,
-            jsd=scalars.jsd_KK.tolist(),
-            top1=scalars.differs_KK.tolist(),
+            teachers=tables.teachers, jsd=scalars.jsd_KK.tolist(), top1=scalars.differs_KK.tolist()
         ),
         fusions=[_fusion(candidate, chosen, search) for candidate in ranked],
         chosen=records.ChosenFusion(

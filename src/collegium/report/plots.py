@@ -159,9 +159,7 @@ def _beside_domains(
 
 
 def domain_means(
-    log: Sequence[LogStep],
-    names: Sequence[str],
-    read: Callable[[LogStep], Mapping[str, Numbers]],
+    log: Sequence[LogStep], names: Sequence[str], read: Callable[[LogStep], Mapping[str, Numbers]]
 ) -> tuple[list[str], NDArray[np.float64]]:
     """Return domains and means over the steps (domains, names), NaN where a pair has no value."""
     domains = list(dict.fromkeys(domain for line in log for domain in read(line)))

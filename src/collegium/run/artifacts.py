@@ -26,11 +26,7 @@ from collegium.run.choice import Preflight, Recorder, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.students import Student, controls, students
 from collegium.storage.files import write_json
-from collegium.storage.records import (
-    ModelInfo,
-    ResultRow,
-    open_record,
-)
+from collegium.storage.records import ModelInfo, ResultRow, open_record
 from collegium.teachers.local import LocalTeacher
 
 UNTOUCHED = "student (untouched)"

@@ -21,10 +21,7 @@ from collegium.run.artifact import Artifact
 from collegium.run.caches import TeacherCache
 from collegium.run.context import RunContext, free_memory
 from collegium.storage.files import fingerprint, write_json
-from collegium.storage.records import (
-    PreflightReport,
-    open_record,
-)
+from collegium.storage.records import PreflightReport, open_record
 from collegium.teachers.cached import CachedTeacher
 from collegium.teachers.recorded import record
 from collegium.types import Batch, Rows
@@ -107,11 +104,7 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        splits: Sequence[PackedDataset],
-        batch_size: int,
-        max_tokens: int | None,
+        self, folder: Path, splits: Sequence[PackedDataset], batch_size: int, max_tokens: int | None
     ) -> None:
         """Write to `folder`. The arguments are those of `score_models`."""
         self._folder = folder

@@ -17,12 +17,7 @@ from collegium.run.choice import Preflight, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.controls import CONTROLS, Measured, Variant, main_variant
 from collegium.storage.files import fingerprint, write_json
-from collegium.storage.records import (
-    ModelInfo,
-    TrainSummary,
-    open_record,
-    read_log,
-)
+from collegium.storage.records import ModelInfo, TrainSummary, open_record, read_log
 from collegium.teachers.cached import CachedTargets, CachedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions
@@ -101,10 +96,7 @@ class Student(Artifact[Path]):
         """Load the finished student, for scoring."""
         options = LocalOptions(model=str(self.path), device=self.context.recipe.student.device)
         return LocalTeacher.load(
-            self.variant.label,
-            options,
-            vocab_size=self.context.vocab_size,
-            where=str(self.path),
+            self.variant.label, options, vocab_size=self.context.vocab_size, where=str(self.path)
         )
 
     def info(self) -> ModelInfo:
