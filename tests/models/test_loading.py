@@ -20,6 +20,7 @@ from collegium.models.loading import (
     count_parameters,
     load_model,
     load_tokenizer,
+    make_config,
     scan_folder,
     scan_weights,
     vocab_size_of,
@@ -211,7 +212,7 @@ def test_vocab_size_counts_holes_and_added_tokens() -> None:
 def test_build_depends_only_on_the_seed() -> None:
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    models = [build_model(CONFIG, vocab_size=96, seed=seed) for seed in (1, 1, 2)]
+    models = [build_model(make_config(CONFIG, vocab_size=96), seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.random.get_rng_state(), state)
     first, again, other = (model.lm_head.weight for model in models)
     assert torch.equal(first, again)
@@ -221,7 +222,7 @@ def test_build_depends_only_on_the_seed() -> None:
 
 
 def test_build_drops_special_tokens_outside_the_vocabulary() -> None:
-    model = build_model({**CONFIG, "model_type": "phi3"}, vocab_size=96, seed=0)
+    model = build_model(make_config({**CONFIG, "model_type": "phi3"}, vocab_size=96), seed=0)
     assert model.config.pad_token_id is None
 
 
@@ -242,15 +243,21 @@ def test_build_refuses(change: dict[str, object], where: str) -> None:
     # Reasons of transformers and its nearest model type differ between versions.
     volatile = r"(?<=these values; ).*|(?<=qwen3`).*"
     with refused(ModelError, where, volatile=volatile):
-        build_model({**CONFIG, **change}, vocab_size=96, seed=0)
+        make_config({**CONFIG, **change}, vocab_size=96)
 
 
 def test_aliases_of_keys_are_accepted() -> None:
     config = {"model_type": "gpt2", "hidden_size": 32, "num_hidden_layers": 2, "n_head": 4}
-    model = build_model(config, vocab_size=96, seed=0)
+    model = build_model(make_config(config, vocab_size=96), seed=0)
     assert model.config.n_embd == 32
 
 
 def test_tied_parameters_count_once() -> None:
     untied, tied = tiny_model(96), tiny_model(96, tie_word_embeddings=True)
     assert count_parameters(untied) - count_parameters(tied) == 96 * 32
+
+
+def test_facts_do_not_depend_on_whether_weights_are_loaded(folder: Path) -> None:
+    empty = ModelOptions(model=str(folder), device="cpu")
+    loaded = ModelOptions(model=str(folder), device="cpu", trust_remote_code=True)
+    assert loaded.facts(HERE) == empty.facts(HERE)

@@ -24,17 +24,7 @@ from collegium.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Encoded", "Encoder", "eos_candidates"]
-
-_COMMON_EOS = (
-    "</s>",
-    "<|endoftext|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<eos>",
-    "<|end|>",
-    "<end_of_turn>",
-)
+_STOPS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<eos>", "<|end|>", "<end_of_turn>")
 # Documents are encoded in chunks: fast tokenizers work on batches, and a chunk bounds the memory.
 _CHUNK_DOCUMENTS = 512
 _CHUNK_CHARACTERS = 1_000_000
@@ -134,20 +124,18 @@ class Encoder:
         tokens = iter(tokenize(texts, self.tokenizer))
         for document in documents:
             if document.messages is not None:
-                yield self._finish(
-                    document, encode_chat(document, self.tokenizer, where=self.where)
-                )
-                continue
-            columns = [_added(self._bos, is_target=False)]
-            for text, is_target in _pieces(document):
-                ids, offsets = next(tokens)
-                num_bytes = bytes_of_tokens(text, offsets[:, 1])
-                columns.append((ids, np.full(len(ids), is_target), num_bytes))
-            columns.append(_added(self._eos, is_target=True))
-            ids, is_target, num_bytes = map(np.concatenate, zip(*columns, strict=True))
-            yield self._finish(
-                document, Encoded(ids, is_target, num_bytes, can_split=document.text is not None)
-            )
+                encoded = encode_chat(document, self.tokenizer, where=self.where)
+            else:
+                columns = [_added(self._bos, is_target=False)]
+                for text, is_target in _pieces(document):
+                    ids, offsets = next(tokens)
+                    num_bytes = bytes_of_tokens(text, offsets[:, 1])
+                    columns.append((ids, np.full(len(ids), is_target), num_bytes))
+                columns.append(_added(self._eos, is_target=True))
+                ids, is_target, num_bytes = map(np.concatenate, zip(*columns, strict=True))
+                can_split = document.text is not None
+                encoded = Encoded(ids, is_target, num_bytes, can_split)
+            yield self._finish(document, encoded)
 
     def _finish(self, document: Document, encoded: Encoded) -> Encoded | None:
         self.num_seen += 1
@@ -160,10 +148,10 @@ class Encoder:
             is_left = self.truncate == "left"
             span = slice(-self.max_length, None) if is_left else slice(self.max_length)
         encoded = encoded.part(span)
-        if not encoded.is_target.any():
-            self.untrained.append(document.id)
-            return None
-        return encoded
+        if encoded.is_target.any():
+            return encoded
+        self.untrained.append(document.id)
+        return None
 
 
 def _pieces(document: Document) -> list[tuple[str, bool]]:
@@ -184,4 +172,4 @@ def _added(ids: Sequence[int], *, is_target: bool) -> tuple[np.ndarray, np.ndarr
 def eos_candidates(tokenizer: PreTrainedTokenizerFast) -> str:
     """List the common stop tokens in the vocabulary of this tokenizer, for a message."""
     vocabulary = tokenizer.get_vocab()
-    return ", ".join(f"`{name}`" for name in _COMMON_EOS if name in vocabulary) or "none"
+    return ", ".join(f"`{name}`" for name in _STOPS if name in vocabulary) or "none"

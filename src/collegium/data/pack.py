@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Literal
 from collegium.data.encode import Encoder
 from collegium.data.sources import DataOptions, Document, SourceOptions, read_documents
 from collegium.data.tokens import Encoded
-from collegium.data.windows import Collator, PackedDataset
+from collegium.data.windows import Collator as Collator
+from collegium.data.windows import PackedDataset
 from collegium.errors import DataError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-__all__ = ["Collator", "DataOptions", "PackedDataset", "build_datasets"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -40,19 +39,14 @@ def build_datasets(
     """
     parts = _split(options, where, teachers)
     _check_disjoint(parts, where)
-    limits = {
-        "train": options.max_train_tokens,
-        "calibration": options.max_calibration_tokens,
-        "validation": options.max_validation_tokens,
-    }
     return {
-        part: _build(documents, limits[part], options, tokenizer, where=f"{where}.{part}")
+        part: _build(part, documents, options, tokenizer, where=f"{where}.{part}")
         for part, documents in parts.items()
     }
 
 
 def split_of(
-    document: Document, *, seed: int, calibration: float, validation: float
+    document: Document, seed: int, calibration: float, validation: float
 ) -> Literal["train", "calibration", "validation"]:
     """Assign a document to a split, as a function of its content and the seed only.
 
@@ -79,12 +73,11 @@ def _split(
         for part, sources in options.sources.items()
     }
     pooled, parts["train"] = parts["train"], []
-    shares = {
-        "calibration": 0.0 if options.calibration else options.calibration_fraction,
-        "validation": 0.0 if options.validation else options.validation_fraction,
-    }
+    calibration = 0.0 if options.calibration else options.calibration_fraction
+    validation = 0.0 if options.validation else options.validation_fraction
     for document in pooled:
-        parts[split_of(document, seed=options.split_seed, **shares)].append(document)
+        split = split_of(document, options.split_seed, calibration, validation)
+        parts[split].append(document)
     num_documents = sum(map(len, parts.values()))
     for part, documents in parts.items():
         if not documents:
@@ -125,8 +118,8 @@ def _check_disjoint(parts: dict[str, list[Document]], where: str) -> None:
 
 
 def _build(
+    part: str,
     documents: list[Document],
-    max_tokens: int | None,
     options: DataOptions,
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -138,6 +131,7 @@ def _build(
     encoder = Encoder(
         tokenizer, max_length=options.max_length, truncate=options.truncate, where=where
     )
+    max_tokens: int | None = getattr(options, f"max_{part}_tokens")
     encoded = _select(documents, max_tokens, encoder)
     warnings = encoder.check()
     if not encoded:

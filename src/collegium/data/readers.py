@@ -14,14 +14,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
 
 from collegium.errors import DataError
+from collegium.options import option
 
 Row = tuple[int | None, object]
 """Line or row number, counted from 1, or None for a whole file, and the value of the row."""
-Format = Literal["text", "jsonl", "parquet"]
 
+FORMATS = {
+    **dict.fromkeys((".txt", ".text", ".md"), "text"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonl.gz"), "jsonl"),
+    ".parquet": "parquet",
+}
+"""File format by extension."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TOOL_KEYS = ("tool_calls", "tool_call_id", "function_call")
 # Characters that no tokenizer should see.
@@ -30,6 +38,47 @@ _SEPARATORS = {"blank_line": r"\n(?:[^\S\n]*\n)+", "line": r"\n"}
 # An over-long line is measured up to this many bytes, for the error message: a gzip bomb can hold
 # an endless one.
 _MAX_COUNTED_BYTES = 100_000_000
+
+
+@option
+class SourceOptions:
+    """A source of documents: exactly one of `path` and `hub`."""
+
+    path: str | None = None
+    """A file, a glob such as `data/*.txt`, or a folder of files."""
+    hub: str | None = None
+    """A dataset of the Hugging Face hub, loaded with `datasets.load_dataset`."""
+    name: str | None = None
+    """Configuration of the hub dataset."""
+    split: str = "train"
+    """Split of the hub dataset."""
+    revision: str | None = None
+    """Commit or tag of the hub dataset."""
+    streaming: bool = False
+    """Stream the hub dataset instead of downloading it."""
+    domain: str | None = None
+    """Label in weights and tables. Defaults to the name of the file, folder or dataset."""
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    """File format. `auto` infers it from the extension."""
+    split_on: Literal["file", "blank_line", "line"] = "file"
+    """Unit of a text file that makes one document."""
+    text_column: str = "text"
+    """Row field with the text."""
+    teacher_column: str | None = None
+    """Row field with the name of its teacher, for `route`. Not for text files.
+
+    Null falls back to the domain.
+    """
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Read at most this many documents."""
+    max_line_bytes: Annotated[int, Field(ge=1)] = 8_000_000
+    """Longest line of a JSONL file."""
+
+    @model_validator(mode="after")
+    def _check_origin(self) -> SourceOptions:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of `path` and `hub`")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +107,7 @@ class Document:
 
 
 def parse_rows(
-    rows: Iterable[Row],
-    label: str,
-    *,
-    domain: str,
-    text_column: str,
-    teacher_column: str | None,
-    where: str,
+    rows: Iterable[Row], label: str, options: SourceOptions, *, domain: str, where: str
 ) -> Iterator[Document | None]:
     """Yield the document of each row, or None if it is blank. The first row fixes the kind of all.
 
@@ -77,31 +120,47 @@ def parse_rows(
         place = f"{where}: {name}"
         if not isinstance(row, Mapping):
             raise DataError(f"{place}: got {_show(row)}; must be an object with named fields")
-        kind = kind or _kind_of(row, text_column, place)
-        content = _content_of(row, kind, text_column, place)
+        kind = kind or _kind_of(row, options.text_column, place)
+        content = _content_of(row, kind, options.text_column, place)
         if content is None:
             yield None
             continue
         # Null means no teacher. An empty string is kept, and rejected later as an unknown name.
-        teacher = None if teacher_column is None else _text(row, teacher_column, place)
+        column = options.teacher_column
+        teacher = None if column is None else _text(row, column, place)
         yield Document(id=name, domain=domain, teacher=teacher, **content)
 
 
-def read_rows(
-    file: Path, form: Format, *, split_on: str, text_column: str, max_line_bytes: int, where: str
-) -> Iterator[Row]:
+def extension(file: Path) -> str:
+    """Return the extension of a file in lower case, with both parts of `.jsonl.gz`."""
+    suffixes = "".join(file.suffixes[-2:]).lower()
+    return suffixes if suffixes in FORMATS else file.suffix.lower()
+
+
+def read_rows(file: Path, options: SourceOptions, *, where: str) -> Iterator[Row]:
     """Yield the rows of a file. Those of a text file have a single field, `text_column`.
 
     Raises:
-        DataError: the file cannot be read, or a line of it is malformed.
+        DataError: the file cannot be read, its format is unknown, or a line of it is malformed.
     """
     place = f"{where}: {file}"
+    form = FORMATS.get(extension(file)) if options.format == "auto" else options.format
+    if form is None:
+        raise DataError(
+            f"{place}: unknown extension `{extension(file)}`; must be one of "
+            f"{', '.join(FORMATS)}; set `format` if the content is one of these"
+        )
+    if form == "text" and options.teacher_column is not None:
+        raise DataError(
+            f"{place}: got `teacher_column` for a text file; must have named fields; use JSONL or "
+            "parquet, or name the teacher of its domain"
+        )
     try:
         if form == "text":
-            for number, text in _read_text(file, split_on, place):
-                yield number, {text_column: text}
+            for number, text in _read_text(file, options.split_on, place):
+                yield number, {options.text_column: text}
         elif form == "jsonl":
-            yield from _read_jsonl(file, max_line_bytes, place)
+            yield from _read_jsonl(file, options.max_line_bytes, place)
         else:
             yield from _read_parquet(file, place)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -171,9 +230,8 @@ def _read_parquet(file: Path, place: str) -> Iterator[Row]:
                 start += batch.num_rows
     except pyarrow.ArrowException as error:
         reason = str(error).split("\n")[0]
-        raise DataError(
-            f"{place}: not a complete parquet file ({reason}); copy it again"
-        ) from error
+        problem = f"not a complete parquet file ({reason}); copy it again"
+        raise DataError(f"{place}: {problem}") from error
 
 
 def _parse_line(line: bytes, start: int, place: str) -> object:
@@ -205,13 +263,14 @@ def _not_utf8(place: str, byte: int, offset: int) -> DataError:
 
 def _kind_of(row: Mapping[str, object], text_column: str, place: str) -> str:
     # An explicit `text_column` overrides the other kinds.
-    if text_column != "text" and text_column in row:
+    has_text_column = text_column in row
+    if has_text_column and text_column != "text":
         return "text"
     if "messages" in row:
         return "messages"
     if "prompt" in row and "completion" in row:
         return "prompt"
-    if text_column in row:
+    if has_text_column:
         return "text"
     raise DataError(
         f"{place}: field `{text_column}` is missing (has: {', '.join(map(str, row))}); "
@@ -226,18 +285,17 @@ def _content_of(
     if kind == "messages":
         messages = _messages(_field(row, "messages", place), place)
         return {"messages": messages} if messages else None
-    if kind == "prompt":
-        prompt = _text(row, "prompt", place)
-        completion = _text(row, "completion", place) or ""
-        if not completion.strip():
-            return None
-        if not prompt:
-            raise DataError(
-                f"{place}: `prompt` is empty; must have text; give rows without a prompt as `text`"
-            )
-        return {"prompt": prompt, "completion": completion}
-    text = _text(row, text_column, place) or ""
-    return {"text": text} if text.strip() else None
+    if kind == "text":
+        text = _text(row, text_column, place) or ""
+        return {"text": text} if text.strip() else None
+    prompt, completion = _text(row, "prompt", place), _text(row, "completion", place) or ""
+    if not completion.strip():
+        return None
+    if not prompt:
+        raise DataError(
+            f"{place}: `prompt` is empty; must have text; give rows without a prompt as `text`"
+        )
+    return {"prompt": prompt, "completion": completion}
 
 
 def _field(row: Mapping[str, object], name: str, place: str) -> object:
@@ -265,16 +323,14 @@ def _messages(value: object, place: str) -> tuple[Mapping[str, str], ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise DataError(
-            f"{place}: `messages` is {_show(value)}; must be a list of role and content"
-        )
+        problem = "must be a list of role and content"
+        raise DataError(f"{place}: `messages` is {_show(value)}; {problem}")
     messages: list[Mapping[str, str]] = []
     for number, message in enumerate(value):
         here = f"{place}: messages[{number}]"
         if not isinstance(message, Mapping):
-            raise DataError(
-                f"{here}: got {_show(message)}; must be an object with role and content"
-            )
+            problem = "must be an object with role and content"
+            raise DataError(f"{here}: got {_show(message)}; {problem}")
         role, content = _field(message, "role", here), _text(message, "content", here)
         if role not in _ROLES:
             raise DataError(f"{here}: unknown role `{role}`; must be one of {', '.join(_ROLES)}")

@@ -11,74 +11,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from collegium.data.readers import Document, Format, Row, parse_rows, read_rows
+from collegium.data.readers import (
+    FORMATS,
+    Document,
+    SourceOptions,
+    extension,
+    parse_rows,
+    read_rows,
+)
 from collegium.errors import DataError
 from collegium.options import option
 from collegium.storage.files import listing
 
-__all__ = [
-    "DataOptions",
-    "Document",
-    "SourceOptions",
-    "Truncate",
-    "check_sources",
-    "read_documents",
-]
-
-_FORMATS: dict[str, Format] = {
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".parquet": "parquet",
-}
 _FIRST_ROWS = 3
 
 Truncate = Literal["right", "left", "drop", "error"]
 """Handling of a prompt or chat longer than a window."""
-
-
-@option
-class SourceOptions:
-    """A source of documents: exactly one of `path` and `hub`."""
-
-    path: str | None = None
-    """A file, a glob such as `data/*.txt`, or a folder of files."""
-    hub: str | None = None
-    """A dataset of the Hugging Face hub, loaded with `datasets.load_dataset`."""
-    name: str | None = None
-    """Configuration of the hub dataset."""
-    split: str = "train"
-    """Split of the hub dataset."""
-    revision: str | None = None
-    """Commit or tag of the hub dataset."""
-    streaming: bool = False
-    """Stream the hub dataset instead of downloading it."""
-    domain: str | None = None
-    """Label in weights and tables. Defaults to the name of the file, folder or dataset."""
-    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """File format. `auto` infers it from the extension."""
-    split_on: Literal["file", "blank_line", "line"] = "file"
-    """Unit of a text file that makes one document."""
-    text_column: str = "text"
-    """Row field with the text."""
-    teacher_column: str | None = None
-    """Row field with the name of its teacher, for `route`. Not for text files.
-
-    Null falls back to the domain.
-    """
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Read at most this many documents."""
-    max_line_bytes: Annotated[int, Field(ge=1)] = 8_000_000
-    """Longest line of a JSONL file."""
-
-    @model_validator(mode="after")
-    def _check_origin(self) -> SourceOptions:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give exactly one of `path` and `hub`")
-        return self
 
 
 @option
@@ -131,21 +79,21 @@ def read_documents(options: SourceOptions, *, where: str) -> Iterator[Document]:
         DataError: a file is missing or unreadable, a row is not a document, or the source has no
             documents.
     """
-    num_rows = num_documents = 0
+    num_blank = num_documents = 0
     for document in chain.from_iterable(_read_source(options, where)):
-        num_rows += 1
         if document is None:
+            num_blank += 1
             continue
         yield document
         num_documents += 1
         if num_documents == options.limit:
             return
     place = f"{where}: {options.path or options.hub}"
-    if num_rows == 0:
+    if num_blank + num_documents == 0:
         raise DataError(f"{place}: got no rows; must have at least one document")
     if num_documents == 0:
         raise DataError(
-            f"{place}: rows with an empty `{options.text_column}`: {num_rows:,} of {num_rows:,}; "
+            f"{place}: rows with an empty `{options.text_column}`: {num_blank:,} of {num_blank:,}; "
             "must have text; set `text_column` to the right field"
         )
 
@@ -173,40 +121,10 @@ def _read_source(options: SourceOptions, where: str) -> Iterator[Iterator[Docume
         rows_of = {options.hub: enumerate(_load_hub(options, where), start=1)}
         domain = options.hub.rstrip("/").rsplit("/", 1)[-1]
     else:
-        files = _find_files(options, where)
-        rows_of = {str(file): _read_file(file, options, where) for file in files}
-        domain = _default_domain(options, files)
+        files, domain = _find_files(options, where)
+        rows_of = {str(file): read_rows(file, options, where=where) for file in files}
     for name, rows in rows_of.items():
-        yield parse_rows(
-            rows,
-            name,
-            domain=options.domain or domain,
-            text_column=options.text_column,
-            teacher_column=options.teacher_column,
-            where=where,
-        )
-
-
-def _read_file(file: Path, options: SourceOptions, where: str) -> Iterator[Row]:
-    form = _FORMATS.get(_extension(file)) if options.format == "auto" else options.format
-    if form is None:
-        raise DataError(
-            f"{where}: {file}: unknown extension `{_extension(file)}`; must be one of "
-            f"{', '.join(_FORMATS)}; set `format` if the content is one of these"
-        )
-    if form == "text" and options.teacher_column is not None:
-        raise DataError(
-            f"{where}: {file}: got `teacher_column` for a text file; must have named "
-            "fields; use JSONL or parquet, or name the teacher of its domain"
-        )
-    yield from read_rows(
-        file,
-        form,
-        split_on=options.split_on,
-        text_column=options.text_column,
-        max_line_bytes=options.max_line_bytes,
-        where=where,
-    )
+        yield parse_rows(rows, name, options, domain=options.domain or domain, where=where)
 
 
 def _load_hub(options: SourceOptions, where: str) -> Any:
@@ -230,34 +148,23 @@ def _load_hub(options: SourceOptions, where: str) -> Any:
         ) from error
 
 
-def _find_files(options: SourceOptions, where: str) -> list[Path]:
+def _find_files(options: SourceOptions, where: str) -> tuple[list[Path], str]:
+    """Return the files of a source, and its default domain."""
     path = Path(os.path.expanduser(str(options.path)))
-    # Unlike Path.is_file, os.path.isfile is False for a name that is too long for the system.
-    if os.path.isfile(path):
-        return [path]
-    if os.path.isdir(path):
-        files = sorted(f for f in path.rglob("*") if f.is_file() and _extension(f) in _FORMATS)
-        fault = f"no {', '.join(_FORMATS)} file"
+    # Unlike the methods of Path, os.path returns False for a name too long for the system.
+    is_folder, fault = os.path.isdir(path), "no such file"
+    if is_folder:
+        files = sorted(f for f in path.rglob("*") if f.is_file() and extension(f) in FORMATS)
+        fault = f"no {', '.join(FORMATS)} file"
+    elif os.path.isfile(path):
+        files = [path]
     else:
         matches = sorted(glob.glob(str(path), recursive=True))
         files = [file for file in map(Path, matches) if file.is_file()]
-        fault = "no such file"
     if not files:
         folder = next(p for p in (path, *path.parents) if os.path.isdir(p))
         raise DataError(f"{where}: {options.path}: {fault}; {folder} contains: {listing(folder)}")
-    return files
-
-
-def _default_domain(options: SourceOptions, files: Sequence[Path]) -> str:
-    path = Path(os.path.expanduser(str(options.path)))
-    if os.path.isdir(path):
-        return path.resolve().name
-    if len(files) > 1:
-        return files[0].resolve().parent.name
-    name, extension = files[0].name, _extension(files[0])
-    return name[: len(name) - len(extension)] or name
-
-
-def _extension(file: Path) -> str:
-    suffixes = "".join(file.suffixes[-2:]).lower()
-    return suffixes if suffixes in _FORMATS else file.suffix.lower()
+    if is_folder or len(files) > 1:
+        return files, (path if is_folder else files[0].parent).resolve().name
+    name = files[0].name
+    return files, name[: len(name) - len(extension(files[0]))] or name

@@ -100,14 +100,11 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        index %= len(self)
+        index = range(len(self))[index]
         window = slice(self._starts[index], self._starts[index + 1])
         column = {name: values[window] for name, values in self._columns.items()}
-        arrays = {
-            name: column[name] for name in ("input_ids", "position_ids", "sample_ids", "num_bytes")
-        }
+        names = ("input_ids", "position_ids", "sample_ids", "num_bytes")
+        arrays = {name: column[name] for name in names}
         arrays["labels"] = np.where(column["is_target"], column["input_ids"], IGNORE)
         arrays["domain_ids"] = self._domain_numbers[column["sample_ids"]]
         if self.sample_teachers:
@@ -174,10 +171,9 @@ class Collator:
 
 
 def _complete_item(item: dict[str, object], number: int) -> dict[str, torch.Tensor]:
-    missing = [name for name in ("input_ids", "labels") if name not in item]
-    if missing:
+    if missing := {"input_ids", "labels"} - {*item}:
         raise DataError(
-            f"batch item {number}: `{missing[0]}` is missing (has: {', '.join(item)}); must "
+            f"batch item {number}: `{min(missing)}` is missing (has: {', '.join(item)}); must "
             "have `input_ids` and `labels`"
         )
     names = (*_COLUMNS, "domain_ids", "teacher_ids")
@@ -222,14 +218,11 @@ def _pack(encoded: Sequence[Encoded], max_length: int, *, packing: bool) -> list
 
 
 def _build_columns(
-    encoded: Sequence[Encoded],
-    windows: Sequence[Sequence[Piece]],
-    starts: np.ndarray,
-    pad_token_id: int,
+    encoded: Sequence[Encoded], windows: Sequence[Sequence[Piece]], starts: np.ndarray, pad_id: int
 ) -> dict[str, np.ndarray]:
     total = starts[-1]
     columns = {
-        "input_ids": np.full(total, pad_token_id, np.int32),
+        "input_ids": np.full(total, pad_id, np.int32),
         "position_ids": np.zeros(total, np.int32),
         "sample_ids": np.full(total, -1, np.int32),
         "num_bytes": np.zeros(total, np.int32),

@@ -5,12 +5,13 @@ Shapes: V vocabulary, D width, r rank of an adapter.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from collegium.errors import ModelError
+from collegium.options import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def base_layer(layer: Any) -> Any:
@@ -51,10 +52,11 @@ def _require_plain(layer: Any, name: str) -> None:
         )
     # The engine multiplies by the merged weight and never runs the adapter's forward, so it cannot
     # apply dropout to the adapter's inputs.
-    dropout = layer.lora_dropout[name] if name in layer.lora_dropout else nn.Identity()
-    if layer.training and getattr(dropout, "p", 0.0) > 0:
+    # PEFT has an identity for a dropout of 0.
+    dropout = getattr(layer.lora_dropout[name], "p", 0) if name in layer.lora_dropout else 0
+    if layer.training and dropout > 0:
         raise ModelError(
-            f"adapter `{name}` on the head: got lora_dropout {dropout.p:g}; must be 0, since "
+            f"adapter `{name}` on the head: got lora_dropout {dropout:g}; must be 0, since "
             "the adapter's forward is not called; set it to 0, or leave the head out of "
             "target_modules"
         )

@@ -35,8 +35,7 @@ def check_model_folder(options: ModelOptions, *, where: str) -> None:
     Raises:
         ModelError: the folder, a file in it, or the device cannot be used.
     """
-    check_device(options.device, where=where)
-    check_attention(options.attention, where=where)
+    check_device(options.device, options.attention, where=where)
     folder = resolve_folder(options.model, where=where)
     if folder is not None:
         config = _read_json(folder / CONFIG, where=where)
@@ -67,11 +66,11 @@ def ignored_settings(options: ModelOptions, *, where: str) -> list[str]:
     ]
 
 
-def check_device(device: str, *, where: str) -> None:
-    """Check that the device exists on this machine.
+def check_device(device: str, attention: str, *, where: str) -> None:
+    """Check that the device exists and the attention implementation is installed.
 
     Raises:
-        ModelError: no such device.
+        ModelError: no such device or package.
     """
     if device.startswith("cuda"):
         number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
@@ -82,14 +81,6 @@ def check_device(device: str, *, where: str) -> None:
             )
     if device == "mps" and not torch.backends.mps.is_available():
         raise ModelError(f"{where}.device: got mps, which is not available; set `device: cpu`")
-
-
-def check_attention(attention: str, *, where: str) -> None:
-    """Check that the attention implementation is installed.
-
-    Raises:
-        ModelError: the package is missing.
-    """
     if attention == "flash_attention_2":
         from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -248,9 +239,8 @@ def weights_digest(path: str) -> str:
 
     A hub id is not fetched: its digest is that of the name.
     """
-    digest = hashlib.sha256()
-    if not os.path.isdir(os.path.expanduser(path)):
-        digest.update(f"hub:{path}".encode())
+    is_folder = os.path.isdir(os.path.expanduser(path))
+    digest = hashlib.sha256(b"" if is_folder else f"hub:{path}".encode())
     for shard in _weight_files(path):
         with shard.open("rb") as file:
             while chunk := file.read(1 << 20):

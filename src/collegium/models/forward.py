@@ -6,20 +6,19 @@ Shapes: B batch, T time, N rows (the trained positions of a batch), D width, V v
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor, nn
 
 from collegium.distributions import HiddenRows
 from collegium.errors import ModelError, nearest
 from collegium.models.adapters import base_layer, effective_weight
+from collegium.options import torch
 from collegium.types import IGNORE, Batch, Head, Rows
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 # Config keys by which model families scale or cap their logits; `probe` catches a missing one.
@@ -65,7 +64,7 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
         ModelError: the model has none.
     """
     layer = base_layer(model.get_output_embeddings())
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, torch.nn.Linear):
         raise ModelError(
             f"{model.config.model_type}: the head is {type(layer).__name__}; must be a linear "
             f"layer; use a causal language model whose head has no adapter or a LoRA adapter"
@@ -80,7 +79,7 @@ def input_layer(model: PreTrainedModel) -> nn.Embedding:
         ModelError: the model has none.
     """
     layer = model.get_input_embeddings()
-    if not isinstance(layer, nn.Embedding):
+    if not isinstance(layer, torch.nn.Embedding):
         raise ModelError(
             f"{model.config.model_type}: the input is {type(layer).__name__}; must be an "
             f"embedding; use a causal language model"
@@ -93,12 +92,8 @@ def forward_rows(
 ) -> HiddenRows:
     """Run the body of a model without its head and gather the selected rows: (B, T) -> (N, D).
 
-    Args:
-        model: student or teacher.
-        batch: packed windows.
-        rows: positions to gather.
-        vocab_size: V, rows that the head is truncated to.
-        taps: names of hidden states to return as `features`, see `tap_names`.
+    The head is truncated to `vocab_size` rows, and the hidden states named by `taps` (`tap_names`)
+    are returned as `features`.
 
     Raises:
         ModelError: a tap that the model does not have.
@@ -107,8 +102,16 @@ def forward_rows(
     if "flash" in str(model.config._attn_implementation):
         # Flash attention separates documents by position only in a single flat window.
         input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
-    # No attention mask: transformers 5 separates documents by `position_ids`, which `probe` checks.
-    with _capture_outputs(model, taps) as outputs:
+    outputs: dict[str, Tensor] = {}
+
+    def keep(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        # Only a reference: an operation here would run inside gradient checkpointing.
+        outputs[tap] = output[0] if isinstance(output, tuple) else output
+
+    with ExitStack() as hooks:
+        for tap, module in _select_modules(model, taps).items():
+            hooks.enter_context(module.register_forward_hook(partial(keep, tap)))
+        # No attention mask: documents are separated by `position_ids`, which `probe` checks.
         output = _body(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     hidden_ND = _gather(output.last_hidden_state, rows)
     features = {
@@ -134,7 +137,7 @@ def tap_width(model: PreTrainedModel, tap: str) -> int:
     Raises:
         ModelError: a tap that the model does not have.
     """
-    _check_taps(model, [tap])
+    _select_modules(model, [tap])
     if tap == "embed":
         return input_layer(model).weight.shape[1]
     if tap == "final_postnorm":
@@ -142,7 +145,6 @@ def tap_width(model: PreTrainedModel, tap: str) -> int:
     return int(model.config.get_text_config().hidden_size)
 
 
-@torch.no_grad()
 def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
     """Check on random ids that the logits match the model's and that documents are independent.
 
@@ -160,18 +162,18 @@ def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
     ids_BT = torch.randint(vocab_size, (2, sum(_LENGTHS)), generator=generator).to(device)
     changed_BT = ids_BT.clone()
     changed_BT[:, : _LENGTHS[0]] = (ids_BT[:, : _LENGTHS[0]] + 1) % vocab_size
-    with _eval_mode(model):
-        batch = _pack(ids_BT, _LENGTHS)
-        ours = forward_rows(model, batch, _all_rows(batch), vocab_size=vocab_size)
+    with _eval_mode(model), torch.no_grad():
+        batch, ours = _forward_packed(model, ids_BT, _LENGTHS, vocab_size)
+        logits_NV = ours.logits(slice(None))
         theirs_BTV = model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
         ).logits
-        changed_BTD = _hidden(model, changed_BT, _LENGTHS, vocab_size)
+        _, changed = _forward_packed(model, changed_BT, _LENGTHS, vocab_size)
         unpacked = [
-            _hidden(model, document_BT, [document_BT.shape[1]], vocab_size)
+            _forward_packed(model, document_BT, [document_BT.shape[1]], vocab_size)[1]
             for document_BT in ids_BT.split(_LENGTHS, dim=1)
         ]
-    logits_NV, expected_NV = ours.logits(slice(None)), theirs_BTV[..., :vocab_size].flatten(0, 1)
+    expected_NV = theirs_BTV[..., :vocab_size].flatten(0, 1)
     dtype = ours.hidden.dtype
     # The two differ by the rounding of one linear map. In half precision 64 roundings would be half
     # of the largest logit and hide a wrong factor.
@@ -181,10 +183,12 @@ def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
             f"{where}: {model_type} computes its logits in an unsupported way (largest difference "
             f"{_gap(logits_NV, expected_NV):.3g}); use another model family"
         )
-    hidden_BTD = ours.hidden.view_as(changed_BTD)
+    hidden_BTD = ours.hidden.unflatten(0, ids_BT.shape)
+    changed_BTD = changed.hidden.unflatten(0, ids_BT.shape)
+    unpacked_BTD = torch.cat([states.hidden.unflatten(0, (2, -1)) for states in unpacked], dim=1)
     second = slice(_LENGTHS[0], None)
     leaks = not _close(hidden_BTD[:, second], changed_BTD[:, second], dtype, factor=8)
-    differs = not _close(hidden_BTD, torch.cat(unpacked, dim=1), dtype, factor=64)
+    differs = not _close(hidden_BTD, unpacked_BTD, dtype, factor=64)
     if leaks or differs:
         raise ModelError(
             f"{where}: {model_type} lets packed documents attend to each other (hidden states "
@@ -197,25 +201,16 @@ _LENGTHS = [5, 7]
 """Tokens of the two documents of each probe window."""
 
 
-def _pack(ids_BT: Tensor, lengths: Sequence[int]) -> Batch:
-    """Return windows of documents of these lengths, without targets."""
-    position_T = torch.cat([torch.arange(length) for length in lengths]).to(ids_BT.device)
-    ignored_BT = torch.full_like(ids_BT, IGNORE)
-    position_BT = position_T.expand_as(ids_BT).contiguous()
-    return Batch(ids_BT.contiguous(), position_BT, ignored_BT, ignored_BT)
-
-
-def _hidden(
+def _forward_packed(
     model: PreTrainedModel, ids_BT: Tensor, lengths: Sequence[int], vocab_size: int
-) -> Tensor:
-    batch = _pack(ids_BT, lengths)
-    rows = forward_rows(model, batch, _all_rows(batch), vocab_size=vocab_size)
-    return rows.hidden.view(*ids_BT.shape, -1)
-
-
-def _all_rows(batch: Batch) -> Rows:
-    index = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device)
-    return Rows(index=index, labels=index, documents=index, samples=index)
+) -> tuple[Batch, HiddenRows]:
+    """Run windows of documents of these lengths, without targets, at all positions."""
+    ids_BT, ignored_BT = ids_BT.contiguous(), torch.full_like(ids_BT, IGNORE)
+    position_T = torch.cat([torch.arange(length) for length in lengths]).to(ids_BT.device)
+    batch = Batch(ids_BT, position_T.expand_as(ids_BT).contiguous(), ignored_BT, ignored_BT)
+    index = torch.arange(ids_BT.numel(), device=ids_BT.device)
+    rows = Rows(index=index, labels=index, documents=index, samples=index)
+    return batch, forward_rows(model, batch, rows, vocab_size=vocab_size)
 
 
 def _gap(left: Tensor, right: Tensor) -> float:
@@ -239,35 +234,18 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def _capture_outputs(model: PreTrainedModel, taps: Sequence[str]) -> Iterator[Mapping[str, Tensor]]:
-    """Collect the outputs of the tapped modules while the model runs."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        # Only keep a reference: an operation here would run inside gradient checkpointing.
-        outputs[tap] = output[0] if isinstance(output, tuple) else output
-
-    if taps:
-        _check_taps(model, taps)
-    modules = _tapped_modules(model) if taps else {}
-    handles = [
-        modules[tap].register_forward_hook(partial(keep, tap)) for tap in taps if tap in modules
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check_taps(model: PreTrainedModel, taps: Sequence[str]) -> None:
-    names = tap_names(model)
+def _select_modules(model: PreTrainedModel, taps: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the modules behind taps. `final_postnorm` has none."""
+    if not taps:
+        return {}
+    modules = _tapped_modules(model)
+    names = [*modules, "final_postnorm"]
     for tap in taps:
         if tap not in names:
             raise ModelError(
                 f"{model.config.model_type}: no hidden state `{tap}`{nearest(tap, names)}"
             )
+    return {tap: modules[tap] for tap in taps if tap in modules}
 
 
 def _gather(hidden_BTD: Tensor, rows: Rows) -> Tensor:
@@ -291,7 +269,7 @@ def _tapped_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     lists = [
         (name.count("."), module)
         for name, module in _body(model).named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
     ]
     if not lists:
         raise ModelError(

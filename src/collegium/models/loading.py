@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor, nn
 
 from collegium.errors import ModelError, nearest
-from collegium.models.config import first_line, load_config
 from collegium.models.folder import check_model_type, resolve_folder, shards
 from collegium.models.forward import tap_names, tap_width
-from collegium.models.options import ModelFacts, ModelOptions
+from collegium.options import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from collegium.models.options import ModelOptions
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,19 @@ MISFITS = {
 """Faults in the loading report of transformers, the most specific first."""
 
 
-class HasVocabulary(Protocol):
-    """Anything with a token-to-id mapping."""
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Facts about the architecture of a model."""
 
-    def get_vocab(self) -> dict[str, int]: ...
+    num_parameters: int
+    tap_widths: Mapping[str, int]
+    """Width of each hidden state that can be tapped, in order of depth."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first paragraph of an error as one line, with its class if it is one word."""
+    text = " ".join(str(error).split("\n\n")[0].split())
+    return text if " " in text else f"{type(error).__name__}: {text}"
 
 
 def load_model(options: ModelOptions, *, where: str) -> PreTrainedModel:
@@ -48,7 +57,7 @@ def load_model(options: ModelOptions, *, where: str) -> PreTrainedModel:
     # A forward pass is not enough: attention can hide a non-finite weight.
     for line in scan_weights((*model.named_parameters(), *model.named_buffers()), where=where):
         logger.warning(line)
-    nn.Module.to(model, choose_device(options.device))
+    torch.nn.Module.to(model, choose_device(options.device))
     return model.eval()
 
 
@@ -70,7 +79,7 @@ def _read_model(options: ModelOptions, *, where: str, device: str | None = None)
     from transformers import AutoModelForCausalLM
 
     resolve_folder(options.model, where=where)
-    config = load_config(options, where=where)
+    config = options.load_config(where)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             options.model,
@@ -140,14 +149,13 @@ def scan_folder(options: ModelOptions, *, where: str) -> list[str]:
         ModelError: a weight is not finite.
     """
 
-    def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
-        for shard in shards(folder, where=where):
-            with safe_open(shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (`safe_open` is not a mapping)
-                    yield name, file.get_tensor(name)
-
     folder = resolve_folder(options.model, where=where)
-    return [] if folder is None else scan_weights(read(folder), where=where)
+    lines: list[str] = []
+    for shard in shards(folder, where=where) if folder else ():
+        with safe_open(shard, framework="pt") as file:
+            tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            lines += scan_weights(tensors, where=where)
+    return lines
 
 
 def load_tokenizer(
@@ -190,18 +198,15 @@ def empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:
         return _from_config(config, "auto", where)
 
 
-def build_model(
-    config: Mapping[str, Any], *, vocab_size: int, seed: int, attention: str = "auto"
-) -> PreTrainedModel:
+def build_model(config: PretrainedConfig, *, seed: int, attention: str = "auto") -> PreTrainedModel:
     """Build a randomly initialized float32 model without touching the global generators.
 
     Raises:
-        ModelError: unknown model type or key, or a `vocab_size` other than the tokenizer's.
+        ModelError: the config does not build a model.
     """
-    settings = check_config(config, vocab_size=vocab_size)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _from_config(_complete_config(settings, vocab_size), attention, "config")
+        return _from_config(config, attention, "config")
 
 
 def _from_config(config: PretrainedConfig, attention: str, where: str) -> PreTrainedModel:
@@ -225,8 +230,10 @@ def _attention(choice: str) -> str | None:
     return None if choice == "auto" else choice
 
 
-def check_config(config: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:
-    """Validate all keys and values of a config and return it with its `vocab_size` set.
+def make_config(
+    settings: Mapping[str, Any], *, vocab_size: int, where: str = "config"
+) -> PretrainedConfig:
+    """Build the config of a new model from its keys and values, and check that it builds a model.
 
     Raises:
         ModelError: unknown model type or key, a value that the model type does not accept, or a
@@ -234,54 +241,36 @@ def check_config(config: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any
     """
     from transformers import AutoConfig
 
-    settings = dict(config)
-    model_type = settings.get("model_type")
-    check_model_type(model_type, where="config.model_type")
+    values = {"vocab_size": vocab_size, **settings}
+    model_type = values.pop("model_type", None)
+    check_model_type(model_type, where=f"{where}.model_type")
     default = AutoConfig.for_model(str(model_type))
     keys = {*default.to_dict(), *vars(default), *default.attribute_map} - {"transformers_version"}
     keys = {key for key in keys if not key.startswith("_")}
-    for key in settings:
+    for key in values:
         if key not in keys:
-            raise ModelError(f"config.{key}: unknown key of {model_type}{nearest(key, keys)}")
-    config_size = settings.setdefault("vocab_size", vocab_size)
-    if config_size != vocab_size:
+            raise ModelError(f"{where}.{key}: unknown key of {model_type}{nearest(key, keys)}")
+    if values["vocab_size"] != vocab_size:
         raise ModelError(
-            f"config.vocab_size: got {config_size}; must be {vocab_size}, the number of ids of the "
-            f"tokenizer; leave it out"
+            f"{where}.vocab_size: got {values['vocab_size']}; must be {vocab_size}, the number of "
+            "ids of the tokenizer; leave it out"
         )
-    empty_model(_complete_config(settings, vocab_size), "config")
-    return settings
-
-
-def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
-    """Build a config from its keys and values.
-
-    Raises:
-        ModelError: the model type does not accept these values.
-    """
-    from transformers import AutoConfig
-
-    arguments = {key: value for key, value in settings.items() if key != "model_type"}
     try:
-        return AutoConfig.for_model(settings["model_type"], **arguments)
+        config = AutoConfig.for_model(str(model_type), **values)
     # Bad values in a recipe make config constructors raise errors of any type.
     except Exception as error:
-        raise ModelError(
-            f"config: {settings['model_type']} does not accept these values; {first_line(error)}"
-        ) from error
-
-
-def _complete_config(settings: Mapping[str, Any], vocab_size: int) -> PretrainedConfig:
-    config = make_config(settings)
+        reason = first_line(error)
+        raise ModelError(f"{where}: {model_type} does not accept these values; {reason}") from error
     # Default special ids refer to the usual vocabulary of the type and may be out of range here.
     for name in SPECIAL_IDS:
         value = getattr(config, name, None)
         if name not in settings and isinstance(value, int) and value >= vocab_size:
             setattr(config, name, None)
+    empty_model(config, where)
     return config
 
 
-def vocab_size_of(tokenizer: HasVocabulary) -> int:
+def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
     """Return V, the largest token id + 1, including added tokens and holes."""
     return max(tokenizer.get_vocab().values()) + 1
 

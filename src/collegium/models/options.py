@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from abc import ABC, abstractmethod
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from collegium.errors import ModelError
+from collegium.models import folder, loading
+from collegium.models.loading import ModelFacts
 from collegium.options import option, plain
 
 if TYPE_CHECKING:
@@ -18,17 +21,71 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """Facts about the architecture of a model."""
+class ModelSource(ABC):
+    """A Hugging Face model that a run can load or build, and its files."""
 
-    num_parameters: int
-    tap_widths: Mapping[str, int]
-    """Width of each hidden state that can be tapped, in order of depth."""
+    @abstractmethod
+    def paths(self) -> dict[str, str]:
+        """Return the folders or hub ids that are read, by the name of their option."""
+
+    @abstractmethod
+    def check(self, where: str) -> None:
+        """Check device, attention and files without reading weights or fetching a hub id.
+
+        Raises:
+            ModelError: a folder, a file in it, the config, the tokenizer or the device cannot be
+                used, or the names and shapes of the tensors do not match the config.
+        """
+
+    def warnings(self, where: str) -> list[str]:
+        """Read the weights once, and return warnings about settings and values.
+
+        Raises:
+            ModelError: a weight is not finite.
+        """
+        return []
+
+    @abstractmethod
+    def load_config(self, where: str) -> PretrainedConfig:
+        """Load or build only the config.
+
+        Raises:
+            ModelError: it cannot be loaded or built.
+        """
+
+    @abstractmethod
+    def load_tokenizer(self, where: str) -> PreTrainedTokenizerFast:
+        """Load the tokenizer.
+
+        Raises:
+            ModelError: there is no fast tokenizer, or that of a student has no end-of-text token.
+        """
+
+    def max_length(self, where: str) -> int | None:
+        """Return the largest number of positions, None if the config sets no limit.
+
+        Raises:
+            ModelError: the config cannot be loaded.
+        """
+        limit = getattr(self.load_config(where).get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @property
+    def needs_loading(self) -> bool:
+        """Whether `facts` loads the weights."""
+        return False
+
+    def facts(self, where: str) -> ModelFacts:
+        """Return facts about the architecture.
+
+        Raises:
+            ModelError: the config builds no model, or the weights cannot be loaded.
+        """
+        return loading.model_facts(loading.empty_model(self.load_config(where), where))
 
 
 @option
-class ModelOptions:
+class ModelOptions(ModelSource):
     """Location and loading options of one pretrained model, independent of other models."""
 
     # Inheriting quantization or dtype from the student is a known trap (huggingface/trl#6720).
@@ -47,9 +104,7 @@ class ModelOptions:
     trust_remote_code: bool = False
     """Run the Python files shipped with the model; review them first."""
 
-    WITHOUT_EFFECT: ClassVar = frozenset(
-        {"model", "tokenizer", "device", "offload", "trust_remote_code"}
-    )
+    WITHOUT_EFFECT: ClassVar = {"model", "tokenizer", "device", "offload", "trust_remote_code"}
     """Options that do not change the outputs; `model` is identified by a digest of its weights."""
 
     @property
@@ -58,98 +113,64 @@ class ModelOptions:
         return self.tokenizer or self.model
 
     def paths(self) -> dict[str, str]:
-        """Return the folders or hub ids that are read, by the name of their option."""
         paths = {"model": self.model, "tokenizer": self.tokenizer}
         return {name: path for name, path in paths.items() if path is not None}
 
     def check(self, where: str) -> None:
-        """Check device, attention and files without reading weights or fetching a hub id.
-
-        Raises:
-            ModelError: the folder, a file in it, or the device cannot be used, or the names and
-                shapes of the tensors do not match the config.
-        """
-        from collegium.models.folder import check_model_folder
-        from collegium.models.loading import check_weights
-
-        check_model_folder(self, where=where)
-        check_weights(self, where=where)
+        folder.check_model_folder(self, where=where)
+        loading.check_weights(self, where=where)
 
     def warnings(self, where: str) -> list[str]:
-        """Read the files once, and return warnings about settings and values.
-
-        Raises:
-            ModelError: a weight is not finite.
-        """
-        from collegium.models.folder import ignored_settings
-        from collegium.models.loading import scan_folder
-
-        return [*ignored_settings(self, where=where), *scan_folder(self, where=where)]
+        ignored = folder.ignored_settings(self, where=where)
+        return [*ignored, *loading.scan_folder(self, where=where)]
 
     def identity(self) -> dict[str, Any]:
         """Return everything that the outputs depend on, as plain data."""
-        from collegium.models.folder import weights_digest
-
         # By exclusion: a new option changes the identity unless it is listed as without effect.
         names = [f.name for f in fields(self) if f.name not in self.WITHOUT_EFFECT]
         options = {name: plain(getattr(self, name)) for name in names}
-        return {"weights": weights_digest(self.model), **options}
+        return {"weights": folder.weights_digest(self.model), **options}
 
     def load_config(self, where: str) -> PretrainedConfig:
-        """Load the config.
+        from transformers import AutoConfig
 
-        Raises:
-            ModelError: it cannot be loaded.
-        """
-        from collegium.models.config import load_config
-
-        return load_config(self, where=where)
+        code = self.trust_remote_code
+        try:
+            return AutoConfig.from_pretrained(
+                self.model, revision=self.revision, trust_remote_code=code
+            )
+        # Bad values in the file make config constructors raise errors of any type.
+        except Exception as error:
+            raise ModelError(
+                f"{where}: the config of {self.model} cannot be loaded "
+                f"({loading.first_line(error)}); give a model folder, or check the hub id and the "
+                "network"
+            ) from error
 
     def load_tokenizer(self, where: str) -> PreTrainedTokenizerFast:
-        """Load the tokenizer.
-
-        Raises:
-            ModelError: there is no fast tokenizer.
-        """
-        from collegium.models.loading import load_tokenizer
-
         # `revision` belongs to the repository of the model, not to that of another tokenizer.
         revision = self.revision if self.tokenizer_path == self.model else None
-        return load_tokenizer(self.tokenizer_path, revision=revision, where=where)
+        return loading.load_tokenizer(self.tokenizer_path, revision=revision, where=where)
 
     def head_rows(self, where: str) -> int:
-        """Return the number of head rows that the config declares.
+        """Return the number of head rows that the config declares, without loading weights.
 
         Raises:
             ModelError: the config cannot be loaded, or has no vocabulary size.
         """
-        from collegium.models.config import head_rows
-
-        return head_rows(self, where=where)
-
-    def max_length(self, where: str) -> int | None:
-        """Return the largest number of positions, None if the config sets no limit.
-
-        Raises:
-            ModelError: the config cannot be loaded.
-        """
-        from collegium.models.config import position_limit
-
-        return position_limit(self.load_config(where))
+        rows = self.load_config(where).get_text_config().vocab_size
+        if not isinstance(rows, int):
+            raise ModelError(
+                f"{where}: the config of {self.model} has no vocab_size; copy it again"
+            )
+        return rows
 
     @property
     def needs_loading(self) -> bool:
-        """Whether `facts` loads the weights: remote code may not build without them."""
+        # Remote code may not build without its weights.
         return self.trust_remote_code
 
     def facts(self, where: str) -> ModelFacts:
-        """Return facts about the architecture.
-
-        Raises:
-            ModelError: the config builds no model, or the weights cannot be loaded.
-        """
-        from collegium.models.loading import empty_model, load_model, model_facts
-
         if self.needs_loading:
-            return model_facts(load_model(self, where=where).model)
-        return model_facts(empty_model(self.load_config(where), where))
+            return loading.model_facts(loading.load_model(self, where=where))
+        return super().facts(where)

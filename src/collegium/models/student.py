@@ -2,86 +2,34 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from collegium.errors import ModelError
-from collegium.models.options import Attention, Device, ModelFacts, ModelOptions
-from collegium.options import OneOf, option
+from collegium.models import folder, forward, loading
+from collegium.models.options import Attention, Device, ModelOptions, ModelSource
+from collegium.options import OneOf, option, torch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-# torch and transformers are imported inside the methods: decoding a recipe does not wait for them.
-
 TrainedDType = Literal["float32", "bfloat16", "float16"]
 
 
-class StudentOptions(ABC):
+class StudentOptions(ModelSource):
     """One kind of student: its options, and everything that a run asks of it."""
 
     device: str
     gradient_checkpointing: bool
-
-    @abstractmethod
-    def paths(self) -> dict[str, str]:
-        """Return the folders or hub ids that are read, by the name of their option."""
-
-    @abstractmethod
-    def check(self, where: str) -> None:
-        """Validate the student without loading weights.
-
-        Raises:
-            ModelError: the folder, config, tokenizer or device cannot be used.
-        """
-
-    def warnings(self, where: str) -> list[str]:
-        """Read files that are about to be used once, and return warnings about them.
-
-        Raises:
-            ModelError: they cannot be used.
-        """
-        return []
 
     def content(self) -> dict[str, str]:
         """Return digests of the files that the initial weights come from."""
         return {}
 
     @abstractmethod
-    def load_tokenizer(self, where: str) -> PreTrainedTokenizerFast:
-        """Load the tokenizer, which defines the vocabulary of the run.
-
-        Raises:
-            ModelError: there is no fast tokenizer, or it has no end-of-text token.
-        """
-
-    @abstractmethod
-    def max_length(self, where: str) -> int | None:
-        """Return the largest number of positions, None if the config sets no limit.
-
-        Raises:
-            ModelError: the config cannot be loaded.
-        """
-
-    @property
-    def needs_loading(self) -> bool:
-        """Whether `facts` loads the weights."""
-        return False
-
-    @abstractmethod
-    def facts(self, where: str) -> ModelFacts:
-        """Return facts about the architecture.
-
-        Raises:
-            ModelError: the config builds no model.
-        """
-
-    @abstractmethod
-    def _initial_model(
-        self, tokenizer: PreTrainedTokenizerFast, *, seed: int, where: str
-    ) -> PreTrainedModel:
+    def _initial_model(self, *, seed: int, where: str) -> PreTrainedModel:
         """Load or initialize the model on its device."""
 
     def build(self, *, seed: int, where: str) -> PreTrainedModel:
@@ -90,17 +38,16 @@ class StudentOptions(ABC):
         Raises:
             ModelError: the model cannot be loaded, or has fewer rows than the tokenizer has ids.
         """
-        from collegium.models.forward import head_layer, input_layer
-        from collegium.models.loading import enable_checkpointing
-
         tokenizer = self.load_tokenizer(where)
-        model = self._initial_model(tokenizer, seed=seed, where=where)
+        model = self._initial_model(seed=seed, where=where)
         # Embeddings are never resized: vocabulary surgery breaks exports (ggml-org/llama.cpp#6111).
-        rows = min(input_layer(model).num_embeddings, head_layer(model).out_features)
+        rows = min(
+            forward.input_layer(model).num_embeddings, forward.head_layer(model).out_features
+        )
         _check_rows(rows, tokenizer, where=where)
         _set_stop_token(model, tokenizer)
         if self.gradient_checkpointing:
-            enable_checkpointing(model)
+            loading.enable_checkpointing(model)
         return model
 
 
@@ -118,19 +65,13 @@ class PretrainedStudent(ModelOptions, StudentOptions):
         _check_rows(self.head_rows(where), self.load_tokenizer(where), where=where)
 
     def content(self) -> dict[str, str]:
-        from collegium.models.folder import weights_digest
-
-        return {"student": weights_digest(self.model)}
+        return {"student": folder.weights_digest(self.model)}
 
     def load_tokenizer(self, where: str) -> PreTrainedTokenizerFast:
         return _with_eos(super().load_tokenizer(where), self.tokenizer_path, where)
 
-    def _initial_model(
-        self, tokenizer: PreTrainedTokenizerFast, *, seed: int, where: str
-    ) -> PreTrainedModel:
-        from collegium.models.loading import load_model
-
-        return load_model(self, where=where)
+    def _initial_model(self, *, seed: int, where: str) -> PreTrainedModel:
+        return loading.load_model(self, where=where)
 
 
 @option
@@ -154,62 +95,30 @@ class FreshStudent(StudentOptions):
         return {"tokenizer": self.tokenizer}
 
     def check(self, where: str) -> None:
-        from collegium.models.folder import check_attention, check_device, check_tokenizer_folder
-
-        check_device(self.device, where=where)
-        check_attention(self.attention, where=where)
-        check_tokenizer_folder(self.tokenizer, where=where)
-        self._full_config(self.load_tokenizer(where), where)
+        folder.check_device(self.device, self.attention, where=where)
+        folder.check_tokenizer_folder(self.tokenizer, where=where)
+        self.load_config(where)
 
     def load_tokenizer(self, where: str) -> PreTrainedTokenizerFast:
-        from collegium.models.loading import load_tokenizer
+        tokenizer = loading.load_tokenizer(self.tokenizer, where=where)
+        return _with_eos(tokenizer, self.tokenizer, where)
 
-        return _with_eos(load_tokenizer(self.tokenizer, where=where), self.tokenizer, where)
-
-    def max_length(self, where: str) -> int | None:
-        from collegium.models.config import position_limit
-
-        return position_limit(self._build_config(where))
-
-    def facts(self, where: str) -> ModelFacts:
-        from collegium.models.loading import empty_model, model_facts
-
-        return model_facts(empty_model(self._build_config(where), where))
-
-    def _build_config(self, where: str) -> PretrainedConfig:
-        from collegium.models.loading import make_config
-
-        return make_config(self._full_config(self.load_tokenizer(where), where))
-
-    def _initial_model(
-        self, tokenizer: PreTrainedTokenizerFast, *, seed: int, where: str
-    ) -> PreTrainedModel:
-        import torch
-
-        from collegium.models.loading import build_model, choose_device, vocab_size_of
-
-        model = build_model(
-            self._full_config(tokenizer, where),
-            vocab_size=vocab_size_of(tokenizer),
-            seed=seed,
-            attention=self.attention,
-        )
-        # `PreTrainedModel.to` refuses a change of type for some models.
-        torch.nn.Module.to(model, choose_device(self.device), getattr(torch, self.dtype))
-        return model
-
-    def _full_config(self, tokenizer: PreTrainedTokenizerFast, where: str) -> dict[str, Any]:
-        """Return the config, with special ids of the tokenizer where it has none."""
-        from collegium.models.loading import check_config, vocab_size_of
-
+    def load_config(self, where: str) -> PretrainedConfig:
+        tokenizer = self.load_tokenizer(where)
         # All three are set: the defaults of a model type are ids of its usual vocabulary.
         config = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": None, **self.config}
         if config.get("eos_token_id") is None:
             config["eos_token_id"] = tokenizer.eos_token_id
-        try:
-            return check_config(config, vocab_size=vocab_size_of(tokenizer))
-        except ModelError as error:
-            raise ModelError(f"{where}.{error}") from error
+        size = loading.vocab_size_of(tokenizer)
+        return loading.make_config(config, vocab_size=size, where=f"{where}.config")
+
+    def _initial_model(self, *, seed: int, where: str) -> PreTrainedModel:
+        config = self.load_config(where)
+        model = loading.build_model(config, seed=seed, attention=self.attention)
+        # `PreTrainedModel.to` refuses a change of type for some models.
+        dtype = getattr(torch, self.dtype)
+        torch.nn.Module.to(model, loading.choose_device(self.device), dtype)
+        return model
 
 
 AnyStudent = Annotated[
