@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from collegium.errors import ModelError
 from collegium.models.folder import (
     check_model_folder,
-    ignored_settings,
     weights_digest,
     weights_size,
 )
+from collegium.models.loading import scan_folder
 from collegium.models.options import ModelOptions
 from refusals import refused
 from tiny import save_tiny
@@ -121,10 +121,10 @@ def test_a_model_that_does_not_predict_the_next_token(folder: Path) -> None:
 
 def test_kernels_in_a_config_are_reported(folder: Path) -> None:
     options = ModelOptions(model=str(folder))
-    assert ignored_settings(options, where=HERE) == []
-    assert ignored_settings(ModelOptions(model="some/model"), where=HERE) == []
+    assert scan_folder(options, where=HERE) == []
+    assert scan_folder(ModelOptions(model="some/model"), where=HERE) == []
     edit_config(folder, _attn_implementation_internal="a/b")
-    assert ignored_settings(options, where=HERE) == [
+    assert scan_folder(options, where=HERE) == [
         f"{HERE}: config.json tries to choose an attention kernel, `a/b`; ignored"
     ]
 

@@ -1,12 +1,14 @@
-"""The recipe: one YAML file that is the sum of the option classes of all packages."""
+"""The recipe: one YAML file that is the sum of the option classes of all packages.
+
+Reading, decoding and checking raise RecipeError with every problem, one per line, such as
+`recipe.yaml:12: train.lr: ...`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +27,7 @@ from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
 from collegium.models.student import AnyStudent
 from collegium.options import option, plain
-from collegium.storage.files import write_bytes
+from collegium.storage.files import fingerprint, write_bytes
 from collegium.teachers.kinds import AnyTeacher
 from collegium.train.options import ObjectiveOptions, TrainOptions
 
@@ -96,29 +98,19 @@ _OPTIONAL = {f.name for f in dataclasses.fields(Recipe) if f.default_factory is 
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, changed by overrides such as `train.max_steps=10`.
-
-    Raises:
-        RecipeError: with every problem, one per line, such as `recipe.yaml:12: train.lr: ...`.
-    """
+    """Read a recipe, changed by overrides such as `train.max_steps=10`."""
     file = Path(path)
     document = read_yaml(read_text(file), file.name, overrides)
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", file.stem)
     # A section without keys has its defaults.
-    document.data = {"name": name} | {
-        key: value
-        for key, value in document.data.items()
-        if value is not None or key not in _OPTIONAL
-    }
+    items = document.data.items()
+    given = {key: value for key, value in items if value is not None or key not in _OPTIONAL}
+    document.data = {"name": name, **given}
     return decode(Recipe, document, _problems)
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check a recipe built in Python across its sections.
-
-    Raises:
-        RecipeError: with every problem, one per line.
-    """
+    """Check a recipe built in Python across its sections."""
     YamlDocument("recipe").check(_problems(recipe))
 
 
@@ -131,17 +123,12 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def recipe_hash(recipe: Recipe) -> str:
     """Return the SHA-256 (hex) of all options except for the name and folder of the run."""
-    options = plain(recipe)
-    kept = {key: value for key, value in options.items() if key not in ("name", "output_dir")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    kept = {k: v for k, v in plain(recipe).items() if k not in ("name", "output_dir")}
+    return fingerprint(kept)
 
 
 def decode_fusion(snippet: Any, where: str = "fusion") -> Fusion:
-    """Build a fusion from the section of a recipe, as `preflight.json` holds it.
-
-    Raises:
-        RecipeError: with every problem, one per line.
-    """
+    """Build a fusion from the section of a recipe, as `preflight.json` holds it."""
     return decode(Fusion, YamlDocument(where, snippet))
 
 

@@ -1,4 +1,8 @@
-"""YAML 1.2 files with line numbers and overrides, decoded to options with all errors at once."""
+"""YAML 1.2 files with line numbers and overrides, decoded to options with all errors at once.
+
+A RecipeError has every problem, one per line, such as `recipe.yaml:12: train.lr: ...`. Text that is
+not YAML, not a mapping, or an override that does not fit is an error at once.
+"""
 
 from __future__ import annotations
 
@@ -80,11 +84,7 @@ class YamlDocument:
         self.problems.append((offset, path, ": ".join(filter(None, (place, dotted(path), text)))))
 
     def check(self, problems: Iterable[str] = ()) -> None:
-        """Check that there are no problems: recorded ones, or these, each as `key: problem`.
-
-        Raises:
-            RecipeError: with every problem, one per line, in the order of the file.
-        """
+        """Raise RecipeError with all problems, recorded or given as `key: problem`, in order."""
         for problem in problems:
             key, _, text = problem.partition(": ")
             self.add(tuple(key.split(".")), text)
@@ -114,11 +114,7 @@ class YamlDocument:
         return values if isinstance(node, MappingNode) else list(values.values())
 
     def override(self, override: str) -> None:
-        """Set one value, as in `train.max_steps=10`. Its path is checked when it is decoded.
-
-        Raises:
-            RecipeError: not of this form, or a path through a value that has no keys.
-        """
+        """Set one value, as in `train.max_steps=10`. Its path is checked when it is decoded."""
         name, equals, text = override.partition("=")
         parts = name.strip().split(".")
         label = f"override `{name}{equals}{'...' if _is_secret(parts[-1], text) else text}`"
@@ -159,11 +155,7 @@ def shown(value: Any) -> str:
 
 
 def _scalar(node: Any, key: str | int) -> Any:
-    """Convert a scalar by the core schema of YAML 1.2, where dates and 1_000 are text.
-
-    Raises:
-        ValueError: a secret, a number with a leading zero, or one that is not finite.
-    """
+    # The core schema of YAML 1.2, where dates and 1_000 are text.
     text, kind = node.value, node.tag.rpartition(":")[2]
     if _is_secret(key, text):
         remedy = "keep it in the environment (HF_TOKEN for the model hub)"
@@ -188,11 +180,7 @@ def _is_secret(key: str | int, text: str) -> bool:
 
 
 def read_text(file: Path) -> str:
-    """Read a UTF-8 file.
-
-    Raises:
-        RecipeError: it cannot be read.
-    """
+    """Read a UTF-8 file. Raises RecipeError if it cannot be read."""
     try:
         if file.stat().st_size > MAX_BYTES:
             raise RecipeError(f"{file.name}: must be at most {MAX_BYTES:,} bytes")
@@ -205,11 +193,7 @@ def read_text(file: Path) -> str:
 
 
 def read_yaml(text: str, name: str, overrides: Sequence[str] = ()) -> YamlDocument:
-    """Read a mapping in YAML 1.2, changed by overrides such as `train.max_steps=10`.
-
-    Raises:
-        RecipeError: not YAML, not a mapping, or an override that does not fit.
-    """
+    """Read a mapping in YAML 1.2, changed by overrides such as `train.max_steps=10`."""
     document = YamlDocument(name)
     try:
         node = _compose(text, lambda line: f"{name}:{line}" if line else name)
@@ -245,11 +229,7 @@ def _compose(text: str, place: Callable[[int], str]) -> Any:
 def decode(
     cls: type[T], document: YamlDocument, check: Callable[[T], Iterable[str]] = lambda _: ()
 ) -> T:
-    """Build an option class from a document. `check` finds further problems in it.
-
-    Raises:
-        RecipeError: with every problem, one per line.
-    """
+    """Build an option class from a document. `check` finds more problems in it."""
     try:
         # Strict JSON mode: text is no number, but text is a path and a list is a tuple.
         options = TypeAdapter(cls).validate_json(json.dumps(document.data), strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,20 +12,20 @@ from collegium.data.tokens import Encoded, bytes_of_tokens, tokenize
 from collegium.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+Messages = list[dict[str, str]]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
-def encode_chat(document: Document, tokenizer: PreTrainedTokenizerFast, *, where: str) -> Encoded:
+def encode_chat(document: Document, tokenizer: Tokenizer, *, where: str) -> Encoded:
     """Render and encode a chat, with the assistant's turns and their stop tokens as targets.
 
     Target spans come from the template's `{% generation %}` blocks, or else from rendering the
-    chat up to each turn. `num_bytes` counts the rendered text, without special tokens.
-
-    Raises:
-        DataError: the chat template is missing, fails, rewrites earlier turns, or ends an
-            assistant turn without a stop token.
+    chat up to each turn. `num_bytes` counts the rendered text, without special tokens. Raises
+    DataError if the template is missing, fails, rewrites earlier turns, or ends an assistant turn
+    without a stop token.
     """
     place = f"{where}: {document.id}"
     if not tokenizer.chat_template:
@@ -44,9 +43,8 @@ def encode_chat(document: Document, tokenizer: PreTrainedTokenizerFast, *, where
         is_target = np.zeros(len(ids), bool)
         for start, end in _turn_spans(messages, text, tokenizer, place):
             is_target |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
-    special = {
-        n: token.content for n, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    added = tokenizer.added_tokens_decoder.items()
+    special = {number: token.content for number, token in added if token.special}
     # Bos and unknown tokens end no turn. Some tokenizers, such as GPT-2's, use one token as bos,
     # unknown and eos.
     never = (tokenizer.bos_token, tokenizer.unk_token)
@@ -58,18 +56,12 @@ def encode_chat(document: Document, tokenizer: PreTrainedTokenizerFast, *, where
 
 
 def _render(
-    messages: Sequence[dict[str, str]],
-    tokenizer: PreTrainedTokenizerFast,
-    place: str,
-    *,
-    is_prompt: bool = False,
+    messages: Messages, tokenizer: Tokenizer, place: str, *, is_prompt: bool = False
 ) -> str:
     # transformers renders in jinja2's ImmutableSandboxedEnvironment: no template reaches Python.
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=is_prompt
-            )
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=is_prompt
         )
     except Exception as error:
         reason = str(error).split("\n")[0]
@@ -77,16 +69,14 @@ def _render(
             f"{place}: the chat template fails ({type(error).__name__}: {reason}); must render "
             "every row; fix the row or the template"
         ) from error
+    return str(text)
 
 
 def _generation_mask(
-    messages: Sequence[dict[str, str]],
-    tokenizer: PreTrainedTokenizerFast,
-    ids: np.ndarray,
-    place: str,
+    messages: Messages, tokenizer: Tokenizer, ids: np.ndarray, place: str
 ) -> np.ndarray:
     encoding: Any = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     if list(encoding["input_ids"]) != ids.tolist():
         raise DataError(
@@ -96,7 +86,7 @@ def _generation_mask(
 
 
 def _turn_spans(
-    messages: Sequence[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerFast, place: str
+    messages: Messages, text: str, tokenizer: Tokenizer, place: str
 ) -> list[tuple[int, int]]:
     """Return the characters [start, end) of every assistant turn, from renderings of prefixes."""
     spans = []

@@ -22,7 +22,7 @@ from collegium.data.tokens import Encoded, bytes_of_tokens, tokenize
 from collegium.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _STOPS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<eos>", "<|end|>", "<end_of_turn>")
 # Documents are encoded in chunks: fast tokenizers work on batches, and a chunk bounds the memory.
@@ -34,18 +34,9 @@ class Encoder:
     """Document encoder for one tokenizer, with a record of the documents it could not use."""
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        max_length: int,
-        truncate: Truncate = "right",
-        where: str,
+        self, tokenizer: Tokenizer, *, max_length: int, truncate: Truncate = "right", where: str
     ) -> None:
-        """Check the tokenizer.
-
-        Raises:
-            DataError: it has no stop token.
-        """
+        """Check the tokenizer. Raises DataError if it has no stop token."""
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncate: Truncate = truncate
@@ -71,10 +62,8 @@ class Encoder:
         """Encode documents lazily. None stands for one dropped for its length or without a target.
 
         Texts are never truncated: they span as many windows as they need. `truncate` applies to
-        prompts and chats, after the targets are decided.
-
-        Raises:
-            DataError: a chat has no template, or a template under which it cannot be trained.
+        prompts and chats, after the targets are decided. Raises DataError if a chat has no
+        template, or a template under which it cannot be trained.
         """
         chunk: list[Document] = []
         num_characters = 0
@@ -169,7 +158,7 @@ def _added(ids: Sequence[int], *, is_target: bool) -> tuple[np.ndarray, np.ndarr
     return np.array(ids, np.int64), np.full(size, is_target), np.zeros(size, np.int64)
 
 
-def eos_candidates(tokenizer: PreTrainedTokenizerFast) -> str:
+def eos_candidates(tokenizer: Tokenizer) -> str:
     """List the common stop tokens in the vocabulary of this tokenizer, for a message."""
     vocabulary = tokenizer.get_vocab()
     return ", ".join(f"`{name}`" for name in _STOPS if name in vocabulary) or "none"

@@ -16,26 +16,20 @@ from collegium.data.windows import PackedDataset
 from collegium.errors import DataError, nearest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _LOG = logging.getLogger(__name__)
 
 
 def build_datasets(
-    options: DataOptions,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    where: str,
-    teachers: Collection[str] = (),
+    options: DataOptions, tokenizer: Tokenizer, *, where: str, teachers: Collection[str] = ()
 ) -> dict[str, PackedDataset]:
     """Read, split, encode and pack `train`, `calibration` and `validation`, disjoint by content.
 
     Documents are ordered by a hash of their content and the seed, and the windows are shuffled with
     the seed, so any prefix of a dataset is a fair mixture. A document may name one of `teachers`.
-
-    Raises:
-        DataError: a source cannot be read, a part is empty, parts share documents, a document names
-            an unknown teacher, or nothing can be learned.
+    Raises DataError if a source cannot be read, a part is empty, parts share documents, a document
+    names an unknown teacher, or nothing can be learned.
     """
     parts = _split(options, where, teachers)
     _check_disjoint(parts, where)
@@ -118,12 +112,7 @@ def _check_disjoint(parts: dict[str, list[Document]], where: str) -> None:
 
 
 def _build(
-    part: str,
-    documents: list[Document],
-    options: DataOptions,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    where: str,
+    part: str, documents: list[Document], options: DataOptions, tokenizer: Tokenizer, *, where: str
 ) -> PackedDataset:
     seed = options.split_seed
     # Ids and domains break ties between identical documents.

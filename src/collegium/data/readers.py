@@ -65,10 +65,8 @@ class SourceOptions:
     text_column: str = "text"
     """Row field with the text."""
     teacher_column: str | None = None
-    """Row field with the name of its teacher, for `route`. Not for text files.
-
-    Null falls back to the domain.
-    """
+    """Row field with the name of its teacher, for `route`, or null to fall back to the domain. Not
+    for text files."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Read at most this many documents."""
     max_line_bytes: Annotated[int, Field(ge=1)] = 8_000_000

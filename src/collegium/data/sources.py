@@ -74,10 +74,8 @@ def read_documents(options: SourceOptions, *, where: str) -> Iterator[Document]:
     """Yield the documents of a source in stored order, skipping blank ones.
 
     Columns decide the kind of a row: `messages`, `prompt` + `completion`, or the text column.
-
-    Raises:
-        DataError: a file is missing or unreadable, a row is not a document, or the source has no
-            documents.
+    Raises DataError if a file is missing or unreadable, a row is not a document, or the source has
+    no documents.
     """
     num_blank = num_documents = 0
     for document in chain.from_iterable(_read_source(options, where)):
@@ -99,11 +97,7 @@ def read_documents(options: SourceOptions, *, where: str) -> Iterator[Document]:
 
 
 def check_sources(options_list: Sequence[SourceOptions], *, where: str) -> None:
-    """Check that files exist, formats are known and first rows parse, without reading in full.
-
-    Raises:
-        DataError: as `read_documents`, for the first rows.
-    """
+    """Check that files exist, formats are known and first rows parse, without reading in full."""
     for number, options in enumerate(options_list):
         place = f"{where}[{number}]"
         # Checking a hub dataset would download it.

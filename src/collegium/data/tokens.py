@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,7 @@ class Encoded:
         return Encoded(self.ids[span], is_target, self.num_bytes[span], self.can_split)
 
 
-def tokenize(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the ids (L,) and character offsets (L, 2) of each text, without special tokens."""
     if not texts:
         return []

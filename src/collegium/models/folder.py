@@ -24,21 +24,16 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 FLOATS = ("F64", "F32", "F16", "BF16")
-KERNEL_KEYS = ("_attn_implementation", "_attn_implementation_internal", "attn_implementation")
 LFS_MAGIC = b"version https://git-lfs"
 HUB_ID = re.compile(r"^[\w.\-]+/[\w.\-]+$")
 
 
 def check_model_folder(options: ModelOptions, *, where: str) -> None:
-    """Check device, attention and files of a model without loading weights or fetching a hub id.
-
-    Raises:
-        ModelError: the folder, a file in it, or the device cannot be used.
-    """
+    """Check device, attention and files of a model without loading weights or fetching a hub id."""
     check_device(options.device, options.attention, where=where)
     folder = resolve_folder(options.model, where=where)
     if folder is not None:
-        config = _read_json(folder / CONFIG, where=where)
+        config = read_json(folder / CONFIG, where=where)
         if not config.get("auto_map"):
             place = f"{where}: {folder / CONFIG}: model_type"
             check_model_type(config.get("model_type"), where=place)
@@ -54,24 +49,8 @@ def check_model_folder(options: ModelOptions, *, where: str) -> None:
         check_tokenizer_folder(options.tokenizer_path, where=where)
 
 
-def ignored_settings(options: ModelOptions, *, where: str) -> list[str]:
-    """Return one warning per attention kernel that the config names. They are ignored."""
-    # Such a name can refer to a kernel on the hub, which is third-party code.
-    folder = resolve_folder(options.model, where=where)
-    config = {} if folder is None else _read_json(folder / CONFIG, where=where)
-    return [
-        f"{where}: {CONFIG} tries to choose an attention kernel, `{config[key]}`; ignored"
-        for key in KERNEL_KEYS
-        if config.get(key)
-    ]
-
-
 def check_device(device: str, attention: str, *, where: str) -> None:
-    """Check that the device exists and the attention implementation is installed.
-
-    Raises:
-        ModelError: no such device or package.
-    """
+    """Check that the device exists and the attention implementation is installed."""
     if device.startswith("cuda"):
         number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
         if number >= count:
@@ -92,25 +71,18 @@ def check_device(device: str, attention: str, *, where: str) -> None:
 
 
 def check_model_type(model_type: object, *, where: str) -> None:
-    """Check that transformers has a causal language model of this type.
-
-    Raises:
-        ModelError: it has none.
-    """
+    """Check that transformers has a causal language model of this type."""
     # Only the name tables: importing the model classes would take a second longer.
-    import transformers
-    from transformers.models.auto.configuration_auto import (
-        CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
-    )
+    from transformers import CONFIG_MAPPING, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return
     hint = ""
-    if model_type in CONFIG_MAPPING_NAMES:
+    if model_type in CONFIG_MAPPING:
         hint = "; this type does not predict the next token"
     elif model_type is not None:
-        hint = f"; transformers {transformers.__version__} does not know this type"
+        hint = f"; transformers {__version__} does not know this type"
         # There are hundreds of model types: suggest the nearest name, never the whole list.
         close = nearest(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         is_close = close.startswith("; did")
@@ -166,7 +138,7 @@ def shards(folder: Path, *, where: str) -> list[Path]:
     """
     names = [WEIGHTS]
     if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX, where=where).get("weight_map")
+        weight_map = read_json(folder / INDEX, where=where).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{where}: {folder / INDEX} has no `weight_map`; copy it again")
         names = list(dict.fromkeys(str(name) for name in weight_map.values()))
@@ -252,7 +224,8 @@ def _weight_files(path: str) -> list[Path]:
     return sorted(Path(os.path.expanduser(path)).glob("*.safetensors"))
 
 
-def _read_json(path: Path, *, where: str) -> dict[str, Any]:
+def read_json(path: Path, *, where: str) -> dict[str, Any]:
+    """Read a JSON object of a model folder."""
     if not path.is_file():
         raise ModelError(
             f"{where}: no {path.name} in {path.parent} (found: {listing(path.parent)}); "

@@ -58,11 +58,7 @@ def model_head(model: PreTrainedModel, vocab_size: int) -> Head:
 
 
 def head_layer(model: PreTrainedModel) -> nn.Linear:
-    """Return the linear layer that computes the logits, with pad rows and without adapters.
-
-    Raises:
-        ModelError: the model has none.
-    """
+    """Return the linear layer that computes the logits, with pad rows and without adapters."""
     layer = base_layer(model.get_output_embeddings())
     if not isinstance(layer, torch.nn.Linear):
         raise ModelError(
@@ -73,11 +69,7 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
 
 
 def input_layer(model: PreTrainedModel) -> nn.Embedding:
-    """Return the embedding of the token ids, with pad rows.
-
-    Raises:
-        ModelError: the model has none.
-    """
+    """Return the embedding of the token ids, with pad rows. Raises ModelError without one."""
     layer = model.get_input_embeddings()
     if not isinstance(layer, torch.nn.Embedding):
         raise ModelError(
@@ -93,11 +85,7 @@ def forward_rows(
     """Run the body of a model without its head and gather the selected rows: (B, T) -> (N, D).
 
     The head is truncated to `vocab_size` rows, and the hidden states named by `taps` (`tap_names`)
-    are returned as `features`.
-
-    Raises:
-        ModelError: a tap that the model does not have.
-    """
+    are returned as `features`."""
     input_ids, position_ids = batch.input_ids, batch.position_ids
     if "flash" in str(model.config._attn_implementation):
         # Flash attention separates documents by position only in a single flat window.
@@ -132,11 +120,7 @@ def tap_names(model: PreTrainedModel) -> list[str]:
 
 
 def tap_width(model: PreTrainedModel, tap: str) -> int:
-    """Return the width D of a tapped hidden state.
-
-    Raises:
-        ModelError: a tap that the model does not have.
-    """
+    """Return the width D of a hidden state. Raises ModelError if the model has no such tap."""
     _select_modules(model, [tap])
     if tap == "embed":
         return input_layer(model).weight.shape[1]

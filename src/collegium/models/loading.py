@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from collegium.errors import ModelError, nearest
-from collegium.models.folder import check_model_type, resolve_folder, shards
+from collegium.models.folder import CONFIG, check_model_type, read_json, resolve_folder, shards
 from collegium.models.forward import tap_names, tap_width
 from collegium.options import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
     from collegium.models.options import ModelOptions
 
 logger = logging.getLogger(__name__)
 
+KERNEL_KEYS = ("_attn_implementation", "_attn_implementation_internal", "attn_implementation")
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 MAX_NAMES = 5
 MISFITS = {
@@ -64,11 +66,7 @@ def load_model(options: ModelOptions, *, where: str) -> PreTrainedModel:
 def check_weights(options: ModelOptions, *, where: str) -> None:
     """Compare names and shapes of the saved tensors with those of the config, reading no tensor.
 
-    Skipped for hub ids and for custom code, which `load_model` checks.
-
-    Raises:
-        ModelError: a tensor is missing, unexpected, or has another shape.
-    """
+    Skipped for hub ids and for custom code, which `load_model` checks."""
     if resolve_folder(options.model, where=where) is not None and not options.trust_remote_code:
         # On the meta device transformers maps the files and compares names and shapes, with the
         # renamings of each model type, but reads no tensor.
@@ -87,7 +85,9 @@ def _read_model(options: ModelOptions, *, where: str, device: str | None = None)
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             dtype=options.dtype,
-            attn_implementation=_attention(options.attention),
+            # Given also if it is None, which is `sdpa` if the model supports it, else `eager`: a
+            # checkpoint must not select the attention kernel.
+            attn_implementation=None if options.attention == "auto" else options.attention,
             device_map=device,
             use_safetensors=True,
             # Report mismatches instead of raising, so that all of them can be named.
@@ -121,11 +121,7 @@ def _preview(names: list[Any]) -> str:
 
 
 def scan_weights(tensors: Iterable[tuple[str, Tensor]], *, where: str) -> list[str]:
-    """Check that all tensors are finite. Return one warning per all-zero matrix.
-
-    Raises:
-        ModelError: a weight is not finite.
-    """
+    """Return a warning per all-zero matrix. Raises ModelError if a tensor is not finite."""
     lines = []
     for name, tensor in tensors:
         if not tensor.is_floating_point():
@@ -145,27 +141,25 @@ def scan_weights(tensors: Iterable[tuple[str, Tensor]], *, where: str) -> list[s
 def scan_folder(options: ModelOptions, *, where: str) -> list[str]:
     """Run `scan_weights` on the files of a folder, one tensor at a time. A no-op for hub ids.
 
-    Raises:
-        ModelError: a weight is not finite.
+    Warnings also name the attention kernels that the config chooses, which are ignored.
     """
-
     folder = resolve_folder(options.model, where=where)
-    lines: list[str] = []
-    for shard in shards(folder, where=where) if folder else ():
+    if folder is None:
+        return []
+    # Such a name can refer to a kernel on the hub, which is third-party code.
+    config = read_json(folder / CONFIG, where=where)
+    names = [config[key] for key in KERNEL_KEYS if config.get(key)]
+    place = f"{where}: {CONFIG}"
+    lines = [f"{place} tries to choose an attention kernel, `{name}`; ignored" for name in names]
+    for shard in shards(folder, where=where):
         with safe_open(shard, framework="pt") as file:
             tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
             lines += scan_weights(tensors, where=where)
     return lines
 
 
-def load_tokenizer(
-    path: str, *, revision: str | None = None, where: str
-) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer. Slow ones do not expose the bytes of their tokens.
-
-    Raises:
-        ModelError: no tokenizer found, or only a slow one.
-    """
+def load_tokenizer(path: str, *, revision: str | None = None, where: str) -> Tokenizer:
+    """Load a fast tokenizer. Slow ones do not expose the bytes of their tokens."""
     from transformers import AutoTokenizer
 
     resolve_folder(path, where=where)
@@ -189,21 +183,13 @@ def model_facts(model: PreTrainedModel) -> ModelFacts:
 
 
 def empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:
-    """Build the model of a config on the meta device: names and shapes without weight memory.
-
-    Raises:
-        ModelError: the config does not build a model.
-    """
+    """Build a model on the meta device: names and shapes. Raises ModelError if it cannot."""
     with torch.device("meta"):
         return _from_config(config, "auto", where)
 
 
 def build_model(config: PretrainedConfig, *, seed: int, attention: str = "auto") -> PreTrainedModel:
-    """Build a randomly initialized float32 model without touching the global generators.
-
-    Raises:
-        ModelError: the config does not build a model.
-    """
+    """Build a randomly initialized float32 model without touching the global generators."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _from_config(config, attention, "config")
@@ -212,9 +198,10 @@ def build_model(config: PretrainedConfig, *, seed: int, attention: str = "auto")
 def _from_config(config: PretrainedConfig, attention: str, where: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    kernel = None if attention == "auto" else attention
     try:
         return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=_attention(attention)
+            config, dtype=torch.float32, attn_implementation=kernel
         )
     # Bad values make model constructors raise errors of any type.
     except Exception as error:
@@ -222,12 +209,6 @@ def _from_config(config: PretrainedConfig, attention: str, where: str) -> PreTra
             f"{where}: builds no {config.model_type} model ({first_line(error)}); must be a config "
             "that transformers can build; fix its values"
         ) from error
-
-
-def _attention(choice: str) -> str | None:
-    # Always given, None too: a checkpoint must not select the attention kernel. For None
-    # transformers takes `sdpa` if the model supports it, else `eager`.
-    return None if choice == "auto" else choice
 
 
 def make_config(
@@ -270,7 +251,7 @@ def make_config(
     return config
 
 
-def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
+def vocab_size_of(tokenizer: Tokenizer) -> int:
     """Return V, the largest token id + 1, including added tokens and holes."""
     return max(tokenizer.get_vocab().values()) + 1
 

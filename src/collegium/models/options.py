@@ -22,7 +22,10 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
 
 class ModelSource(ABC):
-    """A Hugging Face model that a run can load or build, and its files."""
+    """A Hugging Face model that a run can load or build, and its files.
+
+    All methods raise ModelError for a model, file, tokenizer or device that cannot be used.
+    """
 
     @abstractmethod
     def paths(self) -> dict[str, str]:
@@ -30,43 +33,25 @@ class ModelSource(ABC):
 
     @abstractmethod
     def check(self, where: str) -> None:
-        """Check device, attention and files without reading weights or fetching a hub id.
+        """Check device, attention, config, tokenizer, and names and shapes of the tensors.
 
-        Raises:
-            ModelError: a folder, a file in it, the config, the tokenizer or the device cannot be
-                used, or the names and shapes of the tensors do not match the config.
+        No weights are read, and no hub id is fetched.
         """
 
     def warnings(self, where: str) -> list[str]:
-        """Read the weights once, and return warnings about settings and values.
-
-        Raises:
-            ModelError: a weight is not finite.
-        """
+        """Read the weights once, check that they are finite, and return warnings about them."""
         return []
 
     @abstractmethod
     def load_config(self, where: str) -> PretrainedConfig:
-        """Load or build only the config.
-
-        Raises:
-            ModelError: it cannot be loaded or built.
-        """
+        """Load or build only the config."""
 
     @abstractmethod
     def load_tokenizer(self, where: str) -> PreTrainedTokenizerFast:
-        """Load the tokenizer.
-
-        Raises:
-            ModelError: there is no fast tokenizer, or that of a student has no end-of-text token.
-        """
+        """Load the fast tokenizer, which has an end-of-text token if it is a student's."""
 
     def max_length(self, where: str) -> int | None:
-        """Return the largest number of positions, None if the config sets no limit.
-
-        Raises:
-            ModelError: the config cannot be loaded.
-        """
+        """Return the largest number of positions, None if the config sets no limit."""
         limit = getattr(self.load_config(where).get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -76,11 +61,7 @@ class ModelSource(ABC):
         return False
 
     def facts(self, where: str) -> ModelFacts:
-        """Return facts about the architecture.
-
-        Raises:
-            ModelError: the config builds no model, or the weights cannot be loaded.
-        """
+        """Return facts about the architecture."""
         return loading.model_facts(loading.empty_model(self.load_config(where), where))
 
 
@@ -121,8 +102,7 @@ class ModelOptions(ModelSource):
         loading.check_weights(self, where=where)
 
     def warnings(self, where: str) -> list[str]:
-        ignored = folder.ignored_settings(self, where=where)
-        return [*ignored, *loading.scan_folder(self, where=where)]
+        return loading.scan_folder(self, where=where)
 
     def identity(self) -> dict[str, Any]:
         """Return everything that the outputs depend on, as plain data."""
@@ -153,11 +133,7 @@ class ModelOptions(ModelSource):
         return loading.load_tokenizer(self.tokenizer_path, revision=revision, where=where)
 
     def head_rows(self, where: str) -> int:
-        """Return the number of head rows that the config declares, without loading weights.
-
-        Raises:
-            ModelError: the config cannot be loaded, or has no vocabulary size.
-        """
+        """Return the number of head rows that the config declares, without loading weights."""
         rows = self.load_config(where).get_text_config().vocab_size
         if not isinstance(rows, int):
             raise ModelError(

@@ -13,7 +13,8 @@ from collegium.models.options import Attention, Device, ModelOptions, ModelSourc
 from collegium.options import OneOf, option, torch
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 TrainedDType = Literal["float32", "bfloat16", "float16"]
 
@@ -67,7 +68,7 @@ class PretrainedStudent(ModelOptions, StudentOptions):
     def content(self) -> dict[str, str]:
         return {"student": folder.weights_digest(self.model)}
 
-    def load_tokenizer(self, where: str) -> PreTrainedTokenizerFast:
+    def load_tokenizer(self, where: str) -> Tokenizer:
         return _with_eos(super().load_tokenizer(where), self.tokenizer_path, where)
 
     def _initial_model(self, *, seed: int, where: str) -> PreTrainedModel:
@@ -99,7 +100,7 @@ class FreshStudent(StudentOptions):
         folder.check_tokenizer_folder(self.tokenizer, where=where)
         self.load_config(where)
 
-    def load_tokenizer(self, where: str) -> PreTrainedTokenizerFast:
+    def load_tokenizer(self, where: str) -> Tokenizer:
         tokenizer = loading.load_tokenizer(self.tokenizer, where=where)
         return _with_eos(tokenizer, self.tokenizer, where)
 
@@ -127,7 +128,7 @@ AnyStudent = Annotated[
 """A student of any kind, told apart by the key `model` or `config`."""
 
 
-def _with_eos(tokenizer: PreTrainedTokenizerFast, path: str, where: str) -> PreTrainedTokenizerFast:
+def _with_eos(tokenizer: Tokenizer, path: str, where: str) -> Tokenizer:
     if tokenizer.eos_token_id is None:
         from collegium.data.encode import eos_candidates
 
@@ -139,7 +140,7 @@ def _with_eos(tokenizer: PreTrainedTokenizerFast, path: str, where: str) -> PreT
     return tokenizer
 
 
-def _check_rows(rows: int, tokenizer: PreTrainedTokenizerFast, *, where: str) -> None:
+def _check_rows(rows: int, tokenizer: Tokenizer, *, where: str) -> None:
     vocab = tokenizer.get_vocab()
     token = max(vocab, key=vocab.__getitem__)
     if vocab[token] >= rows:
@@ -149,7 +150,7 @@ def _check_rows(rows: int, tokenizer: PreTrainedTokenizerFast, *, where: str) ->
         )
 
 
-def _set_stop_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def _set_stop_token(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     # Keep the stop tokens of the model, and add the one that is trained: without it generation with
     # the exported student does not end.
     config = model.generation_config
