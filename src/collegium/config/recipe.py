@@ -6,13 +6,12 @@ Reading, decoding and checking raise RecipeError with every problem, one per lin
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, field
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,7 +93,7 @@ class Recipe:
             object.__setattr__(self, "output_dir", Path("runs") / self.name)
 
 
-_OPTIONAL = {f.name for f in dataclasses.fields(Recipe) if f.default_factory is not MISSING}
+_OPTIONAL = {f.name for f in fields(Recipe) if f.default_factory is not MISSING}
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -133,11 +132,7 @@ def decode_fusion(snippet: Any, where: str = "fusion") -> Fusion:
 
 
 def write_fusion(path: str | os.PathLike[str], snippet: Mapping[str, Any]) -> None:
-    """Set `fusion` in a recipe file atomically, keeping its comments.
-
-    Raises:
-        RecipeError: the file is no longer a YAML mapping, or cannot be written.
-    """
+    """Set `fusion` in a recipe file atomically, keeping its comments, or raise RecipeError."""
     file = Path(path)
     yaml, stream = yaml_writer(), io.StringIO()
     try:

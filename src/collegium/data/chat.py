@@ -38,7 +38,13 @@ def encode_chat(document: Document, tokenizer: Tokenizer, *, where: str) -> Enco
     ((ids, offsets),) = tokenize([text], tokenizer)
     # The mask of `apply_chat_template` is all zeros for a template without generation blocks.
     if _GENERATION.search(tokenizer.get_chat_template()):
-        is_target = _generation_mask(messages, tokenizer, ids, place)
+        encoding: Any = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        if list(encoding["input_ids"]) != ids.tolist():
+            problem = "the chat template renders one chat as two texts; must be deterministic"
+            raise DataError(f"{place}: {problem}")
+        is_target = np.array(encoding["assistant_masks"], bool)
     else:
         is_target = np.zeros(len(ids), bool)
         for start, end in _turn_spans(messages, text, tokenizer, place):
@@ -70,19 +76,6 @@ def _render(
             "every row; fix the row or the template"
         ) from error
     return str(text)
-
-
-def _generation_mask(
-    messages: Messages, tokenizer: Tokenizer, ids: np.ndarray, place: str
-) -> np.ndarray:
-    encoding: Any = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    if list(encoding["input_ids"]) != ids.tolist():
-        raise DataError(
-            f"{place}: the chat template renders one chat as two texts; must be deterministic"
-        )
-    return np.array(encoding["assistant_masks"], bool)
 
 
 def _turn_spans(

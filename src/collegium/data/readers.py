@@ -1,6 +1,7 @@
 """Documents, and readers of text, JSONL and parquet files that report exact locations in errors.
 
-A file is read as rows, and a row is parsed as a document.
+A file is read as rows, and a row is parsed as a document. A file that cannot be read, a malformed
+line, a missing field, or text that cannot be used is a DataError.
 """
 
 from __future__ import annotations
@@ -107,11 +108,7 @@ class Document:
 def parse_rows(
     rows: Iterable[Row], label: str, options: SourceOptions, *, domain: str, where: str
 ) -> Iterator[Document | None]:
-    """Yield the document of each row, or None if it is blank. The first row fixes the kind of all.
-
-    Raises:
-        DataError: a field is missing or of the wrong type, or the text cannot be used.
-    """
+    """Yield the document of each row, None if it is blank. The first row fixes the kind of all."""
     kind = None
     for number, row in rows:
         name = label if number is None else f"{label}:{number}"
@@ -136,11 +133,7 @@ def extension(file: Path) -> str:
 
 
 def read_rows(file: Path, options: SourceOptions, *, where: str) -> Iterator[Row]:
-    """Yield the rows of a file. Those of a text file have a single field, `text_column`.
-
-    Raises:
-        DataError: the file cannot be read, its format is unknown, or a line of it is malformed.
-    """
+    """Yield the rows of a file. Those of a text file have a single field, `text_column`."""
     place = f"{where}: {file}"
     form = FORMATS.get(extension(file)) if options.format == "auto" else options.format
     if form is None:
@@ -261,14 +254,13 @@ def _not_utf8(place: str, byte: int, offset: int) -> DataError:
 
 def _kind_of(row: Mapping[str, object], text_column: str, place: str) -> str:
     # An explicit `text_column` overrides the other kinds.
-    has_text_column = text_column in row
-    if has_text_column and text_column != "text":
+    if text_column != "text" and text_column in row:
         return "text"
     if "messages" in row:
         return "messages"
     if "prompt" in row and "completion" in row:
         return "prompt"
-    if has_text_column:
+    if text_column in row:
         return "text"
     raise DataError(
         f"{place}: field `{text_column}` is missing (has: {', '.join(map(str, row))}); "

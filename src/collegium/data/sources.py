@@ -11,19 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from collegium.data.readers import (
-    FORMATS,
-    Document,
-    SourceOptions,
-    extension,
-    parse_rows,
-    read_rows,
-)
+from collegium.data import readers
+from collegium.data.readers import Document, SourceOptions
 from collegium.errors import DataError
 from collegium.options import option
 from collegium.storage.files import listing
-
-_FIRST_ROWS = 3
 
 Truncate = Literal["right", "left", "drop", "error"]
 """Handling of a prompt or chat longer than a window."""
@@ -101,12 +93,11 @@ def check_sources(options_list: Sequence[SourceOptions], *, where: str) -> None:
     for number, options in enumerate(options_list):
         place = f"{where}[{number}]"
         # Checking a hub dataset would download it.
-        if options.hub is not None:
-            continue
-        for documents in _read_source(options, place):
-            list(islice(documents, _FIRST_ROWS))
-        # Reads up to the first document, and raises for a source that has none.
-        next(read_documents(options, where=place))
+        if options.hub is None:
+            for documents in _read_source(options, place):
+                list(islice(documents, 3))
+            # Reads up to the first document, and raises for a source that has none.
+            next(read_documents(options, where=place))
 
 
 def _read_source(options: SourceOptions, where: str) -> Iterator[Iterator[Document | None]]:
@@ -116,9 +107,9 @@ def _read_source(options: SourceOptions, where: str) -> Iterator[Iterator[Docume
         domain = options.hub.rstrip("/").rsplit("/", 1)[-1]
     else:
         files, domain = _find_files(options, where)
-        rows_of = {str(file): read_rows(file, options, where=where) for file in files}
+        rows_of = {str(file): readers.read_rows(file, options, where=where) for file in files}
     for name, rows in rows_of.items():
-        yield parse_rows(rows, name, options, domain=options.domain or domain, where=where)
+        yield readers.parse_rows(rows, name, options, domain=options.domain or domain, where=where)
 
 
 def _load_hub(options: SourceOptions, where: str) -> Any:
@@ -148,8 +139,10 @@ def _find_files(options: SourceOptions, where: str) -> tuple[list[Path], str]:
     # Unlike the methods of Path, os.path returns False for a name too long for the system.
     is_folder, fault = os.path.isdir(path), "no such file"
     if is_folder:
-        files = sorted(f for f in path.rglob("*") if f.is_file() and extension(f) in FORMATS)
-        fault = f"no {', '.join(FORMATS)} file"
+        files = sorted(
+            f for f in path.rglob("*") if f.is_file() and readers.extension(f) in readers.FORMATS
+        )
+        fault = f"no {', '.join(readers.FORMATS)} file"
     elif os.path.isfile(path):
         files = [path]
     else:
@@ -161,4 +154,4 @@ def _find_files(options: SourceOptions, where: str) -> tuple[list[Path], str]:
     if is_folder or len(files) > 1:
         return files, (path if is_folder else files[0].parent).resolve().name
     name = files[0].name
-    return files, name[: len(name) - len(extension(files[0]))] or name
+    return files, name[: len(name) - len(readers.extension(files[0]))] or name

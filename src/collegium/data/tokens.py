@@ -43,8 +43,6 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[np.ndarra
     encoding = tokenizer(
         list(texts),
         add_special_tokens=False,
-        truncation=False,
-        padding=False,
         return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,

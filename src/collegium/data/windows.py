@@ -60,9 +60,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         """Lay documents out in windows, in order. `order_seed` then shuffles the windows.
 
         `domains` and `names` have one entry per document, as does `teachers` if any names one.
-
-        Raises:
-            ValueError: an unsplittable document is longer than `max_length`.
+        Raises ValueError if an unsplittable document is longer than `max_length`.
         """
         domains = ["default"] * len(encoded) if domains is None else domains
         windows = _pack(encoded, max_length, packing=packing)

@@ -24,9 +24,7 @@ def effective_weight(layer: Any) -> Tensor:
     """Return the merged weight (V, D): W + sum_a s_a B_a A_a over the active adapters.
 
     It is differentiable with respect to A_a (r, D) and B_a (V, r). Without adapters it is W itself.
-
-    Raises:
-        ModelError: an adapter is not plain LoRA, or has dropout.
+    Raises ModelError if an adapter is not plain LoRA, or has dropout.
 
     Source: Hu et al. 2021, arXiv 2106.09685.
     """

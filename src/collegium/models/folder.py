@@ -94,11 +94,7 @@ def check_model_type(model_type: object, *, where: str) -> None:
 
 
 def check_tokenizer_folder(path: str, *, where: str) -> None:
-    """Check that a folder has tokenizer files. A no-op for hub ids.
-
-    Raises:
-        ModelError: the folder does not exist or has no tokenizer.
-    """
+    """Raise ModelError if a folder is missing or has no tokenizer. A no-op for hub ids."""
     folder = resolve_folder(path, where=where)
     if folder is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
@@ -108,11 +104,7 @@ def check_tokenizer_folder(path: str, *, where: str) -> None:
 
 
 def resolve_folder(path: str, *, where: str) -> Path | None:
-    """Return the existing folder at `path`, or None for a hub id.
-
-    Raises:
-        ModelError: `path` is a file, or neither exists nor looks like a hub id.
-    """
+    """Return the folder at `path`, or None for a hub id. Raises ModelError if it is neither."""
     # Unknown users and overlong names are just missing to `os.path`; `pathlib` raises.
     folder = Path(os.path.expanduser(path))
     if os.path.isdir(folder):
@@ -131,11 +123,7 @@ def resolve_folder(path: str, *, where: str) -> Path | None:
 
 
 def shards(folder: Path, *, where: str) -> list[Path]:
-    """Return the weight files in index order, each an existing file inside the folder.
-
-    Raises:
-        ModelError: no weights that can be read safely, or a file that is missing or outside.
-    """
+    """Return the weight files in index order, or raise ModelError if one is missing or unsafe."""
     names = [WEIGHTS]
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX, where=where).get("weight_map")

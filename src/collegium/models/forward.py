@@ -23,22 +23,17 @@ if TYPE_CHECKING:
 
 # Config keys by which model families scale or cap their logits; `probe` catches a missing one.
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-DIVISOR = "logits_scaling"
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# HyperCLOVA X multiplies by the key that Granite divides by.
-MULTIPLIES_BY_DIVISOR = ("hyperclovax",)
-# MPT's config has `logit_scale`, but its model ignores it.
-UNUSED_FACTOR = ("mpt",)
+# Tokens of the two documents of each probe window.
+_LENGTHS = [5, 7]
 
 
 def model_head(model: PreTrainedModel, vocab_size: int) -> Head:
     """Return the head of a model, truncated to V rows.
 
     Weight and bias are views of the parameters, so gradients reach them. With LoRA adapters the
-    weight is the merged one.
-
-    Raises:
-        ModelError: the head is not a plain linear layer, or has fewer than V rows.
+    weight is the merged one. Raises ModelError if the head is no plain linear layer, or has fewer
+    than V rows.
     """
     layer, config = head_layer(model), model.config.get_text_config()
     weight_VD = effective_weight(model.get_output_embeddings())
@@ -85,7 +80,8 @@ def forward_rows(
     """Run the body of a model without its head and gather the selected rows: (B, T) -> (N, D).
 
     The head is truncated to `vocab_size` rows, and the hidden states named by `taps` (`tap_names`)
-    are returned as `features`."""
+    are returned as `features`. Raises ModelError if the model lacks one.
+    """
     input_ids, position_ids = batch.input_ids, batch.position_ids
     if "flash" in str(model.config._attn_implementation):
         # Flash attention separates documents by position only in a single flat window.
@@ -130,11 +126,7 @@ def tap_width(model: PreTrainedModel, tap: str) -> int:
 
 
 def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
-    """Check on random ids that the logits match the model's and that documents are independent.
-
-    Raises:
-        ModelError: the logits are computed in an unsupported way, or packed documents interact.
-    """
+    """Raise ModelError if logits of random ids differ from the model's, or documents interact."""
     model_type = model.config.model_type
     if "position_ids" not in inspect.signature(_body(model).forward).parameters:
         raise ModelError(
@@ -179,10 +171,6 @@ def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
             f"{'change with the previous document' if leaks else 'differ from unpacked ones'}); "
             f"must separate documents by position_ids; use another model family or attention"
         )
-
-
-_LENGTHS = [5, 7]
-"""Tokens of the two documents of each probe window."""
 
 
 def _forward_packed(
@@ -270,9 +258,11 @@ def _head_scale(config: PretrainedConfig) -> float:
     scale = 1.0
     for name in FACTORS:
         factor = getattr(config, name, None)
-        if isinstance(factor, (int, float)) and config.model_type not in UNUSED_FACTOR:
+        # MPT's config has `logit_scale`, but its model ignores it.
+        if isinstance(factor, (int, float)) and config.model_type != "mpt":
             scale *= float(factor)
-    divisor = getattr(config, DIVISOR, None)
+    divisor = getattr(config, "logits_scaling", None)
     if isinstance(divisor, (int, float)):
-        scale *= divisor if config.model_type in MULTIPLIES_BY_DIVISOR else 1.0 / divisor
+        # HyperCLOVA X multiplies by the key that Granite divides by.
+        scale *= divisor if config.model_type == "hyperclovax" else 1.0 / divisor
     return scale

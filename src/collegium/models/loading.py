@@ -50,11 +50,7 @@ def first_line(error: Exception) -> str:
 
 
 def load_model(options: ModelOptions, *, where: str) -> PreTrainedModel:
-    """Load a causal language model whose weights are finite and match its config one to one.
-
-    Raises:
-        ModelError: a missing, unexpected, misshapen or non-finite tensor, or an unusable folder.
-    """
+    """Load a causal language model whose weights are finite and match its config one to one."""
     model = _read_model(options, where=where)
     # A forward pass is not enough: attention can hide a non-finite weight.
     for line in scan_weights((*model.named_parameters(), *model.named_buffers()), where=where):
@@ -66,7 +62,8 @@ def load_model(options: ModelOptions, *, where: str) -> PreTrainedModel:
 def check_weights(options: ModelOptions, *, where: str) -> None:
     """Compare names and shapes of the saved tensors with those of the config, reading no tensor.
 
-    Skipped for hub ids and for custom code, which `load_model` checks."""
+    Skipped for hub ids and for custom code, which `load_model` checks.
+    """
     if resolve_folder(options.model, where=where) is not None and not options.trust_remote_code:
         # On the meta device transformers maps the files and compares names and shapes, with the
         # renamings of each model type, but reads no tensor.

@@ -114,11 +114,9 @@ class ModelOptions(ModelSource):
     def load_config(self, where: str) -> PretrainedConfig:
         from transformers import AutoConfig
 
-        code = self.trust_remote_code
+        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         try:
-            return AutoConfig.from_pretrained(
-                self.model, revision=self.revision, trust_remote_code=code
-            )
+            return AutoConfig.from_pretrained(self.model, **options)
         # Bad values in the file make config constructors raise errors of any type.
         except Exception as error:
             raise ModelError(

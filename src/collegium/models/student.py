@@ -42,9 +42,8 @@ class StudentOptions(ModelSource):
         tokenizer = self.load_tokenizer(where)
         model = self._initial_model(seed=seed, where=where)
         # Embeddings are never resized: vocabulary surgery breaks exports (ggml-org/llama.cpp#6111).
-        rows = min(
-            forward.input_layer(model).num_embeddings, forward.head_layer(model).out_features
-        )
+        inputs, head = forward.input_layer(model), forward.head_layer(model)
+        rows = min(inputs.num_embeddings, head.out_features)
         _check_rows(rows, tokenizer, where=where)
         _set_stop_token(model, tokenizer)
         if self.gradient_checkpointing:
@@ -117,8 +116,7 @@ class FreshStudent(StudentOptions):
         config = self.load_config(where)
         model = loading.build_model(config, seed=seed, attention=self.attention)
         # `PreTrainedModel.to` refuses a change of type for some models.
-        dtype = getattr(torch, self.dtype)
-        torch.nn.Module.to(model, loading.choose_device(self.device), dtype)
+        torch.nn.Module.to(model, loading.choose_device(self.device), getattr(torch, self.dtype))
         return model
 
 
@@ -156,8 +154,8 @@ def _set_stop_token(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     config = model.generation_config
     if config is None:
         return
-    eos: Any = config.eos_token_id
-    stops: list[Any] = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    eos: Any = [] if config.eos_token_id is None else config.eos_token_id
+    stops: list[Any] = [eos] if isinstance(eos, int) else list(eos)
     if tokenizer.eos_token_id not in stops:
         stops.append(tokenizer.eos_token_id)
     config.eos_token_id = stops[0] if len(stops) == 1 else stops
