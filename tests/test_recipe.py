@@ -25,10 +25,10 @@ from collegium.config.yaml import read_yaml
 from collegium.data.sources import DataOptions, SourceOptions
 from collegium.errors import RecipeError
 from collegium.fusion.conflict import CONFLICTS, TruthFallback
-from collegium.fusion.describe import to_recipe
 from collegium.fusion.fitted import WEIGHTINGS, DomainWeights, Fixed
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.gate import Gate
+from collegium.fusion.options import to_recipe
 from collegium.fusion.rules import Entropy, PrefixLikelihood
 from collegium.losses.divergences import DIVERGENCES, ForwardKL, SkewedForwardKL
 from collegium.models.student import PretrainedStudent

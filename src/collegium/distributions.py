@@ -13,28 +13,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from collegium.kernels.rows import RawRows, Workspace, head_product
-from collegium.options import torch
-from collegium.types import Batch, Head, Rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from collegium.options import Tensor, torch
+from collegium.types import Batch, Head, Rows, map_tensors
 
 
 class Distribution(ABC):
     """One distribution per row. Storage is up to the subclass.
 
-    The properties describe a full distribution, which a subclass of named tokens overrides.
+    The properties describe a full distribution, and a subclass of named tokens overrides them.
     """
 
     __slots__ = ()
 
     @property
     def is_full(self) -> bool:
-        """Whether every token has its own probability."""
-        return True
+        """Whether every token has its own probability, so that it can be read at any temperature."""
+        return self.temperatures is None
 
     @property
     def has_draws(self) -> bool:
@@ -124,10 +121,6 @@ class WrappedRows(Distribution):
     inner: Distribution
 
     @property
-    def is_full(self) -> bool:
-        return self.inner.is_full
-
-    @property
     def has_draws(self) -> bool:
         return self.inner.has_draws
 
@@ -157,21 +150,7 @@ class StoredScalars:
 
     def take(self, which: slice | Tensor) -> StoredScalars:
         """The scalars of some of the rows."""
-        return StoredScalars(
-            self.label_logp_N[which],
-            self.max_logp_N[which],
-            {at: value_N[which] for at, value_N in self.entropy.items()},
-            {at: value_N[which] for at, value_N in self.log_z.items()},
-        )
-
-    def to(self, device: torch.device) -> StoredScalars:
-        """The same scalars on another device."""
-        return StoredScalars(
-            self.label_logp_N.to(device),
-            self.max_logp_N.to(device),
-            {at: value_N.to(device) for at, value_N in self.entropy.items()},
-            {at: value_N.to(device) for at, value_N in self.log_z.items()},
-        )
+        return map_tensors(self, lambda tensor_N: tensor_N[which])
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +179,6 @@ class NamedRows(Distribution):
     """Statistics of the whole distributions. None where only the entries are known."""
 
     @property
-    def is_full(self) -> bool:
-        return False
-
-    @property
     def has_draws(self) -> bool:
         return self.is_sampled
 
@@ -216,15 +191,7 @@ class NamedRows(Distribution):
 
     def to(self, device: torch.device) -> NamedRows:
         """The same rows on another device."""
-        return replace(
-            self,
-            starts=self.starts.to(device),
-            ids=self.ids.to(device),
-            logp=self.logp.to(device),
-            log_tail=None if self.log_tail is None else self.log_tail.to(device),
-            token_logp=None if self.token_logp is None else self.token_logp.to(device),
-            stored=None if self.stored is None else self.stored.to(device),
-        )
+        return map_tensors(self, lambda tensor: tensor.to(device))
 
     def block(self, block: slice) -> NamedRows:
         """The rows of `block`, without a copy if they are contiguous."""
@@ -261,9 +228,7 @@ class NamedRows(Distribution):
     def log_rest(self) -> Tensor:
         """(N,) log-probability of each token that is not named: the tail spread evenly."""
         if self.log_tail is None:
-            return torch.full(
-                (len(self),), -torch.inf, dtype=self.logp.dtype, device=self.logp.device
-            )
+            return self.logp.new_full((len(self),), -torch.inf)
         num_others = (self.vocab_size - self.starts.diff()).clamp(min=1).to(self.logp.dtype)
         return self.log_tail.to(self.logp.dtype) - num_others.log()
 
@@ -282,14 +247,9 @@ class NamedRows(Distribution):
         if self.stored is None:
             return None
         stored, at = self.stored.take(block), self.stored_temperature(temperature)
-        if at == 1.0:
-            return stored.entropy[at], stored.label_logp_N, stored.max_logp_N
-        log_z_n = stored.log_z[at]
-        return (
-            stored.entropy[at],
-            stored.label_logp_N / at - log_z_n,
-            stored.max_logp_N / at - log_z_n,
-        )
+        log_z_n = stored.log_z.get(at, 0.0)  # none is stored at temperature 1
+        label_n, max_n = stored.label_logp_N / at - log_z_n, stored.max_logp_N / at - log_z_n
+        return stored.entropy[at], label_n, max_n
 
     def tempered(self, temperature: float) -> NamedRows:
         """The distributions P_T = P^(1/T) / Z_T, for a stored temperature T.
@@ -304,8 +264,7 @@ class NamedRows(Distribution):
         log_z_E = self.stored.log_z[at][self.row_of_entry()]
         if self.is_sampled:
             assert self.token_logp is not None  # written with every stored temperature
-            logp = self.logp + (1.0 / at - 1.0) * self.token_logp - log_z_E
-            return replace(self, logp=logp)
+            return replace(self, logp=self.logp + (1.0 / at - 1.0) * self.token_logp - log_z_E)
         logp = self.logp / at - log_z_E
         named_N = logp.new_zeros(len(self)).index_add(0, self.row_of_entry(), logp.exp())
         return replace(self, logp=logp, log_tail=torch.log1p(-named_N.clamp(max=1.0)))
@@ -316,20 +275,15 @@ class NamedRows(Distribution):
         Raises:
             ValueError: none is that close. `fusion.requirements` checks this before a run.
         """
-        nearest = nearest_temperature(temperature, self.temperatures)
-        if nearest is None:
-            raise ValueError(
-                f"temperature: got {temperature:g}; must be one of {self.temperatures}"
-            )
+        stored = self.temperatures
+        if (nearest := nearest_temperature(temperature, stored)) is None:
+            raise ValueError(f"temperature: got {temperature:g}; must be one of {stored}")
         return nearest
 
 
 def nearest_temperature(temperature: float, stored: Collection[float]) -> float | None:
     """The stored temperature equal to this one up to rounding. None where there is none."""
-    for value in (1.0, *stored):
-        if abs(temperature - value) <= 1e-6 * value:
-            return value
-    return None
+    return next((t for t in (1.0, *stored) if abs(temperature - t) <= 1e-6 * t), None)
 
 
 @dataclass(frozen=True, slots=True)

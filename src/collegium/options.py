@@ -32,9 +32,11 @@ class _LazyModule(ModuleType):
 
 if TYPE_CHECKING:
     import torch as torch
+    from torch import Tensor as Tensor
 else:
     # Importing torch takes more than a second, which an error in a recipe need not wait for.
     torch = _LazyModule("torch")
+    Tensor = Any  # for annotations, which are never evaluated
 
 
 @dataclass_transform(

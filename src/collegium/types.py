@@ -7,16 +7,17 @@ K teachers, D width of a model's hidden states.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from collegium.errors import DataError
-from collegium.options import STRICT as STRICT
-from collegium.options import torch
+from collegium.options import Tensor, torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 
 IGNORE = -100
 """Label of a token that is not trained on, as in Hugging Face datasets."""
@@ -35,9 +36,31 @@ def domain_number(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
-def teacher_number(name: str) -> int:
-    """The number of a teacher that a document names, computed like `domain_number`, and never 0."""
-    return domain_number(name)
+teacher_number = domain_number
+"""The number of a teacher that a document names, never 0."""
+
+
+def map_tensors(record: Record, function: Callable[[Tensor], Tensor]) -> Record:
+    """Apply a function to each tensor of a dataclass, and of the mappings and records in it."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: mapped(item) for key, item in value.items()}
+        if is_dataclass(value) and not isinstance(value, type):
+            return map_tensors(value, function)
+        return function(value) if isinstance(value, torch.Tensor) else value
+
+    return replace(record, **{f.name: mapped(getattr(record, f.name)) for f in fields(record)})
+
+
+def join_tensors(parts: Sequence[Record], join: Callable[[list[Tensor]], Tensor]) -> Record:
+    """Join each field of records of tensors. A field is None where that of any part is."""
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(parts[0])}
+    joined = {
+        name: None if any(tensor is None for tensor in column) else join(column)
+        for name, column in columns.items()
+    }
+    return replace(parts[0], **joined)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,39 +88,16 @@ class Rows:
 
     def part(self, which: slice | Tensor) -> Rows:
         """The rows of a slice, a mask or indices, in their order."""
-        return Rows(
-            self.index[which],
-            self.labels[which],
-            self.documents[which],
-            self.samples[which],
-            None if self.domains is None else self.domains[which],
-            None if self.teachers is None else self.teachers[which],
-        )
+        return map_tensors(self, lambda tensor_N: tensor_N[which])
 
     @classmethod
     def cat(cls, parts: Sequence[Rows]) -> Rows:
         """Concatenate rows. Document numbers are kept as they are."""
-        domains = [part.domains for part in parts if part.domains is not None]
-        teachers = [part.teachers for part in parts if part.teachers is not None]
-        return cls(
-            torch.cat([part.index for part in parts]),
-            torch.cat([part.labels for part in parts]),
-            torch.cat([part.documents for part in parts]),
-            torch.cat([part.samples for part in parts]),
-            torch.cat(domains) if len(domains) == len(parts) else None,
-            torch.cat(teachers) if len(teachers) == len(parts) else None,
-        )
+        return join_tensors(parts, torch.cat)
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on another device."""
-        return Rows(
-            self.index.to(device),
-            self.labels.to(device),
-            self.documents.to(device),
-            self.samples.to(device),
-            None if self.domains is None else self.domains.to(device),
-            None if self.teachers is None else self.teachers.to(device),
-        )
+        return map_tensors(self, lambda tensor_N: tensor_N.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,49 +127,27 @@ class Batch:
         Raises:
             DataError: `input_ids` or `labels` is missing, or a mask is not (B, T).
         """
-        for name in ("input_ids", "labels"):
-            if name not in inputs:
-                raise DataError(
-                    f"batch: got {', '.join(inputs)}; must have `{name}`; use a collator for "
-                    "causal language models"
-                )
+        if missing := [name for name in ("input_ids", "labels") if name not in inputs]:
+            raise DataError(
+                f"batch: got {', '.join(inputs)}; must have `{missing[0]}`; use a collator for "
+                "causal language models"
+            )
         ids_BT, labels_BT = inputs["input_ids"], inputs["labels"]
-        is_separated = "sample_ids" in inputs and "position_ids" in inputs
-        if is_separated and "attention_mask" not in inputs:
+        if {"sample_ids", "position_ids"} <= inputs.keys() and "attention_mask" not in inputs:
             position_BT, sample_BT = inputs["position_ids"], inputs["sample_ids"]
         else:
             position_BT, sample_BT = _positions(inputs)
             labels_BT = labels_BT.masked_fill((sample_BT < 0) | (position_BT == 0), IGNORE)
-        return cls(
-            ids_BT,
-            position_BT,
-            labels_BT,
-            sample_BT,
-            inputs.get("domain_ids"),
-            inputs.get("teacher_ids"),
-        )
+        numbers = inputs.get("domain_ids"), inputs.get("teacher_ids")
+        return cls(ids_BT, position_BT, labels_BT, sample_BT, *numbers)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            self.labels.to(device),
-            self.sample_ids.to(device),
-            None if self.domain_ids is None else self.domain_ids.to(device),
-            None if self.teacher_ids is None else self.teacher_ids.to(device),
-        )
+        return map_tensors(self, lambda tensor_BT: tensor_BT.to(device))
 
     def part(self, windows: Tensor) -> Batch:
         """The windows at (b,) indices."""
-        return Batch(
-            self.input_ids[windows],
-            self.position_ids[windows],
-            self.labels[windows],
-            self.sample_ids[windows],
-            None if self.domain_ids is None else self.domain_ids[windows],
-            None if self.teacher_ids is None else self.teacher_ids[windows],
-        )
+        return map_tensors(self, lambda tensor_BT: tensor_BT[windows])
 
     def num_rows(self) -> Tensor:
         """Scalar int64: the number of rows."""
@@ -202,18 +180,13 @@ def _positions(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
             f"batch: got an attention_mask of shape {tuple(mask_BT.shape)}; must be "
             f"{tuple(ids_BT.shape)}; separate documents by position_ids"
         )
-    place_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-    is_edge_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-    is_edge_BT[:, 1:] = mask_BT[:, 1:] != mask_BT[:, :-1]
-    start_BT = torch.where(is_edge_BT, place_BT, 0).cummax(1).values
-    position_BT = place_BT - start_BT
+    is_start_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    is_start_BT[:, 1:] = mask_BT[:, 1:] != mask_BT[:, :-1]
     if "position_ids" in inputs:
         # Packed documents restart inside of a run of tokens; the run itself starts at 0.
-        given_BT = inputs["position_ids"].expand_as(ids_BT)
-        is_token_BT = mask_BT != 0
-        is_start_BT = is_edge_BT | (is_token_BT & (given_BT == 0))
-        start_BT = torch.where(is_start_BT, place_BT, 0).cummax(1).values
-        position_BT = place_BT - start_BT
+        is_start_BT |= (mask_BT != 0) & (inputs["position_ids"] == 0)
+    place_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+    position_BT = place_BT - torch.where(is_start_BT, place_BT, 0).cummax(1).values
     row_B1 = torch.arange(ids_BT.shape[0], device=ids_BT.device)[:, None]
     sample_BT = inputs.get("sample_ids", row_B1.expand_as(ids_BT))
     return position_BT, sample_BT.masked_fill(mask_BT == 0, -1)

@@ -23,7 +23,7 @@ from collegium.fusion.calibration import (
 )
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import Entropy, PrefixLikelihood
-from collegium.types import Rows
+from collegium.types import Rows, map_tensors
 from fusion_cases import NAMES, SCALAR_CASES, CountedRows, fused, make_rows, make_teachers, stats_of
 
 K, V = 3, 8
@@ -175,7 +175,7 @@ def test_part_and_subset_of_the_teachers():
     tables = TemperatureTables.of(teachers, rows, consensus_kl_KN=kl_KN)
     is_kept_N = rows.documents != 1
     stats = tables.part(is_kept_N).stats({"medicine": 1.0}, ["prose", "law"])
-    expected = tables.stats({}).map(lambda column_KN: column_KN[[2, 0]][:, is_kept_N])
+    expected = map_tensors(tables.stats({}), lambda column_KN: column_KN[[2, 0]][:, is_kept_N])
     assert torch.equal(stats.label_logp_KN, expected.label_logp_KN)
     assert torch.equal(stats.consensus_kl(), expected.consensus_kl())
 

@@ -19,9 +19,9 @@ from collegium.fusion.conflict import (
     TargetCorrection,
     TruthFallback,
 )
-from collegium.fusion.describe import describe, to_recipe
 from collegium.fusion.fitted import Fixed
 from collegium.fusion.fuse import Fusion, TargetBlock, fuse
+from collegium.fusion.options import describe, to_recipe
 from collegium.fusion.rules import BestSingle, Entropy, PrefixLikelihood, Uniform
 from collegium.types import Rows
 from fusion_cases import (
@@ -148,7 +148,7 @@ def test_truth_fallback_moves_weight_to_the_label(logits_KNV, rows):
     expected_n = (1 - _disagreement(block)) ** 2
     torch.testing.assert_close(block.conflict.kd_factor_n, expected_n)
     torch.testing.assert_close(_applied(block), 1 - expected_n)
-    assert not fusion.uses_label
+    assert not fusion.conflict.uses_label
 
 
 @pytest.mark.parametrize("margin", [0.2, 0.01])
@@ -173,7 +173,7 @@ def test_corrected_label_leads_by_the_margin_and_other_tokens_keep_proportions(
             after[others] / after[others].sum(), before[others] / before[others].sum()
         )
     assert is_wrong == int(_applied(block).sum()) > 0
-    assert fusion.uses_label
+    assert fusion.conflict.uses_label
 
 
 def test_correction_of_a_label_with_probability_zero_is_finite(rows):

@@ -25,7 +25,7 @@ from collegium.fusion.fitted import (
 from collegium.fusion.gate import Gate
 from collegium.fusion.rules import BestSingle, Consensus, Entropy, Uniform
 from collegium.fusion.weighting import Conditions, RowStats
-from collegium.types import Rows
+from collegium.types import Rows, map_tensors
 from fusion_cases import DOMAINS, NAMES, calibration_data, make_rows, make_teachers, stats_of
 from refusals import check_message, refused
 
@@ -198,7 +198,7 @@ def test_gate_without_a_consensus_does_not_read_it():
 
 def test_fit_without_rows_is_refused():
     stats, rows = _specialists(10)
-    none = stats.map(lambda column_KN: column_KN[:, :0])
+    none = map_tensors(stats, lambda column_KN: column_KN[:, :0])
     with refused(ValueError, "calibration: "):
         calibration_data(none, rows.part(slice(0, 0)))
 

@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 import reference
 from collegium.distributions import Answer, DenseRows, Distribution
 from collegium.errors import RecipeError
-from collegium.fusion.describe import describe, to_recipe
 from collegium.fusion.fitted import CalibratedEntropy, DomainWeights, Fixed, Route
 from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.gate import Gate
+from collegium.fusion.options import describe, to_recipe
 from collegium.fusion.rules import (
     AvgCE,
     BestSingle,

@@ -20,9 +20,9 @@ from collegium.fusion.conflict import (
     TargetCorrection,
     TruthFallback,
 )
-from collegium.fusion.describe import to_recipe
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.gate import Gate
+from collegium.fusion.options import to_recipe
 from collegium.fusion.requirements import fusion_requirements, unmet
 from collegium.fusion.rules import (
     ConfidenceAware,

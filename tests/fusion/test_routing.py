@@ -15,9 +15,9 @@ from collegium.config.recipe import decode_fusion
 from collegium.distributions import Answer, DenseRows
 from collegium.errors import DataError, RecipeError
 from collegium.fusion.conflict import TargetCorrection, TruthFallback
-from collegium.fusion.describe import describe, to_recipe
 from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion, fuse
+from collegium.fusion.options import describe, to_recipe
 from collegium.fusion.rules import BestSingle, Uniform
 from collegium.fusion.weighting import RowStats
 from collegium.types import Rows, teacher_number
@@ -145,7 +145,8 @@ def test_unknown_teachers_are_refused():
     with refused(DataError, "teacher_ids: "):
         fuse(Fusion(weighting=ROUTE), make_teachers(logits_KNV), rows)
     with refused(RecipeError, "fusion.weighting.domains.clinic: got `med`"):
-        Fusion(weighting=Route(default="law", domains={"clinic": "med"})).check(NAMES)
+        route = Route(default="law", domains={"clinic": "med"})
+        fuse(Fusion(weighting=route), make_teachers(logits_KNV), rows)
     with pytest.raises(ValidationError) as caught:
         Route(domains={"clinic": "law"})  # type: ignore[call-arg]
     assert caught.value.errors()[0]["loc"] == ("default",)

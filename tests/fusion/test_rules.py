@@ -9,10 +9,10 @@ import torch
 from pydantic import ValidationError
 
 import reference
-from collegium.fusion.describe import describe
 from collegium.fusion.fitted import DomainWeights
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.gate import Gate, gate_features
+from collegium.fusion.options import describe
 from collegium.fusion.rules import AvgCE, ConfidenceAware, Consensus, MinCE, Uniform
 from collegium.fusion.weighting import RowStats
 from collegium.types import Batch, Rows, domain_number
@@ -51,8 +51,7 @@ def test_only_rules_with_uses_label_depend_on_the_current_label(weighting):
 
 def test_min_ce_uses_the_current_label():
     assert MinCE().uses_label
-    assert Fusion(weighting=MinCE()).uses_label
-    assert not Fusion(weighting=Gate(offsets={})).uses_label
+    assert not Gate(offsets={}).uses_label
 
 
 def test_confidence_aware_weights_equal_those_of_the_paper():

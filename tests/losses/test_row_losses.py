@@ -12,9 +12,9 @@ from torch import Tensor
 import reference
 import reference_losses
 from collegium.distributions import Answer, HiddenRows, NamedRows
-from collegium.fusion.describe import to_recipe
 from collegium.fusion.fitted import Fixed
 from collegium.fusion.fuse import Fusion
+from collegium.fusion.options import to_recipe
 from collegium.fusion.rules import Entropy, PrefixLikelihood
 from collegium.kernels.compiled import find_compiler
 from collegium.losses.divergences import DIVERGENCES

@@ -15,10 +15,10 @@ from collegium.config.recipe import decode_fusion
 from collegium.data.windows import PackedDataset
 from collegium.errors import CollegiumError
 from collegium.evaluate.scoring import FUSED, Windows, score_models
-from collegium.fusion.describe import describe
 from collegium.fusion.fitted import DomainWeights, Fixed, Route
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.gate import Gate
+from collegium.fusion.options import describe
 from collegium.fusion.rules import BestSingle, PrefixLikelihood, Uniform
 from collegium.fusion.weighting import Weighting
 from collegium.preflight import search as search_module

@@ -19,8 +19,8 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Answer, HiddenRows
 from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion, fuse
+from collegium.fusion.routing import score_teachers
 from collegium.fusion.rules import BestSingle
-from collegium.fusion.score import score_teachers
 from collegium.losses.features import FeatureLoss
 from collegium.losses.pairing import FeatureOptions
 from collegium.models.forward import forward_rows, tap_names, tap_width

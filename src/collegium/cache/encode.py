@@ -23,7 +23,7 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Teacher
 from collegium.fusion.fuse import Fusion, TargetBlock, fuse
 from collegium.fusion.pools import RowReader
-from collegium.fusion.score import score_teachers
+from collegium.fusion.routing import score_teachers
 from collegium.losses.engine import default_block_size
 from collegium.models.loading import choose_device
 from collegium.types import Batch, Rows

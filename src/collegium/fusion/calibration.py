@@ -16,7 +16,7 @@ from torch import Tensor
 from collegium.distributions import Answer, Distribution
 from collegium.fusion.pools import RowReader
 from collegium.fusion.weighting import RowStats, Weighting
-from collegium.types import Rows
+from collegium.types import Rows, map_tensors
 
 TEMPERATURES: tuple[float, ...] = tuple(2.0 ** ((step - 6) / 6) for step in range(19))
 """Six temperatures per octave from 1/2 to 4, including 1, the uncalibrated teacher."""
@@ -36,10 +36,8 @@ def calibration_error(
 ) -> tuple[float, float, float]:
     """Compute ECE = sum_m |B_m| / N * |accuracy_m - confidence_m| over bins of equal mass.
 
-    Args:
-        confidence_N: probability of the most likely token.
-        is_correct_N: whether that token was the label.
-        bins: number of bins. Equal confidences share a bin, so there may be fewer.
+    `confidence_N` is the probability of the most likely token, and `is_correct_N` whether it was
+    the label. Equal confidences share a bin, so there may be fewer than `bins`.
 
     Returns:
         ECE and its parts of overconfident and of underconfident bins, sum_m |B_m| / N *
@@ -81,11 +79,10 @@ def _binned(columns: Mapping[str, np.ndarray], bins: int) -> dict[str, list[floa
     # Ties share a bin: otherwise the result would depend on the order of the rows.
     starts = np.unique(np.searchsorted(sorted_key, sorted_key[edges], side="left"))
     count = np.diff(starts, append=order.size)
-    result = {
-        name: (np.add.reduceat(column[order], starts) / count).tolist()
-        for name, column in arrays.items()
+    means = {
+        name: np.add.reduceat(column[order], starts) / count for name, column in arrays.items()
     }
-    return {**result, "count": count.tolist()}
+    return {name: column.tolist() for name, column in {**means, "count": count}.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +116,8 @@ class TemperatureTables:
 
         A per-teacher cache is read as stored, so the grid must be among its temperatures.
         """
-        tables = {
-            answer.name: _table(answer.distribution, rows, grid).map(Tensor.cpu)
-            for answer in answers
-        }
+        tables = {answer.name: _table(answer.distribution, rows, grid) for answer in answers}
+        tables = {name: map_tensors(table, Tensor.cpu) for name, table in tables.items()}
         return cls(grid, tables, rows.to(torch.device("cpu")), consensus_kl_KN)
 
     @classmethod
@@ -144,16 +139,7 @@ class TemperatureTables:
     def part(self, is_kept_N: Tensor) -> TemperatureTables:
         """Return the tables of a subset of the rows, made of whole documents."""
         # Whole documents, since prefix rules read the earlier rows of a document.
-        kl_KN = self.consensus_kl_KN
-        return TemperatureTables(
-            self.grid,
-            {
-                name: table.map(lambda column_GN: column_GN[:, is_kept_N])
-                for name, table in self.tables.items()
-            },
-            self.rows.part(is_kept_N),
-            None if kl_KN is None else kl_KN[:, is_kept_N],
-        )
+        return map_tensors(self, lambda tensor: tensor[..., is_kept_N])
 
     @property
     def teachers(self) -> list[str]:
@@ -165,9 +151,7 @@ class TemperatureTables:
     ) -> RowStats:
         """Return (K, N) statistics of these teachers at grid temperatures, 1 by default."""
         names = self.teachers if teachers is None else teachers
-        stats = RowStats.stack(
-            [self._at(name, self.column(temperatures.get(name, 1.0))) for name in names]
-        )
+        stats = RowStats.stack([self._at(name, temperatures.get(name, 1.0)) for name in names])
         # The consensus depends on the temperatures of all teachers, also of those not selected.
         is_raw = all(temperatures.get(name, 1.0) == 1.0 for name in self.tables)
         if self.consensus_kl_KN is None or not is_raw:
@@ -193,8 +177,9 @@ class TemperatureTables:
         """Return the weights, (K, N) float64. Each column sums to 1."""
         return weighting.log_scores(self.stats(temperatures), self.rows, self.teachers).softmax(0)
 
-    def _at(self, teacher: str, column: int) -> RowStats:
-        return self.tables[teacher].map(lambda column_GN: column_GN[column])
+    def _at(self, teacher: str, temperature: float) -> RowStats:
+        column = self.column(temperature)
+        return map_tensors(self.tables[teacher], lambda column_GN: column_GN[column])
 
     def column(self, temperature: float) -> int:
         """Return the index of the nearest grid temperature."""
@@ -234,14 +219,10 @@ def fit_joint_temperatures(
 ) -> dict[str, float]:
     """Fit the temperatures of all teachers that minimize the NLL of their linear pool.
 
-    Coordinate descent on the grid from T = 1, so never worse than the uncalibrated teachers. In
+    At most `num_rounds` of coordinate descent on the grid from T = 1, so never worse than the
+    uncalibrated teachers. The statistics that a weighting reads change with the temperatures. In
     the gradient of -log sum_k w_k P_k(y) each token of a teacher counts by its responsibility, so
     a specialist is calibrated on the rows where it has weight.
-
-    Args:
-        tables: the temperature tables of the calibration split.
-        weighting: the rule to pool with; its statistics change with the temperatures.
-        num_rounds: maximum number of passes over the teachers.
     """
     # Fitted one by one, specialists are softened (T of 1.4 to 1.9) for mistakes off their domain.
     # Fitted jointly they are sharpened a little (0.89), see "Temperatures of specialists" in
@@ -302,11 +283,8 @@ def linear_pool_nll(
 ) -> Tensor:
     """Compute -log sum_k w_k P_k(y) at every row from scalars: (N,) float64 nats.
 
-    Args:
-        stats: (K, N) each, of the calibrated teachers.
-        weighting: the rule that sets the weights.
-        rows: all N rows; document numbers must be unique across concatenated batches.
-        teachers: names in the order of `stats`.
+    Statistics are (K, N) each, of the calibrated teachers. Document numbers must be unique across
+    concatenated batches.
     """
     score_KN = weighting.log_scores(stats, rows, teachers)
     # Scores are unnormalized log-weights, so take the difference of two logsumexps.

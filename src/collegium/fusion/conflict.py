@@ -6,16 +6,12 @@ Shapes: n rows of one block, V vocabulary, K teachers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from collegium.options import option, torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from collegium.options import Tensor, option, torch
 
 MIN_WEIGHT_ENTROPY = 1e-3
 """Floor in nats of H(w): below it one teacher has all the weight, and c would be a noisy ratio."""
@@ -40,14 +36,11 @@ class ConflictBlock:
         kd_factor_n = policy.kd_factor(disagreement_n)
         return cls(disagreement_n, 1.0 - kd_factor_n, kd_factor_n)
 
-    def block(self, block: slice) -> ConflictBlock:
-        """The measurements at some of the rows."""
-        factor_n = self.kd_factor_n
-        return ConflictBlock(
-            self.disagreement_n[block],
-            self.applied_n[block],
-            None if factor_n is None else factor_n[block],
-        )
+    def corrected(self, corrected_n: Tensor | None) -> ConflictBlock:
+        """The same with the (n,) rows that `Conflict.correct_` changed. None for an unchanged one."""
+        if corrected_n is None:
+            return self
+        return replace(self, applied_n=corrected_n.to(self.applied_n.dtype))
 
 
 def disagreement(mixture_entropy_n: Tensor, entropy_Kn: Tensor, weights_Kn: Tensor) -> Tensor:
@@ -107,7 +100,6 @@ class TruthFallback(Conflict):
     """
 
     yields_to_labels = True
-
     power: Annotated[float, Field(gt=0)] = 1.0
     """Exponent of 1 - c: larger values reduce the teachers' weight faster."""
 
@@ -127,7 +119,6 @@ class TargetCorrection(Conflict):
     """
 
     uses_label = True
-
     # The corrected target has an NLL of 1.4, yet its students are slightly worse than without a
     # policy: perplexity 307 against 304, and 290 against 283 (docs/which-fusion.md).
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -157,7 +148,6 @@ class ConsistentSubset(Conflict):
     """
 
     uses_label = True
-
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Disagreement c above which teachers may be dropped."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.1

@@ -7,37 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from collegium.errors import DataError
-from collegium.fusion.gate import DIGITS, Gate
-from collegium.fusion.rules import (
-    AvgCE,
-    BestSingle,
-    ConfidenceAware,
-    Consensus,
-    Entropy,
-    MinCE,
-    PrefixLikelihood,
-    Uniform,
-)
+from collegium.fusion import rules
+from collegium.fusion.gate import Gate, named
 from collegium.fusion.weighting import (
     CalibrationData,
-    Conditions,
-    Fit,
     FittedWeighting,
     RowStats,
     Weighting,
     check_sum_to_one,
     constant_scores,
 )
-from collegium.options import option, torch
+from collegium.options import Tensor, option, torch
 from collegium.types import Rows, domain_number, teacher_number
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MAX_KNOTS = 32
 """Knots of a fitted map: enough for its shape, few enough to read in a recipe."""
@@ -49,7 +35,6 @@ class Fixed(FittedWeighting):
 
     streams = True
     zero_excludes = True
-
     weights: dict[str, Annotated[float, Field(ge=0)]]
     """Weight by teacher name. The weights sum to 1, and a weight of 0 leaves the teacher out."""
 
@@ -70,8 +55,10 @@ class Fixed(FittedWeighting):
     @classmethod
     def fit(cls, data: CalibrationData) -> Fixed:
         """Fit the constant weights of highest likelihood (see `em_weights`)."""
-        # K - 1 degrees of freedom: the weights hardly overfit the calibration split.
-        return cls(weights=_named(em_weights(data.stats.label_logp_KN), data.teachers))
+        # K - 1 degrees of freedom: the weights hardly overfit the calibration split. One that rounds
+        # to 0 excludes its teacher. Rounding moves their sum by less than K * 1e-6, within the
+        # tolerance of `check_sum_to_one`.
+        return cls(weights=named(em_weights(data.stats.label_logp_KN), data.teachers))
 
 
 @option
@@ -80,7 +67,7 @@ class DomainWeights(FittedWeighting):
 
     streams = True
     zero_excludes = True
-
+    needs_domains = True
     weights: dict[str, dict[str, Annotated[float, Field(ge=0)]]]
     """Domain -> weight by teacher name. The weights of a domain sum to 1."""
     default: dict[str, Annotated[float, Field(ge=0)]]
@@ -92,10 +79,6 @@ class DomainWeights(FittedWeighting):
             check_sum_to_one(table)
         return self
 
-    @classmethod
-    def candidates(cls, conditions: Conditions) -> Sequence[Fit]:
-        return super().candidates(conditions) if len(conditions.domains) > 1 else []
-
     def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
         return {("default",): self.default, **{("weights", d): t for d, t in self.weights.items()}}
 
@@ -106,7 +89,7 @@ class DomainWeights(FittedWeighting):
         return all(table[teacher] == 0.0 for table in (*self.weights.values(), self.default))
 
     def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
-        score_KN = constant_scores([self.default[teacher] for teacher in teachers], stats)
+        score_KN = constant_scores([self.default[name] for name in teachers], stats)
         if rows.domains is not None:
             for domain, table in self.weights.items():
                 domain_score_KN = constant_scores([table[name] for name in teachers], stats)
@@ -133,8 +116,8 @@ class DomainWeights(FittedWeighting):
         tables = {}
         for domain, is_here_N in data.by_domain():
             weight_K = em_weights(label_logp_KN[:, is_here_N], prior_K=prior_rows * default_K)
-            tables[domain] = _named(weight_K, data.teachers)
-        return cls(weights=tables, default=_named(default_K, data.teachers))
+            tables[domain] = named(weight_K, data.teachers)
+        return cls(weights=tables, default=named(default_K, data.teachers))
 
 
 def em_weights(
@@ -176,12 +159,6 @@ def em_weights(
     return weight_K
 
 
-def _named(weight_K: Tensor, teachers: Sequence[str]) -> dict[str, float]:
-    # A weight that rounds to 0 excludes its teacher. Rounding moves the sum by less than K * 1e-6,
-    # within the tolerance of `check_sum_to_one`.
-    return {name: round(w, DIGITS) for name, w in zip(teachers, weight_K.tolist(), strict=True)}
-
-
 @option
 class Route(FittedWeighting):
     """One teacher per row: the one that the row names, else that of its domain, else the default.
@@ -191,18 +168,14 @@ class Route(FittedWeighting):
     """
 
     streams = True
+    needs_domains = True
     is_single = True
     # Giving up fusion is left to the recipe.
     is_only_compared = True
-
     default: str
     """Teacher of rows that name none, in domains that are not listed."""
     domains: dict[str, str] = Field(default_factory=dict)
     """Domain -> name of its teacher."""
-
-    @classmethod
-    def candidates(cls, conditions: Conditions) -> Sequence[Fit]:
-        return super().candidates(conditions) if len(conditions.domains) > 1 else []
 
     def teacher_fields(self) -> Mapping[tuple[str, ...], str]:
         return {("default",): self.default, **{("domains", d): t for d, t in self.domains.items()}}
@@ -268,7 +241,6 @@ class CalibratedEntropy(FittedWeighting):
     """
 
     streams = True
-
     maps: dict[str, list[list[float]]]
     """Knots [entropy, NLL] by teacher name, in nats, both ascending, interpolated linearly."""
     tau: Annotated[float, Field(gt=0)] = 1.0
@@ -351,19 +323,19 @@ def interpolate(entropy_N: Tensor, knots: Sequence[Sequence[float]]) -> Tensor:
 
 
 WEIGHTINGS: dict[str, type[Weighting]] = {
-    "uniform": Uniform,
-    "best_single": BestSingle,
-    "entropy": Entropy,
-    "prefix_likelihood": PrefixLikelihood,
+    "uniform": rules.Uniform,
+    "best_single": rules.BestSingle,
+    "entropy": rules.Entropy,
+    "prefix_likelihood": rules.PrefixLikelihood,
     "fixed": Fixed,
     "calibrated_entropy": CalibratedEntropy,
     "gate": Gate,
-    "consensus": Consensus,
+    "consensus": rules.Consensus,
     "domain_weights": DomainWeights,
     "route": Route,
     # Baselines: with the label in the target, its NLL does not rank the teachers.
-    "ca_mkd": ConfidenceAware,
-    "min_ce": MinCE,
-    "avg_ce": AvgCE,
+    "ca_mkd": rules.ConfidenceAware,
+    "min_ce": rules.MinCE,
+    "avg_ce": rules.AvgCE,
 }
 """Name in a recipe -> option class, in the order in which a preflight tries them."""

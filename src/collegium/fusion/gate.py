@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
 from collegium.fusion.rules import PrefixLikelihood
 from collegium.fusion.weighting import CalibrationData, FittedWeighting, RowStats
-from collegium.options import option, torch
+from collegium.options import Tensor, option, torch
 from collegium.types import Rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 DIGITS = 6
 """Decimals of a fitted option."""
+FEATURES = ("entropy", "max_logp", "consensus", "prefix_nll")
+"""Options of a gate that weight its features, in the order of the axis F."""
 MAX_STEPS = 100
 """Newton steps of a fit."""
 
@@ -57,10 +56,9 @@ class Gate(FittedWeighting):
         return {("offsets",): self.offsets}
 
     def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
-        feature_KNF = gate_features(
-            stats, rows, decay=self.decay, with_consensus=self.needs_consensus
-        )
-        b_F = feature_KNF.new_tensor([self.entropy, self.max_logp, self.consensus, self.prefix_nll])
+        has_consensus = self.needs_consensus
+        feature_KNF = gate_features(stats, rows, decay=self.decay, with_consensus=has_consensus)
+        b_F = feature_KNF.new_tensor([getattr(self, name) for name in FEATURES])
         a_K = feature_KNF.new_tensor([self.offsets[teacher] for teacher in teachers])
         return feature_KNF @ b_F + a_K[:, None]
 
@@ -83,28 +81,24 @@ class Gate(FittedWeighting):
         Source: Jordan and Jacobs 1994, hierarchical mixtures of experts, with fixed experts.
         """
         stats, teachers = data.raw, data.teachers
-        feature_KNF = gate_features(
-            stats, data.rows, decay=decay, with_consensus=stats.consensus_kl_KN is not None
-        )
+        has_consensus = stats.consensus_kl_KN is not None
+        feature_KNF = gate_features(stats, data.rows, decay=decay, with_consensus=has_consensus)
         spread_F = feature_KNF.square().mean((0, 1)).sqrt()
         # A constant feature gets scale 0, so its coefficient is exactly 0.
         scale_F = torch.where(spread_F < 1e-9, 0.0, 1.0 / spread_F)
         offset_KNK = torch.eye(len(teachers)).to(feature_KNF)[:, None]
         offset_KNK = offset_KNK.expand(-1, len(data.rows), -1)
         input_KNP = torch.cat([offset_KNK, feature_KNF * scale_F], dim=-1)
-        problem = _Problem(input_KNP, stats.label_logp_KN.double(), ridge)
-        theta_P = _ascend(problem)
-        b = (theta_P[len(teachers) :] * scale_F).tolist()
+        theta_P = _ascend(_Problem(input_KNP, stats.label_logp_KN.double(), ridge))
+        offset_K, b_F = theta_P[: len(teachers)], theta_P[len(teachers) :] * scale_F
         # Only differences of the offsets matter, so they are centered.
-        offset_K = theta_P[: len(teachers)] - theta_P[: len(teachers)].mean()
-        return cls(
-            offsets={n: round(a, DIGITS) for n, a in zip(teachers, offset_K.tolist(), strict=True)},
-            entropy=round(b[0], DIGITS),
-            max_logp=round(b[1], DIGITS),
-            consensus=round(b[2], DIGITS),
-            prefix_nll=round(b[3], DIGITS),
-            decay=decay,
-        )
+        offset_K = offset_K - offset_K.mean()
+        return cls(offsets=named(offset_K, teachers), decay=decay, **named(b_F, FEATURES))
+
+
+def named(value_K: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Map names to fitted values, rounded for a recipe."""
+    return {name: round(x, DIGITS) for name, x in zip(names, value_K.tolist(), strict=True)}
 
 
 def gate_features(
@@ -119,12 +113,8 @@ def gate_features(
     """
     # At eta 1 that rule scores the negative prefix NLL. It reads no teacher names.
     prefix_KN = PrefixLikelihood(eta=1.0, decay=decay).log_scores(stats, rows, [])
-    columns = (
-        stats.entropy_KN.double(),
-        stats.max_logp_KN.double(),
-        stats.consensus_kl().double() if with_consensus else torch.zeros_like(prefix_KN),
-        -prefix_KN,
-    )
+    kl_KN = stats.consensus_kl() if with_consensus else torch.zeros_like(prefix_KN)
+    columns = (stats.entropy_KN.double(), stats.max_logp_KN.double(), kl_KN.double(), -prefix_KN)
     feature_KNF = torch.stack(columns, dim=-1)
     return feature_KNF - feature_KNF.mean(0)
 

@@ -11,12 +11,12 @@ tail every pool of such distributions is exact, since all of them are constant o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from collegium.distributions import Answer, NamedRows
 from collegium.fusion.conflict import Conflict, ConflictBlock, disagreement
+from collegium.fusion.options import Fusion
 from collegium.fusion.pools import (
     PoolKind,
     answered_mask,
@@ -24,91 +24,74 @@ from collegium.fusion.pools import (
     masked_scores,
     shared_mask,
 )
-from collegium.fusion.weighting import RowStats, Weighting
+from collegium.fusion.weighting import RowStats
 from collegium.kernels.rows import logp_floor
-from collegium.options import torch
+from collegium.options import Tensor, torch
 from collegium.types import Rows
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    Column = tuple[Tensor, Tensor]
-    """Log-probabilities on the union: (M,) of its entries, (N,) of each token outside of it."""
+Column = tuple[Tensor, Tensor]
+"""Log-probabilities on the union: (M,) of its entries, (N,) of each token outside of it."""
 
 MIN_LOG_MASS = -50.0
 """Entries with less mass have no effect in float32 and are dropped. log 0 has no finite value."""
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """The fused target of all rows of a batch."""
-
-    rows: NamedRows
-    weights_KN: Tensor
-    """(K, N) weights, each column sums to 1."""
-    conflict: ConflictBlock | None = None
-
-
 def merge(
-    answers: Sequence[Answer],
-    rows: Rows,
-    *,
-    weighting: Weighting,
-    pool: PoolKind,
-    exponent: float,
-    temperatures: Mapping[str, float],
-    conflict: Conflict,
-) -> Merged:
+    fusion: Fusion, answers: Sequence[Answer], rows: Rows
+) -> tuple[NamedRows, Tensor, ConflictBlock | None]:
     """Pool named answers at all rows.
 
+    Draws are pooled linearly, without a conflict policy or a rule that compares distributions.
+
     Args:
+        fusion: the weighting, pool, temperatures and conflict policy; others are ignored.
         answers: with `NamedRows`, at stored temperatures.
         rows: labels, documents and domains.
-        weighting: rule for the weights; one that compares distributions needs top-k answers.
-        pool: linear for draws; any for top-k answers.
-        exponent: r of the power mean.
-        temperatures: T_k by name, 1 where missing.
-        conflict: policy for contradicting teachers; for top-k answers only.
+
+    Returns:
+        The fused rows, (K, N) weights, and the measurements of an active conflict policy.
 
     Raises:
         DataError: no teacher answers a row.
 
     Source: Anshumann et al. 2025, arXiv 2503.16870, for draws of one teacher.
     """
+    weighting, policy = fusion.weighting, fusion.conflict
     answered_KN = answered_mask(answers, rows)
     check_coverage(answered_KN)
-    parts = [_Part.of(answer, rows, temperatures) for answer in answers]
-    names = [answer.name for answer in answers]
-    stats = replace(
-        RowStats.stack([part.stats for part in parts]),
-        answered_KN=answered_KN,
-        shared_N=shared_mask(answered_KN, rows),
-    )
+    parts = [_Part.of(a, rows, fusion.temperatures.get(a.name, 1.0)) for a in answers]
+    shared_N = shared_mask(answered_KN, rows)
+    stats = RowStats.stack([part.stats for part in parts])
+    stats = replace(stats, answered_KN=answered_KN, shared_N=shared_N)
+    dtype = stats.entropy_KN.dtype
+
+    def log_weights() -> Tensor:
+        """(K, N) float64, normalized over the teachers."""
+        score_KN = weighting.log_scores(stats, rows, [answer.name for answer in answers])
+        return masked_scores(score_KN, stats).log_softmax(0)
+
     if all(part.rows.is_sampled for part in parts):
-        logw_KN = _log_weights(weighting, stats, rows, names)
-        return Merged(_mean_of_draws(parts, logw_KN, len(rows)), _weights(logw_KN, stats))
-    union = _Union.of(parts, rows, with_labels=conflict.uses_label)
+        logw_KN = log_weights()
+        return _mean_of_draws(parts, logw_KN, len(rows)), logw_KN.exp().to(dtype), None
+    union = _Union.of(parts, rows, with_labels=policy.uses_label)
     if weighting.needs_consensus:
         stats = replace(stats, consensus_kl_KN=union.consensus_kl(stats))
-    logw_KN = _log_weights(weighting, stats, rows, names)
+    logw_KN = log_weights()
     block: ConflictBlock | None = None
-    if conflict.is_active:
-        disagreement_N = disagreement(
-            union.entropy(union.pool("linear", exponent, logw_KN)),
-            torch.stack([union.entropy(column) for column in union.members()]),
-            logw_KN.exp().to(stats.entropy_KN.dtype),
-        )
-        changed_KN = conflict.scores(logw_KN, stats.label_logp_KN, disagreement_N)
+    if policy.is_active:
+        mixture_entropy_N = union.entropy(union.pool("linear", fusion.exponent, logw_KN))
+        entropy_KN = torch.stack([union.entropy(column) for column in union.members()])
+        disagreement_N = disagreement(mixture_entropy_N, entropy_KN, logw_KN.exp().to(dtype))
+        changed_KN = policy.scores(logw_KN, stats.label_logp_KN, disagreement_N)
         is_changed_N = (changed_KN != logw_KN).any(0)
-        block = ConflictBlock.of(conflict, disagreement_N, is_changed_N)
+        block = ConflictBlock.of(policy, disagreement_N, is_changed_N)
         logw_KN = changed_KN.log_softmax(0)
-    pooled = union.pool(pool, exponent, logw_KN)
+    pooled = union.pool(fusion.pool, fusion.exponent, logw_KN)
     if block is not None:
-        pooled, corrected_N = union.correct(conflict, pooled, rows.labels)
-        if corrected_N is not None:
-            block = replace(block, applied_n=corrected_N.to(block.applied_n.dtype))
+        pooled, corrected_N = union.correct(policy, pooled, rows.labels)
+        block = block.corrected(corrected_N)
     target = union.named_rows(pooled, is_sampled=any(part.rows.is_sampled for part in parts))
-    return Merged(target, _weights(logw_KN, stats), block)
+    return target, logw_KN.exp().to(dtype), block
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,31 +108,25 @@ class _Part:
     """(N,) each, 0 at rows without an answer."""
 
     @classmethod
-    def of(cls, answer: Answer, rows: Rows, temperatures: Mapping[str, float]) -> _Part:
+    def of(cls, answer: Answer, rows: Rows, temperature: float) -> _Part:
         named = answer.distribution
         assert isinstance(named, NamedRows)
-        temperature = temperatures.get(answer.name, 1.0)
-        tempered = named.tempered(temperature)
+        tempered, row_E = named.tempered(temperature), named.row_of_entry()
         at_m = None if answer.rows is None else answer.rows.to(rows.labels.device)
-        row_E = named.row_of_entry()
         labels_m = rows.labels if at_m is None else rows.labels[at_m]
         scalars = named.scalars(slice(0, len(named)), temperature)
         scalars = _scalars_of_entries(tempered, labels_m) if scalars is None else scalars
         if at_m is not None:
             row_E = at_m[row_E]
-            entropy_N, label_N, max_N = (
-                value_m.new_zeros(len(rows)).index_copy(0, at_m, value_m) for value_m in scalars
-            )
-            scalars = entropy_N, label_N, max_N
+            scalars = [x_m.new_zeros(len(rows)).index_copy(0, at_m, x_m) for x_m in scalars]
         return cls(tempered, row_E, at_m, RowStats(*scalars))
 
 
 def _scalars_of_entries(named: NamedRows, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Entropy, label and maximum log-probability of top-k rows with the tail spread evenly."""
     row_E, rest_n = named.row_of_entry(), named.log_rest()
-    num_rows = len(named)
-    entropy_n = torch.special.entr(named.logp.exp())
-    entropy_n = named.logp.new_zeros(num_rows).index_add(0, row_E, entropy_n)
+    entropy_E = torch.special.entr(named.logp.exp())
+    entropy_n = named.logp.new_zeros(len(named)).index_add(0, row_E, entropy_E)
     if named.log_tail is not None:
         tail_n = named.log_tail.exp()
         entropy_n = entropy_n - torch.where(tail_n > 0, tail_n * rest_n, 0.0)
@@ -158,16 +135,6 @@ def _scalars_of_entries(named: NamedRows, labels_n: Tensor) -> tuple[Tensor, Ten
     label_n[row_E[is_label_E]] = named.logp[is_label_E]
     max_n = rest_n.scatter_reduce(0, row_E, named.logp, "amax")
     return entropy_n, label_n, max_n
-
-
-def _log_weights(weighting: Weighting, stats: RowStats, rows: Rows, names: Sequence[str]) -> Tensor:
-    """(K, N) float64 log-weights, normalized over the teachers."""
-    score_KN = weighting.log_scores(stats, rows, names)
-    return masked_scores(score_KN, stats).log_softmax(0)
-
-
-def _weights(logw_KN: Tensor, stats: RowStats) -> Tensor:
-    return logw_KN.exp().to(stats.entropy_KN.dtype)
 
 
 def _mean_of_draws(parts: Sequence[_Part], logw_KN: Tensor, num_rows: int) -> NamedRows:
@@ -219,8 +186,7 @@ class _Union:
         row_M = cell_M.div(vocab_size, rounding_mode="floor")
         columns, rests = [], []
         for part, cell_E in zip(parts, cells, strict=True):
-            rest_m = part.rows.log_rest()
-            rest_N = rest_m
+            rest_N = rest_m = part.rows.log_rest()
             if part.at_m is not None:
                 rest_N = rest_m.new_full((num_rows,), -torch.inf).index_copy(0, part.at_m, rest_m)
             column_M = rest_N[row_M]
@@ -228,10 +194,9 @@ class _Union:
             columns.append(column_M.double())
             rests.append(rest_N.double())
         num_others_N = (vocab_size - starts.diff()).double()
-        return cls(
-            starts, ids_M, row_M, num_others_N, torch.stack(columns), torch.stack(rests),
-            ids_M == rows.labels[row_M], vocab_size,
-        )  # fmt: skip
+        logp_KM, log_rest_KN = torch.stack(columns), torch.stack(rests)
+        label_M = ids_M == rows.labels[row_M]
+        return cls(starts, ids_M, row_M, num_others_N, logp_KM, log_rest_KN, label_M, vocab_size)
 
     def members(self) -> list[Column]:
         """The distribution of each teacher."""
@@ -241,19 +206,11 @@ class _Union:
         """The pool of all teachers under normalized log-weights."""
         logw_KM = logw_KN[:, self.row_M]
         if kind == "linear":
-            return (
-                (logw_KM + self.logp_KM).logsumexp(0),
-                (logw_KN + self.log_rest_KN).logsumexp(0),
-            )
+            logp_M = (logw_KM + self.logp_KM).logsumexp(0)
+            return logp_M, (logw_KN + self.log_rest_KN).logsumexp(0)
         power = 0.0 if kind == "log_linear" else exponent
-        pooled = (
-            _power_mean(self.logp_KM, logw_KM, power),
-            _power_mean(self.log_rest_KN, logw_KN, power),
-        )
-        return self._normalized(pooled)
-
-    def _normalized(self, column: Column) -> Column:
-        logp_M, rest_N = column
+        logp_M = _power_mean(self.logp_KM, logw_KM, power)
+        rest_N = _power_mean(self.log_rest_KN, logw_KN, power)
         tail_N = self._tail(rest_N)
         max_N = tail_N.scatter_reduce(0, self.row_M, logp_M, "amax")
         mass_N = (tail_N - max_N).exp()
@@ -268,9 +225,8 @@ class _Union:
     def entropy(self, column: Column) -> Tensor:
         """(N,) nats."""
         logp_M, rest_N = column
-        entropy_N = rest_N.new_zeros(len(rest_N)).index_add(
-            0, self.row_M, torch.special.entr(logp_M.exp())
-        )
+        entropy_M = torch.special.entr(logp_M.exp())
+        entropy_N = rest_N.new_zeros(len(rest_N)).index_add(0, self.row_M, entropy_M)
         tail_N = self._tail(rest_N).exp()
         return entropy_N - torch.where(tail_N > 0, tail_N * rest_N, 0.0)
 
@@ -308,9 +264,8 @@ class _Union:
         """The pool in compressed rows, in float32."""
         logp_M, rest_N = column
         tail_N = self._tail(rest_N).float().clamp(max=0.0)
-        return NamedRows(
-            self.starts, self.ids_M, logp_M.float(), tail_N, self.vocab_size, is_sampled
-        )
+        logp_M = logp_M.float()
+        return NamedRows(self.starts, self.ids_M, logp_M, tail_N, self.vocab_size, is_sampled)
 
 
 def _power_mean(logp_KX: Tensor, logw_KX: Tensor, power: float) -> Tensor:

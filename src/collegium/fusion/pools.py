@@ -6,8 +6,8 @@ Shapes: N rows, n rows of one block, m rows that one teacher answers, V vocabula
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from collegium.distributions import Answer, Distribution, NamedRows, WrappedRows
 from collegium.errors import DataError
@@ -23,11 +23,8 @@ from collegium.kernels.rows import (
     floor_,
     to_logits,
 )
-from collegium.options import torch
+from collegium.options import Tensor, torch
 from collegium.types import Rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PoolKind = Literal["linear", "log_linear", "power_mean"]
 MIN_SCORE = -1e300
@@ -35,24 +32,23 @@ MIN_SCORE = -1e300
 
 
 class RowReader:
-    """Statistics and the distribution of one teacher, in two (n, V) buffers that are reused."""
+    """Statistics and log-probabilities of one teacher, in two (n, V) buffers that are reused."""
 
     def __init__(self) -> None:
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def read(
-        self,
-        logits_nV: Tensor,
-        labels_n: Tensor,
-        *,
-        temperature: float = 1.0,
-        keep: Literal["prob", "logp"] = "logp",
+        self, logits_nV: Tensor, labels_n: Tensor, *, temperature: float = 1.0
     ) -> tuple[RowStats, Tensor]:
-        """Calibrate n rows: (n,) statistics, and (n, V) log-probabilities or probabilities.
+        """Calibrate n rows: (n,) statistics, and (n, V) finite log-probabilities.
 
-        The second is valid until the next call. Log-probabilities are finite everywhere.
+        The second is valid until the next call.
         """
-        logp_nV, prob_nV = self._buffers_like(logits_nV)
+        # Fresh memory of this size costs more than the arithmetic: pages are faulted in and zeroed.
+        num_rows, old = logits_nV.shape[0], self._buffers
+        if old is None or old[0].shape[0] < num_rows or old[0].dtype != logits_nV.dtype:
+            old = self._buffers = (torch.empty_like(logits_nV), torch.empty_like(logits_nV))
+        logp_nV, prob_nV = old[0][:num_rows], old[1][:num_rows]
         if temperature != 1.0:
             logits_nV = torch.div(logits_nV, temperature, out=prob_nV)
         torch.log_softmax(logits_nV, -1, out=logp_nV)
@@ -60,16 +56,8 @@ class RowReader:
         torch.exp(logp_nV, out=prob_nV)
         label_logp_n = logp_nV.gather(1, labels_n[:, None])[:, 0]
         max_logp_n = logp_nV.amax(-1)
-        kept_nV, product_nV = (prob_nV, logp_nV) if keep == "prob" else (logp_nV, prob_nV)
-        entropy_n = -torch.mul(prob_nV, logp_nV, out=product_nV).sum(-1)
-        return RowStats(entropy_n, label_logp_n, max_logp_n), kept_nV
-
-    def _buffers_like(self, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
-        # Fresh memory of this size costs more than the arithmetic: pages are faulted in and zeroed.
-        num_rows, old = logits_nV.shape[0], self._buffers
-        if old is None or old[0].shape[0] < num_rows or old[0].dtype != logits_nV.dtype:
-            old = self._buffers = (torch.empty_like(logits_nV), torch.empty_like(logits_nV))
-        return old[0][:num_rows], old[1][:num_rows]
+        entropy_n = -prob_nV.mul_(logp_nV).sum(-1)
+        return RowStats(entropy_n, label_logp_n, max_logp_n), logp_nV
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +87,7 @@ class TeacherReader:
         workspace: Workspace | None = None,
     ) -> None:
         self._rows = rows
-        self._kernels = kernels or TorchKernels()
+        self.kernels = kernels or TorchKernels()
         self._workspace = workspace or Workspace()
         self._temperatures = [temperatures.get(answer.name, 1.0) for answer in answers]
         self._answered_KN = answered_mask(answers, rows)
@@ -121,17 +109,15 @@ class TeacherReader:
         zero_n = torch.zeros_like(raw.values_nV[:, 0], dtype=raw.dtype)
         logsumexp = LogSumExp(zero_n, zero_n)
         if scalars is None:
-            computed, entropy_n = self._kernels.read(raw)
+            computed, entropy_n = self.kernels.read(raw)
             if distribution.is_full:
                 logsumexp = computed
             label_logp_n = computed.logp(raw.at_labels(labels_n)[0])
             scalars = entropy_n, label_logp_n, -computed.log_sum_n
         answered_KN, shared_N = self._answered_KN, self._shared_N
-        stats = RowStats(
-            *scalars,
-            answered_KN=None if answered_KN is None else answered_KN[number, block],
-            shared_N=None if shared_N is None else shared_N[block],
-        )
+        answered_n = None if answered_KN is None else answered_KN[number, block]
+        shared_n = None if shared_N is None else shared_N[block]
+        stats = RowStats(*scalars, answered_KN=answered_n, shared_N=shared_n)
         is_normalized = not (distribution.has_draws and temperature != 1.0)
         return Member(raw, logsumexp, stats, is_scratch, is_normalized)
 
@@ -144,7 +130,7 @@ class TeacherReader:
         numbers = range(len(self._distributions))
         if not consensus:
             return RowStats.stack([self.member(number, block).stats for number in numbers])
-        pool = Pool("linear", len(self._distributions), kernels=self._kernels)
+        pool = Pool("linear", len(self._distributions), self.kernels)
         all_stats, entropies = [], []
         for number in numbers:
             member = self.member(number, block)
@@ -156,7 +142,9 @@ class TeacherReader:
         mean_logp_nV = pool.result()[0].logp_()
         cross = []
         for number in numbers:
-            prob_nV = self._probabilities(number, block)
+            rows = self.member(number, block).rows
+            prob_nV = to_logits(rows, torch.empty_like(rows.values_nV))
+            prob_nV = floor_(torch.log_softmax(prob_nV, -1)).exp_()
             cross.append(-prob_nV.mul_(mean_logp_nV).sum(-1))
         kl_Kn = (torch.stack(cross) - torch.stack(entropies)).clamp(min=0.0)
         return replace(stats, consensus_kl_KN=kl_Kn)
@@ -168,13 +156,7 @@ class TeacherReader:
         """
         if self._distributions[number].is_full:
             return member.stats.entropy_KN
-        return self._kernels.read(member.rows)[1]
-
-    def _probabilities(self, number: int, block: slice) -> Tensor:
-        """(n, V) probabilities of one teacher in a new tensor."""
-        member = self.member(number, block)
-        logits_nV = to_logits(member.rows, torch.empty_like(member.rows.values_nV))
-        return floor_(torch.log_softmax(logits_nV, -1)).exp_()
+        return self.kernels.read(member.rows)[1]
 
 
 def _prepared(answer: Answer, temperature: float, num_rows: int) -> Distribution:
@@ -220,8 +202,7 @@ def check_coverage(answered_KN: Tensor | None) -> None:
     if answered_KN is None:
         return
     is_answered_N = answered_KN.any(0)
-    num_missing = int((~is_answered_N).sum())
-    if num_missing:
+    if num_missing := int((~is_answered_N).sum()):
         raise DataError(
             f"teachers: got no answer at {num_missing} of {len(is_answered_N)} rows; must be at "
             "least one teacher per row; add a teacher for them, or remove those rows"
@@ -256,14 +237,8 @@ class _Expanded(WrappedRows):
     def __len__(self) -> int:
         return self.num_rows
 
-    def _bounds(self, block: slice) -> tuple[slice, Tensor]:
-        first, last = torch.searchsorted(
-            self.rows_m, torch.tensor([block.start, block.stop])
-        ).tolist()
-        return slice(first, last), self.rows_m[first:last] - block.start
-
     def raw(self, block: slice, workspace: Workspace, buffer: str) -> tuple[RawRows, bool]:
-        part, at_m = self._bounds(block)
+        part, at_m = rows_inside(self.rows_m, block)
         if part.start == part.stop:
             # One row gives the vocabulary size and dtype; a teacher without a row has no answer.
             part = slice(0, 1)
@@ -272,16 +247,21 @@ class _Expanded(WrappedRows):
         return replace(raw, values_nV=values_nV), True
 
     def logits(self, block: slice) -> Tensor:
-        part, at_m = self._bounds(block)
+        part, at_m = rows_inside(self.rows_m, block)
         return _expand(self.inner.logits(part), at_m, block)
 
     def scalars(self, block: slice, temperature: float) -> tuple[Tensor, Tensor, Tensor] | None:
-        part, at_m = self._bounds(block)
-        scalars = self.inner.scalars(part, temperature)
-        if scalars is None:
+        part, at_m = rows_inside(self.rows_m, block)
+        if (scalars := self.inner.scalars(part, temperature)) is None:
             return None
         entropy_n, label_logp_n, max_logp_n = (_expand(x_m, at_m, block) for x_m in scalars)
         return entropy_n, label_logp_n, max_logp_n
+
+
+def rows_inside(rows_m: Tensor, block: slice) -> tuple[slice, Tensor]:
+    """The range of ascending rows on the CPU that lies in a block, and their indices in it."""
+    part = slice(*torch.searchsorted(rows_m, torch.tensor([block.start, block.stop])).tolist())
+    return part, rows_m[part] - block.start
 
 
 def _expand(values: Tensor, at_m: Tensor, block: slice) -> Tensor:
@@ -291,6 +271,7 @@ def _expand(values: Tensor, at_m: Tensor, block: slice) -> Tensor:
     return expanded
 
 
+@dataclass(eq=False)
 class Pool:
     """A weighted mean of distributions whose members arrive one by one, in one (n, V) accumulator.
 
@@ -300,60 +281,51 @@ class Pool:
     exp(s_k - logsumexp(s_1 ... s_k)), so no scale of the scores overflows or underflows.
     """
 
-    def __init__(
-        self,
-        kind: PoolKind,
-        num_members: int,
-        *,
-        exponent: float = 0.5,
-        kernels: RowKernels | None = None,
-        workspace: Workspace | None = None,
-    ) -> None:
-        """Expect `num_members`. The accumulator is the workspace buffer `pool`, else new memory."""
-        self._kind = kind
-        self._num_members = num_members
-        self._num_missing = num_members
-        self._exponent = exponent
-        self._kernels = kernels or TorchKernels()
-        self._workspace = workspace
-        self._mean: RunningMean | None = None
-        self._is_normalized = True
-        self._total_n: Tensor | None = None
-        self._only: Member | None = None
+    kind: PoolKind
+    num_members: int
+    kernels: RowKernels
+    exponent: float = 0.5
+    workspace: Workspace | None = None
+    """Its buffer `pool` is the accumulator, else new memory."""
+    _num_added: int = field(default=0, init=False)
+    _is_normalized: bool = field(default=True, init=False)
+    _mean: RunningMean | None = field(default=None, init=False)
+    _total_n: Tensor | None = field(default=None, init=False)
+    _only: Member | None = field(default=None, init=False)
 
     def add(self, member: Member, score_n: Tensor) -> None:
         """Add one member. Its values are copied, except those of a single scratch member."""
-        self._num_missing -= 1
+        self._num_added += 1
         self._is_normalized &= member.is_normalized
-        if self._num_members == 1:
+        if self.num_members == 1:
             # A single member is the pool: exp and log on the way would round.
             self._only = member
             return
         share_n = None
         if self._mean is None or self._total_n is None:
-            self._mean = RunningMean(self._buffer(member), is_log=self._kind != "linear")
+            self._mean = RunningMean(self._buffer(member.rows), is_log=self.kind != "linear")
             self._total_n = score_n
         else:
             before_n = self._total_n
             self._total_n = torch.logaddexp(before_n, score_n)
             share_n = score_n - self._total_n
-            if self._kind == "power_mean":
+            if self.kind == "power_mean":
                 return self._add_power(member, share_n, before_n - self._total_n)
             share_n = share_n.exp()
         mean, dtype = self._mean, self._mean.values_nV.dtype  # of the first member
-        mean.num_remaining = self._num_missing
+        mean.num_remaining = self.num_members - self._num_added
         share_n = None if share_n is None else share_n.to(dtype)
-        self._kernels.add_(mean, member.rows, member.logsumexp.to(dtype), share_n)
-        if self._kind == "power_mean":
-            mean.values_nV.mul_(self._exponent)
+        self.kernels.add_(mean, member.rows, member.logsumexp.to(dtype), share_n)
+        if self.kind == "power_mean":
+            mean.values_nV.mul_(self.exponent)
 
     def _add_power(self, member: Member, log_share_n: Tensor, log_kept_n: Tensor) -> None:
         assert self._mean is not None
         mean_nV = self._mean.values_nV
         entering_nV, dtype = torch.empty_like(mean_nV), mean_nV.dtype
         entering = RunningMean(entering_nV, is_log=True)
-        self._kernels.add_(entering, member.rows, member.logsumexp.to(dtype), None)
-        entering_nV.mul_(self._exponent).add_(log_share_n[:, None].to(dtype))
+        self.kernels.add_(entering, member.rows, member.logsumexp.to(dtype), None)
+        entering_nV.mul_(self.exponent).add_(log_share_n[:, None].to(dtype))
         mean_nV.add_(log_kept_n[:, None].to(dtype))
         torch.logaddexp(mean_nV, entering_nV, out=mean_nV)
 
@@ -362,35 +334,33 @@ class Pool:
 
         log Z is None for the linear pool, and divided by 1 - r for the power mean.
         """
+        is_normalized = self._is_normalized
         if self._only is not None:
-            target = self._single(self._only)
-            zero_n = torch.zeros_like(self._only.logsumexp.max_n)
-            return target, None if self._kind == "linear" else zero_n
+            only, rows = self._only, self._only.rows
+            if not only.is_scratch or self.workspace is None:
+                # The values belong to the teacher, or the next member overwrites them.
+                values_nV = to_logits(rows, torch.empty_like(rows.values_nV, dtype=rows.dtype))
+                rows = RawRows(values_nV)
+            target = DenseTarget(rows, "logits", only.logsumexp, is_normalized=is_normalized)
+            log_z_n = None if self.kind == "linear" else torch.zeros_like(only.logsumexp.max_n)
+            return target, log_z_n
         assert self._mean is not None
         mean_nV, unit_n = self._mean.values_nV, self._mean.unit_n
         if unit_n is not None:
             mean_nV.mul_(unit_n[:, None])
             self._mean.unit_n = None
-        if self._kind == "linear":
-            rows = RawRows(mean_nV)
-            return DenseTarget(rows, "prob", is_normalized=self._is_normalized), None
-        if self._kind == "power_mean":
-            mean_nV.div_(self._exponent)
-        logsumexp, _ = self._kernels.read(RawRows(mean_nV))
-        scale = 1.0 - self._exponent if self._kind == "power_mean" else 1.0
-        return DenseTarget(RawRows(mean_nV), "logits", logsumexp), logsumexp.total() / scale
+        rows = RawRows(mean_nV)
+        if self.kind == "linear":
+            return DenseTarget(rows, "prob", is_normalized=is_normalized), None
+        if self.kind == "power_mean":
+            mean_nV.div_(self.exponent)
+        logsumexp, _ = self.kernels.read(rows)
+        scale = 1.0 - self.exponent if self.kind == "power_mean" else 1.0
+        return DenseTarget(rows, "logits", logsumexp), logsumexp.total() / scale
 
-    def _single(self, member: Member) -> DenseTarget:
-        rows = member.rows
-        if not member.is_scratch or self._workspace is None:
-            # The values belong to the teacher, or the next member overwrites them.
-            values_nV = to_logits(rows, torch.empty_like(rows.values_nV, dtype=rows.dtype))
-            rows = RawRows(values_nV)
-        return DenseTarget(rows, "logits", member.logsumexp, is_normalized=self._is_normalized)
-
-    def _buffer(self, member: Member) -> Tensor:
-        values_nV, dtype = member.rows.values_nV, member.rows.dtype
-        if self._workspace is None:
+    def _buffer(self, rows: RawRows) -> Tensor:
+        values_nV, dtype = rows.values_nV, rows.dtype
+        if self.workspace is None:
             return torch.empty_like(values_nV, dtype=dtype)
         like = values_nV.new_empty(0, dtype=dtype)
-        return self._workspace.matrix("pool", values_nV.shape, like)
+        return self.workspace.matrix("pool", values_nV.shape, like)

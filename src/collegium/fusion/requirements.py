@@ -53,40 +53,33 @@ REMEDIES = {
 def fusion_requirements(fusion: Fusion) -> list[Requirement]:
     """The requirements of a fusion."""
     weighting, conflict = fusion.weighting, fusion.conflict
-    logs = Capability.LOGARITHMS
-    needs = []
-    if fusion.pool != "linear":
-        needs.append(Requirement("fusion.pool", fusion.pool, "linear", logs))
-    if fusion.pooled_temperature != 1.0:
-        value = f"{fusion.pooled_temperature:g}"
-        needs.append(
-            Requirement("fusion.pooled_temperature", value, "1", Capability.ANY_TEMPERATURE)
-        )
-    if conflict.is_active:
-        needs.append(Requirement("fusion.conflict", _name(conflict), "omitted", logs))
-    if conflict.yields_to_labels:
-        needs.append(
-            Requirement("fusion.conflict", _name(conflict), "omitted", Capability.PER_BATCH)
-        )
-    if weighting.needs_consensus:
-        allowed = "a rule that reads each teacher by itself"
-        needs.append(Requirement("fusion.weighting", _name(weighting), allowed, logs))
-    if isinstance(weighting, Entropy) and weighting.granularity == "batch":
-        key, allowed = "fusion.weighting.granularity", "token or sequence"
-        needs.append(Requirement(key, "batch", allowed, Capability.PER_BATCH))
-    for name, value in fusion.temperatures.items():
-        key = f"fusion.temperatures.{name}"
-        needs.append(Requirement(key, f"{value:g}", "", temperature=value))
-    return needs
+    rule, policy = type(weighting).__name__, type(conflict).__name__
+    is_by_batch = isinstance(weighting, Entropy) and weighting.granularity == "batch"
+    separate = "a rule that reads each teacher by itself"
+    logs, per_batch = Capability.LOGARITHMS, Capability.PER_BATCH
+    softening, pooled = Capability.ANY_TEMPERATURE, fusion.pooled_temperature
+    options = [
+        (fusion.pool != "linear", "pool", fusion.pool, "linear", logs),
+        (pooled != 1.0, "pooled_temperature", f"{pooled:g}", "1", softening),
+        (conflict.is_active, "conflict", policy, "omitted", logs),
+        (conflict.yields_to_labels, "conflict", policy, "omitted", per_batch),
+        (weighting.needs_consensus, "weighting", rule, separate, logs),
+        (is_by_batch, "weighting.granularity", "batch", "token or sequence", per_batch),
+    ]
+    return [
+        Requirement(f"fusion.{key}", value, allowed, capability)
+        for is_set, key, value, allowed, capability in options
+        if is_set
+    ] + [
+        Requirement(f"fusion.temperatures.{name}", f"{value:g}", "", temperature=value)
+        for name, value in fusion.temperatures.items()
+    ]
 
 
 def unmet(requirements: Iterable[Requirement], source: Capabilities) -> list[str]:
     """One message, `key: got value; must be ...; do ...`, per requirement that a source fails."""
-    return [
-        message
-        for requirement in requirements
-        if (message := _problem(requirement, source)) is not None
-    ]
+    problems = [_problem(requirement, source) for requirement in requirements]
+    return [problem for problem in problems if problem is not None]
 
 
 def check(requirements: Iterable[Requirement], sources: Sequence[Capabilities]) -> None:
@@ -96,30 +89,24 @@ def check(requirements: Iterable[Requirement], sources: Sequence[Capabilities]) 
         RecipeError: with one line per option.
     """
     requirements = list(requirements)
-    lines = [line for source in sources for line in unmet(requirements, source)]
-    if lines:
+    if lines := [line for source in sources for line in unmet(requirements, source)]:
         raise RecipeError("\n".join(dict.fromkeys(lines)))
 
 
 def _problem(requirement: Requirement, source: Capabilities) -> str | None:
-    if requirement.temperature is not None:
-        stored = source.temperatures
-        if stored is None or nearest_temperature(requirement.temperature, stored) is not None:
+    needed, at = requirement.capability, requirement.temperature
+    stored = source.temperatures
+    if needed is not None:
+        if needed in source.supported:
             return None
-        values = ", ".join(f"{value:g}" for value in sorted({1.0, *stored}))
-        allowed, reason = f"one of {values}", "it stores no other temperature"
-        remedy = "add it to cache.temperatures"
-    elif requirement.capability in source.supported:
-        return None
+        allowed, reason = requirement.allowed, REASONS[needed]
+        remedy = REMEDIES.get(needed, "change it")
     else:
-        assert requirement.capability is not None
-        allowed, reason = requirement.allowed, REASONS[requirement.capability]
-        remedy = REMEDIES.get(requirement.capability, "change it")
+        if at is None or stored is None or nearest_temperature(at, stored) is not None:
+            return None
+        allowed = f"one of {', '.join(f'{value:g}' for value in sorted({1.0, *stored}))}"
+        reason, remedy = "it stores no other temperature", "add it to cache.temperatures"
     return (
         f"{requirement.key}: got {requirement.value}; must be {allowed} with {source.source} "
         f"({reason}); {remedy}, or {source.remedy}"
     )
-
-
-def _name(option: object) -> str:
-    return type(option).__name__

@@ -6,7 +6,7 @@ Shapes: N rows (or one block of them), K teachers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,11 +19,8 @@ from collegium.fusion.weighting import (
     averaged,
     constant_scores,
 )
-from collegium.options import option, torch
+from collegium.options import Tensor, option, torch
 from collegium.types import Rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MIN_ENTROPY = 1e-6
 """Floor in nats for the `inverse` form of `Entropy`. Teachers below it get equal weights."""
@@ -53,7 +50,6 @@ class BestSingle(Weighting):
 
     streams = True
     is_single = True
-
     teacher: str
     """Name of the only teacher with weight."""
 
@@ -168,18 +164,8 @@ class PrefixLikelihood(Weighting):
             continues = documents_n[0] == carry.document
             carried_K = torch.where(continues, self.decay * carry.evidence_K, zero)
             evidence_Kn[:, 0] += carried_K
-        self._decayed_scan_(evidence_Kn, documents_n)
-        score_Kn = torch.empty_like(evidence_Kn)
-        score_Kn[:, 0] = carried_K
-        is_same = documents_n[1:] == documents_n[:-1]
-        score_Kn[:, 1:] = torch.where(is_same, self.decay * evidence_Kn[:, :-1], zero)
-        # Cloned: a view would keep the evidence of the whole block alive.
-        return self.eta * score_Kn, Carry(evidence_Kn[:, -1].clone(), documents_n[-1].clone())
-
-    def _decayed_scan_(self, evidence_Kn: Tensor, documents_n: Tensor) -> None:
-        """C_t = x_t + decay * C_{t-1} within each document, in place, by log2(n) doublings."""
-        # Vectorized over rows. With decay 0.9 the loop ends after 9 doublings, whatever n is.
-        zero = evidence_Kn.new_zeros(())
+        # C_t = x_t + decay * C_{t-1} within each document, by log2(n) doublings that are vectorized
+        # over rows. With decay 0.9 the loop ends after 9 doublings, whatever n is.
         distance = 1
         while distance < evidence_Kn.shape[1] and self.decay**distance > NEGLIGIBLE_DECAY:
             # A document's rows are contiguous, so equal ends mean one document in between.
@@ -188,6 +174,11 @@ class PrefixLikelihood(Weighting):
             earlier_Kn = self.decay**distance * evidence_Kn[:, :-distance]
             evidence_Kn[:, distance:] += torch.where(is_same, earlier_Kn, zero)
             distance *= 2
+        is_same = documents_n[1:] == documents_n[:-1]
+        earlier_Kn = torch.where(is_same, self.decay * evidence_Kn[:, :-1], zero)
+        score_Kn = self.eta * torch.cat([carried_K[:, None], earlier_Kn], dim=1)
+        # Cloned: a view would keep the evidence of the whole block alive.
+        return score_Kn, Carry(evidence_Kn[:, -1].clone(), documents_n[-1].clone())
 
 
 @option
@@ -200,7 +191,6 @@ class Consensus(Weighting):
     """
 
     needs_consensus = True
-
     tau: Annotated[float, Field(gt=0)] = 0.3
     """Difference in divergence, in nats, that changes the odds by a factor of e."""
 
@@ -227,7 +217,6 @@ class ConfidenceAware(Weighting):
     """
 
     uses_label = True
-
     # K = 5: one perfect teacher gets .2496 and the others .1876. The label leaks into the target:
     # 2.447 nats in a toy where the true distribution has 2.426.
     granularity: Literal["token", "sequence"] = "token"
@@ -272,7 +261,6 @@ class AvgCE(Weighting):
     """
 
     uses_label = True
-
     # In FuseLLM's form, CEs of 2, 2.5 and 3 nats give weights of .35, .33 and .32.
     tau: Annotated[float, Field(gt=0)] | None = None
     """Nats per token that change the odds by a factor of e. None for FuseLLM's form."""

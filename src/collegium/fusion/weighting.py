@@ -10,15 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from typing_extensions import Self
 
-from collegium.options import torch
-from collegium.types import Rows, domain_number
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from collegium.options import Tensor, torch
+from collegium.types import Rows, domain_number, join_tensors, map_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,33 +38,12 @@ class RowStats:
     @classmethod
     def stack(cls, parts: Sequence[RowStats]) -> RowStats:
         """Stack the (N,) statistics of each teacher into (K, N)."""
-        return replace(cls._joined(parts, torch.stack), shared_N=parts[0].shared_N)
+        return replace(join_tensors(parts, torch.stack), shared_N=parts[0].shared_N)
 
     @classmethod
     def cat(cls, parts: Sequence[RowStats]) -> RowStats:
         """Concatenate the statistics of consecutive blocks of rows."""
-        return cls._joined(parts, partial(torch.cat, dim=-1))
-
-    @classmethod
-    def _joined(cls, parts: Sequence[RowStats], join: Callable[[list[Tensor]], Tensor]) -> RowStats:
-        def optional(columns: list[Tensor | None]) -> Tensor | None:
-            measured = [column for column in columns if column is not None]
-            return join(measured) if len(measured) == len(columns) else None
-
-        return cls(
-            join([part.entropy_KN for part in parts]),
-            join([part.label_logp_KN for part in parts]),
-            join([part.max_logp_KN for part in parts]),
-            optional([part.consensus_kl_KN for part in parts]),
-            optional([part.answered_KN for part in parts]),
-            optional([part.shared_N for part in parts]),
-        )
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> RowStats:
-        """Apply a function to every (K, N) column, such as a selection of rows."""
-        mask_N, columns = self.shared_N, replace(self, shared_N=None)
-        mapped = self._joined([columns], lambda columns: function(columns[0]))
-        return replace(mapped, shared_N=None if mask_N is None else function(mask_N[None])[0])
+        return join_tensors(parts, partial(torch.cat, dim=-1))
 
     def with_nan(self) -> RowStats:
         """The same statistics with NaN at rows without an answer, for reports."""
@@ -75,7 +51,7 @@ class RowStats:
             return self
         is_missing_KN = ~self.answered_KN
         columns = replace(self, answered_KN=None, shared_N=None)
-        return columns.map(lambda column_KN: column_KN.masked_fill(is_missing_KN, torch.nan))
+        return map_tensors(columns, lambda x_KN: x_KN.masked_fill(is_missing_KN, torch.nan))
 
     def consensus_kl(self) -> Tensor:
         """Return `consensus_kl_KN` for a rule that requires it.
@@ -241,6 +217,8 @@ class FittedWeighting(Weighting):
     """A rule whose options a preflight fits on calibration text."""
 
     is_fitted = True
+    needs_domains: ClassVar[bool] = False
+    """True if a preflight tries the rule only on a split of several domains."""
 
     @classmethod
     @abstractmethod
@@ -253,7 +231,8 @@ class FittedWeighting(Weighting):
 
     @classmethod
     def candidates(cls, conditions: Conditions) -> Sequence[Fit]:
-        return [cls.fit] if conditions.is_extended else []
+        has_domains = len(conditions.domains) > 1 or not cls.needs_domains
+        return [cls.fit] if conditions.is_extended and has_domains else []
 
 
 def check_sum_to_one(weights: Mapping[str, float]) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from collegium.evaluate.metrics import Metrics, perplexity
 from collegium.fusion.calibration import TemperatureTables
-from collegium.fusion.describe import to_recipe
 from collegium.fusion.fuse import Fusion
+from collegium.fusion.options import to_recipe
 from collegium.fusion.rules import BestSingle, Uniform
 from collegium.preflight.search import SAME_NLL, Candidate, Search
 from collegium.storage.records import fusion_title

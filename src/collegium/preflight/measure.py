@@ -17,7 +17,7 @@ from collegium.errors import CollegiumError
 from collegium.evaluate.metrics import Metrics
 from collegium.evaluate.scoring import OnProgress, Windows, unique_scorers
 from collegium.fusion.calibration import fit_temperature
-from collegium.fusion.describe import describe, to_recipe
+from collegium.fusion.options import describe, to_recipe
 from collegium.preflight import weight_quality
 from collegium.preflight.advice import findings_of, verdict_sentences
 from collegium.preflight.held_out import held_out_report

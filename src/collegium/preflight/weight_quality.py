@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collegium.fusion.fitted import DIGITS, em_weights
+from collegium.fusion.fitted import em_weights
+from collegium.fusion.gate import DIGITS
 
 DRAWS = 1000
 """Draws of the bootstrap."""

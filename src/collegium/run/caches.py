@@ -34,8 +34,8 @@ from collegium.config.recipe import plain
 from collegium.distributions import NamedRows
 from collegium.errors import RecipeError
 from collegium.evaluate.scoring import spread_windows
-from collegium.fusion.describe import to_recipe
 from collegium.fusion.fuse import Fusion
+from collegium.fusion.options import to_recipe
 from collegium.run.artifact import Artifact
 from collegium.run.context import RunContext
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from collegium.distributions import Answer, HiddenRows, Teacher
 from collegium.fusion.fuse import Target, TargetSource
-from collegium.fusion.score import score_teachers
+from collegium.fusion.routing import score_teachers
 from collegium.models.forward import forward_rows
 from collegium.train.objective import Objective, TermSums
 from collegium.types import Batch, LossSum, Rows

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
 from collegium.errors import VocabularyError
@@ -45,15 +47,15 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes | None]:
     backend = tokenizer.backend_tokenizer
     # Backend components expose no common type, only a JSON-like repr.
     kind = repr(backend.decoder) + repr(backend.pre_tokenizer)
+    to_bytes = _plain
     if "ByteLevel" in kind:
-        for token, number in vocabulary.items():
-            tokens[number] = _byte_level(token)
-    else:
-        is_piece = "Metaspace" in kind or "▁" in kind or "ByteFallback" in kind
-        for token, number in vocabulary.items():
-            tokens[number] = _piece(token) if is_piece else token.encode("utf-8", "surrogatepass")
+        to_bytes = _byte_level
+    elif "Metaspace" in kind or "▁" in kind or "ByteFallback" in kind:
+        to_bytes = _piece
+    for token, number in vocabulary.items():
+        tokens[number] = to_bytes(token)
     for number, token in added.items():
-        name = token.content.encode("utf-8", "surrogatepass")
+        name = _plain(token.content)
         tokens[number] = SPECIAL + name if token.special else name
     return tokens
 
@@ -68,53 +70,48 @@ def compare(
 ) -> Verdict:
     """Compare two tokenizers id by id.
 
-    Args:
-        student_tokenizer: defines the vocabulary of the run.
-        teacher_tokenizer: is compared with it.
-        student_head_size: rows of the student's output layer, None if not known yet.
-        teacher_head_size: the same for the teacher.
-        where: path of the teacher, such as `teachers.w1`.
+    A head size is the number of rows of the output layer, None if it is not known yet. `where` is
+    the path of the teacher, such as `teachers.w1`.
 
     Raises:
         VocabularyError: a token id of the student has no row in the student's or teacher's head.
     """
-    student = token_bytes(student_tokenizer)
-    teacher = token_bytes(teacher_tokenizer)
+    student, teacher = token_bytes(student_tokenizer), token_bytes(teacher_tokenizer)
     size = len(student)
     _check_head(student, student_head_size, "student")
     # Holes in the student's ids are skipped: no text produces them.
-    padded = teacher[:size] + [None] * (size - len(teacher))
-    pairs = zip(student, padded, strict=True)
-    differing = [
-        (number, ours, theirs)
-        for number, (ours, theirs) in enumerate(pairs)
-        if ours is not None and ours != theirs
-    ]
-    num_extra = sum(token is not None for token in teacher[size:])
-    num_extra += sum(s is None and t is not None for s, t in zip(student, padded, strict=True))
+    pairs = list(enumerate(zip_longest(student, teacher)))
+    differing = [(i, ours, theirs) for i, (ours, theirs) in pairs if ours not in (None, theirs)]
+    num_extra = sum(ours is None and theirs is not None for _, (ours, theirs) in pairs)
     num_pad_rows = max(0, (teacher_head_size or 0) - size)
-    kind: Literal["identical", "compatible", "different"] = "identical"
     if differing:
+        number, ours, theirs = differing[0]
         kind = "different"
+        message = (
+            f"{len(differing):,} token ids map to other bytes than in the student's tokenizer "
+            f"(id {number}: {_show(theirs)} here, {_show(ours)} there); must be the same for all "
+            f"{size:,} ids; use a teacher with the student's tokenizer, or build the student with "
+            "this one"
+        )
+    elif num_extra or num_pad_rows:
+        kind = "compatible"
+        message = (
+            f"all {size:,} token ids of the student map to the same bytes; {num_extra:,} extra ids "
+            f"and {num_pad_rows:,} head rows are dropped"
+        )
     else:
+        kind = "identical"
+        message = f"{size:,} token ids map to the same bytes as in the student's tokenizer"
+    if not differing:
         _check_head(student, teacher_head_size, where)
-        if num_extra or num_pad_rows:
-            kind = "compatible"
     notes = _notes(student_tokenizer, teacher_tokenizer)
-    message = {
-        "identical": f"{where}: {size:,} token ids map to the same bytes as in the student's "
-        "tokenizer",
-        "compatible": f"{where}: all {size:,} token ids of the student map to the same bytes; "
-        f"{num_extra:,} extra ids and {num_pad_rows:,} head rows are dropped",
-        "different": _differing_message(differing, size, where),
-    }[kind]
     return Verdict(
         kind=kind,
         vocab_size=size,
         differing=tuple(differing[:_MAX_SHOWN]),
         num_differing=len(differing),
         num_pad_rows=num_pad_rows,
-        message="; ".join([message, *notes]),
+        message="; ".join([f"{where}: {message}", *notes]),
     )
 
 
@@ -126,20 +123,6 @@ def require_compatible(verdict: Verdict) -> None:
     """
     if verdict.kind == "different":
         raise VocabularyError(verdict.message)
-
-
-def _differing_message(
-    differing: Sequence[tuple[int, bytes | None, bytes | None]], size: int, where: str
-) -> str:
-    if not differing:
-        return ""
-    number, ours, theirs = differing[0]
-    return (
-        f"{where}: {len(differing):,} token ids map to other bytes than in the student's tokenizer "
-        f"(id {number}: {_show(theirs)} here, {_show(ours)} there); must be the same for all "
-        f"{size:,} ids; use a teacher with the student's tokenizer, or build the student with this "
-        "one"
-    )
 
 
 def _notes(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast) -> list[str]:
@@ -187,17 +170,18 @@ def _byte_alphabet() -> dict[int, int]:
 _ALPHABET = _byte_alphabet()
 
 
+def _plain(token: str) -> bytes:
+    return token.encode("utf-8", "surrogatepass")
+
+
 def _byte_level(token: str) -> bytes:
     try:
         return token.translate(_ALPHABET).encode("latin-1")
     except UnicodeEncodeError:
-        return token.encode("utf-8", "surrogatepass")
+        return _plain(token)
 
 
 def _piece(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes([int(token[3:5], 16)])
-        except ValueError:
-            pass
-    return token.replace("▁", " ").encode("utf-8", "surrogatepass")
+    if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token):
+        return bytes.fromhex(byte[1])
+    return _plain(token.replace("▁", " "))
