@@ -27,16 +27,13 @@ class Distribution(ABC):
     """
 
     __slots__ = ()
+    is_sampled: bool = False
+    """Whether entries are random draws: unbiased, but not inside a logarithm."""
 
     @property
     def is_full(self) -> bool:
         """Whether every token has its own probability, so that it can be read at any temperature."""
         return self.temperatures is None
-
-    @property
-    def has_draws(self) -> bool:
-        """Whether entries are random draws: unbiased, but not inside a logarithm."""
-        return False
 
     @property
     def temperatures(self) -> Collection[float] | None:
@@ -121,8 +118,8 @@ class WrappedRows(Distribution):
     inner: Distribution
 
     @property
-    def has_draws(self) -> bool:
-        return self.inner.has_draws
+    def is_sampled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.is_sampled
 
     @property
     def temperatures(self) -> Collection[float] | None:
@@ -147,10 +144,6 @@ class StoredScalars:
     """Temperature -> (N,) entropy. 1 is among the keys."""
     log_z: Mapping[float, Tensor] = field(default_factory=dict)
     """Temperature T other than 1 -> (N,) log sum_v P(v)^(1/T)."""
-
-    def take(self, which: slice | Tensor) -> StoredScalars:
-        """The scalars of some of the rows."""
-        return map_tensors(self, lambda tensor_N: tensor_N[which])
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +170,6 @@ class NamedRows(Distribution):
     """(E,) the teacher's log-probability of each drawn token. None where `logp` is that already."""
     stored: StoredScalars | None = None
     """Statistics of the whole distributions. None where only the entries are known."""
-
-    @property
-    def has_draws(self) -> bool:
-        return self.is_sampled
 
     @property
     def temperatures(self) -> frozenset[float]:
@@ -217,7 +206,7 @@ class NamedRows(Distribution):
             logp=self.logp[entries],
             log_tail=None if self.log_tail is None else self.log_tail[rows],
             token_logp=None if self.token_logp is None else self.token_logp[entries],
-            stored=None if self.stored is None else self.stored.take(rows),
+            stored=None if self.stored is None else map_tensors(self.stored, lambda x_N: x_N[rows]),
         )
 
     def row_of_entry(self) -> Tensor:
@@ -246,7 +235,8 @@ class NamedRows(Distribution):
         """Stored statistics at a stored temperature: log P_T = log P / T - log Z_T."""
         if self.stored is None:
             return None
-        stored, at = self.stored.take(block), self.stored_temperature(temperature)
+        stored = map_tensors(self.stored, lambda x_N: x_N[block])
+        at = self.stored_temperature(temperature)
         log_z_n = stored.log_z.get(at, 0.0)  # none is stored at temperature 1
         label_n, max_n = stored.label_logp_N / at - log_z_n, stored.max_logp_N / at - log_z_n
         return stored.entropy[at], label_n, max_n
@@ -299,19 +289,19 @@ class Answer:
 
 
 class Capability(Enum):
-    """An operation that not every source of targets supports."""
+    """An operation that not every source of targets supports, and the reason."""
 
-    LOGARITHMS = "log-probabilities of tokens"
-    """Logarithms, powers and entropies of a distribution, biased when taken of random draws."""
-    ANY_TEMPERATURE = "any temperature"
+    LOGARITHMS = "random draws are biased inside a logarithm"
+    """Logarithms, powers and entropies of a distribution."""
+    ANY_TEMPERATURE = "softening needs the tokens that were not kept"
     """Softening that needs tokens which top k and draws leave out."""
-    REFUSION = "other weights"
+    REFUSION = "its weights were fixed when it was built"
     """Fusing again with weights and temperatures that were not fixed when a cache was built."""
-    PER_BATCH = "targets that depend on the batch"
+    PER_BATCH = "it would depend on the batch or the step"
     """Weights that depend on the other rows of a batch, and row weights of the divergence."""
-    SUBSETS = "scoring some of the rows"
+    SUBSETS = "it scores all rows"
     """Skipping the forward pass for windows without a row of this teacher."""
-    FEATURES = "hidden states"
+    FEATURES = "it holds no hidden states"
 
 
 @dataclass(frozen=True, slots=True)

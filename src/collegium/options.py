@@ -89,18 +89,17 @@ class OneOf:
     def _class_of(self, options: Any) -> type:
         if not isinstance(options, Mapping):
             raise PydanticCustomError("mapping", "must be a mapping")
-        name = self.name_of(options)
-        names = {"names": ", ".join(sorted(self.table)), "key": self.key}
+        name, hint = self.name_of(options), ""
         if self.key is None and name is None:
-            raise PydanticCustomError("name", "must have exactly one of the keys {names}", names)
-        if not isinstance(name, str):
+            text = "must have exactly one of the keys {names}"
+        elif not isinstance(name, str):
             text = "must be a name, or a mapping with `{key}`; known: {names}"
-            raise PydanticCustomError("name", text, names)
-        if name not in self.table:
-            hint = nearest(name, self.table)
-            text = "got `{name}`; unknown {key}{hint}"
-            raise PydanticCustomError("name", text, {"name": name, "hint": hint, **names})
-        return self.table[name]
+        elif name not in self.table:
+            text, hint = "got `{name}`; unknown {key}{hint}", nearest(name, self.table)
+        else:
+            return self.table[name]
+        names = {"names": ", ".join(sorted(self.table)), "key": self.key}
+        raise PydanticCustomError("name", text, {"name": name, "hint": hint, **names})
 
     def _plain(self, value: Any) -> dict[str, Any]:
         names = {cls: name for name, cls in self.table.items()}

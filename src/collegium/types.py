@@ -55,11 +55,10 @@ def map_tensors(record: Record, function: Callable[[Tensor], Tensor]) -> Record:
 
 def join_tensors(parts: Sequence[Record], join: Callable[[list[Tensor]], Tensor]) -> Record:
     """Join each field of records of tensors. A field is None where that of any part is."""
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(parts[0])}
-    joined = {
-        name: None if any(tensor is None for tensor in column) else join(column)
-        for name, column in columns.items()
-    }
+    joined: dict[str, Any] = {}
+    for name in (f.name for f in fields(parts[0])):
+        column = [getattr(part, name) for part in parts]
+        joined[name] = None if any(tensor is None for tensor in column) else join(column)
     return replace(parts[0], **joined)
 
 

@@ -157,7 +157,8 @@ def test_domains_reach_the_rows_and_every_data_set_agrees_on_their_numbers():
 def test_gate_features_are_centered_and_causal():
     logits_KNV = _logits(5)
     rows = make_rows(torch.tensor([0, 1, 2, 3, 4]), [0, 0, 0, 1, 1])
-    feature_KNF = gate_features(stats_of(make_teachers(logits_KNV), rows), rows, decay=0.5)
+    stats = stats_of(make_teachers(logits_KNV), rows)
+    feature_KNF = gate_features(stats, rows, decay=0.5, with_consensus=True)
     assert feature_KNF.shape == (K, 5, 4)
     assert feature_KNF.sum(0).abs().max() < 1e-12
     assert feature_KNF[:, [0, 3], 3].abs().max() == 0

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from collegium.config.recipe import decode_fusion
 from collegium.fusion.fitted import WEIGHTINGS
-from collegium.fusion.weighting import CalibrationData, FittedWeighting, RowStats, constant_scores
+from collegium.fusion.rules import constant_scores
+from collegium.fusion.weighting import CalibrationData, FittedWeighting, RowStats
 from collegium.options import option
 from collegium.preflight.measure import run_preflight
 from collegium.types import Rows

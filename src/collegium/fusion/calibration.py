@@ -79,9 +79,7 @@ def _binned(columns: Mapping[str, np.ndarray], bins: int) -> dict[str, list[floa
     # Ties share a bin: otherwise the result would depend on the order of the rows.
     starts = np.unique(np.searchsorted(sorted_key, sorted_key[edges], side="left"))
     count = np.diff(starts, append=order.size)
-    means = {
-        name: np.add.reduceat(column[order], starts) / count for name, column in arrays.items()
-    }
+    means = {name: np.add.reduceat(x_N[order], starts) / count for name, x_N in arrays.items()}
     return {name: column.tolist() for name, column in {**means, "count": count}.items()}
 
 
@@ -283,8 +281,7 @@ def linear_pool_nll(
 ) -> Tensor:
     """Compute -log sum_k w_k P_k(y) at every row from scalars: (N,) float64 nats.
 
-    Statistics are (K, N) each, of the calibrated teachers. Document numbers must be unique across
-    concatenated batches.
+    Statistics are (K, N), of calibrated teachers. No two documents may share a number.
     """
     score_KN = weighting.log_scores(stats, rows, teachers)
     # Scores are unnormalized log-weights, so take the difference of two logsumexps.

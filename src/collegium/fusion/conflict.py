@@ -46,13 +46,9 @@ class ConflictBlock:
 def disagreement(mixture_entropy_n: Tensor, entropy_Kn: Tensor, weights_Kn: Tensor) -> Tensor:
     """Compute c = JSD_w / H(w), JSD_w = H(sum_k w_k P_k) - sum_k w_k H(P_k): (n,) in [0, 1].
 
-    0 where all teachers with weight agree or only one has weight, 1 where their supports are
-    disjoint.
-
-    Args:
-        mixture_entropy_n: nats, of the linear pool, even if the target is another pool.
-        entropy_Kn: nats, of each teacher.
-        weights_Kn: each column sums to 1.
+    0 where all teachers with weight agree or only one has weight, 1 where supports are disjoint.
+    The mixture is the linear pool, even if the target is another pool. Entropies are in nats, and
+    each column of the weights sums to 1.
     """
     # JSD and not the entropy of the mixture: teachers that are all uncertain do not disagree.
     jsd_n = mixture_entropy_n - (weights_Kn * entropy_Kn).sum(0)
@@ -166,8 +162,7 @@ class ConsistentSubset(Conflict):
 class FollowHighest(Conflict):
     """Follow only the teacher of highest weight, instead of averaging, where c > threshold.
 
-    Teachers of exactly equal weight share it. A block where the policy applies costs one more
-    application of each head.
+    Teachers of equal weight share it. A block where this applies reads each head once more.
     """
 
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.3

@@ -5,28 +5,38 @@ Shapes: N rows, K teachers, M knots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from collegium.errors import DataError
 from collegium.fusion import rules
 from collegium.fusion.gate import Gate, named
-from collegium.fusion.weighting import (
-    CalibrationData,
-    FittedWeighting,
-    RowStats,
-    Weighting,
-    check_sum_to_one,
-    constant_scores,
-)
+from collegium.fusion.weighting import CalibrationData, FittedWeighting, RowStats, Weighting
 from collegium.options import Tensor, option, torch
 from collegium.types import Rows, domain_number, teacher_number
 
 MAX_KNOTS = 32
 """Knots of a fitted map: enough for its shape, few enough to read in a recipe."""
+
+
+def _check_sum(weights: dict[str, float]) -> dict[str, float]:
+    total = math.fsum(weights.values())
+    # Loose enough for weights typed with four decimals, such as 0.3333 three times.
+    if abs(total - 1.0) > 1e-3:
+        values = ", ".join(f"{weight:g}" for weight in weights.values())
+        raise ValueError(
+            f"teacher weights sum to {total:.2f} ({values}); they must sum to 1; "
+            "divide each by their sum"
+        )
+    return weights
+
+
+Weights = Annotated[dict[str, Annotated[float, Field(ge=0)]], AfterValidator(_check_sum)]
+"""Weight by teacher name. They sum to 1."""
 
 
 @option
@@ -35,29 +45,21 @@ class Fixed(FittedWeighting):
 
     streams = True
     zero_excludes = True
-    weights: dict[str, Annotated[float, Field(ge=0)]]
-    """Weight by teacher name. The weights sum to 1, and a weight of 0 leaves the teacher out."""
-
-    @model_validator(mode="after")
-    def _sum_to_one(self) -> Fixed:
-        check_sum_to_one(self.weights)
-        return self
+    weights: Weights
+    """A weight of 0 leaves the teacher out."""
 
     def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
         return {("weights",): self.weights}
 
-    def excludes(self, teacher: str) -> bool:
-        return self.weights[teacher] == 0.0
-
     def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
-        return constant_scores([self.weights[teacher] for teacher in teachers], stats)
+        return rules.constant_scores([self.weights[teacher] for teacher in teachers], stats)
 
     @classmethod
     def fit(cls, data: CalibrationData) -> Fixed:
         """Fit the constant weights of highest likelihood (see `em_weights`)."""
         # K - 1 degrees of freedom: the weights hardly overfit the calibration split. One that rounds
         # to 0 excludes its teacher. Rounding moves their sum by less than K * 1e-6, within the
-        # tolerance of `check_sum_to_one`.
+        # tolerance of `Weights`.
         return cls(weights=named(em_weights(data.stats.label_logp_KN), data.teachers))
 
 
@@ -68,16 +70,10 @@ class DomainWeights(FittedWeighting):
     streams = True
     zero_excludes = True
     needs_domains = True
-    weights: dict[str, dict[str, Annotated[float, Field(ge=0)]]]
-    """Domain -> weight by teacher name. The weights of a domain sum to 1."""
-    default: dict[str, Annotated[float, Field(ge=0)]]
-    """Weight by teacher name in domains that are not listed, and for rows without a domain."""
-
-    @model_validator(mode="after")
-    def _sum_to_one(self) -> DomainWeights:
-        for table in (*self.weights.values(), self.default):
-            check_sum_to_one(table)
-        return self
+    weights: dict[str, Weights]
+    """Weights by domain."""
+    default: Weights
+    """Weights in domains that are not listed, and for rows without a domain."""
 
     def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
         return {("default",): self.default, **{("weights", d): t for d, t in self.weights.items()}}
@@ -85,14 +81,11 @@ class DomainWeights(FittedWeighting):
     def domain_names(self) -> Mapping[tuple[str, ...], Sequence[str]]:
         return {("weights",): list(self.weights)}
 
-    def excludes(self, teacher: str) -> bool:
-        return all(table[teacher] == 0.0 for table in (*self.weights.values(), self.default))
-
     def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
-        score_KN = constant_scores([self.default[name] for name in teachers], stats)
+        score_KN = rules.constant_scores([self.default[name] for name in teachers], stats)
         if rows.domains is not None:
             for domain, table in self.weights.items():
-                domain_score_KN = constant_scores([table[name] for name in teachers], stats)
+                domain_score_KN = rules.constant_scores([table[name] for name in teachers], stats)
                 is_here_N = rows.domains == domain_number(domain)
                 score_KN = torch.where(is_here_N, domain_score_KN, score_KN)
         return score_KN
@@ -102,11 +95,7 @@ class DomainWeights(FittedWeighting):
         """Fit EM weights per domain, shrunk towards those of all rows, which are the default.
 
         w_k <- (sum_t r_tk + prior_rows * default_k) / (N_domain + prior_rows), so a domain with few
-        rows stays close to the default.
-
-        Args:
-            data: domains without rows are skipped.
-            prior_rows: number of rows that the default counts as.
+        rows stays close to the default. Those without rows are skipped.
 
         Raises:
             ValueError: the rows have no domains.
@@ -130,14 +119,9 @@ def em_weights(
     """Fit argmax_w sum_t log sum_k w_k P_k(y_t): (K,) float64 weights that sum to 1.
 
     The problem is concave. EM from uniform weights: r_tk = w_k P_k(y_t) / sum_j w_j P_j(y_t),
-    w_k <- mean_t r_tk. On these rows the pool is never worse than uniform weights or any single
-    teacher.
-
-    Args:
-        label_logp_KN: log P_k(y_t).
-        prior_K: rows that count as already explained by each teacher.
-        num_iterations: maximum number of EM steps.
-        tolerance: stop when a step gains less than this many nats per row.
+    w_k <- mean_t r_tk. On these rows the pool is never worse than uniform weights or one teacher.
+    `prior_K` counts rows that each teacher explains already. EM ends at a step that gains less than
+    `tolerance` nats per row.
 
     Source: Dempster, Laird and Rubin 1977, for mixtures whose components are known.
     """
@@ -235,9 +219,8 @@ class Route(FittedWeighting):
 class CalibratedEntropy(FittedWeighting):
     """Entropy weights on a calibrated scale: w_k = softmax_k(-m_k(H_k) / tau), m_k increasing.
 
-    m_k maps a teacher's entropy to its mean NLL at that entropy on the calibration split, so
-    being certain and wrong no longer pays. Only the weights change, not the teachers'
-    distributions.
+    m_k maps a teacher's entropy to its mean NLL at that entropy on the calibration split, so being
+    certain and wrong no longer pays. The teachers' distributions do not change.
     """
 
     streams = True

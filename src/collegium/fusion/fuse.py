@@ -10,7 +10,7 @@ Order: logits / T_k, statistics, weights, pool, conflict policy, pooled temperat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from collegium.distributions import Answer, Capabilities, NamedRows
@@ -19,16 +19,7 @@ from collegium.fusion.conflict import ConflictBlock, disagreement
 from collegium.fusion.fitted import Route
 from collegium.fusion.merge import merge
 from collegium.fusion.options import Fusion
-from collegium.fusion.pools import (
-    MIN_SCORE,
-    Member,
-    Pool,
-    PoolKind,
-    TeacherReader,
-    answered_mask,
-    check_coverage,
-    masked_scores,
-)
+from collegium.fusion.pools import MIN_SCORE, Pool, TeacherReader, check_coverage, masked_scores
 from collegium.fusion.routing import RoutedReader
 from collegium.fusion.weighting import Carry, RowStats
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
@@ -51,11 +42,6 @@ class TargetBlock:
     pooled_temperature: float = 1.0
     conflict: ConflictBlock | None = None
     """Measurements of the conflict policy; None without one."""
-
-    @property
-    def kd_factor_n(self) -> Tensor | None:
-        """(n,) factor on the divergence; the remainder to 1 goes to the label. None for 1."""
-        return None if self.conflict is None else self.conflict.kd_factor_n
 
     def logp(self) -> Tensor:
         """(n, V) finite log-probabilities, written over the values of a dense target."""
@@ -191,17 +177,21 @@ class StreamedTarget:
         self._next_row = 0
         self._carries: list[Carry | None] = [None] * len(answers)
         self._swept_KN: Tensor | None = None
-        self._workspace = workspace
         temperatures = fusion.temperatures
         self._reader = TeacherReader(
             answers, rows, temperatures, kernels=kernels, workspace=workspace
         )
+        num_members = self._is_excluded.count(False)
+        # The only pooled member stays in the buffer in which its head wrote it.
+        self._buffer = "pool" if num_members == 1 else "logits"
+        kernels, exponent = self._reader.kernels, fusion.exponent
+        self._empty_pool = Pool(fusion.pool, num_members, kernels, exponent, workspace)
         self._routed: RoutedReader | None = None
         if isinstance(fusion.weighting, Route):
             self._routed = RoutedReader(fusion.weighting, answers, rows, temperatures)
         else:
             members = [a for a, out in zip(answers, self._is_excluded, strict=True) if not out]
-            check_coverage(answered_mask(members, rows))
+            check_coverage(members, rows)
 
     def bytes_per_logit(self, student_bytes: int, *, is_softened: bool = False) -> int:
         fusion, sizes = self._fusion, self._logit_bytes
@@ -250,14 +240,14 @@ class StreamedTarget:
 
     def _pool(self, block: slice) -> TargetBlock:
         policy = self._fusion.conflict
-        pools = [self._new_pool(self._fusion.pool)]
+        pools = [replace(self._empty_pool)]
         # Disagreement has the scale of the weights' entropy only for the linear pool.
         if policy.is_active and self._fusion.pool != "linear":
-            pools.insert(0, self._new_pool("linear", is_extra=True))
+            pools.insert(0, replace(self._empty_pool, kind="linear", workspace=None))
         columns = [self._add(number, block, pools) for number in range(len(self._names))]
         all_stats, scores, entropies = zip(*columns, strict=True)
         stats, score_Kn = RowStats.stack(all_stats), torch.stack(scores)
-        target, log_normalizer_n = pools[-1].result()
+        target, log_z_n = pools[-1].result()
         conflict = None
         if policy.is_active:
             target = target.as_logp_()
@@ -269,20 +259,17 @@ class StreamedTarget:
             is_changed_n = (changed_Kn != score_Kn).any(0)
             if is_changed_n.any():
                 score_Kn = changed_Kn
-                target, log_normalizer_n = self._pool_again(block, score_Kn).result()
+                target, log_z_n = self._pool_again(block, score_Kn).result()
                 target = target.as_logp_()
             conflict = ConflictBlock.of(policy, disagreement_n, is_changed_n)
         weights_Kn = score_Kn.softmax(0).to(target.rows.dtype)
-        fused = TargetBlock(
-            target, weights_Kn, stats.with_nan(), log_normalizer_n, conflict=conflict
-        )
+        fused = TargetBlock(target, weights_Kn, stats.with_nan(), log_z_n, conflict=conflict)
         return self._finish(block, fused)
 
-    def _add(
-        self, number: int, block: slice, pools: Sequence[Pool]
-    ) -> tuple[RowStats, Tensor, Tensor]:
+    def _add(self, number: int, block: slice, pools: list[Pool]) -> tuple[RowStats, Tensor, Tensor]:
         """Pool one teacher's distribution; return its statistics, (n,) scores and (n,) entropy."""
-        member = self._member(number, block)
+        buffer = "logits" if self._is_excluded[number] else self._buffer
+        member = self._reader.member(number, block, buffer=buffer)
         score_n = self._scores(number, member.stats, block)
         entropy_n = member.stats.entropy_KN
         if self._fusion.conflict.is_active:
@@ -291,23 +278,14 @@ class StreamedTarget:
             pool.add(member, score_n)
         return member.stats, score_n, entropy_n
 
-    def _member(self, number: int, block: slice) -> Member:
-        # The only pooled member stays in the buffer in which its head wrote it.
-        is_pool = self._is_excluded.count(False) == 1 and not self._is_excluded[number]
-        return self._reader.member(number, block, buffer="pool" if is_pool else "logits")
-
     def _pool_again(self, block: slice, score_Kn: Tensor) -> Pool:
         """The pool under the weights of a conflict policy."""
-        pool = self._new_pool(self._fusion.pool)
+        pool = replace(self._empty_pool)
         for number, score_n in enumerate(score_Kn):
             if not self._is_excluded[number]:
-                pool.add(self._member(number, block), score_n.clamp(min=MIN_SCORE))
+                member = self._reader.member(number, block, buffer=self._buffer)
+                pool.add(member, score_n.clamp(min=MIN_SCORE))
         return pool
-
-    def _new_pool(self, kind: PoolKind, *, is_extra: bool = False) -> Pool:
-        num_members, workspace = self._is_excluded.count(False), self._workspace
-        kernels, exponent = self._reader.kernels, self._fusion.exponent
-        return Pool(kind, num_members, kernels, exponent, None if is_extra else workspace)
 
     def _finish(self, rows: slice, fused: TargetBlock) -> TargetBlock:
         """Apply the pooled temperature, then a policy that corrects the target."""

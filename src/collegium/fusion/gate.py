@@ -6,7 +6,6 @@ Shapes: N rows, K teachers, F features, P parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -72,11 +71,7 @@ class Gate(FittedWeighting):
         the Hessian E_q[xx'] - E_q[x]E_q[x]' - (E_w[xx'] - E_w[x]E_w[x]') and step halving. It is
         deterministic, and never worse than uniform weights on these rows.
 
-        Args:
-            data: the raw teachers are read, since only they have a consensus. Without one it is
-                not a feature.
-            decay: decay factor of the prefix NLL.
-            ridge: pull towards uniform weights, per row.
+        The raw teachers are read, since only they have a consensus. Without one it is not a feature.
 
         Source: Jordan and Jacobs 1994, hierarchical mixtures of experts, with fixed experts.
         """
@@ -89,7 +84,7 @@ class Gate(FittedWeighting):
         offset_KNK = torch.eye(len(teachers)).to(feature_KNF)[:, None]
         offset_KNK = offset_KNK.expand(-1, len(data.rows), -1)
         input_KNP = torch.cat([offset_KNK, feature_KNF * scale_F], dim=-1)
-        theta_P = _ascend(_Problem(input_KNP, stats.label_logp_KN.double(), ridge))
+        theta_P = _ascend(input_KNP, stats.label_logp_KN.double(), ridge)
         offset_K, b_F = theta_P[: len(teachers)], theta_P[len(teachers) :] * scale_F
         # Only differences of the offsets matter, so they are centered.
         offset_K = offset_K - offset_K.mean()
@@ -101,9 +96,7 @@ def named(value_K: Tensor, names: Sequence[str]) -> dict[str, float]:
     return {name: round(x, DIGITS) for name, x in zip(names, value_K.tolist(), strict=True)}
 
 
-def gate_features(
-    stats: RowStats, rows: Rows, *, decay: float, with_consensus: bool = True
-) -> Tensor:
+def gate_features(stats: RowStats, rows: Rows, *, decay: float, with_consensus: bool) -> Tensor:
     """Compute the four features of `Gate`: (K, N, 4) float64 nats, centered over the teachers.
 
     Without the consensus, its column is 0.
@@ -119,58 +112,43 @@ def gate_features(
     return feature_KNF - feature_KNF.mean(0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    """The penalized likelihood of a gate, its gradient and its Hessian, per row."""
+def _ascend(input_KNP: Tensor, label_logp_KN: Tensor, ridge: float) -> Tensor:
+    """Maximize the penalized likelihood of a gate by Newton's method with step halving."""
+    num_rows, num_parameters = input_KNP.shape[1:]
 
-    input_KNP: Tensor
-    label_logp_KN: Tensor
-    ridge: float
+    def value(theta_P: Tensor) -> Tensor:
+        logw_KN = (input_KNP @ theta_P).log_softmax(0)
+        mean = (logw_KN + label_logp_KN).logsumexp(0).mean()
+        return mean - 0.5 * ridge * theta_P.square().sum()
 
-    def value(self, theta_P: Tensor) -> Tensor:
-        """Return the mean of log sum_k w_k P_k(y) minus the ridge."""
-        logw_KN = (self.input_KNP @ theta_P).log_softmax(0)
-        mean = (logw_KN + self.label_logp_KN).logsumexp(0).mean()
-        return mean - 0.5 * self.ridge * theta_P.square().sum()
+    def covariance(prob_KN: Tensor) -> Tensor:
+        """Of the inputs over the teachers, averaged over the rows."""
+        second_PP = torch.einsum("kn,knp,knq->pq", prob_KN, input_KNP, input_KNP)
+        mean_NP = torch.einsum("kn,knp->np", prob_KN, input_KNP)
+        return (second_PP - mean_NP.T @ mean_NP) / num_rows
 
-    def derivatives(self, theta_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradient (P,) and the concave and convex parts of the Hessian, (P, P) each."""
-        logw_KN = (self.input_KNP @ theta_P).log_softmax(0)
-        weight_KN = logw_KN.exp()
-        posterior_KN = (logw_KN + self.label_logp_KN).softmax(0)
-        difference_KN = posterior_KN - weight_KN
-        gradient_P = torch.einsum("kn,knp->p", difference_KN, self.input_KNP) / weight_KN.shape[1]
-        ridge_PP = self.ridge * torch.eye(len(theta_P)).to(theta_P)
-        concave_PP = -self._covariance(weight_KN) - ridge_PP
-        return gradient_P - self.ridge * theta_P, concave_PP, self._covariance(posterior_KN)
-
-    def _covariance(self, prob_KN: Tensor) -> Tensor:
-        """Covariance of the inputs over the teachers, averaged over the rows."""
-        x_KNP = self.input_KNP
-        second_PP = torch.einsum("kn,knp,knq->pq", prob_KN, x_KNP, x_KNP)
-        mean_NP = torch.einsum("kn,knp->np", prob_KN, x_KNP)
-        return (second_PP - mean_NP.T @ mean_NP) / prob_KN.shape[1]
-
-
-def _ascend(problem: _Problem) -> Tensor:
-    """Newton's method with step halving, until no halved step raises the value."""
-    theta_P = torch.zeros(problem.input_KNP.shape[-1], dtype=torch.float64)
-    value = problem.value(theta_P)
+    theta_P = torch.zeros(num_parameters, dtype=torch.float64)
+    ridge_PP = ridge * torch.eye(num_parameters).to(theta_P)
+    best = value(theta_P)
     for _ in range(MAX_STEPS):
-        gradient_P, concave_PP, convex_PP = problem.derivatives(theta_P)
+        logw_KN = (input_KNP @ theta_P).log_softmax(0)
+        weight_KN, posterior_KN = logw_KN.exp(), (logw_KN + label_logp_KN).softmax(0)
+        gradient_P = torch.einsum("kn,knp->p", posterior_KN - weight_KN, input_KNP) / num_rows
+        gradient_P -= ridge * theta_P
         if gradient_P.abs().max() < 1e-9:
             break
         # The posterior's covariance is convex. Where it makes the Hessian indefinite, a Newton
         # step need not ascend, so only the concave part is used.
-        curvature_PP = concave_PP + convex_PP
+        concave_PP = -covariance(weight_KN) - ridge_PP
+        curvature_PP = concave_PP + covariance(posterior_KN)
         if torch.linalg.eigvalsh(curvature_PP).max() >= -1e-8:
             curvature_PP = concave_PP
         step_P = -torch.linalg.solve(curvature_PP, gradient_P)
         for halving in range(40):
             trial_P = theta_P + 0.5**halving * step_P
-            trial = problem.value(trial_P)
-            if trial > value:
-                theta_P, value = trial_P, trial
+            trial = value(trial_P)
+            if trial > best:
+                theta_P, best = trial_P, trial
                 break
         else:
             break

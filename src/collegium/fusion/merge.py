@@ -1,7 +1,6 @@
 """Fuse named answers: draws and top-k distributions that meet on the union of their tokens.
 
-Shapes: N rows of a batch, V vocabulary, K teachers, E entries of all rows of one teacher, M entries
-of all rows of the union.
+Shapes: N rows, V vocabulary, K teachers, entries of all rows: E of one teacher, M of the union.
 
 Draws are pooled linearly as they are: E[sum_k w_k t_k] = sum_k w_k P_k. Where a teacher is exact
 (top k), every teacher is read on the union U of the tokens that any of them names, and outside of
@@ -17,13 +16,7 @@ from dataclasses import dataclass, replace
 from collegium.distributions import Answer, NamedRows
 from collegium.fusion.conflict import Conflict, ConflictBlock, disagreement
 from collegium.fusion.options import Fusion
-from collegium.fusion.pools import (
-    PoolKind,
-    answered_mask,
-    check_coverage,
-    masked_scores,
-    shared_mask,
-)
+from collegium.fusion.pools import PoolKind, check_coverage, coverage, masked_scores
 from collegium.fusion.weighting import RowStats
 from collegium.kernels.rows import logp_floor
 from collegium.options import Tensor, torch
@@ -41,12 +34,8 @@ def merge(
 ) -> tuple[NamedRows, Tensor, ConflictBlock | None]:
     """Pool named answers at all rows.
 
-    Draws are pooled linearly, without a conflict policy or a rule that compares distributions.
-
-    Args:
-        fusion: the weighting, pool, temperatures and conflict policy; others are ignored.
-        answers: with `NamedRows`, at stored temperatures.
-        rows: labels, documents and domains.
+    Answers hold `NamedRows` at stored temperatures. Draws are pooled linearly, without a conflict
+    policy or a rule that compares distributions.
 
     Returns:
         The fused rows, (K, N) weights, and the measurements of an active conflict policy.
@@ -57,10 +46,9 @@ def merge(
     Source: Anshumann et al. 2025, arXiv 2503.16870, for draws of one teacher.
     """
     weighting, policy = fusion.weighting, fusion.conflict
-    answered_KN = answered_mask(answers, rows)
-    check_coverage(answered_KN)
+    check_coverage(answers, rows)
+    answered_KN, shared_N = coverage(answers, rows)
     parts = [_Part.of(a, rows, fusion.temperatures.get(a.name, 1.0)) for a in answers]
-    shared_N = shared_mask(answered_KN, rows)
     stats = RowStats.stack([part.stats for part in parts])
     stats = replace(stats, answered_KN=answered_KN, shared_N=shared_N)
     dtype = stats.entropy_KN.dtype
@@ -80,7 +68,8 @@ def merge(
     block: ConflictBlock | None = None
     if policy.is_active:
         mixture_entropy_N = union.entropy(union.pool("linear", fusion.exponent, logw_KN))
-        entropy_KN = torch.stack([union.entropy(column) for column in union.members()])
+        columns = zip(union.logp_KM, union.log_rest_KN, strict=True)
+        entropy_KN = torch.stack([union.entropy(column) for column in columns])
         disagreement_N = disagreement(mixture_entropy_N, entropy_KN, logw_KN.exp().to(dtype))
         changed_KN = policy.scores(logw_KN, stats.label_logp_KN, disagreement_N)
         is_changed_N = (changed_KN != logw_KN).any(0)
@@ -88,7 +77,7 @@ def merge(
         logw_KN = changed_KN.log_softmax(0)
     pooled = union.pool(fusion.pool, fusion.exponent, logw_KN)
     if block is not None:
-        pooled, corrected_N = union.correct(policy, pooled, rows.labels)
+        pooled, corrected_N = union.correct(policy, pooled)
         block = block.corrected(corrected_N)
     target = union.named_rows(pooled, is_sampled=any(part.rows.is_sampled for part in parts))
     return target, logw_KN.exp().to(dtype), block
@@ -149,15 +138,15 @@ def _mean_of_draws(parts: Sequence[_Part], logw_KN: Tensor, num_rows: int) -> Na
     mass_E = torch.cat(masses)
     cell_M, place_E = torch.unique(torch.cat(cells), return_inverse=True)
     mass_M = mass_E.new_zeros(len(cell_M)).index_add_(0, place_E, mass_E)
-    starts, ids_M = _rows_of_cells(cell_M, num_rows, vocab_size)
+    starts, _, ids_M = _rows_of_cells(cell_M, num_rows, vocab_size)
     return NamedRows(starts, ids_M, mass_M.log(), None, vocab_size, is_sampled=True)
 
 
-def _rows_of_cells(cell_M: Tensor, num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Sorted cells row * V + token -> (N + 1,) starts and (M,) tokens."""
+def _rows_of_cells(cell_M: Tensor, num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorted cells row * V + token -> (N + 1,) starts, (M,) rows and (M,) tokens."""
     row_M = cell_M.div(vocab_size, rounding_mode="floor")
     starts = torch.searchsorted(row_M, torch.arange(num_rows + 1, device=row_M.device))
-    return starts, cell_M - row_M * vocab_size
+    return starts, row_M, cell_M - row_M * vocab_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +171,7 @@ class _Union:
         cells = [part.row_E * vocab_size + part.rows.ids for part in parts]
         label_N = torch.arange(num_rows, device=rows.labels.device) * vocab_size + rows.labels
         cell_M = torch.unique(torch.cat([*cells, label_N] if with_labels else cells))
-        starts, ids_M = _rows_of_cells(cell_M, num_rows, vocab_size)
-        row_M = cell_M.div(vocab_size, rounding_mode="floor")
+        starts, row_M, ids_M = _rows_of_cells(cell_M, num_rows, vocab_size)
         columns, rests = [], []
         for part, cell_E in zip(parts, cells, strict=True):
             rest_N = rest_m = part.rows.log_rest()
@@ -197,10 +185,6 @@ class _Union:
         logp_KM, log_rest_KN = torch.stack(columns), torch.stack(rests)
         label_M = ids_M == rows.labels[row_M]
         return cls(starts, ids_M, row_M, num_others_N, logp_KM, log_rest_KN, label_M, vocab_size)
-
-    def members(self) -> list[Column]:
-        """The distribution of each teacher."""
-        return list(zip(self.logp_KM, self.log_rest_KN, strict=True))
 
     def pool(self, kind: PoolKind, exponent: float, logw_KN: Tensor) -> Column:
         """The pool of all teachers under normalized log-weights."""
@@ -235,16 +219,14 @@ class _Union:
         logw_KN = masked_scores(torch.zeros_like(self.log_rest_KN), stats).log_softmax(0)
         mean_M, mean_N = self.pool("linear", 1.0, logw_KN)
         kls = []
-        for logp_M, rest_N in self.members():
+        for logp_M, rest_N in zip(self.logp_KM, self.log_rest_KN, strict=True):
             prob_M, tail_N = logp_M.exp(), self._tail(rest_N).exp()
             terms_M = torch.where(prob_M > 0, prob_M * (logp_M - mean_M), 0.0)
             kl_N = torch.where(tail_N > 0, tail_N * (rest_N - mean_N), 0.0)
             kls.append(kl_N.index_add(0, self.row_M, terms_M).clamp(min=0.0))
         return torch.stack(kls).to(stats.entropy_KN.dtype)
 
-    def correct(
-        self, conflict: Conflict, column: Column, labels_N: Tensor
-    ) -> tuple[Column, Tensor | None]:
+    def correct(self, conflict: Conflict, column: Column) -> tuple[Column, Tensor | None]:
         """Apply a policy that changes the finished target, and the (N,) mask of changed rows."""
         logp_M, rest_N = column
         num_rows, width = len(rest_N), int(self.starts.diff().max())
@@ -263,8 +245,7 @@ class _Union:
     def named_rows(self, column: Column, *, is_sampled: bool) -> NamedRows:
         """The pool in compressed rows, in float32."""
         logp_M, rest_N = column
-        tail_N = self._tail(rest_N).float().clamp(max=0.0)
-        logp_M = logp_M.float()
+        logp_M, tail_N = logp_M.float(), self._tail(rest_N).float().clamp(max=0.0)
         return NamedRows(self.starts, self.ids_M, logp_M, tail_N, self.vocab_size, is_sampled)
 
 

@@ -35,7 +35,7 @@ class RowReader:
     """Statistics and log-probabilities of one teacher, in two (n, V) buffers that are reused."""
 
     def __init__(self) -> None:
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._workspace = Workspace()
 
     def read(
         self, logits_nV: Tensor, labels_n: Tensor, *, temperature: float = 1.0
@@ -44,11 +44,8 @@ class RowReader:
 
         The second is valid until the next call.
         """
-        # Fresh memory of this size costs more than the arithmetic: pages are faulted in and zeroed.
-        num_rows, old = logits_nV.shape[0], self._buffers
-        if old is None or old[0].shape[0] < num_rows or old[0].dtype != logits_nV.dtype:
-            old = self._buffers = (torch.empty_like(logits_nV), torch.empty_like(logits_nV))
-        logp_nV, prob_nV = old[0][:num_rows], old[1][:num_rows]
+        buffer, shape = self._workspace.matrix, logits_nV.shape
+        logp_nV, prob_nV = buffer("logp", shape, logits_nV), buffer("prob", shape, logits_nV)
         if temperature != 1.0:
             logits_nV = torch.div(logits_nV, temperature, out=prob_nV)
         torch.log_softmax(logits_nV, -1, out=logp_nV)
@@ -90,12 +87,15 @@ class TeacherReader:
         self.kernels = kernels or TorchKernels()
         self._workspace = workspace or Workspace()
         self._temperatures = [temperatures.get(answer.name, 1.0) for answer in answers]
-        self._answered_KN = answered_mask(answers, rows)
-        self._shared_N = shared_mask(self._answered_KN, rows)
-        self._distributions = [
-            _prepared(answer, temperature, len(rows))
-            for answer, temperature in zip(answers, self._temperatures, strict=True)
-        ]
+        self._answered_KN, self._shared_N = coverage(answers, rows)
+        self._distributions: list[Distribution] = []
+        for answer, temperature in zip(answers, self._temperatures, strict=True):
+            distribution = answer.distribution
+            if isinstance(distribution, NamedRows):
+                distribution = distribution.tempered(temperature)
+            if answer.rows is not None:
+                distribution = _Expanded(distribution, answer.rows.cpu(), len(rows))
+            self._distributions.append(distribution)
 
     def member(self, number: int, block: slice, *, buffer: str = "logits") -> Member:
         """Apply one teacher's head to n rows, into a workspace buffer, and read its statistics."""
@@ -118,14 +118,13 @@ class TeacherReader:
         answered_n = None if answered_KN is None else answered_KN[number, block]
         shared_n = None if shared_N is None else shared_N[block]
         stats = RowStats(*scalars, answered_KN=answered_n, shared_N=shared_n)
-        is_normalized = not (distribution.has_draws and temperature != 1.0)
+        is_normalized = not (distribution.is_sampled and temperature != 1.0)
         return Member(raw, logsumexp, stats, is_scratch, is_normalized)
 
     def stats(self, block: slice, *, consensus: bool = False) -> RowStats:
         """(K, n) statistics: one application of each head, two with the `consensus`.
 
-        KL(P_k || Pbar) = -H_k - sum_v P_k log Pbar, with Pbar the plain mean of the teachers that
-        answer a row.
+        KL(P_k || Pbar) = -H_k - sum_v P_k log Pbar. Pbar is the mean of those that answer a row.
         """
         numbers = range(len(self._distributions))
         if not consensus:
@@ -159,52 +158,32 @@ class TeacherReader:
         return self.kernels.read(member.rows)[1]
 
 
-def _prepared(answer: Answer, temperature: float, num_rows: int) -> Distribution:
-    distribution = answer.distribution
-    if isinstance(distribution, NamedRows):
-        distribution = distribution.tempered(temperature)
-    if answer.rows is not None:
-        return _Expanded(distribution, answer.rows.cpu(), num_rows)
-    return distribution
-
-
-def answered_mask(answers: Sequence[Answer], rows: Rows) -> Tensor | None:
-    """(K, N) bool: the rows that each teacher answers; None where all answer every row."""
-    if all(answer.rows is None for answer in answers):
-        return None
-    answered_KN = torch.ones_like(rows.labels, dtype=torch.bool).repeat(len(answers), 1)
-    for answered_N, answer in zip(answered_KN, answers, strict=True):
-        if answer.rows is not None:
-            answered_N.zero_()
-            answered_N[answer.rows.to(answered_N.device)] = True
-    return answered_KN
-
-
-def shared_mask(answered_KN: Tensor | None, rows: Rows) -> Tensor | None:
-    """(N,) bool: the rows answered by every teacher that answers in their document. None for all.
+def coverage(answers: Sequence[Answer], rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+    """The masks `answered_KN` and `shared_N` of `RowStats`. None where all answer every row.
 
     A teacher without an answer in a document has no share in its weights.
     """
-    if answered_KN is None:
-        return None
+    if all(answer.rows is None for answer in answers):
+        return None, None
     _, place_N = torch.unique_consecutive(rows.documents, return_inverse=True)
-    num_answers_KD = answered_KN.new_zeros(len(answered_KN), len(rows), dtype=torch.int64)
+    answered_KN = place_N.new_zeros(len(answers), len(rows), dtype=torch.bool)
+    for answered_N, answer in zip(answered_KN, answers, strict=True):
+        answered_N[... if answer.rows is None else answer.rows.to(place_N.device)] = True
+    num_answers_KD = torch.zeros_like(answered_KN, dtype=torch.int64)
     num_answers_KD.index_add_(1, place_N, answered_KN.long())
-    return (answered_KN | (num_answers_KD == 0)[:, place_N]).all(0)
+    return answered_KN, (answered_KN | (num_answers_KD == 0)[:, place_N]).all(0)
 
 
-def check_coverage(answered_KN: Tensor | None) -> None:
-    """Refuse rows that no teacher answers; a mask of None is for all rows of all teachers.
+def check_coverage(answers: Sequence[Answer], rows: Rows) -> None:
+    """Refuse rows that no teacher answers.
 
     Raises:
         DataError: some rows have no answer.
     """
-    if answered_KN is None:
-        return
-    is_answered_N = answered_KN.any(0)
-    if num_missing := int((~is_answered_N).sum()):
+    answered_KN, _ = coverage(answers, rows)
+    if answered_KN is not None and (num_missing := int((~answered_KN.any(0)).sum())):
         raise DataError(
-            f"teachers: got no answer at {num_missing} of {len(is_answered_N)} rows; must be at "
+            f"teachers: got no answer at {num_missing} of {len(rows)} rows; must be at "
             "least one teacher per row; add a teacher for them, or remove those rows"
         )
 

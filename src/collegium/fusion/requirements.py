@@ -36,13 +36,6 @@ FIXED_PER_ROW = Capabilities(
 )
 """Live teachers that a fused cache is built from: any target that depends on its row only."""
 
-REASONS = {
-    Capability.LOGARITHMS: "random draws are biased inside a logarithm",
-    Capability.ANY_TEMPERATURE: "softening needs the tokens that were not kept",
-    Capability.REFUSION: "its weights were fixed when it was built",
-    Capability.PER_BATCH: "it would depend on the batch or the step",
-    Capability.FEATURES: "it holds no hidden states",
-}
 REMEDIES = {
     Capability.LOGARITHMS: "set cache.targets: {name: top_k}",
     Capability.FEATURES: "set cache: {kind: per_teacher, features: {}}",
@@ -82,13 +75,12 @@ def unmet(requirements: Iterable[Requirement], source: Capabilities) -> list[str
     return [problem for problem in problems if problem is not None]
 
 
-def check(requirements: Iterable[Requirement], sources: Sequence[Capabilities]) -> None:
+def check(requirements: Sequence[Requirement], sources: Sequence[Capabilities]) -> None:
     """Refuse options that one of the sources does not support.
 
     Raises:
         RecipeError: with one line per option.
     """
-    requirements = list(requirements)
     if lines := [line for source in sources for line in unmet(requirements, source)]:
         raise RecipeError("\n".join(dict.fromkeys(lines)))
 
@@ -99,7 +91,7 @@ def _problem(requirement: Requirement, source: Capabilities) -> str | None:
     if needed is not None:
         if needed in source.supported:
             return None
-        allowed, reason = requirement.allowed, REASONS[needed]
+        allowed, reason = requirement.allowed, needed.value
         remedy = REMEDIES.get(needed, "change it")
     else:
         if at is None or stored is None or nearest_temperature(at, stored) is not None:

@@ -1,7 +1,6 @@
 """Scoring the teachers of a batch, and reading each row from the one teacher it is routed to.
 
-Shapes: B windows, T time, N rows, n rows of one block, m rows of one teacher, V vocabulary,
-K teachers.
+Shapes: b windows, N rows, n rows of one block, m rows of one teacher, V vocabulary, K teachers.
 """
 
 from __future__ import annotations
@@ -9,14 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from collegium.distributions import (
-    Answer,
-    Capability,
-    DenseRows,
-    Distribution,
-    NamedRows,
-    Teacher,
-)
+from collegium.distributions import Answer, Capability, DenseRows, Distribution, NamedRows, Teacher
 from collegium.fusion.fitted import Route
 from collegium.fusion.options import Fusion
 from collegium.fusion.pools import RowReader, rows_inside
@@ -35,12 +27,9 @@ def score_teachers(
 ) -> list[Answer]:
     """Score the rows with the teachers, in their order.
 
-    Under `route` a live teacher reads only the windows that hold rows routed to it, scores those
-    rows, and is skipped where there are none. A teacher whose hidden states are compared scores all
-    rows.
-
-    `fusion` is None where only hidden states are read. `taps` lists the hidden states to return by
-    name of the teacher.
+    Under `route` a live teacher reads only the windows with rows routed to it, scores those rows,
+    and is skipped where there are none. One whose hidden states are compared scores all rows.
+    `fusion` is None if only hidden states are read. `taps` are those to return, by teacher name.
 
     Raises:
         DataError: a row names a teacher that is missing.
@@ -90,12 +79,7 @@ class RoutedReader:
         self._distributions = [_own_rows(*share) for share in shares]
 
     def read(self, block: slice) -> tuple[RowStats, Tensor, Tensor]:
-        """The rows of a block.
-
-        Returns:
-            (K, n) statistics, NaN where a teacher was not read, (K, n) scores, and (n, V)
-            log-probabilities.
-        """
+        """(K, n) statistics, NaN where not read, (K, n) scores, and (n, V) log-probabilities."""
         labels_n = self._rows.labels[block]
         scalars_3Kn: Tensor | None = None
         logp_nV: Tensor | None = None
@@ -108,9 +92,8 @@ class RoutedReader:
             at_m, temperature = at_m.to(labels_n.device), self._temperatures[number]
             # Named rows are at this temperature already.
             divisor = temperature if distribution.is_full else 1.0
-            stats, logp_mV = self._reader.read(
-                distribution.logits(part), labels_n[at_m], temperature=divisor
-            )
+            logits_mV, labels_m = distribution.logits(part), labels_n[at_m]
+            stats, logp_mV = self._reader.read(logits_mV, labels_m, temperature=divisor)
             if logp_nV is None or scalars_3Kn is None:
                 logp_nV = logp_mV.new_empty(len(labels_n), logp_mV.shape[1])
                 scalars_3Kn = logp_mV.new_full((3, *score_Kn.shape), torch.nan)

@@ -10,15 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from collegium.fusion.weighting import (
-    Carry,
-    Conditions,
-    Fit,
-    RowStats,
-    Weighting,
-    averaged,
-    constant_scores,
-)
+from collegium.fusion.weighting import Carry, Conditions, Fit, RowStats, Weighting
 from collegium.options import Tensor, option, torch
 from collegium.types import Rows
 
@@ -212,8 +204,7 @@ class ConfidenceAware(Weighting):
     prefer a good one. It reads the label that it weighs: its target knows more than any teacher,
     and acts like a larger share of cross-entropy.
 
-    Source: Zhang, Chen and Wang, "Confidence-aware multi-teacher knowledge distillation",
-    ICASSP 2022.
+    Source: Zhang et al., "Confidence-aware multi-teacher knowledge distillation", ICASSP 2022.
     """
 
     uses_label = True
@@ -236,8 +227,7 @@ class ConfidenceAware(Weighting):
 class MinCE(Weighting):
     """FuseLLM's MinCE, label-aware: all weight on the teacher of lowest mean CE_k in the document.
 
-    Teachers of exactly equal CE share the weight. The labels of the whole document decide, even
-    at its first row.
+    Teachers of equal CE share the weight. The whole document decides, even at its first row.
 
     Source: Wan et al., "Knowledge fusion of large language models", ICLR 2024.
     """
@@ -256,8 +246,7 @@ class AvgCE(Weighting):
     CE_k is the mean over the document: its labels decide, even at its first row. FuseLLM's form is
     a softmax over values between 0 and 1, so close to uniform. With `tau` the rule can select.
 
-    Source: Wan et al., "Knowledge fusion of large language models", ICLR 2024. The form with
-    `tau` is ours.
+    Source: Wan et al., "Knowledge fusion of large language models", ICLR 2024; `tau` is ours.
     """
 
     uses_label = True
@@ -280,3 +269,32 @@ def _mean_ce(
     if stats.answered_KN is None:
         return ce_KN
     return ce_KN.masked_fill(~stats.answered_KN, missing)
+
+
+def constant_scores(weights: Sequence[float], stats: RowStats) -> Tensor:
+    """Return (K, N) log w_k, the same at every row, and -inf for a weight of zero."""
+    weight_K = torch.tensor(weights, dtype=torch.float64, device=stats.entropy_KN.device)
+    return weight_K.log()[:, None].expand(stats.entropy_KN.shape)
+
+
+def averaged(
+    value_KN: Tensor,
+    rows: Rows,
+    granularity: Literal["token", "sequence", "batch"],
+    answered_KN: Tensor | None,
+) -> Tensor:
+    """(K, N) values, each replaced by the mean over its row, its document or all rows.
+
+    Rows that a teacher does not answer are left out of its means.
+    """
+    if granularity == "token":
+        return value_KN
+    if granularity == "batch" and answered_KN is None:
+        return value_KN.mean(1, keepdim=True).expand_as(value_KN)
+    documents_N = torch.zeros_like(rows.documents) if granularity == "batch" else rows.documents
+    unique_D, place_N = torch.unique_consecutive(documents_N, return_inverse=True)
+    one_KN = torch.ones_like(value_KN) if answered_KN is None else answered_KN.to(value_KN.dtype)
+    zero_KD = value_KN.new_zeros(len(value_KN), len(unique_D))
+    sum_KD = zero_KD.index_add(1, place_N, value_KN * one_KN)
+    count_KD = zero_KD.index_add(1, place_N, one_KN)
+    return (sum_KD / count_KD.clamp(min=1.0))[:, place_N]

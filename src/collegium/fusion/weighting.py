@@ -5,12 +5,11 @@ Shapes: N rows (or one block of them), K teachers.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from typing_extensions import Self
 
@@ -140,8 +139,7 @@ class Weighting(ABC):
 
     A rule *streams* when the score of a teacher depends only on that teacher's statistics up to
     the current row. It is then evaluated inside the loop over blocks, and each head is applied
-    once. Other rules see all rows and teachers at once, which costs a first sweep: each head is
-    applied twice.
+    once. Other rules see all rows and teachers at once, so each head is applied twice.
     """
 
     streams: bool = False
@@ -163,9 +161,7 @@ class Weighting(ABC):
     def log_scores(self, stats: RowStats, rows: Rows, teachers: Sequence[str]) -> Tensor:
         """Score the teachers at these rows. Weights are the softmax of the scores over K.
 
-        Args:
-            stats: (K, n) each, in the order of `teachers`.
-            rows: the same n rows, in document order.
+        From (K, n) statistics, in the order of `teachers`, and the same n rows in document order.
 
         Returns:
             (K, n) float64 scores.
@@ -176,11 +172,8 @@ class Weighting(ABC):
     ) -> tuple[Tensor, Carry | None]:
         """Score one block of rows of a rule that streams.
 
-        Args:
-            stats: (1, n) each, of one teacher.
-            rows: the same n rows, which follow those of the call before.
-            teachers: the name of the teacher.
-            carry: the carry returned for the preceding rows, None at the first.
+        The statistics are (1, n), of one teacher. The rows follow those of the call before, which
+        returned `carry`. It is None at the first.
 
         Returns:
             (1, n) float64 scores, and the carry for the following rows.
@@ -210,7 +203,8 @@ class Weighting(ABC):
 
     def excludes(self, teacher: str) -> bool:
         """True if this teacher's weight is zero at every row, independent of its outputs."""
-        return False
+        tables = self.teacher_tables().values() if self.zero_excludes else ()
+        return len(tables) > 0 and all(table[teacher] == 0.0 for table in tables)
 
 
 class FittedWeighting(Weighting):
@@ -233,48 +227,3 @@ class FittedWeighting(Weighting):
     def candidates(cls, conditions: Conditions) -> Sequence[Fit]:
         has_domains = len(conditions.domains) > 1 or not cls.needs_domains
         return [cls.fit] if conditions.is_extended and has_domains else []
-
-
-def check_sum_to_one(weights: Mapping[str, float]) -> None:
-    """Check that the weights sum to 1.
-
-    Raises:
-        ValueError: they do not.
-    """
-    total = math.fsum(weights.values())
-    # Loose enough for weights typed with four decimals, such as 0.3333 three times.
-    if abs(total - 1.0) > 1e-3:
-        values = ", ".join(f"{weight:g}" for weight in weights.values())
-        raise ValueError(
-            f"teacher weights sum to {total:.2f} ({values}); they must sum to 1; "
-            "divide each by their sum"
-        )
-
-
-def constant_scores(weights: Sequence[float], stats: RowStats) -> Tensor:
-    """Return (K, N) log w_k, the same at every row, and -inf for a weight of zero."""
-    weight_K = torch.tensor(weights, dtype=torch.float64, device=stats.entropy_KN.device)
-    return weight_K.log()[:, None].expand(stats.entropy_KN.shape)
-
-
-def averaged(
-    value_KN: Tensor,
-    rows: Rows,
-    granularity: Literal["token", "sequence", "batch"],
-    answered_KN: Tensor | None,
-) -> Tensor:
-    """(K, N) values, each replaced by the mean over its row, its document or all rows.
-
-    Rows that a teacher does not answer are left out of its means.
-    """
-    if granularity == "token":
-        return value_KN
-    if granularity == "batch" and answered_KN is None:
-        return value_KN.mean(1, keepdim=True).expand_as(value_KN)
-    documents_N = torch.zeros_like(rows.documents) if granularity == "batch" else rows.documents
-    unique_D, place_N = torch.unique_consecutive(documents_N, return_inverse=True)
-    one_KN = torch.ones_like(value_KN) if answered_KN is None else answered_KN.to(value_KN.dtype)
-    zero_KD = value_KN.new_zeros(len(value_KN), len(unique_D))
-    sum_KD = zero_KD.index_add(1, place_N, value_KN * one_KN)
-    count_KD = zero_KD.index_add(1, place_N, one_KN)
-    return (sum_KD / count_KD.clamp(min=1.0))[:, place_N]

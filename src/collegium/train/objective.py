@@ -134,7 +134,8 @@ class Objective(nn.Module):
         target = block.target
         if isinstance(target, DenseTarget):
             target = softened_(target, self.options.temperature, divergence, kernels)
-        return BlockLosses(labels_n, target, kernels, divergence, block.kd_factor_n)
+        factor_n = None if block.conflict is None else block.conflict.kd_factor_n
+        return BlockLosses(labels_n, target, kernels, divergence, factor_n)
 
     def end_step(self) -> None:
         """Update dynamic scales after an optimizer step; they are constant within one."""

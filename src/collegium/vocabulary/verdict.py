@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 SPECIAL = b"\xff\xfe"
 """Prefix of special tokens. It is not valid UTF-8, so no text encodes to it."""
-_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,7 @@ def compare(
     return Verdict(
         kind=kind,
         vocab_size=size,
-        differing=tuple(differing[:_MAX_SHOWN]),
+        differing=tuple(differing[:5]),
         num_differing=len(differing),
         num_pad_rows=num_pad_rows,
         message="; ".join([f"{where}: {message}", *notes]),
