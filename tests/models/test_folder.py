@@ -13,11 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from collegium.errors import ModelError
-from collegium.models.folder import (
-    check_model_folder,
-    weights_digest,
-    weights_size,
-)
+from collegium.models.folder import check_model_folder, weights_digest, weights_size
 from collegium.models.loading import scan_folder
 from collegium.models.options import ModelOptions
 from refusals import refused
