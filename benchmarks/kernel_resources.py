@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from collegium.kernels.rows import DenseTarget, LogSumExp, RawRows, RunningMean, row_alignment_bytes
+from collegium.kernels.rows import ROW_BYTES, DenseTarget, LogSumExp, RawRows, RunningMean
 from collegium.kernels.triton_rows import TritonKernels
 
 REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32
@@ -95,7 +95,7 @@ def compiled_for(capability: int) -> Iterator[list[tuple[str, Any]]]:
         variant += [name for name in ("has_share", "is_log") if kwargs.get(name)]
         if kwargs.get("temperature", 1.0) != 1.0:
             variant.append("T")
-        if kwargs["cap"]:
+        if kwargs["head"][1]:
             variant.append("capped")
         name = self.__name__.strip("_").removesuffix("_kernel")
         kernel = run(self, *args, warmup=True, **kwargs)
@@ -111,7 +111,7 @@ def compiled_for(capability: int) -> Iterator[list[tuple[str, Any]]]:
 
 def aligned(vocab_size: int, dtype: torch.dtype) -> RawRows:
     """Return one row with the alignment that a `Workspace` gives it on a GPU."""
-    unit = row_alignment_bytes(torch.device("cuda")) // dtype.itemsize
+    unit = ROW_BYTES // dtype.itemsize
     values_nV = torch.zeros(1, -(-vocab_size // unit) * unit, dtype=dtype)
     return RawRows(values_nV[:, :vocab_size])
 

@@ -29,7 +29,7 @@ from collegium.fusion.rules import (
     Uniform,
 )
 from collegium.fusion.weighting import CalibrationData, RowStats, Weighting
-from collegium.kernels.rows import DenseTarget
+from collegium.kernels.rows import DenseTarget, RawRows
 from collegium.types import Rows, domain_number
 
 DOMAINS = ["court", "clinic", "novel"]
@@ -194,7 +194,7 @@ def fused(
     normalizers = [b.log_normalizer_n for b in blocks if b.log_normalizer_n is not None]
     stats = [b.stats for b in blocks if b.stats is not None]
     return TargetBlock(
-        DenseTarget.of_logp(torch.cat([dense_logp(b) for b in blocks])),
+        DenseTarget(RawRows(torch.cat([dense_logp(b) for b in blocks])), "logp"),
         torch.cat([b.weights_Kn for b in blocks if b.weights_Kn is not None], dim=1),
         RowStats.cat(stats) if stats else None,
         log_normalizer_n=torch.cat(normalizers) if normalizers else None,

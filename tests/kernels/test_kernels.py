@@ -11,7 +11,7 @@ from collegium.kernels.rows import (
     RunningMean,
     Workspace,
     head_product,
-    row_alignment_bytes,
+    row_alignment,
     spans,
 )
 from collegium.types import Head
@@ -251,9 +251,11 @@ def test_gaps_between_rows_are_not_written(backend):
 @pytest.mark.parametrize("vocab_size", [16, 29])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_device_rows_are_aligned(monkeypatch, dtype, vocab_size):
-    assert row_alignment_bytes(torch.device("cuda")) % 128 == 0
+    assert row_alignment(torch.empty(0, dtype=torch.uint8, device="meta")) % 128 == 0
     assert Workspace().matrix("logits", (N, V), torch.empty(0, dtype=dtype)).is_contiguous()
-    monkeypatch.setattr("collegium.kernels.rows.row_alignment_bytes", lambda device: 32)
+    monkeypatch.setattr(
+        "collegium.kernels.rows.row_alignment", lambda like: 32 // like.element_size()
+    )
     like = torch.empty(0, dtype=dtype)
     values_nV = Workspace().matrix("logits", (N, vocab_size), like)
     assert values_nV.shape == (N, vocab_size)
@@ -267,7 +269,9 @@ def test_device_rows_are_aligned(monkeypatch, dtype, vocab_size):
 def test_device_products_have_aligned_sizes(monkeypatch, vocab_size, with_bias):
     weight = torch.randn(vocab_size, 4, dtype=torch.float64)
     assert spans(weight) == [slice(0, vocab_size)]
-    monkeypatch.setattr("collegium.kernels.rows.row_alignment_bytes", lambda device: 64)
+    monkeypatch.setattr(
+        "collegium.kernels.rows.row_alignment", lambda like: 64 // like.element_size()
+    )
     parts = spans(weight)
     assert [v for part in parts for v in range(vocab_size)[part]] == list(range(vocab_size))
     assert [(part.stop - part.start) % 8 for part in parts[:-1]] == [0] * (len(parts) - 1)

@@ -101,10 +101,10 @@ def measure(
         declared.append(options["bytes_per_logit"])
         return N
 
-    monkeypatch.setattr("collegium.train.objective.fitted_block_size", fitted)
+    monkeypatch.setattr("collegium.train.objective.default_block_size", fitted)
     # Strips of one row, which are smaller than the storages that count.
     monkeypatch.setattr("collegium.kernels.plain.CPU_STRIP_BYTES", 1)
-    monkeypatch.setattr("collegium.train.objective.kernels_for", lambda *_: TorchKernels())
+    monkeypatch.setattr("collegium.train.step.kernels_for", lambda *_: TorchKernels())
 
     def hidden_rows(dtype: torch.dtype) -> HiddenRows:
         return HiddenRows(torch.randn(N, D).to(dtype), Head(torch.randn(V, D).to(dtype)))

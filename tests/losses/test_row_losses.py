@@ -55,7 +55,9 @@ def _aligned_rows(request: Any, monkeypatch: Any) -> None:
     """For Triton, use buffers with gaps between the rows and rows longer than a tile."""
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and callspec.params.get("backend") == "triton":
-        monkeypatch.setattr("collegium.kernels.rows.row_alignment_bytes", lambda device: 32)
+        monkeypatch.setattr(
+            "collegium.kernels.rows.row_alignment", lambda like: 32 // like.element_size()
+        )
         monkeypatch.setattr("collegium.kernels.triton_rows.MAX_TILE", 16)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from collegium.errors import TrainingError
-from collegium.train.progress import StopSignals, TrainingProgress
+from collegium.train.progress import StopCallback, TrainingProgress
 from refusals import refused
 from training_runs import FakeTeacher, trainer
 
@@ -58,9 +58,10 @@ def test_the_bar_is_removed_after_an_error(tmp_path: Path) -> None:
 
 def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with StopSignals() as signals:
+    stop = StopCallback()
+    with stop.catching():
         signal.raise_signal(signal.SIGTERM)
-        assert signals.received == "SIGTERM"
+        assert stop.received == "SIGTERM"
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -69,7 +70,7 @@ def test_other_threads_set_no_signal_handlers() -> None:
     seen = []
 
     def inside() -> None:
-        with StopSignals():
+        with StopCallback().catching():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=inside)

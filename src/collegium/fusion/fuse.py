@@ -22,7 +22,7 @@ from collegium.fusion.options import Fusion
 from collegium.fusion.pools import MIN_SCORE, Pool, TeacherReader, check_coverage, masked_scores
 from collegium.fusion.routing import RoutedReader
 from collegium.fusion.weighting import Carry, RowStats
-from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
+from collegium.kernels.rows import DenseTarget, RawRows, RowKernels, Workspace
 from collegium.options import Tensor, torch
 from collegium.types import Batch, Rows, map_tensors
 
@@ -235,7 +235,7 @@ class StreamedTarget:
             none_n = torch.zeros_like(logp_nV[:, 0])
             conflict = ConflictBlock.of(self._fusion.conflict, none_n, none_n.bool())
         weights_Kn = score_Kn.softmax(0).to(logp_nV.dtype)
-        target = DenseTarget.of_logp(logp_nV)
+        target = DenseTarget(RawRows(logp_nV), "logp")
         return self._finish(block, TargetBlock(target, weights_Kn, stats, conflict=conflict))
 
     def _pool(self, block: slice) -> TargetBlock:
@@ -293,7 +293,7 @@ class StreamedTarget:
         assert isinstance(target, DenseTarget)
         if temperature != 1.0:
             logp_nV = torch.log_softmax(target.logp_() / temperature, dim=-1)
-            fused.target = target = DenseTarget.of_logp(logp_nV)
+            fused.target = target = DenseTarget(RawRows(logp_nV), "logp")
             fused.pooled_temperature = temperature
         if fused.conflict is not None:
             labels_n = self._rows.labels[rows]

@@ -14,6 +14,7 @@ from collegium.options import torch
 Backend = Literal["auto", "torch", "compiled", "triton"]
 
 
+@cache
 def kernels_for(backend: Backend, device: torch.device) -> RowKernels:
     """Return the kernels of a backend for a device.
 
@@ -25,11 +26,6 @@ def kernels_for(backend: Backend, device: torch.device) -> RowKernels:
     if backend == "auto":
         backend = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
     require_backend(backend, device.type)
-    return _build(backend)
-
-
-@cache
-def _build(backend: Backend) -> RowKernels:
     # Lazy imports: `compiled` needs a compiler, and Triton is not installed on CPU-only machines.
     if backend == "compiled":
         from collegium.kernels.compiled import CompiledKernels

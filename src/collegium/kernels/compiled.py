@@ -81,14 +81,12 @@ def _norm(logsumexp: LogSumExp) -> Norm:
 
 def _run(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call the compiled function for the dtypes and constants among the arguments."""
-    leaves = tree_leaves(arguments)
-    variant = (x.dtype if isinstance(x, Tensor) else _constant(x) for x in leaves)
-    return _compiled(function, *variant)(*arguments)
-
-
-def _constant(value: object) -> object:
     # Scales, caps and temperatures are symbolic, so their values share the compiled code.
-    return float if isinstance(value, float) else value
+    variant = (
+        x.dtype if isinstance(x, Tensor) else float if isinstance(x, float) else x
+        for x in tree_leaves(arguments)
+    )
+    return _compiled(function, *variant)(*arguments)
 
 
 @cache

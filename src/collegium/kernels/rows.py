@@ -22,6 +22,9 @@ LOGP_FLOOR_FACTOR = 1e-8
 The result is finite and leaves room to divide by a temperature.
 """
 
+ROW_BYTES = 128
+"""Row alignment of buffers on a GPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class RawRows:
@@ -45,10 +48,9 @@ class RawRows:
         """Return (n, V) logits in a new tensor with a graph, in float32 or wider."""
         return Head(self.values_nV, None, self.scale, self.softcap).finish(self.values_nV)
 
-    def empty_columns(self, count: int) -> tuple[Tensor, ...]:
-        """Return uninitialized (n,) tensors in the dtype of the arithmetic."""
-        shape = (count, self.values_nV.shape[0])
-        return torch.empty(shape, dtype=self.dtype, device=self.values_nV.device).unbind()
+    def empty_columns(self, count: int) -> Tensor:
+        """Return an uninitialized (count, n) tensor in the dtype of the arithmetic."""
+        return self.values_nV.new_empty(count, self.values_nV.shape[0], dtype=self.dtype)
 
     def tempered(self, temperature: float) -> RawRows:
         """Return the same values with z / T in place of z."""
@@ -111,7 +113,7 @@ class LogSumExp:
 
 @dataclass(frozen=True, slots=True)
 class DenseTarget:
-    """One distribution per row, as logits with their logsumexp, as log P, or as P."""
+    """One distribution per row, as logits with their logsumexp, as finite log P, or as P."""
 
     rows: RawRows
     kind: Literal["logits", "logp", "prob"]
@@ -121,11 +123,6 @@ class DenseTarget:
     """Temperature T at which the student is compared with it. The target itself is softened."""
     is_normalized: bool = True
     """False for draws at another temperature: their mass is 1 on average, not in each row."""
-
-    @classmethod
-    def of_logp(cls, logp_nV: Tensor) -> DenseTarget:
-        """Wrap finite, normalized log-probabilities, which `logp_` returns unchanged."""
-        return cls(RawRows(logp_nV), "logp")
 
     def to(self, dtype: torch.dtype) -> DenseTarget:
         """Cast to the dtype of the student, a no-op if it already matches."""
@@ -191,11 +188,8 @@ class RowKernels(ABC):
     ) -> None:
         """Add a member m: mean <- (1 - share) mean + share m, or m without shares.
 
-        Args:
-            mean: of the earlier members.
-            rows: outputs of the new member, whose P or log P is m.
-            logsumexp: of the rows.
-            share_n: (n,) share of the new member; None for the first one.
+        `rows` and `logsumexp` are of the new member, whose P or log P is m. `share_n` is its (n,)
+        share, None for the first member.
         """
 
     @abstractmethod
@@ -251,15 +245,10 @@ def head_product(hidden_nD: Tensor, head: Head, out_nV: Tensor) -> RawRows:
     return RawRows(out_nV, head.scale, head.softcap)
 
 
-def row_alignment_bytes(device: torch.device) -> int:
-    """Return the row alignment of a block's buffers in bytes."""
+def row_alignment(like: Tensor) -> int:
+    """Return the row alignment of a block's buffers, in elements of a tensor."""
     # From unaligned rows a GPU loads one value per thread and instruction instead of 16 bytes.
-    return 1 if device.type == "cpu" else 128
-
-
-def _row_alignment(like: Tensor) -> int:
-    """`row_alignment_bytes` in elements of a tensor."""
-    return max(1, row_alignment_bytes(like.device) // like.element_size())
+    return 1 if like.device.type == "cpu" else max(1, ROW_BYTES // like.element_size())
 
 
 def spans(weight_VD: Tensor) -> list[slice]:
@@ -267,7 +256,7 @@ def spans(weight_VD: Tensor) -> list[slice]:
     # Matrix products of odd sizes run at a fraction of a GPU's speed, and vocabularies are often
     # odd: 151,665 of the 151,936 rows of a Qwen head, 50,257 for GPT-2.
     vocab_size = weight_VD.shape[0]
-    unit = _row_alignment(weight_VD)
+    unit = row_alignment(weight_VD)
     end = vocab_size // unit * unit
     return [part for part in (slice(0, end), slice(end, vocab_size)) if part.stop > part.start]
 
@@ -285,10 +274,10 @@ class Workspace:
     def matrix(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """Return an uninitialized matrix with the dtype and device of `like`.
 
-        Rows are aligned to `row_alignment_bytes`, so there may be a gap after each.
+        Rows are aligned to `row_alignment`, so there may be a gap after each.
         """
         num_rows, num_columns = shape
-        unit = _row_alignment(like)
+        unit = row_alignment(like)
         stride = -(-num_columns // unit) * unit
         num_bytes = num_rows * stride * like.element_size()
         buffer = self._buffers.pop(name, None)

@@ -62,7 +62,6 @@ class ForwardKL(Divergence):
     allows_draws: ClassVar[bool] = True
 
     def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
-        """(n, S), (n, S) -> (n,)."""
         return _kl(target_logp_nS.clamp(min=LOG_FLOOR), student_logp_nS)
 
 
@@ -74,7 +73,6 @@ class ReverseKL(Divergence):
     """
 
     def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
-        """(n, S), (n, S) -> (n,)."""
         return _kl(student_logp_nS, target_logp_nS.clamp(min=LOG_FLOOR))
 
 
@@ -86,7 +84,6 @@ class JensenShannon(Divergence):
     """
 
     def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
-        """(n, S), (n, S) -> (n,)."""
         # Equal weights only: a generalized JSD vanishes as its beta approaches 0 or 1 instead of
         # becoming a KL divergence (modelscope/ms-swift#10078).
         target_logp_nS = target_logp_nS.clamp(min=LOG_FLOOR)
@@ -105,7 +102,6 @@ class SkewedForwardKL(Divergence):
     """Share of the target in the mixture that replaces the student."""
 
     def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
-        """(n, S), (n, S) -> (n,)."""
         target_logp_nS = target_logp_nS.clamp(min=LOG_FLOOR)
         return _kl(target_logp_nS, _mix(self.skew, target_logp_nS, student_logp_nS))
 
@@ -121,7 +117,6 @@ class SkewedReverseKL(Divergence):
     """Share of the student in the mixture that replaces the target."""
 
     def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
-        """(n, S), (n, S) -> (n,)."""
         # The gradient flows through the mixture, which DistiLLM-2 detaches.
         target_logp_nS = target_logp_nS.clamp(min=LOG_FLOOR)
         return _kl(student_logp_nS, _mix(self.skew, student_logp_nS, target_logp_nS))
@@ -135,7 +130,6 @@ class TotalVariation(Divergence):
     """
 
     def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
-        """(n, S), (n, S) -> (n,)."""
         target_nS = target_logp_nS.clamp(min=LOG_FLOOR).exp()
         return 0.5 * (target_nS - student_logp_nS.exp()).abs().sum(-1)
 
@@ -156,7 +150,6 @@ class AlphaBeta(Divergence):
     """Power of the student."""
 
     def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
-        """(n, S), (n, S) -> (n,)."""
         a, b, total = self.alpha, self.beta, self.alpha + self.beta
         target_logp_nS = target_logp_nS.clamp(min=LOG_FLOOR)
         mixed_n = (a * target_logp_nS + b * student_logp_nS).exp().sum(-1)

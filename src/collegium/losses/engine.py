@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,25 +51,17 @@ class BlockEngine:
     def __init__(
         self, hidden_ND: Tensor, head: Head, *, workspace: Workspace, block_size: int
     ) -> None:
-        """Allocate the gradients.
+        """Allocate the gradients of (N, D) hidden states, where N may be 0, and of the head.
 
-        Args:
-            hidden_ND: (N, D), the input of the head; N may be 0.
-            head: the student's head; its weight may be a view of a parameter.
-            workspace: holds the product in its buffer `logits`.
-            block_size: rows per block.
+        Its weight may be a view of a parameter. The workspace buffer `logits` holds its product.
         """
-        bias = head.bias
-        self._inputs = hidden_ND, head.weight, bias
-        self._head = replace(
-            head, weight=head.weight.detach(), bias=None if bias is None else bias.detach()
-        )
+        self._inputs = hidden_ND, head.weight, head.bias
+        self._head, self._weight_VD = head, head.weight.detach()
         self._workspace = workspace
         self._block_size = block_size
         # Sums over the vocabulary or over many rows lose too much in half precision.
-        self.dtype = torch.promote_types(
-            torch.promote_types(head.weight.dtype, hidden_ND.dtype), torch.float32
-        )
+        wider = torch.promote_types(head.weight.dtype, hidden_ND.dtype)
+        self.dtype = torch.promote_types(wider, torch.float32)
         self._grads = [
             torch.zeros_like(x, dtype=self.dtype)
             if x is not None and torch.is_grad_enabled() and x.requires_grad
@@ -91,16 +82,15 @@ class BlockEngine:
 
     def project(self, block: slice) -> RawRows:
         """Apply the head: (n, V) in a workspace buffer that the next call overwrites."""
-        hidden_nD, weight_VD = self._hidden(block), self._head.weight
+        hidden_nD, weight_VD = self._hidden(block), self._weight_VD
         shape = (hidden_nD.shape[0], weight_VD.shape[0])
-        return head_product(
-            hidden_nD, self._head, self._workspace.matrix("logits", shape, weight_VD)
-        )
+        out_nV = self._workspace.matrix("logits", shape, weight_VD)
+        return head_product(hidden_nD, self._head, out_nV)
 
     def accumulate(self, block: slice, gradient_nV: Tensor) -> None:
         """Propagate a gradient at the head's product to hidden states, weight and bias."""
         dhidden_ND, dweight_VD, dbias_V = self._grads
-        hidden_nD, weight_VD = self._hidden(block), self._head.weight
+        hidden_nD, weight_VD = self._hidden(block), self._weight_VD
         for part in spans(weight_VD):
             if dhidden_ND is not None:
                 add_product_(dhidden_ND[block], gradient_nV[:, part], weight_VD[part])
@@ -111,76 +101,49 @@ class BlockEngine:
 
     def square_norm(self, gradient_nV: Tensor) -> Tensor:
         """Squared norm of the gradient at the hidden states of one block."""
-        dhidden_nD = gradient_nV @ self._head.weight
+        dhidden_nD = gradient_nV @ self._weight_VD
         return torch.linalg.vector_norm(dhidden_nD, dtype=self.dtype).square()
 
     def attach(self, total: Tensor) -> Tensor:
         """Return `total` with a graph whose backward yields the accumulated gradients."""
-        hidden_ND, weight_VD, bias_V = self._inputs
         if not self.is_trained:
             return total
-        tensors = hidden_ND, weight_VD, bias_V, total, self._grads
-        return _Precomputed.apply(*tensors)  # type: ignore[return-value]
+        return _Precomputed.apply(*self._inputs, total, self._grads)  # type: ignore[return-value]
 
     def _hidden(self, block: slice) -> Tensor:
-        return self._inputs[0].detach()[block].to(self._head.weight.dtype)
-
-
-def fitted_block_size(
-    num_rows: int,
-    vocab_size: int,
-    device: torch.device,
-    *,
-    bytes_per_logit: int | None = None,
-    megabytes: int | None = None,
-) -> int:
-    """Rows per block whose buffers fit in memory, at most `MAX_BLOCK`, with blocks of equal size.
-
-    Args:
-        num_rows: N.
-        vocab_size: V.
-        device: of the student.
-        bytes_per_logit: of all (n, V) buffers together; None for a loss under autograd.
-        megabytes: memory of these buffers; None for the default of the device.
-    """
-    size = default_block_size(
-        vocab_size, device, bytes_per_logit=bytes_per_logit, megabytes=megabytes
-    )
-    # A small last block would read and write the gradient of the head for a few rows.
-    num_rows = max(num_rows, 1)
-    return math.ceil(num_rows / math.ceil(num_rows / size))
+        return self._inputs[0].detach()[block].to(self._weight_VD.dtype)
 
 
 def default_block_size(
     vocab_size: int,
     device: torch.device,
     *,
+    num_rows: int = 0,
     bytes_per_logit: int | None = None,
     megabytes: int | None = None,
 ) -> int:
-    """Rows per block whose buffers fit in memory, between 1 and `MAX_BLOCK`."""
+    """Rows per block whose buffers fit in memory, between 1 and `MAX_BLOCK`.
+
+    `bytes_per_logit` is of all (n, V) buffers together, None for a loss under autograd. `megabytes`
+    defaults to those of the device. For N `num_rows`, all blocks have about the same size.
+    """
     is_cpu = device.type == "cpu"
     memory = (megabytes or (CPU_MEGABYTES if is_cpu else GPU_MEGABYTES)) * 2**20
     size = memory // (vocab_size * (bytes_per_logit or AUTOGRAD_BYTES))
     if is_cpu and megabytes is None and bytes_per_logit is None:
         size = min(size, max(MIN_AUTOGRAD_BLOCK, AUTOGRAD_CPU_BYTES // (4 * vocab_size)))
-    return max(1, min(MAX_BLOCK, size))
+    size = max(1, min(MAX_BLOCK, size))
+    # A small last block would read and write the gradient of the head for a few rows.
+    return math.ceil(num_rows / math.ceil(num_rows / size)) if num_rows else size
 
 
 class _Precomputed(torch.autograd.Function):
     """(hidden, weight, bias, total, their gradients) -> total; see `BlockEngine.attach`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        total: Tensor,
-        grads: list[Tensor | None],
-    ) -> Tensor:
-        ctx.grads = grads
-        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *inputs, total, ctx.grads = arguments
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         return total.clone()
 
     @staticmethod

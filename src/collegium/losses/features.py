@@ -46,13 +46,9 @@ class FeatureLoss(nn.Module):
         *,
         seed: int = 0,
     ) -> None:
-        """Build the adapters.
+        """Build the adapters; `seed` determines their initial weights.
 
-        Args:
-            options: feature options of the recipe.
-            student_widths: width of each tap of the student, in order of depth.
-            teacher_widths: the same for each teacher.
-            seed: determines the initial weights of the adapters.
+        The widths are those of all taps of a model, in order of depth.
 
         Raises:
             RecipeError: a named teacher or tap does not exist.
@@ -110,20 +106,14 @@ class FeatureLoss(nn.Module):
         """
         by_name = {teacher.name: teacher for teacher in teachers}
         losses: dict[str, Tensor] = {}
-        for (name, pairs), adapters in zip(self.pairs.items(), self.adapters, strict=True):
+        adapters = cast(list[list[nn.Linear]], self.adapters)
+        for (name, pairs), linears in zip(self.pairs.items(), adapters, strict=True):
             if name not in by_name:
                 raise TrainingError(f"feature/{name}: teacher not scored; every term needs it")
             theirs = by_name[name].features
             values = [
-                _distance(
-                    cast(nn.Linear, adapter),
-                    student_features[our_tap],
-                    theirs[their_tap].detach(),
-                    self.options.loss,
-                )
-                for (our_tap, their_tap), adapter in zip(
-                    pairs, cast(nn.ModuleList, adapters), strict=True
-                )
+                _distance(linear, student_features[ours], theirs[tap].detach(), self.options.loss)
+                for (ours, tap), linear in zip(pairs, linears, strict=True)
             ]
             losses[f"feature/{name}"] = torch.stack(values).mean(0)
         return losses
@@ -151,13 +141,9 @@ class FeatureLoss(nn.Module):
             total = total + weighted
             if measure and total.requires_grad:
                 norms[name] = _grad_norm(weighted, student_features)
-        return replace(
-            loss,
-            total=total,
-            terms={**loss.terms, **{name: value.detach() for name, value in sums.items()}},
-            weights={**loss.weights, **factors},
-            grad_norms=norms,
-        )
+        terms = {**loss.terms, **{name: value.detach() for name, value in sums.items()}}
+        weights = {**loss.weights, **factors}
+        return replace(loss, total=total, terms=terms, weights=weights, grad_norms=norms)
 
     def record(self, reference: Tensor, sums: Mapping[str, Tensor]) -> None:
         """Accumulate a micro-batch's sums over rows of the distribution loss and feature terms."""
@@ -186,11 +172,9 @@ class FeatureLoss(nn.Module):
 def _adapter(student_width: int, teacher_width: int, generator: torch.Generator) -> nn.Linear:
     """Create a linear map without bias that initially preserves the size of its inputs."""
     # skip_init: the default initialization would advance the global random generator.
-    adapter = cast(
-        nn.Linear, nn.utils.skip_init(nn.Linear, student_width, teacher_width, bias=False)
-    )
-    nn.init.normal_(adapter.weight, std=student_width**-0.5, generator=generator)
-    return adapter
+    adapter = nn.utils.skip_init(nn.Linear, student_width, teacher_width, bias=False)
+    nn.init.normal_(cast(Tensor, adapter.weight), std=student_width**-0.5, generator=generator)
+    return cast(nn.Linear, adapter)
 
 
 def _distance(adapter: nn.Linear, student_ND: Tensor, teacher_ND: Tensor, loss: str) -> Tensor:
@@ -211,14 +195,11 @@ def _normalize(x_ND: Tensor) -> Tensor:
     return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + EPSILON)
 
 
-def _grad_norm(weighted: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+def _grad_norm(value: Tensor, features: Mapping[str, Tensor]) -> Tensor:
     """Norm of a term's gradient at all tapped hidden states together."""
-    square = torch.zeros((), dtype=weighted.dtype, device=weighted.device)
+    square = torch.zeros((), dtype=value.dtype, device=value.device)
     taps = [tap for tap in features.values() if tap.requires_grad]
-    if not taps:
-        return square
-    grads = torch.autograd.grad(weighted, taps, retain_graph=True, allow_unused=True)
-    for grad in grads:
-        if grad is not None:
-            square += torch.linalg.vector_norm(grad, dtype=weighted.dtype).square()
+    grads = torch.autograd.grad(value, taps, retain_graph=True, allow_unused=True) if taps else ()
+    for grad in (grad for grad in grads if grad is not None):
+        square += torch.linalg.vector_norm(grad, dtype=value.dtype).square()
     return square.sqrt()

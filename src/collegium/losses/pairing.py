@@ -44,31 +44,23 @@ def feature_map(
     """Pair taps of the student with taps of one teacher.
 
     `uniform` with m pairs takes layers ceil(i L / m) of L for i = 1 ... m on both sides. The last
-    layers are therefore always a pair.
-
-    Args:
-        options: feature options of the recipe.
-        student_layers: all tap names of the student, in order of depth.
-        teacher_layers: all tap names of the teacher, in order of depth.
+    layers are therefore always a pair. Layers are all tap names of a model, in order of depth.
 
     Raises:
         RecipeError: a named tap does not exist, or there are fewer layers than pairs.
     """
     # Few mappings on purpose: the choice hardly matters (arXiv 2502.04499).
     if isinstance(options.layers, dict):
-        for tap, taps in (
-            *((tap, student_layers) for tap in options.layers),
-            *((tap, teacher_layers) for tap in options.layers.values()),
-        ):
+        sides = ((options.layers, student_layers), (options.layers.values(), teacher_layers))
+        for tap, taps in ((tap, taps) for names, taps in sides for tap in names):
             if tap not in taps:
                 raise RecipeError(
                     f"features.layers: got `{tap}`; must be a tap of the model{nearest(tap, taps)}"
                 )
         return list(options.layers.items())
     num_pairs = 1 if options.layers == "last" else options.num_layers
-    return list(
-        zip(_spread(student_layers, num_pairs), _spread(teacher_layers, num_pairs), strict=True)
-    )
+    ours, theirs = _spread(student_layers, num_pairs), _spread(teacher_layers, num_pairs)
+    return list(zip(ours, theirs, strict=True))
 
 
 def _spread(taps: Sequence[str], num_pairs: int) -> list[str]:

@@ -38,7 +38,7 @@ def softened_(
     logp_nV = target.logp_()
     if temperature != 1.0:
         logp_nV = (logp_nV / temperature).log_softmax(-1)
-    return replace(DenseTarget.of_logp(logp_nV), temperature=temperature)
+    return DenseTarget(RawRows(logp_nV), "logp", temperature=temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,13 @@ class BlockLosses:
     divergence: Divergence
     kd_factor_n: Tensor | None = None
     """(n,) f; None for 1."""
+    with_gradient: bool = True
+    """False leaves gradients undefined, as under `torch.inference_mode`, which has no autograd."""
 
-    def terms_(
-        self, rows: RawRows, weights: Mapping[str, float], *, with_gradient: bool = True
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def terms_(self, rows: RawRows, weights: dict[str, float]) -> tuple[dict[str, Tensor], Tensor]:
         """Compute the (n,) terms with a weight, and the gradient of their weighted sum.
 
-        The gradient is taken at the head's product and may overwrite the rows. It is undefined
-        without `with_gradient`, which works under `torch.inference_mode`, where autograd does not.
+        The gradient is taken at the head's product and may overwrite the rows.
         """
         labels_n, factor_n = self.labels_n, self.kd_factor_n
         needs_labels = "ce" in weights or TRUTH in weights
@@ -73,16 +72,12 @@ class BlockLosses:
             factor_n = torch.ones_like(labels_n, dtype=rows.dtype)
         factor_n = factor_n.to(rows.dtype)
         if isinstance(self.target, DenseTarget) and not isinstance(self.divergence, ForwardKL):
-            return self._autograd(
-                rows, weights, labels_n=labels_n, factor_n=factor_n, with_gradient=with_gradient
-            )
+            return self._autograd(rows, weights, labels_n, factor_n)
         kd_n = weights.get("kd", 0.0) * factor_n
         ce_n = weights.get("ce", 0.0) + weights.get(TRUTH, 0.0) * (1.0 - factor_n)
         z_label_n, slope_n = rows.at_labels(labels_n)
         if isinstance(self.target, NamedRows):
-            logsumexp, value_n = self._named_(
-                rows, self.target, kd_n, ce_n, with_gradient=with_gradient
-            )
+            logsumexp, value_n = self._named_(rows, self.target, kd_n, ce_n)
         else:
             target = None if self.target is None else self.target.to(rows.dtype)
             logsumexp, value_n = self.kernels.distill_(rows, target, kd_n, ce_n)
@@ -93,7 +88,7 @@ class BlockLosses:
         return terms, rows.values_nV
 
     def _named_(
-        self, rows: RawRows, target: NamedRows, kd_n: Tensor, ce_n: Tensor, *, with_gradient: bool
+        self, rows: RawRows, target: NamedRows, kd_n: Tensor, ce_n: Tensor
     ) -> tuple[LogSumExp, Tensor]:
         """Closed form or autograd at the named entries: logsumexp and (n,) values."""
         num_rows, row_E = len(target), target.row_of_entry()
@@ -110,28 +105,50 @@ class BlockLosses:
         if is_kl:
             value_n, grad_E = named_kl(logq_E, row_E, target)
         else:
-            value_n, grad_E = named_divergence(
-                self.divergence, logq_E, row_E, target, with_gradient=with_gradient
-            )
+            value_n, grad_E = self._named_divergence(logq_E, row_E, target)
         grad_E = grad_E * kd_n[row_E]
         if not is_one_sweep:
             self.kernels.softmax_(rows, logsumexp, ce_n - row_sums(grad_E, row_E, num_rows))
         rows.add_at_(row_E, target.ids, grad_E * slope_E)
         return logsumexp, value_n
 
+    def _named_divergence(
+        self, logq_E: Tensor, row_E: Tensor, target: NamedRows
+    ) -> tuple[Tensor, Tensor]:
+        """Any divergence on the named tokens and the tail: (n,) values and the (E,) gradient.
+
+        The support has S = largest number of entries + 1 tokens; the last one is the tail.
+        """
+        num_rows, starts = len(target), target.starts
+        place_E = torch.arange(len(row_E), device=row_E.device) - starts[row_E]
+        width = int(starts.diff().max()) if num_rows else 0
+        target_nS = logq_E.new_full((num_rows, width + 1), LOG_FLOOR)
+        target_nS[row_E, place_E] = target.logp.to(logq_E.dtype)
+        if target.log_tail is not None:
+            target_nS[:, width] = target.log_tail.to(logq_E.dtype)
+
+        logq_E, grad_E = logq_E.detach(), torch.zeros_like(logq_E)
+        with torch.set_grad_enabled(self.with_gradient):
+            logq_E.requires_grad_(self.with_gradient)
+            student_nS = logq_E.new_full((num_rows, width), LOG_FLOOR)
+            student_nS = student_nS.index_put((row_E, place_E), logq_E)
+            rest_n = _tail_mass(logq_E, row_E, num_rows)
+            # The floor bounds the value; the gradient passes through it.
+            rest_n = rest_n + (rest_n.clamp(min=TAIL_FLOOR) - rest_n).detach()
+            # A row that names every token has no tail, not one at the floor.
+            log_rest_n = torch.where(starts.diff() < target.vocab_size, rest_n.log(), LOG_FLOOR)
+            value_n = self.divergence(target_nS, torch.cat([student_nS, log_rest_n[:, None]], 1))
+            if self.with_gradient:
+                grad_E = torch.autograd.grad(value_n.sum(), logq_E)[0]
+        return value_n.detach(), grad_E
+
     def _autograd(
-        self,
-        rows: RawRows,
-        weights: Mapping[str, float],
-        *,
-        labels_n: Tensor,
-        factor_n: Tensor,
-        with_gradient: bool,
+        self, rows: RawRows, weights: Mapping[str, float], labels_n: Tensor, factor_n: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         target, raw_nV = self.target, rows.values_nV.detach()
         assert isinstance(target, DenseTarget)
-        with torch.set_grad_enabled(with_gradient):
-            raw_nV = raw_nV.requires_grad_(with_gradient)
+        with torch.set_grad_enabled(self.with_gradient):
+            raw_nV = raw_nV.requires_grad_(self.with_gradient)
             logits_nV = replace(rows, values_nV=raw_nV).logits()
             logq_nV = logits_nV.log_softmax(-1)
             ce_n = -logq_nV.gather(1, labels_n[:, None])[:, 0]
@@ -142,7 +159,7 @@ class BlockLosses:
             total = raw_nV.new_zeros((), dtype=rows.dtype)
             for name, weight in weights.items():
                 total = total + weight * terms[name].sum(dtype=rows.dtype)
-            if with_gradient:
+            if self.with_gradient:
                 raw_nV = torch.autograd.grad(total, raw_nV)[0]
         return {name: value_n.detach() for name, value_n in terms.items()}, raw_nV
 
@@ -159,12 +176,7 @@ def named_kl(logq_E: Tensor, row_E: Tensor, target: NamedRows) -> tuple[Tensor, 
 
     KL = sum_i t_i (log t_i - log q_i) over the named tokens, and, where the target has a tail, one
     more summand with q_tail = 1 - sum_i q_i. The gradient is -t_i, and with a tail
-    -t_i + q_i t_tail / q_tail.
-
-    Args:
-        logq_E: log-probabilities of the student at the entries.
-        row_E: the row that owns each entry.
-        target: n rows.
+    -t_i + q_i t_tail / q_tail. `row_E` is the row that owns each entry.
 
     Source: Anshumann et al. 2025, arXiv 2503.16870. The tail is its ghost token.
     """
@@ -180,42 +192,6 @@ def named_kl(logq_E: Tensor, row_E: Tensor, target: NamedRows) -> tuple[Tensor, 
     tail_n = log_tail_n.exp()
     kl_n = kl_n + tail_n * (log_tail_n.clamp(min=LOG_FLOOR) - rest_n.log())
     return kl_n, logq_E.exp() * (tail_n / rest_n)[row_E] - t_E
-
-
-def named_divergence(
-    divergence: Divergence,
-    logq_E: Tensor,
-    row_E: Tensor,
-    target: NamedRows,
-    *,
-    with_gradient: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Any divergence on the named tokens and the tail: (n,) values and the (E,) gradient.
-
-    The support has S = largest number of entries + 1 tokens; the last one is the tail.
-    """
-    num_rows, starts = len(target), target.starts
-    place_E = torch.arange(len(row_E), device=row_E.device) - starts[row_E]
-    width = int(starts.diff().max()) if num_rows else 0
-    target_nS = logq_E.new_full((num_rows, width + 1), LOG_FLOOR)
-    target_nS[row_E, place_E] = target.logp.to(logq_E.dtype)
-    if target.log_tail is not None:
-        target_nS[:, width] = target.log_tail.to(logq_E.dtype)
-
-    logq_E, grad_E = logq_E.detach(), torch.zeros_like(logq_E)
-    with torch.set_grad_enabled(with_gradient):
-        logq_E.requires_grad_(with_gradient)
-        student_nS = logq_E.new_full((num_rows, width), LOG_FLOOR)
-        student_nS = student_nS.index_put((row_E, place_E), logq_E)
-        rest_n = _tail_mass(logq_E, row_E, num_rows)
-        # The floor bounds the value; the gradient passes through it.
-        rest_n = rest_n + (rest_n.clamp(min=TAIL_FLOOR) - rest_n).detach()
-        # A row that names every token has no tail, not one at the floor.
-        log_rest_n = torch.where(starts.diff() < target.vocab_size, rest_n.log(), LOG_FLOOR)
-        value_n = divergence(target_nS, torch.cat([student_nS, log_rest_n[:, None]], dim=1))
-        if with_gradient:
-            grad_E = torch.autograd.grad(value_n.sum(), logq_E)[0]
-    return value_n.detach(), grad_E
 
 
 def _tail_mass(logq_E: Tensor, row_E: Tensor, num_rows: int) -> Tensor:

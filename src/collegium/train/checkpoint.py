@@ -44,42 +44,39 @@ def commit(temporary: Path, final: Path) -> None:
     # checkpoint unusable, and its resume picks the highest number without falling back.
     if final.exists():
         raise TrainingError(f"{final}: exists; a committed folder is never overwritten")
-    _seal(temporary)
-    os.rename(temporary, final)
-    fsync(final.parent)
+    replace(temporary, final)
 
 
-def _seal(temporary: Path) -> None:
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    entries = [_entry(path, temporary) for path in files]
+def replace(temporary: Path, final: Path) -> None:
+    """Replace `final`, if it exists, by `temporary`, which is sealed first.
+
+    The swap is two renames. If the second one fails, the older folder is restored; if the process
+    is killed in between, `recover` restores it.
+    """
+    entries = []
+    for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+        fsync(path)
+        name, num_bytes = path.relative_to(temporary).as_posix(), path.stat().st_size
+        entries.append({"name": name, "bytes": num_bytes, "sha256": sha256_of(path)})
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
     fsync(manifest)
     # After a power loss a file exists only if its directory entry was flushed as well.
     for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
         fsync(folder)
-
-
-def replace(temporary: Path, final: Path) -> None:
-    """Replace an existing `final` by `temporary`, which is sealed first.
-
-    The swap is two renames. If the second one fails, the older folder is restored; if the process
-    is killed in between, `recover` restores it.
-    """
-    if not final.exists():
-        commit(temporary, final)
-        return
-    _seal(temporary)
     # No portable rename replaces a folder that is not empty, so the older one moves away first.
     old = final.with_name(f"{_OLD}{final.name}-{uuid.uuid4().hex[:8]}")
-    os.rename(final, old)
+    if final.exists():
+        os.rename(final, old)
     try:
         os.rename(temporary, final)
     except OSError:
-        os.rename(old, final)
+        if old.exists():
+            os.rename(old, final)
         raise
     fsync(final.parent)
-    shutil.rmtree(old)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def recover(final: Path) -> None:
@@ -115,23 +112,20 @@ def verify(folder: Path) -> None:
             "upgrade collegium"
         )
     for entry in entries:
-        path = folder / entry["name"]
+        path, problem = folder / entry["name"], None
         if not path.is_file():
-            raise TrainingError(f"{folder.name}: {entry['name']} is missing")
-        num_bytes = path.stat().st_size
-        if num_bytes != entry["bytes"]:
-            raise TrainingError(
-                f"{folder.name}: {entry['name']} has {num_bytes} bytes; must have {entry['bytes']}"
-            )
-        if sha256_of(path) != entry["sha256"]:
-            raise TrainingError(f"{folder.name}: {entry['name']} has a wrong sha256")
+            problem = "is missing"
+        elif (num_bytes := path.stat().st_size) != entry["bytes"]:
+            problem = f"has {num_bytes} bytes; must have {entry['bytes']}"
+        elif sha256_of(path) != entry["sha256"]:
+            problem = "has a wrong sha256"
+        if problem is not None:
+            raise TrainingError(f"{folder.name}: {entry['name']} {problem}")
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
     """Return the visible checkpoints of a run, newest first, without verifying them."""
-    if not run_folder.is_dir():
-        return []
-    folders = [path for path in run_folder.iterdir() if _NAME.match(path.name) and path.is_dir()]
+    folders = [path for path in run_folder.glob("*") if _NAME.match(path.name) and path.is_dir()]
     return sorted(folders, key=step_of, reverse=True)
 
 
@@ -213,14 +207,4 @@ def prune(run_folder: Path, *, keep: int) -> None:
 
 
 def _renamed(folder: Path, label: str) -> Path:
-    aside = folder.with_name(f"{label}-{step_of(folder)}-{uuid.uuid4().hex[:8]}")
-    return folder.rename(aside)
-
-
-def _entry(path: Path, root: Path) -> dict[str, str | int]:
-    fsync(path)
-    return {
-        "name": path.relative_to(root).as_posix(),
-        "bytes": path.stat().st_size,
-        "sha256": sha256_of(path),
-    }
+    return folder.rename(folder.with_name(f"{label}-{step_of(folder)}-{uuid.uuid4().hex[:8]}"))

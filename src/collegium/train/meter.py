@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from collegium.storage.files import write_text
@@ -51,10 +53,9 @@ class StepMeter:
         self._timed_rows += loss.num_rows
         self._term_weights = dict(loss.weights)
         self._add("loss", loss.total.detach())
-        for name, value in loss.terms.items():
-            self._add(f"terms/{name}", value)
-        for name, norm in loss.grad_norms.items():
-            self._add(f"grad_norms/{name}", norm)
+        for kind, values in {"terms": loss.terms, "grad_norms": loss.grad_norms}.items():
+            for name, value in values.items():
+                self._add(f"{kind}/{name}", value)
         if loss.teacher_weights_KN is not None:
             self._add("teachers", loss.teacher_weights_KN.sum(1))
             self._add_domains("domains", loss.teacher_weights_KN, samples_N)
@@ -65,10 +66,9 @@ class StepMeter:
             self._add_domains(f"conflict_domains/{name}", value_N[None], samples_N)
 
     def _add(self, name: str, value: Tensor) -> None:
-        total = self._sums.get(name)
         # No `.item()` here: every micro-batch would wait for the device.
         value = value.detach().float()
-        self._sums[name] = value.clone() if total is None else total + value
+        self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
 
     def _add_domains(self, name: str, values: Tensor, samples_N: Tensor) -> None:
         """Sum (..., N) values into (..., M)."""
@@ -79,69 +79,49 @@ class StepMeter:
         sums = values.new_zeros(*values.shape[:-1], len(self._domains))
         self._add(name, sums.index_add(-1, self._sample_domains[samples_N], values))
 
-    def row(self, gather: Callable[[Any], list[Any]] = lambda value: [value]) -> LossMeans:
-        """Return the means since the last row over all processes, and reset.
-
-        `gather` collects one value of every process.
-        """
-        parts = gather((self.state(), self._timed_rows))
-        num_tokens = sum(state["num_tokens"] for state, _ in parts)
-        timed_rows = sum(timed for _, timed in parts)
-        if len(parts) > 1:
-            self._sums, self._rows = _total([state for state, _ in parts])
-        rows = max(self._rows, 1)
-        norms = self._named("grad_norms/")
+    def row(self) -> LossMeans:
+        """Return the means since the last row over all processes, and reset."""
+        parts = gather_object([(self.state(), self._timed_rows)])
+        totals: dict[str, Tensor] = {}
+        for state, _ in parts:
+            for name, value in state["sums"].items():
+                tensor = torch.tensor(value, dtype=torch.float32)
+                totals[name] = totals[name] + tensor if name in totals else tensor
+        sums: dict[str, Any] = {name: total.tolist() for name, total in totals.items()}
+        rows = max(sum(state["rows"] for state, _ in parts), 1)
+        norms = _named(sums, "grad_norms/")
         total_norm = sum(norms.values())
         seconds = max(time.monotonic() - self._started, 1e-9)
-        loss = self._sums.get("loss")
-        is_measured = total_norm > 0
+        teachers = zip(self._teachers, sums.get("teachers", ()), strict=False)
+        columns = zip(self._teachers, sums.get("domains", ()), strict=False)
+        conflict: dict[str, Any] = {n: x / rows for n, x in _named(sums, "conflict/").items()}
+        rates = {name: value[0] for name, value in _named(sums, "conflict_domains/").items()}
+        if rates:
+            conflict["domains"] = self._by_domain(sums, rates)
         row = LossMeans(
-            loss=0.0 if loss is None else loss.item() / rows,
-            tokens_per_s=timed_rows / seconds,
-            num_tokens=num_tokens,
-            terms={name: value / rows for name, value in self._named("terms/").items()},
+            loss=sums.get("loss", 0.0) / rows,
+            tokens_per_s=sum(timed for _, timed in parts) / seconds,
+            num_tokens=sum(state["num_tokens"] for state, _ in parts),
+            terms={name: value / rows for name, value in _named(sums, "terms/").items()},
             term_weights=self._term_weights,
-            grad_shares={n: norm / total_norm for n, norm in norms.items()} if is_measured else {},
-            teacher_weights=self._teacher_weights(rows),
-            domain_weights=self._domain_weights(),
-            conflict=self._conflict(rows),
+            grad_shares={n: x / total_norm for n, x in norms.items()} if total_norm > 0 else {},
+            teacher_weights={name: value / rows for name, value in teachers},
+            domain_weights=self._by_domain(sums, dict(columns)),
+            conflict=ConflictEffect.model_validate(conflict),
         )
         self._clear()
         return row
 
-    def _named(self, prefix: str) -> dict[str, float]:
-        sums = {n: v for n, v in self._sums.items() if n.startswith(prefix)}
-        return {name.removeprefix(prefix): value.item() for name, value in sums.items()}
-
-    def _teacher_weights(self, rows: int) -> dict[str, float]:
-        if "teachers" not in self._sums:
-            return {}
-        sums = self._sums["teachers"].tolist()
-        return {name: value / rows for name, value in zip(self._teachers, sums, strict=True)}
-
-    def _domain_weights(self) -> dict[str, dict[str, float]]:
-        if "domains" not in self._sums:
-            return {}
-        counts = self._sums["domain_rows"].tolist()
-        columns = self._sums["domains"].t().tolist()
+    def _by_domain(
+        self, sums: Mapping[str, Any], columns: Mapping[str, Sequence[float]]
+    ) -> dict[str, dict[str, float]]:
+        """Means of (M,) sums over the rows of each domain that has some."""
+        counts = zip(self._domains, sums.get("domain_rows", ()), strict=False)
         return {
-            domain: {name: v / count for name, v in zip(self._teachers, column, strict=True)}
-            for domain, count, column in zip(self._domains, counts, columns, strict=True)
+            domain: {name: column[m] / count for name, column in columns.items()}
+            for m, (domain, count) in enumerate(counts)
             if count > 0
         }
-
-    def _conflict(self, rows: int) -> ConflictEffect:
-        means = {name: value / rows for name, value in self._named("conflict/").items()}
-        if not means or "domain_rows" not in self._sums:
-            return ConflictEffect.model_validate(means)
-        counts = self._sums["domain_rows"].tolist()
-        columns = {name: self._sums[f"conflict_domains/{name}"][0].tolist() for name in means}
-        domains = {
-            domain: {name: column[m] / counts[m] for name, column in columns.items()}
-            for m, domain in enumerate(self._domains)
-            if counts[m] > 0
-        }
-        return ConflictEffect.model_validate({**means, "domains": domains})
 
     def state(self) -> dict[str, Any]:
         """Return the state from which a resumed run continues the current row."""
@@ -164,21 +144,15 @@ class StepMeter:
         }
 
 
-def _total(states: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], int]:
-    """Add the sums and row counts of several processes."""
-    sums: dict[str, Tensor] = {}
-    for state in states:
-        for name, value in state["sums"].items():
-            tensor = torch.tensor(value, dtype=torch.float32)
-            sums[name] = sums[name] + tensor if name in sums else tensor
-    return sums, sum(state["rows"] for state in states)
+def _named(sums: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {n.removeprefix(prefix): value for n, value in sums.items() if n.startswith(prefix)}
 
 
+@dataclass(frozen=True)
 class RunLog:
     """`log.jsonl`: one JSON object per logged step, without duplicates."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def append(self, row: LogStep) -> None:
         """Append one row."""

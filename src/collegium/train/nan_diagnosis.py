@@ -5,10 +5,11 @@ Shapes: N rows, n block of rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from collegium.distributions import Answer, Distribution, HiddenRows
 from collegium.errors import TrainingError
@@ -26,41 +27,21 @@ def first_bad_rows(
 
     A logit of -inf is a token ruled out, not an error. Returns None if everything is finite.
     """
-    # Teachers first: their logits are inputs of the loss, so they cannot be a consequence of it.
-    rows = loss.rows
+    rows, sources = loss.rows, []
     for answer in answers:
         at_m = answer.rows
         scored = rows if at_m is None else rows.part(at_m.to(rows.samples.device))
-        is_bad_N = _bad_rows(answer.distribution, len(scored))
+        sources.append((f"teacher `{answer.name}`", answer.distribution, scored))
+    # Teachers first: their logits are inputs of the loss, so they cannot be a consequence of it.
+    for name, distribution, scored in (*sources, ("the student's logits", student, rows)):
+        is_bad_N = _bad_rows(distribution, len(scored))
         if is_bad_N.any():
-            return f"teacher `{answer.name}`", scored.samples[is_bad_N]
-    is_bad_N = _bad_rows(student, len(rows))
-    if is_bad_N.any():
-        return "the student's logits", rows.samples[is_bad_N]
-    for name, value in loss.terms.items():
+            return name, scored.samples[is_bad_N]
+    terms = {f"the loss term `{name}`": value for name, value in loss.terms.items()}
+    for name, value in {**terms, "the sum of the loss terms": loss.total}.items():
         if not torch.isfinite(value):
-            return f"the loss term `{name}`", rows.samples
-    if not torch.isfinite(loss.total):
-        return "the sum of the loss terms", rows.samples
+            return name, rows.samples
     return None
-
-
-def bad_gradients(named: Iterator[tuple[str, nn.Parameter]]) -> list[str]:
-    """Return the names of the parameters whose gradient is not finite."""
-    return [
-        name
-        for name, parameter in named
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
-    ]
-
-
-def sample_list(samples: Tensor, names: list[str] | None) -> str:
-    """Format samples as `samples 3, 7, ...`, by name if they have one."""
-    numbers: list[int] = samples.unique().tolist()
-    titles = names or []
-    shown = [titles[n] if 0 <= n < len(titles) else str(n) for n in numbers]
-    more = f" and {len(shown) - _MAX_SHOWN} more" if len(shown) > _MAX_SHOWN else ""
-    return f"samples {', '.join(shown[:_MAX_SHOWN])}{more}"
 
 
 def _bad_rows(distribution: Distribution, num_rows: int) -> Tensor:
@@ -76,36 +57,41 @@ def _bad_rows(distribution: Distribution, num_rows: int) -> Tensor:
 class NanGuard:
     """Refuses an optimizer step whose loss or gradients are not finite, and names the cause."""
 
-    def __init__(self, step: DistillStep) -> None:
+    def __init__(self, step: DistillStep, names: Sequence[str] = ()) -> None:
+        """Name samples by `names`, else by their number."""
         self._step = step
+        self._names = names
         self._micro_batches: list[Mapping[str, Tensor]] = []
-        self._loss: Tensor | None = None
+        self._losses: list[Tensor] = []
 
     def add(self, inputs: Mapping[str, Tensor], loss: Tensor) -> None:
         """Add a micro-batch and its loss, detached."""
         self._micro_batches.append(inputs)
-        self._loss = loss if self._loss is None else self._loss + loss
+        self._losses.append(loss)
 
-    def check(self, step: int, names: list[str] | None) -> None:
+    def check(self, step: int) -> None:
         """Check the micro-batches since the last call, before the optimizer step.
 
         Raises:
             TrainingError: loss or gradients are not finite. Nothing was updated.
         """
-        micro_batches, loss = self._micro_batches, self._loss
-        self._micro_batches, self._loss = [], None
-        if loss is None:
-            return
+        micro_batches, loss = self._micro_batches, cast(Tensor, sum(self._losses))
+        self._micro_batches, self._losses = [], []
         grads = [p.grad for p in self._step.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         # One synchronization per step, beside those of choosing rows and of the teachers' checks.
         if bool(torch.isfinite(loss) & torch.isfinite(norm)):
             return
         part, samples = self._diagnose(micro_batches)
+        numbers: list[int] = samples.unique().tolist()
+        known = range(len(self._names))
+        shown = [self._names[n] if n in known else str(n) for n in numbers]
+        more = f" and {len(shown) - _MAX_SHOWN} more" if len(shown) > _MAX_SHOWN else ""
         raise TrainingError(
             f"step {step}: got loss {loss.item():g} with gradient norm {norm.item():g}, first seen "
-            f"in {part}, {sample_list(samples, names)}; must be finite; nothing was updated or "
-            "saved; look at these samples, run that part in float32 or lower learning_rate"
+            f"in {part}, samples {', '.join(shown[:_MAX_SHOWN])}{more}; must be finite; nothing "
+            "was updated or saved; look at these samples, run that part in float32 or lower "
+            "learning_rate"
         )
 
     @torch.no_grad()
@@ -117,6 +103,7 @@ class NanGuard:
             if bad is not None:
                 return bad
             samples.append(loss.rows.samples)
-        names = bad_gradients(self._step.named_parameters())
-        part = f"the gradient of {names[0]}" if names else "the norm of all gradients together"
-        return part, torch.cat(samples)
+        for name, parameter in self._step.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                return f"the gradient of {name}", torch.cat(samples)
+        return "the norm of all gradients together", torch.cat(samples)

@@ -1,6 +1,6 @@
-"""The objective: the factors of its terms, and their sums over blocks of rows.
+"""The objective: the factors of its terms, their target and their blocks of rows.
 
-Shapes: N rows, n rows of one block, V vocabulary, K teachers.
+Shapes: N rows, n rows of one block, V vocabulary.
 
 `train.step` loops over the blocks. The trainer divides once, by the number of target tokens of the
 whole optimizer step.
@@ -8,20 +8,17 @@ whole optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from collegium.distributions import Answer, HiddenRows
 from collegium.errors import RecipeError, TrainingError
-from collegium.fusion.conflict import ConflictBlock
 from collegium.fusion.fuse import Fusion, Target, TargetBlock, fuse
 from collegium.fusion.requirements import Requirement, fusion_requirements
-from collegium.kernels.backends import kernels_for
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
 from collegium.losses.divergences import ForwardKL
-from collegium.losses.engine import BlockEngine, fitted_block_size
+from collegium.losses.engine import BlockEngine, default_block_size
 from collegium.losses.features import FeatureLoss
 from collegium.losses.terms import TRUTH, BlockLosses, softened_
 from collegium.train.options import ObjectiveOptions
@@ -47,12 +44,9 @@ class Objective(nn.Module):
         *,
         features: FeatureLoss | None = None,
     ) -> None:
-        """Combine the parts.
+        """Combine the parts: `fusion` is None for training on labels only.
 
-        Args:
-            options: the `objective` section of a recipe.
-            fusion: rule that fuses the teachers; None for training on labels.
-            features: feature terms; their adapters train with the student.
+        The adapters of the feature terms train with the student.
         """
         super().__init__()
         self.options = options
@@ -80,10 +74,6 @@ class Objective(nn.Module):
         needs = self.options.requirements() if self.needs_teachers else []
         return needs + ([] if self.fusion is None else fusion_requirements(self.fusion))
 
-    def kernels(self, device: torch.device) -> RowKernels:
-        """Kernels of the chosen backend."""
-        return kernels_for(self.options.backend, device)
-
     def term_weights(self, *, has_target: bool) -> dict[str, float]:
         """Factors of the terms over the vocabulary; terms without weight are omitted."""
         if not has_target:
@@ -109,83 +99,34 @@ class Objective(nn.Module):
 
     def engine(self, student: HiddenRows, target: Target | None) -> BlockEngine:
         """The block engine of the student, with blocks that fit in memory."""
-        num_bytes: int | None = student.head.weight.element_size()
-        if target is not None and not isinstance(self.options.divergence, ForwardKL):
-            num_bytes = None
-        elif target is not None:
-            is_softened = self.options.temperature != 1.0
+        num_bytes, is_softened = student.head.weight.element_size(), self.options.temperature != 1.0
+        if target is not None:
             num_bytes = target.bytes_per_logit(num_bytes, is_softened=is_softened)
-        size = self.options.block_size or fitted_block_size(
-            student.hidden.shape[0],
+        has_closed_form = target is None or isinstance(self.options.divergence, ForwardKL)
+        size = self.options.block_size or default_block_size(
             student.head.weight.shape[0],
             student.hidden.device,
-            bytes_per_logit=num_bytes,
+            num_rows=len(student),
+            bytes_per_logit=num_bytes if has_closed_form else None,
             megabytes=self.options.block_megabytes,
         )
         return BlockEngine(student.hidden, student.head, workspace=self.workspace, block_size=size)
 
     def losses(
-        self, labels_n: Tensor, block: TargetBlock | None, kernels: RowKernels
+        self, labels_n: Tensor, block: TargetBlock | None, kernels: RowKernels, *, is_trained: bool
     ) -> BlockLosses:
         """The terms over the vocabulary at n rows; values of a full target are overwritten."""
-        divergence = self.options.divergence
-        if block is None:
-            return BlockLosses(labels_n, None, kernels, divergence)
-        target = block.target
+        target, divergence = None if block is None else block.target, self.options.divergence
         if isinstance(target, DenseTarget):
             target = softened_(target, self.options.temperature, divergence, kernels)
-        factor_n = None if block.conflict is None else block.conflict.kd_factor_n
-        return BlockLosses(labels_n, target, kernels, divergence, factor_n)
+        conflict = None if block is None else block.conflict
+        factor_n = None if conflict is None else conflict.kd_factor_n
+        return BlockLosses(labels_n, target, kernels, divergence, factor_n, is_trained)
 
     def end_step(self) -> None:
         """Update dynamic scales after an optimizer step; they are constant within one."""
         if self.features is not None:
             self.features.end_step()
-
-
-class TermSums:
-    """Sums over the blocks of a batch, which end as a `LossSum`."""
-
-    def __init__(self, weights: Mapping[str, float], zero: Tensor, *, measure: bool) -> None:
-        """Start from a scalar zero in the dtype of the sums."""
-        self.norms = {name: zero.clone() for name in weights} if measure else {}
-        """Squared gradient norm of each weighted term; empty unless measured."""
-        self._weights = weights
-        self._zero = zero
-        self._terms = {name: zero.clone() for name in weights}
-        self._weights_Kn: list[Tensor] = []
-        self._conflicts: list[ConflictBlock] = []
-
-    def add(self, terms: Mapping[str, Tensor], target: TargetBlock | None) -> None:
-        """Add the (n,) terms of one block, and keep its weights and conflicts."""
-        for name, value_n in terms.items():
-            self._terms[name] += value_n.sum(dtype=self._zero.dtype)
-        # Not the target itself: over all blocks that would be (N, V).
-        if target is not None and target.weights_Kn is not None:
-            self._weights_Kn.append(target.weights_Kn)
-        if target is not None and target.conflict is not None:
-            self._conflicts.append(target.conflict)
-
-    def loss(self, engine: BlockEngine, rows: Rows) -> LossSum:
-        """The weighted sum of the terms, with the gradients of the engine, and its record."""
-        total = self._zero.clone()
-        for name, weight in self._weights.items():
-            total = total + weight * self._terms[name]
-        conflict: dict[str, Tensor] = {}
-        if self._conflicts:
-            conflict = {
-                "disagreement": torch.cat([block.disagreement_n for block in self._conflicts]),
-                "applied": torch.cat([block.applied_n for block in self._conflicts]),
-            }
-        return LossSum(
-            total=engine.attach(total),
-            terms=self._terms,
-            weights=self._weights,
-            grad_norms={name: norm.sqrt() for name, norm in self.norms.items()},
-            rows=rows,
-            teacher_weights_KN=torch.cat(self._weights_Kn, dim=1) if self._weights_Kn else None,
-            conflict=conflict,
-        )
 
 
 class InertTermCheck:
@@ -210,15 +151,11 @@ class InertTermCheck:
             return
         self._seen += 1
         for name, norm in loss.grad_norms.items():
-            if name == TRUTH:
-                continue
-            has_moved = loss.weights[name] == 0 or bool(norm != 0)
-            self._moved[name] = self._moved.get(name, False) or has_moved
-        if self._seen < self._num_steps:
-            return
-        for name, has_moved in self._moved.items():
-            if not has_moved:
-                raise TrainingError(
-                    f"term `{name}`: got no gradient in the first {self._num_steps} steps; must "
-                    "train the student; set its weight to 0, or unfreeze what it reads"
-                )
+            is_moving = name == TRUTH or loss.weights[name] == 0 or bool(norm != 0)
+            self._moved[name] = is_moving or self._moved.get(name, False)
+        inert = [name for name, has_moved in self._moved.items() if not has_moved]
+        if self._seen == self._num_steps and inert:
+            raise TrainingError(
+                f"term `{inert[0]}`: got no gradient in the first {self._num_steps} steps; must "
+                "train the student; set its weight to 0, or unfreeze what it reads"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from collegium.distributions import Capability
+from collegium.errors import TrainingError
 from collegium.fusion.requirements import Requirement
 from collegium.kernels.backends import Backend
 from collegium.losses.divergences import DIVERGENCES, Divergence, ForwardKL
@@ -19,14 +21,9 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 Scheduler = Literal[
-    "linear",
-    "cosine",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "cosine_with_min_lr",
+    "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr",
     "warmup_stable_decay",
-]
+]  # fmt: skip
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"]
 
 
@@ -136,52 +133,55 @@ def training_arguments(
 ) -> TrainingArguments:
     """Translate the options to transformers: no external reporting, no filtering, all seeded.
 
-    Args:
-        options: the recipe's `train` section.
-        output_dir: folder of the log and the checkpoints.
-        seed: seed of dropout and of the data order.
-        on_cpu: True stays on the CPU. None uses an accelerator if there is one.
+    The folder `output_dir` is for the log and the checkpoints, the seed for dropout and the data
+    order. `on_cpu` None uses an accelerator if there is one.
     """
     import torch
     from transformers import TrainingArguments
 
     on_accelerator = torch.accelerator.is_available() if on_cpu is None else not on_cpu
+    named_alike = dataclasses.asdict(options)
+    is_checkpointed = named_alike.pop("gradient_checkpointing")
     arguments = TrainingArguments(
+        **named_alike,
         output_dir=str(output_dir),
         seed=seed,
-        # Without it the data order would depend on the random numbers drawn before.
-        data_seed=seed,
         use_cpu=not on_accelerator,
         dataloader_pin_memory=on_accelerator,
         report_to="none",
         disable_tqdm=True,
-        # The student's `forward` takes no sample, domain or teacher ids; keep these columns.
-        remove_unused_columns=False,
-        # By default transformers replaces a NaN loss in the log by the running mean.
-        logging_nan_inf_filter=False,
         logging_strategy="steps",
         save_strategy="steps",
-        learning_rate=options.learning_rate,
-        max_steps=options.max_steps,
-        num_train_epochs=options.num_train_epochs,
-        per_device_train_batch_size=options.per_device_train_batch_size,
-        per_device_eval_batch_size=options.per_device_eval_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        warmup_steps=options.warmup_steps,
-        lr_scheduler_type=options.lr_scheduler_type,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        optim=options.optim,
-        bf16=options.bf16,
-        logging_steps=options.logging_steps,
-        save_steps=options.save_steps,
-        save_total_limit=options.save_total_limit,
-        dataloader_num_workers=options.dataloader_num_workers,
-        torch_compile=options.torch_compile,
     )
     # Set afterwards: transformers 6 renames this argument, and both names are read here.
-    arguments.gradient_checkpointing = options.gradient_checkpointing
-    arguments.activation_checkpointing = options.gradient_checkpointing
+    arguments.gradient_checkpointing = arguments.activation_checkpointing = is_checkpointed
+    adopt_arguments(arguments)
     return arguments
+
+
+def adopt_arguments(args: TrainingArguments) -> None:
+    """Set the arguments that our trainer depends on, and refuse those that it does not support.
+
+    Raises:
+        TrainingError: an argument has an unsupported value.
+    """
+    smoothing = args.label_smoothing_factor
+    problems = [
+        (args.n_gpu > 1, "n_gpu", args.n_gpu, "at most 1; set CUDA_VISIBLE_DEVICES to one device"),
+        (bool(args.fsdp), "fsdp", args.fsdp, "empty; wrap `DistillStep` in your own loop"),
+        (args.deepspeed is not None, "deepspeed", "a config", "None; use DDP"),
+        (args.fp16, "fp16", args.fp16, "False; use bf16"),
+        (smoothing != 0, "label_smoothing_factor", smoothing, "0"),
+        (args.load_best_model_at_end, "load_best_model_at_end", True, "False; use the checkpoints"),
+        (args.save_total_limit == 1, "save_total_limit", 1, "at least 2, in case one is damaged"),
+    ]
+    for is_wrong, name, value, expected in problems:
+        if is_wrong:
+            raise TrainingError(f"{name}: got {value}; must be {expected}")
+    # The student's `forward` takes no sample, domain or teacher ids; keep these columns.
+    args.remove_unused_columns = False
+    # The filter would hide a NaN from the log; a step that is not finite is refused instead.
+    args.logging_nan_inf_filter = False
+    if args.data_seed is None:
+        # The order of the data must not depend on other users of the global generators.
+        args.data_seed = args.seed

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from collegium.distributions import Answer, HiddenRows, Teacher
 from collegium.fusion.fuse import Target, TargetSource
 from collegium.fusion.routing import score_teachers
+from collegium.kernels.backends import kernels_for
 from collegium.models.forward import forward_rows
-from collegium.train.objective import Objective, TermSums
+from collegium.train.objective import Objective
 from collegium.types import Batch, LossSum, Rows
 
 
@@ -42,12 +43,8 @@ class DistillStep(nn.Module):
     ) -> None:
         """Combine the parts; teachers are not submodules, and stay frozen.
 
-        Args:
-            student: the trained model.
-            objective: the loss.
-            vocab_size: V, without the padding rows of the head.
-            teachers: scored at each step.
-            targets: finished targets to train on instead.
+        `vocab_size` is V, without the padding rows of the head. Teachers are scored at each step,
+        `targets` are finished ones to train on instead.
         """
         super().__init__()
         self.student = student
@@ -61,9 +58,8 @@ class DistillStep(nn.Module):
     ) -> tuple[Tensor, LossSum]:
         """Sum the loss over the trained positions of a batch.
 
-        Args:
-            inputs: the tensors of a collator, see `Batch.from_inputs`.
-            measure: also measure the gradient norm of each term.
+        `inputs` are the tensors of a collator, see `Batch.from_inputs`. `measure` also measures the
+        gradient norm of each term.
 
         Returns:
             The sum as a tensor that hooks can see, and its record. Without rows the sum is zero
@@ -76,26 +72,18 @@ class DistillStep(nn.Module):
         self, inputs: Mapping[str, Tensor], *, measure: bool = False
     ) -> tuple[HiddenRows, list[Answer], LossSum]:
         """The student's hidden states, the answers of the teachers, and the loss of a batch."""
-        batch = Batch.from_inputs(inputs)
-        rows = batch.rows()
-        taps = self.objective.student_taps
+        objective, batch = self.objective, Batch.from_inputs(inputs)
+        rows, taps = batch.rows(), objective.student_taps
         student = forward_rows(self.student, batch, rows, vocab_size=self.vocab_size, taps=taps)
         # Only the student's layers run under autocast; teachers and losses keep their own dtypes.
         with torch.autocast(batch.input_ids.device.type, enabled=False):
-            answers = self.score(batch, rows)
+            answers = []
+            if self.teachers and objective.needs_teachers:
+                tapped = {t.name: objective.teacher_taps(t.name) for t in self.teachers}
+                answers = score_teachers(self.teachers, batch, rows, objective.fusion, taps=tapped)
             target = None if self.targets is None else self.targets.target(batch, rows)
-            loss = row_losses(
-                self.objective, student, answers, rows, target=target, measure=measure
-            )
+            loss = row_losses(objective, student, answers, rows, target=target, measure=measure)
         return student, answers, loss
-
-    def score(self, batch: Batch, rows: Rows) -> list[Answer]:
-        """Score the rows with the teachers that any term reads."""
-        if not self.teachers or not self.objective.needs_teachers:
-            return []
-        names = [teacher.name for teacher in self.teachers]
-        taps = {name: self.objective.teacher_taps(name) for name in names}
-        return score_teachers(self.teachers, batch, rows, self.objective.fusion, taps=taps)
 
 
 def row_losses(
@@ -110,10 +98,7 @@ def row_losses(
     """Sum all terms over the rows.
 
     Args:
-        objective: options, fusion and feature terms.
-        student: hidden states, head and taps of the student.
         answers: of the teachers; empty for training on labels or on a finished target.
-        rows: labels, documents and domains of the rows.
         target: a finished target; else the answers are fused.
         measure: also measure the gradient norm of each term, at the cost of a pass per term.
 
@@ -121,28 +106,44 @@ def row_losses(
         RecipeError: teachers have a share of the loss, and there is no fusion.
     """
     weights = objective.term_weights(has_target=target is not None or len(answers) > 0)
-    kernels = objective.kernels(student.hidden.device)
+    kernels = kernels_for(objective.options.backend, student.hidden.device)
     if "kd" not in weights:
         target = None
     elif target is None:
         target = objective.fuse(answers, rows, kernels)
     engine = objective.engine(student, target)
-    sums = TermSums(weights, student.hidden.new_zeros((), dtype=engine.dtype), measure=measure)
+    zero = student.hidden.new_zeros((), dtype=engine.dtype)
+    sums = {name: zero.clone() for name in weights}
+    square_norms = {name: zero.clone() for name in weights} if measure else {}
+    weights_Kn, conflicts = [], []
     with torch.no_grad():
         for block in engine:
             target_n = None if target is None else target.block(block)
-            losses = objective.losses(rows.labels[block], target_n, kernels)
-            if engine.is_trained:
-                for name in sums.norms:
-                    _, gradient_nV = losses.terms_(engine.project(block), {name: weights[name]})
-                    sums.norms[name] += engine.square_norm(gradient_nV)
-            terms, gradient_nV = losses.terms_(
-                engine.project(block), weights, with_gradient=engine.is_trained
-            )
+            labels_n = rows.labels[block]
+            losses = objective.losses(labels_n, target_n, kernels, is_trained=engine.is_trained)
+            for name in square_norms if engine.is_trained else ():
+                _, gradient_nV = losses.terms_(engine.project(block), {name: weights[name]})
+                square_norms[name] += engine.square_norm(gradient_nV)
+            terms, gradient_nV = losses.terms_(engine.project(block), weights)
             engine.accumulate(block, gradient_nV)
-            sums.add(terms, target_n)
+            for name, value_n in terms.items():
+                sums[name] += value_n.sum(dtype=engine.dtype)
+            # Not the target itself: over all blocks that would be (N, V).
+            if target_n is not None and target_n.weights_Kn is not None:
+                weights_Kn.append(target_n.weights_Kn)
+            if target_n is not None and target_n.conflict is not None:
+                conflicts.append((target_n.conflict.disagreement_n, target_n.conflict.applied_n))
     objective.workspace.release()
-    loss = sums.loss(engine, rows)
+    measured = map(torch.cat, zip(*conflicts, strict=True))
+    loss = LossSum(
+        total=engine.attach(sum((weights[name] * sums[name] for name in weights), start=zero)),
+        terms=sums,
+        weights=weights,
+        grad_norms={name: norm.sqrt() for name, norm in square_norms.items()},
+        rows=rows,
+        teacher_weights_KN=torch.cat(weights_Kn, dim=1) if weights_Kn else None,
+        conflict=dict(zip(("disagreement", "applied"), measured, strict=False)),
+    )
     if objective.features is None or not answers:
         return loss
     return objective.features.added_to(loss, student.features, answers, measure=measure)

@@ -8,6 +8,7 @@ Shapes: B batch, T time, N rows, K teachers, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from pathlib import Path
@@ -29,24 +30,20 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils.generic import flatten_dict
 
 from collegium.data.pack import Collator, PackedDataset
+from collegium.distributions import Teacher
 from collegium.errors import Interrupted, TrainingError
 from collegium.fusion import requirements
-from collegium.fusion.fuse import TargetSource
+from collegium.fusion.fuse import Fusion, TargetSource
 from collegium.storage.records import LogStep
-from collegium.train import state
+from collegium.teachers.local import LocalTeacher
+from collegium.train import checkpoint, options, state
 from collegium.train.meter import RunLog, StepMeter
 from collegium.train.nan_diagnosis import NanGuard
 from collegium.train.objective import InertTermCheck, Objective
 from collegium.train.options import TrainOptions, training_arguments
-from collegium.train.parts import (
-    LiveTeachers,
-    adopt_arguments,
-    default_objective,
-    named_teachers,
-    vocabulary_size,
-)
 from collegium.train.progress import StopCallback, TrainingProgress
 from collegium.train.resume import Checkpointer
 from collegium.train.step import DistillStep
@@ -54,6 +51,7 @@ from collegium.types import IGNORE, Batch, LossSum
 
 __all__ = ["DistillTrainer", "TrainOptions", "training_arguments"]
 
+LiveTeachers = Sequence[Teacher | PreTrainedModel] | Mapping[str, Teacher | PreTrainedModel]
 _MEASURED_STEPS = 3
 """First steps that are always measured, to find terms without a gradient."""
 
@@ -100,23 +98,22 @@ class DistillTrainer(Trainer):
             processing_class: the tokenizer, saved with every student. Gives V, else the head does.
             data_collator: makes a batch of items; `Collator` by default.
             compute_metrics: as in `Trainer`, over the student's logits.
-            preprocess_logits_for_metrics: as in `Trainer`.
             callbacks: more callbacks; a `TrainingProgress` replaces the default one.
-            optimizers: optimizer and scheduler, where not chosen by `args`.
-            optimizer_cls_and_kwargs: as in `Trainer`.
             identity: digests that a resumed run must find unchanged.
+
+        The other arguments are those of `Trainer`.
 
         Raises:
             TrainingError: an argument is not supported.
             RecipeError: the objective or its fusion needs what the teachers cannot give.
         """
         args = args or training_arguments(TrainOptions(), output_dir="runs/student", seed=42)
-        adopt_arguments(args)
+        options.adopt_arguments(args)
         self.run_folder = Path(args.output_dir or "runs/student")
         self._use_cache = model.config.use_cache
-        self._stop = StopCallback()
-        shown = [c for c in callbacks or () if isinstance(c, TrainingProgress)]
-        self._progress = shown[0] if shown else TrainingProgress()
+        self._stop, callbacks = StopCallback(), list(callbacks or ())
+        if not any(isinstance(callback, TrainingProgress) for callback in callbacks):
+            callbacks.append(TrainingProgress())
         super().__init__(
             model=model,
             args=args,
@@ -126,11 +123,7 @@ class DistillTrainer(Trainer):
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            callbacks=[
-                *(c for c in callbacks or () if c is not self._progress),
-                self._stop,
-                self._progress,
-            ],
+            callbacks=[*callbacks, self._stop],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
@@ -141,13 +134,11 @@ class DistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         vocab_size = vocabulary_size(model, processing_class)
         named = named_teachers(teachers, model, vocab_size, args.device)
-        objective = (objective or default_objective(named)).to(args.device)
-        if targets is None:
-            needs, sources = objective.requirements(), [t.capabilities for t in named]
-        else:
-            # The fusion of a finished target is built in.
-            needs, sources = objective.options.requirements(), [targets.capabilities]
-        requirements.check(needs, sources)
+        fusion = Fusion() if named else None
+        objective = (objective or Objective(options.ObjectiveOptions(), fusion)).to(args.device)
+        # The fusion of a finished target is built in.
+        part, sources = (objective, named) if targets is None else (objective.options, [targets])
+        requirements.check(part.requirements(), [source.capabilities for source in sources])
         self.step = DistillStep(
             model, objective, vocab_size=vocab_size, teachers=named, targets=targets
         )
@@ -156,7 +147,8 @@ class DistillTrainer(Trainer):
         self._log = RunLog(self.run_folder / "log.jsonl")
         self._meter = self._new_meter()
         self._inert = InertTermCheck(_MEASURED_STEPS)
-        self._guard = NanGuard(self.step)
+        names = train_dataset.sample_names if isinstance(train_dataset, PackedDataset) else ()
+        self._guard = NanGuard(self.step, names)
         self._evaluated: list[LossSum] = []
         # Compiling the step would trace the losses, whose loop length depends on the batch.
         cast(TorchDynamoPlugin, self.accelerator.state.dynamo_plugin).backend = DynamoBackend.NO
@@ -165,18 +157,13 @@ class DistillTrainer(Trainer):
 
     # The step
 
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
-    ) -> tuple[nn.Module, Any]:
+    def _prepare_for_training(self, *arguments: Any, **named: Any) -> tuple[nn.Module, Any]:
         student = self.model
         self.model = self.model_wrapped = self.step
         try:
-            prepared = super()._prepare_for_training(
-                max_steps, train_dataloader, resume_from_checkpoint
-            )
+            return super()._prepare_for_training(*arguments, **named)
         finally:
             self.model = self.callback_handler.model = student
-        return prepared
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """Create the optimizer, with the objective's adapters as one more group without decay."""
@@ -196,12 +183,9 @@ class DistillTrainer(Trainer):
         samples = list(islice(epoch_iterator, num_batches))
         if samples:
             samples[-1] = self._without_repeats(samples[-1])
-        num_rows = torch.zeros((), dtype=torch.int64, device=device)
-        for inputs in samples:
-            num_rows += Batch.from_inputs(inputs).num_rows().to(device)
-        if self.args.world_size > 1:
-            num_rows = cast(Tensor, self.accelerator.reduce(num_rows))
-        return samples, num_rows.clamp(min=1)
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        num_rows = sum((Batch.from_inputs(x).num_rows().to(device) for x in samples), start=zero)
+        return samples, cast(Tensor, self.accelerator.reduce(num_rows)).clamp(min=1)
 
     def _without_repeats(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Leave out windows that Accelerate repeats to fill the last batch of each process."""
@@ -213,10 +197,7 @@ class DistillTrainer(Trainer):
         return {**inputs, "labels": labels}
 
     def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
     ) -> Tensor:
         """Run forward and backward of a micro-batch; refuse a step that is not finite."""
         step = self.state.global_step + 1
@@ -226,39 +207,28 @@ class DistillTrainer(Trainer):
             raise TrainingError(f"step {step}: {error}; nothing was updated or saved") from error
         self._guard.add(inputs, loss)
         if self.accelerator.sync_gradients:
-            dataset = self.train_dataset
-            names = dataset.sample_names if isinstance(dataset, PackedDataset) else None
-            self._guard.check(step, names)
+            self._guard.check(step)
             self.step.objective.end_step()
         return loss
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of the step per target token; the `LossSum` is the output."""
         if model is self.model:  # an evaluation, or a direct call
             with self.accelerator.autocast():
                 total, loss = self.step(inputs)
         else:
-            measure = model.training and self._is_measured()
-            total, loss = model(inputs, measure=measure)
+            step, every = self.state.global_step + 1, max(int(self.state.logging_steps), 1)
+            is_due = step <= _MEASURED_STEPS or step % every == 0 or step >= self.state.max_steps
+            total, loss = model(inputs, measure=model.training and is_due)
             if model.training:
                 self._meter.add(loss)
-            if measure:
                 self._inert(loss)
         num_tokens = max(loss.num_rows, 1) if num_items_in_batch is None else num_items_in_batch
         # DDP and FSDP average over the processes, and the token count is already global.
         mean = total * (self.args.world_size if model.training else 1) / num_tokens
         return (mean, loss) if return_outputs else mean
-
-    def _is_measured(self) -> bool:
-        step = self.state.global_step + 1
-        every = max(int(self.state.logging_steps), 1)
-        return step <= _MEASURED_STEPS or step % every == 0 or step >= self.state.max_steps
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         # Not the adapters: their gradients are on another scale, and would shrink the student's.
@@ -272,15 +242,13 @@ class DistillTrainer(Trainer):
         if "loss" in logs:
             head = {**logs, "step": self.state.global_step, "epoch": self.state.epoch}
             # The meter's `loss` replaces the trainer's, a mean over steps instead of tokens.
-            row = LogStep(**{**head, **dict(self._meter.row(self._gather))})
+            row = LogStep(**{**head, **dict(self._meter.row())})
             if self.is_world_process_zero():
                 self._log.append(row)
-            logs = {**logs, **_flat(row.to_json())}
-            logs.pop("step")
+            # The form that trackers expect: `{"terms/kd": 1}`.
+            flat = flatten_dict(row.to_json(), delimiter="/")
+            logs = logs | {k: value for k, value in flat.items() if k != "step" and value != {}}
         super().log(logs, start_time)
-
-    def _gather(self, value: Any) -> list[Any]:
-        return gather_object([value]) if self.args.world_size > 1 else [value]
 
     def evaluation_loop(
         self,
@@ -296,28 +264,21 @@ class DistillTrainer(Trainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        sums = {"loss": 0.0}
-        num_rows = 0
+        ours: Counter[str] = Counter()
         for loss in self._evaluated:
-            sums["loss"] += loss.total.item()
-            for name, value in loss.terms.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
-            num_rows += loss.num_rows
-        parts = self._gather((sums, num_rows))
-        num_rows = sum(part[1] for part in parts)
-        metrics = output.metrics or {}
-        for name in sums:
-            total = sum(part[0].get(name, 0.0) for part in parts)
-            metrics[f"{metric_key_prefix}_{name}"] = total / max(num_rows, 1)
-        metrics[f"{metric_key_prefix}_num_tokens"] = num_rows
+            values = {"loss": loss.total, **loss.terms}
+            ours.update({name: value.item() for name, value in values.items()})
+            ours["num_tokens"] += loss.num_rows
+        sums: Counter[str] = Counter(loss=0, num_tokens=0)
+        for part in gather_object([ours]):
+            sums.update(part)
+        num_tokens, prefix = sums.pop("num_tokens"), metric_key_prefix
+        means = {f"{prefix}_{name}": value / max(num_tokens, 1) for name, value in sums.items()}
+        metrics = {**(output.metrics or {}), **means, f"{prefix}_num_tokens": num_tokens}
         return output._replace(metrics=metrics)
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The mean loss of a batch; (B, T, V) logits exist only where metrics are computed."""
         inputs = dict(self._without_repeats(self._prepare_inputs(inputs)))
@@ -346,21 +307,22 @@ class DistillTrainer(Trainer):
             TrainingError: a step is not finite, or no checkpoint is valid.
             Interrupted: SIGINT or SIGTERM was received; a checkpoint was saved.
         """
-        source = self._checkpointer.source(resume_from_checkpoint, self.fingerprint())
-        step = self._checkpointer.prepare(source)
+        source, step = self._checkpointer.start(resume_from_checkpoint, self.fingerprint())
         self._log.truncate(step)
         self._meter = self._new_meter()
-        if source is not None and step >= self._checkpointer.last_step(self):
-            return self._checkpointer.finished(self, source)
+        if source is not None and (done := self._checkpointer.finished(self, source)):
+            return done
         try:
-            with self._stop.fresh_signals() as signals:
+            with self._stop.catching():
                 resume = None if source is None else str(source)
                 result = super().train(resume, trial, ignore_keys_for_eval)
         finally:
-            self._progress.close()
-        if signals.received and self.state.global_step < self.state.max_steps:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, TrainingProgress):
+                    callback.close()
+        if self._stop.received and self.state.global_step < self.state.max_steps:
             raise Interrupted(
-                f"{signals.received}: stopped after step {self.state.global_step} of "
+                f"{self._stop.received}: stopped after step {self.state.global_step} of "
                 f"{self.state.max_steps}; a checkpoint was saved in {self.run_folder}; resume to "
                 "continue"
             )
@@ -373,7 +335,14 @@ class DistillTrainer(Trainer):
             TrainingError: `path` holds something that this trainer did not write.
         """
         if self.args.should_save:
-            self._checkpointer.save_student(Path(path), self._write_student)
+            path = Path(path)
+            checkpoint.recover(path)
+            is_ours = (path / checkpoint.MANIFEST).exists()
+            if path.exists() and any(path.iterdir()) and not is_ours:
+                raise TrainingError(f"{path}: is in use; must be free for the student; use another")
+            temporary = checkpoint.temporary_folder(path.parent, path.name)
+            self._write_student(temporary)
+            checkpoint.replace(temporary, path)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -394,13 +363,11 @@ class DistillTrainer(Trainer):
         }
 
     def _new_meter(self) -> StepMeter:
-        names = [teacher.name for teacher in self.step.teachers]
-        dataset = self.train_dataset
+        names, dataset = [teacher.name for teacher in self.step.teachers], self.train_dataset
         if not isinstance(dataset, PackedDataset):
             return StepMeter(names)
-        return StepMeter(
-            names, domains=dataset.domains, sample_domains=torch.as_tensor(dataset.sample_domains)
-        )
+        numbers = torch.as_tensor(dataset.sample_domains)
+        return StepMeter(names, domains=dataset.domains, sample_domains=numbers)
 
     def _write_student(self, folder: Path) -> None:
         student = self.step.student
@@ -421,42 +388,66 @@ class DistillTrainer(Trainer):
     def _write_checkpoint(self, folder: Path) -> None:
         self._write_student(folder / state.STUDENT)
         self.state.save_to_json(str(folder / "trainer_state.json"))
-        state.save(
-            folder,
-            {"step": self.state.global_step, "identity": self.fingerprint()},
-            optimizer=cast(Optimizer, self.optimizer),
-            scheduler=cast(LRScheduler, self.lr_scheduler),
-            objective=self.step.objective,
-            meter=self._meter,
-        )
+        optimizer, tensors = state.optimizer_state(cast(Optimizer, self.optimizer))
+        record = {
+            "step": self.state.global_step,
+            "identity": self.fingerprint(),
+            "optimizer": optimizer,
+            "scheduler": cast(LRScheduler, self.lr_scheduler).state_dict(),
+            "rng": state.rng_state(),
+            "meter": self._meter.state(),
+        }
+        # The adapters and running statistics of the terms, if any.
+        objective = self.step.objective.state_dict()
+        others = {state.OBJECTIVE: objective} if objective else {}
+        state.save(folder, record, {state.OPTIMIZER: tensors, **others})
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        state.load_student(self.step.student, folder / state.STUDENT)
-        state.load_objective(self.step.objective, folder)
+        state.load_weights(self.step.student, self.step.objective, folder)
         self._meter.load(state.read(folder)["meter"], self.args.device)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer, scheduler = cast(Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
         if checkpoint is not None:
-            state.load_optimizer(
-                Path(checkpoint),
-                cast(Optimizer, self.optimizer),
-                cast(LRScheduler, self.lr_scheduler),
-            )
+            state.load_optimizer(Path(checkpoint), optimizer, scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state.load_rng_state(state.read(Path(checkpoint))["rng"])
 
 
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"terms": {"kd": 1}}` as `{"terms/kd": 1}`, the form that trackers expect."""
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}/{name}": part for name, part in _flat(value).items()}
-        else:
-            flat[key] = value
-    return flat
+def vocabulary_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """V: the largest token id + 1, else the rows of the student's head."""
+    if tokenizer is not None:
+        return max(tokenizer.get_vocab().values()) + 1
+    return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr]
+
+
+def named_teachers(
+    teachers: LiveTeachers, student: PreTrainedModel, vocab_size: int, device: torch.device
+) -> list[Teacher]:
+    """Wrap models as `LocalTeacher`, named by their key or `teacher_0`, ...
+
+    Raises:
+        TrainingError: two teachers share a name, or a key differs from the teacher's own name.
+    """
+    if isinstance(teachers, Mapping):
+        pairs = list(teachers.items())
+    else:
+        pairs = [
+            (f"teacher_{i}" if isinstance(teacher, PreTrainedModel) else teacher.name, teacher)
+            for i, teacher in enumerate(teachers)
+        ]
+    named: list[Teacher] = []
+    for name, teacher in pairs:
+        if isinstance(teacher, PreTrainedModel):
+            teacher.to(device)  # type: ignore[arg-type]
+            teacher = LocalTeacher(name, teacher, vocab_size=vocab_size, student=student)
+        if teacher.name != name or name in [other.name for other in named]:
+            raise TrainingError(
+                f"teachers: got the name `{name}` for {teacher.name}; must be one name for each; "
+                "rename it"
+            )
+        named.append(teacher)
+    return named
