@@ -29,6 +29,7 @@ import torch
 
 from collegium.cache.codecs.targets import TargetCodec
 from collegium.cache.encode import FusedEncoder, TargetEncoder, TeacherEncoder
+from collegium.cache.keys import document_hash
 from collegium.cache.options import Samples, TopK
 from collegium.cache.shards import EncodedPiece, ShardMetadata, shard_bytes
 from collegium.console import quiet_libraries
@@ -110,9 +111,8 @@ def encoders(
     fused = FusedEncoder(
         dataset=dataset, batch_size=4, seed=0, teachers=lambda: [teacher], fusion=Fusion()
     )
-    single = TeacherEncoder(
-        dataset=dataset, batch_size=4, seed=0, name=teacher.name, teacher=lambda: teacher
-    )
+    seed = document_hash(teacher.name)
+    single = TeacherEncoder(dataset=dataset, batch_size=4, seed=seed, teacher=lambda: teacher)
     draws, top_k, few = Samples(draws=50), TopK(k=50), Samples(draws=24)
     title = "one teacher, 24 draws"
     return [

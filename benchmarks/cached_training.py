@@ -194,7 +194,7 @@ def prefetch_batches(
         batch_size=options.batch,
         shuffle=True,
         generator=torch.Generator().manual_seed(0),
-        collate_fn=PrefetchingCollator(Collator(), [targets] if targets else []),
+        collate_fn=PrefetchingCollator(Collator(), [targets.prefetch] if targets else []),
     )
     batches = iter(loader)
     current = next(batches)

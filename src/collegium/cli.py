@@ -238,7 +238,7 @@ def cache_merge(
     ],
 ) -> None:
     """Merge caches built by processes without a shared folder into the first folder."""
-    from collegium.cache.merge import merge_all
+    from collegium.cache.build import merge_all
 
     for folder, manifest in merge_all(paths):
         typer.echo(f"cache: {folder}: {manifest.summary()}")

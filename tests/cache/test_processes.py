@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import cache_cases
-from collegium.cache.merge import merge_all
+from collegium.cache.build import merge_all
 from collegium.cache.options import Samples
 from collegium.cache.processes import Ranks
 from collegium.cache.store import open_cache

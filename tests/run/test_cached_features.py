@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from collegium.run.caches import HiddenCache
 from collegium.run.context import RunContext
 from collegium.run.controls import main_variant
 from collegium.run.students import Student
-from collegium.storage.files import read_json
 from collegium.types import Batch
 from refusals import refused
 
@@ -58,7 +58,8 @@ def test_no_teacher_is_loaded_and_every_term_trains(
     log = (built.output_dir / "train" / "log.jsonl").read_text()
     assert '"feature/code"' in log
     assert '"feature/scripture"' in log
-    assert read_json(built.output_dir / "train" / "summary.json")["steps"] == 4
+    summary = json.loads((built.output_dir / "train" / "summary.json").read_text())
+    assert summary["steps"] == 4
 
 
 def test_states_and_loss_match_live_teachers(built: Recipe) -> None:
@@ -153,7 +154,7 @@ def test_merge_copies_hidden_states(built: Recipe, tmp_path: Path) -> None:
     assert result.output.count("features") == 2
     for name in ("code", "scripture"):
         merged, source = (open_cache(path / "features" / name) for path in (first, second))
-        assert merged.digest == source.digest
+        assert merged.manifest.sha256 == source.manifest.sha256
     manifest = second / "features" / "code" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"rank"', '"rang"'))
     result = CliRunner().invoke(app, ["cache", "merge", str(first), str(second)])
@@ -210,4 +211,4 @@ def test_the_states_are_deterministic(built: Recipe, root: Path) -> None:
     pipeline.cache(other)
     for name in ("code", "scripture"):
         first, second = (HiddenCache(RunContext(recipe), name).open() for recipe in (built, other))
-        assert first.digest == second.digest
+        assert first.manifest.sha256 == second.manifest.sha256

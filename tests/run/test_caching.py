@@ -29,9 +29,8 @@ from collegium.losses.pairing import FeatureOptions
 from collegium.run import pipeline
 from collegium.run.caches import FusedCache
 from collegium.run.context import RunContext
-from collegium.run.controls import CONTROLS, Measured, main_variant
+from collegium.run.controls import control_variants, main_variant
 from collegium.run.students import Student
-from collegium.storage.files import read_json
 from collegium.teachers.cached import CachedTargets
 from collegium.types import Batch, domain_number
 from refusals import refused
@@ -217,7 +216,7 @@ def finished(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 def test_a_run_builds_its_cache_and_trains_from_it(finished: Recipe) -> None:
     folder = finished.output_dir
-    manifest = read_json(folder / "cache" / "manifest.json")
+    manifest = json.loads((folder / "cache" / "manifest.json").read_text())
     assert manifest["identity"]["targets"] == {"name": "samples", "draws": 50}
     log = [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
     assert set(log[0]["terms"]) == {"kd", "ce"}
@@ -228,7 +227,8 @@ def test_a_run_builds_its_cache_and_trains_from_it(finished: Recipe) -> None:
         "a different target needs live teachers"
     )
     assert (folder / "report.html").is_file()
-    assert {row["kind"] for row in read_json(folder / "results.json")} >= {"student", "fused"}
+    results = json.loads((folder / "results.json").read_text())
+    assert {row["kind"] for row in results} >= {"student", "fused"}
 
 
 def test_a_finished_run_no_longer_needs_its_cache(finished: Recipe) -> None:
@@ -282,7 +282,8 @@ def test_only_students_with_the_same_target_read_the_cache(built: Recipe) -> Non
     assert isinstance(built.fusion, Fusion)
     variants = {"student": main_variant(built, built.fusion)}
     names = ("ce_only", "best_single", "uniform", "entropy")
-    variants |= {n: CONTROLS[n](built, Measured("code", 2.0)) for n in names}
+    controls = control_variants(built, "code", 2.0)
+    variants |= {name: controls[name] for name in names}
     reads = {n: bool(Student(context, v).dependencies()) for n, v in variants.items()}
     assert reads == {"student": True} | dict.fromkeys(names, False)
     uniform = dataclasses.replace(built, fusion=Fusion(weighting=Uniform()))

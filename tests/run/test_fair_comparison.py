@@ -24,7 +24,7 @@ from collegium.models.loading import count_parameters
 from collegium.models.student import PretrainedStudent
 from collegium.run import artifacts, choice, pipeline
 from collegium.run.context import RunContext
-from collegium.run.controls import CONTROLS, Measured, main_variant
+from collegium.run.controls import CONTROLS, control_variants, main_variant
 from collegium.run.students import Student
 from collegium.train import options as options_module
 from collegium.train.options import TrainOptions, training_arguments
@@ -188,14 +188,15 @@ def test_controls_on_labels_use_no_teacher_and_no_hidden_state(seen: Witness) ->
     recipe = dataclasses.replace(
         seen.recipe, objective=dataclasses.replace(seen.recipe.objective, features=FeatureOptions())
     )
+    controls = control_variants(recipe, "code", 2.0)
     for name in ("ce_only", "ce_only_equal_compute"):
-        made = CONTROLS[name](recipe, Measured("code", 2.0))
+        made = controls[name]
         assert made.objective == dataclasses.replace(recipe.objective, kd_ratio=0.0, features=None)
         assert made.fusion is None
         assert made.teachers == ()
         assert seen.trainers[name]["teachers"] == []
     for name in set(CONTROLS) - {"ce_only", "ce_only_equal_compute"}:
-        made = CONTROLS[name](recipe, Measured("code", 2.0))
+        made = controls[name]
         assert made.objective == main_variant(recipe, Fusion()).objective
 
 

@@ -1,5 +1,6 @@
 """Run folder: atomic files, recorded stages, one recipe and one process per folder."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from collegium.errors import CollegiumError, Interrupted, RecipeError
 from collegium.run.folder import RunFolder
-from collegium.storage.files import read_json, write_json
+from collegium.storage.files import write_json
 from refusals import refused
 
 RECIPE = {"seed": 0, "train": {"learning_rate": 0.1, "max_steps": 5}, "evaluate": {"controls": []}}
@@ -20,15 +21,16 @@ def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
     folder.claim({**RECIPE, "evaluate": {"controls": ["ce_only"]}}, "seed: 0\n")
     with refused(RecipeError, "output_dir: "):
         folder.claim({**RECIPE, "seed": 1}, "seed: 1\n")
-    assert read_json(folder.path / "recipe.json")["seed"] == 0
-    assert "torch" in read_json(folder.path / "environment.json")["packages"]
+    assert json.loads((folder.path / "recipe.json").read_text())["seed"] == 0
+    environment = json.loads((folder.path / "environment.json").read_text())
+    assert "torch" in environment["packages"]
 
 
 def test_a_folder_may_be_moved_and_renamed(tmp_path: Path) -> None:
     recipe = {**RECIPE, "name": "a", "output_dir": "runs/a"}
     RunFolder(tmp_path).claim(recipe, "")
     RunFolder(tmp_path).claim({**recipe, "name": "b", "output_dir": "b"}, "")
-    assert read_json(tmp_path / "recipe.json")["name"] == "b"
+    assert json.loads((tmp_path / "recipe.json").read_text())["name"] == "b"
 
 
 def test_an_output_dir_at_or_below_a_file_is_refused(tmp_path: Path) -> None:

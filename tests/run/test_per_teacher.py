@@ -26,9 +26,8 @@ from collegium.preflight.measure import run_preflight
 from collegium.run import pipeline
 from collegium.run.caches import TeacherCache
 from collegium.run.context import RunContext
-from collegium.run.controls import CONTROLS, Measured
+from collegium.run.controls import control_variants
 from collegium.run.students import Student
-from collegium.storage.files import read_json
 from collegium.teachers.cached import CachedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.train.objective import Objective
@@ -124,12 +123,10 @@ def test_every_student_trains_from_one_cache(finished: Recipe) -> None:
         assert sum(weights.values()) == pytest.approx(1.0)
     uniform = json.loads((folder / "controls/uniform/train/log.jsonl").read_text().splitlines()[0])
     assert set(uniform["teacher_weights"].values()) == {0.5}
-    context = RunContext(finished)
+    context, controls = RunContext(finished), control_variants(finished, "code", 2.0)
     for name in ("best_single", "uniform", "entropy"):
-        variant = CONTROLS[name](finished, Measured("code", 2.0))
-        assert Student(context, variant).dependencies()
-    ce = CONTROLS["ce_only"](finished, Measured("code", 2.0))
-    assert not Student(context, ce).dependencies()
+        assert Student(context, controls[name]).dependencies()
+    assert not Student(context, controls["ce_only"]).dependencies()
 
 
 def test_training_from_the_cache_scores_with_no_teacher(
@@ -377,7 +374,7 @@ def test_the_command_line_shows_and_verifies_every_folder(zoo: Path, tmp_path: P
     bad = runner.invoke(app, ["cache", "verify", str(folder)])
     assert bad.exit_code == 2
     assert shard.name in bad.stderr
-    manifest = read_json(folder / "teachers/code/train/manifest.json")
+    manifest = json.loads((folder / "teachers/code/train/manifest.json").read_text())
     assert (
         manifest["num_targets"]
         == RunContext(load_recipe(tmp_path / "recipe.yaml")).datasets["train"].num_target_tokens

@@ -15,9 +15,8 @@ from collegium.errors import CollegiumError, DataError, ModelError, RecipeError,
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, Uniform
 from collegium.run import artifacts, choice, pipeline
-from collegium.run.controls import CONTROLS, Measured, main_variant
+from collegium.run.controls import CONTROLS, control_variants, main_variant
 from collegium.run.students import Student
-from collegium.storage.files import read_json
 from refusals import refused
 from tiny_run import recipe_text, write_zoo
 
@@ -62,7 +61,7 @@ def test_a_run_writes_the_documented_files(finished: Path) -> None:
     rows = json.loads((finished / "results.json").read_text())
     assert rows[-1]["steps"] == rows[-2]["steps"] == 4
     assert rows[-1]["train_tokens"] == rows[-2]["train_tokens"] > 0
-    stages = read_json(finished / "stages.json")
+    stages = json.loads((finished / "stages.json").read_text())
     assert {state["status"] for state in stages.values()} == {"done"}
     assert set(stages) == {"preflight", "train", "control ce_only", "evaluate"}
     from transformers import AutoModelForCausalLM
@@ -204,7 +203,8 @@ def test_non_finite_weights_stop_the_run_before_training(zoo: Path, tmp_path: Pa
 def test_controls_differ_from_the_student_in_one_thing(zoo: Path, tmp_path: Path) -> None:
     recipe = _recipe(zoo, tmp_path)
     main = main_variant(recipe, Fusion())
-    variants = {name: CONTROLS[name](recipe, Measured("code", 2.5)) for name in CONTROLS}
+    variants = control_variants(recipe, "code", 2.5)
+    assert tuple(variants) == CONTROLS
     assert (
         variants["ce_only"].objective.kd_ratio
         == variants["ce_only_equal_compute"].objective.kd_ratio

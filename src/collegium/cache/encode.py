@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from collegium.cache.options import FeatureCacheOptions
 from collegium.cache.shards import Columns, EncodedPiece, join_columns, split_columns, split_runs
 from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Teacher
-from collegium.fusion.fuse import Fusion, TargetBlock, fuse
+from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.pools import RowReader
 from collegium.fusion.routing import score_teachers
 from collegium.losses.engine import default_block_size
@@ -57,11 +58,7 @@ class CorpusEncoder(ABC):
         return [int(self._counts[places.start : places.stop].sum()) for places in self._shards]
 
     def encode(self, shard: int, codec: Any) -> Iterator[EncodedPiece]:
-        """Encode the pieces of a shard, shortest windows first.
-
-        Raises:
-            TrainingError: a teacher's hidden states are not finite.
-        """
+        """Encode a shard, shortest windows first. Raises TrainingError for non-finite states."""
         windows = [self._windows[place] for place in self._shards[shard]]
         # Windows of similar length share a batch, which saves padding.
         lengths = [len(self.dataset[window]["input_ids"]) for window in windows]
@@ -85,10 +82,8 @@ class CorpusEncoder(ABC):
     def _encode(self, windows: Sequence[int], codec: Any) -> Iterator[EncodedPiece]:
         for numbers, batch in self._batches(windows):
             pieces = pieces_of(batch, self._hashes)
-            keys = [
-                replace(piece.key, offset=self._offset(numbers[piece.window], piece.start))
-                for piece in pieces
-            ]
+            offsets = [self._offset(numbers[piece.window], piece.start) for piece in pieces]
+            keys = [replace(p.key, offset=at) for p, at in zip(pieces, offsets, strict=True)]
             counts = [piece.num_targets for piece in pieces]
             key_N = [key for key, count in zip(keys, counts, strict=True) for _ in range(count)]
             columns = self._encode_rows(batch, batch.rows(), key_N, codec)
@@ -105,21 +100,13 @@ class CorpusEncoder(ABC):
 
     def _offset(self, window: int, start: int) -> int:
         """Return the tokens of its document before the piece that begins at `start` of a window."""
-        at = 0
-        for piece in self.dataset.pieces(window):
-            if at == start:
-                return piece.start
-            at += piece.stop - piece.start
-        raise ValueError(f"window {window}: no piece begins at {start}")
+        pieces = self.dataset.pieces(window)
+        starts = [0, *accumulate(piece.stop - piece.start for piece in pieces)]
+        return pieces[starts.index(start)].start
 
 
 class TargetEncoder(CorpusEncoder):
     """Encodes distributions block by block."""
-
-    @property
-    def draw_seed(self) -> int:
-        """Seed of the draws."""
-        return self.seed
 
     def _encode_rows(
         self, batch: Batch, rows: Rows, key_N: Sequence[PieceKey], codec: TargetCodec
@@ -128,16 +115,14 @@ class TargetEncoder(CorpusEncoder):
         # A row is at the token before its label.
         offset_N = batch.position_ids.flatten()[rows.index].cpu().numpy() + 1
         offset_N += np.array([key.offset for key in key_N], np.int64)
-        keys_N = row_keys(self.draw_seed, document_N, offset_N)
+        keys_N = row_keys(self.seed, document_N, offset_N)
         size = default_block_size(codec.vocab_size, self._device)
         blocks = [slice(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
         distributions = self._distributions(batch, rows, blocks, codec)
-        return join_columns(
-            [
-                codec.encode(logp_nV, keys_N[block], scalars)
-                for block, (logp_nV, scalars) in zip(blocks, distributions, strict=True)
-            ]
-        )
+        parts = []
+        for block, (logp_nV, scalars) in zip(blocks, distributions, strict=True):
+            parts.append(codec.encode(logp_nV, keys_N[block], scalars))
+        return join_columns(parts)
 
     @abstractmethod
     def _distributions(
@@ -159,21 +144,22 @@ class FusedEncoder(TargetEncoder):
         answers = score_teachers(self.teachers(), batch, rows, self.fusion)
         target = fuse(self.fusion, answers, rows)
         for block in blocks:
-            fused = target.block(block)
-            yield fused.logp(), fused_scalars(fused, rows.labels[block])
+            fused, labels_n = target.block(block), rows.labels[block]
+            logp_nV = fused.logp()
+            scalars = {
+                "entropy": -(logp_nV.exp() * logp_nV).sum(1),
+                "label_logp": logp_nV.gather(1, labels_n[:, None])[:, 0],
+                "max_logp": logp_nV.amax(1),
+                "disagreement": fused.disagreement_n(),
+            }
+            yield logp_nV, scalars
 
 
 @dataclass(kw_only=True, eq=False)
 class TeacherEncoder(TargetEncoder):
     """Encodes the output of a single teacher."""
 
-    name: str
     teacher: Callable[[], Teacher]
-
-    @property
-    def draw_seed(self) -> int:
-        # Teachers that agree must not share their draws, or their errors would add up.
-        return self.seed ^ document_hash(self.name)
 
     def _distributions(
         self, batch: Batch, rows: Rows, blocks: Sequence[slice], codec: TargetCodec
@@ -183,11 +169,8 @@ class TeacherEncoder(TargetEncoder):
         for block in blocks:
             labels_n = rows.labels[block]
             stats, logp_nV = reader.read(distribution.logits(block).to(labels_n.device), labels_n)
-            scalars = {
-                "entropy": stats.entropy_KN,
-                "label_logp": stats.label_logp_KN,
-                "max_logp": stats.max_logp_KN,
-            }
+            scalars = {"entropy": stats.entropy_KN, "label_logp": stats.label_logp_KN}
+            scalars["max_logp"] = stats.max_logp_KN
             for temperature in codec.temperatures:
                 log_z_n, entropy_n = at_temperature(logp_nV, temperature)
                 scalars[log_z_name(temperature)] = log_z_n
@@ -205,20 +188,17 @@ class HiddenEncoder(CorpusEncoder):
 
     def fit(self) -> bytes:
         """Fit the projection of each tap on the first rows of the shuffled windows."""
-        sample: dict[str, list[np.ndarray]] = {tap: [] for tap in self.taps}
-        num_rows, fit_rows = 0, self.options.fit_rows
+        parts: list[dict[str, np.ndarray]] = []
+        num_rows, options = 0, self.options
         for _, batch in self._batches(self._windows):
-            rows = batch.rows()
-            for tap, states_ND in self._states(batch, rows).items():
-                sample[tap].append(states_ND)
-            num_rows += len(rows)
-            if num_rows >= fit_rows:
+            parts.append(self._states(batch, batch.rows()))
+            num_rows += batch.num_rows()
+            if num_rows >= options.fit_rows:
                 break
         projections = {}
-        for number, (tap, parts) in enumerate(sample.items()):
-            states_MD = np.concatenate(parts)[:fit_rows]
+        for number, (tap, states) in enumerate(join_columns(parts).items()):
             seed = self.seed + number
-            projections[tap] = Projection.fit(states_MD, self.options.rank, seed=seed)
+            projections[tap] = Projection.fit(states[: options.fit_rows], options.rank, seed=seed)
         return HiddenCodec(projections).dump()
 
     def _encode_rows(
@@ -239,14 +219,3 @@ def at_temperature(logp_nV: Tensor, temperature: float) -> tuple[Tensor, Tensor]
     log_z_n = scaled_nV.logsumexp(1)
     entropy_n = log_z_n - (scaled_nV - log_z_n[:, None]).exp().mul_(scaled_nV).sum(1)
     return log_z_n, entropy_n
-
-
-def fused_scalars(fused: TargetBlock, labels_n: Tensor) -> dict[str, Tensor]:
-    """Return (n,) scalars of the target at each row, in nats."""
-    logp_nV = fused.logp()
-    return {
-        "entropy": -(logp_nV.exp() * logp_nV).sum(1),
-        "label_logp": logp_nV.gather(1, labels_n[:, None])[:, 0],
-        "max_logp": logp_nV.amax(1),
-        "disagreement": fused.disagreement_n(),
-    }

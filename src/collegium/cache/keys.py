@@ -64,8 +64,9 @@ def pieces_of(batch: Batch, hashes: Sequence[int]) -> list[BatchPiece]:
         for start, stop in zip(starts, [*starts[1:], ids_BT.shape[1]], strict=True):
             sample, is_target = int(samples_BT[window, start]), is_target_BT[window, start:stop]
             if sample >= 0 and is_target.any():
-                digest = window_hash(ids_BT[window, start:stop], is_target)
-                key = PieceKey(hashes[sample], 0, digest)
+                key = PieceKey(
+                    hashes[sample], 0, window_hash(ids_BT[window, start:stop], is_target)
+                )
                 pieces.append(BatchPiece(key, window, start, int(is_target.sum())))
     return pieces
 

@@ -27,12 +27,9 @@ SHARD_NAME = r"shard-(\d{5,})-([0-9a-f]{16})\.parquet"
 SIDE_NAME = r"([a-z]+)-([0-9a-f]{16})\.safetensors"
 FOLDERS = ("teachers/*/*/", "features/*/")
 """Folders of a per-teacher cache: outputs of teachers, and hidden states."""
+REBUILD = "delete it and build the cache again"
 MAX_FIELDS = 8
 """Differing identity fields shown in one message."""
-_AGAIN = (
-    "must be the file that the cache was built with; delete it and build the cache again, all "
-    "other shards are kept"
-)
 
 
 class _Record(BaseModel):
@@ -68,11 +65,9 @@ class Manifest(_Record):
 
     def summary(self) -> str:
         """Describe the size of a finished cache in one line."""
-        return (
-            f"{self.num_targets:,} targets in {len(self.shards)} shards, "
-            f"{self.num_bytes / 1e6:,.1f} MB, "
-            f"{self.num_bytes / max(self.num_targets, 1):.1f} bytes per target"
-        )
+        count, size = self.num_targets, f"{self.num_bytes / 1e6:,.1f} MB"
+        per_target = f"{self.num_bytes / max(count, 1):.1f} bytes per target"
+        return f"{count:,} targets in {len(self.shards)} shards, {size}, {per_target}"
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -81,42 +76,36 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(where: Path | str) -> Manifest | None:
-    """Read the manifest of a finished cache, or None if there is none.
-
-    Raises:
-        CacheError: it is damaged, is no manifest, or has another format.
-    """
+    """Read the manifest of a finished cache, None without one. Raises CacheError for a bad one."""
     location = Location.of(where)
     file = location.path_of(MANIFEST)
     try:
         data = location.read_bytes(MANIFEST)
         if data is None:
-            _refuse_old_hidden_states(location)
+            if location.size(OLD_HIDDEN_MANIFEST) is not None:
+                raise CacheError(
+                    f"{location.path_of(OLD_HIDDEN_MANIFEST)}: got hidden states of format 1; must "
+                    f"be of format {FORMAT}; delete the folder and build the cache again"
+                )
             return None
         values = from_json(data)
     except (OSError, ValueError) as error:
         raise CacheError(f"{file}: damaged ({error}); build the cache again") from error
     if not isinstance(values, dict) or values.get("sha256") != manifest_digest(values):
-        raise CacheError(f"{file}: fails its own sha256; delete it and build the cache again")
+        raise CacheError(f"{file}: fails its own sha256; {REBUILD}")
     version = values.get("format")
     if isinstance(version, int) and version != FORMAT:
-        is_newer = version > FORMAT
-        remedy = "upgrade collegium" if is_newer else "delete the folder and build the cache again"
+        rebuild = "delete the folder and build the cache again"
+        remedy = "upgrade collegium" if version > FORMAT else rebuild
         raise CacheError(f"{file}: got format {version}; must be {FORMAT}; {remedy}")
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
-        raise CacheError(
-            f"{file}: {first_error(error)}; delete it and build the cache again"
-        ) from error
+        raise CacheError(f"{file}: {first_error(error)}; {REBUILD}") from error
 
 
 def require_manifest(where: Path | str) -> Manifest:
-    """Read the manifest of a finished cache.
-
-    Raises:
-        CacheError: there is none, or `read_manifest` fails.
-    """
+    """Read the manifest of a finished cache. Raises CacheError if there is none, or a bad one."""
     manifest = read_manifest(where)
     if manifest is None:
         raise CacheError(
@@ -125,28 +114,17 @@ def require_manifest(where: Path | str) -> Manifest:
     return manifest
 
 
-def _refuse_old_hidden_states(location: Location) -> None:
-    if location.size(OLD_HIDDEN_MANIFEST) is not None:
-        raise CacheError(
-            f"{location.path_of(OLD_HIDDEN_MANIFEST)}: got hidden states of format 1; must be of "
-            f"format {FORMAT}; delete the folder and build the cache again"
-        )
-
-
-def first_error(error: ValidationError) -> str:
+def first_error(error: ValueError) -> str:
     """Describe the first field of another shape than in docs/cache-format.md."""
+    if not isinstance(error, ValidationError):
+        return str(error)
     detail = error.errors(include_url=False)[0]
-    is_missing = detail["type"] == "missing"
-    got = "is missing" if is_missing else f"got {detail['input']!r:.60}"
+    got = "is missing" if detail["type"] == "missing" else f"got {detail['input']!r:.60}"
     return f"{'.'.join(map(str, detail['loc']))}: {got}; must be as in docs/cache-format.md"
 
 
 def require_identity(where: Path | str, actual: Any, expected: Mapping[str, Any]) -> None:
-    """Refuse a cache of another run.
-
-    Raises:
-        CacheError: a field differs. All are listed as `field: in the cache -> in the run`.
-    """
+    """Raise CacheError with the fields that differ, as `field: in the cache -> in the run`."""
     fields = differing_fields(actual, expected)
     if fields:
         more = f" and {len(fields) - MAX_FIELDS} more" if len(fields) > MAX_FIELDS else ""
@@ -157,11 +135,7 @@ def require_identity(where: Path | str, actual: Any, expected: Mapping[str, Any]
 
 
 def verify_file(location: Location, entry: FileEntry) -> None:
-    """Verify the size and checksum of a file against its manifest entry.
-
-    Raises:
-        CacheError: the file is missing or differs.
-    """
+    """Verify size and checksum of a file. Raises CacheError if it is missing or differs."""
     # The size first: a truncated file is found without reading it.
     num_bytes = location.size(entry.name)
     if num_bytes is None:
@@ -174,7 +148,10 @@ def verify_file(location: Location, entry: FileEntry) -> None:
 
 def damaged(location: Location, name: str, problem: str) -> CacheError:
     """Return the error for a file that is not the one of the manifest."""
-    return CacheError(f"{location.path_of(name)}: {problem}; {_AGAIN}")
+    return CacheError(
+        f"{location.path_of(name)}: {problem}; must be the file that the cache was built with; "
+        f"{REBUILD}, all other shards are kept"
+    )
 
 
 def cache_folders(where: Path | str) -> list[str]:

@@ -85,13 +85,9 @@ class CacheOptions:
     """Windows per teacher batch."""
 
     @model_validator(mode="after")
-    def _has_one_source(self) -> CacheOptions:
+    def _agrees(self) -> CacheOptions:
         if self.url is not None and self.path is not None:
             raise ValueError("url: got both url and path; must be one of them; leave one out")
-        return self
-
-    @model_validator(mode="after")
-    def _temperatures_are_usable(self) -> CacheOptions:
         temperatures = self.temperatures
         if self.kind == "fused" and temperatures:
             raise ValueError(
@@ -104,10 +100,6 @@ class CacheOptions:
                 f"temperatures: got {', '.join(f'{value:g}' for value in temperatures)}; must be "
                 "distinct, and 1 is always kept; leave out the duplicates"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _features_are_per_teacher(self) -> CacheOptions:
         if self.features is not None and self.kind == "fused":
             raise ValueError(
                 "features: got some with kind `fused`; must be empty unless the kind is "
@@ -119,10 +111,8 @@ class CacheOptions:
     @property
     def capabilities(self) -> Capabilities:
         """The operations that this cache supports."""
-        has_features = self.features is not None
-        return capabilities_of(
-            self.kind, self.targets, self.temperatures, has_features=has_features
-        )
+        given = self.kind, self.targets, self.temperatures
+        return capabilities_of(*given, has_features=self.features is not None)
 
     def __post_init__(self) -> None:
         # By identity, not equality: 50 draws set in the recipe are kept.
@@ -134,16 +124,11 @@ def capabilities_of(
     kind: TargetKind, targets: Targets, temperatures: Sequence[float], *, has_features: bool = False
 ) -> Capabilities:
     """Return the operations that such a cache supports in the place of teachers."""
-    is_sampled = isinstance(targets, Samples)
-    supported = {
-        Capability.LOGARITHMS: not is_sampled,
-        Capability.REFUSION: kind == "per_teacher",
-        Capability.PER_BATCH: kind == "per_teacher",
-        Capability.FEATURES: has_features,
-    }
-    return Capabilities(
-        f"a {kind.replace('_', '-')} cache of {'draws' if is_sampled else 'top-k targets'}",
-        frozenset(name for name, is_supported in supported.items() if is_supported),
-        tuple(temperatures),
-        "set cache.enabled: false",
-    )
+    form = "draws" if isinstance(targets, Samples) else "top-k targets"
+    supported = set() if isinstance(targets, Samples) else {Capability.LOGARITHMS}
+    if kind == "per_teacher":
+        supported |= {Capability.REFUSION, Capability.PER_BATCH}
+    if has_features:
+        supported.add(Capability.FEATURES)
+    name, remedy = f"a {kind.replace('_', '-')} cache of {form}", "set cache.enabled: false"
+    return Capabilities(name, frozenset(supported), tuple(temperatures), remedy)

@@ -29,11 +29,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
-        """Read RANK and WORLD_SIZE, as set by a launcher. Unset means a single process.
-
-        Raises:
-            RecipeError: a value is not a number, or the rank is not below the world size.
-        """
+        """Read RANK and WORLD_SIZE of a launcher, or raise RecipeError. Unset means one process."""
         values = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
         if all(text.isdecimal() for text in values) and int(values[0]) < int(values[1]):
             return cls(int(values[0]), int(values[1]))
@@ -60,11 +56,7 @@ class Ranks:
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
-        """Lock the folder against all processes except the other ranks of this build.
-
-        Raises:
-            CollegiumError: a single-process builder or one with the same rank holds it.
-        """
+        """Lock the folder against all but the other ranks. Raises CollegiumError if it is held."""
         # Ranks share the folder lock, which excludes single processes. A second lock, exclusive and
         # one per rank, excludes the same rank started twice.
         with ExitStack() as held:

@@ -23,7 +23,8 @@ from collegium.cache.keys import PieceKey
 from collegium.cache.manifest import FORMAT
 from collegium.errors import CacheError
 
-KEYS = ("document", "offset", "window")
+KEYS = {"document": pa.uint64(), "offset": pa.uint32(), "window": pa.binary(16)}
+"""Columns of the key of a piece, and their types."""
 ZSTD_LEVEL = 9
 _METADATA_KEY = "collegium"
 
@@ -52,7 +53,13 @@ Decoded = TypeVar("Decoded", covariant=True)
 
 
 class Codec(Protocol[Decoded]):
-    """The columns of a cache, and their meaning."""
+    """The columns of a cache, and their meaning.
+
+    `pack` converts the encoded pieces of one shard to its list columns, in file order. `unpack`
+    inverts it, and raises ValueError or KeyError for columns that `pack` never writes. `decode`
+    decodes targets of any number of shards. `bytes_per_target` estimates their size on disk from
+    some encoded pieces.
+    """
 
     shared: ClassVar[str]
     """The column stored only in the first row of a shard. Empty for none."""
@@ -61,25 +68,11 @@ class Codec(Protocol[Decoded]):
     group_targets: ClassVar[int]
     """Minimum targets per row group, except for the last. Reading one piece reads its group."""
 
-    def num_targets(self, columns: Columns) -> int:
-        """Return the number of targets."""
-        ...
-
-    def pack(self, pieces: Sequence[Columns]) -> Mapping[str, ListColumn]:
-        """Convert the encoded pieces of one shard to its list columns, in file order."""
-        ...
-
-    def unpack(self, columns: Columns, shared: np.ndarray | None) -> Columns:
-        """Invert `pack`. Raises ValueError or KeyError for columns that it never writes."""
-        ...
-
-    def decode(self, columns: Columns) -> Decoded:
-        """Decode targets, of any number of shards."""
-        ...
-
-    def bytes_per_target(self, sample: Sequence[Columns]) -> float:
-        """Estimate the bytes per target on disk from some encoded pieces."""
-        ...
+    def num_targets(self, columns: Columns) -> int: ...
+    def pack(self, pieces: Sequence[Columns]) -> Mapping[str, ListColumn]: ...
+    def unpack(self, columns: Columns, shared: np.ndarray | None) -> Columns: ...
+    def decode(self, columns: Columns) -> Decoded: ...
+    def bytes_per_target(self, sample: Sequence[Columns]) -> float: ...
 
 
 class ShardMetadata(BaseModel):
@@ -106,9 +99,7 @@ def shard_bytes(
     columns = codec.pack([piece.columns for piece in pieces])
     schema = pa.schema(
         [
-            pa.field("document", pa.uint64(), nullable=False),
-            pa.field("offset", pa.uint32(), nullable=False),
-            pa.field("window", pa.binary(16), nullable=False),
+            *(pa.field(name, kind, nullable=False) for name, kind in KEYS.items()),
             *(_list_field(name, column.values.dtype) for name, column in columns.items()),
         ],
         {_METADATA_KEY: json.dumps(metadata.model_dump(exclude_unset=True), sort_keys=True)},
@@ -130,31 +121,19 @@ def shard_bytes(
     counts = [codec.num_targets(piece.columns) for piece in pieces]
     with writer:
         for group in split_runs(counts, codec.group_targets):
-            keys = [pieces[number].key for number in group]
-            arrays = [
-                pa.array([getattr(key, name) for key in keys], schema.field(name).type)
-                for name in KEYS
-            ]
-            span = slice(group.start, group.stop + 1)
-            arrays += [
-                _list_array(column, span, schema.field(name).type)
-                for name, column in columns.items()
-            ]
+            keys, span = [pieces[n].key for n in group], slice(group.start, group.stop + 1)
+            arrays = [pa.array([getattr(k, name) for k in keys], KEYS[name]) for name in KEYS]
+            for name, column in columns.items():
+                arrays.append(_list_array(column, span, schema.field(name).type))
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
     return buffer.getbuffer()
 
 
 def read_metadata(path: Path, number: int) -> ShardMetadata:
-    """Read the metadata of the shard with this number.
-
-    Raises:
-        CacheError: the file is no such shard.
-    """
+    """Read the metadata of a shard. Raises CacheError if the file is none, or not this number."""
     try:
-        schema = pq.read_schema(path)
-        metadata = ShardMetadata.model_validate_json(
-            (schema.metadata or {})[_METADATA_KEY.encode()]
-        )
+        values = (pq.read_schema(path).metadata or {})[_METADATA_KEY.encode()]
+        metadata = ShardMetadata.model_validate_json(values)
     except (OSError, ValueError, KeyError) as error:
         raise CacheError(
             f"{path}: has no cache metadata; must be a shard of format {FORMAT}; delete it and "
@@ -169,21 +148,15 @@ def read_metadata(path: Path, number: int) -> ShardMetadata:
 
 
 def read_group(file: pq.ParquetFile, group: int, names: Collection[str]) -> dict[str, ListColumn]:
-    """Read list columns of a row group.
-
-    Raises:
-        OSError: a page fails its checksum, or cannot be read.
-        ValueError: a column is no list.
-    """
+    """Read columns of a row group. Raises OSError for a damaged page, ValueError if not a list."""
     table = file.read_row_group(group, columns=list(names), use_threads=False)
     columns = {}
     for name in names:
         array = table.column(name).combine_chunks()
         if not pa.types.is_list(array.type):
             raise ValueError(f"column `{name}` is no list")
-        columns[name] = ListColumn(
-            array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
-        )
+        values = array.values.to_numpy(zero_copy_only=False)
+        columns[name] = ListColumn(values, array.offsets.to_numpy())
     return columns
 
 
@@ -238,7 +211,6 @@ def _list_field(name: str, dtype: np.dtype) -> pa.Field:
 
 
 def _list_array(column: ListColumn, span: slice, kind: pa.DataType) -> pa.Array:
-    """Build the lists of some consecutive pieces."""
     starts = column.starts[span]
     items = pa.array(column.values[starts[0] : starts[-1]])
     return pa.ListArray.from_arrays(pa.array((starts - starts[0]).astype(np.int32)), items, kind)

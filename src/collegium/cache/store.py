@@ -10,13 +10,14 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from collegium.cache.codecs.hidden import HiddenCodec
 from collegium.cache.codecs.targets import TargetCodec
 from collegium.cache.keys import PieceKey
 from collegium.cache.manifest import (
     MANIFEST,
+    REBUILD,
     Manifest,
     damaged,
     first_error,
@@ -59,36 +60,22 @@ class CacheReader(Generic[Decoded]):
         for shard in range(len(manifest.shards)):
             with self._reading(shard) as file:
                 for group, keys in enumerate(read_keys(file)):
-                    for piece, key in enumerate(keys):
+                    for n, key in enumerate(keys):
                         # The first of equal windows wins: all have the same distribution.
-                        address = shard, group, piece
-                        self._addresses.setdefault((key.document, key.window), address)
-
-    @property
-    def digest(self) -> str:
-        """Digest of the manifest, which covers every byte of the cache."""
-        return self.manifest.sha256
+                        self._addresses.setdefault((key.document, key.window), (shard, group, n))
 
     def __len__(self) -> int:
         return len(self._addresses)
 
     def read(self, keys: Sequence[PieceKey]) -> Decoded:
-        """Return the concatenated targets of pieces. The offset of a key is ignored.
-
-        Raises:
-            CacheError: a piece is missing, or its shard was damaged after opening.
-        """
+        """Return the joined targets of pieces. Raises CacheError if one is missing or damaged."""
         addresses = [self._find(key) for key in keys]
         parts = [self._columns(shard, group, n, n + 1) for shard, group, n in addresses]
         # Without a key, the first columns give the names and types of zero rows.
         return self.codec.decode(join_columns(parts or [self._columns(0, 0, 0, 0)]))
 
     def check(self) -> None:
-        """Decode every target.
-
-        Raises:
-            CacheError: a shard holds rows that no builder writes.
-        """
+        """Decode every target. Raises CacheError if a shard holds rows that no builder writes."""
         num_targets = 0
         for shard in range(len(self.manifest.shards)):
             with self._reading(shard) as file:
@@ -128,10 +115,8 @@ class CacheReader(Generic[Decoded]):
             if shard not in self._shared and self.codec.shared:
                 column = read_group(file, 0, [self.codec.shared])[self.codec.shared]
                 self._shared[shard] = column.values[: column.starts[1]]
-            columns = {
-                name: column.values[column.starts[start] : column.starts[stop]]
-                for name, column in lists.items()
-            }
+            spans = {n: slice(c.starts[start], c.starts[stop]) for n, c in lists.items()}
+            columns = {n: column.values[spans[n]] for n, column in lists.items()}
             return self.codec.unpack(columns, self._shared.get(shard))
 
     @contextmanager
@@ -147,14 +132,9 @@ class CacheReader(Generic[Decoded]):
 
 
 def open_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> CacheReader[Any]:
-    """Open a finished cache after verifying its identity and the checksum of every file.
+    """Open a finished cache, a folder or a URL, after verifying every checksum and its identity.
 
-    Args:
-        where: the folder, or its URL.
-        expected: the identity that the run needs, or None to accept any.
-
-    Raises:
-        CacheError: the cache is unfinished, damaged, or built for another run (names the fields).
+    Raises CacheError if it is unfinished, damaged, or, unless `expected` is None, of another run.
     """
     location = Location.of(where)
     manifest = require_manifest(where)
@@ -166,10 +146,8 @@ def open_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> 
     try:
         codec = load_codec(manifest.identity, side and location.read_bytes(side.name))
     except ValueError as error:
-        problem = first_error(error) if isinstance(error, ValidationError) else error
-        raise CacheError(
-            f"{location.path_of(MANIFEST)}: identity.{problem}; delete it and build the cache again"
-        ) from error
+        file, problem = location.path_of(MANIFEST), first_error(error)
+        raise CacheError(f"{file}: identity.{problem}; {REBUILD}") from error
     return CacheReader(location, manifest, codec)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from collegium.run.context import RunContext, free_memory
 from collegium.storage.files import fingerprint
@@ -19,17 +19,19 @@ T_co = TypeVar("T_co", covariant=True)
 class Artifact(ABC, Generic[T_co]):
     """One product of a run. `ensure` builds it, unless it exists with the same inputs."""
 
+    stage: ClassVar[str]
+    file: ClassVar[str]
     context: RunContext
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """Its entry in stages.json."""
+        return self.stage
 
     @property
-    @abstractmethod
     def path(self) -> Path:
         """The file or folder that exists once it is built."""
+        return self.context.folder.path / self.file
 
     @abstractmethod
     def identity(self) -> Any:
@@ -61,11 +63,7 @@ class Artifact(ABC, Generic[T_co]):
         return self.context.folder.stage(self.name, self.key)
 
     def ensure(self) -> T_co:
-        """Build it and its dependencies where necessary, and open it.
-
-        Raises:
-            CollegiumError: an existing artifact has other inputs and cannot be replaced.
-        """
+        """Build it and its dependencies where necessary, and open it, or raise CollegiumError."""
         if not self.is_done():
             # All of them are compared with their inputs before the first is built.
             for missing in [one for one in self.dependencies() if not one.is_done()]:

@@ -13,7 +13,7 @@ A new export or evaluation is one class, and one entry in `ARTIFACTS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,9 @@ UNTOUCHED = "student (untouched)"
 class Results(Artifact[list[ResultRow]]):
     """Scores of the untouched student, the teachers and all trained students."""
 
+    stage = "evaluate"
+    file = "results.json"
     students: tuple[Student, ...]
-
-    @property
-    def name(self) -> str:
-        return "evaluate"
-
-    @property
-    def path(self) -> Path:
-        return self.context.folder.path / "results.json"
 
     def identity(self) -> Any:
         variants = [student.variant.identity() for student in self.students]
@@ -60,30 +54,22 @@ class Results(Artifact[list[ResultRow]]):
         batch_size, max_tokens = options.batch_size, options.max_tokens
         with context.scratch() as scratch:
             recorder = Recorder(scratch, [split], batch_size, max_tokens)
-            teachers = [recorder.teacher(context, name) for name in context.recipe.teachers]
+            teachers = recorder.teachers(context)
             models = [recorder(UNTOUCHED, self._load_untouched), *teachers]
             models += [recorder(one.variant.label, one.load) for one in self.students]
             with progress(self.name) as advance:
                 windows = Windows.spread(split, batch_size, max_tokens, advance)
                 scored = score_models(models, teachers, resolved_fusion(context), windows)
-        rows = results_rows(scored, self._model_info())
+        size = context.student_facts.num_parameters
+        infos = [ModelInfo(name=UNTOUCHED, kind="untouched", num_parameters=size)]
+        for name, count in context.teacher_parameters.items():
+            infos.append(ModelInfo(name=name, kind="teacher", num_parameters=count))
+        rows = results_rows(scored, [*infos, *(one.info() for one in self.students)])
         write_json(self.path, [row.to_json() for row in rows])
 
     def _load_untouched(self) -> LocalTeacher:
         student = self.context.new_student()
         return LocalTeacher(UNTOUCHED, student, vocab_size=self.context.vocab_size)
-
-    def _model_info(self) -> list[ModelInfo]:
-        context = self.context
-        size = context.student_facts.num_parameters
-        return [
-            ModelInfo(name=UNTOUCHED, kind="untouched", num_parameters=size),
-            *(
-                ModelInfo(name=name, kind="teacher", num_parameters=count)
-                for name, count in context.teacher_parameters.items()
-            ),
-            *(one.info() for one in self.students),
-        ]
 
     def open(self) -> list[ResultRow]:
         return open_record(self.path, list[ResultRow])
@@ -92,13 +78,8 @@ class Results(Artifact[list[ResultRow]]):
 class Report(Artifact[Path]):
     """The report page, written from the run folder and no other file."""
 
-    @property
-    def name(self) -> str:
-        return "report"
-
-    @property
-    def path(self) -> Path:
-        return self.context.folder.path / "report.html"
+    stage = "report"
+    file = "report.html"
 
     def identity(self) -> Any:
         return None
@@ -107,7 +88,7 @@ class Report(Artifact[Path]):
         """Return False: the page is cheap, and shows files that change without a stage."""
         return False
 
-    def log(self) -> AbstractContextManager[None]:
+    def log(self) -> nullcontext[None]:
         """Record nothing: the page itself shows the record of the stages."""
         return nullcontext()
 
@@ -119,11 +100,6 @@ class Report(Artifact[Path]):
 
     def open(self) -> Path:
         return self.path
-
-
-def preflights(context: RunContext) -> list[Artifact[Any]]:
-    """Return the preflight of the teachers."""
-    return [Preflight(context)]
 
 
 def caches(context: RunContext) -> list[Artifact[Any]]:
@@ -140,16 +116,11 @@ def caches(context: RunContext) -> list[Artifact[Any]]:
     ]
 
 
-def results(context: RunContext) -> list[Artifact[Any]]:
-    """Return the evaluation of the student and the controls."""
-    return [Results(context, (*students(context), *controls(context)))]
-
-
 ARTIFACTS: Mapping[str, Callable[[RunContext], Sequence[Artifact[Any]]]] = {
-    "preflight": preflights,
+    "preflight": lambda context: [Preflight(context)],
     "cache": caches,
     "train": students,
-    "evaluate": results,
+    "evaluate": lambda context: [Results(context, (*students(context), *controls(context)))],
     "report": lambda context: [Report(context)],
 }
 """The artifacts of each stage, in the order of a run."""

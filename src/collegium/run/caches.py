@@ -27,6 +27,7 @@ from collegium.cache.encode import (
     HiddenEncoder,
     TeacherEncoder,
 )
+from collegium.cache.keys import document_hash
 from collegium.cache.manifest import read_manifest, require_identity
 from collegium.cache.processes import Ranks
 from collegium.cache.store import CacheReader, open_cache
@@ -41,20 +42,18 @@ from collegium.run.context import RunContext
 
 Split = Literal["train", "calibration"]
 T = TypeVar("T")
+# They only measure how far teachers are apart. Everything else is in the scalars.
 CALIBRATION_K = 64
-"""Tokens stored per position of the calibration split.
-
-They only measure how far teachers are apart. Everything else is in the scalars.
-"""
+"""Tokens stored per position of the calibration split."""
 
 
 class Cache(Artifact[CacheReader[T]]):
     """A folder of stored teacher outputs, or a URL of one that is only read."""
 
     @property
-    @abstractmethod
     def folder(self) -> str:
-        """Folder relative to the root of the cache."""
+        """Folder relative to the root of the cache, which is that of fused targets."""
+        return ""
 
     @property
     def name(self) -> str:
@@ -68,11 +67,7 @@ class Cache(Artifact[CacheReader[T]]):
 
     @property
     def path(self) -> Path:
-        """Folder: inside `cache.path`, which defaults to `cache` in the run folder.
-
-        Raises:
-            RecipeError: the cache is at a URL, and cannot be built.
-        """
+        """Folder in `cache.path` or in the run folder. Raises RecipeError for a cache at a URL."""
         options = self.context.recipe.cache
         if options.url is not None:
             raise RecipeError(
@@ -82,11 +77,7 @@ class Cache(Artifact[CacheReader[T]]):
         return (options.path or self.context.recipe.output_dir / "cache") / self.folder
 
     def is_done(self) -> bool:
-        """Return True if the manifest exists. Its shards are verified when they are read.
-
-        Raises:
-            CacheError: the folder belongs to another run, or its manifest is damaged.
-        """
+        """Return True if it is finished. Raises CacheError if the folder belongs to another run."""
         manifest = read_manifest(self.location)
         if manifest is not None:
             require_identity(self.location, manifest.identity, self.identity())
@@ -97,11 +88,7 @@ class Cache(Artifact[CacheReader[T]]):
         """Return the source of its content."""
 
     def build(self) -> None:
-        """Build the shards of this process, and say how many and how large they are.
-
-        Raises:
-            CacheError: the folder belongs to another run, or the disk is full.
-        """
+        """Build the shards of this process. Raises CacheError if the folder cannot be used."""
         ranks = Ranks.from_environment()
         build_cache(self.path, self.identity(), self.encoder(), label=self.name, ranks=ranks)
 
@@ -118,10 +105,6 @@ class FusedCache(Cache[NamedRows]):
     """Fused targets of all teachers on the training split."""
 
     fusion: Fusion
-
-    @property
-    def folder(self) -> str:
-        return ""
 
     def identity(self) -> dict[str, Any]:
         recipe = self.context.recipe
@@ -170,16 +153,13 @@ class TeacherCache(Cache[NamedRows]):
 
     def encoder(self) -> TeacherEncoder:
         context, recipe = self.context, self.context.recipe
-        dataset = context.datasets[self.split]
-        windows = None
-        if self.split == "calibration":
-            windows = spread_windows(dataset, recipe.preflight.max_tokens)
+        dataset, max_tokens = context.datasets[self.split], recipe.preflight.max_tokens
         return TeacherEncoder(
             dataset=dataset,
             batch_size=recipe.cache.batch_size,
-            seed=recipe.seed,
-            windows=windows,
-            name=self.teacher,
+            # Teachers that agree must not share their draws, or their errors would add up.
+            seed=recipe.seed ^ document_hash(self.teacher),
+            windows=None if self.split == "train" else spread_windows(dataset, max_tokens),
             teacher=lambda: context.teachers([self.teacher])[0],
         )
 
@@ -221,19 +201,18 @@ class HiddenCache(Cache[dict[str, Tensor]]):
 def corpus_identity(context: RunContext, split: Split) -> dict[str, Any]:
     """Return the identity of the text and of the draws that stored outputs depend on."""
     recipe, dataset = context.recipe, context.datasets[split]
-    data = {
-        "windows": dataset.fingerprint,
-        "documents": _sha256("\0".join(dataset.sample_names)),
-        "max_length": recipe.data.max_length,
-        "packing": recipe.data.packing,
-    }
-    if split == "calibration":
-        data["max_tokens"] = recipe.preflight.max_tokens
+    limit = {"max_tokens": recipe.preflight.max_tokens} if split == "calibration" else {}
     return {
         "seed": recipe.seed,
         "vocab_size": context.vocab_size,
         "tokenizer": _sha256(context.tokenizer.backend_tokenizer.to_str()),
-        "data": data,
+        "data": {
+            "windows": dataset.fingerprint,
+            "documents": _sha256("\0".join(dataset.sample_names)),
+            "max_length": recipe.data.max_length,
+            "packing": recipe.data.packing,
+            **limit,
+        },
         "shard_targets": SHARD_TARGETS,
     }
 

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -39,15 +38,7 @@ class CheckReport:
 
 
 def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
-    """Check a run.
-
-    Args:
-        context: the run.
-        trains: False for a cache build, which several processes may share.
-
-    Raises:
-        CollegiumError: the run could not work. The message gives the remedy.
-    """
+    """Check a run. Raises CollegiumError with a remedy if it could not work."""
     report = CheckReport()
     recipe = context.recipe
     check_recipe(recipe)
@@ -61,17 +52,24 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     _check_positions(recipe)
     _check_features(context)
     _check_cache(context)
-    _check_checkpoints(context.folder.path)
+    folder = context.folder.path
+    for place in (folder / "train", *sorted(folder.glob("controls/*/train"))):
+        if not (place / "summary.json").is_file():
+            require_valid_checkpoint(place)
     _check_distinct(recipe, report)
     _check_datasets(context, report)
     _check_routing(context, report)
-    _check_values(recipe, report)
-    _note_disk(recipe.output_dir, report)
+    for where, options in _models(recipe).items():
+        report.warnings += options.warnings(where)
+    disk = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(disk).free
+    report.lines.append(f"disk: {free / 1e9:.1f} GB free at {recipe.output_dir}")
     return report
 
 
 def _check_machine(recipe: Recipe, *, trains: bool) -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
+    # Several processes may share a cache build.
     if trains and processes not in ("", "1"):
         raise RecipeError(
             f"WORLD_SIZE: got {processes}; must be 1; start a single process, without torchrun"
@@ -84,10 +82,8 @@ def _check_machine(recipe: Recipe, *, trains: bool) -> None:
 
 
 def _models(recipe: Recipe) -> dict[str, StudentOptions | TeacherOptions]:
-    """Return the options of all models by their path in the recipe."""
-    return {f"teachers.{n}": one for n, one in recipe.teachers.items()} | {
-        "student": recipe.student
-    }
+    teachers = {f"teachers.{name}": options for name, options in recipe.teachers.items()}
+    return teachers | {"student": recipe.student}
 
 
 def _check_vocabularies(context: RunContext, report: CheckReport) -> None:
@@ -138,13 +134,6 @@ def _check_cache(context: RunContext) -> None:
         )
 
 
-def _check_checkpoints(folder: Path) -> None:
-    """Check that an unfinished training has an intact checkpoint."""
-    for place in (folder / "train", *sorted(folder.glob("controls/*/train"))):
-        if not (place / "summary.json").is_file():
-            require_valid_checkpoint(place)
-
-
 def _check_datasets(context: RunContext, report: CheckReport) -> None:
     options = context.recipe.train
     for part, dataset in context.datasets.items():
@@ -159,25 +148,22 @@ def _check_datasets(context: RunContext, report: CheckReport) -> None:
             f"data.train: {windows} windows, one optimizer step needs {needed}; give more text, "
             "or lower train.per_device_train_batch_size or train.gradient_accumulation_steps"
         )
-    epochs = context.num_steps * needed / windows
-    report.lines.append(
-        f"train: {context.num_steps:,} steps of {needed} windows, {epochs:.1f} epochs"
-    )
+    steps, epochs = context.num_steps, context.num_steps * needed / windows
+    report.lines.append(f"train: {steps:,} steps of {needed} windows, {epochs:.1f} epochs")
 
 
 def _check_routing(context: RunContext, report: CheckReport) -> None:
     """Check the domains of a weighting against the data, and that teacher columns are read."""
     recipe = context.recipe
     weighting = recipe.fusion.weighting if isinstance(recipe.fusion, Fusion) else None
-    known = sorted({name for part in context.datasets.values() for name in part.domains})
+    domains = {name for part in context.datasets.values() for name in part.domains}
     listed = {} if weighting is None else weighting.domain_names()
     for path, names in listed.items():
-        for name in names:
-            if name not in known:
-                raise RecipeError(
-                    f"fusion.weighting.{'.'.join(path)}: got `{name}`; "
-                    f"must be a domain of the data{nearest(name, known)}"
-                )
+        for name in [name for name in names if name not in domains]:
+            raise RecipeError(
+                f"fusion.weighting.{'.'.join(path)}: got `{name}`; "
+                f"must be a domain of the data{nearest(name, domains)}"
+            )
     columns = [
         f"data.{part}[{number}].teacher_column"
         for part, sources in recipe.data.sources.items()
@@ -191,9 +177,8 @@ def _check_routing(context: RunContext, report: CheckReport) -> None:
                 f"every row to `{weighting.default}`"
             )
     elif weighting is not None:
-        report.warnings += [
-            f"{place}: has no effect; only the weighting `route` reads it" for place in columns
-        ]
+        no_effect = "has no effect; only the weighting `route` reads it"
+        report.warnings += [f"{place}: {no_effect}" for place in columns]
 
 
 def _check_distinct(recipe: Recipe, report: CheckReport) -> None:
@@ -209,22 +194,10 @@ def _check_distinct(recipe: Recipe, report: CheckReport) -> None:
         key = digest if sizes[where] else f"{digest}@{options.revision}"
         other = seen.setdefault(key, where)
         if other != where and where == "student":
-            report.warnings.append(
-                f"student: equals {other}; its distillation loss to that teacher starts at 0"
-            )
+            effect = "its distillation loss to that teacher starts at 0"
+            report.warnings.append(f"student: equals {other}; {effect}")
         elif other != where:
             raise RecipeError(
                 f"{other} and {where} are the same weights (sha256 {digest[:12]}...); must differ; "
                 "remove one"
             )
-
-
-def _check_values(recipe: Recipe, report: CheckReport) -> None:
-    for where, options in _models(recipe).items():
-        report.warnings += options.warnings(where)
-
-
-def _note_disk(output_dir: Path, report: CheckReport) -> None:
-    place = next(p for p in (output_dir, *output_dir.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(place).free
-    report.lines.append(f"disk: {free / 1e9:.1f} GB free at {output_dir}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,8 @@ from collegium.types import Batch, Rows
 class Preflight(Artifact[PreflightReport]):
     """Quality, calibration and disagreement of the teachers, and the fusion chosen from them."""
 
-    @property
-    def name(self) -> str:
-        return "preflight"
-
-    @property
-    def path(self) -> Path:
-        return self.context.folder.path / "preflight.json"
+    stage = "preflight"
+    file = "preflight.json"
 
     def identity(self) -> Any:
         inputs = self.context.inputs("student", "teachers", "data", "preflight")
@@ -56,15 +52,11 @@ class Preflight(Artifact[PreflightReport]):
         batch_size, max_tokens = options.batch_size, options.max_tokens
         caches = self.dependencies()
         with context.scratch() as scratch, progress(self.name) as advance:
-            teachers: Sequence[Teacher]
-            if caches:
-                keys = BatchKeys(split.sample_names)
-                teachers = [CachedTeacher(one.teacher, one.open(), keys) for one in caches]
-            else:
-                recorder = Recorder(scratch, [split, held_out], batch_size, max_tokens)
-                teachers = [recorder.teacher(context, name) for name in context.recipe.teachers]
+            keys = BatchKeys(split.sample_names)
+            cached = [CachedTeacher(one.teacher, one.open(), keys) for one in caches]
+            recorder = Recorder(scratch, [split, held_out], batch_size, max_tokens)
             result = run_preflight(
-                teachers,
+                cached or recorder.teachers(context),
                 split,
                 batch_size=batch_size,
                 max_tokens=max_tokens,
@@ -82,12 +74,12 @@ class Preflight(Artifact[PreflightReport]):
 def resolved_fusion(context: RunContext) -> Fusion | None:
     """Return the fusion of the recipe or, for `auto`, of the preflight. None without teachers.
 
-    Raises:
-        RecipeError: it is `auto` without a finished preflight, in one of several processes.
+    Raises RecipeError for `auto` without a finished preflight, in one of several processes.
     """
-    recipe = context.recipe
-    if not recipe.teachers or isinstance(recipe.fusion, Fusion):
-        return recipe.fusion if isinstance(recipe.fusion, Fusion) and recipe.teachers else None
+    if not context.recipe.teachers:
+        return None
+    if isinstance(context.recipe.fusion, Fusion):
+        return context.recipe.fusion
     preflight = Preflight(context)
     if not Ranks.from_environment().is_single and not preflight.is_done():
         raise RecipeError(
@@ -97,35 +89,29 @@ def resolved_fusion(context: RunContext) -> Fusion | None:
     return decode_fusion(preflight.ensure().chosen.fusion)
 
 
+@dataclass(frozen=True)
 class Recorder:
-    """Records models one after the other, on the batches that an evaluation will read.
+    """Records models on the batches that an evaluation will read, at most one in memory."""
 
-    At most one of them is in memory. The recordings are used like the models.
-    """
-
-    def __init__(
-        self, folder: Path, splits: Sequence[PackedDataset], batch_size: int, max_tokens: int | None
-    ) -> None:
-        """Write to `folder`. The arguments are those of `score_models`."""
-        self._folder = folder
-        self._splits = splits
-        self._batch_size = batch_size
-        self._max_tokens = max_tokens
+    folder: Path
+    splits: Sequence[PackedDataset]
+    batch_size: int
+    max_tokens: int | None
 
     def __call__(self, name: str, load: Callable[[], Teacher]) -> Teacher:
         """Load a model, record it and release it."""
-        folder = self._folder / str(len(list(self._folder.iterdir())))
+        folder = self.folder / str(len(list(self.folder.iterdir())))
         with progress(f"reading with {name}") as advance:
             recorded = record(load(), self._batches(advance), folder)
         free_memory()
         return recorded
 
-    def teacher(self, context: RunContext, name: str) -> Teacher:
-        """Record a teacher of a run."""
-        return self(name, partial(context.take_teacher, name))
+    def teachers(self, context: RunContext) -> list[Teacher]:
+        """Record the teachers of a run."""
+        return [self(name, partial(context.take_teacher, name)) for name in context.recipe.teachers]
 
     def _batches(self, advance: OnProgress) -> Iterator[tuple[Batch, Rows]]:
-        for split in self._splits:
-            windows = Windows.spread(split, self._batch_size, self._max_tokens, advance)
+        for split in self.splits:
+            windows = Windows.spread(split, self.batch_size, self.max_tokens, advance)
             for batch, rows, _ in windows.batches():
                 yield batch, rows

@@ -42,10 +42,9 @@ class RunContext:
         self._identities: dict[str, dict[str, Any]] = {}
         self._loaded: dict[str, Teacher] = {}
 
-    @property
-    def recipe_text(self) -> str:
-        """The resolved recipe as YAML."""
-        return dump_recipe(self.recipe)
+    def claim_folder(self) -> None:
+        """Record the resolved recipe and the environment in the run folder."""
+        self.folder.claim(self.values, dump_recipe(self.recipe))
 
     def inputs(self, *sections: str) -> dict[str, Any]:
         """Return sections of the recipe with digests of the files behind them.
@@ -80,17 +79,14 @@ class RunContext:
     @cached_property
     def datasets(self) -> dict[str, PackedDataset]:
         """`train`, `calibration` and `validation`, disjoint by document."""
-        return build_datasets(
-            self.recipe.data, self.tokenizer, where="data", teachers=list(self.recipe.teachers)
-        )
+        data, names = self.recipe.data, list(self.recipe.teachers)
+        return build_datasets(data, self.tokenizer, where="data", teachers=names)
 
     def teachers(self, names: Sequence[str]) -> list[Teacher]:
         """Load these teachers, keep those loaded before, and release all others."""
         self._loaded = {name: one for name, one in self._loaded.items() if name in names}
         free_memory()
-        for name in names:
-            if name not in self._loaded:
-                self._loaded[name] = self.load_teacher(name)
+        self._loaded |= {n: self.load_teacher(n) for n in names if n not in self._loaded}
         return [self._loaded[name] for name in names]
 
     def take_teacher(self, name: str) -> Teacher:

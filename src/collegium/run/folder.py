@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -15,14 +15,7 @@ from typing import Any
 
 from collegium.console import say
 from collegium.errors import CollegiumError, Interrupted, RecipeError
-from collegium.storage.files import (
-    LOCK,
-    differing_fields,
-    lock_folder,
-    read_json,
-    write_json,
-    write_text,
-)
+from collegium.storage.files import LOCK, differing_fields, lock_folder, write_json, write_text
 from collegium.storage.records import Environment, Stage, read_record
 
 REMEDY = "wait for it, or choose another output_dir"
@@ -32,19 +25,9 @@ RUN_FILES = ("recipe.json", "stages.json")
 EARLY_FOLDERS = ("cache",)
 """Folders that may exist before the run folder is claimed."""
 PACKAGES = ("collegium", "torch", "transformers", "tokenizers", "datasets", "numpy")
+# Measurements are repeated, and a run folder may be renamed or moved.
 FREE_SECTIONS = frozenset({"cache", "evaluate", "preflight", "name", "output_dir"})
-"""Recipe sections that may change between calls on one run folder.
-
-Measurements are repeated, and a run folder may be renamed or moved.
-"""
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object, empty if the file does not exist."""
-    value = read_json(path)
-    if value is not None and not isinstance(value, dict):
-        raise CollegiumError(f"{path}: not a JSON object; delete it to recreate it")
-    return value or {}
+"""Recipe sections that may change between calls on one run folder."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +37,9 @@ class RunFolder:
     path: Path
 
     def check(self, recipe: Mapping[str, Any]) -> None:
-        """Check that this recipe can run in the folder, without writing anything.
-
-        Raises:
-            RecipeError: the folder holds a run of an incompatible recipe, or is no run folder.
-            CollegiumError: the folder is not writable.
-        """
+        """Raise RecipeError or CollegiumError if this recipe cannot run here. Writes nothing."""
         self.check_place()
-        old = _read_object(self.path / "recipe.json")
+        old = read_record(self.path / "recipe.json", dict[str, Any]) or {}
         kept = {key: value for key, value in old.items() if key not in FREE_SECTIONS}
         new = {key: value for key, value in recipe.items() if key not in FREE_SECTIONS}
         fields = differing_fields(kept, new) if old else []
@@ -74,9 +52,7 @@ class RunFolder:
     def check_place(self, *, also: Collection[str] = ()) -> None:
         """Check that the folder is writable and holds a run, only the names in `also`, or nothing.
 
-        Raises:
-            RecipeError: it holds other files.
-            CollegiumError: it is not writable.
+        Raises RecipeError if it holds other files, and CollegiumError if it is not writable.
         """
         nearest = next(p for p in (self.path, *self.path.parents) if p.exists())
         if not nearest.is_dir():
@@ -85,13 +61,9 @@ class RunFolder:
             raise self._not_writable(f"{nearest.absolute()} is read-only")
         if nearest != self.path or any((self.path / name).is_file() for name in RUN_FILES):
             return
-        names = sorted(path.name for path in self.path.iterdir())
+        names = {path.name for path in self.path.iterdir()}.difference(EARLY_FOLDERS, also)
         # The lock file is there before the first run claims the folder.
-        others = [
-            name
-            for name in names
-            if not name.startswith(".") and name not in (*EARLY_FOLDERS, *also)
-        ]
+        others = sorted(name for name in names if not name.startswith("."))
         if others:
             more = f" and {len(others) - 5} more" if len(others) > 5 else ""
             raise RecipeError(
@@ -100,35 +72,21 @@ class RunFolder:
             )
 
     def check_free(self) -> None:
-        """Check that no other process holds the folder, without holding it.
-
-        Raises:
-            CollegiumError: another process holds it.
-        """
+        """Raise CollegiumError if another process holds the folder, without holding it."""
         if (self.path / LOCK).is_file():
             with lock_folder(self.path, REMEDY):
                 pass
 
     def make(self) -> None:
-        """Create the folder and its parents.
-
-        Raises:
-            CollegiumError: it cannot be created.
-        """
+        """Create the folder and its parents. Raises CollegiumError if it cannot be created."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._not_writable(str(error.strerror)) from error
 
     def claim(self, recipe: Mapping[str, Any], text: str) -> None:
-        """Create the folder if necessary, and record the recipe and the environment in it.
-
-        Raises:
-            RecipeError: as in `check`.
-            CollegiumError: the folder is not writable.
-        """
+        """Create the folder if necessary, and record recipe and environment. Raises as `check`."""
         self.check(recipe)
-        self.make()
         try:
             write_json(self.path / "recipe.json", recipe)
             write_text(self.path / "recipe.yaml", text)
@@ -137,17 +95,12 @@ class RunFolder:
             raise self._not_writable(str(error.strerror)) from error
 
     def _not_writable(self, reason: str) -> CollegiumError:
-        return CollegiumError(
-            f"output_dir: cannot write {self.path} ({reason}); choose another folder"
-        )
+        problem = f"cannot write {self.path} ({reason})"
+        return CollegiumError(f"output_dir: {problem}; choose another folder")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder's lock during the context.
-
-        Raises:
-            CollegiumError: another process holds it.
-        """
+        """Hold the folder's lock, or raise CollegiumError if another process holds it."""
         self.make()
         with lock_folder(self.path, REMEDY):
             yield
@@ -171,18 +124,16 @@ class RunFolder:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         state = Stage(status="running", key=key, started=now, seconds=spent)
         self._record(name, state)
-        outcome: dict[str, Any] = {}
+        outcome: dict[str, Any] = {"status": "done"}
         say(f"{name} ...")
         try:
             yield
         # BaseException, because Ctrl-C must not leave the stage as "running".
         except BaseException as error:
             is_stopped = isinstance(error, KeyboardInterrupt | Interrupted)
-            outcome["status"] = "interrupted" if is_stopped else "failed"
-            outcome["note"] = str(error)[:500]
+            status = "interrupted" if is_stopped else "failed"
+            outcome = {"status": status, "note": str(error)[:500]}
             raise
-        else:
-            outcome["status"] = "done"
         finally:
             outcome["seconds"] = round(spent + time.monotonic() - started, 2)
             self._record(name, state.model_copy(update=outcome))
@@ -190,19 +141,15 @@ class RunFolder:
 
     def _record(self, name: str, state: Stage) -> None:
         stages = {**self.stages(), name: state}
-        write_json(
-            self.path / "stages.json", {name: stage.to_json() for name, stage in stages.items()}
-        )
+        write_json(self.path / "stages.json", {n: stage.to_json() for n, stage in stages.items()})
 
 
 def environment() -> Environment:
     """Return package versions and machine data for the report."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return Environment(
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",

@@ -24,23 +24,14 @@ from collegium.storage.records import PreflightReport, ResultRow
 
 
 def check(recipe: Recipe) -> CheckReport:
-    """Check recipe, data, models, vocabularies and disk. Cheap, and writes nothing.
-
-    Raises:
-        CollegiumError: the run could not work.
-    """
+    """Check a run without writing anything. Raises CollegiumError if it could not work."""
     return check_run(RunContext(recipe))
 
 
 def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> PreflightReport:
     """Measure teachers and fusions on the calibration split, without training.
 
-    Args:
-        recipe: the run.
-        apply_to: a recipe file whose `fusion` is replaced by the chosen one.
-
-    Raises:
-        CollegiumError: there are no teachers, or the run could not work.
+    Writes the chosen fusion into the recipe `apply_to`. Raises CollegiumError without teachers.
     """
     _require_teachers(recipe, "preflight compares them")
     (measured,) = _ensure(recipe, "preflight")
@@ -53,10 +44,7 @@ def cache(recipe: Recipe) -> list[Path]:
     """Run the teachers over the corpus once and store their outputs. Return the cache folders.
 
     Every finished shard is verified, and a damaged one is built again. Started by a launcher, each
-    process builds its share.
-
-    Raises:
-        CollegiumError: there are no teachers, or a folder cannot be used.
+    process builds its share. Raises CollegiumError without teachers, or for an unusable folder.
     """
     _require_teachers(recipe, "a cache stores their outputs")
     ranks = Ranks.from_environment()
@@ -67,20 +55,18 @@ def cache(recipe: Recipe) -> list[Path]:
     context = RunContext(recipe)
     check_run(context, trains=False)
     if ranks.rank == 0:
-        context.folder.claim(context.values, context.recipe_text)
+        context.claim_folder()
     return _build_caches(context)
 
 
 def train(recipe: Recipe) -> Path:
     """Train the student, without controls. Return its Hugging Face folder."""
-    (student,) = _ensure(recipe, "train")
-    return student
+    return _ensure(recipe, "train")[0]
 
 
 def evaluate(recipe: Recipe) -> list[ResultRow]:
     """Train the controls that the recipe lists, score every model, and write results.json."""
-    (rows,) = _ensure(recipe, "evaluate")
-    return rows
+    return _ensure(recipe, "evaluate")[0]
 
 
 def report(recipe: Recipe) -> Path:
@@ -95,34 +81,25 @@ def run(recipe: Recipe) -> Path:
 
 
 def distill(recipe: Recipe | str | Path, *overrides: str) -> Path:
-    """Run a recipe, given as an object or as a file with `key=value` overrides.
+    """Run a recipe, an object or a file with `key=value` overrides. Return the run folder.
 
-    Returns: the run folder.
-
-    Raises:
-        CollegiumError: the recipe, the data or a model cannot be used.
+    Raises CollegiumError if the recipe, the data or a model cannot be used.
     """
-    if isinstance(recipe, Recipe):
-        if overrides:
-            raise CollegiumError(
-                "distill: overrides go with a recipe file; change the object instead"
-            )
-        return run(recipe)
-    return run(load_recipe(recipe, overrides))
+    if not isinstance(recipe, Recipe):
+        return run(load_recipe(recipe, overrides))
+    if overrides:
+        raise CollegiumError("distill: overrides go with a recipe file; change the object instead")
+    return run(recipe)
 
 
 @contextmanager
 def opened(recipe: Recipe) -> Iterator[RunContext]:
-    """Check a run and lock its folder. A run that could not work writes nothing.
-
-    Raises:
-        CollegiumError: as `check`, or another process is running on the folder.
-    """
+    """Check a run and lock its folder, or raise CollegiumError. A failed check writes nothing."""
     context = RunContext(recipe)
     context.folder.check_free()
     check_run(context)
     with context.folder.lock():
-        context.folder.claim(context.values, context.recipe_text)
+        context.claim_folder()
         yield context
 
 

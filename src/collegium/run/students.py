@@ -15,7 +15,7 @@ from collegium.run.artifact import Artifact
 from collegium.run.caches import Cache, FusedCache, HiddenCache, TeacherCache
 from collegium.run.choice import Preflight, resolved_fusion
 from collegium.run.context import RunContext
-from collegium.run.controls import CONTROLS, Measured, Variant, main_variant
+from collegium.run.controls import Variant, control_variants, main_variant
 from collegium.storage.files import fingerprint, write_json
 from collegium.storage.records import ModelInfo, TrainSummary, open_record, read_log
 from collegium.teachers.cached import CachedTargets, CachedTeacher
@@ -38,11 +38,16 @@ class Student(Artifact[Path]):
 
     @property
     def name(self) -> str:
-        return self.variant.stage
+        return "train" if self._is_main else f"control {self.variant.name}"
 
     @property
     def path(self) -> Path:
-        return self.context.folder.path / self.variant.folder / "student"
+        folder = self.context.folder.path
+        return (folder if self._is_main else folder / "controls" / self.variant.name) / "student"
+
+    @property
+    def _is_main(self) -> bool:
+        return self.variant.name == "student"
 
     @property
     def output_dir(self) -> Path:
@@ -60,18 +65,16 @@ class Student(Artifact[Path]):
         return [inputs, self.variant.identity(), caches]
 
     def dependencies(self) -> Sequence[Cache[Any]]:
-        """The caches to train from, none for live teachers.
-
-        A fused cache holds targets under the fusion of the recipe, so it serves no other.
-        """
+        """The caches to train from, none for live teachers."""
         context, variant = self.context, self.variant
         options = context.recipe.cache
         if not options.enabled or not variant.teachers or variant.objective.kd_ratio == 0:
             return ()
         if options.kind == "fused":
-            main = main_variant(context.recipe, resolved_fusion(context))
-            is_main = (variant.fusion, variant.teachers) == (main.fusion, main.teachers)
-            return [FusedCache(context, variant.fusion)] if is_main and variant.fusion else ()
+            # It holds targets under the fusion of the recipe, so it serves no other.
+            main = resolved_fusion(context), tuple(context.recipe.teachers)
+            is_cached = (variant.fusion, variant.teachers) == main
+            return [FusedCache(context, variant.fusion)] if is_cached and variant.fusion else ()
         return [
             *(TeacherCache(context, name, "train") for name in variant.teachers),
             *(HiddenCache(context, name) for name in context.kept_taps if name in variant.teachers),
@@ -94,16 +97,15 @@ class Student(Artifact[Path]):
 
     def load(self) -> LocalTeacher:
         """Load the finished student, for scoring."""
-        options = LocalOptions(model=str(self.path), device=self.context.recipe.student.device)
-        return LocalTeacher.load(
-            self.variant.label, options, vocab_size=self.context.vocab_size, where=str(self.path)
-        )
+        where, size = str(self.path), self.context.vocab_size
+        options = LocalOptions(model=where, device=self.context.recipe.student.device)
+        return LocalTeacher.load(self.variant.label, options, vocab_size=size, where=where)
 
     def info(self) -> ModelInfo:
         """Return the facts about the finished student that results.json lists."""
         return ModelInfo(
             name=self.variant.label,
-            kind="student" if self.variant.name == "student" else "control",
+            kind="student" if self._is_main else "control",
             num_parameters=self.context.student_facts.num_parameters,
             train_seconds=self.context.folder.stages()[self.name].seconds,
             **dict(open_record(self.summary, TrainSummary)),
@@ -119,44 +121,32 @@ class Student(Artifact[Path]):
         teachers, targets = _cached_sources(opened, context.datasets["train"].sample_names)
         live = context.teachers(() if opened else variant.teachers)
         # A fused cache has no hidden states, so its students train without feature terms.
-        tapped = (
-            [c.teacher for c in opened if isinstance(c, HiddenCache)]
-            if opened
-            else variant.teachers
-        )
+        cached = [c.teacher for c in opened if isinstance(c, HiddenCache)]
+        tapped = cached if opened else variant.teachers
+        # Worker processes have their own memory and cannot prefetch for this one.
+        sources = () if recipe.train.dataloader_num_workers else (*teachers, *targets)
+        prefetches = [source.prefetch for source in sources]
+        identity = {"variant": fingerprint(variant.identity())}
+        for name in variant.teachers:
+            identity[f"teacher {name}"] = fingerprint(context.teacher_identity(name))
+        identity |= {cache.name: content.manifest.sha256 for cache, content in opened.items()}
         student = context.new_student()
+        on_cpu = student.device.type == "cpu"
         max_steps = round(context.num_steps * variant.steps_factor)
+        options = dataclasses.replace(recipe.train, max_steps=max_steps)
         return DistillTrainer(
             model=student,
             teachers=teachers or live,
-            targets=targets,
-            data_collator=self._collator([*teachers, *([targets] if targets else [])]),
+            targets=targets[0] if targets else None,
+            data_collator=PrefetchingCollator(Collator(), prefetches) if prefetches else None,
             args=training_arguments(
-                dataclasses.replace(recipe.train, max_steps=max_steps),
-                output_dir=output_dir,
-                seed=recipe.seed,
-                on_cpu=student.device.type == "cpu",
+                options, output_dir=output_dir, seed=recipe.seed, on_cpu=on_cpu
             ),
             train_dataset=context.datasets["train"],
             objective=Objective(variant.objective, variant.fusion, features=self._features(tapped)),
             processing_class=context.tokenizer,
-            identity={
-                "variant": fingerprint(variant.identity()),
-                **{
-                    f"teacher {n}": fingerprint(context.teacher_identity(n))
-                    for n in variant.teachers
-                },
-                **{cache.name: content.digest for cache, content in opened.items()},
-            },
+            identity=identity,
         )
-
-    def _collator(
-        self, sources: Sequence[CachedTeacher | CachedTargets]
-    ) -> PrefetchingCollator | None:
-        # Worker processes have their own memory and cannot prefetch for this one.
-        if not sources or self.context.recipe.train.dataloader_num_workers:
-            return None
-        return PrefetchingCollator(Collator(), sources)
 
     def _features(self, teachers: Sequence[str]) -> FeatureLoss | None:
         """Return the feature terms of teachers whose hidden states are at hand."""
@@ -165,12 +155,10 @@ class Student(Artifact[Path]):
             return None
         context = self.context
         weights = {name: w for name, w in options.teacher_weights.items() if name in teachers}
-        return FeatureLoss(
-            dataclasses.replace(options, teacher_weights=weights),
-            context.student_facts.tap_widths,
-            {name: context.teacher_widths[name] for name in teachers},
-            seed=context.recipe.seed,
-        )
+        options = dataclasses.replace(options, teacher_weights=weights)
+        widths = {name: context.teacher_widths[name] for name in teachers}
+        seed = context.recipe.seed
+        return FeatureLoss(options, context.student_facts.tap_widths, widths, seed=seed)
 
 
 def students(context: RunContext) -> list[Student]:
@@ -184,21 +172,21 @@ def controls(context: RunContext) -> list[Student]:
     if not recipe.teachers or not recipe.evaluate.controls:
         return []
     best = Preflight(context).ensure().best_single.teacher
-    measured = Measured(best_teacher=best, compute_ratio=context.compute_ratio)
-    variants = [CONTROLS[name](recipe, measured) for name in recipe.evaluate.controls]
-    return [Student(context, variant) for variant in variants]
+    variants = control_variants(recipe, best, context.compute_ratio)
+    return [Student(context, variants[name]) for name in recipe.evaluate.controls]
 
 
 def _cached_sources(
     opened: Mapping[Cache[Any], Any], documents: Sequence[str]
-) -> tuple[list[CachedTeacher], CachedTargets | None]:
+) -> tuple[list[CachedTeacher], list[CachedTargets]]:
     """Return teachers read from per-teacher caches, or the targets of a fused one."""
-    keys = BatchKeys(documents)
-    hidden = {c.teacher: content for c, content in opened.items() if isinstance(c, HiddenCache)}
-    fused = [content for c, content in opened.items() if isinstance(c, FusedCache)]
+    keys, caches = BatchKeys(documents), opened.items()
+    hidden = {c.teacher: content for c, content in caches if isinstance(c, HiddenCache)}
     teachers = [
         CachedTeacher(c.teacher, content, keys, hidden.get(c.teacher))
-        for c, content in opened.items()
+        for c, content in caches
         if isinstance(c, TeacherCache)
     ]
-    return teachers, CachedTargets(fused[0], documents) if fused else None
+    return teachers, [
+        CachedTargets(content, documents) for c, content in caches if isinstance(c, FusedCache)
+    ]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from collegium.errors import CollegiumError
 
@@ -19,10 +19,15 @@ LOCK = ".lock"
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+        return digest_of(file)
+
+
+def digest_of(file: BinaryIO) -> str:
+    """Return the SHA-256 of an open file, in hex."""
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -36,11 +41,7 @@ def fsync(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a file atomically: temporary name, fsync, rename, fsync of the folder.
-
-    Raises:
-        OSError: the write failed. No partial file is left.
-    """
+    """Write a file atomically, with fsync. A failed write raises OSError and leaves no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     # A leftover of a killed process, or a link that somebody put there to redirect the write.
@@ -67,22 +68,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON (no NaN) atomically."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, or None if it does not exist.
-
-    Raises:
-        CollegiumError: the file is not valid JSON.
-    """
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CollegiumError(
-            f"{path}: not valid JSON ({error}); delete it to recreate it"
-        ) from error
 
 
 def listing(folder: Path, limit: int = 12) -> str:
@@ -116,9 +101,7 @@ def lock_folder(
 ) -> Iterator[None]:
     """Hold the lock file `name` of a folder, exclusively or `shared`.
 
-    Raises:
-        CollegiumError: another process holds the lock and `wait` is false. The message ends with
-            `remedy`.
+    Raises CollegiumError with `remedy` if another process holds it and `wait` is false.
     """
     path.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":
@@ -137,10 +120,8 @@ def lock_folder(
         ) from error
     try:
         # The kernel releases a `flock` with its process, even after SIGKILL: no stale lock files.
-        fcntl.flock(
-            descriptor,
-            (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB),
-        )
+        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(descriptor, mode if wait else mode | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         raise CollegiumError(f"{path}: another process is using this folder; {remedy}") from error

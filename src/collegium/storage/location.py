@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from collegium.errors import CacheError
-from collegium.storage.files import CHUNK_BYTES
+from collegium.storage.files import digest_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +28,7 @@ class Location:
 
     @classmethod
     def of(cls, where: Path | str) -> Location:
-        """Parse a folder or a URL.
-
-        Raises:
-            CacheError: fsspec cannot open the URL.
-        """
+        """Parse a folder or a URL. Raises CacheError if fsspec cannot open the URL."""
         text = str(where)
         if isinstance(where, Path) or "://" not in text:
             # Absolute, because fsspec expands a leading `~`.
@@ -62,11 +57,7 @@ class Location:
             return None
 
     def read_bytes(self, name: str) -> bytes | None:
-        """Read a small file, or None if it does not exist.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """Read a small file, or None if it does not exist. Raises OSError if it cannot be read."""
         try:
             return self.files.cat_file(self._inside(name))
         except FileNotFoundError:
@@ -74,19 +65,15 @@ class Location:
 
     def sha256(self, name: str) -> str:
         """Return the SHA-256 of a file, in hex."""
-        digest = hashlib.sha256()
         with self.files.open(self._inside(name), "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-        return digest.hexdigest()
+            return digest_of(file)
 
     def parquet(self, name: str) -> pq.ParquetFile:
         """Open a shard. Page checksums are verified on read."""
         # Streamed, not memory-mapped: if a mapped file shrinks, the process dies of SIGBUS, while a
         # short read raises an error that names the file.
-        return pq.ParquetFile(
-            self._inside(name), filesystem=self.files, page_checksum_verification=True
-        )
+        path = self._inside(name)
+        return pq.ParquetFile(path, filesystem=self.files, page_checksum_verification=True)
 
     def folders(self, pattern: str) -> list[str]:
         """Return the subfolders with a file that matches, as in `teachers/*/manifest.json`."""

@@ -337,11 +337,8 @@ def fusion_title(fusion: Mapping[str, Any]) -> str:
     Examples: `prefix_likelihood(eta=0.3, decay=0.9), linear`; `domain_weights, log_linear`.
     """
     exponent = fusion.get("exponent")
-    pool = str(fusion.get("pool", "linear"))
-    parts = [
-        _call(fusion.get("weighting", {})),
-        pool if exponent is None else f"{pool}(r={exponent:.3g})",
-    ]
+    pool = str(fusion.get("pool", "linear")) + ("" if exponent is None else f"(r={exponent:.3g})")
+    parts = [_call(fusion.get("weighting", {})), pool]
     if fusion.get("temperatures"):
         parts.append("temperatures")
     if (temperature := fusion.get("pooled_temperature", 1.0)) != 1.0:
@@ -362,21 +359,13 @@ def _call(option: Mapping[str, Any]) -> str:
 
 
 def read_record(path: Path, form: type[T]) -> T | None:
-    """Read a JSON file, or return None if it does not exist.
-
-    Raises:
-        CollegiumError: it cannot be read, or does not match `form`.
-    """
+    """Read a JSON file, None without one. Raises CollegiumError if it does not match `form`."""
     data = _read_bytes(path)
     return None if data is None else _decode(data, form, where=str(path))
 
 
 def open_record(path: Path, form: type[T]) -> T:
-    """Read a JSON file that must exist.
-
-    Raises:
-        CollegiumError: it is missing, cannot be read, or does not match `form`.
-    """
+    """Read a JSON file that must exist. Raises CollegiumError as `read_record`."""
     record = read_record(path, form)
     if record is None:
         raise CollegiumError(f"{path}: not found; must be there; repeat its stage")
@@ -384,20 +373,13 @@ def open_record(path: Path, form: type[T]) -> T:
 
 
 def read_log(path: Path) -> tuple[LogStep, ...] | None:
-    """Read the lines of a `log.jsonl` in step order, or return None if it does not exist.
-
-    Raises:
-        CollegiumError: it cannot be read, or a line is broken.
-    """
+    """Read a `log.jsonl` in step order, None without one. Raises CollegiumError if it is broken."""
     data = _read_bytes(path)
     if data is None:
         return None
     # A run in progress or a killed one leaves half a line at the end, without a newline.
-    lines = (
-        _decode(line, LogStep, where=f"{path}:{number}")
-        for number, line in enumerate(data.split(b"\n")[:-1], start=1)
-        if line.strip()
-    )
+    numbered = enumerate(data.split(b"\n")[:-1], start=1)
+    lines = (_decode(line, LogStep, where=f"{path}:{n}") for n, line in numbered if line.strip())
     # A resumed run may log some steps twice; the weights come from the later line.
     latest = {line.step: line for line in lines}
     return tuple(latest[step] for step in sorted(latest))
@@ -417,7 +399,7 @@ def _decode(data: bytes, form: type[T], *, where: str) -> T:
         return TypeAdapter(form).validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = ": ".join([where, *([".".join(map(str, first["loc"]))] if first["loc"] else [])])
+        path = ": ".join(filter(None, [where, ".".join(map(str, first["loc"]))]))
         value = first["input"]
         text = repr(value.decode(errors="replace") if isinstance(value, bytes) else value)
         raise CollegiumError(

@@ -14,7 +14,6 @@ import torch
 from collegium.preflight.weight_quality import rank_correlation
 from collegium.report.formats import fixed, perplexity
 from collegium.storage import records
-from collegium.storage.files import read_json
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,8 @@ def _bytes_per_token(folder: Path) -> float | None:
     # A fused cache has one manifest, per-teacher caches have one each. A student reads them all.
     paths = sorted((folder / "cache").rglob("manifest.json"))
     # Only preflight reads the calibration split.
-    manifests = [read_json(path) for path in paths if path.parent.name != "calibration"]
+    paths = [path for path in paths if path.parent.name != "calibration"]
+    manifests = [records.open_record(path, dict[str, Any]) for path in paths]
     sized = [m for m in manifests if m.get("num_targets")]
     return sum(m["num_bytes"] / m["num_targets"] for m in sized) if sized else None
 

@@ -34,11 +34,7 @@ class CachedTargets:
         self._read.prefetch(batch)
 
     def target(self, batch: Batch, rows: Rows) -> FinishedTarget:
-        """Return the targets of all rows, on the device of the batch.
-
-        Raises:
-            CacheError: a piece of the batch is missing in the cache.
-        """
+        """Return the targets of all rows. Raises CacheError if a piece of the batch is missing."""
         named = self._read(batch)
         assert len(named) == len(rows)  # the mask of the rows is part of every key
         return FinishedTarget(named.to(batch.input_ids.device))
@@ -54,13 +50,9 @@ class CachedTeacher:
         keys: BatchKeys,
         hidden: CacheReader[dict[str, Tensor]] | None = None,
     ) -> None:
-        """Read from the folders of this teacher.
+        """Read distributions from `cache`, and (N, D) hidden states by tap from `hidden`.
 
-        Args:
-            name: of the teacher.
-            cache: its distributions.
-            keys: the keys of the pieces of a batch, shared by the teachers of one data set.
-            hidden: its hidden states, (N, D) by tap.
+        The teachers of one data set share `keys`.
         """
         self.name = name
         self.capabilities = _capabilities(cache, has_features=hidden is not None)
@@ -75,12 +67,7 @@ class CachedTeacher:
             self._read_hidden.prefetch(batch)
 
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
-        """Return the stored distributions of all rows, on the device of the batch.
-
-        Raises:
-            CacheError: a piece of the batch, or a tap, is missing in the cache.
-            RecipeError: the cache holds no hidden states.
-        """
+        """Return the stored answer. Raises CacheError, or RecipeError without hidden states."""
         named = self._read(batch)
         assert len(named) == len(rows)  # the mask of the rows is part of every key
         device = batch.input_ids.device

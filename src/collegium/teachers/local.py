@@ -48,13 +48,14 @@ class LocalTeacher:
         logit_scale: float = 1.0,
         student: nn.Module | None = None,
     ) -> None:
-        """Freeze `model`, which must share no parameter with `student`.
-
-        Raises:
-            ModelError: teacher and student share a parameter: freezing one would freeze both.
-        """
-        if student is not None:
-            _check_apart(name, model, student)
+        """Freeze `model`. Raises ModelError if it shares a parameter with `student`."""
+        theirs = {id(parameter) for parameter in student.parameters()} if student else set()
+        shared = [n for n, parameter in model.named_parameters() if id(parameter) in theirs]
+        if shared:
+            raise ModelError(
+                f"teacher {name}: shares {len(shared)} parameters with the student ({shared[0]}); "
+                f"must be a model of its own, since teachers are frozen; use copy.deepcopy(model)"
+            )
         self.name = name
         self.model = model.requires_grad_(False).eval()
         self.vocab_size = vocab_size
@@ -67,27 +68,13 @@ class LocalTeacher:
 
     @classmethod
     def load(cls, name: str, options: LocalOptions, *, vocab_size: int, where: str) -> LocalTeacher:
-        """Load a teacher from its folder.
-
-        Raises:
-            ModelError: the folder or its weights cannot be used.
-        """
-        return cls(
-            name,
-            load_model(options, where=where),
-            vocab_size=vocab_size,
-            offload=options.offload,
-            logit_scale=options.logit_scale,
-        )
+        """Load a teacher. Raises ModelError if its folder or its weights cannot be used."""
+        model, scale = load_model(options, where=where), options.logit_scale
+        return cls(name, model, vocab_size=vocab_size, offload=options.offload, logit_scale=scale)
 
     @torch.no_grad()
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
-        """Score the rows without gradient. `taps` names the hidden states to return.
-
-        Raises:
-            TrainingError: a hidden state is not finite.
-            ModelError: the model has no such tap, or too small a head.
-        """
+        """Score rows. Raises TrainingError for non-finite states, ModelError for a missing tap."""
         home = batch.input_ids.device
         hidden = self.hidden_rows(batch, rows, taps)
         features = {tap: hidden_ND.to(home) for tap, hidden_ND in hidden.features.items()}
@@ -95,27 +82,19 @@ class LocalTeacher:
 
     @torch.no_grad()
     def hidden_rows(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> HiddenRows:
-        """Run the body: the hidden states of the rows and the head, on the device of the model.
-
-        Raises:
-            TrainingError, ModelError: as `score`.
-        """
+        """Return hidden states and head on the device of the model. Raises as `score`."""
         self.model.eval()  # pinned: someone may have called train() on a parent module
         if self._is_offloaded:
             nn.Module.to(self.model, self._device)
-        hidden = _detached(
-            forward_rows(
-                self.model,
-                batch.to(self._device),
-                rows.to(self._device),
-                vocab_size=self.vocab_size,
-                taps=taps,
-            )
-        )
+        batch, moved, size = batch.to(self._device), rows.to(self._device), self.vocab_size
+        hidden = forward_rows(self.model, batch, moved, vocab_size=size, taps=taps)
+        # Cut off from the model, whose parameters may move to another device.
+        bias = None if hidden.head.bias is None else hidden.head.bias.detach()
+        head = replace(hidden.head, weight=hidden.head.weight.detach(), bias=bias)
         if self._is_offloaded:
             nn.Module.to(self.model, "cpu")
         self._check_finite({"the last layer": hidden.hidden, **hidden.features}, rows)
-        return replace(hidden, head=hidden.head.scaled(self._logit_scale))
+        return replace(hidden, head=head.scaled(self._logit_scale))
 
     def _check_finite(self, states: Mapping[str, Tensor], rows: Rows) -> None:
         for place, hidden_ND in states.items():
@@ -123,32 +102,14 @@ class LocalTeacher:
             if not bool(is_bad_N.any()):
                 continue
             samples = rows.samples[is_bad_N.to(rows.samples.device)].unique().tolist()
-            more = ", ..." if len(samples) > MAX_NAMES else ""
+            shown = ", ".join(map(str, samples[:MAX_NAMES])) + ", ..." * (len(samples) > MAX_NAMES)
             raise TrainingError(
                 f"teacher {self.name}: non-finite hidden states at {place} in "
-                f"{int(is_bad_N.sum())} of {len(rows)} rows (samples "
-                f"{', '.join(map(str, samples[:MAX_NAMES]))}{more}); must be finite; "
-                f"try `dtype: float32` for this teacher"
+                f"{int(is_bad_N.sum())} of {len(rows)} rows (samples {shown}); must be finite; "
+                "try `dtype: float32` for this teacher"
             )
 
 
 def readable_from(device: torch.device, rows: HiddenRows) -> Distribution:
     """Return the distributions with their logits on `device`, wherever the head is."""
     return rows if rows.head.weight.device == device else MovedRows(rows, device)
-
-
-def _check_apart(name: str, model: nn.Module, student: nn.Module) -> None:
-    theirs = {id(parameter) for parameter in student.parameters()}
-    shared = [n for n, parameter in model.named_parameters() if id(parameter) in theirs]
-    if shared:
-        raise ModelError(
-            f"teacher {name}: shares {len(shared)} parameters with the student ({shared[0]}); "
-            f"must be a model of its own, since teachers are frozen; use copy.deepcopy(model)"
-        )
-
-
-def _detached(rows: HiddenRows) -> HiddenRows:
-    """The same values, cut off from the model: its parameters may move to another device."""
-    head, bias = rows.head, rows.head.bias
-    bias = None if bias is None else bias.detach()
-    return replace(rows, head=replace(head, weight=head.weight.detach(), bias=bias))

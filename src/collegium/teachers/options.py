@@ -35,18 +35,10 @@ class TeacherOptions(ABC):
 
     @abstractmethod
     def check(self, where: str) -> None:
-        """Check options and files without reading weights.
-
-        Raises:
-            ModelError: the teacher cannot be used.
-        """
+        """Check options and files without reading weights. Raises ModelError if they are bad."""
 
     def warnings(self, where: str) -> list[str]:
-        """Read files that are about to be used once, and return warnings about them.
-
-        Raises:
-            ModelError: they cannot be used.
-        """
+        """Read files that are about to be used once, and return warnings, or raise ModelError."""
         return []
 
     @abstractmethod
@@ -55,26 +47,14 @@ class TeacherOptions(ABC):
 
     @abstractmethod
     def load_tokenizer(self, where: str) -> PreTrainedTokenizerFast:
-        """Load the tokenizer, to compare its vocabulary with the student's.
-
-        Raises:
-            ModelError: there is none.
-        """
+        """Load the tokenizer, to compare vocabularies. Raises ModelError if there is none."""
 
     @abstractmethod
     def head_rows(self, where: str) -> int:
-        """Return the number of tokens that it distributes its probability over.
-
-        Raises:
-            ModelError: it cannot be found out.
-        """
+        """Return the number of tokens that share its probability, or raise ModelError."""
 
     def max_length(self, where: str) -> int | None:
-        """Return the largest number of positions, None without a limit.
-
-        Raises:
-            ModelError: the config cannot be loaded.
-        """
+        """Return the largest number of positions, None without a limit, or raise ModelError."""
         return None
 
     @property
@@ -83,20 +63,12 @@ class TeacherOptions(ABC):
         return False
 
     def facts(self, where: str) -> ModelFacts | None:
-        """Return facts about its architecture. None if it has no hidden states to tap.
-
-        Raises:
-            ModelError: the model cannot be built.
-        """
+        """Return facts about its architecture, None without hidden states, or raise ModelError."""
         return None
 
     @abstractmethod
     def load(self, name: str, *, vocab_size: int, where: str) -> Teacher:
-        """Return the teacher, ready to score.
-
-        Raises:
-            ModelError: it cannot be loaded, or answers wrongly.
-        """
+        """Load the teacher. Raises ModelError if it cannot be loaded, or answers wrongly."""
 
 
 @option

@@ -10,7 +10,8 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -45,32 +46,19 @@ class Prefetcher(Generic[T]):
         return (future or self._pool.submit(self._read, batch)).result()
 
 
-class Prefetches(Protocol):
-    """A source that can read ahead."""
-
-    def prefetch(self, batch: Batch) -> None:
-        """Start to read the answer for this batch."""
-        ...
-
-
+@dataclass(frozen=True)
 class PrefetchingCollator:
     """A collator that prefetches each batch it makes, for data loaders without worker processes."""
 
-    def __init__(
-        self,
-        collator: Callable[[Sequence[dict[str, object]]], dict[str, Tensor]],
-        sources: Sequence[Prefetches],
-    ) -> None:
-        """Make batches with `collator`."""
-        self._collator = collator
-        self._sources = list(sources)
+    collator: Callable[[Sequence[dict[str, object]]], dict[str, Tensor]]
+    prefetches: Sequence[Callable[[Batch], None]]
+    """Functions that start to read the answer for a batch."""
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> Mapping[str, Tensor]:
-        """Collate the items, and start to read their answers."""
-        inputs = self._collator(items)
+        inputs = self.collator(items)
         batch = Batch.from_inputs(inputs)
-        for source in self._sources:
-            source.prefetch(batch)
+        for prefetch in self.prefetches:
+            prefetch(batch)
         return inputs
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -21,44 +22,32 @@ from collegium.teachers.prefetch import batch_digest
 from collegium.types import Batch, Head, Rows
 
 
+@dataclass(eq=False)
 class RecordedTeacher:
-    """The recorded hidden states of a teacher, and its head."""
+    """The hidden states of a teacher that `record` wrote to a folder, and its head."""
 
     capabilities = LIVE
-
-    def __init__(self, name: str, folder: Path, head: Head) -> None:
-        """Replay what `record` wrote to `folder`."""
-        self.name = name
-        self._folder = folder
-        self._head = head
+    name: str
+    folder: Path
+    head: Head
 
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
-        """Replay the answer to a recorded batch.
-
-        Raises:
-            ModelError: the batch was not recorded, or a hidden state other than the last is asked
-                for.
-        """
-        path = _file(self._folder, batch)
+        """Replay the answer to a recorded batch. Raises ModelError if it was not recorded."""
+        path = _file(self.folder, batch)
         if taps or not path.is_file():
             what = "hidden states of inner layers" if taps else "this batch"
             raise ModelError(f"teacher {self.name}: {what} were not recorded; score it live")
-        device = self._head.weight.device
-        hidden_ND = load_file(path, device=str(device))["hidden"]
+        hidden_ND = load_file(path, device=str(self.head.weight.device))["hidden"]
         home = batch.input_ids.device
-        return Answer(self.name, readable_from(home, HiddenRows(hidden_ND, self._head)))
+        return Answer(self.name, readable_from(home, HiddenRows(hidden_ND, self.head)))
 
 
 def record(teacher: Teacher, batches: Iterable[tuple[Batch, Rows]], folder: Path) -> Teacher:
     """Score batches once and write the final hidden states, (N, D) each, to `folder`.
 
     The result keeps the head of the model in memory, and nothing else of it. A teacher without a
-    model in this process is returned as it is.
-
-    Raises:
-        CollegiumError: the disk is full.
-        DataError: there is no batch.
-        TrainingError: a hidden state is not finite.
+    model in this process is returned as it is. Raises CollegiumError for a full disk, DataError
+    without a batch, and TrainingError for non-finite hidden states.
     """
     if not isinstance(teacher, LocalTeacher):
         return teacher

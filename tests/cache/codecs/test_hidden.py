@@ -21,11 +21,10 @@ import torch
 from typer.testing import CliRunner
 
 import cache_cases
-from collegium.cache.build import SINGLE_PROCESS, build_cache
+from collegium.cache.build import SINGLE_PROCESS, build_cache, merge_all
 from collegium.cache.codecs.hidden import OFFSET, HiddenCodec, Projection
 from collegium.cache.keys import PieceKey
 from collegium.cache.manifest import MANIFEST, Manifest
-from collegium.cache.merge import merge_all
 from collegium.cache.processes import Ranks
 from collegium.cache.shards import EncodedPiece
 from collegium.cache.store import CacheReader, open_cache

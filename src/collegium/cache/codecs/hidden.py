@@ -99,9 +99,8 @@ class HiddenCodec:
             taps = sorted(n.removesuffix(".mean") for n in tensors if n.endswith(".mean"))
             pairs = {tap: (tensors[f"{tap}.mean"], tensors[f"{tap}.basis"]) for tap in taps}
         except (safetensors.SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"layers: got no projections ({error}); must be in the side file"
-            ) from error
+            problem = f"layers: got no projections ({error}); must be in the side file"
+            raise ValueError(problem) from error
         if not pairs or any(basis.shape[:-1] != mean.shape for mean, basis in pairs.values()):
             raise ValueError("layers: got other shapes; must be projections (D,) and (D, R)")
         return cls({tap: Projection(*pair) for tap, pair in pairs.items()})
@@ -126,11 +125,9 @@ class HiddenCodec:
 
     def pack(self, pieces: Sequence[Columns]) -> dict[str, ListColumn]:
         row_at = starts_of([self.num_targets(piece) for piece in pieces])
+        columns = join_columns(pieces).items()
         # Codes have R values per row, scales one.
-        return {
-            name: ListColumn(values.reshape(-1), row_at * values[:1].size)
-            for name, values in join_columns(pieces).items()
-        }
+        return {n: ListColumn(v.reshape(-1), row_at * v[:1].size) for n, v in columns}
 
     def unpack(self, columns: Columns, shared: np.ndarray | None) -> dict[str, np.ndarray]:
         num_rows = self.num_targets(columns)
@@ -139,20 +136,18 @@ class HiddenCodec:
             codes_x, scale_n = columns[f"{tap}.codes"], columns[f"{tap}.scales"]
             rank = projection.basis_DR.shape[1]
             if len(scale_n) != num_rows or len(codes_x) != num_rows * rank:
-                raise ValueError(
-                    f"column `{tap}.codes` has {len(codes_x)} values for {num_rows} targets"
-                )
+                count = f"{len(codes_x)} values for {num_rows} targets"
+                raise ValueError(f"column `{tap}.codes` has {count}")
             rows[f"{tap}.codes"], rows[f"{tap}.scales"] = codes_x.reshape(num_rows, rank), scale_n
         return rows
 
     def decode(self, columns: Columns) -> dict[str, Tensor]:
         """Return the (n, D) float32 hidden states of each tap."""
-        return {
-            tap: torch.from_numpy(
-                projection.decode(columns[f"{tap}.codes"], columns[f"{tap}.scales"])
-            )
-            for tap, projection in self.projections.items()
-        }
+        states = {}
+        for tap, projection in self.projections.items():
+            hidden_nD = projection.decode(columns[f"{tap}.codes"], columns[f"{tap}.scales"])
+            states[tap] = torch.from_numpy(hidden_nD)
+        return states
 
     def bytes_per_target(self, sample: Sequence[Columns]) -> float:
         """Return an upper bound: one byte per coefficient, and four per scale."""

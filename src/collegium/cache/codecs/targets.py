@@ -82,15 +82,9 @@ class TargetCodec:
     def encode(
         self, logp_nV: Tensor, keys_n: np.ndarray, scalars: Mapping[str, Tensor]
     ) -> dict[str, np.ndarray]:
-        """Encode the targets of n rows.
+        """Encode (n, V) log-probabilities and (n,) scalars in nats, by name.
 
-        Args:
-            logp_nV: (n, V) normalized log-probabilities.
-            keys_n: (n,) uint64 from `row_keys`, ignored by top-k.
-            scalars: (n,) nats, by name.
-
-        Raises:
-            ValueError: a scalar is NaN.
+        `keys_n` are (n,) uint64 from `row_keys`, ignored by top-k. Raises ValueError for a NaN.
         """
         targets = self.targets
         if isinstance(targets, TopK):
@@ -137,12 +131,17 @@ class TargetCodec:
         assert shared is not None
         if shared.size and int(shared.max()) >= self.vocab_size:
             raise ValueError(f"a token not below {self.vocab_size}")
-        kept = columns.keys() - {"gaps", "heights", "floor"}
-        rows = {name: columns[name] for name in kept}
+        rows = {name: columns[name] for name in columns.keys() - {"gaps", "heights", "floor"}}
         rows["ids"] = from_gaps(columns["gaps"], sizes, shared)
         if "heights" in columns:
             rows["levels"] = from_heights(columns["heights"], columns["floor"], sizes)
-        _check_mass(self.targets, rows)
+        if isinstance(self.targets, TopK):
+            if not (rows["log_tail"] <= 0).all():
+                raise ValueError("a tail is not a log-probability")
+            return rows
+        totals = _row_sums(rows["counts"].astype(np.int64), sizes)
+        if (rows["counts"] == 0).any() or (totals != self.targets.draws).any():
+            raise ValueError(f"counts of a row do not add up to {self.targets.draws}")
         return rows
 
     def decode(self, columns: Columns) -> NamedRows:
@@ -158,18 +157,13 @@ class TargetCodec:
         )
         if self.kind == "fused":
             return rows
-        scalars = {
-            name: torch.from_numpy(columns[name].astype(np.float32)) for name in self.scalars
-        }
-        stored = StoredScalars(
-            scalars["label_logp"],
-            scalars["max_logp"],
-            {value: scalars[entropy_name(value)] for value in (1.0, *self.temperatures)},
-            {value: scalars[log_z_name(value)] for value in self.temperatures},
-        )
-        token_logp = None
-        if rows.is_sampled:
-            token_logp = torch.from_numpy(columns["levels"] * np.float32(-STEP))
+        scalars = {n: torch.from_numpy(columns[n].astype(np.float32)) for n in self.scalars}
+        entropies = {t: scalars[entropy_name(t)] for t in (1.0, *self.temperatures)}
+        log_zs = {t: scalars[log_z_name(t)] for t in self.temperatures}
+        stored = StoredScalars(scalars["label_logp"], scalars["max_logp"], entropies, log_zs)
+        if not rows.is_sampled:
+            return replace(rows, stored=stored)
+        token_logp = torch.from_numpy(columns["levels"] * np.float32(-STEP))
         return replace(rows, token_logp=token_logp, stored=stored)
 
     def bytes_per_target(self, sample: Sequence[Columns]) -> float:
@@ -201,7 +195,7 @@ def encode_draws(logp_nV: Tensor, keys_n: np.ndarray, num_draws: int) -> dict[st
     is_first_nN[:, 1:] = drawn_nN[:, 1:] != drawn_nN[:, :-1]
     run_starts = is_first_nN.flatten().nonzero().squeeze(1)
     end = run_starts.new_tensor([drawn_nN.numel()])
-    dtype = uint_for(num_draws)
+    dtype = np.min_scalar_type(num_draws)
     return {
         "sizes": is_first_nN.sum(1).cpu().numpy().astype(dtype),
         "ids": drawn_nN.flatten()[run_starts].cpu().numpy(),
@@ -216,7 +210,7 @@ def encode_top_k(logp_nV: Tensor, k: int) -> dict[str, np.ndarray]:
     # Logsumexp over the rest, because 1 - sum(kept) loses a tail below the rounding error.
     rest_nV = logp_nV.scatter(1, top.indices, -torch.inf)
     return {
-        "sizes": np.full(len(logp_nV), num_kept, uint_for(k)),
+        "sizes": np.full(len(logp_nV), num_kept, np.min_scalar_type(k)),
         "ids": top.indices.flatten().cpu().numpy(),
         "levels": _levels(top.values.flatten()),
         "log_tail": rest_nV.logsumexp(1).clamp(max=0.0).float().cpu().numpy(),
@@ -237,17 +231,6 @@ def _log_mass(targets: Targets, columns: Columns) -> np.ndarray:
     return (logp + np.repeat(scale, columns["sizes"])).astype(np.float32)
 
 
-def _check_mass(targets: Targets, columns: Columns) -> None:
-    if isinstance(targets, TopK):
-        if not (columns["log_tail"] <= 0).all():
-            raise ValueError("a tail is not a log-probability")
-        return
-    counts = columns["counts"]
-    totals = _row_sums(counts.astype(np.int64), columns["sizes"])
-    if (counts == 0).any() or (totals != targets.draws).any():
-        raise ValueError(f"counts of a row do not add up to {targets.draws}")
-
-
 def log_z_name(temperature: float) -> str:
     """Return the column name of log Z_T."""
     return f"log_z_{temperature:g}"
@@ -264,9 +247,8 @@ def draw(logp_nV: Tensor, keys_n: np.ndarray, num_draws: int) -> Tensor:
     total_n1 = cdf_nV[:, -1:]
     uniform_nN = torch.from_numpy(_uniforms(keys_n, num_draws)).to(logp_nV.device)
     # Strictly below the total, or a draw could land past the last token.
-    level_nN = torch.minimum(
-        uniform_nN * total_n1, torch.nextafter(total_n1, torch.zeros_like(total_n1))
-    )
+    below_n1 = torch.nextafter(total_n1, torch.zeros_like(total_n1))
+    level_nN = torch.minimum(uniform_nN * total_n1, below_n1)
     # right=True skips tokens of zero mass, whose CDF equals that of the token before.
     return torch.searchsorted(cdf_nV, level_nN, right=True)
 
@@ -285,11 +267,6 @@ def id_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def uint_for(largest: int) -> type[np.unsignedinteger]:
-    """Return uint8 or uint16, whichever is the narrowest that holds `largest`."""
-    return np.uint8 if largest < 2**8 else np.uint16
-
-
 def _row_sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     # `reduceat` returns the next row's first value for an empty row, not 0; no row is empty.
     return np.add.reduceat(values, starts_of(sizes)[:-1]) if len(sizes) else values[:0]
@@ -301,8 +278,8 @@ def _levels(logp_E: Tensor) -> np.ndarray:
 
 def _float16(name: str, values_n: Tensor) -> np.ndarray:
     exact = values_n.double().cpu().numpy()
-    if np.isnan(exact).any():
-        raise ValueError(f"{name}: is NaN for {int(np.isnan(exact).sum())} rows; must be a number")
+    if num_nan := int(np.isnan(exact).sum()):
+        raise ValueError(f"{name}: is NaN for {num_nan} rows; must be a number")
     largest = float(np.finfo(np.float16).max)
     return np.clip(exact, -largest, largest).astype(np.float16)
 

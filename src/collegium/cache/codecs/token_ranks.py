@@ -40,11 +40,7 @@ def to_gaps(
 
 
 def from_gaps(gaps: np.ndarray, sizes: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
-    """Decode (E,) gaps to ids, sorted by rank within a row.
-
-    Raises:
-        ValueError: a row holds a token twice, or a rank is outside the vocabulary.
-    """
+    """Decode (E,) gaps to ids, sorted by rank within a row. Raises ValueError for invalid gaps."""
     first = starts_of(sizes)[:-1]
     is_zero = gaps == 0
     is_zero[first] = False
@@ -64,11 +60,7 @@ def to_heights(levels: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def from_heights(heights: np.ndarray, floors: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Invert `to_heights`.
-
-    Raises:
-        ValueError: a log-probability is above 0.
-    """
+    """Invert `to_heights`. Raises ValueError if a log-probability is above 0."""
     floor_E = np.repeat(floors, sizes)
     # Checked before the subtraction, which would wrap around in unsigned integers.
     if (heights > floor_E).any():
