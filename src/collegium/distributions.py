@@ -32,7 +32,7 @@ class Distribution(ABC):
 
     @property
     def is_full(self) -> bool:
-        """Whether every token has its own probability. It can then be read at any temperature."""
+        """Whether every token has its own probability, which allows any temperature."""
         return self.temperatures is None
 
     @property

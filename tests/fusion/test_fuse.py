@@ -354,8 +354,11 @@ def test_unknown_and_missing_teacher_names_are_refused(logits_KNV, rows):
     cases: list[tuple[Fusion, str]] = [
         (Fusion(temperatures={"laww": 2.0}), "fusion.temperatures: got `laww`"),
         (Fusion(weighting=BestSingle(teacher="prosa")), "fusion.weighting.teacher: got `prosa`"),
-        (Fusion(weighting=Fixed(weights=fixed)), "fusion.weighting.weights: no weight"),
-        (Fusion(weighting=Fixed(weights={**fixed, "x": 0.0})), "fusion.weighting.weights: no "),
+        (Fusion(weighting=Fixed(weights=fixed)), "fusion.weighting.weights: got none"),
+        (
+            Fusion(weighting=Fixed(weights={**fixed, "x": 0.0})),
+            "fusion.weighting.weights: got none",
+        ),
     ]
     for fusion, where in cases:
         with refused(RecipeError, where):

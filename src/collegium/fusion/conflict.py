@@ -37,7 +37,7 @@ class ConflictBlock:
         return cls(disagreement_n, 1.0 - kd_factor_n, kd_factor_n)
 
     def corrected(self, corrected_n: Tensor | None) -> ConflictBlock:
-        """The same with the (n,) rows that `Conflict.correct_` changed, or itself for None."""
+        """The same with the (n,) rows that `Conflict.correct_` changed, if any changed."""
         if corrected_n is None:
             return self
         return replace(self, applied_n=corrected_n.to(self.applied_n.dtype))

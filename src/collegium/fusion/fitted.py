@@ -57,9 +57,9 @@ class Fixed(FittedWeighting):
     @classmethod
     def fit(cls, data: CalibrationData) -> Fixed:
         """Fit the constant weights of highest likelihood (see `em_weights`)."""
-        # K - 1 degrees of freedom: the weights hardly overfit the calibration split. One that
-        # rounds to 0 excludes its teacher. Rounding moves their sum by less than K * 1e-6, within
-        # the tolerance of `Weights`.
+        # K - 1 degrees of freedom: the weights hardly overfit the calibration split. A weight that
+        # rounds to 0 excludes its teacher. Rounding moves the sum by less than K * 1e-6, within the
+        # tolerance of `Weights`.
         return cls(weights=named(em_weights(data.stats.label_logp_KN), data.teachers))
 
 

@@ -71,7 +71,7 @@ class Gate(FittedWeighting):
         the Hessian E_q[xx'] - E_q[x]E_q[x]' - (E_w[xx'] - E_w[x]E_w[x]') and step halving. It is
         deterministic, and never worse than uniform weights on these rows.
 
-        The raw teachers are read, since only they have a consensus, which is no feature without.
+        The raw teachers are read, since only they have a consensus. It is no feature without one.
 
         Source: Jordan and Jacobs 1994, hierarchical mixtures of experts, with fixed experts.
         """
