@@ -78,11 +78,11 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "16 sum of weights": (
         minimal(fusion="{weighting: {name: fixed, weights: {code: 0.5, prose: 0.8}}}"),
-        "run.yaml:13: fusion.weighting",
+        "run.yaml:13: fusion.weighting.weights",
     ),
     "16 all weights zero": (
         minimal(fusion="{weighting: {name: fixed, weights: {code: 0, prose: 0}}}"),
-        "run.yaml:13: fusion.weighting",
+        "run.yaml:13: fusion.weighting.weights",
     ),
     "16 negative weight": (
         minimal(fusion="{weighting: {name: fixed, weights: {code: -0.5, prose: 1.5}}}"),
@@ -106,7 +106,7 @@ CASES: dict[str, tuple[str, ...]] = {
         minimal(
             fusion="{weighting: {name: domain_weights, weights: {}, default: {code: 1, prose: 1}}}"
         ),
-        "run.yaml:13: fusion.weighting",
+        "run.yaml:13: fusion.weighting.default",
     ),
     "16 gate": (
         minimal(fusion="{weighting: {name: gate, offsets: {code: 0.5}}}"),
