@@ -167,7 +167,7 @@ def _scalar(node: Any, key: str | int) -> Any:
     if kind not in ("int", "float"):
         return text
     if re.match("[-+]?0[0-9]", text):
-        raise ValueError(f"got {text}; a leading zero is ambiguous; remove it, or quote text")
+        raise ValueError(f"got {text}; a leading zero is ambiguous; remove it, or quote the value")
     number = int(text, 0) if kind == "int" else float(re.sub(r"\.(?=[in])", "", text.lower()))
     if number in (math.inf, -math.inf) or number != number:
         raise ValueError(f"got {text}; must be a finite number")
@@ -263,18 +263,20 @@ def decode(
 def _locate(cls: Any, data: Any, item: Mapping[str, Any]) -> tuple[KeyPath, list[str]]:
     """Return the path of an error, and the keys of the option class there, if it is one."""
     path: KeyPath = ()
-    hints: list[Any] = [cls]
+    hints = classes = [cls]
     for part in item["loc"]:
         is_index = isinstance(data, list) and isinstance(part, int)
         if not is_index and not (isinstance(data, dict) and part in data):
             continue  # a member of a union
-        fields = {k: f for c in _chosen(hints, data) for k, f in c.__pydantic_fields__.items()}
+        classes = _chosen(hints, data)
+        fields = {k: f for c in classes for k, f in c.__pydantic_fields__.items()}
         data, path = data[part], (*path, part)
         if part in fields:
             hints = _classes(fields[part].annotation, *fields[part].metadata)
     if item["type"] == "missing":
         path = (*path, item["loc"][-1])
-    classes = _chosen(hints, data)
+    if item["type"] != "unexpected_keyword_argument":  # about the class around the key
+        classes = _chosen(hints, data)
     return path, list(classes[0].__pydantic_fields__) if len(classes) == 1 else []
 
 
