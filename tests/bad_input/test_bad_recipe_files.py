@@ -77,6 +77,6 @@ def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
     path.write_bytes(b"a: \x00\n")
     check_message(refusal("check", path), "run.yaml:")
     path.write_text("[" * 5000)
-    check_message(refusal("check", path), "run.yaml: ")
+    check_message(refusal("check", path), "run.yaml:1: ")
     path.write_text("# " + "x" * 1_000_001)
     check_message(refusal("check", path), "run.yaml: ")

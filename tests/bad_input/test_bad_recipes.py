@@ -43,7 +43,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "08 sexagesimal": (minimal(seed="1:30"), "run.yaml:13: seed"),
     "08 no is a string": (minimal(train="{bf16: no}"), "run.yaml:11: train.bf16"),
     "08 true is not a number": (minimal(train="{max_steps: true}"), "run.yaml:11: train.max_steps"),
-    "09 too deep": ("a: " + "[" * 20_000, "run.yaml"),
+    "09 too deep": ("a: " + "[" * 20_000, "run.yaml:1"),
     "09 alias of itself": (minimal(name="&a [*a]"), "run.yaml"),
     "11 function": ("student: !function os.system\n", "run.yaml:1"),
     "10 tag": (

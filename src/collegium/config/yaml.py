@@ -31,6 +31,9 @@ from collegium.options import OneOf
 T = TypeVar("T")
 KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
+MAX_DEPTH = 40
+_OPENING = frozenset({"[", "{", "<block sequence start>", "<block mapping start>"})
+_CLOSING = frozenset({"]", "}", "<block end>"})
 CODE_KEYS = frozenset({"_target_", "_component_", "_function_", "!function"})
 RENAMED = {
     "alpha": "objective.kd_ratio (the share of the distillation loss)",
@@ -213,7 +216,13 @@ def _compose(text: str, place: Callable[[int], str]) -> Any:
     """Parse YAML to nodes of ruamel. `place` formats a line from 1, or 0 for none."""
     yaml = YAML(typ="safe", pure=True)
     try:
-        tags = [t.start_mark.line + 1 for t in yaml.scan(text) if isinstance(t, TagToken)]
+        tags, depth = [], 0
+        for token in yaml.scan(text):
+            line = token.start_mark.line + 1
+            depth += (token.id in _OPENING) - (token.id in _CLOSING)
+            if depth > MAX_DEPTH:  # the time of ruamel is quadratic in the depth
+                raise RecipeError(f"{place(line)}: must be nested at most {MAX_DEPTH} levels deep")
+            tags += [line] if isinstance(token, TagToken) else []
         if not tags:
             return yaml.compose(text)
     except MarkedYAMLError as error:
