@@ -105,7 +105,7 @@ def opened(recipe: Recipe) -> Iterator[RunContext]:
 
 def _require_teachers(recipe: Recipe, reason: str) -> None:
     if not recipe.teachers:
-        raise RecipeError(f"teachers: got none; must be at least one: {reason}; add some")
+        raise RecipeError(f"teachers: got none; must be at least one, since {reason}; add some")
 
 
 def _ensure(recipe: Recipe, *stages: str) -> Sequence[Any]:
