@@ -67,7 +67,8 @@ class Manifest(_Record):
         """Describe the size of a finished cache in one line."""
         count, size = self.num_targets, f"{self.num_bytes / 1e6:,.1f} MB"
         per_target = f"{self.num_bytes / max(count, 1):.1f} bytes per target"
-        return f"{count:,} targets in {len(self.shards)} shards, {size}, {per_target}"
+        shards = f"{len(self.shards)} shard{'s' * (len(self.shards) != 1)}"
+        return f"{count:,} targets in {shards}, {size}, {per_target}"
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:

@@ -188,7 +188,7 @@ class ResultRow(ModelScores, ModelInfo):
 
 
 class TeacherMeasure(Record):
-    """PreflightReport scores of one teacher on the calibration split."""
+    """Scores of one teacher on the calibration split."""
 
     nll: Number = None
     perplexity: Number = None
