@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from collegium.run.context import RunContext, free_memory
+from collegium.run.context import RunContext
 from collegium.storage.files import fingerprint
 
 T_co = TypeVar("T_co", covariant=True)
@@ -70,5 +70,4 @@ class Artifact(ABC, Generic[T_co]):
                 missing.ensure()
             with self.log():
                 self.build()
-            free_memory()
         return self.open()

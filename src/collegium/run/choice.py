@@ -20,7 +20,7 @@ from collegium.fusion.fuse import Fusion
 from collegium.preflight.measure import run_preflight
 from collegium.run.artifact import Artifact
 from collegium.run.caches import TeacherCache
-from collegium.run.context import RunContext, free_memory
+from collegium.run.context import RunContext
 from collegium.storage.files import fingerprint, write_json
 from collegium.storage.records import PreflightReport, open_record
 from collegium.teachers.cached import CachedTeacher
@@ -102,9 +102,7 @@ class Recorder:
         """Load a model, record it and release it."""
         folder = self.folder / str(len(list(self.folder.iterdir())))
         with progress(f"reading with {name}") as advance:
-            recorded = record(load(), self._batches(advance), folder)
-        free_memory()
-        return recorded
+            return record(load(), self._batches(advance), folder)
 
     def teachers(self, context: RunContext) -> list[Teacher]:
         """Record the teachers of a run."""
