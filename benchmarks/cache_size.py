@@ -65,7 +65,7 @@ TABLE = """\
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument(
         "--save", type=Path, help="Markdown file in which to replace the section `Bytes`"
@@ -208,7 +208,7 @@ def origin(dataset: PackedDataset, options: argparse.Namespace, seconds: float) 
         f"{dataset.num_target_tokens:,} targets, SmolLM2-135M-Instruct in bfloat16, windows of "
         f"{LENGTH} tokens, one shard. At V = {LARGE:,} the entries are spread at random over three "
         "times as many ids, because no model with that vocabulary was available.\n\n"
-        f"{date.today()}, {environment()['processor']}, {versions}, {seconds:.0f} s:\n"
+        f"{date.today()}, {environment().processor}, {versions}, {seconds:.0f} s:\n"
         f"`python benchmarks/cache_size.py --tokens {options.tokens}`\n"
     )
 

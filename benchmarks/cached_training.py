@@ -55,7 +55,7 @@ SHARPNESS = 9.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--teachers", type=int, default=5)
     parser.add_argument("--vocab", type=int, default=16_384)
     parser.add_argument(
@@ -84,7 +84,10 @@ def main() -> None:
         entries = make_cache(folder, teachers, dataset, options)
         sources = {"ce": ([], None), "cached": ([], open_targets(folder, dataset))}
         sources["live"] = teachers, None
-        steps = {mode: make_step(*source, dataset, options) for mode, source in sources.items()}
+        steps = {
+            mode: make_step(live, cached, dataset, options)
+            for mode, (live, cached) in sources.items()
+        }
         speeds = measure(steps, options.rounds)
         del sources, steps, teachers
         peaks = {mode: measure_peak(mode, folder) for mode in MODES}
@@ -268,7 +271,7 @@ def origin(entries: float, options: argparse.Namespace, seconds: float) -> str:
         f"{options.width}, 4 layers each, V = {options.vocab:,}, batches of {options.batch} "
         f"windows of {options.length} tokens, 50 draws ({entries:.1f} unique), medians of "
         f"{options.rounds} rounds.\n\n"
-        f"{date.today()}, {environment()['processor']}, {torch.get_num_threads()} threads, "
+        f"{date.today()}, {environment().processor}, {torch.get_num_threads()} threads, "
         f"{versions}, {seconds:.0f} s:\n"
         f"`python benchmarks/cached_training.py --teachers {options.teachers} "
         f"--rounds {options.rounds}`\n"

@@ -40,7 +40,7 @@ LOAD = re.compile(r"ld\.global(?:\.v(\d))?\.b(\d+)")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "float64"])
     parser.add_argument("--vocab", type=int, default=128_256)
@@ -102,7 +102,7 @@ def compiled_for(capability: int) -> Iterator[list[tuple[str, Any]]]:
         kernels.append((f"{name} ({', '.join(variant)})" if variant else name, kernel))
 
     JITFunction.run = compile_only
-    driver.set_active(Device(capability))
+    driver.set_active(Device(capability))  # pyright: ignore[reportArgumentType]
     try:
         yield kernels
     finally:
@@ -156,7 +156,7 @@ def usage(kernel: Any) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
+        tool = triton.knobs.nvidia.cuobjdump.path  # pyright: ignore[reportAttributeAccessIssue]
         done = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         )

@@ -3,6 +3,9 @@
 Shapes: N rows, V vocabulary, D width, K teachers, n rows of one block.
 """
 
+# Peers are optional.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from collegium.distributions import Answer, HiddenRows
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import PrefixLikelihood
 from collegium.fusion.weighting import RowStats
+from collegium.kernels.backends import Backend
 from collegium.losses.engine import default_block_size
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
@@ -67,7 +71,7 @@ class Inputs:
         return float(loss.detach())
 
 
-def ours(inputs: Inputs, size: Size, backend: str = "auto") -> Step:
+def ours(inputs: Inputs, size: Size, backend: Backend = "auto") -> Step:
     """Prefix-likelihood weights, linear pool, 0.9 forward KL + 0.1 CE, by this project."""
     objective = Objective(ObjectiveOptions(kd_ratio=KD_RATIO, backend=backend), Fusion())
     answers = [

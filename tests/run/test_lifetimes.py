@@ -1,7 +1,9 @@
 """Models alive in each stage: those in use and at most one more."""
 
+import gc
 import weakref
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,13 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def peaks(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def peaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """Largest number of models alive during a forward pass of each stage."""
     from transformers import PreTrainedModel
+
+    # Reference counts must release the models: a full collection takes 0.3 s.
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
+    gc.disable()
 
     alive: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
     found: dict[str, int] = defaultdict(int)
@@ -48,7 +54,6 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             alive.add(self)
 
     def counting_body(model: PreTrainedModel) -> torch.nn.Module:
-        # Without a collection: the run itself must release its models.
         count = sum(one.device.type != "meta" for one in alive)
         found[running[-1]] = max(found[running[-1]], count)
         return body(model)
@@ -60,7 +65,8 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     monkeypatch.setattr(PreTrainedModel, "__init__", recording_init)
     monkeypatch.setattr(forward, "_body", counting_body)
     monkeypatch.setattr(RunFolder, "stage", naming_stage)
-    return found
+    yield found
+    gc.enable()
 
 
 def _recipe(zoo: Path, output_dir: Path, *overrides: str) -> Recipe:

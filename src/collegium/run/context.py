@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +9,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from collegium.config.recipe import Recipe, dump_recipe
 from collegium.console import quiet_libraries
@@ -84,10 +81,7 @@ class RunContext:
 
     def teachers(self, names: Sequence[str]) -> list[Teacher]:
         """Load these teachers, keep those loaded before, and release all others."""
-        kept = {name: one for name, one in self._loaded.items() if name in names}
-        if len(kept) < len(self._loaded):
-            self._loaded = kept
-            free_memory()  # 0.2 s: not at every batch of a cache build
+        self._loaded = {name: one for name, one in self._loaded.items() if name in names}
         self._loaded |= {n: self.load_teacher(n) for n in names if n not in self._loaded}
         return [self._loaded[name] for name in names]
 
@@ -168,10 +162,3 @@ class RunContext:
             for name, widths in self.teacher_widths.items()
             if options.teacher_weight(name) > 0
         }
-
-
-def free_memory() -> None:
-    """Release models that are no longer referenced."""
-    gc.collect()  # a trainer and its callbacks refer to each other
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

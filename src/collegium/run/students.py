@@ -14,7 +14,7 @@ from collegium.losses.features import FeatureLoss
 from collegium.run.artifact import Artifact
 from collegium.run.caches import Cache, FusedCache, HiddenCache, TeacherCache
 from collegium.run.choice import Preflight, resolved_fusion
-from collegium.run.context import RunContext, free_memory
+from collegium.run.context import RunContext
 from collegium.run.controls import Variant, control_variants, main_variant
 from collegium.storage.files import fingerprint, write_json
 from collegium.storage.records import ModelInfo, TrainSummary, open_record, read_log
@@ -91,9 +91,6 @@ class Student(Artifact[Path]):
         tokens = log[-1].num_tokens if log else None
         summary = TrainSummary(steps=trainer.state.global_step, train_tokens=tokens)
         write_json(self.summary, summary.to_json())
-        # Only a trainer forms cycles. A full collection takes 0.2 s, so no other stage runs one.
-        del trainer
-        free_memory()
 
     def open(self) -> Path:
         return self.path
