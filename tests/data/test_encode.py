@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+from collegium.data.documents import Document
 from collegium.data.encode import Encoder
 from collegium.data.pack import split_of
-from collegium.data.sources import Document
 from collegium.data.tokens import bytes_of_tokens
 from collegium.errors import DataError
 from refusals import refused
@@ -121,9 +121,8 @@ def test_an_end_of_turn_token_other_than_eos_counts_as_stop():
     [
         BLOCKS.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>"),
         PLAIN.replace("<|end|>", "\n"),
-        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}",
     ],
-    ids=["outside the block", "newline", "nothing"],
+    ids=["outside the block", "newline"],
 )
 def test_stop_token_outside_the_targets_is_refused(template):
     with refused(DataError, "data: 17"):

@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 from pydantic import ValidationError
 
-from collegium.data.sources import Document, SourceOptions, check_sources, read_documents
+from collegium.data.documents import Document
+from collegium.data.sources import SourceOptions, check_sources, read_documents
 from collegium.errors import DataError
 from refusals import refused
 
@@ -139,13 +140,8 @@ CASES: dict[str, tuple[str, str | bytes, str]] = {
         "",
     ),
     "not parquet": ("train.parquet", "PAR1 no", ""),
-    "extension": ("train.csv", "a,b", ""),
+    "extension": ("train.xlsx", "a,b", ""),
     "empty prompt": ("c.jsonl", lines({"prompt": "", "completion": "b"}), ":1"),
-    "two turns": (
-        "chat.jsonl",
-        lines({"messages": [*CHAT, {"role": "assistant", "content": "x"}]}),
-        ":1",
-    ),
     "role": ("chat.jsonl", lines({"messages": [{"role": "robot", "content": "x"}]}), ":1"),
     "null content": ("chat.jsonl", lines({"messages": [{"role": "user", "content": None}]}), ":1"),
     "no content": ("chat.jsonl", lines({"messages": [{"role": "user"}]}), ":1: messages[0]"),
@@ -216,13 +212,9 @@ def test_check_sources_reads_only_the_first_rows_of_every_file(tmp_path):
     good = lines(*[{"text": "a"}] * 5)
     write(tmp_path, "a.jsonl", good + "broken\n")
     check_sources([SourceOptions(path=str(tmp_path))], where="data.train")
-    write(tmp_path, "b.jsonl", "broken\n")
-    with refused(DataError, "data.train[0]: TMP/b.jsonl:1"):
+    write(tmp_path, "b.parquet", "broken\n")
+    with refused(DataError, "data.train[0]: TMP/b.parquet", volatile=r"\(.*\)"):
         check_sources([SourceOptions(path=str(tmp_path))], where="data.train")
-    (tmp_path / "b.jsonl").write_text("")
-    empty = SourceOptions(path=str(tmp_path / "b.jsonl"))
-    with refused(DataError, "data.train[0]: TMP/b.jsonl"):
-        check_sources([empty], where="data.train")
 
 
 def test_hub_rows_and_failure(monkeypatch):
