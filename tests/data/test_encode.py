@@ -234,6 +234,60 @@ def test_bytes_sum_to_the_text(text, other, is_piece):
     assert encoded.num_bytes[encoded.is_target].sum() == len(other.encode())
 
 
+@lru_cache
+def llama():
+    tokenizer = sentencepiece()
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS, TEXTS)
+def test_a_completion_gets_no_space_before_it(prompt, completion):
+    pair = document(prompt=prompt, completion=completion)
+    (encoded,) = Encoder(llama(), max_length=999, where="data").encode([pair])
+    # The decoder strips the space before the prompt.
+    assert llama().decode(encoded.ids[:-1]) == prompt + completion
+
+
+def test_text_that_was_rendered_before_is_framed_once():
+    backend = Tokenizer.from_str(tiny.tiny_tokenizer().backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", USER)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|user|>", eos_token="<|end|>"
+    )
+    plain = encode(document(text="to be"), tokenizer, max_length=99)
+    framed = encode(document(text="<|user|>to be<|end|>"), tokenizer, max_length=99)
+    assert framed.ids.tolist() == plain.ids.tolist()
+    pair = encode(document(prompt="to be", completion="or"), tokenizer, max_length=99)
+    framed = document(prompt="<|user|>to be", completion="or<|end|>")
+    assert encode(framed, tokenizer, max_length=99).ids.tolist() == pair.ids.tolist()
+
+
+def test_special_tokens_in_a_text_are_counted_or_plain():
+    tokenizer = tiny.tiny_tokenizer(400, chat=True)
+    quoting = document(text="say <|end|> to stop")
+    encoder = Encoder(tokenizer, max_length=99, where="data")
+    (encoded,) = encoder.encode([quoting])
+    assert (encoded.ids == EOS).sum() == 2
+    (warning,) = encoder.check()
+    assert "texts with special tokens inside: 1 of 1 (first: id 17)" in warning
+    plain = encode(quoting, tokenizer, max_length=99, special_tokens="text")
+    assert (plain.ids == EOS).sum() == 1
+    assert tokenizer.decode(plain.ids) == "say <|end|> to stop<|end|>"
+
+
 def test_bytes_of_shared_skipped_and_trailing_characters():
     # a | é shared by two tokens | a space in no token | 数 | trailing space | empty tokens (0)
     ends = np.array([1, 2, 2, 0, 4, 0])

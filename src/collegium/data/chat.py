@@ -205,9 +205,8 @@ class ChatEncoder:
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         trained = [i for i in turns if i not in document.context]
         with_words = [i for i in trained if places[i].end is not None]
-        if any(
-            not (m := messages[i])["content"].strip() and not m.get("tool_calls") for i in trained
-        ):
+        silent = {*trained} - {*with_words}
+        if any(not messages[i].get("tool_calls") for i in silent):
             self.empty.append(document.id)
         return with_words
 
