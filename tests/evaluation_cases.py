@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import tiny
+from collegium.data.documents import Document
 from collegium.data.encode import Encoded, Encoder
-from collegium.data.readers import Document
 from collegium.data.windows import PackedDataset
 from collegium.distributions import LIVE, Answer, DenseRows
 from collegium.types import Batch, Rows

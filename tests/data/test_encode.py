@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+from collegium.data.documents import Document
 from collegium.data.encode import Encoder
 from collegium.data.pack import split_of
-from collegium.data.sources import Document
 from collegium.data.tokens import bytes_of_tokens
 from collegium.errors import DataError
 from refusals import refused
@@ -121,9 +121,8 @@ def test_an_end_of_turn_token_other_than_eos_counts_as_stop():
     [
         BLOCKS.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>"),
         PLAIN.replace("<|end|>", "\n"),
-        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}",
     ],
-    ids=["outside the block", "newline", "nothing"],
+    ids=["outside the block", "newline"],
 )
 def test_stop_token_outside_the_targets_is_refused(template):
     with refused(DataError, "data: 17"):
@@ -233,6 +232,60 @@ def test_bytes_sum_to_the_text(text, other, is_piece):
         [document(prompt=text, completion=other)]
     )
     assert encoded.num_bytes[encoded.is_target].sum() == len(other.encode())
+
+
+@lru_cache
+def llama():
+    tokenizer = sentencepiece()
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS, TEXTS)
+def test_a_completion_gets_no_space_before_it(prompt, completion):
+    pair = document(prompt=prompt, completion=completion)
+    (encoded,) = Encoder(llama(), max_length=999, where="data").encode([pair])
+    # The decoder strips the space before the prompt.
+    assert llama().decode(encoded.ids[:-1]) == prompt + completion
+
+
+def test_text_that_was_rendered_before_is_framed_once():
+    backend = Tokenizer.from_str(tiny.tiny_tokenizer().backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", USER)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|user|>", eos_token="<|end|>"
+    )
+    plain = encode(document(text="to be"), tokenizer, max_length=99)
+    framed = encode(document(text="<|user|>to be<|end|>"), tokenizer, max_length=99)
+    assert framed.ids.tolist() == plain.ids.tolist()
+    pair = encode(document(prompt="to be", completion="or"), tokenizer, max_length=99)
+    framed = document(prompt="<|user|>to be", completion="or<|end|>")
+    assert encode(framed, tokenizer, max_length=99).ids.tolist() == pair.ids.tolist()
+
+
+def test_special_tokens_in_a_text_are_counted_or_plain():
+    tokenizer = tiny.tiny_tokenizer(400, chat=True)
+    quoting = document(text="say <|end|> to stop")
+    encoder = Encoder(tokenizer, max_length=99, where="data")
+    (encoded,) = encoder.encode([quoting])
+    assert (encoded.ids == EOS).sum() == 2
+    (warning,) = encoder.check()
+    assert "texts with special tokens inside: 1 of 1 (first: id 17)" in warning
+    plain = encode(quoting, tokenizer, max_length=99, special_tokens="text")
+    assert (plain.ids == EOS).sum() == 1
+    assert tokenizer.decode(plain.ids) == "say <|end|> to stop<|end|>"
 
 
 def test_bytes_of_shared_skipped_and_trailing_characters():

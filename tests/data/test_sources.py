@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 from pydantic import ValidationError
 
-from collegium.data.sources import Document, SourceOptions, check_sources, read_documents
+from collegium.data.documents import Document
+from collegium.data.sources import SourceOptions, SourceSummary, check_sources, read_documents
 from collegium.errors import DataError
 from refusals import refused
 
@@ -139,13 +140,8 @@ CASES: dict[str, tuple[str, str | bytes, str]] = {
         "",
     ),
     "not parquet": ("train.parquet", "PAR1 no", ""),
-    "extension": ("train.csv", "a,b", ""),
+    "extension": ("train.xlsx", "a,b", ""),
     "empty prompt": ("c.jsonl", lines({"prompt": "", "completion": "b"}), ":1"),
-    "two turns": (
-        "chat.jsonl",
-        lines({"messages": [*CHAT, {"role": "assistant", "content": "x"}]}),
-        ":1",
-    ),
     "role": ("chat.jsonl", lines({"messages": [{"role": "robot", "content": "x"}]}), ":1"),
     "null content": ("chat.jsonl", lines({"messages": [{"role": "user", "content": None}]}), ":1"),
     "no content": ("chat.jsonl", lines({"messages": [{"role": "user"}]}), ":1: messages[0]"),
@@ -216,13 +212,9 @@ def test_check_sources_reads_only_the_first_rows_of_every_file(tmp_path):
     good = lines(*[{"text": "a"}] * 5)
     write(tmp_path, "a.jsonl", good + "broken\n")
     check_sources([SourceOptions(path=str(tmp_path))], where="data.train")
-    write(tmp_path, "b.jsonl", "broken\n")
-    with refused(DataError, "data.train[0]: TMP/b.jsonl:1"):
+    write(tmp_path, "b.parquet", "broken\n")
+    with refused(DataError, "data.train[0]: TMP/b.parquet", volatile=r"\(.*\)"):
         check_sources([SourceOptions(path=str(tmp_path))], where="data.train")
-    (tmp_path / "b.jsonl").write_text("")
-    empty = SourceOptions(path=str(tmp_path / "b.jsonl"))
-    with refused(DataError, "data.train[0]: TMP/b.jsonl"):
-        check_sources([empty], where="data.train")
 
 
 def test_hub_rows_and_failure(monkeypatch):
@@ -263,3 +255,193 @@ def test_content_hash_depends_only_on_content():
         content_hash(messages=({"role": "assistant", "content": "x"},)),
     ]
     assert len(set(kinds)) == len(kinds)
+
+
+def test_formats_and_compressions(tmp_path):
+    rows = [{"text": "a, b"}, {"text": 'c "d"\ne'}]
+    table = 'text\n"a, b"\n"c ""d""\ne"\n'
+    packed = pyarrow.Codec("zstd")
+    files = {
+        "a.json": json.dumps(rows),
+        "nested.json": json.dumps({"version": 1, "data": rows}),
+        "lines.json": lines(*rows),
+        "a.csv": table,
+        "a.tsv": table.replace(",", "\t").replace("a\t", "a,"),
+        "a.jsonl.gz": gzip.compress(lines(*rows).encode(), mtime=0),
+        "a.json.gz": gzip.compress(json.dumps(rows).encode(), mtime=0),
+        "a.jsonl.zst": packed.compress(lines(*rows).encode(), asbytes=True),
+        "utf16.jsonl": lines(*rows).encode("utf-16"),
+        "utf16.csv": table.encode("utf-16"),
+    }
+    for name, content in files.items():
+        assert [d.text for d in read(write(tmp_path, name, content))] == ["a, b", 'c "d"\ne'], name
+
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+SYSTEM = {"role": "system", "content": "be kind"}
+CHATS = {
+    "alpaca": ({"instruction": "hi", "input": "", "output": "yo"}, (USER, ANSWER)),
+    "alpaca with input": (
+        {"instruction": "add", "input": "1 2", "output": "3", "system": "be kind"},
+        (SYSTEM, {"role": "user", "content": "add\n\n1 2"}, {**ANSWER, "content": "3"}),
+    ),
+    "dolly": (
+        {"instruction": "hi", "context": "", "response": "yo", "category": "chat"},
+        (USER, ANSWER),
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+        (USER, ANSWER),
+    ),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, ANSWER]},
+        (USER, ANSWER),
+    ),
+    "nulls of a table": (
+        {"messages": [{**USER, "name": None, "tool_calls": None}, {**ANSWER, "weight": None}]},
+        (USER, ANSWER),
+    ),
+    "reasoning": (
+        {"messages": [USER, {**ANSWER, "reasoning_content": "hm"}]},
+        (USER, {**ANSWER, "reasoning_content": "hm"}),
+    ),
+    "tool call": (
+        {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+                },
+                {"role": "tool", "tool_call_id": "1", "content": "42"},
+                ANSWER,
+            ]
+        },
+        (
+            USER,
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {
+                        "type": "function",
+                        "id": "1",
+                        "function": {"name": "f", "arguments": {"a": 1}},
+                    }
+                ],
+            },
+            {"role": "tool", "content": "42", "tool_call_id": "1"},
+            ANSWER,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_formats_of_chats(tmp_path, case):
+    row, messages = CHATS[case]
+    (document,) = read(write(tmp_path, "a.jsonl", lines(row)))
+    assert document.messages == messages
+
+
+def test_turns_of_a_prompt_or_marked_as_context_are_no_targets(tmp_path):
+    rows = [
+        {"messages": [USER, {**ANSWER, flag: value}, USER, ANSWER]}
+        for flag, value in (("weight", 0), ("train", False), ("loss_mask", 0), ("trainable", False))
+    ]
+    rows.append({"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [ANSWER]})
+    documents = read(write(tmp_path, "a.jsonl", lines(*rows[:4])))
+    assert [d.context for d in documents] == [frozenset({1})] * 4
+    (document,) = read(write(tmp_path, "b.jsonl", lines(rows[4])))
+    assert (document.context, len(document.messages)) == (frozenset({2}), 5)
+    assert document.content_hash() != documents[0].content_hash()
+
+
+def test_variables_of_the_template(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"messages": CHAT, "tools": json.dumps(tools), "chat_template_kwargs": {"deep": True}}
+    (document,) = read(write(tmp_path, "a.jsonl", lines(row)))
+    assert document.template == {"deep": True, "tools": tools}
+
+
+def chat_of(**answer):
+    return {"messages": [USER, {**ANSWER, **answer}]}
+
+
+REFUSED = {
+    "weight between": chat_of(weight=0.5),
+    "unknown key": chat_of(citations=["x"]),
+    "target of a user": {"messages": [{**USER, "train": True}, ANSWER]},
+    "image part": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]},
+    "images of a row": {"messages": CHAT, "images": ["a.png"]},
+    "reasoning of a row": {"prompt": "a", "completion": "b", "reasoning_content": "c"},
+    "weight of a row": {"text": "a", "weight": 0.5},
+    "tools of a text": {"text": "a", "tools": [{"name": "f"}]},
+    "tools without objects": {"messages": CHAT, "tools": ["f"]},
+    "history": {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+    "role of sharegpt": {"conversations": [{"from": "robot", "value": "x"}]},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_values_without_effect_are_refused_by_name(tmp_path, case):
+    path = write(tmp_path, "a.jsonl", lines(REFUSED[case]))
+    with refused(DataError, "data.train[0]: TMP/a.jsonl:1"):
+        read(path)
+
+
+def test_all_refused_rows_are_counted_and_the_first_named(tmp_path):
+    rows = [{"text": "ok"}, {"text": 1}, {"text": 2}, {"text": "ok"}, {"text": 3}, {"text": 4}]
+    path = write(tmp_path, "a.jsonl", lines(*rows) + "{broken\n")
+    with refused(DataError, "data.train[0]: TMP/a.jsonl:2"):
+        read(path)
+
+
+def test_encodings_are_named_but_none_is_advised(tmp_path):
+    for name, word in (("gb18030", "北京"), ("shift_jis", "東京"), ("cp1251", "Столица")):
+        path = write(tmp_path, "a.jsonl", ('{"text": "' + word * 40 + '"}\n').encode(name))
+        with pytest.raises(DataError, match=name) as caught:
+            read(path)
+        assert "iconv" not in str(caught.value)
+
+
+def test_a_cloned_dataset_folder_gives_its_split(tmp_path):
+    folder = tmp_path / "hens"
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        file = folder / "data" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(lines({"text": name}))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "LICENSE.txt").write_text("MIT")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "x.jsonl").write_text(lines({"text": "stale"}))
+    (folder / "more.json").write_text("[]")
+    (folder / "make.py").write_text("")
+    summary = SourceSummary("data.train[0]")
+    options = SourceOptions(path=str(folder))
+    (document,) = read_documents(options, where="data.train[0]", summary=summary)
+    assert document.text == "train-00000-of-00001"
+    assert summary.skipped == {
+        ".ipynb_checkpoints/x.jsonl": "hidden",
+        "LICENSE.txt": "documentation",
+        "README.md": "documentation",
+        "make.py": "unknown format",
+        "data/test-00000-of-00001.jsonl": "split test",
+        "more.json": "no split in its name",
+    }
+    assert [d.text for d in read(folder, split="test")] == ["test-00000-of-00001"]
+    with refused(DataError, "data.train[0]: TMP/hens"):
+        read(folder, split="validation")
+
+
+def test_a_saved_dataset_folder(tmp_path):
+    rows = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=rows, dev=rows.select([1])).save_to_disk(str(tmp_path / "two"))
+    assert [d.text for d in read(tmp_path / "one")] == ["a", "b"]
+    assert [d.text for d in read(tmp_path / "two", split="dev")] == ["b"]
+    with refused(DataError, "data.train[0].split"):
+        read(tmp_path / "two", split="test")
+    options = SourceOptions(hub=str(tmp_path / "one"))
+    assert len(list(read_documents(options, where="data.train[0]"))) == 2

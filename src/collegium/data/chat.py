@@ -2,122 +2,327 @@
 
 from __future__ import annotations
 
+import datetime
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from collegium.data.readers import Document
-from collegium.data.tokens import Encoded, bytes_of_tokens, tokenize
+from collegium.data.documents import Document
+from collegium.data.tokens import Encoded, bytes_of_tokens, tokenize, tokenize_quoting
+from collegium.data.turns import Located, Message, UnstableTemplateError, locate, lost_words
 from collegium.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
-Messages = list[dict[str, str]]
-
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
+_CLOCK = re.compile(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)")
+_FIXED_CLOCK = "{% macro strftime_now(form) %}{{ fixed_dates[form] }}{% endmacro %}"
+_RESERVED = (
+    "messages", "conversation", "tokenize", "add_generation_prompt", "continue_final_message",
+    "chat_template", "fixed_dates",
+)  # fmt: skip
 
 
-def encode_chat(document: Document, tokenizer: Tokenizer, *, where: str) -> Encoded:
-    """Render and encode a chat, with the assistant's turns and their stop tokens as targets.
+class ChatEncoder:
+    """Encoder of chats under the template of one tokenizer.
 
-    Target spans come from the template's `{% generation %}` blocks, or else from rendering the
-    chat up to each turn. `num_bytes` counts the rendered text, without special tokens. Raises
-    DataError if the template is missing, fails, rewrites earlier turns, or ends an assistant turn
-    without a stop token.
+    Each assistant turn that is trained gives one run of targets: what follows the generation
+    prompt, which ends with the turn's content, and the stop token after it. Runs come from the
+    template's `{% generation %}` blocks if it has any, else from the positions of the content in
+    the rendered chat.
     """
-    place = f"{where}: {document.id}"
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{place}: got `messages` but the tokenizer has no chat template; must have one; use "
-            "another tokenizer, or rows of `prompt` and `completion`"
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, where: str, date: str = "2025-01-01", quote: bool = True
+    ) -> None:
+        """Templates that print today's date print `date` (ISO 8601).
+
+        `quote` encodes special tokens inside messages as plain text.
+        """
+        self.tokenizer = tokenizer
+        self.where = where
+        self.quote = quote
+        self.stops: set[int] = set()
+        """Ids of the stop tokens that end the assistant's turns."""
+        self.shortened: list[str] = []
+        """Ids of the chats whose earlier assistant turns the template shortens."""
+        self.empty: list[str] = []
+        """Ids of the chats with an empty assistant turn, which is no target."""
+        self.quoting: list[str] = []
+        """Ids of the chats whose messages contain special tokens."""
+        added = tokenizer.added_tokens_decoder
+        self._special = {number: t.content for number, t in added.items() if t.special}
+        # Bos and unknown tokens end no turn. Some tokenizers, such as GPT-2's, use one token as
+        # bos, unknown and eos.
+        never = [t for t in (tokenizer.bos_token, tokenizer.unk_token) if t != tokenizer.eos_token]
+        self._stops = [n for n, name in self._special.items() if name not in never]
+        self._added_stops = [n for n, token in added.items() if token.content not in never]
+        names = sorted((t.content for t in added.values() if t.special), key=len, reverse=True)
+        self._special_text = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._today = datetime.date.fromisoformat(date)
+
+    def encode(self, document: Document) -> Encoded:
+        """Encode a chat. `num_bytes` counts the rendered text, without special tokens.
+
+        Raises:
+            DataError: the tokenizer has no template, the template fails or leaves out words, a
+                turn cannot be found, or a turn ends without a stop token.
+        """
+        place = f"{self.where}: {document.id}"
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"{place}: got `messages` but the tokenizer has no chat template; must have one; "
+                "use another tokenizer, or rows of `prompt` and `completion`"
+            )
+        messages = [dict(message) for message in document.messages or ()]
+        text = self._render(messages, document, place)
+        try:
+            places = locate(messages, text, lambda m: self._render(m, document, place))
+        except UnstableTemplateError:
+            raise DataError(
+                f"{place}: the chat template renders marked content differently; must keep the "
+                "content of messages, so that turns can be found; use another template"
+            ) from None
+        self._check_words(document, messages, places, text, place)
+        ids, offsets = self._tokenize(document, places, text)
+        turns = self._trained_turns(document, messages, places)
+        has_blocks = bool(_GENERATION.search(self._options(document)["chat_template"]))
+        if not has_blocks and any(places[n].end == len(text) for n in turns):
+            # GLM's templates end a turn with the header of the next, and the last with nothing.
+            eos: Any = self.tokenizer.eos_token_id
+            ids = np.append(ids, eos)
+            offsets = np.concatenate([offsets, [[len(text), len(text)]]])
+        blocks = self._blocks(messages, document, ids, place) if has_blocks else None
+        is_target = np.zeros(len(ids), bool)
+        for number in turns:
+            limits = [p.end if p.start is None else p.start for p in places[number + 1 :]]
+            limit = min((p for p in limits if p is not None), default=len(text))
+            chat = _Chat(text, ids, offsets, blocks)
+            first, last = self._run(places[number], chat, limit, f"{place}: messages[{number}]")
+            is_target[first : last + 1] = True
+            self.stops.add(int(ids[last]))
+        num_bytes = bytes_of_tokens(text, offsets[:, 1])
+        num_bytes[np.isin(ids, [*self._special, *self.stops])] = 0
+        return Encoded(ids, is_target, num_bytes, can_split=False)
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        document: Document,
+        place: str,
+        *,
+        is_prompt: bool = False,
+    ) -> str:
+        if reserved := sorted({*document.template} & {*_RESERVED}):
+            raise DataError(
+                f"{place}: `chat_template_kwargs` has `{reserved[0]}`; must be variables of the "
+                "template only; remove it"
+            )
+        # transformers renders in jinja2's ImmutableSandboxedEnvironment: no template reaches
+        # Python.
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=is_prompt,
+                **self._options(document),
+            )
+        except Exception as error:
+            reason = str(error).split("\n")[0]
+            raise DataError(
+                f"{place}: the chat template fails ({type(error).__name__}: {reason}); must render "
+                "every row; fix the row or the template"
+            ) from error
+        return str(text)
+
+    def _options(self, document: Document) -> dict[str, Any]:
+        """Return the template, with a fixed date instead of the clock, and its variables."""
+        template = self.tokenizer.get_chat_template(tools=document.template.get("tools"))
+        formats = {match[2] for match in _CLOCK.finditer(template)}
+        if not formats:
+            return {"chat_template": template, **document.template}
+        dates = {form: self._today.strftime(form) for form in formats}
+        # The macro hides the function of the same name.
+        return {"chat_template": _FIXED_CLOCK + template, "fixed_dates": dates, **document.template}
+
+    @cached_property
+    def _prompt(self) -> str:
+        """The text that a generation prompt adds to a chat, "" if it adds none."""
+        chat, empty = [{"role": "user", "content": "x"}], Document("", "")
+        try:
+            closed = self._render(chat, empty, self.where)
+            open_ = self._render(chat, empty, self.where, is_prompt=True)
+        except DataError:
+            return ""
+        # A template may end a finished chat with eos, which the prompt does not continue.
+        size = next(
+            (i for i, (a, b) in enumerate(zip(closed, open_, strict=False)) if a != b), len(closed)
         )
-    messages = [dict(message) for message in document.messages or ()]
-    text = _render(messages, tokenizer, place)
-    ((ids, offsets),) = tokenize([text], tokenizer)
-    # The mask of `apply_chat_template` is all zeros for a template without generation blocks.
-    if _GENERATION.search(tokenizer.get_chat_template()):
-        encoding: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        return open_[size:]
+
+    def _check_words(
+        self,
+        document: Document,
+        messages: Sequence[Message],
+        places: Sequence[Located],
+        text: str,
+        place: str,
+    ) -> None:
+        """Check that the rendering has all words. Earlier assistant turns may be shortened."""
+        final = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+        for number, (message, span) in enumerate(zip(messages, places, strict=True)):
+            key = lost_words(message, span, text)
+            if key is None:
+                continue
+            # Templates of thinking models drop the reasoning of earlier turns on purpose, and
+            # those without tools drop their calls.
+            if message["role"] == "assistant" and number < final:
+                if self.shortened[-1:] != [document.id]:
+                    self.shortened.append(document.id)
+                continue
+            raise DataError(
+                f"{place}: messages[{number}]: the chat template leaves out words of `{key}` (role "
+                f"`{message['role']}`); must render every word; use another role or key, or "
+                "another template"
+            )
+        for tool in document.template.get("tools") or ():
+            name = _tool_name(tool)
+            if name and name not in text:
+                raise DataError(
+                    f"{place}: the chat template leaves out the tool `{name}` of `tools`; must "
+                    "render every tool; use a template with tools, or remove them"
+                )
+
+    def _trained_turns(
+        self, document: Document, messages: Sequence[Message], places: Sequence[Located]
+    ) -> list[int]:
+        """Return the numbers of the messages to train on: the assistant's, if not empty."""
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        trained = [i for i in turns if i not in document.context]
+        with_words = [i for i in trained if places[i].end is not None]
+        silent = {*trained} - {*with_words}
+        if any(not messages[i].get("tool_calls") for i in silent):
+            self.empty.append(document.id)
+        return with_words
+
+    def _tokenize(
+        self, document: Document, places: Sequence[Located], text: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenize the rendering, with the special tokens that messages contain as plain text."""
+        quoted = [
+            match.span()
+            for place in places
+            if place.start is not None and place.end is not None
+            for match in self._special_text.finditer(text, place.start, place.end)
+        ]
+        if quoted:
+            self.quoting.append(document.id)
+        if quoted and self.quote:
+            return tokenize_quoting(text, quoted, self.tokenizer)
+        ((ids, offsets),) = tokenize([text], self.tokenizer)
+        return ids, offsets
+
+    def _blocks(
+        self, messages: Sequence[Message], document: Document, ids: np.ndarray, place: str
+    ) -> np.ndarray | None:
+        """Return which tokens lie in `{% generation %}` blocks."""
+        encoding: Any = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **self._options(document),
         )
         if list(encoding["input_ids"]) != ids.tolist():
+            if self.quoting[-1:] == [document.id]:
+                raise DataError(
+                    f"{place}: messages contain special tokens, and the template marks turns with "
+                    "{% generation %} blocks; must not have both; remove one of them"
+                )
             problem = "the chat template renders one chat as two texts; must be deterministic"
             raise DataError(f"{place}: {problem}")
-        is_target = np.array(encoding["assistant_masks"], bool)
-    else:
-        is_target = np.zeros(len(ids), bool)
-        for start, end in _turn_spans(messages, text, tokenizer, place):
-            is_target |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
-    added = tokenizer.added_tokens_decoder.items()
-    special = {number: token.content for number, token in added if token.special}
-    # Bos and unknown tokens end no turn. Some tokenizers, such as GPT-2's, use one token as bos,
-    # unknown and eos.
-    never = (tokenizer.bos_token, tokenizer.unk_token)
-    stops = [n for n, name in special.items() if name == tokenizer.eos_token or name not in never]
-    _trim_turns_to_stop(text, offsets, is_target, np.isin(ids, stops), place)
-    num_bytes = bytes_of_tokens(text, offsets[:, 1])
-    num_bytes[np.isin(ids, list(special))] = 0
-    return Encoded(ids, is_target, num_bytes, can_split=False)
+        return np.array(encoding["assistant_masks"], bool)
 
-
-def _render(
-    messages: Messages, tokenizer: Tokenizer, place: str, *, is_prompt: bool = False
-) -> str:
-    # transformers renders in jinja2's ImmutableSandboxedEnvironment: no template reaches Python.
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=is_prompt
-        )
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise DataError(
-            f"{place}: the chat template fails ({type(error).__name__}: {reason}); must render "
-            "every row; fix the row or the template"
-        ) from error
-    return str(text)
-
-
-def _turn_spans(
-    messages: Messages, text: str, tokenizer: Tokenizer, place: str
-) -> list[tuple[int, int]]:
-    """Return the characters [start, end) of every assistant turn, from renderings of prefixes."""
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        end_text = _render(messages[: number + 1], tokenizer, place)
-        start_text = _render(messages[:number], tokenizer, place, is_prompt=True) if number else ""
-        # A template may open a turn differently for generation. Then the turn's header is a target.
-        if not end_text.startswith(start_text):
-            start_text = _render(messages[:number], tokenizer, place)
-        if not (text.startswith(end_text) and end_text.startswith(start_text)):
-            raise DataError(
-                f"{place}: the chat template rewrites earlier turns (messages[{number}]); must "
-                "render a chat as a continuation of its prefix; mark the assistant's content with "
-                "{% generation %} ... {% endgeneration %} in the template"
-            )
-        spans.append((len(start_text), len(end_text)))
-    return spans
-
-
-def _trim_turns_to_stop(
-    text: str, offsets: np.ndarray, is_target: np.ndarray, is_stop: np.ndarray, place: str
-) -> None:
-    """Unmark whitespace after stop tokens, in place, and reject turns without a stop token."""
-    # Runs were lost to stop tokens outside the loss mask:
-    # https://github.com/huggingface/trl/issues/5988
-    edges = np.diff(is_target.astype(np.int8), prepend=0, append=0)
-    for start, end in zip((edges == 1).nonzero()[0], (edges == -1).nonzero()[0], strict=True):
-        last = end - 1
-        while last > start and not is_stop[last] and not text[slice(*offsets[last])].strip():
-            last -= 1
-        if not is_stop[last]:
-            tail = text[offsets[start, 0] : offsets[end - 1, 1]][-20:]
+    def _run(self, span: Located, chat: _Chat, limit: int, place: str) -> tuple[int, int]:
+        """Return the first and last token of the targets of a turn."""
+        start = self._start(span, chat.text, place)
+        # A token across the border belongs to the content: nothing else predicts it.
+        ends = np.maximum.accumulate(chat.offsets[:, 1])
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = self._stop(span, chat, limit)
+        is_supervised = last is not None
+        if last is not None and chat.blocks is not None:
+            inside = first + np.flatnonzero(chat.blocks[first : last + 1])
+            is_supervised = inside[-1:].tolist() == [last]
+            begins = span.end if span.start is None else span.start
+            is_late = is_supervised and chat.offsets[inside[0], 0] > (begins or 0)
+            has_gap = is_supervised and len(inside) <= last - inside[0]
+            if chat.blocks[max(first - 1, 0)] or is_late or has_gap:
+                raise DataError(
+                    f"{place}: the {{% generation %}} block holds another text than the turn's; "
+                    "must hold its content and its stop token, not the header; change the template"
+                )
+            first = int(inside[0]) if is_supervised else first
+        if last is None or not is_supervised:
+            tail = chat.text[start : (span.end or 0) + 9][-20:]
             raise DataError(
                 f"{place}: the stop token is never supervised: an assistant turn ends with "
                 f"{tail!r}; must end with the eos token or the template's end-of-turn token, or "
-                "the student never learns to stop; put that token inside the template's assistant "
-                "turn (before {% endgeneration %})"
+                "the student never learns to stop; put that token after the content, inside the "
+                "template's assistant turn (before {% endgeneration %})"
             )
-        is_target[last + 1 : end] = False
+        return first, last
+
+    def _start(self, span: Located, text: str, place: str) -> int:
+        """Return the character at which generation of the turn starts."""
+        assert span.end is not None
+        at = text.find(self._prompt, span.after, span.end) if self._prompt else -1
+        if at >= 0 and (span.start is None or at < span.start):
+            return at + len(self._prompt)
+        if span.start is None:
+            raise DataError(
+                f"{place}: the start of the turn cannot be found: the chat template moves the "
+                "beginning of the content, and writes another header than its generation prompt; "
+                "must start a turn with one of them; use another template"
+            )
+        return span.start
+
+    def _stop(self, span: Located, chat: _Chat, limit: int) -> int | None:
+        """Return the number of the stop token that follows the content, or None."""
+        end = span.end or 0
+        after = np.flatnonzero((chat.offsets[:, 0] >= end) & (chat.offsets[:, 1] <= limit))
+        for stops in (self._stops, self._added_stops):
+            is_stop = np.isin(chat.ids[after], stops)
+            at = int(is_stop.argmax()) if is_stop.any() else len(after)
+            # Only a tool call goes on after its position.
+            if at == len(after) or (
+                chat.text[end : chat.offsets[after[at], 0]].strip() and not span.is_call
+            ):
+                continue
+            # Of tokens in a row, such as <|END_RESPONSE|><|END_OF_TURN_TOKEN|>, eos ends the turn.
+            row = after[at:][np.cumprod(is_stop[at:]).astype(bool)]
+            is_eos = chat.ids[row] == self.tokenizer.eos_token_id
+            return int(row[is_eos.argmax()])
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A rendered chat of L tokens."""
+
+    text: str
+    ids: np.ndarray
+    """(L,) int64."""
+    offsets: np.ndarray
+    """(L, 2) int64, characters."""
+    blocks: np.ndarray | None
+    """(L,) bool: the token lies in a generation block. None for a template without blocks."""
+
+
+def _tool_name(tool: Mapping[str, Any]) -> str:
+    return str(tool.get("function", tool).get("name", ""))

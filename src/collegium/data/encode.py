@@ -6,6 +6,8 @@
   no token spans the boundary and the prompt gets the same ids as at inference.
 - messages: rendered with the tokenizer's chat template. Targets are the assistant's tokens and the
   stop token that ends each of its turns.
+
+Text that was rendered before keeps its own beginning-of-text and stop token: none is added twice.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from collegium.data.chat import encode_chat
-from collegium.data.readers import Document
-from collegium.data.sources import Truncate
-from collegium.data.tokens import Encoded, bytes_of_tokens, tokenize
+from collegium.data.chat import ChatEncoder
+from collegium.data.documents import Document
+from collegium.data.sources import SpecialTokens, Truncate, raise_refused
+from collegium.data.tokens import Encoded, bytes_of_tokens, tokenize, tokenize_after
 from collegium.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,18 +36,31 @@ class Encoder:
     """Document encoder for one tokenizer, with a record of the documents it could not use."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, max_length: int, truncate: Truncate = "right", where: str
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        truncate: Truncate = "right",
+        special_tokens: SpecialTokens = "auto",
+        date: str = "2025-01-01",
+        where: str,
     ) -> None:
         """Check the tokenizer. Raises DataError if it has no stop token."""
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncate: Truncate = truncate
         self.where = where
+        self.special_tokens: SpecialTokens = special_tokens
+        self.chats = ChatEncoder(tokenizer, where=where, date=date, quote=special_tokens != "parse")
         self.num_seen = 0
+        self.refused: list[str] = []
+        """Errors of the documents that cannot be encoded."""
         self.too_long: list[tuple[int, str]] = []
         """(number of tokens, id) of every unsplittable document over `max_length`."""
         self.untrained: list[str] = []
         """Ids of the documents without a target."""
+        self.parsed: list[str] = []
+        """Ids of the texts and prompts with special tokens between their first and last token."""
         eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         if not isinstance(eos, int):
             raise DataError(
@@ -57,13 +72,19 @@ class Encoder:
         first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
         self._bos = first if isinstance(bos, int) and first == [bos] else []
         self._eos = [eos]
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = [number for number, token in added if token.special]
+
+    @property
+    def stops(self) -> set[int]:
+        """Ids of the tokens that the student learns to stop with."""
+        return {*self._eos, *self.chats.stops}
 
     def encode(self, documents: Iterable[Document]) -> Iterator[Encoded | None]:
-        """Encode documents lazily. None stands for one dropped for its length or without a target.
+        """Encode documents lazily. None stands for one that is dropped or refused, see `check`.
 
         Texts are never truncated: they span as many windows as they need. `truncate` applies to
-        prompts and chats, after the targets are decided. Raises DataError if a chat has no
-        template, or a template under which it cannot be trained.
+        prompts and chats, after the targets are decided.
         """
         chunk: list[Document] = []
         num_characters = 0
@@ -79,9 +100,34 @@ class Encoder:
         """Check the documents encoded so far, and return warnings about those not used in full.
 
         Raises:
-            DataError: no document has a target, or some are too long and `truncate` is `error`.
+            DataError: a document cannot be encoded, no document has a target, or some are too long
+                and `truncate` is `error`.
         """
-        warnings = []
+        raise_refused(self.refused, self.num_seen, where=self.where)
+        quoted = "plain text" if self.chats.quote else "special tokens"
+        facts = [
+            (
+                self.chats.shortened,
+                "chats of whose earlier assistant turns the chat template leaves out words",
+                "trained as rendered",
+            ),
+            (self.chats.empty, "chats with an empty assistant turn", "it is no target"),
+            (
+                self.chats.quoting,
+                "chats with special tokens in a message",
+                f"encoded as {quoted} (`special_tokens`)",
+            ),
+            (
+                self.parsed,
+                "texts with special tokens inside",
+                "encoded as such; set `special_tokens: text` to encode them as plain text",
+            ),
+        ]
+        warnings = [
+            f"{self.where}: {fact}: {len(ids):,} of {self.num_seen:,} (first: id {ids[0]}); {doing}"
+            for ids, fact, doing in facts
+            if ids
+        ]
         if self.too_long:
             longest, name = max(self.too_long)
             fact = (
@@ -109,25 +155,49 @@ class Encoder:
         return warnings
 
     def _encode_chunk(self, documents: Sequence[Document]) -> Iterator[Encoded | None]:
-        texts = [text for document in documents for text, _ in _pieces(document)]
-        tokens = iter(tokenize(texts, self.tokenizer))
+        quote = self.special_tokens == "text"
+        begins = [d.prompt if d.text is None else d.text for d in documents if d.messages is None]
+        first = iter(tokenize([text or "" for text in begins], self.tokenizer, quote=quote))
+        later = [d.completion for d in documents if d.completion is not None]
+        second = iter(tokenize_after(later, self.tokenizer, quote=quote))
         for document in documents:
+            self.num_seen += 1
             if document.messages is not None:
-                encoded = encode_chat(document, self.tokenizer, where=self.where)
+                try:
+                    encoded = self.chats.encode(document)
+                except DataError as error:
+                    self.refused.append(str(error))
+                    yield None
+                    continue
+            elif document.text is not None:
+                encoded = self._frame(document, [(document.text, True, *next(first))])
             else:
-                columns = [_added(self._bos, is_target=False)]
-                for text, is_target in _pieces(document):
-                    ids, offsets = next(tokens)
-                    num_bytes = bytes_of_tokens(text, offsets[:, 1])
-                    columns.append((ids, np.full(len(ids), is_target), num_bytes))
-                columns.append(_added(self._eos, is_target=True))
-                ids, is_target, num_bytes = map(np.concatenate, zip(*columns, strict=True))
-                can_split = document.text is not None
-                encoded = Encoded(ids, is_target, num_bytes, can_split)
+                pieces = [(document.prompt or "", False, *next(first))]
+                pieces.append((document.completion or "", True, *next(second)))
+                encoded = self._frame(document, pieces)
             yield self._finish(document, encoded)
 
+    def _frame(
+        self, document: Document, pieces: Sequence[tuple[str, bool, np.ndarray, np.ndarray]]
+    ) -> Encoded:
+        """Join pieces of (text, whether it is a target, ids, offsets) between bos and eos."""
+        columns = [
+            (ids, np.full(len(ids), is_target), bytes_of_tokens(text, offsets[:, 1]))
+            for text, is_target, ids, offsets in pieces
+        ]
+        all_ids = np.concatenate([ids for ids, _, _ in columns])
+        has_eos = all_ids[-1:].tolist() == self._eos
+        if np.isin(all_ids[1 : len(all_ids) - has_eos], self._special).any():
+            self.parsed.append(document.id)
+        if all_ids[:1].tolist() != self._bos:
+            columns.insert(0, _added(self._bos, is_target=False))
+        if not has_eos:
+            columns.append(_added(self._eos, is_target=True))
+        ids, is_target, num_bytes = map(np.concatenate, zip(*columns, strict=True))
+        can_split = document.text is not None
+        return Encoded(ids, is_target, num_bytes, can_split)
+
     def _finish(self, document: Document, encoded: Encoded) -> Encoded | None:
-        self.num_seen += 1
         length, span = len(encoded), slice(None)
         if not encoded.can_split and length > self.max_length:
             self.too_long.append((length, document.id))
@@ -141,15 +211,6 @@ class Encoder:
             return encoded
         self.untrained.append(document.id)
         return None
-
-
-def _pieces(document: Document) -> list[tuple[str, bool]]:
-    """Return the pieces of a document that are encoded separately, and which are targets."""
-    if document.text is not None:
-        return [(document.text, True)]
-    if document.prompt is not None and document.completion is not None:
-        return [(document.prompt, False), (document.completion, True)]
-    return []
 
 
 def _added(ids: Sequence[int], *, is_target: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

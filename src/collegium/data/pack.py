@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Literal
 
+from collegium.data.documents import Document
 from collegium.data.encode import Encoder
-from collegium.data.sources import DataOptions, Document, SourceOptions, read_documents
-from collegium.data.tokens import Encoded
+from collegium.data.sources import DataOptions, SourceOptions, SourceSummary, read_documents
+from collegium.data.tokens import Encoded, marked
 from collegium.data.windows import Collator as Collator
 from collegium.data.windows import PackedDataset
 from collegium.errors import DataError, nearest
@@ -22,19 +23,26 @@ _LOG = logging.getLogger(__name__)
 
 
 def build_datasets(
-    options: DataOptions, tokenizer: Tokenizer, *, where: str, teachers: Collection[str] = ()
+    options: DataOptions,
+    tokenizer: Tokenizer,
+    *,
+    where: str,
+    teachers: Collection[str] = (),
+    summaries: list[SourceSummary] | None = None,
 ) -> dict[str, PackedDataset]:
     """Read, split, encode and pack `train`, `calibration` and `validation`, disjoint by content.
 
     Documents are ordered by a hash of their content and the seed, and the windows are shuffled with
     the seed, so any prefix of a dataset is a fair mixture. A document may name one of `teachers`.
-    Raises DataError if a source cannot be read, a part is empty, parts share documents, a document
-    names an unknown teacher, or nothing can be learned.
+    A summary of each source is appended to `summaries`. Raises DataError if a source cannot be
+    read, a part is empty, parts share documents, a document names an unknown teacher, or nothing
+    can be learned.
     """
-    parts = _split(options, where, teachers)
+    summaries = [] if summaries is None else summaries
+    parts = _split(options, where, teachers, summaries)
     _check_disjoint(parts, where)
     return {
-        part: _build(part, documents, options, tokenizer, where=f"{where}.{part}")
+        part: _build(part, documents, options, tokenizer, summaries, where=f"{where}.{part}")
         for part, documents in parts.items()
     }
 
@@ -60,10 +68,10 @@ def _seeded_hash(document: Document, seed: int, purpose: str) -> int:
 
 
 def _split(
-    options: DataOptions, where: str, teachers: Collection[str]
+    options: DataOptions, where: str, teachers: Collection[str], summaries: list[SourceSummary]
 ) -> dict[str, list[Document]]:
     parts = {
-        part: list(_read_sources(sources, f"{where}.{part}", teachers))
+        part: list(_read_sources(sources, f"{where}.{part}", teachers, summaries))
         for part, sources in options.sources.items()
     }
     pooled, parts["train"] = parts["train"], []
@@ -85,11 +93,15 @@ def _split(
 
 
 def _read_sources(
-    sources: Sequence[SourceOptions], where: str, teachers: Collection[str]
+    sources: Sequence[SourceOptions],
+    where: str,
+    teachers: Collection[str],
+    summaries: list[SourceSummary],
 ) -> Iterator[Document]:
     for number, source in enumerate(sources):
         place = f"{where}[{number}]"
-        for document in read_documents(source, where=place):
+        summaries.append(SourceSummary(place))
+        for document in read_documents(source, where=place, summary=summaries[-1]):
             name = document.teacher
             if name is not None and name not in teachers:
                 raise DataError(
@@ -112,13 +124,24 @@ def _check_disjoint(parts: dict[str, list[Document]], where: str) -> None:
 
 
 def _build(
-    part: str, documents: list[Document], options: DataOptions, tokenizer: Tokenizer, *, where: str
+    part: str,
+    documents: list[Document],
+    options: DataOptions,
+    tokenizer: Tokenizer,
+    summaries: Sequence[SourceSummary],
+    *,
+    where: str,
 ) -> PackedDataset:
     seed = options.split_seed
     # Ids and domains break ties between identical documents.
     documents = sorted(documents, key=lambda d: (_seeded_hash(d, seed, "order"), d.id, d.domain))
     encoder = Encoder(
-        tokenizer, max_length=options.max_length, truncate=options.truncate, where=where
+        tokenizer,
+        max_length=options.max_length,
+        truncate=options.truncate,
+        special_tokens=options.special_tokens,
+        date=options.date,
+        where=where,
     )
     max_tokens: int | None = getattr(options, f"max_{part}_tokens")
     encoded = _select(documents, max_tokens, encoder)
@@ -135,6 +158,11 @@ def _build(
     # real eos from the loss in https://github.com/huggingface/trl/issues/6357
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chosen = [documents[number] for number in encoded]
+    for summary in summaries:
+        is_from = (summary.files and d.id.startswith((*summary.files,)) for d in chosen)
+        first = next((n for n, hit in zip(encoded, is_from, strict=True) if hit), None)
+        if first is not None and not summary.sample:
+            summary.sample = marked(encoded[first], tokenizer)
     return PackedDataset(
         list(encoded.values()),
         max_length=options.max_length,
@@ -143,6 +171,7 @@ def _build(
         names=[document.id for document in chosen],
         teachers=[document.teacher for document in chosen],
         pad_token_id=pad if isinstance(pad, int) else 0,
+        stops=encoder.stops,
         order_seed=seed,
     )
 

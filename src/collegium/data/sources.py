@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import datetime
 import glob
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from collegium.data import readers
-from collegium.data.readers import Document, SourceOptions
+from collegium.data.documents import Document, columns_read, parse_rows
+from collegium.data.readers import SourceOptions
 from collegium.errors import DataError
 from collegium.options import option
 from collegium.storage.files import listing
 
 Truncate = Literal["right", "left", "drop", "error"]
 """Handling of a prompt or chat longer than a window."""
+SpecialTokens = Literal["auto", "parse", "text"]
+"""Handling of special tokens that are spelled out in documents."""
+
+# The keywords of `datasets`: https://huggingface.co/docs/hub/datasets-file-names-and-splits
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_DOCUMENTATION = re.compile(
+    r"(readme|licen[cs]e|notice|changelog|contributing|citation|code_of_conduct)\b", re.IGNORECASE
+)
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
+def _iso_date(value: str) -> str:
+    return datetime.date.fromisoformat(value).isoformat()
 
 
 @option
@@ -43,6 +64,11 @@ class DataOptions:
     """Seed of the held-out split and of the order of the documents."""
     truncate: Truncate = "right"
     """Handling of prompts and chats longer than a window. Texts are never truncated."""
+    special_tokens: SpecialTokens = "auto"
+    """Special tokens spelled out in documents: `parse` encodes them as such, `text` as plain text.
+    `auto` parses them in texts and prompts, which may be rendered chats, but not in messages."""
+    date: Annotated[str, AfterValidator(_iso_date)] = "2025-01-01"
+    """Today's date for chat templates that print it, so that a run is the same tomorrow."""
     max_train_tokens: Annotated[int, Field(ge=2)] | None = None
     """Train on at most this many tokens, balanced over the domains."""
     max_calibration_tokens: Annotated[int, Field(ge=2)] | None = None
@@ -62,54 +88,163 @@ class DataOptions:
         return {"train": self.train, "calibration": self.calibration, "validation": self.validation}
 
 
-def read_documents(options: SourceOptions, *, where: str) -> Iterator[Document]:
+@dataclass
+class SourceSummary:
+    """Files and rows of a source, counted while it is read."""
+
+    where: str
+    origin: str = ""
+    """Path or name of the data set."""
+    files: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Reason by file of a folder that is not read."""
+    num_rows: int = 0
+    num_blank: int = 0
+    num_documents: int = 0
+    refused: list[str] = field(default_factory=list)
+    """Error of every row that cannot be used."""
+    unread_columns: set[str] = field(default_factory=set)
+    sample: str = ""
+    """A decoded document with its targets marked."""
+
+    def lines(self) -> list[str]:
+        """Describe the source, one line per fact."""
+        rows = (
+            f"{self.where}: {self.origin}: files: {len(self.files):,} read, "
+            f"{len(self.skipped):,} skipped; rows: {self.num_rows:,} read, "
+            f"{self.num_documents:,} used, {self.num_blank:,} blank, {len(self.refused):,} refused"
+        )
+        lines = [rows]
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason, []).append(name)
+        lines += [
+            f"{self.where}: skipped ({reason}): {', '.join(names[:3])}"
+            + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+            for reason, names in by_reason.items()
+        ]
+        if self.unread_columns:
+            columns = ", ".join(sorted(self.unread_columns))
+            lines.append(f"{self.where}: columns without effect: {columns}")
+        if self.sample:
+            lines.append(f"{self.where}: sample, targets in [[ ]]: {self.sample}")
+        return lines
+
+
+def read_documents(
+    options: SourceOptions, *, where: str, summary: SourceSummary | None = None
+) -> Iterator[Document]:
     """Yield the documents of a source in stored order, skipping blank ones.
 
-    Columns decide the kind of a row: `messages`, `prompt` + `completion`, or the text column.
-    Raises DataError if a file is missing or unreadable, a row is not a document, or the source has
-    no documents.
+    Columns decide the kind of a row, see `collegium.data.documents`. Raises DataError if a file is
+    missing or unreadable or the source has no documents, and, after the last row, if any row is
+    refused.
     """
-    num_blank = num_documents = 0
-    for document in chain.from_iterable(_read_source(options, where)):
-        if document is None:
-            num_blank += 1
-            continue
-        yield document
-        num_documents += 1
-        if num_documents == options.limit:
-            return
+    summary = summary or SourceSummary(where)
+    for document in chain.from_iterable(_read_source(options, where, summary)):
+        summary.num_rows += 1
+        if isinstance(document, DataError):
+            summary.refused.append(str(document))
+        elif document is None:
+            summary.num_blank += 1
+        else:
+            summary.num_documents += 1
+            yield document
+            if summary.num_documents == options.limit:
+                break
+    raise_refused(summary.refused, summary.num_rows, where=where)
     place = f"{where}: {options.path or options.hub}"
-    if num_blank + num_documents == 0:
+    if summary.num_rows == 0:
         raise DataError(f"{place}: got no rows; must have at least one document")
-    if num_documents == 0:
+    if summary.num_documents == 0:
         raise DataError(
-            f"{place}: rows with an empty `{options.text_column}`: {num_blank:,} of {num_blank:,}; "
-            "must have text; set `text_column` to the right field"
+            f"{place}: rows without text to train on: {summary.num_blank:,} of "
+            f"{summary.num_rows:,}; must have text; set `text_column` to the right field"
         )
 
 
+def raise_refused(errors: Sequence[str], num_rows: int, *, where: str) -> None:
+    """Raise DataError if rows were refused: the first three errors and the number of all."""
+    if not errors:
+        return
+    lines = list(errors[:3])
+    if len(errors) > 1:
+        lines.append(f"{where}: refused rows: {len(errors):,} of {num_rows:,}")
+    raise DataError("\n".join(lines))
+
+
 def check_sources(options_list: Sequence[SourceOptions], *, where: str) -> None:
-    """Check that files exist, formats are known and first rows parse, without reading in full."""
+    """Check that files exist, open and have known formats, without reading in full."""
     for number, options in enumerate(options_list):
         place = f"{where}[{number}]"
         # Checking a hub dataset would download it.
         if options.hub is None:
-            for documents in _read_source(options, place):
+            for documents in _read_source(options, place, SourceSummary(place)):
+                # A refused row is reported with all others, once the source is read in full.
                 list(islice(documents, 3))
-            # Reads up to the first document, and raises for a source that has none.
-            next(read_documents(options, where=place))
 
 
-def _read_source(options: SourceOptions, where: str) -> Iterator[Iterator[Document | None]]:
-    """Yield the documents of each file, None for a blank row."""
-    if options.hub is not None:
-        rows_of = {options.hub: enumerate(_load_hub(options, where), start=1)}
-        domain = options.hub.rstrip("/").rsplit("/", 1)[-1]
+def _read_source(
+    options: SourceOptions, where: str, summary: SourceSummary
+) -> Iterator[Iterator[Document | DataError | None]]:
+    """Yield the documents of each file, None for a blank row, an error for a refused one."""
+    summary.origin = str(options.path or options.hub)
+    saved = Path(os.path.expanduser(summary.origin))
+    if options.hub is not None or _is_saved(saved):
+        table = _load_saved(saved, options, where) if _is_saved(saved) else None
+        table = _load_hub(options, where) if table is None else table
+        rows_of = {summary.origin: enumerate(table, start=1)}
+        domain = summary.origin.rstrip("/").rsplit("/", 1)[-1]
     else:
-        files, domain = _find_files(options, where)
+        files, domain = _find_files(options, where, summary)
         rows_of = {str(file): readers.read_rows(file, options, where=where) for file in files}
+    summary.files = list(rows_of)
+    known = columns_read(options)
     for name, rows in rows_of.items():
-        yield readers.parse_rows(rows, name, options, domain=options.domain or domain, where=where)
+        yield parse_rows(
+            _note_columns(rows, known, summary.unread_columns),
+            name,
+            options,
+            domain=options.domain or domain,
+            where=where,
+        )
+
+
+def _note_columns(
+    rows: Iterable[readers.Row], known: set[str], unread: set[str]
+) -> Iterator[readers.Row]:
+    for number, row in rows:
+        if isinstance(row, Mapping):
+            unread |= {str(name) for name in row} - known
+        yield number, row
+
+
+def _is_saved(folder: Path) -> bool:
+    """Return whether `datasets` wrote the folder with `save_to_disk`."""
+    markers = ("state.json", "dataset_dict.json")
+    return any(os.path.isfile(folder / name) for name in markers)
+
+
+def _load_saved(folder: Path, options: SourceOptions, where: str) -> Any:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    # Wide on purpose: pyarrow's errors and those of `datasets` have no common base class.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"{where}: {folder}: cannot be loaded ({type(error).__name__}: {reason}); must be a "
+            "folder that `datasets` saved; save it again"
+        ) from error
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if options.split not in saved:
+        raise DataError(
+            f"{where}.split: got `{options.split}`; must be one of {', '.join(map(str, saved))}, "
+            f"the splits of {folder}"
+        )
+    return saved[options.split]
 
 
 def _load_hub(options: SourceOptions, where: str) -> Any:
@@ -133,16 +268,16 @@ def _load_hub(options: SourceOptions, where: str) -> Any:
         ) from error
 
 
-def _find_files(options: SourceOptions, where: str) -> tuple[list[Path], str]:
+def _find_files(
+    options: SourceOptions, where: str, summary: SourceSummary
+) -> tuple[list[Path], str]:
     """Return the files of a source, and its default domain."""
     path = Path(os.path.expanduser(str(options.path)))
     # Unlike the methods of Path, os.path returns False for a name too long for the system.
     is_folder, fault = os.path.isdir(path), "no such file"
     if is_folder:
-        files = sorted(
-            f for f in path.rglob("*") if f.is_file() and readers.extension(f) in readers.FORMATS
-        )
-        fault = f"no {', '.join(readers.FORMATS)} file"
+        files = _files_of_folder(path, options.split, summary)
+        fault = f"no {', '.join(readers.FORMATS)} file of the split `{options.split}`"
     elif os.path.isfile(path):
         files = [path]
     else:
@@ -155,3 +290,41 @@ def _find_files(options: SourceOptions, where: str) -> tuple[list[Path], str]:
         return files, (path if is_folder else files[0].parent).resolve().name
     name = files[0].name
     return files, name[: len(name) - len(readers.extension(files[0]))] or name
+
+
+def _files_of_folder(folder: Path, split: str, summary: SourceSummary) -> list[Path]:
+    """Return the data files of a folder, and note the reason for every file that is not read."""
+    files = []
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        inside = file.relative_to(folder)
+        if any(part.startswith((".", "__")) for part in inside.parts):
+            reason = "hidden"
+        elif _DOCUMENTATION.match(file.name):
+            reason = "documentation"
+        elif file.name.lower() in _METADATA:
+            reason = "metadata"
+        elif readers.format_of(file) is None:
+            reason = "unknown format"
+        else:
+            files.append(file)
+            continue
+        summary.skipped[str(inside)] = reason
+    splits = {file: _split_of(file.relative_to(folder)) for file in files}
+    # A name like `training-diary.txt` is no split: a folder with splits has several.
+    if len({*splits.values()} - {None}) < 2:
+        return files
+    wanted = _SPLITS.get(split, split)
+    for file, found in splits.items():
+        if found != wanted:
+            reason = f"split {found}" if found else "no split in its name"
+            summary.skipped[str(file.relative_to(folder))] = reason
+    return [file for file, found in splits.items() if found == wanted]
+
+
+def _split_of(file: Path) -> str | None:
+    """Return the split that the name of a file or folder names, the innermost first."""
+    for part in reversed(file.parts):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return None

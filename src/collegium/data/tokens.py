@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,14 +36,25 @@ class Encoded:
         return Encoded(self.ids[span], is_target, self.num_bytes[span], self.can_split)
 
 
-def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the ids (L,) and character offsets (L, 2) of each text, without special tokens."""
+Tokens = tuple[np.ndarray, np.ndarray]
+"""Ids (L,) and character offsets (L, 2) of a text."""
+
+# Characters that some tokenizer does not merge with the text after them.
+_GUARDS = ("\n", "a", ".", "\t")
+
+
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer, *, quote: bool = False) -> list[Tokens]:
+    """Return the tokens of each text, without added special tokens.
+
+    `quote` encodes special tokens in the text as plain text.
+    """
     if not texts:
         return []
     # Not verbose: a text may exceed the model's length, since it is split into windows later.
     encoding = tokenizer(
         list(texts),
         add_special_tokens=False,
+        split_special_tokens=quote,
         return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,
@@ -53,6 +65,60 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[np.ndarra
         (np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2))
         for ids, offsets in pairs
     ]
+
+
+def tokenize_after(
+    texts: Sequence[str], tokenizer: Tokenizer, *, quote: bool = False
+) -> list[Tokens]:
+    """Return the tokens of texts that continue another text.
+
+    Same as `tokenize`, without the space that SentencePiece tokenizers put before a text.
+    """
+    tokens = tokenize(texts, tokenizer, quote=quote)
+    if not _adds_space(tokenizer):
+        return tokens
+    pending = list(range(len(texts)))
+    for guard in _GUARDS:
+        guarded = tokenize([guard + texts[n] for n in pending], tokenizer, quote=quote)
+        shared = []
+        for number, (ids, offsets) in zip(pending, guarded, strict=True):
+            size = int((offsets[:, 1] <= len(guard)).sum())
+            if (offsets[size:, 0] >= len(guard)).all():
+                tokens[number] = ids[size:], offsets[size:] - len(guard)
+            else:
+                shared.append(number)  # a token covers the guard and the text
+        pending = shared
+    return tokens
+
+
+def _adds_space(tokenizer: Tokenizer) -> bool:
+    (first, _), (later, _) = tokenize(["a", "\na"], tokenizer)
+    return later[-len(first) :].tolist() != first.tolist()
+
+
+def tokenize_quoting(text: str, quoted: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> Tokens:
+    """Return the tokens of a text, with its characters [start, end) of `quoted` as plain text."""
+    bounds = [0, *chain.from_iterable(sorted(quoted)), len(text)]
+    columns = []
+    for number, (start, end) in enumerate(pairwise(bounds)):
+        encode = tokenize_after if start else tokenize
+        if start < end:
+            ((ids, offsets),) = encode([text[start:end]], tokenizer, quote=number % 2 == 1)
+            columns.append((ids, offsets + start))
+    ids, offsets = zip(*columns, strict=True)
+    return np.concatenate(ids), np.concatenate(offsets)
+
+
+def marked(encoded: Encoded, tokenizer: Tokenizer, *, max_tokens: int = 200) -> str:
+    """Decode the beginning of a document, with each run of targets in [[ ]]."""
+    parts = []
+    for is_target, run in groupby(
+        zip(encoded.ids[:max_tokens].tolist(), encoded.is_target.tolist(), strict=False),
+        key=lambda pair: pair[1],
+    ):
+        text = tokenizer.decode([number for number, _ in run])
+        parts.append(f"[[{text}]]" if is_target else text)
+    return repr("".join(parts))[1:-1] + " ..." * (len(encoded) > max_tokens)
 
 
 def bytes_of_tokens(text: str, ends: np.ndarray) -> np.ndarray:

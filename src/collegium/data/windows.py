@@ -8,7 +8,7 @@ the last token of the previous piece as context, never as a target, so packing, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         pad_token_id: int = 0,
         order_seed: int | None = None,
         teachers: Sequence[str | None] = (),
+        stops: Iterable[int] = (),
     ) -> None:
         """Lay documents out in windows, in order. `order_seed` then shuffles the windows.
 
@@ -90,6 +91,8 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         is_document = self._columns["sample_ids"] >= 0
         self.num_tokens = int((is_document & ~self._columns["is_repeat"]).sum())
         """Document tokens, without padding and repeated context."""
+        self.stops = sorted(stops)
+        """Ids of the tokens that end documents and turns."""
         self.num_target_tokens = int(self._columns["is_target"].sum())
         self.fingerprint = self._hash()
         """SHA-256 hex digest of everything that a model sees."""
@@ -113,6 +116,11 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         """Return the document pieces of a window in order, without padding."""
         span = slice(self._piece_starts[index], self._piece_starts[index + 1])
         return [Piece(*row) for row in self._pieces[span].tolist()]
+
+    def token_ids(self) -> set[int]:
+        """Return the ids that occur in documents."""
+        is_document = self._columns["sample_ids"] >= 0
+        return {*np.unique(self._columns["input_ids"][is_document]).tolist()}
 
     def targets_per_window(self) -> np.ndarray:
         """Return the number of target tokens per window, (windows,)."""

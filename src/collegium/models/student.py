@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -33,8 +34,8 @@ class StudentOptions(ModelSource):
     def _initial_model(self, *, seed: int, where: str) -> PreTrainedModel:
         """Load or initialize the model on its device."""
 
-    def build(self, *, seed: int, where: str) -> PreTrainedModel:
-        """Return the untrained student, with the tokenizer's end-of-text token as a stop token.
+    def build(self, *, seed: int, where: str, stops: Iterable[int] = ()) -> PreTrainedModel:
+        """Return the untrained student. Generation stops at the eos token and at `stops`.
 
         Raises:
             ModelError: the model cannot be loaded, or has fewer rows than the tokenizer has ids.
@@ -45,7 +46,7 @@ class StudentOptions(ModelSource):
         inputs, head = forward.input_layer(model), forward.head_layer(model)
         rows = min(inputs.num_embeddings, head.out_features)
         _check_rows(rows, tokenizer, where=where)
-        _set_stop_token(model, tokenizer)
+        _set_stop_tokens(model, tokenizer, stops)
         if self.gradient_checkpointing:
             loading.enable_checkpointing(model)
         return model
@@ -148,16 +149,15 @@ def _check_rows(rows: int, tokenizer: Tokenizer, *, where: str) -> None:
         )
 
 
-def _set_stop_token(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    # Keep the stop tokens of the model, and add the one that is trained: without it generation with
-    # the exported student does not end.
+def _set_stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer, stops: Iterable[int]) -> None:
+    # Keep the stop tokens of the model, and add those that are trained: without them generation
+    # with the exported student does not end.
     config = model.generation_config
     if config is None:
         return
     eos: Any = [] if config.eos_token_id is None else config.eos_token_id
-    stops: list[Any] = [eos] if isinstance(eos, int) else list(eos)
-    if tokenizer.eos_token_id not in stops:
-        stops.append(tokenizer.eos_token_id)
-    config.eos_token_id = stops[0] if len(stops) == 1 else stops
+    known: list[Any] = [eos] if isinstance(eos, int) else list(eos)
+    known += [stop for stop in (tokenizer.eos_token_id, *stops) if stop not in known]
+    config.eos_token_id = known[0] if len(known) == 1 else known
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id

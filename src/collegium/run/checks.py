@@ -15,7 +15,7 @@ import torch
 from collegium.cache.options import TopK
 from collegium.config.recipe import Recipe, check_recipe
 from collegium.data.sources import check_sources
-from collegium.errors import DataError, RecipeError, nearest
+from collegium.errors import RecipeError, VocabularyError, nearest
 from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
 from collegium.kernels.backends import require_backend
@@ -99,6 +99,7 @@ def _check_vocabularies(context: RunContext, report: CheckReport) -> None:
         )
         require_compatible(verdict)
         report.lines.append(f"{where}: vocabulary {verdict.kind}; {verdict.message}")
+        context.reserved_ids.update(dict.fromkeys(verdict.reserved, where))
 
 
 def _check_positions(recipe: Recipe) -> None:
@@ -141,12 +142,24 @@ def _check_datasets(context: RunContext, report: CheckReport) -> None:
             f"data.{part}: {len(dataset.sample_names):,} documents, {len(dataset):,} windows, "
             f"{dataset.num_target_tokens:,} target tokens"
         )
+        used = sorted(dataset.token_ids() & {*context.reserved_ids})
+        if used:
+            name = context.tokenizer.convert_ids_to_tokens(used[0])
+            raise VocabularyError(
+                f"data.{part}: contains `{name}` (id {used[0]}), which has another name in the "
+                f"tokenizer of {context.reserved_ids[used[0]]}; must be the same token; remove it "
+                "from the texts, or set `data.special_tokens: text`"
+            )
+    for source in context.sources:
+        report.lines += source.lines()
+    stops = context.tokenizer.convert_ids_to_tokens(context.datasets["train"].stops)
+    report.lines.append(f"student: generation stops at {', '.join(stops)}")
     windows = len(context.datasets["train"])
     needed = options.per_device_train_batch_size * options.gradient_accumulation_steps
     if windows < needed:
-        raise DataError(
-            f"data.train: {windows} windows, one optimizer step needs {needed}; give more text, "
-            "or lower train.per_device_train_batch_size or train.gradient_accumulation_steps"
+        report.warnings.append(
+            f"data.train: {windows} windows, one optimizer step takes {needed}; every step sees "
+            "all of them; give more text, or lower train.per_device_train_batch_size"
         )
     steps, epochs = context.num_steps, context.num_steps * needed / windows
     report.lines.append(f"train: {steps:,} steps of {needed} windows, {epochs:.1f} epochs")

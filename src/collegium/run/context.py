@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from collegium.config.recipe import Recipe, dump_recipe
 from collegium.console import quiet_libraries
 from collegium.data.pack import PackedDataset, build_datasets
+from collegium.data.sources import SourceSummary
 from collegium.distributions import Teacher
 from collegium.losses.pairing import feature_map
 from collegium.models.forward import probe
@@ -38,6 +39,10 @@ class RunContext:
         """The resolved recipe as plain data."""
         self._identities: dict[str, dict[str, Any]] = {}
         self._loaded: dict[str, Teacher] = {}
+        self.reserved_ids: dict[int, str] = {}
+        """Ids that mean another token in a teacher, which no text may contain, with its path."""
+        self.sources: list[SourceSummary] = []
+        """What was read from each source, once `datasets` was used."""
 
     def claim_folder(self) -> None:
         """Record the resolved recipe and the environment in the run folder."""
@@ -77,7 +82,9 @@ class RunContext:
     def datasets(self) -> dict[str, PackedDataset]:
         """`train`, `calibration` and `validation`, disjoint by document."""
         data, names = self.recipe.data, list(self.recipe.teachers)
-        return build_datasets(data, self.tokenizer, where="data", teachers=names)
+        return build_datasets(
+            data, self.tokenizer, where="data", teachers=names, summaries=self.sources
+        )
 
     def teachers(self, names: Sequence[str]) -> list[Teacher]:
         """Load these teachers, keep those loaded before, and release all others."""
@@ -96,7 +103,8 @@ class RunContext:
 
     def new_student(self) -> PreTrainedModel:
         """Return the untrained student, probed: the same weights at every call."""
-        student = self.recipe.student.build(seed=self.recipe.seed, where="student")
+        stops = self.datasets["train"].stops
+        student = self.recipe.student.build(seed=self.recipe.seed, where="student", stops=stops)
         probe(student, vocab_size=self.vocab_size, where="student")
         return student
 

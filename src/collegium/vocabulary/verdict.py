@@ -26,12 +26,16 @@ class Verdict:
     # harmless extra tokens, so there are three kinds.
     kind: Literal["identical", "compatible", "different"]
     """`identical`: same ids, same bytes. `compatible`: the same for every id of the student, while
-    the teacher's extra ids or pad rows are dropped. `different`: some id maps to other bytes."""
+    the teacher's extra ids or pad rows are dropped. `different`: some id maps to other bytes.
+    Reserved ids do not count."""
     vocab_size: int
     """V: largest id of the student's tokenizer + 1. Heads are truncated to V rows."""
     differing: tuple[tuple[int, bytes | None, bytes | None], ...]
     """(id, student's bytes, teacher's bytes) of the first ids that differ, at most 5."""
     num_differing: int
+    reserved: tuple[int, ...]
+    """Ids of special tokens with another name, which neither a template nor the end of a text uses.
+    No text to train on may contain them."""
     num_pad_rows: int
     """Number of rows of the teacher's head beyond V, which are dropped."""
     message: str
@@ -81,6 +85,16 @@ def compare(
     # Holes in the student's ids are skipped: no text produces them.
     pairs = list(enumerate(zip_longest(student, teacher)))
     differing = [(i, ours, theirs) for i, (ours, theirs) in pairs if ours not in (None, theirs)]
+    added = {*student_tokenizer.added_tokens_decoder} & {*teacher_tokenizer.added_tokens_decoder}
+    # The flag `special` only decides what decoding skips.
+    flags = [i for i, ours, theirs in differing if i in added and _name(ours) == _name(theirs)]
+    in_use = _special_in_use(student_tokenizer) | _special_in_use(teacher_tokenizer)
+    reserved = [
+        i
+        for i, ours, theirs in differing
+        if i not in flags and i not in in_use and _is_special(ours) and _is_special(theirs)
+    ]
+    differing = [row for row in differing if row[0] not in {*flags, *reserved}]
     num_extra = sum(ours is None and theirs is not None for _, (ours, theirs) in pairs)
     num_pad_rows = max(0, (teacher_head_size or 0) - size)
     if differing:
@@ -104,11 +118,16 @@ def compare(
     if not differing:
         _check_head(student, teacher_head_size, where)
     notes = _notes(student_tokenizer, teacher_tokenizer)
+    if flags:
+        notes.append(f"{len(flags):,} tokens are special in one of the tokenizers only")
+    if reserved:
+        notes.append(f"{len(reserved):,} reserved ids have another name (first: {reserved[0]})")
     return Verdict(
         kind=kind,
         vocab_size=size,
         differing=tuple(differing[:5]),
         num_differing=len(differing),
+        reserved=tuple(reserved),
         num_pad_rows=num_pad_rows,
         message="; ".join([f"{where}: {message}", *notes]),
     )
@@ -122,6 +141,22 @@ def require_compatible(verdict: Verdict) -> None:
     """
     if verdict.kind == "different":
         raise VocabularyError(verdict.message)
+
+
+def _special_in_use(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Return the ids of special tokens with a role, or a place in the chat template."""
+    template = str(tokenizer.chat_template or "")
+    roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
+    added = tokenizer.added_tokens_decoder.items()
+    return {n for n, token in added if token.content in roles or token.content in template}
+
+
+def _is_special(token: bytes | None) -> bool:
+    return token is not None and token.startswith(SPECIAL)
+
+
+def _name(token: bytes | None) -> bytes | None:
+    return token if token is None else token.removeprefix(SPECIAL)
 
 
 def _notes(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast) -> list[str]:
