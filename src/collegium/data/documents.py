@@ -247,8 +247,8 @@ def _message(given: Mapping[str, object], here: str) -> tuple[Mapping[str, Any],
     role = _field(given, role_key, here)
     role = _SHAREGPT_ROLES.get(str(role), role) if is_sharegpt else role
     if role not in ROLES:
-        known = (*ROLES, *_SHAREGPT_ROLES) if is_sharegpt else ROLES
-        raise DataError(f"{here}: unknown role `{role}`; must be one of {', '.join(known)}")
+        roles = (*ROLES, *_SHAREGPT_ROLES) if is_sharegpt else ROLES
+        raise DataError(f"{here}: unknown role `{role}`; must be one of {', '.join(roles)}")
     for key in (role_key, content_key):
         rest.pop(key, None)
     calls = _tool_calls(rest.pop("tool_calls", None), str(role), here)
@@ -301,9 +301,9 @@ def _tool_calls(value: object, role: str, here: str) -> list[dict[str, Any]]:
             raise DataError(f"{here}: `tool_calls` has {show(call)}; {problem}")
         # OpenAI's arguments are a string of JSON. Templates expect an object.
         arguments = _decoded(function.get("arguments") or {})
-        known = {"name": function["name"], "arguments": arguments}
+        target = {"name": function["name"], "arguments": arguments}
         outer = {k: v for k, v in call.items() if k in ("id", "type") and v is not None}
-        calls.append({"type": "function", **outer, "function": known})
+        calls.append({"type": "function", **outer, "function": target})
     return calls
 
 

@@ -99,9 +99,9 @@ def extension(file: Path) -> str:
 
 def format_of(file: Path) -> str | None:
     """Return the format of a file by its extension, or None if it is unknown."""
-    known = extension(file)
-    base, dot, _ = known.rpartition(".")
-    form = FORMATS.get(base if dot and known.endswith((*COMPRESSIONS,)) else known)
+    suffix = extension(file)
+    base, _, _ = suffix.rpartition(".")
+    form = FORMATS.get(base if suffix.endswith((*COMPRESSIONS,)) else suffix)
     return None if form == "parquet" and base else form
 
 

@@ -199,10 +199,10 @@ def _read_source(
         files, domain = _find_files(options, where, summary)
         rows_of = {str(file): readers.read_rows(file, options, where=where) for file in files}
     summary.files = list(rows_of)
-    known = columns_read(options)
+    columns = columns_read(options)
     for name, rows in rows_of.items():
         yield parse_rows(
-            _note_columns(rows, known, summary.unread_columns),
+            _note_columns(rows, columns, summary.unread_columns),
             name,
             options,
             domain=options.domain or domain,
@@ -211,11 +211,11 @@ def _read_source(
 
 
 def _note_columns(
-    rows: Iterable[readers.Row], known: set[str], unread: set[str]
+    rows: Iterable[readers.Row], columns: set[str], unread: set[str]
 ) -> Iterator[readers.Row]:
     for number, row in rows:
         if isinstance(row, Mapping):
-            unread |= {str(name) for name in row} - known
+            unread |= {str(name) for name in row} - columns
         yield number, row
 
 
@@ -313,12 +313,12 @@ def _files_of_folder(folder: Path, split: str, summary: SourceSummary) -> list[P
     # A name like `training-diary.txt` is no split: a folder with splits has several.
     if len({*splits.values()} - {None}) < 2:
         return files
-    wanted = _SPLITS.get(split, split)
-    for file, found in splits.items():
-        if found != wanted:
-            reason = f"split {found}" if found else "no split in its name"
+    split = _SPLITS.get(split, split)
+    for file, other in splits.items():
+        if other != split:
+            reason = f"split {other}" if other else "no split in its name"
             summary.skipped[str(file.relative_to(folder))] = reason
-    return [file for file, found in splits.items() if found == wanted]
+    return [file for file, other in splits.items() if other == split]
 
 
 def _split_of(file: Path) -> str | None:

@@ -62,12 +62,12 @@ def locate(messages: Sequence[Message], text: str, render: Render) -> list[Locat
             break
     else:
         raise UnstableTemplateError
-    found: dict[int, int] = {}
+    position: dict[int, int] = {}
     for count, match in enumerate(is_mark.finditer(rendered)):
-        found.setdefault(ord(match[0]) - plane, match.start() - count)
+        position.setdefault(ord(match[0]) - plane, match.start() - count)
     places, after = [], 0
     for i, message in enumerate(messages):
-        start, end = found.get(2 * i), found.get(2 * i + 1)
+        start, end = position.get(2 * i), position.get(2 * i + 1)
         places.append(Located(after, start, end, bool(message.get("tool_calls"))))
         after = max(after, end or 0)
     return places

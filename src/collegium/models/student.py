@@ -156,8 +156,8 @@ def _set_stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer, stops: Iterab
     if config is None:
         return
     eos: Any = [] if config.eos_token_id is None else config.eos_token_id
-    known: list[Any] = [eos] if isinstance(eos, int) else list(eos)
-    known += [stop for stop in (tokenizer.eos_token_id, *stops) if stop not in known]
-    config.eos_token_id = known[0] if len(known) == 1 else known
+    ids: list[Any] = [eos] if isinstance(eos, int) else list(eos)
+    ids += [stop for stop in (tokenizer.eos_token_id, *stops) if stop not in ids]
+    config.eos_token_id = ids[0] if len(ids) == 1 else ids
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
