@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import collegium
 from collegium.config.recipe import Recipe, dump_recipe, load_recipe
@@ -161,6 +162,16 @@ def test_check_writes_nothing_and_summarizes_the_run(zoo: Path, tmp_path: Path) 
 
 def test_check_refuses_the_same_weights_twice(zoo: Path, tmp_path: Path) -> None:
     shutil.copytree(zoo / "code", tmp_path / "copy")
+    with refused(RecipeError, "teachers.code and teachers.again "):
+        pipeline.check(_recipe(zoo, tmp_path, f"teachers.again.model={tmp_path / 'copy'}"))
+
+
+def test_check_refuses_the_same_weights_in_other_files(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "code", tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(zoo / "code")
+    model.save_pretrained(tmp_path / "copy", max_shard_size="70KB")
+    assert len(list((tmp_path / "copy").glob("*.safetensors"))) > 1
     with refused(RecipeError, "teachers.code and teachers.again "):
         pipeline.check(_recipe(zoo, tmp_path, f"teachers.again.model={tmp_path / 'copy'}"))
 

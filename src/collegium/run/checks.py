@@ -20,9 +20,9 @@ from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
 from collegium.kernels.backends import require_backend
 from collegium.losses.pairing import feature_map
-from collegium.models.folder import weights_digest, weights_size
 from collegium.models.options import ModelOptions
 from collegium.models.student import StudentOptions
+from collegium.models.weights import weights_digest, weights_layout
 from collegium.run.context import RunContext
 from collegium.teachers.options import TeacherOptions
 from collegium.train.checkpoint import require_valid_checkpoint
@@ -184,14 +184,14 @@ def _check_routing(context: RunContext, report: CheckReport) -> None:
 def _check_distinct(recipe: Recipe, report: CheckReport) -> None:
     """Check that no two teachers have the same weights: one teacher would be counted twice."""
     models = {w: one for w, one in _models(recipe).items() if isinstance(one, ModelOptions)}
-    sizes = {where: weights_size(options.model) for where, options in models.items()}
-    count = Counter(sizes.values())
+    layouts = {where: weights_layout(options.model) for where, options in models.items()}
+    count = Counter(layouts.values())
     seen: dict[str, str] = {}
     for where, options in models.items():
-        if count[sizes[where]] == 1:
-            continue  # other sizes mean other weights, so no file is read
+        if count[layouts[where]] == 1:
+            continue  # other names, types or shapes mean other weights, so no file is read
         digest = weights_digest(options.model)
-        key = digest if sizes[where] else f"{digest}@{options.revision}"
+        key = digest if layouts[where] else f"{digest}@{options.revision}"
         other = seen.setdefault(key, where)
         if other != where and where == "student":
             effect = "its distillation loss to that teacher starts at 0"
