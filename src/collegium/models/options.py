@@ -10,6 +10,7 @@ from pydantic import Field
 
 from collegium.errors import ModelError
 from collegium.models import folder, identity, loading, notes
+from collegium.models.families import check_windows
 from collegium.models.loading import ModelFacts
 from collegium.models.weights import CONFIG, read_json
 from collegium.options import option, plain
@@ -55,6 +56,14 @@ class ModelSource(ABC):
         """Return the largest number of positions, None if the config sets no limit."""
         limit = getattr(self.load_config(where).get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
+
+    def check_windows(self, where: str, *, packed: bool, max_length: int) -> None:
+        """Check that documents of a window or batch do not change each other's outputs.
+
+        `packed` is whether a window may hold several documents.
+        """
+        config = self.load_config(where)
+        check_windows(config, packed=packed, max_length=max_length, where=where)
 
     @property
     def needs_loading(self) -> bool:

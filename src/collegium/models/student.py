@@ -25,6 +25,7 @@ class StudentOptions(ModelSource):
     """One kind of student: its options, and everything that a run asks of it."""
 
     device: str
+    attention: Attention
     gradient_checkpointing: bool
 
     def content(self) -> dict[str, str]:

@@ -32,6 +32,8 @@ ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Data types of safetensors and their names in torch, the widest range first."""
+TABLES = ("I64",)
+"""Further types that a file may hold: lookup tables, such as the experts of a token."""
 LFS_MAGIC = b"version https://git-lfs"
 
 
@@ -40,7 +42,7 @@ class TensorEntry(NamedTuple):
 
     file: Path
     dtype: str
-    """A key of `FLOATS`."""
+    """A key of `FLOATS`, or one of `TABLES`."""
     shape: tuple[int, ...]
 
 
@@ -181,7 +183,7 @@ def _read_header(path: Path, *, where: str) -> dict[str, TensorEntry]:
             f"({path.stat().st_size:,} bytes; {reason}); copy it again"
         ) from error
     for name, entry in entries.items():
-        if entry.dtype not in FLOATS:
+        if entry.dtype not in FLOATS and entry.dtype not in TABLES:
             raise ModelError(
                 f"{where}: {name} in {path} is {entry.dtype}; must be one of {', '.join(FLOATS)}; "
                 "quantized weights are not supported"

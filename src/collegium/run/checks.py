@@ -49,7 +49,7 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     for where, options in _models(recipe).items():
         options.check(where)
     _check_vocabularies(context, report)
-    _check_positions(recipe)
+    _check_windows(recipe)
     _check_features(context)
     _check_cache(context)
     folder = context.folder.path
@@ -101,8 +101,8 @@ def _check_vocabularies(context: RunContext, report: CheckReport) -> None:
         report.lines.append(f"{where}: vocabulary {verdict.kind}; {verdict.message}")
 
 
-def _check_positions(recipe: Recipe) -> None:
-    """Check that no window is longer than the position range of a model."""
+def _check_windows(recipe: Recipe) -> None:
+    """Check that every model can score the windows: their length, and several documents."""
     for where, options in _models(recipe).items():
         limit = options.max_length(where)
         if limit is not None and recipe.data.max_length > limit:
@@ -110,6 +110,8 @@ def _check_positions(recipe: Recipe) -> None:
                 f"data.max_length: got {recipe.data.max_length}; must be at most {limit}, the "
                 f"max_position_embeddings of {where}; lower it"
             )
+        data = recipe.data
+        options.check_windows(where, packed=data.packing, max_length=data.max_length)
 
 
 def _check_features(context: RunContext) -> None:
