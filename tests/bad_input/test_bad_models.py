@@ -42,8 +42,12 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object], folder: Path = 
 
 
 def shards(*names: str) -> Damage:
-    weight_map = {f"tensor{i}": name for i, name in enumerate(names)}
-    return lambda: INDEX.write_text(json.dumps({"weight_map": weight_map}))
+    def damage() -> None:
+        weight_map = {f"tensor{i}": name for i, name in enumerate(names)}
+        INDEX.write_text(json.dumps({"weight_map": weight_map}))
+        WEIGHTS.rename(CODE / "model-00001-of-00004.safetensors")
+
+    return damage
 
 
 def removed(*names: str) -> Damage:
@@ -56,11 +60,6 @@ def removed(*names: str) -> Damage:
 
 def both(*damages: Damage) -> Damage:
     return lambda: [damage() for damage in damages]
-
-
-def linked_outside() -> None:
-    shutil.move(WEIGHTS, "outside.safetensors")
-    WEIGHTS.symlink_to(Path("outside.safetensors").absolute())
 
 
 def swapped_ids() -> None:
@@ -92,10 +91,11 @@ CASES: dict[str, Damage] = {
         + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'.ljust(64)
         + b"1234"
     ),
-    "41 shard missing": shards("model.safetensors", "model-00003-of-00004.safetensors"),
+    "41 shard missing": shards(
+        "model-00001-of-00004.safetensors", "model-00003-of-00004.safetensors"
+    ),
     "42 shard above": shards("../../etc/x"),
     "42 absolute shard": shards("/etc/x"),
-    "42 link": linked_outside,
     "43 missing tensor": tensors(lambda t: t.pop("model.layers.1.mlp.down_proj.weight")),
     "44 unexpected tensor": tensors(lambda t: t.update({"foo.bar": torch.zeros(2)})),
     "45 wrong shape": tensors(lambda t: t.update({"model.norm.weight": torch.ones(31)})),
@@ -105,8 +105,12 @@ CASES: dict[str, Damage] = {
     "48 int8": tensors(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
     "48 bool": tensors(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.bool)})),
     "50 custom code": both(
-        config(auto_map={"AutoModelForCausalLM": "modeling_x.X"}),
+        config(auto_map={"AutoModelForCausalLM": "modeling_x.X"}, model_type="x"),
         lambda: (CODE / "modeling_x.py").write_text("open('ran', 'w')"),
+    ),
+    "51 adapter": both(
+        removed("config.json", "model.safetensors"),
+        lambda: (CODE / "adapter_config.json").write_text('{"base_model_name_or_path": "org/m"}'),
     ),
     "52 no tokenizer": removed("tokenizer.json", "tokenizer_config.json"),
     "53 token without a row": both(
@@ -172,6 +176,39 @@ def test_51_a_kernel_named_by_the_config_is_ignored(key: str, bench: Bench) -> N
     assert bench.accepted()[-1] == (
         f"warning: {HERE}: config.json tries to choose an attention kernel, `a/b`; ignored"
     )
+
+
+def test_42_a_link_to_a_file_elsewhere_is_followed(bench: Bench) -> None:
+    shutil.move(WEIGHTS, "outside.safetensors")
+    WEIGHTS.symlink_to(Path("outside.safetensors").absolute())
+    bench.accepted()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            config(auto_map={"AutoModelForCausalLM": "modeling_x.X"}),
+            "has an auto_map; ignored, since transformers has its own class for `qwen3`",
+        ),
+        (
+            config(quantization_config={"quant_method": "modelopt"}),
+            "has a quantization_config (modelopt), but the weights are not quantized; ignored",
+        ),
+        (config(dtype="float16"), "says float16, but the weights are float32, which is used"),
+        (
+            config(tie_word_embeddings=True),
+            "says tie_word_embeddings, but the weights have a head of their own, which is used; a "
+            "student is saved with `tie_word_embeddings: false`",
+        ),
+    ],
+    ids=["auto_map", "quantization", "dtype", "tied"],
+)
+def test_51_statements_of_the_config_that_are_not_followed(
+    damage: Damage, said: str, bench: Bench
+) -> None:
+    damage()
+    assert bench.accepted()[-1] == f"warning: {HERE}: config.json {said}"
 
 
 def test_50_no_code_of_the_folder_is_executed(bench: Bench) -> None:

@@ -102,6 +102,73 @@ def test_probe_refuses_models_without_positions() -> None:
         probe(tiny_model(ROWS, model_type="bloom"), vocab_size=V, where="student")
 
 
+BLOOM = ("bloom", {})
+
+
+@pytest.mark.parametrize(("model_type", "config"), [*LEAKY, BLOOM])
+def test_probe_accepts_one_document_per_window(model_type: str, config: dict[str, object]) -> None:
+    model = tiny_model(ROWS, model_type=model_type, **config)
+    probe(model, vocab_size=V, where="student", packed=False)
+    batch = windows([[12], [12]])
+    expected = model(input_ids=batch.input_ids).logits[..., :V].flatten(0, 1)
+    actual = forward_rows(model, batch, every_row(batch), vocab_size=V).logits(slice(None))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_probe_refuses_a_model_that_sees_later_tokens(packed: bool) -> None:
+    model = tiny_model(ROWS)
+    mean = model.model.register_forward_hook(_see_all)
+    with refused(ModelError, "student: llama"):
+        probe(model, vocab_size=V, where="student", packed=packed)
+    mean.remove()
+    probe(model, vocab_size=V, where="student", packed=packed)
+
+
+def _see_all(module: nn.Module, inputs: Any, output: Any) -> Any:
+    hidden_BTD = output.last_hidden_state
+    output.last_hidden_state = hidden_BTD + hidden_BTD.mean(1, keepdim=True)
+    return output
+
+
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 10000.0}
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 16, **FACTORS}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "config", "limit"),
+    [
+        (LONGROPE, {"original_max_position_embeddings": 16}, 16),
+        (DYNAMIC, {"max_position_embeddings": 20}, 20),
+    ],
+    ids=["longrope", "dynamic"],
+)
+def test_frequencies_that_depend_on_the_longest_document(
+    rope: dict[str, object], config: dict[str, object], limit: int
+) -> None:
+    """Beyond a length such models rotate all documents of a batch by other frequencies."""
+    kind = "phi3" if rope is LONGROPE else "llama"
+    settings = {"initializer_range": 0.3, "rope_parameters": rope, **config}
+    model = tiny_model(ROWS, model_type=kind, **settings)
+    short, mixed = windows([[12]]), windows([[12, limit]])
+    too_long = windows([[12, limit + 1]])
+    same, other = (
+        forward_rows(model, batch, every_row(batch), vocab_size=V).hidden[:12]
+        for batch in (mixed, too_long)
+    )
+    fresh = forward_rows(
+        tiny_model(ROWS, model_type=kind, **settings), short, every_row(short), vocab_size=V
+    ).hidden
+    assert torch.equal(short.input_ids[0], mixed.input_ids[0, :12])
+    torch.testing.assert_close(same, fresh, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(other, same, atol=1e-2)
+    probe(model, vocab_size=V, where="student", max_length=limit)
+    for max_length in (limit + 1, None):
+        with refused(ModelError, f"student: {kind}"):
+            probe(model, vocab_size=V, where="student", max_length=max_length)
+
+
 def test_probe_refuses_an_unknown_head() -> None:
     model = tiny_model(ROWS, model_type="granite", logits_scaling=4.0)
     model.config.model_type = "hyperclovax"  # multiplies, while the model divides

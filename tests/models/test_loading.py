@@ -11,16 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from collegium.errors import ModelError
 from collegium.models.forward import probe
 from collegium.models.loading import (
     build_model,
+    cast_model,
     check_weights,
     count_parameters,
     load_model,
     load_tokenizer,
     make_config,
+    model_facts,
     scan_folder,
     scan_weights,
     vocab_size_of,
@@ -68,7 +71,7 @@ def rejects(check: Check, folder: Path, where: str = HERE) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox"])
 def test_round_trip(tmp_path: Path, model_type: str, tied: bool) -> None:
     folder = save_tiny(tmp_path / "m", model_type=model_type, tie_word_embeddings=tied)
     options = ModelOptions(model=str(folder), device="cpu")
@@ -90,6 +93,95 @@ def test_dtype(folder: Path, dtype: torch.dtype) -> None:
     model = load_model(options, where=HERE)
     assert {p.dtype for p in model.parameters()} == {dtype}
     probe(model, vocab_size=300, where=HERE)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize("said", ["float16", "float32", None])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+def test_auto_keeps_the_dtype_of_the_files(
+    tmp_path: Path, saved: torch.dtype, said: str | None
+) -> None:
+    tiny_model(96).to(saved).save_pretrained(tmp_path)
+    edit_config(tmp_path, dtype=said, torch_dtype=None)
+    model = load_model(ModelOptions(model=str(tmp_path), device="cpu"), where=HERE)
+    assert {p.dtype for p in model.parameters()} == {saved}
+    assert model.config.dtype == saved
+
+
+def test_a_value_that_a_cast_makes_infinite(folder: Path) -> None:
+    change(folder, lambda t: t["model.norm.weight"].__setitem__(3, 1e6))
+    options = ModelOptions(model=str(folder), device="cpu", dtype="float16")
+    with refused(ModelError, f"{HERE}: model.norm.weight"):
+        load_model(options, where=HERE)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_folder_never_replaces_a_class_of_transformers(
+    folder: Path, trusted: bool
+) -> None:
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    edit_config(folder, auto_map=names)
+    (folder / "code.py").write_text("raise SystemExit('ran')")
+    options = ModelOptions(model=str(folder), device="cpu", trust_remote_code=trusted)
+    assert not options.needs_loading
+    options.check(HERE)
+    assert type(load_model(options, where=HERE)).__module__.startswith("transformers.")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "compressed-tensors", "modelopt", "gptq"])
+def test_a_quantization_config_beside_plain_weights_is_dropped(folder: Path, method: str) -> None:
+    edit_config(folder, quantization_config={"quant_method": method, "load_in_4bit": True})
+    options = ModelOptions(model=str(folder), device="cpu")
+    options.check(HERE)
+    model = load_model(options, where=HERE)
+    model.save_pretrained(folder / "again")
+    assert "quantization_config" not in json.loads((folder / "again" / "config.json").read_text())
+
+
+def test_quantization_that_is_part_of_the_model(folder: Path, check: Check) -> None:
+    edit_config(folder, quantization_config={"quant_method": "bitnet"})
+    rejects(check, folder, f"{HERE}: config.json: quantization_config")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "gpt2"])
+def test_the_config_of_an_untied_model_says_so(tmp_path: Path, model_type: str) -> None:
+    """transformers keeps a head that differs from the embedding, and a config that denies it."""
+    tiny_model(model_type=model_type, tie_word_embeddings=False).save_pretrained(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    model = load_model(ModelOptions(model=str(tmp_path), device="cpu"), where=HERE)
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    assert not model.config.tie_word_embeddings
+    tied = save_tiny(tmp_path / "tied", model_type=model_type, tie_word_embeddings=True)
+    assert load_model(ModelOptions(model=str(tied)), where=HERE).config.tie_word_embeddings
+
+
+WRAPPER = {
+    "text_config": {
+        **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+        **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8},
+        **{"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+    },
+    "vision_config": {
+        **{"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2},
+        **{"out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16},
+    },
+    **{"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3},
+    "vision_end_token_id": 4,
+}
+
+
+def test_text_model_of_a_multimodal_folder(tmp_path: Path) -> None:
+    """Names of the multimodal class are renamed, and its other towers dropped."""
+    config = AutoConfig.for_model("qwen3_5", **WRAPPER)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    options = ModelOptions(model=str(tmp_path), device="cpu")
+    check_weights(options, where=HERE)
+    assert load_model(options, where=HERE).get_input_embeddings().weight.shape == (96, 32)
 
 
 def test_missing_tensor(folder: Path, check: Check) -> None:
@@ -209,6 +301,25 @@ def test_vocab_size_counts_holes_and_added_tokens() -> None:
     assert vocab_size_of(tiny_tokenizer()) == len(tiny_tokenizer())
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_model_is_the_one_that_loads(
+    tmp_path: Path, model_type: str, dtype: torch.dtype
+) -> None:
+    model = cast_model(tiny_model(96, model_type=model_type), dtype)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(ModelOptions(model=str(tmp_path), device="cpu"), where=HERE)
+    pairs = zip(_tensors(model), _tensors(loaded), strict=True)
+    for (name, ours), (_, theirs) in pairs:
+        assert ours.dtype == theirs.dtype, name
+        assert torch.equal(ours, theirs), name
+    assert all(b.dtype == torch.float32 for n, b in model.named_buffers() if "inv_freq" in n)
+
+
+def _tensors(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
 def test_build_depends_only_on_the_seed() -> None:
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
@@ -258,6 +369,5 @@ def test_tied_parameters_count_once() -> None:
 
 
 def test_facts_do_not_depend_on_whether_weights_are_loaded(folder: Path) -> None:
-    empty = ModelOptions(model=str(folder), device="cpu")
-    loaded = ModelOptions(model=str(folder), device="cpu", trust_remote_code=True)
-    assert loaded.facts(HERE) == empty.facts(HERE)
+    options = ModelOptions(model=str(folder), device="cpu")
+    assert options.facts(HERE) == model_facts(load_model(options, where=HERE))

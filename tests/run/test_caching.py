@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +276,23 @@ def test_a_stale_cache_is_refused_with_the_fields(
     for stage in (pipeline.train, pipeline.cache):
         with refused(CacheError, "TMP/run/cache: "):
             stage(recipe)
+
+
+def test_a_cache_of_a_teacher_with_another_config_is_refused(
+    zoo: Path, tmp_path: Path, finished: Recipe
+) -> None:
+    """The same weights under another config are another model."""
+    shutil.copytree(zoo / "code", tmp_path / "code")
+    config = json.loads((tmp_path / "code" / "config.json").read_text())
+    path = f"cache.path={finished.output_dir / 'cache'}"
+    recipe = _recipe(zoo, tmp_path, path, f"teachers.code.model={tmp_path / 'code'}")
+    assert FusedCache(RunContext(recipe), recipe.fusion).is_done()
+    changed = config["rope_parameters"] | {"rope_theta": 50.0}
+    (tmp_path / "code" / "config.json").write_text(
+        json.dumps(config | {"rope_parameters": changed})
+    )
+    with refused(CacheError, "TMP/run/cache: "):
+        pipeline.train(recipe)
 
 
 def test_only_students_with_the_same_target_read_the_cache(built: Recipe) -> None:

@@ -8,15 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import collegium
+import tiny
 from collegium.config.recipe import Recipe, dump_recipe, load_recipe
-from collegium.errors import CollegiumError, DataError, ModelError, RecipeError, VocabularyError
+from collegium.errors import (
+    CollegiumError,
+    DataError,
+    ModelError,
+    RecipeError,
+    TrainingError,
+    VocabularyError,
+)
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, Uniform
 from collegium.run import artifacts, choice, pipeline
 from collegium.run.controls import CONTROLS, control_variants, main_variant
 from collegium.run.students import Student
+from collegium.train.trainer import DistillTrainer
 from refusals import refused
 from tiny_run import recipe_text, write_zoo
 
@@ -165,11 +175,82 @@ def test_check_refuses_the_same_weights_twice(zoo: Path, tmp_path: Path) -> None
         pipeline.check(_recipe(zoo, tmp_path, f"teachers.again.model={tmp_path / 'copy'}"))
 
 
+def test_check_refuses_the_same_weights_in_other_files(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "code", tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(zoo / "code")
+    model.save_pretrained(tmp_path / "copy", max_shard_size="70KB")
+    assert len(list((tmp_path / "copy").glob("*.safetensors"))) > 1
+    with refused(RecipeError, "teachers.code and teachers.again "):
+        pipeline.check(_recipe(zoo, tmp_path, f"teachers.again.model={tmp_path / 'copy'}"))
+
+
 def test_check_warns_when_the_student_is_a_teacher(zoo: Path, tmp_path: Path) -> None:
     report = pipeline.check(_recipe(zoo, tmp_path, f"student={{model: {zoo / 'code'}}}"))
     assert report.warnings == [
         "student: equals teachers.code; its distillation loss to that teacher starts at 0"
     ]
+
+
+OPT = {
+    **{"model_type": "opt", "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
+}
+BLOOM = {"model_type": "bloom", "hidden_size": 16, "n_layer": 2, "n_head": 2}
+LFM2 = {
+    **{"model_type": "lfm2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    **{"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+}
+
+
+@pytest.mark.parametrize("config", [OPT, BLOOM, LFM2], ids=lambda config: config["model_type"])
+def test_a_family_that_needs_one_document_per_window(
+    zoo: Path, tmp_path: Path, config: dict[str, object]
+) -> None:
+    """Refused by `check` for packed windows, as a student and as a teacher, and trained without."""
+    student = f"student={{config: {json.dumps(config)}, tokenizer: {zoo / 'code'}}}"
+    with refused(ModelError, "student: "):
+        pipeline.check(_recipe(zoo, tmp_path, student))
+    folder = tiny.save_tiny(tmp_path / "m", **config)
+    teacher = f"teachers.code.model={folder}"
+    with refused(ModelError, "teachers.code: "):
+        pipeline.check(_recipe(zoo, tmp_path, teacher))
+    recipe = _recipe(zoo, tmp_path, student, teacher, "data.packing=false", "train.max_steps=2")
+    pipeline.check(recipe)
+    assert (pipeline.train(recipe) / "model.safetensors").is_file()
+
+
+def test_check_refuses_documents_beyond_a_switch_of_the_rope(zoo: Path, tmp_path: Path) -> None:
+    rope = {
+        **{"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0},
+        **{"original_max_position_embeddings": 16, "short_factor": [1.0] * 4},
+        "long_factor": [8.0] * 4,
+    }
+    config = {"model_type": "phi3", "rope_parameters": rope, "pad_token_id": 0}
+    folder = tiny.save_tiny(tmp_path / "m", **config, original_max_position_embeddings=16)
+    teacher = f"teachers.code.model={folder}"
+    with refused(ModelError, "teachers.code: "):
+        pipeline.check(_recipe(zoo, tmp_path, teacher))
+    pipeline.check(_recipe(zoo, tmp_path, teacher, "data.max_length=16"))
+
+
+def test_a_saved_student_is_compared_with_the_trained_one(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(zoo, tmp_path, "train.max_steps=2")
+    save = DistillTrainer.save_student
+
+    def damage(self: DistillTrainer, path: Path) -> None:
+        save(self, path)
+        weights = load_file(path / "model.safetensors")
+        weights["model.norm.weight"] *= 1.01
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+    with monkeypatch.context() as patch, refused(TrainingError, "", volatile=r"[\d.e-]+(?=\))"):
+        patch.setattr(DistillTrainer, "save_student", damage)
+        pipeline.train(recipe)
+    assert pipeline.train(recipe).is_dir()
 
 
 def test_check_refuses_another_vocabulary(zoo: Path, tmp_path: Path) -> None:

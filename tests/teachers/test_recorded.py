@@ -61,7 +61,8 @@ def test_every_option_is_part_of_the_identity_or_listed_as_without_effect(tmp_pa
     first, second = (str(save_tiny(tmp_path / name, seed=1)) for name in ("a", "b"))
     options = LocalOptions(model=first)
     names = {one.name for one in fields(LocalOptions)}
-    assert set(options.identity()) - {"weights"} == names - LocalOptions.WITHOUT_EFFECT
+    content = {"weights", "config", "commit"}
+    assert set(options.identity()) - content == names - LocalOptions.WITHOUT_EFFECT
     assert LocalOptions(model=first, logit_scale=2.0).identity() != options.identity()
     assert LocalOptions(model=second, device="cpu").identity() == options.identity()
     assert (

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING
 
 from collegium.errors import ModelError, nearest
+from collegium.models.weights import CONFIG, read_headers, read_json, refuse_adapter
 from collegium.options import torch
 from collegium.storage.files import listing
 
 if TYPE_CHECKING:
     from collegium.models.options import ModelOptions
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
-FLOATS = ("F64", "F32", "F16", "BF16")
-LFS_MAGIC = b"version https://git-lfs"
 HUB_ID = re.compile(r"^[\w.\-]+/[\w.\-]+$")
 
 
@@ -33,18 +24,18 @@ def check_model_folder(options: ModelOptions, *, where: str) -> None:
     check_device(options.device, options.attention, where=where)
     folder = resolve_folder(options.model, where=where)
     if folder is not None:
+        refuse_adapter(folder, where=where)
         config = read_json(folder / CONFIG, where=where)
+        model_type = config.get("model_type")
         if not config.get("auto_map"):
-            place = f"{where}: {folder / CONFIG}: model_type"
-            check_model_type(config.get("model_type"), where=place)
-        elif not options.trust_remote_code:
+            check_model_type(model_type, where=f"{where}: {folder / CONFIG}: model_type")
+        elif not is_native(model_type) and not options.trust_remote_code:
             files = ", ".join(sorted(p.name for p in folder.glob("*.py"))) or "elsewhere"
             raise ModelError(
                 f"{where}: {folder} requires custom Python code ({files}); refused; "
                 f"review it, then set `trust_remote_code: true`"
             )
-        for shard in shards(folder, where=where):
-            _check_header(shard, where=where)
+        read_headers(folder, where=where)
     if folder is not None or options.tokenizer is not None:
         check_tokenizer_folder(options.tokenizer_path, where=where)
 
@@ -70,16 +61,23 @@ def check_device(device: str, attention: str, *, where: str) -> None:
             )
 
 
+def is_native(model_type: object) -> bool:
+    """Whether transformers has its own causal language model of this type."""
+    # Only the name table: importing the model classes would take a second longer.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def check_model_type(model_type: object, *, where: str) -> None:
     """Check that transformers has a causal language model of this type."""
-    # Only the name tables: importing the model classes would take a second longer.
     from transformers import CONFIG_MAPPING, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if is_native(model_type):
         return
     hint = ""
-    if model_type in CONFIG_MAPPING:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         hint = "; this type does not predict the next token"
     elif model_type is not None:
         hint = f"; transformers {__version__} does not know this type"
@@ -120,109 +118,3 @@ def resolve_folder(path: str, *, where: str) -> Path | None:
         f"{where}: got {path}, which does not exist; must be a model folder or a hub id "
         f"`owner/name`; {parent} contains: {listing(parent)}"
     )
-
-
-def shards(folder: Path, *, where: str) -> list[Path]:
-    """Return the weight files in index order, or raise ModelError if one is missing or unsafe."""
-    names = [WEIGHTS]
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX, where=where).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{where}: {folder / INDEX} has no `weight_map`; copy it again")
-        names = list(dict.fromkeys(str(name) for name in weight_map.values()))
-    elif not (folder / WEIGHTS).exists():
-        _refuse_without_weights(folder, where=where)
-    root = folder.resolve()
-    # The hub cache symlinks every file of a snapshot into the `blobs` folder next to it.
-    allowed = (root, root.parent.parent / "blobs")
-    for name in names:
-        # The index is untrusted: absolute names, `..` and links could reach any file.
-        path = (folder / name).resolve()
-        if not any(path.is_relative_to(parent) for parent in allowed):
-            raise ModelError(
-                f"{where}: {folder / name} is outside the model folder, at {path}; refused"
-            )
-        if not path.is_file():
-            raise ModelError(
-                f"{where}: {INDEX} lists {name}, which is not in {folder}; copy it again"
-            )
-    return [folder / name for name in names]
-
-
-def _refuse_without_weights(folder: Path, *, where: str) -> None:
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{where}: {folder} contains an adapter, not a model; merge it into its base model "
-            "first"
-        )
-    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES):
-        raise ModelError(
-            f"{where}: {folder / pickles[0]} is a pickle, which can run code, and is refused; "
-            f"must be *.safetensors; save the model again with `save_pretrained`"
-        )
-    raise ModelError(f"{where}: no {WEIGHTS} in {folder} (found: {listing(folder)})")
-
-
-def _check_header(path: Path, *, where: str) -> None:
-    """Check that a safetensors file is complete and holds floats, reading no tensor."""
-    try:
-        # The header is validated on opening, including that the tensors cover the file exactly.
-        with safe_open(path, framework="np") as file:
-            names = file.keys()
-            dtypes = {name: file.get_slice(name).get_dtype() for name in names}
-    except SafetensorError as error:
-        with path.open("rb") as binary:
-            if binary.read(len(LFS_MAGIC)) == LFS_MAGIC:
-                raise ModelError(
-                    f"{where}: {path} is a git-lfs pointer, not weights; run `git lfs pull`"
-                ) from error
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        raise ModelError(
-            f"{where}: {path} is truncated, damaged or not a safetensors file "
-            f"({path.stat().st_size:,} bytes; {reason}); copy it again"
-        ) from error
-    for name, dtype in dtypes.items():
-        if dtype not in FLOATS:
-            raise ModelError(
-                f"{where}: {name} in {path} is {dtype}; must be one of {', '.join(FLOATS)}; "
-                "quantized weights are not supported"
-            )
-
-
-def weights_size(path: str) -> int:
-    """Return the total size of a folder's safetensors files in bytes, 0 for a hub id."""
-    return sum(shard.stat().st_size for shard in _weight_files(path))
-
-
-def weights_digest(path: str) -> str:
-    """Return the SHA-256 of a folder's safetensors files, equal for copies of the same weights.
-
-    A hub id is not fetched: its digest is that of the name.
-    """
-    is_folder = os.path.isdir(os.path.expanduser(path))
-    digest = hashlib.sha256(b"" if is_folder else f"hub:{path}".encode())
-    for shard in _weight_files(path):
-        with shard.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _weight_files(path: str) -> list[Path]:
-    return sorted(Path(os.path.expanduser(path)).glob("*.safetensors"))
-
-
-def read_json(path: Path, *, where: str) -> dict[str, Any]:
-    """Read a JSON object of a model folder."""
-    if not path.is_file():
-        raise ModelError(
-            f"{where}: no {path.name} in {path.parent} (found: {listing(path.parent)}); "
-            f"must be a Hugging Face model folder"
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{where}: {path} is not JSON ({error}); copy it again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{where}: {path}: got {type(value).__name__}; must be a JSON object")
-    return value

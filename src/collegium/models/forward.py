@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from collegium.distributions import HiddenRows
 from collegium.errors import ModelError, nearest
 from collegium.models.adapters import base_layer, effective_weight
+from collegium.models.families import check_windows, mixes_documents, mixing_error
 from collegium.options import torch
 from collegium.types import IGNORE, Batch, Head, Rows
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 # Config keys by which model families scale or cap their logits; `probe` catches a missing one.
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Tokens of the two documents of each probe window.
+# Tokens of the two documents of each probe window, or of the two parts of its one document.
 _LENGTHS = [5, 7]
 
 
@@ -83,7 +84,8 @@ def forward_rows(
     are returned as `features`. Raises ModelError if the model lacks one.
     """
     input_ids, position_ids = batch.input_ids, batch.position_ids
-    if "flash" in str(model.config._attn_implementation):
+    is_flash = "flash" in str(model.config._attn_implementation)
+    if is_flash and not mixes_documents(model.config):
         # Flash attention separates documents by position only in a single flat window.
         input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
     outputs: dict[str, Tensor] = {}
@@ -96,7 +98,9 @@ def forward_rows(
         for tap, module in _select_modules(model, taps).items():
             hooks.enter_context(module.register_forward_hook(partial(keep, tap)))
         # No attention mask: documents are separated by `position_ids`, which `probe` checks.
-        output = _body(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        body = _body(model)
+        inputs = _inputs_of(body, input_ids=input_ids, position_ids=position_ids)
+        output = body(**inputs, use_cache=False)
     hidden_ND = _gather(output.last_hidden_state, rows)
     features = {
         tap: hidden_ND if tap == "final_postnorm" else _gather(outputs[tap], rows) for tap in taps
@@ -125,26 +129,41 @@ def tap_width(model: PreTrainedModel, tap: str) -> int:
     return int(model.config.get_text_config().hidden_size)
 
 
-def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
-    """Raise ModelError if logits of random ids differ from the model's, or documents interact."""
+def probe(
+    model: PreTrainedModel,
+    *,
+    vocab_size: int,
+    where: str,
+    packed: bool = True,
+    max_length: int | None = None,
+) -> None:
+    """Raise ModelError if logits of random ids differ from the model's, or documents interact.
+
+    Args:
+        model: a causal language model on its device.
+        vocab_size: V, the number of ids in use.
+        where: path of the model, such as `teachers.a`.
+        packed: whether a window may hold several documents. If not, only later tokens must have no
+            effect on earlier ones.
+        max_length: length of the longest document, None if it is not known.
+    """
     model_type = model.config.model_type
-    if "position_ids" not in inspect.signature(_body(model).forward).parameters:
-        raise ModelError(
-            f"{where}: {model_type} takes no position_ids, so packed documents would attend "
-            f"to each other; use another model family"
-        )
+    if packed and not _takes_positions(_body(model)):
+        raise mixing_error(model_type, where=where, reason=", since it takes no position_ids")
+    # The types of packed windows are measured below.
+    check_windows(model.config, packed=False, max_length=max_length, where=where)
     device = head_layer(model).weight.device
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(vocab_size, (2, sum(_LENGTHS)), generator=generator).to(device)
     changed_BT = ids_BT.clone()
     changed_BT[:, : _LENGTHS[0]] = (ids_BT[:, : _LENGTHS[0]] + 1) % vocab_size
-    with _eval_mode(model), torch.no_grad():
-        batch, ours = _forward_packed(model, ids_BT, _LENGTHS, vocab_size)
+    lengths = _LENGTHS if packed else [sum(_LENGTHS)]
+    with _eval_mode(model), torch.no_grad(), _run_errors(model_type, where):
+        batch, ours = _forward_packed(model, ids_BT, lengths, vocab_size)
         logits_NV = ours.logits(slice(None))
-        theirs_BTV = model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-        ).logits
-        _, changed = _forward_packed(model, changed_BT, _LENGTHS, vocab_size)
+        positions = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        theirs_BTV = model(**_inputs_of(model, **positions), use_cache=False).logits
+        _, changed = _forward_packed(model, changed_BT, lengths, vocab_size)
         unpacked = [
             _forward_packed(model, document_BT, [document_BT.shape[1]], vocab_size)[1]
             for document_BT in ids_BT.split(_LENGTHS, dim=1)
@@ -154,7 +173,7 @@ def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
     # The two differ by the rounding of one linear map. In half precision 64 roundings would be half
     # of the largest logit and hide a wrong factor.
     factor = 64 if torch.finfo(dtype).bits >= 32 else 8
-    if not _close(logits_NV, expected_NV, dtype, factor=factor):
+    if not is_close(logits_NV, expected_NV, dtype, factor=factor):
         raise ModelError(
             f"{where}: {model_type} computes its logits in an unsupported way (largest difference "
             f"{_gap(logits_NV, expected_NV):.3g}); use another model family"
@@ -162,15 +181,45 @@ def probe(model: PreTrainedModel, *, vocab_size: int, where: str) -> None:
     hidden_BTD = ours.hidden.unflatten(0, ids_BT.shape)
     changed_BTD = changed.hidden.unflatten(0, ids_BT.shape)
     unpacked_BTD = torch.cat([states.hidden.unflatten(0, (2, -1)) for states in unpacked], dim=1)
-    second = slice(_LENGTHS[0], None)
-    leaks = not _close(hidden_BTD[:, second], changed_BTD[:, second], dtype, factor=8)
-    differs = not _close(hidden_BTD, unpacked_BTD, dtype, factor=64)
+    first, second = slice(_LENGTHS[0]), slice(_LENGTHS[0], None)
+    if not packed:
+        if not is_close(hidden_BTD[:, first], unpacked_BTD[:, first], dtype, factor=64):
+            raise ModelError(
+                f"{where}: {model_type} lets tokens attend to later ones; must be a causal "
+                "language model; use another model family"
+            )
+        return
+    leaks = not is_close(hidden_BTD[:, second], changed_BTD[:, second], dtype, factor=8)
+    differs = not is_close(hidden_BTD, unpacked_BTD, dtype, factor=64)
     if leaks or differs:
+        effect = "change with the previous document" if leaks else "differ from unpacked ones"
+        raise mixing_error(model_type, where=where, reason=f" (hidden states {effect})")
+
+
+@contextmanager
+def _run_errors(model_type: str, where: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    # Models that need more than token ids raise errors of many types.
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
         raise ModelError(
-            f"{where}: {model_type} lets packed documents attend to each other (hidden states "
-            f"{'change with the previous document' if leaks else 'differ from unpacked ones'}); "
-            f"must separate documents by position_ids; use another model family or attention"
-        )
+            f"{where}: {model_type} cannot be run on token ids ({type(error).__name__}: {reason}); "
+            "must be a causal language model of text; use another model family"
+        ) from error
+
+
+def _takes_positions(module: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
+def _inputs_of(module: nn.Module, **inputs: Tensor) -> dict[str, Tensor]:
+    """Return the inputs without positions, if a module counts them from the start of a window."""
+    if not _takes_positions(module):
+        del inputs["position_ids"]
+    return inputs
 
 
 def _forward_packed(
@@ -189,8 +238,8 @@ def _gap(left: Tensor, right: Tensor) -> float:
     return float((left.float() - right.float()).abs().max())
 
 
-def _close(left: Tensor, right: Tensor, dtype: torch.dtype, *, factor: float) -> bool:
-    """Compare to within `factor` roundings of the largest value. NaN is never close."""
+def is_close(left: Tensor, right: Tensor, dtype: torch.dtype, *, factor: float) -> bool:
+    """Compare two tensors to within `factor` roundings of the largest value. NaN is never close."""
     largest = max(1.0, float(right.float().abs().max()))
     return _gap(left, right) <= factor * torch.finfo(dtype).eps * largest
 
@@ -261,6 +310,9 @@ def _head_scale(config: PretrainedConfig) -> float:
         # MPT's config has `logit_scale`, but its model ignores it.
         if isinstance(factor, (int, float)) and config.model_type != "mpt":
             scale *= float(factor)
+    mup = getattr(config, "logits_mup_width_multiplier", None)  # Inkling
+    if isinstance(mup, (int, float)):
+        scale /= float(mup)
     divisor = getattr(config, "logits_scaling", None)
     if isinstance(divisor, (int, float)):
         # HyperCLOVA X multiplies by the key that Granite divides by.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
 from collegium.errors import ModelError, nearest
-from collegium.models.folder import CONFIG, check_model_type, read_json, resolve_folder, shards
+from collegium.models.folder import check_model_type, resolve_folder
 from collegium.models.forward import tap_names, tap_width
+from collegium.models.weights import CONFIG, main_dtype, read_headers
 from collegium.options import torch
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KERNEL_KEYS = ("_attn_implementation", "_attn_implementation_internal", "attn_implementation")
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+TRAINED_QUANTIZATION = ("bitnet",)
+"""Methods that quantize float weights in each forward pass, as the model was trained."""
 MAX_NAMES = 5
 MISFITS = {
     "mismatched_keys": "tensors with wrong shapes for config.json",
@@ -52,36 +54,53 @@ def first_line(error: Exception) -> str:
 def load_model(options: ModelOptions, *, where: str) -> PreTrainedModel:
     """Load a causal language model whose weights are finite and match its config one to one."""
     model = _read_model(options, where=where)
+    remedy = "save the model again from an earlier checkpoint"
+    saved, loaded = saved_dtype(options, where=where), str(model.dtype).removeprefix("torch.")
+    if saved not in (None, loaded):
+        remedy = (
+            f"{loaded} may not hold the values, which are saved as {saved}; set `dtype: {saved}`"
+        )
     # A forward pass is not enough: attention can hide a non-finite weight.
-    for line in scan_weights((*model.named_parameters(), *model.named_buffers()), where=where):
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    for line in scan_weights(tensors, where=where, remedy=remedy):
         logger.warning(line)
+    _record_tying(model)
     torch.nn.Module.to(model, choose_device(options.device))
     return model.eval()
 
 
-def check_weights(options: ModelOptions, *, where: str) -> None:
+def check_weights(options: ModelOptions, *, where: str) -> PreTrainedModel | None:
     """Compare names and shapes of the saved tensors with those of the config, reading no tensor.
 
-    Skipped for hub ids and for custom code, which `load_model` checks.
+    Returns the model without its values. Skipped for hub ids and for custom code, which
+    `load_model` checks.
     """
-    if resolve_folder(options.model, where=where) is not None and not options.trust_remote_code:
-        # On the meta device transformers maps the files and compares names and shapes, with the
-        # renamings of each model type, but reads no tensor.
-        _read_model(options, where=where, device="meta")
+    if resolve_folder(options.model, where=where) is None or options.runs_code(where):
+        return None
+    # On the meta device transformers maps the files and compares names and shapes, with the
+    # renamings of each model type, but reads no tensor.
+    return _read_model(options, where=where, device="meta")
+
+
+def saved_dtype(options: ModelOptions, *, where: str) -> str | None:
+    """Return the data type of most values in the files, None for a hub id."""
+    folder = resolve_folder(options.model, where=where)
+    return None if folder is None else main_dtype(read_headers(folder, where=where))
 
 
 def _read_model(options: ModelOptions, *, where: str, device: str | None = None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    resolve_folder(options.model, where=where)
+    saved = saved_dtype(options, where=where)
     config = options.load_config(where)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             options.model,
             config=config,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-            dtype=options.dtype,
+            revision=options.commit(where),
+            trust_remote_code=options.runs_code(where),
+            # For `auto` transformers believes config.json, which may name another type.
+            dtype=saved or "auto" if options.dtype == "auto" else options.dtype,
             # Given also if it is None, which is `sdpa` if the model supports it, else `eager`: a
             # checkpoint must not select the attention kernel.
             attn_implementation=None if options.attention == "auto" else options.attention,
@@ -105,7 +124,37 @@ def _read_model(options: ModelOptions, *, where: str, device: str | None = None)
                 f"{where}: {fault} ({len(names)}): {_preview(names)}; must match config.json one "
                 "to one; copy the model again, or use the config of these weights"
             )
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id
+        raise ModelError(
+            f"{where}: {options.model} contains an adapter; must be a model; merge it into its "
+            "base model first"
+        )
     return model
+
+
+def drop_quantization(config: PretrainedConfig, *, where: str) -> None:
+    """Remove a quantization config in place: the weights are floats, and stay floats.
+
+    Raises ModelError for a method that is part of the architecture.
+    """
+    for part in (config, config.get_text_config()):
+        settings = vars(part).pop("quantization_config", None)
+        if isinstance(settings, dict) and settings.get("quant_method") in TRAINED_QUANTIZATION:
+            raise ModelError(
+                f"{where}: {CONFIG}: quantization_config: got {settings['quant_method']}; must be "
+                "a model without quantized layers; use another model"
+            )
+
+
+def _record_tying(model: PreTrainedModel) -> None:
+    """Set `tie_word_embeddings` to false in the config of a model that was loaded untied."""
+    # transformers keeps a saved head that differs from the embedding, whatever the config says.
+    # Programs that believe the config of a saved student would drop that head.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    pairs = model.get_expanded_tied_weights_keys(all_submodels=True).items()
+    if any(parameters.get(name) is not parameters.get(source) for name, source in pairs):
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def _preview(names: list[Any]) -> str:
@@ -117,7 +166,12 @@ def _preview(names: list[Any]) -> str:
     return ", ".join(shown) + (f", and {rest} more" if rest > 0 else "")
 
 
-def scan_weights(tensors: Iterable[tuple[str, Tensor]], *, where: str) -> list[str]:
+def scan_weights(
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    where: str,
+    remedy: str = "save the model again from an earlier checkpoint",
+) -> list[str]:
     """Return a warning per all-zero matrix. Raises ModelError if a tensor is not finite."""
     lines = []
     for name, tensor in tensors:
@@ -127,8 +181,7 @@ def scan_weights(tensors: Iterable[tuple[str, Tensor]], *, where: str) -> list[s
         if bool(is_bad.any()):
             raise ModelError(
                 f"{where}: {name} has non-finite values ({int(is_bad.sum())}, first at "
-                f"{is_bad.nonzero()[0].tolist()}); must be finite; save the model again from an "
-                "earlier checkpoint"
+                f"{is_bad.nonzero()[0].tolist()}); must be finite; {remedy}"
             )
         if tensor.dim() == 2 and not bool(tensor.any()):
             lines.append(f"{where}: {name} is all zeros")
@@ -136,23 +189,17 @@ def scan_weights(tensors: Iterable[tuple[str, Tensor]], *, where: str) -> list[s
 
 
 def scan_folder(options: ModelOptions, *, where: str) -> list[str]:
-    """Run `scan_weights` on the files of a folder, one tensor at a time. A no-op for hub ids.
-
-    Warnings also name the attention kernels that the config chooses, which are ignored.
-    """
+    """Run `scan_weights` on the files of a folder, one tensor at a time. A no-op for hub ids."""
     folder = resolve_folder(options.model, where=where)
     if folder is None:
         return []
-    # Such a name can refer to a kernel on the hub, which is third-party code.
-    config = read_json(folder / CONFIG, where=where)
-    names = [config[key] for key in KERNEL_KEYS if config.get(key)]
-    place = f"{where}: {CONFIG}"
-    lines = [f"{place} tries to choose an attention kernel, `{name}`; ignored" for name in names]
-    for shard in shards(folder, where=where):
-        with safe_open(shard, framework="pt") as file:
-            tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-            lines += scan_weights(tensors, where=where)
-    return lines
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, entry in read_headers(folder, where=where).items():
+            with safe_open(entry.file, framework="pt") as file:
+                yield name, file.get_tensor(name)
+
+    return scan_weights(tensors(), where=where)
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, where: str) -> Tokenizer:
@@ -190,6 +237,22 @@ def build_model(config: PretrainedConfig, *, seed: int, attention: str = "auto")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _from_config(config, attention, "config")
+
+
+def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model that loads from these weights in another data type.
+
+    Some tensors stay float32, such as the frequencies of rotary embeddings: in bfloat16 they differ
+    from those of every program that loads the saved folder.
+    """
+    loaded: Any = type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        dtype=dtype,
+        attn_implementation=model.config._attn_implementation,
+    )
+    return loaded
 
 
 def _from_config(config: PretrainedConfig, attention: str, where: str) -> PreTrainedModel:

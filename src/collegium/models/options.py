@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from collegium.errors import ModelError
-from collegium.models import folder, loading
+from collegium.models import folder, identity, loading, notes
+from collegium.models.families import check_windows
 from collegium.models.loading import ModelFacts
+from collegium.models.weights import CONFIG, read_json
 from collegium.options import option, plain
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -55,6 +57,14 @@ class ModelSource(ABC):
         limit = getattr(self.load_config(where).get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
+    def check_windows(self, where: str, *, packed: bool, max_length: int) -> None:
+        """Check that documents of a window or batch do not change each other's outputs.
+
+        `packed` is whether a window may hold several documents.
+        """
+        config = self.load_config(where)
+        check_windows(config, packed=packed, max_length=max_length, where=where)
+
     @property
     def needs_loading(self) -> bool:
         """Whether `facts` loads the weights."""
@@ -77,16 +87,19 @@ class ModelOptions(ModelSource):
     tokenizer: str | None = None
     """Folder of the tokenizer if it differs from `model`."""
     dtype: DType = "auto"
-    """Data type of the weights. `auto` keeps the type of the checkpoint."""
+    """Data type of the weights. `auto` keeps the type of the files, whatever config.json says."""
     device: Device = "auto"
     """`auto` is the first CUDA device, else MPS, else the CPU."""
     attention: Attention = "auto"
     """`auto` is `sdpa` if the model supports it, else `eager`."""
     trust_remote_code: bool = False
-    """Run the Python files shipped with the model; review them first."""
+    """Run the Python files shipped with the model, unless transformers has its own class for this
+    type; review them first."""
 
-    WITHOUT_EFFECT: ClassVar = {"model", "tokenizer", "device", "offload", "trust_remote_code"}
-    """Options that do not change the outputs; `model` is identified by a digest of its weights."""
+    WITHOUT_EFFECT: ClassVar = {
+        *("model", "revision", "tokenizer", "device", "offload", "trust_remote_code")
+    }
+    """Options that do not change the outputs. `model` is identified by its content."""
 
     @property
     def tokenizer_path(self) -> str:
@@ -99,24 +112,48 @@ class ModelOptions(ModelSource):
 
     def check(self, where: str) -> None:
         folder.check_model_folder(self, where=where)
-        loading.check_weights(self, where=where)
+        model = loading.check_weights(self, where=where)
+        if model is not None:
+            self.check_model(model, where)
+
+    def check_model(self, model: PreTrainedModel, where: str) -> None:
+        """Check the model of a folder, which has names and shapes but no values."""
 
     def warnings(self, where: str) -> list[str]:
-        return loading.scan_folder(self, where=where)
+        return notes.config_notes(self, where=where) + loading.scan_folder(self, where=where)
 
     def identity(self) -> dict[str, Any]:
         """Return everything that the outputs depend on, as plain data."""
         # By exclusion: a new option changes the identity unless it is listed as without effect.
         names = [f.name for f in fields(self) if f.name not in self.WITHOUT_EFFECT]
         options = {name: plain(getattr(self, name)) for name in names}
-        return {"weights": folder.weights_digest(self.model), **options}
+        return {**identity.model_identity(self), **options}
+
+    def commit(self, where: str) -> str | None:
+        """Return the commit that `revision` of a hub id means now, None for a folder."""
+        if folder.resolve_folder(self.model, where=where) is not None:
+            return None
+        return identity.resolve_commit(self.model, self.revision, where=where)
+
+    def runs_code(self, where: str) -> bool:
+        """Whether the Python files of the model are run: trusted, and needed for its type."""
+        if not self.trust_remote_code:
+            return False
+        return not folder.is_native(self.raw_config(where).get("model_type"))
+
+    def raw_config(self, where: str) -> dict[str, Any]:
+        """Return config.json as it is written."""
+        path = folder.resolve_folder(self.model, where=where)
+        if path is not None:
+            return read_json(path / CONFIG, where=where)
+        return read_json(identity.hub_config(self.model, self.revision, where=where), where=where)
 
     def load_config(self, where: str) -> PretrainedConfig:
         from transformers import AutoConfig
 
-        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        options = {"revision": self.commit(where), "trust_remote_code": self.runs_code(where)}
         try:
-            return AutoConfig.from_pretrained(self.model, **options)
+            config = AutoConfig.from_pretrained(self.model, **options)
         # Bad values in the file make config constructors raise errors of any type.
         except Exception as error:
             raise ModelError(
@@ -124,10 +161,12 @@ class ModelOptions(ModelSource):
                 f"({loading.first_line(error)}); give a model folder, or check the hub id and the "
                 "network"
             ) from error
+        loading.drop_quantization(config, where=where)
+        return config
 
     def load_tokenizer(self, where: str) -> PreTrainedTokenizerFast:
         # `revision` belongs to the repository of the model, not to that of another tokenizer.
-        revision = self.revision if self.tokenizer_path == self.model else None
+        revision = self.commit(where) if self.tokenizer_path == self.model else None
         return loading.load_tokenizer(self.tokenizer_path, revision=revision, where=where)
 
     def head_rows(self, where: str) -> int:
@@ -142,7 +181,7 @@ class ModelOptions(ModelSource):
     @property
     def needs_loading(self) -> bool:
         # Remote code may not build without its weights.
-        return self.trust_remote_code
+        return self.runs_code(self.model)
 
     def facts(self, where: str) -> ModelFacts:
         if self.needs_loading:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from collegium.errors import ModelError
-from collegium.models import folder, forward, loading
+from collegium.models import folder, forward, loading, saving
+from collegium.models.identity import model_identity
 from collegium.models.options import Attention, Device, ModelOptions, ModelSource
 from collegium.options import OneOf, option, torch
+from collegium.storage.files import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -24,10 +26,11 @@ class StudentOptions(ModelSource):
     """One kind of student: its options, and everything that a run asks of it."""
 
     device: str
+    attention: Attention
     gradient_checkpointing: bool
 
     def content(self) -> dict[str, str]:
-        """Return digests of the files that the initial weights come from."""
+        """Return digests of the files that the initial model comes from."""
         return {}
 
     @abstractmethod
@@ -46,7 +49,11 @@ class StudentOptions(ModelSource):
         inputs, head = forward.input_layer(model), forward.head_layer(model)
         rows = min(inputs.num_embeddings, head.out_features)
         _check_rows(rows, tokenizer, where=where)
+        saving.repair_generation(model.generation_config)
         _set_stop_tokens(model, tokenizer, stops)
+        # Trainers switch it at the top, where composite configs lack it.
+        if not hasattr(model.config, "use_cache"):
+            model.config.use_cache = getattr(model.config.get_text_config(), "use_cache", True)
         if self.gradient_checkpointing:
             loading.enable_checkpointing(model)
         return model
@@ -62,11 +69,19 @@ class PretrainedStudent(ModelOptions, StudentOptions):
     """Recompute each block in the backward pass to save memory."""
 
     def check(self, where: str) -> None:
+        saving.check_generation_file(self, where=where)
         super().check(where)
         _check_rows(self.head_rows(where), self.load_tokenizer(where), where=where)
 
+    def check_model(self, model: PreTrainedModel, where: str) -> None:
+        saving.check_saving(model, where=where)
+
+    def warnings(self, where: str) -> list[str]:
+        return saving.generation_notes(self, where=where) + super().warnings(where)
+
     def content(self) -> dict[str, str]:
-        return {"student": folder.weights_digest(self.model)}
+        # The options are part of the recipe.
+        return {"student": fingerprint(model_identity(self))}
 
     def load_tokenizer(self, where: str) -> Tokenizer:
         return _with_eos(super().load_tokenizer(where), self.tokenizer_path, where)
@@ -98,7 +113,8 @@ class FreshStudent(StudentOptions):
     def check(self, where: str) -> None:
         folder.check_device(self.device, self.attention, where=where)
         folder.check_tokenizer_folder(self.tokenizer, where=where)
-        self.load_config(where)
+        model = loading.empty_model(self.load_config(where), where)
+        saving.check_saving(model, where=f"{where}.config")
 
     def load_tokenizer(self, where: str) -> Tokenizer:
         tokenizer = loading.load_tokenizer(self.tokenizer, where=where)
@@ -116,8 +132,9 @@ class FreshStudent(StudentOptions):
     def _initial_model(self, *, seed: int, where: str) -> PreTrainedModel:
         config = self.load_config(where)
         model = loading.build_model(config, seed=seed, attention=self.attention)
-        # `PreTrainedModel.to` refuses a change of type for some models.
-        torch.nn.Module.to(model, loading.choose_device(self.device), getattr(torch, self.dtype))
+        if self.dtype != "float32":
+            model = loading.cast_model(model, getattr(torch, self.dtype)).train()
+        torch.nn.Module.to(model, loading.choose_device(self.device))
         return model
 
 

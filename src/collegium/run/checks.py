@@ -20,9 +20,9 @@ from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
 from collegium.kernels.backends import require_backend
 from collegium.losses.pairing import feature_map
-from collegium.models.folder import weights_digest, weights_size
 from collegium.models.options import ModelOptions
 from collegium.models.student import StudentOptions
+from collegium.models.weights import weights_digest, weights_layout
 from collegium.run.context import RunContext
 from collegium.teachers.options import TeacherOptions
 from collegium.train.checkpoint import require_valid_checkpoint
@@ -49,7 +49,7 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     for where, options in _models(recipe).items():
         options.check(where)
     _check_vocabularies(context, report)
-    _check_positions(recipe)
+    _check_windows(recipe)
     _check_features(context)
     _check_cache(context)
     folder = context.folder.path
@@ -102,8 +102,8 @@ def _check_vocabularies(context: RunContext, report: CheckReport) -> None:
         context.reserved_ids.update(dict.fromkeys(verdict.reserved, where))
 
 
-def _check_positions(recipe: Recipe) -> None:
-    """Check that no window is longer than the position range of a model."""
+def _check_windows(recipe: Recipe) -> None:
+    """Check that every model can score the windows: their length, and several documents."""
     for where, options in _models(recipe).items():
         limit = options.max_length(where)
         if limit is not None and recipe.data.max_length > limit:
@@ -111,6 +111,8 @@ def _check_positions(recipe: Recipe) -> None:
                 f"data.max_length: got {recipe.data.max_length}; must be at most {limit}, the "
                 f"max_position_embeddings of {where}; lower it"
             )
+        data = recipe.data
+        options.check_windows(where, packed=data.packing, max_length=data.max_length)
 
 
 def _check_features(context: RunContext) -> None:
@@ -197,14 +199,14 @@ def _check_routing(context: RunContext, report: CheckReport) -> None:
 def _check_distinct(recipe: Recipe, report: CheckReport) -> None:
     """Check that no two teachers have the same weights: one teacher would be counted twice."""
     models = {w: one for w, one in _models(recipe).items() if isinstance(one, ModelOptions)}
-    sizes = {where: weights_size(options.model) for where, options in models.items()}
-    count = Counter(sizes.values())
+    layouts = {where: weights_layout(options.model) for where, options in models.items()}
+    count = Counter(layouts.values())
     seen: dict[str, str] = {}
     for where, options in models.items():
-        if count[sizes[where]] == 1:
-            continue  # other sizes mean other weights, so no file is read
+        if count[layouts[where]] == 1:
+            continue  # other names, types or shapes mean other weights, so no file is read
         digest = weights_digest(options.model)
-        key = digest if sizes[where] else f"{digest}@{options.revision}"
+        key = digest if layouts[where] else f"{digest}@{options.revision}"
         other = seen.setdefault(key, where)
         if other != where and where == "student":
             effect = "its distillation loss to that teacher starts at 0"

@@ -21,6 +21,7 @@ from collegium.models.loading import vocab_size_of
 from collegium.models.options import ModelFacts
 from collegium.options import plain
 from collegium.run.folder import RunFolder
+from collegium.teachers.local import LocalTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,16 +98,24 @@ class RunContext:
         return self._loaded.pop(name, None) or self.load_teacher(name)
 
     def load_teacher(self, name: str) -> Teacher:
-        """Load a teacher."""
-        options = self.recipe.teachers[name]
-        return options.load(name, vocab_size=self.vocab_size, where=f"teachers.{name}")
+        """Load a teacher, probed on windows as those of the data."""
+        where = f"teachers.{name}"
+        teacher = self.recipe.teachers[name].load(name, vocab_size=self.vocab_size, where=where)
+        if isinstance(teacher, LocalTeacher):
+            self._probe(teacher.model, where)
+        return teacher
 
     def new_student(self) -> PreTrainedModel:
         """Return the untrained student, probed: the same weights at every call."""
         stops = self.datasets["train"].stops
         student = self.recipe.student.build(seed=self.recipe.seed, where="student", stops=stops)
-        probe(student, vocab_size=self.vocab_size, where="student")
+        self._probe(student, "student")
         return student
+
+    def _probe(self, model: PreTrainedModel, where: str) -> None:
+        data, size = self.recipe.data, self.vocab_size
+        packed, longest = data.packing, data.max_length
+        probe(model, vocab_size=size, where=where, packed=packed, max_length=longest)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from collegium.cache.keys import BatchKeys
 from collegium.data.pack import Collator
+from collegium.errors import TrainingError
 from collegium.losses.features import FeatureLoss
+from collegium.models.forward import forward_rows, is_close
 from collegium.run.artifact import Artifact
 from collegium.run.caches import Cache, FusedCache, HiddenCache, TeacherCache
 from collegium.run.choice import Preflight, resolved_fusion
@@ -25,9 +29,16 @@ from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train.checkpoint import checkpoints
 from collegium.train.objective import Objective
 from collegium.train.options import training_arguments
+from collegium.types import Batch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
     from collegium.train.trainer import DistillTrainer
+
+SAMPLED_ROWS = 16
+"""Rows on which a saved student is compared with the trained one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +98,12 @@ class Student(Artifact[Path]):
         trainer = self.trainer(self.output_dir)
         trainer.train(resume_from_checkpoint=bool(checkpoints(self.output_dir)))
         trainer.save_student(self.path)
+        steps, trained = trainer.state.global_step, self._sampled_logits(trainer.step.student)
+        del trainer  # with the optimizer's state, before the student is loaded again
+        self._check_saved(trained)
         log = read_log(self.output_dir / "log.jsonl")
         tokens = log[-1].num_tokens if log else None
-        summary = TrainSummary(steps=trainer.state.global_step, train_tokens=tokens)
-        write_json(self.summary, summary.to_json())
+        write_json(self.summary, TrainSummary(steps=steps, train_tokens=tokens).to_json())
 
     def open(self) -> Path:
         return self.path
@@ -98,8 +111,27 @@ class Student(Artifact[Path]):
     def load(self) -> LocalTeacher:
         """Load the finished student, for scoring."""
         where, size = str(self.path), self.context.vocab_size
-        options = LocalOptions(model=where, device=self.context.recipe.student.device)
+        student = self.context.recipe.student
+        options = LocalOptions(model=where, device=student.device, attention=student.attention)
         return LocalTeacher.load(self.variant.label, options, vocab_size=size, where=where)
+
+    @torch.no_grad()
+    def _sampled_logits(self, student: PreTrainedModel) -> Tensor:
+        """Return logits (n, V) of a few rows of the first validation window."""
+        batch = Batch.from_inputs(Collator()([{**self.context.datasets["validation"][0]}]))
+        batch, size = batch.to(student.device), self.context.vocab_size
+        rows = forward_rows(student.eval(), batch, batch.rows(), vocab_size=size)
+        return rows.logits(slice(SAMPLED_ROWS)).cpu()
+
+    def _check_saved(self, trained: Tensor) -> None:
+        loaded = self.load().model
+        logits = self._sampled_logits(loaded)
+        if not is_close(logits, trained, loaded.dtype, factor=8):
+            raise TrainingError(
+                f"{self.path}: the saved student gives other logits than the trained one (largest "
+                f"difference {float((logits - trained).abs().max()):.3g}); must give the same; "
+                "use another model family for the student"
+            )
 
     def info(self) -> ModelInfo:
         """Return the facts about the finished student that results.json lists."""
