@@ -43,6 +43,10 @@ class RunContext:
         """Record the resolved recipe and the environment in the run folder."""
         self.folder.claim(self.values, dump_recipe(self.recipe))
 
+    def record_recipe(self) -> None:
+        """Record a recipe that describes the same run in other words."""
+        self.folder.record(self.values, dump_recipe(self.recipe))
+
     def inputs(self, *sections: str) -> dict[str, Any]:
         """Return sections of the recipe with digests of the files behind them.
 

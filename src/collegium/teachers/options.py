@@ -82,9 +82,8 @@ class LocalOptions(ModelOptions, TeacherOptions):
     tests."""
 
     def load(self, name: str, *, vocab_size: int, where: str) -> Teacher:
-        from collegium.models.forward import probe
         from collegium.teachers.local import LocalTeacher
 
         teacher = LocalTeacher.load(name, self, vocab_size=vocab_size, where=where)
-        probe(teacher.model, vocab_size=vocab_size, where=where)
+        teacher.probe(where)
         return teacher
