@@ -277,6 +277,16 @@ def test_a_stale_cache_is_refused_with_the_fields(
             stage(recipe)
 
 
+def test_a_stale_cache_is_refused_before_preflight_chooses_a_fusion(
+    zoo: Path, tmp_path: Path, finished: Recipe
+) -> None:
+    path = f"cache.path={finished.output_dir / 'cache'}"
+    pipeline.check(_recipe(zoo, tmp_path, path, "fusion=auto"))
+    with refused(CacheError, "TMP/run/cache: "):
+        pipeline.check(_recipe(zoo, tmp_path, path, "fusion=auto", "data.packing=false"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_students_with_the_same_target_read_the_cache(built: Recipe) -> None:
     context = RunContext(built)
     assert isinstance(built.fusion, Fusion)

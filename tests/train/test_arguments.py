@@ -58,7 +58,6 @@ SAME: dict[str, dict[str, Any]] = {
     },
     "warmup_steps": {"warmup_steps": 2},
     "optim": {"optim": "adafactor"},
-    "optim_args": {"optim": "adamw_torch", "optim_args": "betas=(0.5,0.6)"},
     "weight_decay": {"weight_decay": 0.3},
     "adam_beta1": {"adam_beta1": 0.5},
     "adam_beta2": {"adam_beta2": 0.5},
@@ -73,7 +72,12 @@ SAME: dict[str, dict[str, Any]] = {
     },
     "activation_checkpointing": {"activation_checkpointing": True},
     "torch_empty_cache_steps": {"torch_empty_cache_steps": 2},
-    "logging_strategy": {"logging_strategy": "epoch", "max_steps": 6},
+    "logging_strategy": {
+        "logging_strategy": "epoch",
+        "max_steps": 8,
+        # A loss is a mean over tokens, so it differs where a batch of the epoch is smaller.
+        "dataloader_drop_last": True,
+    },
     "no logging_strategy": {"logging_strategy": "no"},
     "logging_first_step": {"logging_first_step": True, "logging_steps": 4},
     "logging_steps": {"logging_steps": 2},
@@ -102,8 +106,8 @@ SAME: dict[str, dict[str, Any]] = {
         "length_column_name": "size",
     },
     "debug": {"debug": "underflow_overflow"},
-    "skip_memory_metrics": {"skip_memory_metrics": False},
     "neftune_noise_alpha": {"neftune_noise_alpha": 0.1},
+    "skip_memory_metrics": {"skip_memory_metrics": False},
 }
 """Settings of a run for each argument, which both trainers get."""
 
@@ -168,7 +172,8 @@ def assert_same(ours: Any, theirs: Any, rel: float = 1e-4) -> None:
     assert len(left["history"]) == len(right["history"])
     for a, b in zip(left.pop("history"), right.pop("history"), strict=True):
         assert a == pytest.approx(b, rel=rel)
-    assert left.pop("best metric") == pytest.approx(right.pop("best metric"), rel=rel)
+    best = left.pop("best metric"), right.pop("best metric")
+    assert best == (None, None) or best[0] == pytest.approx(best[1], rel=rel)
     assert left == right
     for (name, a), b in zip(
         ours.model.state_dict().items(), theirs.model.state_dict().values(), strict=True
@@ -176,7 +181,7 @@ def assert_same(ours: Any, theirs: Any, rel: float = 1e-4) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("name", SAME)
 def test_an_argument_does_the_same(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -188,20 +193,22 @@ def test_an_argument_does_the_same(
         "FLASH_ATTENTION_DETERMINISTIC",
     ):
         monkeypatch.setenv(variable, "")
-    made = [
-        script(cls, tmp_path / cls.__name__, copy.deepcopy(SAME[name]))
-        for cls in (DistillTrainer, Trainer)
-    ]
-    for one in made:
-        one.train()
+    made = []
+    for cls in (DistillTrainer, Trainer):
+        # Trained at once: some samplers draw from the global generator, which a trainer seeds.
+        made.append(script(cls, tmp_path / cls.__name__, copy.deepcopy(SAME[name])))
+        made[-1].train()
     torch.use_deterministic_algorithms(False)
     assert_same(*made)
 
 
 def test_early_stopping_counts_across_a_resumed_run(tmp_path: Path) -> None:
     settings = BEST | {
-        "learning_rate": 0.5, "max_steps": 12, "restore_callback_states_from_checkpoint": True,
-    }  # fmt: skip
+        "learning_rate": 0.05,  # so that the first evaluation stays the best
+        "load_best_model_at_end": True,
+        "max_steps": 12,
+        "restore_callback_states_from_checkpoint": True,
+    }
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
@@ -217,7 +224,7 @@ def test_early_stopping_counts_across_a_resumed_run(tmp_path: Path) -> None:
         )
         rest.train(resume_from_checkpoint=True)
         results.append(rest.state.global_step)
-    assert results[0] == results[1] < 12
+    assert results == [8, 8]
 
 
 @pytest.mark.parametrize("length", [6, 8])
@@ -353,7 +360,9 @@ class Other(DistillTrainer):
 def test_the_logged_loss_is_the_trained_one_under_a_subclass(
     tmp_path: Path, accumulate: int
 ) -> None:
-    settings = {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0}
+    settings = {
+        "gradient_accumulation_steps": accumulate, "max_grad_norm": 0, "max_steps": 2,
+    }  # fmt: skip
     plain, more, other = (
         script(cls, tmp_path / cls.__name__, settings) for cls in (DistillTrainer, Penalized, Other)
     )

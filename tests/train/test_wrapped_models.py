@@ -144,6 +144,7 @@ def law_and_code() -> peft.PeftModel:
 
 
 def losses(made: Any) -> list[float]:
+    torch.manual_seed(7)
     made.train()
     return [row["loss"] for row in made.state.log_history if "loss" in row]
 
@@ -181,7 +182,7 @@ def test_a_student_and_its_teachers_share_one_base(tmp_path: Path) -> None:
         tmp_path / "b", model=separate, teachers={"law": teachers, "code": teachers},
         options={"gradient_checkpointing": True},
     )  # fmt: skip
-    assert losses(together) == pytest.approx(losses(apart), rel=1e-6)
+    assert losses(together) == pytest.approx(losses(apart), rel=1e-5)
     moved = {n for n, p in shared.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n in before if ".student." in n}
     assert together.fingerprint()["weights"] == apart.fingerprint()["weights"]

@@ -266,18 +266,22 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Hide forward hooks, whose owners wait for their data and not for random ids."""
+    """Hide forward hooks of users, which wait for their data and not for random ids."""
     tables = [t for m in model.modules() for t in (m._forward_hooks, m._forward_pre_hooks)]
-    saved = [(table, dict(table)) for table in tables if table]
-    for table, _ in saved:
-        table.clear()
+    hidden = [
+        (table, number, hook)
+        for table in tables
+        for number, hook in table.items()
+        # Those of libraries are part of the model.
+        if getattr(hook, "__module__", "").partition(".")[0] not in ("transformers", "accelerate")
+    ]
+    for table, number, _ in hidden:
+        del table[number]
     try:
         yield
     finally:
-        for table, hooks in saved:
-            added = dict(table)
-            table.clear()
-            table.update(hooks | added)
+        for table, number, hook in hidden:
+            table[number] = hook
 
 
 def _select_modules(model: PreTrainedModel, taps: Sequence[str]) -> dict[str, nn.Module]:

@@ -59,8 +59,9 @@ class LocalTeacher:
         adapters = list(getattr(model, "peft_config", {}))
         if adapter is not None and adapter not in adapters:
             raise ModelError(
-                f"teacher {name}: has no adapter `{adapter}`{nearest(adapter, adapters)}; a model "
-                "that is given more than once must have an adapter of each name"
+                f"teacher {name}: has no adapter `{adapter}`{nearest(adapter, adapters)}; must be "
+                "the name of one, since its model is also the student or another teacher; rename "
+                "it, or use copy.deepcopy(model)"
             )
         # Adapters on one base may share it: only the trained ones belong to the student.
         trained = trained_adapters(model) if adapter is not None and model is student else []

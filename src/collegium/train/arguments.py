@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from collegium.errors import TrainingError
@@ -119,4 +120,5 @@ def arguments_identity(args: TrainingArguments) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    value = value.value if isinstance(value, Enum) else value
     return value if isinstance(value, int | float | type(None)) else str(value)

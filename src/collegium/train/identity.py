@@ -25,7 +25,7 @@ from collegium.train.step import DistillStep
 
 SPEED_ONLY = ("block_size", "block_megabytes", "backend")
 """Options of the objective that change no number beyond rounding."""
-PROVENANCE = ("_name_or_path", "transformers_version")
+WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "use_cache")
 """Keys of a config that do not change the outputs."""
 DIGITS = 16
 """Length of a digest: 64 bits, short enough for a message."""
@@ -85,7 +85,7 @@ def teacher_identity(teacher: Teacher) -> str | None:
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if not others & {*name.split(".")}
     )
-    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in PROVENANCE}
+    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in WITHOUT_EFFECT}
     return fingerprint([weights, config, teacher.logit_scale, teacher.vocab_size])[:DIGITS]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from collegium.distributions import Teacher
@@ -272,6 +272,6 @@ class BatchCheck:
             )
 
 
-def _max_positions(model: nn.Module) -> int | None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr]
+def _max_positions(model: PreTrainedModel) -> int | None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
