@@ -227,6 +227,23 @@ def test_early_stopping_counts_across_a_resumed_run(tmp_path: Path) -> None:
     assert results == [8, 8]
 
 
+def test_a_finished_run_is_resumed_with_its_best_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = BEST | {"load_best_model_at_end": True, "learning_rate": 0.05, "max_steps": 8}
+    made = script(DistillTrainer, tmp_path, settings | {"save_total_limit": 2})
+    made.train()
+    assert observed(made)["best"] == "checkpoint-2"
+    assert observed(made)["checkpoints"] == {"checkpoint-2", "checkpoint-8"}
+    again = script(DistillTrainer, tmp_path, settings | {"save_total_limit": 2})
+    again.train(resume_from_checkpoint=True)
+    for a, b in zip(again.model.parameters(), made.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    (tmp_path / "checkpoint-2" / "state.json").unlink()
+    script(DistillTrainer, tmp_path, settings).train(resume_from_checkpoint=True)
+    assert "the best model is not loaded" in caplog.text
+
+
 @pytest.mark.parametrize("length", [6, 8])
 def test_a_longer_run_goes_on_with_the_rates_of_its_length(tmp_path: Path, length: int) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2}

@@ -205,11 +205,14 @@ def test_arguments_of_a_wrong_type_are_refused(arguments: Any, where: str) -> No
         DistillTrainer(*arguments)
 
 
-def test_one_teacher_needs_no_list(tmp_path: Path) -> None:
+def test_teachers_may_be_one_or_any_collection(tmp_path: Path) -> None:
     one: Teacher = FakeTeacher("wise")
-    for number, teacher in enumerate((small_model(1), one)):
-        made = trainer(tmp_path / str(number), teachers=teacher)
-        assert len(made.step.teachers) == 1
+    several = torch.nn.ModuleList([small_model(1), small_model(2)])
+    for number, (teachers, count) in enumerate(
+        [(small_model(1), 1), (one, 1), (several, 2), ((small_model(1),), 1)]
+    ):
+        made = trainer(tmp_path / str(number), teachers=teachers)
+        assert len(made.step.teachers) == count
 
 
 def test_half_precision_weights_of_the_student(

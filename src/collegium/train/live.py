@@ -6,7 +6,7 @@ Shapes: B batch, T time, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,8 +77,9 @@ def named_teachers(
             "teachers: got TrainingArguments; must be the teachers; use args=TrainingArguments(...)"
         )
     _refuse_name(teachers, "teachers")
-    if not isinstance(teachers, Mapping | Sequence):
-        teachers = [teachers]
+    if not isinstance(teachers, Mapping):
+        is_list = isinstance(teachers, Iterable) and not hasattr(teachers, "score")
+        teachers = list(teachers) if is_list else [teachers]
     given: Mapping[str, Any] = (
         teachers
         if isinstance(teachers, Mapping)

@@ -62,7 +62,7 @@ class Checkpointer:
             step = checkpoint.step_of(source)
             checkpoint.set_aside_after(folder, step)
         # A run that was killed between a save and its pruning has one too many.
-        best = None if source is None else best_step(source)
+        best = None if source is None else best_step(_state_of(source))
         checkpoint.prune(folder, keep=self.keep, best=best)
         return source, step
 
@@ -97,8 +97,8 @@ class Checkpointer:
         if checkpoint.step_of(source) < last_step:
             return None
         trainer._load_from_checkpoint(str(source))
-        trainer.state = TrainerState.load_from_json(str(source / state.TRAINER_STATE))
-        if args.load_best_model_at_end and trainer.state.best_global_step is not None:
+        trainer.state = _state_of(source)
+        if args.load_best_model_at_end and best_step(trainer.state) is not None:
             trainer._load_best_model()
         return TrainOutput(trainer.state.global_step, 0.0, {})
 
@@ -113,6 +113,11 @@ def callback_states(callbacks: Iterable[Any]) -> dict[str, Any]:
     return {name: each[0] if len(each) == 1 else each for name, each in states.items()}
 
 
-def best_step(source: Path) -> int | None:
-    """Return the step of the best evaluation, as the checkpoint `source` records it."""
-    return TrainerState.load_from_json(str(source / state.TRAINER_STATE)).best_global_step
+def best_step(trainer_state: TrainerState) -> int | None:
+    """Return the step of the checkpoint with the best evaluation, None without one."""
+    best = trainer_state.best_model_checkpoint
+    return None if best is None else checkpoint.step_of(Path(best))
+
+
+def _state_of(source: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(source / state.TRAINER_STATE))

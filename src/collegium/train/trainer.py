@@ -54,7 +54,7 @@ from collegium.train.nan_diagnosis import NanGuard
 from collegium.train.objective import InertTermCheck, Objective
 from collegium.train.options import TrainOptions, training_arguments
 from collegium.train.progress import StopCallback, TrainingProgress
-from collegium.train.resume import Checkpointer, callback_states
+from collegium.train.resume import Checkpointer, best_step, callback_states
 from collegium.train.step import DistillStep
 from collegium.types import IGNORE, Batch, LossSum
 
@@ -437,19 +437,20 @@ class DistillTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
-        best = self.state.best_global_step
+        step, best = self.state.global_step, self.state.best_global_step
         if best is not None:
-            self.state.best_model_checkpoint = str(self._best_checkpoint(best))
+            folder = self.run_folder / f"checkpoint-{best}"
+            # An evaluation without a save has no checkpoint to load.
+            if best == step or folder.is_dir():
+                self.state.best_model_checkpoint = str(folder)
         if self.args.should_save:
-            step = self.state.global_step
+            best = best_step(self.state)
             self._checkpointer.save(step, self._write_checkpoint, best=best)
         self.accelerator.wait_for_everyone()
 
-    def _best_checkpoint(self, step: int) -> Path:
-        return self.run_folder / f"checkpoint-{step}"
-
     def _load_best_model(self) -> None:
-        folder = self._best_checkpoint(cast(int, self.state.best_global_step))
+        # By its step: the folder of the run may have moved.
+        folder = self.run_folder / f"checkpoint-{best_step(self.state)}"
         try:
             checkpoint.verify(folder)
         except TrainingError as error:
