@@ -230,11 +230,11 @@ def test_early_stopping_counts_across_a_resumed_run(tmp_path: Path) -> None:
 def test_a_finished_run_is_resumed_with_its_best_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = BEST | {"load_best_model_at_end": True, "learning_rate": 0.05, "max_steps": 8}
+    settings = BEST | {"load_best_model_at_end": True, "learning_rate": 0.05, "max_steps": 12}
     made = script(DistillTrainer, tmp_path, settings | {"save_total_limit": 2})
     made.train()
     assert observed(made)["best"] == "checkpoint-2"
-    assert observed(made)["checkpoints"] == {"checkpoint-2", "checkpoint-8"}
+    assert observed(made)["checkpoints"] == {"checkpoint-2", "checkpoint-12"}
     again = script(DistillTrainer, tmp_path, settings | {"save_total_limit": 2})
     again.train(resume_from_checkpoint=True)
     for a, b in zip(again.model.parameters(), made.model.parameters(), strict=True):
