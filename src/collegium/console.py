@@ -35,19 +35,21 @@ def _line_printer(
     title: str, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[int, int], None]:
     """Print progress and remaining time, at most once per `SECONDS_PER_LINE`."""
-    started = printed = clock()
-    first: int | None = None
+    printed = clock()
+    first: tuple[float, int] | None = None
 
     def advance(done: int, total: int) -> None:
         nonlocal printed, first
         now = clock()
-        # A resumed loop starts above 0; items finished earlier must not count as fast ones.
+        # The rate is that since the first report: earlier time went into loading, and earlier items
+        # were finished by a run that this one resumes.
         if first is None:
-            first = done
-        if now - printed < SECONDS_PER_LINE or done <= first:
+            first = now, done
+        started, finished = first
+        if now - printed < SECONDS_PER_LINE or done <= finished or now == started:
             return
         printed = now
-        left = (now - started) / (done - first) * (total - done)
+        left = (now - started) / (done - finished) * (total - done)
         say(f"{title}: {done:,} of {total:,}, about {max(1, round(left / 60)):,} min left")
 
     return advance

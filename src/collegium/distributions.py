@@ -74,6 +74,8 @@ class HiddenRows(Distribution):
     head: Head
     features: Mapping[str, Tensor] = field(default_factory=dict)
     """Tapped hidden states by name (`embed`, `layer_0`, ..., `final_postnorm`), each (N, D)."""
+    router_loss: Tensor | None = None
+    """Scalar: the load-balancing loss of a student that is a mixture of experts."""
 
     @property
     def logit_bytes(self) -> int:

@@ -247,3 +247,13 @@ class LossSum:
     def num_rows(self) -> int:
         """N."""
         return len(self.rows)
+
+    def with_term(self, name: str, value: Tensor, weight: float) -> LossSum:
+        """Add a term, given as a mean over the rows, with a graph."""
+        summed = value * self.num_rows
+        return replace(
+            self,
+            total=self.total + weight * summed,
+            terms={**self.terms, name: summed.detach()},
+            weights={**self.weights, name: weight},
+        )

@@ -295,6 +295,16 @@ def test_a_cache_of_a_teacher_with_another_config_is_refused(
         pipeline.train(recipe)
 
 
+def test_a_stale_cache_is_refused_before_preflight_chooses_a_fusion(
+    zoo: Path, tmp_path: Path, finished: Recipe
+) -> None:
+    path = f"cache.path={finished.output_dir / 'cache'}"
+    pipeline.check(_recipe(zoo, tmp_path, path, "fusion=auto"))
+    with refused(CacheError, "TMP/run/cache: "):
+        pipeline.check(_recipe(zoo, tmp_path, path, "fusion=auto", "data.packing=false"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_students_with_the_same_target_read_the_cache(built: Recipe) -> None:
     context = RunContext(built)
     assert isinstance(built.fusion, Fusion)

@@ -26,6 +26,30 @@ def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
     assert "torch" in environment["packages"]
 
 
+@pytest.mark.parametrize(
+    ("stages", "changed", "is_free"),
+    [
+        ({"preflight": "done"}, "train", True),
+        ({"preflight": "done", "cache": "done"}, "fusion", True),
+        ({"preflight": "done"}, "seed", False),
+        ({"preflight": "failed"}, "seed", True),
+        ({"preflight": "done", "train": "failed"}, "train", False),
+        ({"train": "failed"}, "seed", False),
+    ],
+)
+def test_sections_that_no_stage_has_read_may_change(
+    tmp_path: Path, stages: dict[str, str], changed: str, is_free: bool
+) -> None:
+    folder, recipe = RunFolder(tmp_path), {**RECIPE, "fusion": "auto"}
+    folder.claim(recipe, "")
+    write_json(tmp_path / "stages.json", {n: {"status": status} for n, status in stages.items()})
+    if is_free:
+        folder.claim({**recipe, changed: 7}, "")
+    else:
+        with refused(RecipeError, "output_dir: "):
+            folder.claim({**recipe, changed: 7}, "")
+
+
 def test_a_folder_may_be_moved_and_renamed(tmp_path: Path) -> None:
     recipe = {**RECIPE, "name": "a", "output_dir": "runs/a"}
     RunFolder(tmp_path).claim(recipe, "")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import collegium
 import tiny
@@ -41,6 +41,10 @@ def _recipe(zoo: Path, tmp_path: Path, *overrides: str) -> Recipe:
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_text(zoo), encoding="utf-8")
     return load_recipe(file, [f"output_dir={tmp_path / 'run'}", *overrides])
+
+
+def _applied(tmp_path: Path) -> Recipe:
+    return load_recipe(tmp_path / "recipe.yaml", [f"output_dir={tmp_path / 'run'}"])
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -158,6 +162,40 @@ def test_preflight_can_write_its_choice_into_the_recipe(zoo: Path, tmp_path: Pat
     assert report.best_single.nll is not None
     assert report.chosen.nll <= report.best_single.nll + 1e-6
     assert len(report.verdict) == 3
+    # The applied recipe is the same run, and its preflight is kept.
+    before = (tmp_path / "run" / "preflight.json").stat().st_mtime_ns
+    pipeline.train(_applied(tmp_path))
+    assert (tmp_path / "run" / "preflight.json").stat().st_mtime_ns == before
+
+
+def test_a_run_goes_on_after_its_choice_is_written_into_the_recipe(
+    zoo: Path, tmp_path: Path
+) -> None:
+    recipe = _recipe(zoo, tmp_path)
+    pipeline.train(recipe)
+    trained = (tmp_path / "run" / "student" / "model.safetensors").stat().st_mtime_ns
+    pipeline.preflight(recipe, apply_to=tmp_path / "recipe.yaml")
+    pipeline.train(_applied(tmp_path))
+    assert (tmp_path / "run" / "student" / "model.safetensors").stat().st_mtime_ns == trained
+
+
+def test_an_encoder_is_refused_by_check(zoo: Path, tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = len(tiny.tiny_tokenizer())
+    config = AutoConfig.for_model("bert", vocab_size=size, intermediate_size=64, **shape)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "bert")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    with refused(ModelError, "teachers.bert: "):
+        pipeline.check(_recipe(zoo, tmp_path, f"teachers.bert.model={tmp_path / 'bert'}"))
+
+
+def test_half_precision_weights_of_the_student_are_checked(zoo: Path, tmp_path: Path) -> None:
+    with refused(RecipeError, "student.dtype: "):
+        pipeline.check(_recipe(zoo, tmp_path, "student.dtype=float16"))
+    for rate, is_small in (("1e-5", True), ("1e-3", False)):
+        overrides = "student.dtype=bfloat16", f"train.learning_rate={rate}"
+        warnings = pipeline.check(_recipe(zoo, tmp_path, *overrides)).warnings
+        assert any("bfloat16 weights" in line for line in warnings) == is_small
 
 
 def test_check_writes_nothing_and_summarizes_the_run(zoo: Path, tmp_path: Path) -> None:

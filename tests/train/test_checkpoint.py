@@ -250,6 +250,19 @@ def test_pruning_keeps_at_least_two(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_pruning_keeps_the_best_and_can_keep_all(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        make(tmp_path, step)
+    for keep, best, left in [
+        (None, None, [6, 5, 4, 3, 2, 1]),
+        (4, 2, [6, 5, 4, 2]),
+        (3, 5, [6, 5, 4]),
+        (2, 4, [6, 4]),
+    ]:
+        checkpoint.prune(tmp_path, keep=keep, best=best)
+        assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == left
+
+
 def test_later_checkpoints_are_kept_under_another_name(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         make(tmp_path, step)

@@ -13,8 +13,9 @@ from collegium.losses.pairing import FeatureOptions
 from collegium.models.forward import tap_names, tap_width
 from collegium.storage.records import read_log
 from collegium.teachers.local import LocalTeacher
+from collegium.train.arguments import adopt_arguments
 from collegium.train.objective import Objective
-from collegium.train.options import ObjectiveOptions, adopt_arguments
+from collegium.train.options import ObjectiveOptions
 from collegium.train.progress import TrainingProgress
 from collegium.train.trainer import DistillTrainer, TrainOptions, named_teachers, training_arguments
 from training_runs import VOCAB, Windows, objective, small_model, stack, trainer

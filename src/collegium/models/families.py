@@ -119,13 +119,18 @@ def check_windows(
         raise ModelError(f"{where}: {model_type} {reason}; use another model family")
     if packed and mixes_documents(config):
         raise mixing_error(config.model_type, where=where)
-    limit = min(_rope_switches(config.get_text_config()), default=None)
+    limit = rope_limit(config)
     if limit is not None and (max_length is None or max_length > limit):
         raise ModelError(
             f"{where}: {config.model_type} rotates all documents of a batch by other frequencies "
             f"once one is longer than {limit} tokens (its rope type depends on the length); "
             f"must not be longer; set `data.max_length` to at most {limit}"
         )
+
+
+def rope_limit(config: PretrainedConfig) -> int | None:
+    """Return the longest document that is rotated like a shorter one, None without a limit."""
+    return min(_rope_switches(config.get_text_config()), default=None)
 
 
 def mixes_documents(config: PretrainedConfig) -> bool:

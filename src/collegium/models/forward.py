@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # Config keys by which model families scale or cap their logits; `probe` catches a missing one.
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Names of the factor of the load-balancing loss, and its arguments, in transformers.
+ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
+ROUTER_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 # Tokens of the two documents of each probe window, or of the two parts of its one document.
 _LENGTHS = [5, 7]
 
@@ -76,12 +79,19 @@ def input_layer(model: PreTrainedModel) -> nn.Embedding:
 
 
 def forward_rows(
-    model: PreTrainedModel, batch: Batch, rows: Rows, *, vocab_size: int, taps: Sequence[str] = ()
+    model: PreTrainedModel,
+    batch: Batch,
+    rows: Rows,
+    *,
+    vocab_size: int,
+    taps: Sequence[str] = (),
+    is_student: bool = False,
 ) -> HiddenRows:
     """Run the body of a model without its head and gather the selected rows: (B, T) -> (N, D).
 
     The head is truncated to `vocab_size` rows, and the hidden states named by `taps` (`tap_names`)
-    are returned as `features`. Raises ModelError if the model lacks one.
+    are returned as `features`. A student also returns its router loss, see `router_weight`. Raises
+    ModelError if the model lacks a tap.
     """
     input_ids, position_ids = batch.input_ids, batch.position_ids
     is_flash = "flash" in str(model.config._attn_implementation)
@@ -102,10 +112,53 @@ def forward_rows(
         inputs = _inputs_of(body, input_ids=input_ids, position_ids=position_ids)
         output = body(**inputs, use_cache=False)
     hidden_ND = _gather(output.last_hidden_state, rows)
+    router_loss = None
+    if is_student and router_weight(model) > 0:
+        router_loss = _router_loss(model, output.router_logits, batch)
     features = {
         tap: hidden_ND if tap == "final_postnorm" else _gather(outputs[tap], rows) for tap in taps
     }
-    return HiddenRows(hidden=hidden_ND, head=model_head(model, vocab_size), features=features)
+    head = model_head(model, vocab_size)
+    return HiddenRows(hidden=hidden_ND, head=head, features=features, router_loss=router_loss)
+
+
+def router_weight(model: PreTrainedModel) -> float:
+    """Return the factor of the load-balancing loss that a mixture of experts asks for, else 0.
+
+    As in transformers, it asks by `output_router_logits`. Raises ModelError for a family whose
+    loss cannot be computed from its router logits.
+    """
+    config = model.config.get_text_config()
+    sources = (model, config, model.config)
+    weights = [getattr(x, name, None) for name in ROUTER_WEIGHTS for x in sources]
+    weight = next((float(w) for w in weights if isinstance(w, int | float)), 0.0)
+    if weight == 0 or not getattr(config, "output_router_logits", False):
+        return 0.0
+    _router_function(model)
+    return weight
+
+
+def _router_function(model: PreTrainedModel) -> tuple[Any, int, int]:
+    """Return the loss function of the model's module, its number of experts and its top k."""
+    function = getattr(inspect.getmodule(type(model)), "load_balancing_loss_func", None)
+    names = list(inspect.signature(function).parameters) if function else []
+    config = model.config.get_text_config()
+    num_experts, top_k = (
+        getattr(model, name, getattr(config, name, None))
+        for name in ("num_experts", "num_experts_per_tok")
+    )
+    if names != ROUTER_ARGUMENTS or num_experts is None or top_k is None:
+        raise ModelError(
+            f"{model.config.model_type}: asks for a load-balancing loss of an unsupported kind; "
+            "must be that of Mixtral; set output_router_logits to False to train without it"
+        )
+    return function, int(num_experts), int(top_k)
+
+
+def _router_loss(model: PreTrainedModel, router_logits: Any, batch: Batch) -> Tensor:
+    """Load-balancing loss of the model over the tokens of documents, a scalar."""
+    function, num_experts, top_k = _router_function(model)
+    return function(router_logits, num_experts, top_k, (batch.sample_ids >= 0).long())
 
 
 def tap_names(model: PreTrainedModel) -> list[str]:
@@ -158,7 +211,7 @@ def probe(
     changed_BT = ids_BT.clone()
     changed_BT[:, : _LENGTHS[0]] = (ids_BT[:, : _LENGTHS[0]] + 1) % vocab_size
     lengths = _LENGTHS if packed else [sum(_LENGTHS)]
-    with _eval_mode(model), torch.no_grad(), _run_errors(model_type, where):
+    with _eval_mode(model), _without_hooks(model), torch.no_grad(), _run_errors(model_type, where):
         batch, ours = _forward_packed(model, ids_BT, lengths, vocab_size)
         logits_NV = ours.logits(slice(None))
         positions = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
@@ -178,6 +231,8 @@ def probe(
             f"{where}: {model_type} computes its logits in an unsupported way (largest difference "
             f"{_gap(logits_NV, expected_NV):.3g}); use another model family"
         )
+    if not packed:
+        return
     hidden_BTD = ours.hidden.unflatten(0, ids_BT.shape)
     changed_BTD = changed.hidden.unflatten(0, ids_BT.shape)
     unpacked_BTD = torch.cat([states.hidden.unflatten(0, (2, -1)) for states in unpacked], dim=1)
@@ -253,6 +308,26 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Hide forward hooks of users, which wait for their data and not for random ids."""
+    tables = [t for m in model.modules() for t in (m._forward_hooks, m._forward_pre_hooks)]
+    hidden = [
+        (table, number, hook)
+        for table in tables
+        for number, hook in table.items()
+        # Those of libraries are part of the model.
+        if getattr(hook, "__module__", "").partition(".")[0] not in ("transformers", "accelerate")
+    ]
+    for table, number, _ in hidden:
+        del table[number]
+    try:
+        yield
+    finally:
+        for table, number, hook in hidden:
+            table[number] = hook
 
 
 def _select_modules(model: PreTrainedModel, taps: Sequence[str]) -> dict[str, nn.Module]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from collegium.cache.manifest import read_manifest, require_identity
 from collegium.cache.options import TopK
 from collegium.config.recipe import Recipe, check_recipe
 from collegium.data.sources import check_sources
@@ -23,8 +24,10 @@ from collegium.losses.pairing import feature_map
 from collegium.models.options import ModelOptions
 from collegium.models.student import StudentOptions
 from collegium.models.weights import weights_digest, weights_layout
+from collegium.run.caches import Cache, FusedCache
 from collegium.run.context import RunContext
 from collegium.teachers.options import TeacherOptions
+from collegium.train.arguments import BFLOAT16_RATE, bfloat16_warning
 from collegium.train.checkpoint import require_valid_checkpoint
 from collegium.vocabulary.verdict import compare, require_compatible
 
@@ -50,6 +53,7 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
         options.check(where)
     _check_vocabularies(context, report)
     _check_windows(recipe)
+    _check_precision(recipe, report)
     _check_features(context)
     _check_cache(context)
     folder = context.folder.path
@@ -58,6 +62,7 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
             require_valid_checkpoint(place)
     _check_distinct(recipe, report)
     _check_datasets(context, report)
+    _check_finished_caches(context)
     _check_routing(context, report)
     for where, options in _models(recipe).items():
         report.warnings += options.warnings(where)
@@ -115,6 +120,18 @@ def _check_windows(recipe: Recipe) -> None:
         options.check_windows(where, packed=data.packing, max_length=data.max_length)
 
 
+def _check_precision(recipe: Recipe, report: CheckReport) -> None:
+    """Check that the trained weights can follow the optimizer's steps."""
+    dtype, rate = getattr(recipe.student, "dtype", None), recipe.train.learning_rate
+    if dtype == "float16":
+        raise RecipeError(
+            "student.dtype: got float16; must be float32 or bfloat16, since AdamW's epsilon is 0 "
+            "in float16; use float32 with train.bf16"
+        )
+    if dtype == "bfloat16" and rate < BFLOAT16_RATE:
+        report.warnings.append(bfloat16_warning("student.dtype", rate))
+
+
 def _check_features(context: RunContext) -> None:
     """Check that the hidden states in the pairs of the feature terms exist."""
     recipe, options = context.recipe, context.recipe.objective.features
@@ -135,6 +152,27 @@ def _check_cache(context: RunContext) -> None:
         raise RecipeError(
             f"cache.targets.k: got {cache.targets.k}; must be at most the vocabulary size, {size}"
         )
+
+
+def _check_finished_caches(context: RunContext) -> None:
+    """Compare finished caches with the run, except for a fusion that is not chosen yet."""
+    # Imported here: it takes longer than a whole check.
+    from collegium.run.artifacts import caches
+
+    recipe = context.recipe
+    if not recipe.cache.enabled or not recipe.teachers:
+        return
+    if recipe.cache.kind == "fused" and not isinstance(recipe.fusion, Fusion):
+        found, unknown = [FusedCache(context, Fusion())], {"fusion"}
+    else:
+        found, unknown = caches(context), set[str]()
+    for cache in found:
+        assert isinstance(cache, Cache)
+        manifest = read_manifest(cache.location)
+        if manifest is not None:
+            pair = (manifest.identity, cache.identity())
+            old, new = ({k: v for k, v in one.items() if k not in unknown} for one in pair)
+            require_identity(cache.location, old, new)
 
 
 def _check_datasets(context: RunContext, report: CheckReport) -> None:

@@ -49,6 +49,10 @@ class RunContext:
         """Record the resolved recipe and the environment in the run folder."""
         self.folder.claim(self.values, dump_recipe(self.recipe))
 
+    def record_recipe(self) -> None:
+        """Record a recipe that describes the same run in other words."""
+        self.folder.record(self.values, dump_recipe(self.recipe))
+
     def inputs(self, *sections: str) -> dict[str, Any]:
         """Return sections of the recipe with digests of the files behind them.
 
@@ -102,20 +106,19 @@ class RunContext:
         where = f"teachers.{name}"
         teacher = self.recipe.teachers[name].load(name, vocab_size=self.vocab_size, where=where)
         if isinstance(teacher, LocalTeacher):
-            self._probe(teacher.model, where)
+            data = self.recipe.data
+            teacher.probe(where, packed=data.packing, max_length=data.max_length)
         return teacher
 
     def new_student(self) -> PreTrainedModel:
         """Return the untrained student, probed: the same weights at every call."""
         stops = self.datasets["train"].stops
         student = self.recipe.student.build(seed=self.recipe.seed, where="student", stops=stops)
-        self._probe(student, "student")
+        packed, longest = self.recipe.data.packing, self.recipe.data.max_length
+        probe(
+            student, vocab_size=self.vocab_size, where="student", packed=packed, max_length=longest
+        )
         return student
-
-    def _probe(self, model: PreTrainedModel, where: str) -> None:
-        data, size = self.recipe.data, self.vocab_size
-        packed, longest = data.packing, data.max_length
-        probe(model, vocab_size=size, where=where, packed=packed, max_length=longest)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -28,6 +28,8 @@ PACKAGES = ("collegium", "torch", "transformers", "tokenizers", "datasets", "num
 # Measurements are repeated, and a run folder may be renamed or moved.
 FREE_SECTIONS = frozenset({"cache", "evaluate", "preflight", "name", "output_dir"})
 """Recipe sections that may change between calls on one run folder."""
+LATE_SECTIONS = frozenset({"fusion", "objective", "train"})
+"""Sections that preflight and caches do not read, or compare themselves."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,24 @@ class RunFolder:
         """Raise RecipeError or CollegiumError if this recipe cannot run here. Writes nothing."""
         self.check_place()
         old = read_record(self.path / "recipe.json", dict[str, Any]) or {}
-        kept = {key: value for key, value in old.items() if key not in FREE_SECTIONS}
-        new = {key: value for key, value in recipe.items() if key not in FREE_SECTIONS}
+        free = self._free_sections()
+        kept = {key: value for key, value in old.items() if free is not None and key not in free}
+        new = {key: value for key, value in recipe.items() if free is not None and key not in free}
         fields = differing_fields(kept, new) if old else []
         if fields:
             raise RecipeError(
                 f"output_dir: {self.path} holds a run of another recipe ({'; '.join(fields[:5])}); "
                 "choose another output_dir, or delete this folder"
             )
+
+    def _free_sections(self) -> frozenset[str] | None:
+        """Return the sections that no stage has read so far, None for all of them."""
+        stages = self.stages()
+        if any(name != "preflight" and not name.startswith("cache") for name in stages):
+            return FREE_SECTIONS
+        if stages and all(stage.status == "failed" for stage in stages.values()):
+            return None
+        return FREE_SECTIONS | LATE_SECTIONS
 
     def check_place(self, *, also: Collection[str] = ()) -> None:
         """Check that the folder is writable and holds a run, only the names in `also`, or nothing.
@@ -87,6 +99,10 @@ class RunFolder:
     def claim(self, recipe: Mapping[str, Any], text: str) -> None:
         """Create the folder if necessary, and record recipe and environment. Raises as `check`."""
         self.check(recipe)
+        self.record(recipe, text)
+
+    def record(self, recipe: Mapping[str, Any], text: str) -> None:
+        """Record recipe and environment. Raises CollegiumError if they cannot be written."""
         try:
             write_json(self.path / "recipe.json", recipe)
             write_text(self.path / "recipe.yaml", text)

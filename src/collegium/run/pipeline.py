@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from collegium.cache.processes import Ranks
-from collegium.config.recipe import Recipe, load_recipe, write_fusion
+from collegium.config.recipe import Recipe, decode_fusion, load_recipe, write_fusion
 from collegium.errors import CollegiumError, RecipeError
 from collegium.run.artifacts import ARTIFACTS, Report
 from collegium.run.caches import Cache
@@ -37,6 +38,9 @@ def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> PreflightRepor
     (measured,) = _ensure(recipe, "preflight")
     if apply_to is not None:
         write_fusion(apply_to, measured.chosen.fusion)
+        # The same run, whose fusion has a name now.
+        fusion = decode_fusion(measured.chosen.fusion)
+        RunContext(replace(recipe, fusion=fusion)).record_recipe()
     return measured
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from collegium.distributions import LIVE, Answer, Distribution, HiddenRows, WrappedRows
-from collegium.errors import ModelError, TrainingError
-from collegium.models.forward import forward_rows, head_layer
+from collegium.errors import ModelError, TrainingError, nearest
+from collegium.models.adapters import active_adapter, trained_adapters
+from collegium.models.forward import forward_rows, head_layer, probe
 from collegium.models.loading import count_parameters, load_model
 from collegium.types import Batch, Rows
 
@@ -47,20 +49,32 @@ class LocalTeacher:
         offload: bool = False,
         logit_scale: float = 1.0,
         student: nn.Module | None = None,
+        adapter: str | None = None,
     ) -> None:
-        """Freeze `model`. Raises ModelError if it shares a parameter with `student`."""
-        theirs = {id(parameter) for parameter in student.parameters()} if student else set()
-        shared = [n for n, parameter in model.named_parameters() if id(parameter) in theirs]
-        if shared:
+        """Freeze `model`.
+
+        `adapter` is the one that is active while it answers, for models that share a base. Raises
+        ModelError if it does not exist, or if the model shares a parameter with `student`.
+        """
+        adapters = list(getattr(model, "peft_config", {}))
+        if adapter is not None and adapter not in adapters:
             raise ModelError(
-                f"teacher {name}: shares {len(shared)} parameters with the student ({shared[0]}); "
-                f"must be a model of its own, since teachers are frozen; use copy.deepcopy(model)"
+                f"teacher {name}: has no adapter `{adapter}`{nearest(adapter, adapters)}; must be "
+                "the name of one, since its model is also the student or another teacher; rename "
+                "it, or use copy.deepcopy(model)"
             )
+        # Adapters on one base may share it: only the trained ones belong to the student.
+        trained = trained_adapters(model) if adapter is not None and model is student else []
+        if not trained or adapter in trained:
+            _refuse_shared(name, model, student)
+            model.requires_grad_(False).eval()
         self.name = name
-        self.model = model.requires_grad_(False).eval()
+        self.model = model
+        self.adapter = adapter
+        self._is_probed = False
         self.vocab_size = vocab_size
         self.num_parameters = count_parameters(model)
-        self._logit_scale = logit_scale
+        self.logit_scale = logit_scale
         self._device = head_layer(model).weight.device
         self._is_offloaded = offload and self._device.type != "cpu"
         if self._is_offloaded:
@@ -71,6 +85,34 @@ class LocalTeacher:
         """Load a teacher. Raises ModelError if its folder or its weights cannot be used."""
         model, scale = load_model(options, where=where), options.logit_scale
         return cls(name, model, vocab_size=vocab_size, offload=options.offload, logit_scale=scale)
+
+    def probe(self, where: str, *, packed: bool = True, max_length: int | None = None) -> None:
+        """Check once that its logits are those of the model. Raises ModelError, see `probe`."""
+        if self._is_probed:
+            return
+        with self._placed():
+            probe(
+                self.model,
+                vocab_size=self.vocab_size,
+                where=where,
+                packed=packed,
+                max_length=max_length,
+            )
+        self._is_probed = True
+
+    @contextmanager
+    def _placed(self) -> Iterator[None]:
+        """Have the model on its device, with its adapter, during the block."""
+        if self._is_offloaded:
+            nn.Module.to(self.model, self._device)
+        if self.adapter is None:
+            self.model.eval()  # pinned: someone may have called train() on a parent module
+            yield
+        else:
+            with active_adapter(self.model, self.adapter):
+                yield
+        if self._is_offloaded:
+            nn.Module.to(self.model, "cpu")
 
     @torch.no_grad()
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
@@ -83,18 +125,14 @@ class LocalTeacher:
     @torch.no_grad()
     def hidden_rows(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> HiddenRows:
         """Return hidden states and head on the device of the model. Raises as `score`."""
-        self.model.eval()  # pinned: someone may have called train() on a parent module
-        if self._is_offloaded:
-            nn.Module.to(self.model, self._device)
         batch, moved, size = batch.to(self._device), rows.to(self._device), self.vocab_size
-        hidden = forward_rows(self.model, batch, moved, vocab_size=size, taps=taps)
-        # Cut off from the model, whose parameters may move to another device.
-        bias = None if hidden.head.bias is None else hidden.head.bias.detach()
-        head = replace(hidden.head, weight=hidden.head.weight.detach(), bias=bias)
-        if self._is_offloaded:
-            nn.Module.to(self.model, "cpu")
+        with self._placed():
+            hidden = forward_rows(self.model, batch, moved, vocab_size=size, taps=taps)
+            # Cut off from the model, whose parameters may move to another device.
+            bias = None if hidden.head.bias is None else hidden.head.bias.detach()
+            head = replace(hidden.head, weight=hidden.head.weight.detach(), bias=bias)
         self._check_finite({"the last layer": hidden.hidden, **hidden.features}, rows)
-        return replace(hidden, head=head.scaled(self._logit_scale))
+        return replace(hidden, head=head.scaled(self.logit_scale))
 
     def _check_finite(self, states: Mapping[str, Tensor], rows: Rows) -> None:
         for place, hidden_ND in states.items():
@@ -108,6 +146,16 @@ class LocalTeacher:
                 f"{int(is_bad_N.sum())} of {len(rows)} rows (samples {shown}); must be finite; "
                 "try `dtype: float32` for this teacher"
             )
+
+
+def _refuse_shared(name: str, model: nn.Module, student: nn.Module | None) -> None:
+    theirs = {id(parameter) for parameter in student.parameters()} if student else set()
+    shared = [n for n, parameter in model.named_parameters() if id(parameter) in theirs]
+    if shared:
+        raise ModelError(
+            f"teacher {name}: shares {len(shared)} parameters with the student ({shared[0]}); "
+            f"must be a model of its own, since teachers are frozen; use copy.deepcopy(model)"
+        )
 
 
 def readable_from(device: torch.device, rows: HiddenRows) -> Distribution:

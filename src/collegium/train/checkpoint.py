@@ -16,6 +16,7 @@ from collegium.storage.files import fsync, sha256_of
 FORMAT = 1
 """Version of the checkpoint layout. Newer ones are rejected."""
 MANIFEST = "MANIFEST.json"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$")
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _OLD = ".tmp-old-"
 _log = logging.getLogger(__name__)
@@ -77,6 +78,24 @@ def replace(temporary: Path, final: Path) -> None:
     fsync(final.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def move_files(temporary: Path, folder: Path) -> None:
+    """Move the files of a model folder into a folder in use, each atomically.
+
+    Weight files of an older model are deleted, or loading would mix the two.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    new = {p.relative_to(temporary): p for p in temporary.rglob("*") if p.is_file()}
+    for path in [path for path in folder.iterdir() if _WEIGHTS.match(path.name)]:
+        if Path(path.name) not in new:
+            path.unlink()
+    for name, path in new.items():
+        fsync(path)
+        (folder / name).parent.mkdir(exist_ok=True)
+        path.replace(folder / name)
+    fsync(folder)
+    shutil.rmtree(temporary)
 
 
 def recover(final: Path) -> None:
@@ -196,10 +215,16 @@ def set_aside_after(run_folder: Path, step: int) -> None:
             _log.warning("%s is later than the step to resume from; kept as %s", folder.name, aside)
 
 
-def prune(run_folder: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (at least 2)."""
+def prune(run_folder: Path, *, keep: int | None, best: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints (at least 2) and that of step `best`.
+
+    None keeps all. The best one counts among the `keep`.
+    """
+    if keep is None:
+        return
     # The newest one may turn out to be damaged, so never fewer than two.
-    for folder in checkpoints(run_folder)[max(keep, 2) :]:
+    by_rank = sorted(checkpoints(run_folder), key=lambda folder: step_of(folder) != best)
+    for folder in by_rank[max(keep, 2) :]:
         # Renamed first: a kill during `rmtree` must not leave a partial checkpoint visible.
         doomed = folder.with_name(f".tmp-pruned-{uuid.uuid4().hex[:8]}")
         os.rename(folder, doomed)

@@ -65,6 +65,10 @@ class StepMeter:
             self._add(f"conflict/{name}", value_N.sum())
             self._add_domains(f"conflict_domains/{name}", value_N[None], samples_N)
 
+    def add_loss(self, value: Tensor) -> None:
+        """Add a sum over the rows of the last micro-batch to its loss."""
+        self._add("loss", value)
+
     def _add(self, name: str, value: Tensor) -> None:
         # No `.item()` here: every micro-batch would wait for the device.
         value = value.detach().float()

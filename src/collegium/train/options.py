@@ -10,7 +10,6 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from collegium.distributions import Capability
-from collegium.errors import TrainingError
 from collegium.fusion.requirements import Requirement
 from collegium.kernels.backends import Backend
 from collegium.losses.divergences import DIVERGENCES, Divergence, ForwardKL
@@ -139,6 +138,8 @@ def training_arguments(
     import torch
     from transformers import TrainingArguments
 
+    from collegium.train.arguments import adopt_arguments
+
     on_accelerator = torch.accelerator.is_available() if on_cpu is None else not on_cpu
     named_alike = dataclasses.asdict(options)
     is_checkpointed = named_alike.pop("gradient_checkpointing")
@@ -157,31 +158,3 @@ def training_arguments(
     arguments.gradient_checkpointing = arguments.activation_checkpointing = is_checkpointed
     adopt_arguments(arguments)
     return arguments
-
-
-def adopt_arguments(args: TrainingArguments) -> None:
-    """Set the arguments that our trainer depends on, and refuse those that it does not support.
-
-    Raises:
-        TrainingError: an argument has an unsupported value.
-    """
-    smoothing = args.label_smoothing_factor
-    problems = [
-        (args.n_gpu > 1, "n_gpu", args.n_gpu, "at most 1; set CUDA_VISIBLE_DEVICES to one device"),
-        (bool(args.fsdp), "fsdp", args.fsdp, "empty; wrap `DistillStep` in your own loop"),
-        (args.deepspeed is not None, "deepspeed", "a config", "None; use DDP"),
-        (args.fp16, "fp16", args.fp16, "False; use bf16"),
-        (smoothing != 0, "label_smoothing_factor", smoothing, "0"),
-        (args.load_best_model_at_end, "load_best_model_at_end", True, "False; use the checkpoints"),
-        (args.save_total_limit == 1, "save_total_limit", 1, "at least 2, in case one is damaged"),
-    ]
-    for is_wrong, name, value, expected in problems:
-        if is_wrong:
-            raise TrainingError(f"{name}: got {value}; must be {expected}")
-    # The student's `forward` takes no sample, domain or teacher ids; keep these columns.
-    args.remove_unused_columns = False
-    # The filter would hide a NaN from the log; a step that is not finite is refused instead.
-    args.logging_nan_inf_filter = False
-    if args.data_seed is None:
-        # The order of the data must not depend on other users of the global generators.
-        args.data_seed = args.seed

@@ -99,7 +99,7 @@ class StopCallback(TrainerCallback):
             signal.signal(caught, signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
             control.should_log = True
         if self.received is not None:
             control.should_save = control.should_training_stop = True

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from collegium.errors import TrainingError
@@ -18,10 +19,10 @@ from collegium.train import checkpoint, state
 
 @dataclass(frozen=True)
 class Checkpointer:
-    """The checkpoints of one run: the newest `keep` in `folder`."""
+    """The checkpoints of one run in `folder`: the newest `keep` and the best, or all for None."""
 
     folder: Path
-    keep: int
+    keep: int | None
 
     def start(
         self, resume: str | Path | bool | None, identity: Mapping[str, Any]
@@ -55,16 +56,18 @@ class Checkpointer:
             if different:
                 raise TrainingError(
                     f"{source.name}: belongs to another run; must be resumed unchanged; changed "
-                    f"since then: {'; '.join(different)}"
+                    f"since then: {'; '.join(different)}; undo that, or start a new run from "
+                    f"{source / state.STUDENT}"
                 )
             step = checkpoint.step_of(source)
             checkpoint.set_aside_after(folder, step)
         # A run that was killed between a save and its pruning has one too many.
-        checkpoint.prune(folder, keep=self.keep)
+        best = None if source is None else best_step(_state_of(source))
+        checkpoint.prune(folder, keep=self.keep, best=best)
         return source, step
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Write checkpoint `step` atomically; a no-op if it exists.
+    def save(self, step: int, write: Callable[[Path], None], *, best: int | None = None) -> None:
+        """Write checkpoint `step` atomically; a no-op if it exists. Keep that of step `best`.
 
         Raises:
             TrainingError: the disk refused it; earlier checkpoints are complete.
@@ -82,7 +85,7 @@ class Checkpointer:
                 f"{final}: cannot be saved ({error}); earlier checkpoints are complete; free "
                 "space, then resume"
             ) from error
-        checkpoint.prune(self.folder, keep=self.keep)
+        checkpoint.prune(self.folder, keep=self.keep, best=best)
 
     def finished(self, trainer: Trainer, source: Path) -> TrainOutput | None:
         """Load a run that ended at `source`, else None: the base trainer would step once more."""
@@ -94,5 +97,27 @@ class Checkpointer:
         if checkpoint.step_of(source) < last_step:
             return None
         trainer._load_from_checkpoint(str(source))
-        trainer.state = TrainerState.load_from_json(str(source / "trainer_state.json"))
+        trainer.state = _state_of(source)
+        if args.load_best_model_at_end and best_step(trainer.state) is not None:
+            trainer._load_best_model()
         return TrainOutput(trainer.state.global_step, 0.0, {})
+
+
+def callback_states(callbacks: Iterable[Any]) -> dict[str, Any]:
+    """Return the states of callbacks, such as early stopping, in the form of `TrainerState`."""
+    states: dict[str, list[Any]] = {}
+    for callback in callbacks:
+        if isinstance(callback, ExportableState):
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+    # The base trainer reads a single state, or a list of several.
+    return {name: each[0] if len(each) == 1 else each for name, each in states.items()}
+
+
+def best_step(trainer_state: TrainerState) -> int | None:
+    """Return the step of the checkpoint with the best evaluation, None without one."""
+    best = trainer_state.best_model_checkpoint
+    return None if best is None else checkpoint.step_of(Path(best))
+
+
+def _state_of(source: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(source / state.TRAINER_STATE))

@@ -17,17 +17,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from collegium.errors import TrainingError
+from collegium.models.adapters import adapter_layers, merged_copy
 
 # transformers saves optimizer and random generators as pickles, which run code when loaded.
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 OBJECTIVE = "objective.safetensors"
 STUDENT = "student"
+TRAINED = "trained.safetensors"
+"""Trained parameters of a student with adapters, whose folder `student` holds merged weights."""
+TRAINER_STATE = "trainer_state.json"
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -85,6 +89,13 @@ def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     scheduler.load_state_dict(record["scheduler"])
+    if isinstance(scheduler, LambdaLR):
+        # The saved rate is that of the saved length: a longer run goes on with its own.
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        scheduler._last_lr = rates
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def rng_state() -> dict[str, Any]:
@@ -110,6 +121,34 @@ def load_rng_state(record: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([_from_hex(state) for state in record["cuda"]])
 
 
+def save_student(
+    folder: Path, student: PreTrainedModel, tokenizer: Any, *, use_cache: bool
+) -> None:
+    """Write a student as a plain Hugging Face folder, with its adapters merged.
+
+    `use_cache` is the value in the saved config. The trainer turns it off for training only.
+    """
+    plain = merged_copy(student) if adapter_layers(student) else student
+    training_value, plain.config.use_cache = plain.config.use_cache, use_cache
+    try:
+        with no_shard_bars():
+            plain.save_pretrained(folder)
+    finally:
+        plain.config.use_cache = training_value
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def trained_tensors(student: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the trained parameters of a student with adapters by name, else nothing.
+
+    Merged weights cannot be taken apart again, and the base of adapters does not change.
+    """
+    if not adapter_layers(student):
+        return {}
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+
 def load_weights(student: PreTrainedModel, objective: nn.Module, folder: Path) -> None:
     """Copy saved weights into the student, bit by bit, and into the adapters of the objective.
 
@@ -117,15 +156,19 @@ def load_weights(student: PreTrainedModel, objective: nn.Module, folder: Path) -
         TrainingError: the checkpoint was saved from a student or an objective of other layers.
     """
     path = folder / STUDENT
-    with no_shard_bars():
-        saved = type(student).from_pretrained(path, dtype=student.dtype, local_files_only=True)
+    if (folder / TRAINED).exists():
+        weights = load_file(folder / TRAINED)
+        weights = dict(student.state_dict()) | weights
+    else:
+        with no_shard_bars():
+            saved = type(student).from_pretrained(path, dtype=student.dtype, local_files_only=True)
+        weights = saved.state_dict()
     terms = load_file(folder / OBJECTIVE) if (folder / OBJECTIVE).exists() else {}
     other = "from another student; must have the same layers and widths; resume with the student"
     others = "with other loss terms; must be the same; resume with the objective"
-    parts = ((student, saved.state_dict(), other), (objective, terms, others))
-    for module, weights, problem in parts:
+    for module, tensors, problem in ((student, weights, other), (objective, terms, others)):
         try:
-            module.load_state_dict(weights)
+            module.load_state_dict(tensors)
         except RuntimeError as error:
             message = f"{folder.name}: was saved {problem} of that run ({error})"
             raise TrainingError(message) from error

@@ -19,7 +19,7 @@ from collegium.distributions import Answer, HiddenRows, Teacher
 from collegium.fusion.fuse import Target, TargetSource
 from collegium.fusion.routing import score_teachers
 from collegium.kernels.backends import kernels_for
-from collegium.models.forward import forward_rows
+from collegium.models.forward import forward_rows, router_weight
 from collegium.train.objective import Objective
 from collegium.types import Batch, LossSum, Rows
 
@@ -73,8 +73,8 @@ class DistillStep(nn.Module):
     ) -> tuple[HiddenRows, list[Answer], LossSum]:
         """The student's hidden states, the answers of the teachers, and the loss of a batch."""
         objective, batch = self.objective, Batch.from_inputs(inputs)
-        rows, taps = batch.rows(), objective.student_taps
-        student = forward_rows(self.student, batch, rows, vocab_size=self.vocab_size, taps=taps)
+        rows, options = batch.rows(), {"vocab_size": self.vocab_size, "is_student": True}
+        student = forward_rows(self.student, batch, rows, taps=objective.student_taps, **options)
         # Only the student's layers run under autocast; teachers and losses keep their own dtypes.
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             answers = []
@@ -83,6 +83,8 @@ class DistillStep(nn.Module):
                 answers = score_teachers(self.teachers, batch, rows, objective.fusion, taps=tapped)
             target = None if self.targets is None else self.targets.target(batch, rows)
             loss = row_losses(objective, student, answers, rows, target=target, measure=measure)
+            if student.router_loss is not None:
+                loss = loss.with_term("router", student.router_loss, router_weight(self.student))
         return student, answers, loss
 
 

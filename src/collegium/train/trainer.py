@@ -8,8 +8,9 @@ Shapes: B batch, T time, N rows, K teachers, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -33,34 +34,43 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils.generic import flatten_dict
 
 from collegium.data.pack import Collator, PackedDataset
-from collegium.distributions import Teacher
-from collegium.errors import Interrupted, TrainingError
+from collegium.errors import DataError, Interrupted, TrainingError
 from collegium.fusion import requirements
 from collegium.fusion.fuse import Fusion, TargetSource
 from collegium.storage.records import LogStep
-from collegium.teachers.local import LocalTeacher
 from collegium.train import checkpoint, options, state
+from collegium.train.arguments import adopt_arguments, check_accelerator
+from collegium.train.identity import run_identity
+from collegium.train.live import (
+    BatchCheck,
+    LiveTeachers,
+    compare_tokenizers,
+    live_student,
+    named_teachers,
+    vocabulary_size,
+)
 from collegium.train.meter import RunLog, StepMeter
 from collegium.train.nan_diagnosis import NanGuard
 from collegium.train.objective import InertTermCheck, Objective
 from collegium.train.options import TrainOptions, training_arguments
 from collegium.train.progress import StopCallback, TrainingProgress
-from collegium.train.resume import Checkpointer
+from collegium.train.resume import Checkpointer, best_step, callback_states
 from collegium.train.step import DistillStep
 from collegium.types import IGNORE, Batch, LossSum
 
 __all__ = ["DistillTrainer", "TrainOptions", "training_arguments"]
 
-LiveTeachers = Sequence[Teacher | PreTrainedModel] | Mapping[str, Teacher | PreTrainedModel]
+_log = logging.getLogger(__name__)
 _MEASURED_STEPS = 3
-"""First steps that are always measured, to find terms without a gradient."""
+"""First steps that are always measured, to find terms without a gradient, or without a target."""
 
 
 class DistillTrainer(Trainer):
     """Trains one student on the fused target of its teachers, or on labels without teachers.
 
     L = (1 / M) sum over all rows of the optimizer step, with M their number over all micro-batches
-    and processes: the gradient does not depend on how a step is split.
+    and processes: the gradient does not depend on how a step is split. The router loss of a mixture
+    of experts, which is no sum over rows, is a mean over the micro-batches.
     """
 
     def __init__(  # noqa: PLR0913  (the arguments of a Hugging Face trainer)
@@ -81,15 +91,18 @@ class DistillTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         identity: Mapping[str, str] | None = None,
+        tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None,
     ) -> None:
         """Combine the parts, as other trainers of Hugging Face do.
 
         Args:
-            model: the student.
+            model: the student, which may be a `PeftModel`.
             teachers: frozen models, or objects with `score`. Models are named by their key or
                 `teacher_0` ... and moved to `args.device`. Token ids must mean the same to all of
-                them and to the student; compare the tokenizers before.
-            args: training arguments; see `training_arguments` for those of a recipe.
+                them and to the student. Adapters on one base: the same `PeftModel` under the name
+                of each adapter.
+            args: training arguments, see docs/trainer_arguments.md; `training_arguments` makes
+                those of a recipe.
             train_dataset: windows of `PackedDataset`, or items with `input_ids` and `labels`.
             eval_dataset: the same, or a mapping of names to such.
             objective: the loss; by default 0.9 forward KL to the linear pool under prefix
@@ -100,17 +113,26 @@ class DistillTrainer(Trainer):
             compute_metrics: as in `Trainer`, over the student's logits.
             callbacks: more callbacks; a `TrainingProgress` replaces the default one.
             identity: digests that a resumed run must find unchanged.
+            tokenizers: those of teachers by name, compared with `processing_class`.
 
         The other arguments are those of `Trainer`.
 
         Raises:
             TrainingError: an argument is not supported.
+            ModelError: a model computes its logits in an unsupported way.
+            VocabularyError: a model has too few rows, or ids of a tokenizer differ.
             RecipeError: the objective or its fusion needs what the teachers cannot give.
         """
         args = args or training_arguments(TrainOptions(), output_dir="runs/student", seed=42)
-        options.adopt_arguments(args)
+        if not isinstance(args, TrainingArguments):
+            raise TrainingError(
+                f"args: got {type(args).__name__}; must be TrainingArguments; the arguments are "
+                "(model, teachers, args)"
+            )
+        adopt_arguments(args)
+        student = live_student(model, args)
         self.run_folder = Path(args.output_dir or "runs/student")
-        self._use_cache = model.config.use_cache
+        self._use_cache = student.config.use_cache
         self._stop, callbacks = StopCallback(), list(callbacks or ())
         if not any(isinstance(callback, TrainingProgress) for callback in callbacks):
             callbacks.append(TrainingProgress())
@@ -132,28 +154,40 @@ class DistillTrainer(Trainer):
         # The step divides by the tokens of the whole optimizer step, so the trainer must not.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        vocab_size = vocabulary_size(model, processing_class)
-        named = named_teachers(teachers, model, vocab_size, args.device)
+        vocab_size = vocabulary_size(student, processing_class)
+        named = named_teachers(teachers, student, vocab_size, args.device)
+        compare_tokenizers(processing_class, named, tokenizers or {})
+        self._check_batch = BatchCheck.of(student, named, vocab_size)
         fusion = Fusion() if named else None
         objective = (objective or Objective(options.ObjectiveOptions(), fusion)).to(args.device)
         # The fusion of a finished target is built in.
         part, sources = (objective, named) if targets is None else (objective.options, [targets])
         requirements.check(part.requirements(), [source.capabilities for source in sources])
         self.step = DistillStep(
-            model, objective, vocab_size=vocab_size, teachers=named, targets=targets
+            student, objective, vocab_size=vocab_size, teachers=named, targets=targets
         )
         self._identity = dict(identity or {})
-        self._checkpointer = Checkpointer(self.run_folder, keep=args.save_total_limit or 2)
+        self._fingerprint: dict[str, Any] | None = None
+        limit = args.save_total_limit
+        keep = limit if limit is not None and limit > 0 else None
+        self._checkpointer = Checkpointer(self.run_folder, keep=keep)
         self._log = RunLog(self.run_folder / "log.jsonl")
         self._meter = self._new_meter()
         self._inert = InertTermCheck(_MEASURED_STEPS)
         names = train_dataset.sample_names if isinstance(train_dataset, PackedDataset) else ()
         self._guard = NanGuard(self.step, names)
-        self._evaluated: list[LossSum] = []
+        self._evaluated: list[tuple[Tensor, LossSum]] = []
+        self._step_loss: Tensor | None = None
         # Compiling the step would trace the losses, whose loop length depends on the batch.
         cast(TorchDynamoPlugin, self.accelerator.state.dynamo_plugin).backend = DynamoBackend.NO
         if args.torch_compile:
-            model.base_model.compile()
+            how = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+            student.base_model.compile(**{k: value for k, value in how.items() if value})
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, and check the settings of `accelerate launch`."""
+        super().create_accelerator_and_postprocess()
+        check_accelerator(self.accelerator)
 
     # The step
 
@@ -183,9 +217,15 @@ class DistillTrainer(Trainer):
         samples = list(islice(epoch_iterator, num_batches))
         if samples:
             samples[-1] = self._without_repeats(samples[-1])
-        zero = torch.zeros((), dtype=torch.int64, device=device)
-        num_rows = sum((Batch.from_inputs(x).num_rows().to(device) for x in samples), start=zero)
-        return samples, cast(Tensor, self.accelerator.reduce(num_rows)).clamp(min=1)
+        num_rows = torch.zeros((), dtype=torch.int64, device=device)
+        for inputs in samples:
+            batch = Batch.from_inputs(inputs)
+            self._check_batch(batch)
+            num_rows += batch.num_rows().to(device)
+        num_rows = cast(Tensor, self.accelerator.reduce(num_rows))
+        last = min(_MEASURED_STEPS, self.state.max_steps)
+        self._check_batch.require_targets(num_rows, last)
+        return samples, num_rows.clamp(min=1)
 
     def _without_repeats(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Leave out windows that Accelerate repeats to fill the last batch of each process."""
@@ -201,10 +241,15 @@ class DistillTrainer(Trainer):
     ) -> Tensor:
         """Run forward and backward of a micro-batch; refuse a step that is not finite."""
         step = self.state.global_step + 1
+        self._step_loss = None
         try:
             loss = super().training_step(model, dict(inputs), num_items_in_batch)
         except TrainingError as error:
             raise TrainingError(f"step {step}: {error}; nothing was updated or saved") from error
+        if self._step_loss is not None and num_items_in_batch is not None:
+            # What a subclass added to the loss is trained, so it is logged.
+            added = (loss - self._step_loss) * num_items_in_batch / self.args.world_size
+            self._meter.add_loss(added)
         self._guard.add(inputs, loss)
         if self.accelerator.sync_gradients:
             self._guard.check(step)
@@ -215,7 +260,7 @@ class DistillTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of the step per target token; the `LossSum` is the output."""
-        if model is self.model:  # an evaluation, or a direct call
+        if model is self.model or model is self.step.student:  # an evaluation, or a direct call
             with self.accelerator.autocast():
                 total, loss = self.step(inputs)
         else:
@@ -228,6 +273,7 @@ class DistillTrainer(Trainer):
         num_tokens = max(loss.num_rows, 1) if num_items_in_batch is None else num_items_in_batch
         # DDP and FSDP average over the processes, and the token count is already global.
         mean = total * (self.args.world_size if model.training else 1) / num_tokens
+        self._step_loss = mean.detach()
         return (mean, loss) if return_outputs else mean
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -242,7 +288,10 @@ class DistillTrainer(Trainer):
         if "loss" in logs:
             head = {**logs, "step": self.state.global_step, "epoch": self.state.epoch}
             # The meter's `loss` replaces the trainer's, a mean over steps instead of tokens.
-            row = LogStep(**{**head, **dict(self._meter.row())})
+            means = dict(self._meter.row())
+            if self._step_loss is None:  # a subclass computes another loss
+                del means["loss"]
+            row = LogStep(**{**head, **means})
             if self.is_world_process_zero():
                 self._log.append(row)
             # The form that trackers expect: `{"terms/kd": 1}`.
@@ -265,15 +314,20 @@ class DistillTrainer(Trainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         ours: Counter[str] = Counter()
-        for loss in self._evaluated:
-            values = {"loss": loss.total, **loss.terms}
+        for total, loss in self._evaluated:
+            values = {"loss": total, **loss.terms}
             ours.update({name: value.item() for name, value in values.items()})
             ours["num_tokens"] += loss.num_rows
         sums: Counter[str] = Counter(loss=0, num_tokens=0)
         for part in gather_object([ours]):
             sums.update(part)
         num_tokens, prefix = sums.pop("num_tokens"), metric_key_prefix
-        means = {f"{prefix}_{name}": value / max(num_tokens, 1) for name, value in sums.items()}
+        if num_tokens == 0:
+            raise DataError(
+                f"{prefix}_dataset: got no target in {output.num_samples} rows (all labels are "
+                f"{IGNORE}, or start a document); must have some; check how its labels are made"
+            )
+        means = {f"{prefix}_{name}": value / num_tokens for name, value in sums.items()}
         metrics = {**(output.metrics or {}), **means, f"{prefix}_num_tokens": num_tokens}
         return output._replace(metrics=metrics)
 
@@ -282,12 +336,17 @@ class DistillTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The mean loss of a batch; (B, T, V) logits exist only where metrics are computed."""
         inputs = dict(self._without_repeats(self._prepare_inputs(inputs)))
+        batch = Batch.from_inputs(inputs)
+        self._check_batch(batch)
         with torch.no_grad():
             mean, loss = self.compute_loss(self.step.student, inputs, return_outputs=True)
-            self._evaluated.append(loss)
+            if not isinstance(loss, LossSum):  # a subclass computes another loss
+                rows = batch.rows()
+                loss, self._step_loss = LossSum(mean * 0, {}, {}, {}, rows), mean * 0
+            added = mean - cast(Tensor, self._step_loss)
+            self._evaluated.append((loss.total + added * loss.num_rows, loss))
             if prediction_loss_only:
                 return mean, None, None
-            batch = Batch.from_inputs(inputs)
             logits = self.step.student(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             ).logits
@@ -346,21 +405,24 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`save_student` under the name that users of Hugging Face trainers expect."""
-        self.save_student(output_dir or self.run_folder / state.STUDENT)
+        """Write the student into a folder, by default `output_dir`, beside the files it holds.
+
+        Unlike `save_student` it replaces single files, and an older student's weights.
+        """
+        if self.args.should_save:
+            path = Path(output_dir or self.run_folder)
+            temporary = checkpoint.temporary_folder(path.parent, path.name)
+            self._write_student(temporary)
+            checkpoint.move_files(temporary, path)
+        self.accelerator.wait_for_everyone()
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that a checkpoint and the run that resumes it must share."""
-        dataset = self.train_dataset
-        num_windows = len(dataset) if isinstance(dataset, Sized) else None
-        return {
-            **self._identity,
-            "seed": self.args.seed,
-            "teachers": [teacher.name for teacher in self.step.teachers],
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "data": dataset.fingerprint if isinstance(dataset, PackedDataset) else num_windows,
-        }
+        if self._fingerprint is None:
+            self._fingerprint = run_identity(
+                self.step, self.args, self.train_dataset, self._identity
+            )
+        return self._fingerprint
 
     def _new_meter(self) -> StepMeter:
         names, dataset = [teacher.name for teacher in self.step.teachers], self.train_dataset
@@ -370,24 +432,37 @@ class DistillTrainer(Trainer):
         return StepMeter(names, domains=dataset.domains, sample_domains=numbers)
 
     def _write_student(self, folder: Path) -> None:
-        student = self.step.student
-        # The base trainer turns the cache off for training; a loaded student needs it as it was.
-        training_value, student.config.use_cache = student.config.use_cache, self._use_cache
-        with state.no_shard_bars():
-            student.save_pretrained(folder)
-        student.config.use_cache = training_value
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        tokenizer = self.processing_class
+        state.save_student(folder, self.step.student, tokenizer, use_cache=self._use_cache)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
+        step, best = self.state.global_step, self.state.best_global_step
+        if best is not None:
+            folder = self.run_folder / f"checkpoint-{best}"
+            # An evaluation without a save has no checkpoint to load.
+            if best == step or folder.is_dir():
+                self.state.best_model_checkpoint = str(folder)
         if self.args.should_save:
-            self._checkpointer.save(self.state.global_step, self._write_checkpoint)
+            best = best_step(self.state)
+            self._checkpointer.save(step, self._write_checkpoint, best=best)
         self.accelerator.wait_for_everyone()
+
+    def _load_best_model(self) -> None:
+        # By its step: the folder of the run may have moved.
+        folder = self.run_folder / f"checkpoint-{best_step(self.state)}"
+        try:
+            checkpoint.verify(folder)
+        except TrainingError as error:
+            _log.warning("%s; the best model is not loaded, the student is the last one", error)
+        else:
+            state.load_weights(self.step.student, self.step.objective, folder)
 
     def _write_checkpoint(self, folder: Path) -> None:
         self._write_student(folder / state.STUDENT)
-        self.state.save_to_json(str(folder / "trainer_state.json"))
+        callbacks = [*self.callback_handler.callbacks, self.control]
+        self.state.stateful_callbacks = cast(Any, callback_states(callbacks))
+        self.state.save_to_json(str(folder / state.TRAINER_STATE))
         optimizer, tensors = state.optimizer_state(cast(Optimizer, self.optimizer))
         record = {
             "step": self.state.global_step,
@@ -399,7 +474,11 @@ class DistillTrainer(Trainer):
         }
         # The adapters and running statistics of the terms, if any.
         objective = self.step.objective.state_dict()
-        others = {state.OBJECTIVE: objective} if objective else {}
+        files = {
+            state.OBJECTIVE: objective,
+            state.TRAINED: state.trained_tensors(self.step.student),
+        }
+        others = {name: tensors for name, tensors in files.items() if tensors}
         state.save(folder, record, {state.OPTIMIZER: tensors, **others})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -415,39 +494,3 @@ class DistillTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state.load_rng_state(state.read(Path(checkpoint))["rng"])
-
-
-def vocabulary_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """V: the largest token id + 1, else the rows of the student's head."""
-    if tokenizer is not None:
-        return max(tokenizer.get_vocab().values()) + 1
-    return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr]
-
-
-def named_teachers(
-    teachers: LiveTeachers, student: PreTrainedModel, vocab_size: int, device: torch.device
-) -> list[Teacher]:
-    """Wrap models as `LocalTeacher`, named by their key or `teacher_0`, ...
-
-    Raises:
-        TrainingError: two teachers share a name, or a key differs from the teacher's own name.
-    """
-    if isinstance(teachers, Mapping):
-        pairs = list(teachers.items())
-    else:
-        pairs = [
-            (f"teacher_{i}" if isinstance(teacher, PreTrainedModel) else teacher.name, teacher)
-            for i, teacher in enumerate(teachers)
-        ]
-    named: list[Teacher] = []
-    for name, teacher in pairs:
-        if isinstance(teacher, PreTrainedModel):
-            teacher.to(device)  # type: ignore[arg-type]
-            teacher = LocalTeacher(name, teacher, vocab_size=vocab_size, student=student)
-        if teacher.name != name or name in [other.name for other in named]:
-            raise TrainingError(
-                f"teachers: got the name `{name}` for {teacher.name}; must be one name for each; "
-                "rename it"
-            )
-        named.append(teacher)
-    return named
