@@ -27,6 +27,7 @@ from ruamel.yaml.tokens import TagToken
 
 from collegium.errors import RecipeError, nearest
 from collegium.options import OneOf
+from collegium.storage.credentials import SECRET_KEY, assigns_secret, holds_secret
 
 T = TypeVar("T")
 KeyPath = tuple[str | int, ...]
@@ -51,10 +52,6 @@ RENAMED = {
 }
 """Keys of other tools, and ours."""
 
-_SECRET_KEY = re.compile(
-    r"(.*_)?(api_?key|password|secret|hf_token|access_token|auth_token)|token", re.I
-)
-_SECRET = re.compile(r"(hf_|sk-|ghp_|github_pat_|AKIA)[A-Za-z0-9_-]{16,}")
 _WORDS = {
     "an object": "a mapping",
     "a valid array": "a list",
@@ -120,7 +117,9 @@ class YamlDocument:
         """Set one value, as in `train.max_steps=10`. Its path is checked when it is decoded."""
         name, equals, text = override.partition("=")
         parts = name.strip().split(".")
-        label = f"override `{name}{equals}{'...' if _is_secret(parts[-1], text) else text}`"
+        is_secret = _is_secret(parts[-1], text) or assigns_secret(override)
+        shown_name = "..." if is_secret and "://" in name else name
+        label = f"override `{shown_name}{equals}{'...' if is_secret else text}`"
         if not equals or not all(parts):
             raise RecipeError(f"{label}: must be KEY=VALUE, for example train.max_steps=10")
         target: Any = {"": self.data}
@@ -146,7 +145,8 @@ class YamlDocument:
 
 def dotted(path: KeyPath) -> str:
     """Format a path: `("data", "train", 0)` is `data.train.0`."""
-    return ".".join(map(str, path))
+    parts = map(str, path)
+    return ".".join("..." if holds_secret(part) else part for part in parts)
 
 
 def shown(value: Any) -> str:
@@ -178,8 +178,8 @@ def _scalar(node: Any, key: str | int) -> Any:
 
 
 def _is_secret(key: str | int, text: str) -> bool:
-    has_secret_key = text != "" and _SECRET_KEY.fullmatch(str(key)) is not None
-    return has_secret_key or _SECRET.search(text) is not None
+    has_secret_key = text != "" and SECRET_KEY.fullmatch(str(key)) is not None
+    return has_secret_key or holds_secret(text)
 
 
 def read_text(file: Path) -> str:
@@ -228,7 +228,10 @@ def _compose(text: str, place: Callable[[int], str]) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = f"column {mark.column + 1}: not valid YAML: {error.problem}"
-        raise RecipeError(f"{place(mark.line + 1)}: {problem}\n{mark.get_snippet()}") from error
+        where = f"{place(mark.line + 1)}: {problem}"
+        if assigns_secret(text):  # the error of ruamel repeats the line
+            raise RecipeError(f"{where}; line not shown, since the text holds a secret") from None
+        raise RecipeError(f"{where}\n{mark.get_snippet()}") from error
     except YAMLError as error:
         raise RecipeError(f"{place(0)}: not valid YAML: {str(error).splitlines()[0]}") from error
     problem = "YAML tags are not allowed; remove the `!`"

@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from collegium.errors import TrainingError
-from collegium.storage.files import fsync, sha256_of
+from collegium.storage.files import fsync, sha256_of, system_errors
 
 FORMAT = 1
 """Version of the checkpoint layout. Newer ones are rejected."""
@@ -30,6 +31,28 @@ def temporary_folder(parent: Path, label: int | str) -> Path:
     folder = parent / f".tmp-{label}-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
     return folder
+
+
+def write(final: Path, fill: Callable[[Path], None], *, label: int | str | None = None) -> None:
+    """Fill a temporary folder and publish it as `final`, which it replaces if it has no label.
+
+    Raises:
+        TrainingError: the disk refused it. Nothing is left aside, and `final` is as before.
+    """
+    try:
+        temporary = temporary_folder(final.parent, final.name if label is None else label)
+        try:
+            with system_errors():
+                fill(temporary)
+                (replace if label is None else commit)(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise TrainingError(
+            f"{final}: cannot be saved ({error}); earlier checkpoints are complete; free "
+            "space, then resume"
+        ) from error
 
 
 def commit(temporary: Path, final: Path) -> None:

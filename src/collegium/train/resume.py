@@ -72,16 +72,7 @@ class Checkpointer:
         final = self.folder / f"checkpoint-{step}"
         if final.exists():
             return
-        temporary = checkpoint.temporary_folder(self.folder, step)
-        try:
-            write(temporary)
-            checkpoint.commit(temporary, final)
-        except OSError as error:
-            checkpoint.remove_temporary(self.folder)
-            raise TrainingError(
-                f"{final}: cannot be saved ({error}); earlier checkpoints are complete; free "
-                "space, then resume"
-            ) from error
+        checkpoint.write(final, write, label=step)
         checkpoint.prune(self.folder, keep=self.keep)
 
     def finished(self, trainer: Trainer, source: Path) -> TrainOutput | None:

@@ -340,9 +340,7 @@ class DistillTrainer(Trainer):
             is_ours = (path / checkpoint.MANIFEST).exists()
             if path.exists() and any(path.iterdir()) and not is_ours:
                 raise TrainingError(f"{path}: is in use; must be free for the student; use another")
-            temporary = checkpoint.temporary_folder(path.parent, path.name)
-            self._write_student(temporary)
-            checkpoint.replace(temporary, path)
+            checkpoint.write(path, self._write_student)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
