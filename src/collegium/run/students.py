@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collegium.cache.keys import BatchKeys
+from collegium.console import say
 from collegium.data.pack import Collator
 from collegium.losses.features import FeatureLoss
 from collegium.run.artifact import Artifact
@@ -17,12 +19,13 @@ from collegium.run.choice import Preflight, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.controls import Variant, control_variants, main_variant
 from collegium.storage.files import fingerprint, write_json
-from collegium.storage.records import ModelInfo, TrainSummary, open_record, read_log
+from collegium.storage.records import FileDigest, ModelInfo, TrainSummary, open_record, read_log
+from collegium.storage.stages import file_digest
 from collegium.teachers.cached import CachedTargets, CachedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions
 from collegium.teachers.prefetch import PrefetchingCollator
-from collegium.train.checkpoint import checkpoints
+from collegium.train.checkpoint import MANIFEST, checkpoints, read_manifest
 from collegium.train.objective import Objective
 from collegium.train.options import training_arguments
 
@@ -55,6 +58,11 @@ class Student(Artifact[Path]):
         return self.path.with_name("train")
 
     @property
+    def log_file(self) -> Path:
+        """One line per logged step."""
+        return self.output_dir / "log.jsonl"
+
+    @property
     def summary(self) -> Path:
         """File with the steps and tokens of the finished training."""
         return self.output_dir / "summary.json"
@@ -83,11 +91,26 @@ class Student(Artifact[Path]):
     def is_done(self) -> bool:
         return super().is_done() and self.summary.is_file()
 
+    def digests(self) -> dict[str, FileDigest]:
+        """Return those of the student, its summary and its log."""
+        folder = self.context.folder.path
+        # From its manifest, written a moment ago: large weights are not read twice.
+        digests = {self.path / n: one for n, one in read_manifest(self.path).digests().items()}
+        for file in (self.path / MANIFEST, self.summary, self.log_file):
+            if file.is_file():  # a short run may log nothing
+                digests[file] = file_digest(file)
+        return {file.relative_to(folder).as_posix(): one for file, one in digests.items()}
+
     def build(self) -> None:
         trainer = self.trainer(self.output_dir)
         trainer.train(resume_from_checkpoint=bool(checkpoints(self.output_dir)))
+        if self.path.exists() and not (self.path / MANIFEST).is_file():
+            # A damaged student of this run: the trainer replaces only what it has written.
+            aside = f"{self.path.name}-damaged-{uuid.uuid4().hex[:8]}"
+            say(f"{self.path}: has no {MANIFEST}; set aside as {aside}")
+            self.path.rename(self.path.with_name(aside))
         trainer.save_student(self.path)
-        log = read_log(self.output_dir / "log.jsonl")
+        log = read_log(self.log_file)
         tokens = log[-1].num_tokens if log else None
         summary = TrainSummary(steps=trainer.state.global_step, train_tokens=tokens)
         write_json(self.summary, summary.to_json())

@@ -72,6 +72,11 @@ class Checkpointer:
         final = self.folder / f"checkpoint-{step}"
         if final.exists():
             return
+        if not self.folder.is_dir():
+            raise TrainingError(
+                f"{self.folder}: was deleted or moved during training; must stay in place; run the "
+                "same command again"
+            )
         checkpoint.write(final, write, label=step)
         checkpoint.prune(self.folder, keep=self.keep)
 

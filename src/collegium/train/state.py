@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from collegium.errors import TrainingError
+from collegium.train.checkpoint import STATE
 
 # transformers saves optimizer and random generators as pickles, which run code when loaded.
-STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 OBJECTIVE = "objective.safetensors"
 STUDENT = "student"

@@ -308,7 +308,7 @@ class DistillTrainer(Trainer):
             Interrupted: SIGINT or SIGTERM was received; a checkpoint was saved.
         """
         source, step = self._checkpointer.start(resume_from_checkpoint, self.fingerprint())
-        self._log.truncate(step)
+        self._log.restore(source, step)
         self._meter = self._new_meter()
         if source is not None and (done := self._checkpointer.finished(self, source)):
             return done
@@ -386,6 +386,7 @@ class DistillTrainer(Trainer):
     def _write_checkpoint(self, folder: Path) -> None:
         self._write_student(folder / state.STUDENT)
         self.state.save_to_json(str(folder / "trainer_state.json"))
+        self._log.copy_to(folder)
         optimizer, tensors = state.optimizer_state(cast(Optimizer, self.optimizer))
         record = {
             "step": self.state.global_step,
