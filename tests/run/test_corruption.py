@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -72,8 +73,9 @@ def content(folder: Path) -> dict[str, bytes]:
             continue  # written by every run
         data = path.read_bytes()
         if name.endswith(("preflight.json", "results.json", "log.jsonl")):
-            lines = map(json.loads, data.splitlines() if name.endswith("l") else [data])
-            data = json.dumps([_timeless(line) for line in lines]).encode()
+            with contextlib.suppress(ValueError):  # damaged, so compared as it is
+                lines = map(json.loads, data.splitlines() if name.endswith("l") else [data])
+                data = json.dumps([_timeless(line) for line in lines]).encode()
         if name.endswith(("state.json", "MANIFEST.json")) and "checkpoint-" in name:
             continue  # digests of the above, and a clock
         files[name] = data
@@ -118,17 +120,17 @@ def test_no_damage_is_silent(
     before = content(folder)
     capsys.readouterr()
     recipe = load_recipe(recipe_file, [f"output_dir={folder}"])
+    error = ""
     try:
         pipeline.run(recipe)
-    except CollegiumError as error:
-        assert any(Path(name).name in str(error) or str(folder) in str(error) for name in names)
-        return
-    shown = capsys.readouterr().err + caplog.text
-    if before != expected:
+    except CollegiumError as refusal:
+        error = str(refusal)
+    shown = error + capsys.readouterr().err + caplog.text
+    if error or before != expected:
         assert any(name.rpartition("/")[2] in shown for name in names), (damage, names, shown)
-    after = {name: data for name, data in content(folder).items() if "-damaged-" not in name}
-    kept = {name: data for name, data in after.items() if "corrupt-" not in name}
+    kept = expected if error else content(folder)
     lost = {name for name in expected if kept.get(name) != expected[name]}
+    # A damaged checkpoint of a finished training is set aside.
     assert all("checkpoint-" in name for name in lost), (damage, names, lost)
 
 

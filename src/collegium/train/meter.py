@@ -174,7 +174,8 @@ class RunLog:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A link would lead the rows into a file of somebody else.
-        self.path.is_symlink() and self.path.unlink()
+        if self.path.is_symlink():
+            self.path.unlink()
         copy = None if checkpoint is None else read_log(checkpoint / self.path.name)
         rows = copy if copy is not None else read_log(self.path)
         if rows is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, align_special_tokens
 
 from collegium.errors import TrainingError
 from collegium.storage.files import differing_fields
@@ -89,6 +89,9 @@ class Checkpointer:
             last_step = math.ceil(args.num_train_epochs * per_epoch)
         if checkpoint.step_of(source) < last_step:
             return None
+        if trainer.processing_class is not None:
+            # As before the first step: a student saved again has the same config.
+            align_special_tokens(trainer.model, trainer.processing_class)
         trainer._load_from_checkpoint(str(source))
         trainer.state = TrainerState.load_from_json(str(source / "trainer_state.json"))
         return TrainOutput(trainer.state.global_step, 0.0, {})
