@@ -17,6 +17,7 @@ from pydantic_core import from_json
 from collegium.errors import CacheError
 from collegium.storage.files import differing_fields, fingerprint
 from collegium.storage.location import Location
+from collegium.storage.records import MAX_BYTES
 
 FORMAT = 2
 """Version of docs/cache-format.md. Any other is refused."""
@@ -81,6 +82,10 @@ def read_manifest(where: Path | str) -> Manifest | None:
     location = Location.of(where)
     file = location.path_of(MANIFEST)
     try:
+        if (size := location.size(MANIFEST) or 0) > MAX_BYTES:
+            raise CacheError(
+                f"{file}: got {size:,} bytes; must be at most {MAX_BYTES:,}; {REBUILD}"
+            )
         data = location.read_bytes(MANIFEST)
         if data is None:
             if location.size(OLD_HIDDEN_MANIFEST) is not None:

@@ -134,7 +134,7 @@ def read_metadata(path: Path, number: int) -> ShardMetadata:
     try:
         values = (pq.read_schema(path).metadata or {})[_METADATA_KEY.encode()]
         metadata = ShardMetadata.model_validate_json(values)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise CacheError(
             f"{path}: has no cache metadata; must be a shard of format {FORMAT}; delete it and "
             "build it again"

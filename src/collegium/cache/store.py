@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
@@ -127,7 +128,7 @@ class CacheReader(Generic[Decoded]):
             if shard not in self._files:
                 self._files[shard] = self.location.parquet(name)
             yield self._files[shard]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
             raise damaged(self.location, name, f"cannot be read ({error})") from error
 
 
