@@ -138,7 +138,7 @@ for value_name, odd in ODD.items():
         if not (is_allowed or is_number) or (field, value_name) in {("files", "text")}:
             CASES[f"stage: {field} is {value_name}"] = stage_case({field: odd})
     CASES[f"stage: a digest is {value_name}"] = stage_case({"files": {"results.json": odd}})
-for name in ("/etc/passwd", "../secret", "a/../../secret", "a\\b", "\0", "", TITLE, "x" * 5000):
+for name in ("/etc/passwd", "../secret", "a/../../secret", "a\\b", "\0", "", TITLE):
     CASES[f"stage: a file named {name!r:.20}"] = stage_case({"files": {name: DIGEST}})
 for name in ("preflight.json", "results.json", "train/log.jsonl"):
     CASES[f"stage: another {name}"] = stage_case({"files": {name: DIGEST}})
@@ -220,7 +220,7 @@ RECIPES = {
     "a huge number": minimal(seed="1" + "0" * 5000),
     "an infinite number": minimal(train="{max_steps: .inf}"),
     "a huge file": "#" * 2_000_000,
-    "many keys": "".join(f"k{i}: 1\n" for i in range(3000)),
+    "many keys": "".join(f"k{i}: 1\n" for i in range(300)),
     "a secret": minimal(student=f"{{model: m, api_key: {CANARY}}}"),
     "a password in a URL": minimal(cache=f'{{url: "s3://a:{CANARY}@b/c"}}'),
     "a password in a path": minimal(data=f'{{train: [{{path: "https://a:{CANARY}@b/c"}}]}}'),

@@ -154,6 +154,6 @@ def open_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> 
 
 def load_codec(identity: Mapping[str, Any], side: bytes | None) -> TargetCodec | HiddenCodec:
     """Return the codec of a cache with this identity and side file, or raise ValueError."""
-    if identity.get("kind") in SIDE_FILES:
+    if identity.get("kind") in [*SIDE_FILES]:  # compared, since it may be no text
         return HiddenCodec.load(side or b"")
     return TypeAdapter(TargetCodec).validate_python(identity)

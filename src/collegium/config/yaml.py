@@ -33,6 +33,8 @@ T = TypeVar("T")
 KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
+MAX_VALUES = 100_000
+"""Values of a recipe with its aliases expanded: nested ones grow exponentially."""
 _OPENING = frozenset({"[", "{", "<block sequence start>", "<block mapping start>"})
 _CLOSING = frozenset({"]", "}", "<block end>"})
 CODE_KEYS = frozenset({"_target_", "_component_", "_function_", "!function"})
@@ -75,6 +77,8 @@ class YamlDocument:
     """Offset in the file and `recipe.yaml:12`, or -1 and the override that set the key."""
     problems: list[tuple[int, KeyPath, str]] = field(default_factory=list)
     """Offset, path and message."""
+    num_values: int = 0
+    """Values read, each alias counted as often as it occurs."""
 
     def add(self, path: KeyPath, text: str) -> None:
         """Record a problem at a key. Its place is that of the nearest enclosing key with one."""
@@ -94,6 +98,11 @@ class YamlDocument:
 
     def read(self, node: Any, path: KeyPath, place: Callable[[Any], tuple[int, str]]) -> Any:
         """Convert a node of ruamel to plain data. A value with a problem becomes null."""
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise RecipeError(
+                f"{self.name}: must have at most {MAX_VALUES:,} values; use no aliases"
+            )
         if isinstance(node, MappingNode):
             pairs = [(k.value if isinstance(k, ScalarNode) else "?", k, v) for k, v in node.value]
         elif isinstance(node, SequenceNode):

@@ -38,6 +38,8 @@ class RunFolder:
     path: Path
     _verified: dict[str, str | None] = field(default_factory=dict, compare=False, repr=False)
     """Damage of each stage whose files were read, None for an intact one."""
+    _made: set[Path] = field(default_factory=set, compare=False, repr=False)
+    """The path, once the folder was made: from then on it must exist."""
 
     def check(self, recipe: Mapping[str, Any]) -> None:
         """Raise RecipeError or CollegiumError if this recipe cannot run here. Writes nothing."""
@@ -86,6 +88,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._not_writable(str(error.strerror)) from error
+        self._made.add(self.path)
 
     def claim(self, recipe: Mapping[str, Any], text: str) -> None:
         """Create the folder if necessary, and record recipe and environment. Raises as `check`."""
@@ -147,7 +150,7 @@ class RunFolder:
         spent = before.seconds or 0.0 if before.key == key else 0.0
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         state = Stage(status="running", key=key, started=now, seconds=spent)
-        if not self.path.is_dir():
+        if self._made and not self.path.is_dir():
             raise self._gone()
         self._record(name, state)
         outcome: dict[str, Any] = {"status": "done"}

@@ -306,7 +306,7 @@ class PreflightReport(Record):
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
     is_relative = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    if not is_relative or str(path) != name or set(name) & set("\\\0"):
+    if not is_relative or str(path) != name or "\\" in name or not name.isprintable():
         raise ValueError("must be a name inside the folder, not a path out of it")
     return name
 
