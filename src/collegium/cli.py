@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from collegium.console import escape_warnings, printable
 from collegium.errors import CollegiumError, Interrupted, RecipeError, check_versions
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ TABLE_WIDTH = 130
 INTERRUPTED = 130
 
 
+def _echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    typer.echo(printable(text), err=err, nl=nl)
+
+
 class _Group(TyperGroup):
     """Command group that maps our errors to exit codes and accepts `--debug` in any position."""
 
@@ -29,11 +34,15 @@ class _Group(TyperGroup):
         return super().parse_args(ctx, debug[:1] + [arg for arg in args if arg != "--debug"])
 
     def invoke(self, ctx: Any) -> Any:
+        from collegium.storage.files import system_errors
+
+        escape_warnings()
         try:
-            return super().invoke(ctx)
+            with system_errors():
+                return super().invoke(ctx)
         except (Interrupted, KeyboardInterrupt) as error:
-            typer.echo(str(error) or "interrupted", err=True)
-            typer.echo("run the same command again to resume from the last checkpoint", err=True)
+            _echo(str(error) or "interrupted", err=True)
+            _echo("run the same command again to resume from the last checkpoint", err=True)
             raise typer.Exit(INTERRUPTED) from error
         except CollegiumError as error:
             _fail(ctx, str(error), error)
@@ -53,8 +62,8 @@ def _fail(ctx: Any, text: str, error: Exception) -> None:
     if ctx.params.get("debug"):
         import traceback
 
-        typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    typer.echo(f"error: {text}", err=True)
+        _echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    _echo(f"error: {text}", err=True)
     raise typer.Exit(USER_ERROR) from error
 
 
@@ -85,7 +94,7 @@ def _show_version(is_requested: bool) -> None:
     if is_requested:
         from collegium import __version__
 
-        typer.echo(f"collegium {__version__}")
+        _echo(f"collegium {__version__}")
         raise typer.Exit
 
 
@@ -118,7 +127,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     folder = pipeline.run(loaded)
     _print_results(folder)
-    typer.echo(f"report: {folder / 'report.html'}")
+    _echo(f"report: {folder / 'report.html'}")
 
 
 @app.command()
@@ -129,7 +138,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     result = pipeline.check(loaded)
     for line in (*result.lines, *(f"warning: {text}" for text in result.warnings)):
-        typer.echo(line)
+        _echo(line)
 
 
 @app.command()
@@ -150,9 +159,9 @@ def preflight(
     measured = pipeline.preflight(loaded, apply_to=recipe if apply else None)
     _print(*preflight_tables(RunFiles(loaded.name, preflight=measured)))
     for sentence in measured.verdict:
-        typer.echo(sentence)
+        _echo(sentence)
     if apply:
-        typer.echo(f"{recipe}: fusion set to {fusion_title(measured.chosen.fusion)}")
+        _echo(f"{recipe}: fusion set to {fusion_title(measured.chosen.fusion)}")
 
 
 def _print(*tables: Any) -> None:
@@ -201,7 +210,7 @@ def cache_build(recipe: RecipeFile, overrides: Overrides = None) -> None:
     for folder in pipeline.cache(loaded):
         manifest = read_manifest(folder)
         if manifest is not None:  # or other processes are still building
-            typer.echo(f"cache: {folder}: {manifest.summary()}")
+            _echo(f"cache: {folder}: {manifest.summary()}")
 
 
 @cache_app.command("info")
@@ -213,8 +222,8 @@ def cache_info(path: CacheFolder) -> None:
 
     for folder in cache_folders(path):
         manifest = require_manifest(folder)
-        typer.echo(f"cache: {folder}: {manifest.summary()}")
-        typer.echo(json.dumps(manifest.identity, indent=1))
+        _echo(f"cache: {folder}: {manifest.summary()}")
+        _echo(json.dumps(manifest.identity, indent=1))
 
 
 @cache_app.command("verify")
@@ -226,8 +235,8 @@ def cache_verify(path: CacheFolder) -> None:
     for folder in cache_folders(path):
         cache = open_cache(folder)
         cache.check()
-        typer.echo(f"cache: {folder}: {cache.manifest.summary()}")
-    typer.echo("every shard verified")
+        _echo(f"cache: {folder}: {cache.manifest.summary()}")
+    _echo("every shard verified")
 
 
 @cache_app.command("merge")
@@ -241,7 +250,7 @@ def cache_merge(
     from collegium.cache.build import merge_all
 
     for folder, manifest in merge_all(paths):
-        typer.echo(f"cache: {folder}: {manifest.summary()}")
+        _echo(f"cache: {folder}: {manifest.summary()}")
 
 
 @app.command()
@@ -250,7 +259,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     loaded = _load(recipe, overrides)
     from collegium.run import pipeline
 
-    typer.echo(f"student: {pipeline.train(loaded)}")
+    _echo(f"student: {pipeline.train(loaded)}")
 
 
 @app.command()
@@ -269,7 +278,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     loaded = _load(recipe, overrides)
     from collegium.run import pipeline
 
-    typer.echo(f"report: {pipeline.report(loaded)}")
+    _echo(f"report: {pipeline.report(loaded)}")
 
 
 @app.command()
@@ -291,7 +300,7 @@ def demo(
 
     folder = run_demo(quick=quick, output_dir=output_dir, seed=seed, controls=names)
     _print_results(folder)
-    typer.echo(f"report: {folder / 'report.html'}")
+    _echo(f"report: {folder / 'report.html'}")
 
 
 @app.command()
@@ -304,8 +313,8 @@ def study(
 
     page, tables = run_study(file)
     for table in tables:
-        typer.echo(f"\n{table.title}\n\n{table.markdown()}")
-    typer.echo(f"\nreport: {page}")
+        _echo(f"\n{table.title}\n\n{table.markdown()}")
+    _echo(f"\nreport: {page}")
 
 
 @app.command()
@@ -321,7 +330,7 @@ def init(
             stream.write(template)
     except FileExistsError as error:
         raise RecipeError(f"{path}: already exists; choose another name, or delete it") from error
-    typer.echo(f"wrote {path}; edit it, then run `collegium check {path}`")
+    _echo(f"wrote {path}; edit it, then run `collegium check {path}`")
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,17 +12,41 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SECONDS_PER_LINE = 60
+# C0 and C1 except for tab and newline, marks that reorder or break lines, and lone surrogates.
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""Escape control characters as in `\x1b`: text from files must not control a terminal."""
+    return _CONTROLS.sub(lambda match: _escape(ord(match[0])), text)
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def escape_warnings() -> None:
+    """Escape control characters in log records that no handler of the user shows."""
+    assert logging.lastResort is not None
+    logging.lastResort.setFormatter(_PrintableFormatter())
 
 
 def say(text: str) -> None:
     """Print a line to standard error, apart from the results on standard output."""
-    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
+    Console(stderr=True, highlight=False, markup=False).print(printable(text), soft_wrap=True)
 
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback (done, total) that draws a bar. Without a terminal, one line a minute."""
-    console = Console(stderr=True)
+    console, title = Console(stderr=True), printable(title)
     if not console.is_terminal:
         yield _line_printer(title)
         return

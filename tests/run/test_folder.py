@@ -1,6 +1,7 @@
 """Run folder: atomic files, recorded stages, one recipe and one process per folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from collegium.errors import CollegiumError, Interrupted, RecipeError
 from collegium.run.folder import RunFolder
 from collegium.storage.files import write_json
+from collegium.storage.stages import digests_of, sealed
 from refusals import refused
 
 RECIPE = {"seed": 0, "train": {"learning_rate": 0.1, "max_steps": 5}, "evaluate": {"controls": []}}
@@ -110,7 +112,8 @@ def test_a_stage_records_its_key_outcome_and_total_seconds(tmp_path: Path) -> No
     state = folder.stages()["train"]
     assert (state.status, state.note) == ("interrupted", "stopped")
     assert not folder.is_done("train", "k1")
-    write_json(tmp_path / "stages.json", {"train": {**state.to_json(), "seconds": 100.0}})
+    slow = sealed("train", state.model_copy(update={"seconds": 100.0}))
+    write_json(tmp_path / "stages.json", {"train": slow.to_json()})
     with folder.stage("train", "k1"):
         assert folder.stages()["train"].status == "running"
     assert folder.is_done("train", "k1")
@@ -126,6 +129,80 @@ def test_a_failed_stage_is_recorded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no"), folder.stage("train", "k"):
         raise ValueError("no")
     assert folder.stages()["train"].status == "failed"
+
+
+def _done(folder: RunFolder) -> None:
+    with folder.stage("evaluate", "k", lambda: digests_of(folder.path, [folder.path / "r.json"])):
+        (folder.path / "r.json").write_text("[1]")
+
+
+def test_a_damaged_file_undoes_its_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for data in ("[2]", "[1] ", ""):
+        _done(RunFolder(tmp_path))
+        assert RunFolder(tmp_path).is_done("evaluate", "k")
+        (tmp_path / "r.json").write_text(data)
+        folder = RunFolder(tmp_path)
+        capsys.readouterr()
+        assert not folder.is_done("evaluate", "k")
+        assert not folder.is_done("evaluate", "k")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("evaluate: r.json has ")
+        _done(folder)
+        assert folder.is_done("evaluate", "k")
+    (tmp_path / "r.json").unlink()
+    assert not RunFolder(tmp_path).is_done("evaluate", "k")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seconds": 5.0},
+        {"key": "other"},
+        {"files": {}},
+        {"files": None},
+        {"sha256": None},
+        {"status": "failed"},
+        {"note": "x"},
+    ],
+    ids=str,
+)
+def test_a_changed_entry_undoes_its_stage(change: dict[str, object], tmp_path: Path) -> None:
+    _done(RunFolder(tmp_path))
+    file = tmp_path / "stages.json"
+    entries = json.loads(file.read_text())
+    entries["evaluate"].update(change)
+    file.write_text(json.dumps({**entries, "train": entries["evaluate"]}))
+    folder = RunFolder(tmp_path)
+    assert not folder.is_done("evaluate", "k")
+    assert not folder.is_done("train", "k")
+    assert folder.stages() == {}
+
+
+def test_a_stage_without_digests_is_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "stages.json", {"evaluate": {"status": "done", "key": "k"}})
+    folder = RunFolder(tmp_path)
+    assert folder.stages()["evaluate"].status == "done"
+    assert not folder.is_done("evaluate", "k")
+    assert "without the digests of its files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_folder_deleted_during_a_stage_is_an_error(comes_back: bool, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    with refused(CollegiumError, "output_dir: "), folder.stage("train", "k"):
+        shutil.rmtree(folder.path)
+        if comes_back:
+            write_json(folder.path / "results.json", [])
+    assert not (folder.path / "stages.json").exists()
+    shutil.rmtree(folder.path, ignore_errors=True)
+    with refused(CollegiumError, "output_dir: "), folder.stage("evaluate", "k"):
+        pass
+    assert not folder.path.exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock on Windows")

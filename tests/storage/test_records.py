@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 from collegium.errors import CollegiumError
 from collegium.storage import records
 from collegium.storage.files import write_json
-from collegium.storage.records import LogStep, Record, ResultRow, Stage, read_log, read_record
+from collegium.storage.records import (
+    FileDigest,
+    FolderManifest,
+    LogStep,
+    ManifestEntry,
+    Record,
+    ResultRow,
+    Stage,
+    read_log,
+    read_record,
+)
 from refusals import refused
 
 RECORDS = sorted(
@@ -38,6 +48,19 @@ SCALARS: dict[Any, st.SearchStrategy[Any]] = {
     type(None): st.none(),
     Any: st.none() | st.integers(0, 9) | NAMES,
 }
+
+SIZES, HASHES = st.integers(0, 2**53), st.from_regex("[0-9a-f]{64}", fullmatch=True)
+FILES = st.from_regex("[a-z]{1,4}(/[a-z.]{0,2}[a-z])?", fullmatch=True)
+DIGESTS = st.builds(FileDigest, bytes=SIZES, sha256=HASHES)
+FORMATS: dict[tuple[type[Record], str], st.SearchStrategy[Any]] = {
+    (FileDigest, "bytes"): SIZES,
+    (FileDigest, "sha256"): HASHES,
+    (ManifestEntry, "bytes"): SIZES,
+    (ManifestEntry, "sha256"): HASHES,
+    (ManifestEntry, "name"): FILES,
+    (Stage, "files"): st.none() | st.dictionaries(FILES, DIGESTS, max_size=3),
+}
+"""Fields whose type does not say all."""
 
 
 def values(form: Any) -> st.SearchStrategy[Any]:
@@ -64,6 +87,7 @@ def callable_(argument: Any) -> bool:
 def instances(form: type[Record]) -> st.SearchStrategy[Record]:
     """Generate records with any of their optional fields."""
     fields = {name: values(field.annotation) for name, field in form.model_fields.items()}
+    fields |= {name: FORMATS[form, name] for name in fields if (form, name) in FORMATS}
     required = {k: v for k, v in fields.items() if form.model_fields[k].is_required()}
     optional = {k: v for k, v in fields.items() if k not in required}
     return st.fixed_dictionaries(required, optional=optional).map(lambda parts: form(**parts))
@@ -90,6 +114,7 @@ def test_unknown_keys_are_ignored(form: type[Record], tmp_path: Path) -> None:
     samples = {"step": 1, "name": "a", "kind": "teacher", "levels": {}, "seed": 0, "key": ""}
     samples |= {"folder": "", "values": {}, "rows": [], "steps": 1}
     samples |= {"train_tokens": 1, "train_seconds": 1.0}
+    samples |= {"bytes": 1, "sha256": "0" * 64, "format": 1, "files": []}
     content = {key: samples[key] for key in required}
     write_json(tmp_path / "a.json", {**content, "of a newer version": [1]})
     assert read_record(tmp_path / "a.json", form) == form(**content)
@@ -115,6 +140,32 @@ def test_a_wrong_type_is_refused(
     write_json(tmp_path / "a.json", content)
     with refused(CollegiumError, f"TMP/a.json: {path}: got "):
         read_record(tmp_path / "a.json", form)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../a", "a/../../b", "a//b", ".", "a\\b", "a\0", ""]
+)
+def test_a_name_in_a_manifest_is_never_a_path(name: str, tmp_path: Path) -> None:
+    digest = {"bytes": 1, "sha256": "0" * 64}
+    for form, content in (
+        (FolderManifest, {"format": 1, "files": [{"name": name, **digest}]}),
+        (Stage, {"status": "done", "files": {name: digest}}),
+    ):
+        write_json(tmp_path / "a.json", content)
+        with pytest.raises(CollegiumError, match="must be a name inside the folder"):
+            read_record(tmp_path / "a.json", form)
+
+
+@pytest.mark.parametrize("name", ["MAX_BYTES", "MAX_LOG_BYTES"])
+def test_a_file_that_is_too_large_is_not_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, name, 10)
+    (tmp_path / "a.json").write_text('{"step": 123456}\n')
+    with refused(CollegiumError, "TMP/a.json: "):
+        read_record(tmp_path / "a.json", LogStep) if name == "MAX_BYTES" else read_log(
+            tmp_path / "a.json"
+        )
 
 
 def test_a_missing_file_is_none(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from collegium.errors import CacheError
 from collegium.storage.files import differing_fields, fingerprint
 from collegium.storage.location import Location
+from collegium.storage.records import MAX_BYTES
 
 FORMAT = 2
 """Version of docs/cache-format.md. Any other is refused."""
@@ -32,6 +33,9 @@ MAX_FIELDS = 8
 """Differing identity fields shown in one message."""
 
 
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
@@ -41,13 +45,13 @@ class FileEntry(_Record):
 
     name: Annotated[str, Field(pattern=f"^(?:{SHARD_NAME}|{SIDE_NAME})$")]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    bytes: NonNegativeInt
+    bytes: Count
 
 
 class ShardEntry(FileEntry):
     """A shard, and its number of targets."""
 
-    targets: NonNegativeInt
+    targets: Count
 
 
 class Manifest(_Record):
@@ -57,11 +61,19 @@ class Manifest(_Record):
     identity: dict[str, Any]
     """Everything the content depends on, as plain data."""
     shards: list[ShardEntry]
-    num_targets: NonNegativeInt
-    num_bytes: NonNegativeInt
+    num_targets: Count
+    num_bytes: Count
     sha256: str
     """Digest of all other fields, and so of every byte of the cache."""
     side_file: FileEntry | None = None
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Manifest:
+        files = [*self.shards, *([self.side_file] if self.side_file else [])]
+        sums = sum(one.targets for one in self.shards), sum(one.bytes for one in files)
+        if sums != (self.num_targets, self.num_bytes):
+            raise ValueError(f"num_targets, num_bytes: must be {sums[0]}, {sums[1]}")
+        return self
 
     def summary(self) -> str:
         """Describe the size of a finished cache in one line."""
@@ -81,6 +93,10 @@ def read_manifest(where: Path | str) -> Manifest | None:
     location = Location.of(where)
     file = location.path_of(MANIFEST)
     try:
+        if (size := location.size(MANIFEST) or 0) > MAX_BYTES:
+            raise CacheError(
+                f"{file}: got {size:,} bytes; must be at most {MAX_BYTES:,}; {REBUILD}"
+            )
         data = location.read_bytes(MANIFEST)
         if data is None:
             if location.size(OLD_HIDDEN_MANIFEST) is not None:
@@ -120,6 +136,8 @@ def first_error(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     detail = error.errors(include_url=False)[0]
+    if not detail["loc"]:
+        return f"{detail['msg']}, as in its files"
     got = "is missing" if detail["type"] == "missing" else f"got {detail['input']!r:.60}"
     return f"{'.'.join(map(str, detail['loc']))}: {got}; must be as in docs/cache-format.md"
 

@@ -7,10 +7,11 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from collegium.distributions import Capabilities, Capability
 from collegium.options import OneOf, option
+from collegium.storage.credentials import holds_secret
 
 MAX_DRAWS = 2**16 - 1
 
@@ -59,6 +60,16 @@ _TARGETS = Samples()
 _TEACHER_DRAWS = 24
 
 
+def _without_secret(url: str) -> str:
+    if holds_secret(url):
+        raise ValueError("holds a secret; keep it in the environment; value not shown")
+    return url
+
+
+URL = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://"), AfterValidator(_without_secret)]
+"""An fsspec URL. Its credentials come from the environment or the configuration of fsspec."""
+
+
 @option
 class CacheOptions:
     """Teacher targets, computed once and read by every student that shares them."""
@@ -67,7 +78,7 @@ class CacheOptions:
     """Train from the cache, which is built first if missing. Otherwise teachers run every step."""
     path: Path | None = None
     """Folder. Defaults to `cache` in the run folder. Runs with equal identities can share it."""
-    url: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://")] | None = None
+    url: URL | None = None
     """fsspec URL of a finished cache (`s3://bucket/cache`), read instead of `path`, never built."""
     kind: TargetKind = "fused"
     """fused: one target for all teachers, under this run's fusion. per_teacher: the outputs of each

@@ -134,7 +134,7 @@ def read_metadata(path: Path, number: int) -> ShardMetadata:
     try:
         values = (pq.read_schema(path).metadata or {})[_METADATA_KEY.encode()]
         metadata = ShardMetadata.model_validate_json(values)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise CacheError(
             f"{path}: has no cache metadata; must be a shard of format {FORMAT}; delete it and "
             "build it again"
@@ -161,7 +161,10 @@ def read_group(file: pq.ParquetFile, group: int, names: Collection[str]) -> dict
 
 
 def read_keys(file: pq.ParquetFile) -> list[list[PieceKey]]:
-    """Read the keys of the pieces of each row group."""
+    """Read the keys of the pieces of each row group. Raises ValueError for another type."""
+    for name, kind in KEYS.items():
+        if (got := file.schema_arrow.field(name).type) != kind:
+            raise ValueError(f"column `{name}` is {got}")
     groups = []
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=list(KEYS), use_threads=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
@@ -127,7 +128,7 @@ class CacheReader(Generic[Decoded]):
             if shard not in self._files:
                 self._files[shard] = self.location.parquet(name)
             yield self._files[shard]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
             raise damaged(self.location, name, f"cannot be read ({error})") from error
 
 
@@ -153,6 +154,6 @@ def open_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> 
 
 def load_codec(identity: Mapping[str, Any], side: bytes | None) -> TargetCodec | HiddenCodec:
     """Return the codec of a cache with this identity and side file, or raise ValueError."""
-    if identity.get("kind") in SIDE_FILES:
+    if identity.get("kind") in [*SIDE_FILES]:  # compared, since it may be no text
         return HiddenCodec.load(side or b"")
     return TypeAdapter(TargetCodec).validate_python(identity)

@@ -27,11 +27,14 @@ from ruamel.yaml.tokens import TagToken
 
 from collegium.errors import RecipeError, nearest
 from collegium.options import OneOf
+from collegium.storage.credentials import SECRET_KEY, assigns_secret, holds_secret
 
 T = TypeVar("T")
 KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
+MAX_VALUES = 100_000
+"""Values of a recipe with its aliases expanded: nested ones grow exponentially."""
 _OPENING = frozenset({"[", "{", "<block sequence start>", "<block mapping start>"})
 _CLOSING = frozenset({"]", "}", "<block end>"})
 CODE_KEYS = frozenset({"_target_", "_component_", "_function_", "!function"})
@@ -51,10 +54,6 @@ RENAMED = {
 }
 """Keys of other tools, and ours."""
 
-_SECRET_KEY = re.compile(
-    r"(.*_)?(api_?key|password|secret|hf_token|access_token|auth_token)|token", re.I
-)
-_SECRET = re.compile(r"(hf_|sk-|ghp_|github_pat_|AKIA)[A-Za-z0-9_-]{16,}")
 _WORDS = {
     "an object": "a mapping",
     "a valid array": "a list",
@@ -78,6 +77,8 @@ class YamlDocument:
     """Offset in the file and `recipe.yaml:12`, or -1 and the override that set the key."""
     problems: list[tuple[int, KeyPath, str]] = field(default_factory=list)
     """Offset, path and message."""
+    num_values: int = 0
+    """Values read, each alias counted as often as it occurs."""
 
     def add(self, path: KeyPath, text: str) -> None:
         """Record a problem at a key. Its place is that of the nearest enclosing key with one."""
@@ -97,6 +98,11 @@ class YamlDocument:
 
     def read(self, node: Any, path: KeyPath, place: Callable[[Any], tuple[int, str]]) -> Any:
         """Convert a node of ruamel to plain data. A value with a problem becomes null."""
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise RecipeError(
+                f"{self.name}: must have at most {MAX_VALUES:,} values; use no aliases"
+            )
         if isinstance(node, MappingNode):
             pairs = [(k.value if isinstance(k, ScalarNode) else "?", k, v) for k, v in node.value]
         elif isinstance(node, SequenceNode):
@@ -120,7 +126,9 @@ class YamlDocument:
         """Set one value, as in `train.max_steps=10`. Its path is checked when it is decoded."""
         name, equals, text = override.partition("=")
         parts = name.strip().split(".")
-        label = f"override `{name}{equals}{'...' if _is_secret(parts[-1], text) else text}`"
+        is_secret = _is_secret(parts[-1], text) or assigns_secret(override)
+        shown_name = "..." if is_secret and "://" in name else name
+        label = f"override `{shown_name}{equals}{'...' if is_secret else text}`"
         if not equals or not all(parts):
             raise RecipeError(f"{label}: must be KEY=VALUE, for example train.max_steps=10")
         target: Any = {"": self.data}
@@ -146,7 +154,8 @@ class YamlDocument:
 
 def dotted(path: KeyPath) -> str:
     """Format a path: `("data", "train", 0)` is `data.train.0`."""
-    return ".".join(map(str, path))
+    parts = map(str, path)
+    return ".".join("..." if holds_secret(part) else part for part in parts)
 
 
 def shown(value: Any) -> str:
@@ -178,8 +187,8 @@ def _scalar(node: Any, key: str | int) -> Any:
 
 
 def _is_secret(key: str | int, text: str) -> bool:
-    has_secret_key = text != "" and _SECRET_KEY.fullmatch(str(key)) is not None
-    return has_secret_key or _SECRET.search(text) is not None
+    has_secret_key = text != "" and SECRET_KEY.fullmatch(str(key)) is not None
+    return has_secret_key or holds_secret(text)
 
 
 def read_text(file: Path) -> str:
@@ -228,7 +237,10 @@ def _compose(text: str, place: Callable[[int], str]) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = f"column {mark.column + 1}: not valid YAML: {error.problem}"
-        raise RecipeError(f"{place(mark.line + 1)}: {problem}\n{mark.get_snippet()}") from error
+        where = f"{place(mark.line + 1)}: {problem}"
+        if assigns_secret(text):  # the error of ruamel repeats the line
+            raise RecipeError(f"{where}; line not shown, since the text holds a secret") from None
+        raise RecipeError(f"{where}\n{mark.get_snippet()}") from error
     except YAMLError as error:
         raise RecipeError(f"{place(0)}: not valid YAML: {str(error).splitlines()[0]}") from error
     problem = "YAML tags are not allowed; remove the `!`"

@@ -243,7 +243,7 @@ def read_json(path: Path, *, where: str) -> dict[str, Any]:
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{where}: {path} is not JSON ({error}); copy it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{where}: {path}: got {type(value).__name__}; must be a JSON object")

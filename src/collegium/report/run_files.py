@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from collegium.errors import CollegiumError
 from collegium.storage import records
+from collegium.storage.stages import STAGES, damage, read_stages
+
+LOG = "train/log.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +56,45 @@ def read_run(run_folder: Path) -> RunFiles:
         raise CollegiumError(
             f"{run_folder}: not found; must be a run folder; create one with `collegium run RECIPE`"
         )
-    stages = records.read_record(run_folder / "stages.json", dict[str, records.Stage])
-    logs = {
-        folder.name: records.read_log(folder / "train" / "log.jsonl")
-        for folder in sorted(run_folder.glob("controls/*/"))
-    }
-    # Training order, as in the stage log and in results.json: colors go by position.
-    order = [name.removeprefix("control ") for name in stages or {}]
-    names = sorted(logs, key=lambda name: order.index(name) if name in order else len(order))
+    stages, damaged = read_stages(run_folder)
+    for name in damaged:
+        raise CollegiumError(
+            f"{run_folder / STAGES}: {name}: fails its sha256; must be as its stage wrote it; "
+            "repeat that stage with `collegium run RECIPE`"
+        )
+    names = [path.parent.name for path in run_folder.glob("controls/*/train")]
+    # Training order, as in the stage log and in results.json: colors go by position. A copy of a
+    # folder is no control.
+    order = [name.removeprefix("control ") for name in stages]
+    controls = [n for n in order if n in names] if stages else sorted(names)
+    logs = {name: f"controls/{name}/train/log.jsonl" for name in controls}
+    _require_intact(run_folder, stages, ["preflight.json", "results.json", LOG, *logs.values()])
+    read = records.read_record
     return RunFiles(
         name=run_folder.resolve().name,
         recipe=_read_recipe(run_folder / "recipe.yaml"),
-        environment=records.read_record(run_folder / "environment.json", records.Environment),
-        stages=stages,
-        preflight=records.read_record(run_folder / "preflight.json", records.PreflightReport),
-        results=records.read_record(run_folder / "results.json", tuple[records.ResultRow, ...]),
-        log=records.read_log(run_folder / "train" / "log.jsonl"),
-        controls={name: log for name in names if (log := logs[name]) is not None},
+        environment=read(run_folder / "environment.json", records.Environment),
+        stages=read(run_folder / STAGES, dict[str, records.Stage]),
+        preflight=read(run_folder / "preflight.json", records.PreflightReport),
+        results=read(run_folder / "results.json", tuple[records.ResultRow, ...]),
+        log=records.read_log(run_folder / LOG),
+        controls={
+            n: log for n, file in logs.items() if (log := records.read_log(run_folder / file))
+        },
     )
+
+
+def _require_intact(
+    run_folder: Path, stages: Mapping[str, records.Stage], files: Collection[str]
+) -> None:
+    """Check that these files are those that the finished stages wrote, where they did."""
+    for name, stage in stages.items():
+        recorded = {file: digest for file, digest in (stage.files or {}).items() if file in files}
+        if problem := damage(run_folder, recorded):
+            raise CollegiumError(
+                f"{run_folder}: {problem}; must be as the stage `{name}` wrote it; repeat that "
+                "stage with `collegium run RECIPE`"
+            )
 
 
 def _read_recipe(path: Path) -> str | None:

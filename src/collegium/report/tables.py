@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from collegium.console import printable
 from collegium.report.formats import fixed
 
 R = TypeVar("R")
@@ -95,9 +96,9 @@ class Table(Generic[R]):
 
     def rich(self) -> RichTable:
         """Render for a terminal, with the best of each column and the marked names in bold."""
-        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = RichTable(title=printable(self.title), title_justify="left", box=box.SIMPLE_HEAD)
         table.collapse_padding, table.pad_edge = True, False
-        table.add_column(Text(self.first))
+        table.add_column(_text(self.first))
         shown = [column.short is not None for column in self.columns]
         rows = list(self.rows())
         for i, column in compress(enumerate(self.columns), shown):
@@ -105,11 +106,15 @@ class Table(Generic[R]):
             is_short = all(len(cells[i].text) <= MAX_UNWRAPPED for _, cells in rows)
             justify = "left" if column.is_text else "right"
             # Text: a name such as `[red]a` must not be read as rich markup.
-            table.add_column(Text(column.short or column.title), justify=justify, no_wrap=is_short)
+            table.add_column(_text(column.short or column.title), justify=justify, no_wrap=is_short)
         for line, cells in rows:
             if line.group:
                 table.add_section()
-                table.add_row(Text(line.group, style="dim"))
-            texts = [Text(c.text, "bold" if c.is_best else "") for c in compress(cells, shown)]
-            table.add_row(Text(line.name, "bold" if line.is_marked else ""), *texts)
+                table.add_row(_text(line.group, style="dim"))
+            texts = [_text(c.text, "bold" if c.is_best else "") for c in compress(cells, shown)]
+            table.add_row(_text(line.name, "bold" if line.is_marked else ""), *texts)
         return table
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style)

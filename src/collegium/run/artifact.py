@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from collegium.run.context import RunContext
 from collegium.storage.files import fingerprint
+from collegium.storage.records import FileDigest
+from collegium.storage.stages import digests_of
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -50,7 +52,7 @@ class Artifact(ABC, Generic[T_co]):
         """Return the finished artifact."""
 
     def is_done(self) -> bool:
-        """Return True if it was built from the same inputs."""
+        """Return True if it was built from the same inputs, and every file is as it was then."""
         return self.context.folder.is_done(self.name, self.key) and self.path.exists()
 
     @property
@@ -59,8 +61,14 @@ class Artifact(ABC, Generic[T_co]):
         return fingerprint(self.identity())
 
     def log(self) -> AbstractContextManager[None]:
-        """Record start, seconds and outcome in stages.json."""
-        return self.context.folder.stage(self.name, self.key)
+        """Record start, seconds, outcome and digests in stages.json."""
+        return self.context.folder.stage(self.name, self.key, self.digests)
+
+    def digests(self) -> Mapping[str, FileDigest]:
+        """Return the size and SHA-256 of each file that it consists of, verified before its use."""
+        inner = (path for path in self.path.rglob("*") if path.is_file())
+        files = [self.path] if self.path.is_file() else sorted(inner)
+        return digests_of(self.context.folder.path, files)
 
     def ensure(self) -> T_co:
         """Build it and its dependencies where necessary, and open it, or raise CollegiumError."""

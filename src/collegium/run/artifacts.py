@@ -43,7 +43,13 @@ class Results(Artifact[list[ResultRow]]):
 
     def identity(self) -> Any:
         variants = [student.variant.identity() for student in self.students]
-        return [self.context.inputs(*self.context.values), variants]
+        # A run folder may be renamed or moved.
+        sections = [name for name in self.context.values if name not in ("name", "output_dir")]
+        return [self.context.inputs(*sections), variants]
+
+    def is_done(self) -> bool:
+        """Return True if the students that it scored are undamaged as well."""
+        return super().is_done() and all([student.is_done() for student in self.students])
 
     def dependencies(self) -> Sequence[Student]:
         return self.students

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from collegium.fusion.fuse import Fusion
 from collegium.fusion.options import to_recipe
 from collegium.run.artifact import Artifact
 from collegium.run.context import RunContext
+from collegium.storage.records import FileDigest
 
 Split = Literal["train", "calibration"]
 T = TypeVar("T")
@@ -82,6 +84,10 @@ class Cache(Artifact[CacheReader[T]]):
         if manifest is not None:
             require_identity(self.location, manifest.identity, self.identity())
         return manifest is not None
+
+    def digests(self) -> Mapping[str, FileDigest]:
+        """Return nothing: its manifest has the digests, which several runs share."""
+        return {}
 
     @abstractmethod
     def encoder(self) -> CorpusEncoder:

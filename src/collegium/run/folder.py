@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any
 from collegium.console import say
 from collegium.errors import CollegiumError, Interrupted, RecipeError
 from collegium.storage.files import LOCK, differing_fields, lock_folder, write_json, write_text
-from collegium.storage.records import Environment, Stage, read_record
+from collegium.storage.records import Environment, FileDigest, Stage, read_record
+from collegium.storage.stages import STAGES, damage, read_stages, sealed
 
 REMEDY = "wait for it, or choose another output_dir"
-RUN_FILES = ("recipe.json", "stages.json")
+RUN_FILES = ("recipe.json", STAGES)
 """A folder with one of these files is a run folder."""
 # Several ranks build a cache while one of them claims the folder.
 EARLY_FOLDERS = ("cache",)
@@ -37,6 +38,10 @@ class RunFolder:
     """Folder of one run, laid out as in docs/design/layout.md."""
 
     path: Path
+    _verified: dict[str, str | None] = field(default_factory=dict, compare=False, repr=False)
+    """Damage of each stage whose files were read, None for an intact one."""
+    _made: set[Path] = field(default_factory=set, compare=False, repr=False)
+    """The path, once the folder was made: from then on it must exist."""
 
     def check(self, recipe: Mapping[str, Any]) -> None:
         """Raise RecipeError or CollegiumError if this recipe cannot run here. Writes nothing."""
@@ -95,6 +100,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._not_writable(str(error.strerror)) from error
+        self._made.add(self.path)
 
     def claim(self, recipe: Mapping[str, Any], text: str) -> None:
         """Create the folder if necessary, and record recipe and environment. Raises as `check`."""
@@ -122,28 +128,53 @@ class RunFolder:
             yield
 
     def stages(self) -> dict[str, Stage]:
-        """Return the state of every stage that has been started."""
-        return read_record(self.path / "stages.json", dict[str, Stage]) or {}
+        """Return the state of every stage that has been started, without damaged entries."""
+        return read_stages(self.path)[0]
 
     def is_done(self, stage: str, key: str) -> bool:
-        """Return True if the stage was finished with the same inputs (`key`)."""
-        state = self.stages().get(stage, Stage())
-        return state.status == "done" and state.key == key
+        """Return True if the stage was finished with the same inputs (`key`) and is undamaged.
+
+        Its files are read once. A damaged stage is named, and one without digests too.
+        """
+        stages, damaged = read_stages(self.path)
+        state = stages.get(stage, Stage())
+        if stage not in damaged and (state.status != "done" or state.key != key):
+            return False
+        if stage not in self._verified:
+            if stage in damaged:
+                problem: str | None = f"its entry in {STAGES} fails its sha256"
+            elif state.files is None:
+                problem = "was recorded without the digests of its files"
+            else:
+                problem = damage(self.path, state.files)
+            if problem is not None:
+                say(f"{stage}: {problem}; the stage is repeated")
+            self._verified[stage] = problem
+        return self._verified[stage] is None
 
     @contextmanager
-    def stage(self, name: str, key: str) -> Iterator[None]:
-        """Record a stage's start, seconds (summed over interruptions) and outcome."""
+    def stage(
+        self, name: str, key: str, digests: Callable[[], Mapping[str, FileDigest]] = dict
+    ) -> Iterator[None]:
+        """Record a stage's start, seconds (summed over interruptions), outcome and `digests`.
+
+        Raises CollegiumError if the folder disappears in the meantime.
+        """
         started = time.monotonic()
         before = self.stages().get(name, Stage())
         # Another key is other work: its time does not count.
         spent = before.seconds or 0.0 if before.key == key else 0.0
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         state = Stage(status="running", key=key, started=now, seconds=spent)
+        if self._made and not self.path.is_dir():
+            raise self._gone()
         self._record(name, state)
         outcome: dict[str, Any] = {"status": "done"}
         say(f"{name} ...")
         try:
             yield
+            self._require_running(name)
+            outcome["files"] = digests()
         # BaseException, because Ctrl-C must not leave the stage as "running".
         except BaseException as error:
             is_stopped = isinstance(error, KeyboardInterrupt | Interrupted)
@@ -152,12 +183,26 @@ class RunFolder:
             raise
         finally:
             outcome["seconds"] = round(spent + time.monotonic() - started, 2)
-            self._record(name, state.model_copy(update=outcome))
+            # A deleted folder must not come back with this file in it.
+            if (self.path / STAGES).is_file():
+                self._record(name, state.model_copy(update=outcome))
+            self._verified.pop(name, None)
             say(f"{name}: {outcome['status']}, {outcome['seconds']:.0f} s")
 
     def _record(self, name: str, state: Stage) -> None:
         stages = {**self.stages(), name: state}
-        write_json(self.path / "stages.json", {n: stage.to_json() for n, stage in stages.items()})
+        write_json(self.path / STAGES, {n: sealed(n, one).to_json() for n, one in stages.items()})
+
+    def _require_running(self, name: str) -> None:
+        """Check that the entry of a running stage is still there."""
+        if self.stages().get(name, Stage()).status != "running":
+            raise self._gone()
+
+    def _gone(self) -> CollegiumError:
+        return CollegiumError(
+            f"output_dir: {self.path} was deleted or moved during the run; must stay in place; "
+            "run the same command again"
+        )
 
 
 def environment() -> Environment:

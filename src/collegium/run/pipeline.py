@@ -22,6 +22,7 @@ from collegium.run.caches import Cache
 from collegium.run.checks import CheckReport, check_run
 from collegium.run.context import RunContext
 from collegium.storage.records import PreflightReport, ResultRow
+from collegium.train.checkpoint import set_aside_damaged
 
 
 def check(recipe: Recipe) -> CheckReport:
@@ -80,7 +81,13 @@ def report(recipe: Recipe) -> Path:
 
 def run(recipe: Recipe) -> Path:
     """Run all stages in order. Return the run folder."""
-    _ensure(recipe, "train", "evaluate", "report")
+    with opened(recipe) as context:
+        folder = context.folder.path
+        # No stage reads the checkpoints of a finished training, and users do.
+        for place in (folder / "train", *folder.glob("controls/*/train")):
+            if (place / "summary.json").is_file():
+                set_aside_damaged(place)
+        _build(context, "train", "evaluate", "report")
     return recipe.output_dir
 
 
@@ -114,10 +121,14 @@ def _require_teachers(recipe: Recipe, reason: str) -> None:
 
 def _ensure(recipe: Recipe, *stages: str) -> Sequence[Any]:
     """Build the artifacts of stages. Return those of the last, opened."""
-    contents: list[Any] = []
     with opened(recipe) as context:
-        for stage in stages:
-            contents = [artifact.ensure() for artifact in ARTIFACTS[stage](context)]
+        return _build(context, *stages)
+
+
+def _build(context: RunContext, *stages: str) -> Sequence[Any]:
+    contents: list[Any] = []
+    for stage in stages:
+        contents = [artifact.ensure() for artifact in ARTIFACTS[stage](context)]
     return contents
 
 

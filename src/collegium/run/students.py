@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from collegium.cache.keys import BatchKeys
+from collegium.console import say
 from collegium.data.pack import Collator
 from collegium.errors import TrainingError
 from collegium.losses.features import FeatureLoss
@@ -21,12 +23,13 @@ from collegium.run.choice import Preflight, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.controls import Variant, control_variants, main_variant
 from collegium.storage.files import fingerprint, write_json
-from collegium.storage.records import ModelInfo, TrainSummary, open_record, read_log
+from collegium.storage.records import FileDigest, ModelInfo, TrainSummary, open_record, read_log
+from collegium.storage.stages import file_digest
 from collegium.teachers.cached import CachedTargets, CachedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions
 from collegium.teachers.prefetch import PrefetchingCollator
-from collegium.train.checkpoint import checkpoints
+from collegium.train.checkpoint import MANIFEST, checkpoints, read_manifest
 from collegium.train.objective import Objective
 from collegium.train.options import training_arguments
 from collegium.types import Batch
@@ -66,6 +69,11 @@ class Student(Artifact[Path]):
         return self.path.with_name("train")
 
     @property
+    def log_file(self) -> Path:
+        """One line per logged step."""
+        return self.output_dir / "log.jsonl"
+
+    @property
     def summary(self) -> Path:
         """File with the steps and tokens of the finished training."""
         return self.output_dir / "summary.json"
@@ -94,14 +102,29 @@ class Student(Artifact[Path]):
     def is_done(self) -> bool:
         return super().is_done() and self.summary.is_file()
 
+    def digests(self) -> dict[str, FileDigest]:
+        """Return those of the student, its summary and its log."""
+        folder = self.context.folder.path
+        # From its manifest, written a moment ago: large weights are not read twice.
+        digests = {self.path / n: one for n, one in read_manifest(self.path).digests().items()}
+        for file in (self.path / MANIFEST, self.summary, self.log_file):
+            if file.is_file():  # a short run may log nothing
+                digests[file] = file_digest(file)
+        return {file.relative_to(folder).as_posix(): one for file, one in digests.items()}
+
     def build(self) -> None:
         trainer = self.trainer(self.output_dir)
         trainer.train(resume_from_checkpoint=bool(checkpoints(self.output_dir)))
+        if self.path.exists() and not (self.path / MANIFEST).is_file():
+            # A damaged student of this run: the trainer replaces only what it has written.
+            aside = f"{self.path.name}-damaged-{uuid.uuid4().hex[:8]}"
+            say(f"{self.path}: has no {MANIFEST}; set aside as {aside}")
+            self.path.rename(self.path.with_name(aside))
         trainer.save_student(self.path)
         steps, trained = trainer.state.global_step, self._sampled_logits(trainer.step.student)
         del trainer  # with the optimizer's state, before the student is loaded again
         self._check_saved(trained)
-        log = read_log(self.output_dir / "log.jsonl")
+        log = read_log(self.log_file)
         tokens = log[-1].num_tokens if log else None
         write_json(self.summary, TrainSummary(steps=steps, train_tokens=tokens).to_json())
 

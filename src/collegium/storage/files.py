@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -129,3 +130,21 @@ def lock_folder(
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise I/O errors that a library hides in another exception as the OSError that they are.
+
+    safetensors and tokenizers, written in Rust, end their messages with `(os error 28)`.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is None:
+            raise
+        number = int(match[1])
+        raise OSError(number, os.strerror(number)) from error

@@ -12,6 +12,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from collegium.errors import CacheError
+from collegium.storage.credentials import holds_secret
 from collegium.storage.files import digest_of
 
 
@@ -28,8 +29,17 @@ class Location:
 
     @classmethod
     def of(cls, where: Path | str) -> Location:
-        """Parse a folder or a URL. Raises CacheError if fsspec cannot open the URL."""
+        """Parse a folder or a URL.
+
+        Raises CacheError if fsspec cannot open the URL, or if it holds a password or a key.
+        """
         text = str(where)
+        if holds_secret(text):
+            scheme = text.partition("://")[0]
+            raise CacheError(
+                f"{scheme}://...: the URL holds a secret; must hold none; keep it in the "
+                "environment or in the configuration of fsspec; value not shown"
+            )
         if isinstance(where, Path) or "://" not in text:
             # Absolute, because fsspec expands a leading `~`.
             return cls(text, str(Path(text).absolute()), LocalFileSystem())

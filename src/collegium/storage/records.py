@@ -6,6 +6,7 @@ in nats per target token, calibration errors and agreements are shares in [0, 1]
     train/log.jsonl   LogStep per line     stages.json        {stage: Stage}
     preflight.json    PreflightReport            environment.json   Environment
     results.json      [ResultRow]          train/summary.json TrainSummary
+    MANIFEST.json     FolderManifest       (of each checkpoint and student)
     rows.json         [StudyRow]           study.json         StudyRun
 """
 
@@ -13,14 +14,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from collegium.errors import CollegiumError
 
 T = TypeVar("T")
+MAX_BYTES = 1 << 26
+"""Largest JSON file that is read: parsing one takes several times its size in memory."""
+MAX_LOG_BYTES = 1 << 30
 
 
 def _finite(value: Any) -> Any:
@@ -290,6 +303,44 @@ class PreflightReport(Record):
     """Not measured where the teachers are read from a cache."""
 
 
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    is_relative = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    if not is_relative or str(path) != name or "\\" in name or not name.isprintable():
+        raise ValueError("must be a name inside the folder, not a path out of it")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+"""A file below the folder of the record that lists it, such as `student/config.json`."""
+
+
+class FileDigest(Record):
+    """Size and SHA-256 of a file."""
+
+    bytes: NonNegativeInt
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class ManifestEntry(FileDigest):
+    """A file in a checkpoint or a student."""
+
+    name: FileName
+
+
+class FolderManifest(Record):
+    """MANIFEST.json of a checkpoint or a student: all other files there."""
+
+    format: int
+    files: Sequence[ManifestEntry]
+
+    def digests(self) -> dict[str, FileDigest]:
+        """Return the entries by name."""
+        return {
+            entry.name: FileDigest(**entry.model_dump(exclude={"name"})) for entry in self.files
+        }
+
+
 class Stage(Record):
     """State and wall time of a pipeline stage."""
 
@@ -302,6 +353,10 @@ class Stage(Record):
     """Summed over interruptions."""
     note: str | None = None
     """Message of the error that ended it."""
+    files: Mapping[FileName, FileDigest] | None = None
+    """The files of a finished stage, relative to the run folder."""
+    sha256: str | None = None
+    """Digest of the stage's name and all other fields."""
 
 
 class Environment(Record):
@@ -360,8 +415,8 @@ def _call(option: Mapping[str, Any]) -> str:
 
 def read_record(path: Path, form: type[T]) -> T | None:
     """Read a JSON file, None without one. Raises CollegiumError if it does not match `form`."""
-    data = _read_bytes(path)
-    return None if data is None else _decode(data, form, where=str(path))
+    data = _read_bytes(path, MAX_BYTES)
+    return None if data is None else decode_record(data, form, where=str(path))
 
 
 def open_record(path: Path, form: type[T]) -> T:
@@ -374,19 +429,23 @@ def open_record(path: Path, form: type[T]) -> T:
 
 def read_log(path: Path) -> tuple[LogStep, ...] | None:
     """Read a `log.jsonl` in step order, None without one. Raises CollegiumError if it is broken."""
-    data = _read_bytes(path)
+    data = _read_bytes(path, MAX_LOG_BYTES)
     if data is None:
         return None
     # A run in progress or a killed one leaves half a line at the end, without a newline.
     numbered = enumerate(data.split(b"\n")[:-1], start=1)
-    lines = (_decode(line, LogStep, where=f"{path}:{n}") for n, line in numbered if line.strip())
+    lines = (
+        decode_record(line, LogStep, where=f"{path}:{n}") for n, line in numbered if line.strip()
+    )
     # A resumed run may log some steps twice; the weights come from the later line.
     latest = {line.step: line for line in lines}
     return tuple(latest[step] for step in sorted(latest))
 
 
-def _read_bytes(path: Path) -> bytes | None:
+def _read_bytes(path: Path, limit: int) -> bytes | None:
     try:
+        if (size := path.stat().st_size) > limit:
+            raise CollegiumError(f"{path}: got {size:,} bytes; must be at most {limit:,}")
         return path.read_bytes()
     except FileNotFoundError:
         return None
@@ -394,7 +453,8 @@ def _read_bytes(path: Path) -> bytes | None:
         raise CollegiumError(f"{path}: cannot be read ({error}); must be a file") from error
 
 
-def _decode(data: bytes, form: type[T], *, where: str) -> T:
+def decode_record(data: bytes, form: type[T], *, where: str) -> T:
+    """Decode JSON. Raises CollegiumError with the path of a value that does not match `form`."""
     try:
         return TypeAdapter(form).validate_json(data)
     except ValidationError as error:

@@ -8,14 +8,21 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from collegium.errors import TrainingError
-from collegium.storage.files import fsync, sha256_of
+from collegium.errors import CollegiumError, TrainingError
+from collegium.storage.files import fsync, system_errors
+from collegium.storage.records import FolderManifest, ManifestEntry, open_record
+from collegium.storage.stages import damage, file_digest
 
 FORMAT = 1
 """Version of the checkpoint layout. Newer ones are rejected."""
 MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+"""Step, identity and scalars of a checkpoint."""
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$")
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _OLD = ".tmp-old-"
@@ -31,6 +38,28 @@ def temporary_folder(parent: Path, label: int | str) -> Path:
     folder = parent / f".tmp-{label}-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
     return folder
+
+
+def write(final: Path, fill: Callable[[Path], None], *, label: int | str | None = None) -> None:
+    """Fill a temporary folder and publish it as `final`, which it replaces if it has no label.
+
+    Raises:
+        TrainingError: the disk refused it. Nothing is left aside, and `final` is as before.
+    """
+    try:
+        temporary = temporary_folder(final.parent, final.name if label is None else label)
+        try:
+            with system_errors():
+                fill(temporary)
+                (replace if label is None else commit)(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise TrainingError(
+            f"{final}: cannot be saved ({error}); earlier checkpoints are complete; free "
+            "space, then resume"
+        ) from error
 
 
 def commit(temporary: Path, final: Path) -> None:
@@ -57,10 +86,11 @@ def replace(temporary: Path, final: Path) -> None:
     entries = []
     for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
         fsync(path)
-        name, num_bytes = path.relative_to(temporary).as_posix(), path.stat().st_size
-        entries.append({"name": name, "bytes": num_bytes, "sha256": sha256_of(path)})
+        name = path.relative_to(temporary).as_posix()
+        entries.append(ManifestEntry(name=name, **file_digest(path).model_dump()))
     manifest = temporary / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
+    record = FolderManifest(format=FORMAT, files=entries)
+    manifest.write_text(json.dumps(record.to_json(), indent=1))
     fsync(manifest)
     # After a power loss a file exists only if its directory entry was flushed as well.
     for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
@@ -120,26 +150,26 @@ def verify(folder: Path) -> None:
         NewerFormat: the manifest has a newer format.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version, entries = int(manifest["format"]), list(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise TrainingError(f"{folder.name}: has no readable {MANIFEST} ({reason})") from error
-    if version > FORMAT:
+        manifest = read_manifest(folder)
+    except CollegiumError as error:
+        raise TrainingError(f"{folder.name}: {MANIFEST} is missing or damaged") from error
+    if manifest.format > FORMAT:
         raise NewerFormat(
-            f"{folder.name}: got checkpoint format {version}; must be at most {FORMAT}; "
+            f"{folder.name}: got checkpoint format {manifest.format}; must be at most {FORMAT}; "
             "upgrade collegium"
         )
-    for entry in entries:
-        path, problem = folder / entry["name"], None
-        if not path.is_file():
-            problem = "is missing"
-        elif (num_bytes := path.stat().st_size) != entry["bytes"]:
-            problem = f"has {num_bytes} bytes; must have {entry['bytes']}"
-        elif sha256_of(path) != entry["sha256"]:
-            problem = "has a wrong sha256"
-        if problem is not None:
-            raise TrainingError(f"{folder.name}: {entry['name']} {problem}")
+    problem = damage(folder, manifest.digests())
+    match, state = _NAME.match(folder.name), folder / STATE
+    if problem is None and match and state.is_file():
+        step = open_record(state, dict[str, Any]).get("step", int(match[1]))
+        problem = None if step == int(match[1]) else f"is of step {step!r:.20}, under another name"
+    if problem is not None:
+        raise TrainingError(f"{folder.name}: {problem}")
+
+
+def read_manifest(folder: Path) -> FolderManifest:
+    """Read the manifest of a checkpoint or a student, or raise CollegiumError."""
+    return open_record(folder / MANIFEST, FolderManifest)
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
@@ -182,6 +212,17 @@ def survey(run_folder: Path, *, set_aside: bool = True) -> tuple[Path | None, li
         else:
             return folder, failures
     return None, failures
+
+
+def set_aside_damaged(run_folder: Path) -> None:
+    """Verify every checkpoint of a finished run, and rename and report the damaged ones."""
+    for folder in checkpoints(run_folder):
+        with suppress(NewerFormat):
+            try:
+                verify(folder)
+            except TrainingError as error:
+                aside = _renamed(folder, "corrupt").name
+                _log.warning("%s: %s; set aside as %s", run_folder, error, aside)
 
 
 def require_valid_checkpoint(run_folder: Path) -> None:

@@ -6,6 +6,7 @@ Shapes: N rows, K teachers, M domains.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from collegium.errors import TrainingError
 from collegium.storage.files import write_text
 from collegium.storage.records import ConflictEffect, LogStep, LossMeans, read_log
 from collegium.types import LossSum
@@ -159,17 +161,35 @@ class RunLog:
     path: Path
 
     def append(self, row: LogStep) -> None:
-        """Append one row."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+        """Append one row. Raises TrainingError if the folder was deleted."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(row))
+        except FileNotFoundError as error:
+            raise TrainingError(
+                f"{self.path.parent}: was deleted or moved during training; must stay in place; "
+                "run the same command again"
+            ) from error
 
-    def truncate(self, step: int) -> None:
-        """Drop the rows after `step`, which a resumed run writes again."""
-        if not self.path.exists():
-            return
-        kept = [row for row in read_log(self.path) or () if row.step <= step]
-        write_text(self.path, "".join(map(_line, kept)))
+    def restore(self, checkpoint: Path | None, step: int) -> None:
+        """Start with the rows up to `step`, from the verified copy in its checkpoint if it has one.
+
+        Later rows are dropped: a resumed run writes them again.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # A link would lead the rows into a file of somebody else.
+        if self.path.is_symlink():
+            self.path.unlink()
+        copy = None if checkpoint is None else read_log(checkpoint / self.path.name)
+        rows = copy if copy is not None else read_log(self.path)
+        if rows is not None:
+            kept = [row for row in rows if row.step <= step]
+            write_text(self.path, "".join(map(_line, kept)))
+
+    def copy_to(self, checkpoint: Path) -> None:
+        """Copy the log into a checkpoint, whose manifest protects it."""
+        if self.path.is_file():
+            shutil.copyfile(self.path, checkpoint / self.path.name)
 
 
 def _line(row: LogStep) -> str:

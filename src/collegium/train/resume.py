@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, align_special_tokens
 
 from collegium.errors import TrainingError
 from collegium.storage.files import differing_fields
@@ -75,16 +75,12 @@ class Checkpointer:
         final = self.folder / f"checkpoint-{step}"
         if final.exists():
             return
-        temporary = checkpoint.temporary_folder(self.folder, step)
-        try:
-            write(temporary)
-            checkpoint.commit(temporary, final)
-        except OSError as error:
-            checkpoint.remove_temporary(self.folder)
+        if not self.folder.is_dir():
             raise TrainingError(
-                f"{final}: cannot be saved ({error}); earlier checkpoints are complete; free "
-                "space, then resume"
-            ) from error
+                f"{self.folder}: was deleted or moved during training; must stay in place; run the "
+                "same command again"
+            )
+        checkpoint.write(final, write, label=step)
         checkpoint.prune(self.folder, keep=self.keep, best=best)
 
     def finished(self, trainer: Trainer, source: Path) -> TrainOutput | None:
@@ -96,6 +92,9 @@ class Checkpointer:
             last_step = math.ceil(args.num_train_epochs * per_epoch)
         if checkpoint.step_of(source) < last_step:
             return None
+        if trainer.processing_class is not None:
+            # As before the first step: a student saved again has the same config.
+            align_special_tokens(trainer.model, trainer.processing_class)
         trainer._load_from_checkpoint(str(source))
         trainer.state = _state_of(source)
         if args.load_best_model_at_end and best_step(trainer.state) is not None:

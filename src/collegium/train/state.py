@@ -23,9 +23,9 @@ from transformers.utils import logging as hf_logging
 
 from collegium.errors import TrainingError
 from collegium.models.adapters import adapter_layers, merged_copy
+from collegium.train.checkpoint import STATE
 
 # transformers saves optimizer and random generators as pickles, which run code when loaded.
-STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 OBJECTIVE = "objective.safetensors"
 STUDENT = "student"

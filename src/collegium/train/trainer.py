@@ -367,7 +367,7 @@ class DistillTrainer(Trainer):
             Interrupted: SIGINT or SIGTERM was received; a checkpoint was saved.
         """
         source, step = self._checkpointer.start(resume_from_checkpoint, self.fingerprint())
-        self._log.truncate(step)
+        self._log.restore(source, step)
         self._meter = self._new_meter()
         if source is not None and (done := self._checkpointer.finished(self, source)):
             return done
@@ -399,9 +399,7 @@ class DistillTrainer(Trainer):
             is_ours = (path / checkpoint.MANIFEST).exists()
             if path.exists() and any(path.iterdir()) and not is_ours:
                 raise TrainingError(f"{path}: is in use; must be free for the student; use another")
-            temporary = checkpoint.temporary_folder(path.parent, path.name)
-            self._write_student(temporary)
-            checkpoint.replace(temporary, path)
+            checkpoint.write(path, self._write_student)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -463,6 +461,7 @@ class DistillTrainer(Trainer):
         callbacks = [*self.callback_handler.callbacks, self.control]
         self.state.stateful_callbacks = cast(Any, callback_states(callbacks))
         self.state.save_to_json(str(folder / state.TRAINER_STATE))
+        self._log.copy_to(folder)
         optimizer, tensors = state.optimizer_state(cast(Optimizer, self.optimizer))
         record = {
             "step": self.state.global_step,

@@ -150,7 +150,7 @@ def test_scalars_are_float16_and_finite() -> None:
         {"vocabulary": np.array([1, V], np.uint16)},
         {"gaps": np.array([0, 2], np.uint16)},
         {"sizes": np.array([1], np.uint8)},
-        {"sizes": np.array([2, 0], np.uint8), "entropy": np.zeros(2, np.float16)},
+        {"sizes": np.array([2, 0], np.uint8)} | {n: np.zeros(2, np.float16) for n in SCALARS},
         {"entropy": np.zeros(2, np.float16)},
     ],
     ids=["counts", "token id", "rank", "sizes", "empty row", "scalars"],
@@ -162,7 +162,7 @@ def test_columns_that_no_encoder_writes_are_refused(change: dict) -> None:
         "gaps": np.array([0, 1], np.uint16),
         "counts": np.array([2, 3], np.uint8),
         "vocabulary": np.array([0, 1], np.uint16),
-        "entropy": np.zeros(1, np.float16),
+        **{name: np.zeros(1, np.float16) for name in SCALARS},
     }
     assert codec.unpack(packed, packed.pop("vocabulary"))["ids"].tolist() == [0, 1]
     packed |= {"vocabulary": np.array([0, 1], np.uint16)} | change

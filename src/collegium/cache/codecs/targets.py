@@ -138,10 +138,12 @@ class TargetCodec:
         if isinstance(self.targets, TopK):
             if not (rows["log_tail"] <= 0).all():
                 raise ValueError("a tail is not a log-probability")
-            return rows
-        totals = _row_sums(rows["counts"].astype(np.int64), sizes)
-        if (rows["counts"] == 0).any() or (totals != self.targets.draws).any():
-            raise ValueError(f"counts of a row do not add up to {self.targets.draws}")
+        else:
+            totals = _row_sums(rows["counts"].astype(np.int64), sizes)
+            if (rows["counts"] == 0).any() or (totals != self.targets.draws).any():
+                raise ValueError(f"counts of a row do not add up to {self.targets.draws}")
+        if missing := set(self.scalars) - columns.keys():
+            raise ValueError(f"no column `{min(missing)}`")
         return rows
 
     def decode(self, columns: Columns) -> NamedRows:
