@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from collegium.distributions import Answer, HiddenRows
 from collegium.errors import RecipeError, TrainingError
-from collegium.fusion.fuse import Fusion, Target, TargetBlock, fuse
+from collegium.fusion.fuse import Fusion, Target, TargetBlock, TargetUse, fuse
 from collegium.fusion.requirements import Requirement, fusion_requirements
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
 from collegium.losses.divergences import ForwardKL
@@ -95,7 +95,11 @@ class Objective(nn.Module):
                 f"fusion: got none for {len(answers)} teachers; must be given where kd_ratio > 0; "
                 "add it or use kd_ratio: 0"
             )
-        return fuse(self.fusion, answers, rows, kernels=kernels, workspace=self.workspace)
+        temperature = self.options.temperature
+        is_plain_kl = isinstance(self.options.divergence, ForwardKL) and temperature == 1.0
+        use = TargetUse(temperature, reads_logp=not is_plain_kl)
+        workspace = self.workspace
+        return fuse(self.fusion, answers, rows, kernels=kernels, workspace=workspace, use=use)
 
     def engine(self, student: HiddenRows, target: Target | None) -> BlockEngine:
         """The block engine of the student, with blocks that fit in memory."""
