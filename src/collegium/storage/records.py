@@ -198,7 +198,9 @@ class TeacherMeasure(Record):
     ece_under: Number = None
     overconfidence: Number = None
     temperature: Number = None
-    """Fitted to this teacher only."""
+    """Fitted to this teacher only. None if its source has no other temperature than 1."""
+    is_grid_end: bool = False
+    """Whether it is the lowest or highest temperature that was tried, not an optimum."""
     top1: Number = None
     domains: Numbers = {}
     """NLL by domain."""
