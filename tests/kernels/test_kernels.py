@@ -279,8 +279,8 @@ def test_device_products_have_aligned_sizes(monkeypatch, vocab_size, with_bias):
     assert [(part.stop - part.start) % 8 for part in parts[:-1]] == [0] * (len(parts) - 1)
     assert len(parts) == {5: 1, 16: 1, 29: 2}[vocab_size]
     bias = torch.randn(vocab_size, dtype=torch.float64) if with_bias else None
-    hidden, out = torch.randn(N, 4, dtype=torch.float64), torch.empty(N, vocab_size).double()
-    rows = head_product(hidden, Head(weight, bias), out)
+    hidden = torch.randn(N, 4, dtype=torch.float64)
+    rows = head_product(hidden, Head(weight, bias), Workspace())
     expected = torch.nn.functional.linear(hidden, weight, bias)
     torch.testing.assert_close(rows.values_nV, expected, rtol=1e-12, atol=1e-12)
 
