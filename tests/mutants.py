@@ -80,7 +80,7 @@ MUTATIONS = [
         ("return grid[max(left, 0)]", "return 1.0"),
         ("3 * drift - 2 * rise - fall", "3 * drift - rise - fall"),
         ("vertex = log_grid[1] - linear / (2 * square)", "vertex = log_grid[1] + linear / (2 * square)"),
-        ("and temperature != 1.0", "and True"),
+        ("if temperature == tables.grid[0]:", "if False:"),
         ("for octave in range(3, 6)", "for octave in range(3, 4)"),
         ("if nll_G[index] < best - MIN_GAIN:", "if nll_G[index] > best:"),
         ("next_document = int(documents.max()) + 1", "next_document = int(documents.max())"),

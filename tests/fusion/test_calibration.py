@@ -18,7 +18,7 @@ from collegium.fusion.calibration import (
     entropy_bins,
     fit_joint_temperatures,
     fit_temperature,
-    is_grid_end,
+    grid_end,
     linear_pool_nll,
     reliability_bins,
 )
@@ -139,24 +139,24 @@ def test_temperature_beyond_the_grid_is_marked(sharpness, edge):
     logits_NV, rows = _sampled(300, sharpness)
     tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows)
     assert fit_temperature(tables, "law") == edge
-    assert is_grid_end(tables, edge)
-    assert not is_grid_end(tables, 0.99 * edge + 0.01)
+    assert grid_end(tables, edge) == ("highest" if edge > 1 else "lowest")
+    assert grid_end(tables, 0.99 * edge + 0.01) is None
 
 
 def test_nothing_is_fitted_on_a_single_temperature():
     logits_NV, rows = _sampled(300, 2.0)
     tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows, grid=[1.0])
     assert fit_temperature(tables, "law") is None
-    assert not is_grid_end(tables, None)
+    assert grid_end(tables, None) is None
 
 
 def test_stored_temperatures_are_interpolated_and_their_ends_marked():
-    for sharpness, expected in ((1.6, 1.6), (9.0, 3.0)):
+    for sharpness, expected, end in ((1.6, 1.6, None), (9.0, 3.0, "highest"), (0.3, 1.0, "lowest")):
         logits_NV, rows = _sampled(4000, sharpness)
         tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows, grid=[1.0, 3.0])
         fitted = fit_temperature(tables, "law")
         assert fitted == pytest.approx(expected, rel=0.1)
-        assert is_grid_end(tables, fitted) == (sharpness == 9.0)
+        assert grid_end(tables, fitted) == end
 
 
 def test_flat_teacher_keeps_its_temperature():

@@ -189,3 +189,17 @@ def test_wide_tables_are_split_into_parts_that_fit():
     # A single column wider than the page is a part of its own.
     wide = [Column("x", str, lambda value: 30 * "1234567890") for _ in range(2)]
     assert len(Table("", "", wide, [Line("a", 1)]).parts()) == 2
+
+
+def test_temperatures_that_are_no_optimum_are_marked():
+    measures = {
+        "fitted": {"temperature": 1.5},
+        "too certain": {"temperature": 32.0, "grid_end": "highest"},
+        "too timid": {"temperature": 1.0, "grid_end": "lowest"},
+        "cached": {"temperature": None},
+    }
+    run = RunFiles("run", preflight=PreflightReport.model_validate({"teachers": measures}))
+    table = run_tables.teacher_tables(run)[0]
+    column = [column.title for column in table.columns].index("T")
+    texts = [cells[column].text for _, cells in table.rows()]
+    assert texts == ["1.50", "≥ 32.00", "≤ 1.00", "–"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -212,7 +213,7 @@ def fit_temperature(tables: TemperatureTables, teacher: str) -> float | None:
     """Fit T* = argmin_T mean NLL of softmax(z / T) for one teacher, inside the grid.
 
     The result is between grid temperatures, and 1 for a flat teacher, whose temperature does not
-    matter. At an end of the grid the NLL still falls beyond it (see `is_grid_end`). None for a grid
+    matter. At an end of the grid the NLL still falls beyond it (see `grid_end`). None for a grid
     of one temperature, which fits nothing.
     """
     if len(tables.grid) == 1:
@@ -225,9 +226,13 @@ def fit_temperature(tables: TemperatureTables, teacher: str) -> float | None:
     return temperature_of_least_nll(tables.grid, nll_G, entropy_G - nll_G)
 
 
-def is_grid_end(tables: TemperatureTables, temperature: float | None) -> bool:
-    """Whether a fitted temperature is the lowest or highest that was tried, so no optimum."""
-    return temperature in (tables.grid[0], tables.grid[-1]) and temperature != 1.0
+def grid_end(
+    tables: TemperatureTables, temperature: float | None
+) -> Literal["lowest", "highest"] | None:
+    """Whether a fitted temperature is an end of those tried, so no optimum. None for others."""
+    if temperature == tables.grid[0]:
+        return "lowest"
+    return "highest" if temperature == tables.grid[-1] else None
 
 
 Axis = Callable[[int, Sequence[int]], Tensor]

@@ -16,7 +16,7 @@ from collegium.distributions import Teacher
 from collegium.errors import CollegiumError
 from collegium.evaluate.metrics import Metrics
 from collegium.evaluate.scoring import OnProgress, Windows, unique_scorers
-from collegium.fusion.calibration import TemperatureTables, fit_temperature, is_grid_end
+from collegium.fusion.calibration import TemperatureTables, fit_temperature, grid_end
 from collegium.fusion.options import describe, to_recipe
 from collegium.preflight import weight_quality
 from collegium.preflight.advice import findings_of, verdict_sentences
@@ -118,7 +118,7 @@ def _teacher(metrics: Metrics, tables: TemperatureTables, name: str) -> records.
         **scores.model_dump(include=figures),
         **calibration.model_dump(include={"ece_over", "ece_under"}),
         temperature=temperature,
-        is_grid_end=is_grid_end(tables, temperature),
+        grid_end=grid_end(tables, temperature),
         domains={domain: score.nll for domain, score in scores.domains.items()},
     )
 

@@ -127,9 +127,8 @@ def teacher_tables(run: RunFiles) -> list[Table[str]]:
 
 def _temperature(measure: records.TeacherMeasure) -> str:
     text = form.fixed(measure.temperature, 2)
-    if not measure.is_grid_end or measure.temperature is None:
-        return text
-    return f"{'≥' if measure.temperature > 1 else '≤'} {text}"
+    sign = {"lowest": "≤ ", "highest": "≥ ", None: ""}[measure.grid_end]
+    return f"{sign}{text}"
 
 
 def fusion_tables(run: RunFiles) -> list[Table[records.CandidateFusion]]:

@@ -199,8 +199,8 @@ class TeacherMeasure(Record):
     overconfidence: Number = None
     temperature: Number = None
     """Fitted to this teacher only. None if its source has no other temperature than 1."""
-    is_grid_end: bool = False
-    """Whether it is the lowest or highest temperature that was tried, not an optimum."""
+    grid_end: Literal["lowest", "highest"] | None = None
+    """Set where it is an end of the temperatures tried, beyond which the NLL falls."""
     top1: Number = None
     domains: Numbers = {}
     """NLL by domain."""
