@@ -302,6 +302,6 @@ def test_adapters_are_plain_linear_maps():
 
 def test_adapters_initially_preserve_the_size_of_their_inputs():
     terms = FeatureLoss(FeatureOptions(), {"layer_0": 256}, {"small": {"layer_0": 512}})
-    state = torch.randn(50, 256, generator=torch.Generator().manual_seed(0))
+    state = torch.randn(50, 256, generator=torch.Generator().manual_seed(1))
     size = terms.adapters[0][0](state).detach().square().mean().sqrt()
     assert 0.9 < float(size) < 1.1
