@@ -240,7 +240,7 @@ MUTATIONS = [
     ),
     *_of(
         "evaluate/metrics.py",
-        "evaluate/test_scoring.py evaluate/test_results.py",
+        "evaluate/test_metrics.py evaluate/test_scoring.py evaluate/test_results.py",
         ("return self.nll - _mean(self.entropy_N)", "return self.nll + _mean(self.entropy_N)"),
         ("nats / math.log(2) / num_bytes", "nats / num_bytes"),
     ),
