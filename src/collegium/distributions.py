@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
-from collegium.kernels.rows import RawRows, Workspace, head_product
+from collegium.kernels.rows import RawRows, Workspace, head_product, logits_dtype
 from collegium.options import Tensor, torch
 from collegium.types import Batch, Head, Rows, map_tensors
 
@@ -79,21 +79,23 @@ class HiddenRows(Distribution):
 
     @property
     def logit_bytes(self) -> int:
-        return self.head.weight.element_size()
+        return logits_dtype(self.head).itemsize
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
     def logits(self, block: slice) -> Tensor:
-        return self.head.logits(self.hidden[block])
+        has_graph = self.hidden.requires_grad or self.head.weight.requires_grad
+        if self.head.weight.dtype.itemsize >= 4 or (has_graph and torch.is_grad_enabled()):
+            return self.head.logits(self.hidden[block])
+        raw = head_product(self.hidden[block], self.head, Workspace())
+        return self.head.finish(raw.values_nV)
 
     def take(self, rows_m: Tensor) -> HiddenRows:
         return HiddenRows(self.hidden[rows_m.to(self.hidden.device)], self.head)
 
     def raw(self, block: slice, workspace: Workspace, buffer: str) -> tuple[RawRows, bool]:
-        hidden_nD, weight_VD = self.hidden[block], self.head.weight
-        out_nV = workspace.matrix(buffer, (hidden_nD.shape[0], weight_VD.shape[0]), weight_VD)
-        return head_product(hidden_nD, self.head, out_nV), True
+        return head_product(self.hidden[block], self.head, workspace, buffer=buffer), True
 
 
 @dataclass(frozen=True, slots=True)

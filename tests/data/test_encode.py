@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from collegium.data.documents import Document
 from collegium.data.encode import Encoder
-from collegium.data.pack import split_of
+from collegium.data.pack import _seeded_hash, split_of
 from collegium.data.tokens import bytes_of_tokens
 from collegium.errors import DataError
 from refusals import refused
@@ -315,3 +315,10 @@ def test_split_fractions_hold_and_follow_the_seed():
     # The validation split does not depend on the calibration fraction.
     wider = [split_of(d, seed=3, calibration=0.0, validation=0.2) for d in documents]
     assert [p == "validation" for p in wider] == [p == "validation" for p in parts]
+
+
+def test_split_and_order_of_documents_are_independent():
+    documents = [document(text=f"text {number}") for number in range(400)]
+    order = sorted(documents, key=lambda d: _seeded_hash(d, 3, "order"))
+    first = [split_of(d, seed=3, calibration=0.0, validation=0.5) for d in order[:200]]
+    assert 70 < first.count("validation") < 130

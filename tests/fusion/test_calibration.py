@@ -18,6 +18,7 @@ from collegium.fusion.calibration import (
     entropy_bins,
     fit_joint_temperatures,
     fit_temperature,
+    grid_end,
     linear_pool_nll,
     reliability_bins,
 )
@@ -119,7 +120,9 @@ def test_table_equals_the_scalars_of_tempered_logits(monkeypatch):
             assert table.max_logp_KN[g, t].item() == pytest.approx(max(logp))
 
 
-@pytest.mark.parametrize("sharpness", [0.7, 1.0, 1.6, 2.9])
+@pytest.mark.parametrize(
+    "sharpness", [0.07, 0.2, 0.4, 0.7, 1.0, 1.6, 2.9, 3.9, 6.0, 8.0, 11.0, 29.0]
+)
 def test_temperature_undoes_overconfidence(sharpness):
     logits_NV, rows = _sampled(4000, sharpness)
     tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows)
@@ -131,17 +134,35 @@ def test_temperature_undoes_overconfidence(sharpness):
     assert fitted == pytest.approx(sharpness, rel=0.08)
 
 
-@pytest.mark.parametrize(("sharpness", "edge"), [(20.0, 4.0), (0.05, 0.5)])
-def test_temperature_stays_inside_the_grid(sharpness, edge):
+@pytest.mark.parametrize(("sharpness", "edge"), [(100.0, 32.0), (0.02, 1 / 16)])
+def test_temperature_beyond_the_grid_is_marked(sharpness, edge):
     logits_NV, rows = _sampled(300, sharpness)
     tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows)
     assert fit_temperature(tables, "law") == edge
+    assert grid_end(tables, edge) == ("highest" if edge > 1 else "lowest")
+    assert grid_end(tables, 0.99 * edge + 0.01) is None
 
 
-def test_flat_teacher_gets_a_temperature_of_the_grid():
+def test_nothing_is_fitted_on_a_single_temperature():
+    logits_NV, rows = _sampled(300, 2.0)
+    tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows, grid=[1.0])
+    assert fit_temperature(tables, "law") is None
+    assert grid_end(tables, None) is None
+
+
+def test_stored_temperatures_are_interpolated_and_their_ends_marked():
+    for sharpness, expected, end in ((1.6, 1.6, None), (9.0, 3.0, "highest"), (0.3, 1.0, "lowest")):
+        logits_NV, rows = _sampled(4000, sharpness)
+        tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows, grid=[1.0, 3.0])
+        fitted = fit_temperature(tables, "law")
+        assert fitted == pytest.approx(expected, rel=0.1)
+        assert grid_end(tables, fitted) == end
+
+
+def test_flat_teacher_keeps_its_temperature():
     rows = make_rows(torch.zeros(5, dtype=torch.long), [0] * 5)
     tables = TemperatureTables.of(make_teachers(torch.zeros(1, 5, V)), rows)
-    assert fit_temperature(tables, "law") in TEMPERATURES
+    assert fit_temperature(tables, "law") == 1.0
 
 
 def test_batches_add_up_and_documents_stay_apart():
@@ -219,4 +240,5 @@ def test_joint_fit_cools_the_overconfident_teacher():
 
 def test_raw_is_on_the_grid():
     assert 1.0 in TEMPERATURES
-    assert (TEMPERATURES[0], TEMPERATURES[-1]) == (0.5, 4.0)
+    assert (TEMPERATURES[0], TEMPERATURES[-1]) == (1 / 16, 32.0)
+    assert list(TEMPERATURES) == sorted(TEMPERATURES)

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from collegium.fusion.calibration import TemperatureTables
 from collegium.fusion.fitted import WEIGHTINGS, Fixed, Route
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, MinCE, PrefixLikelihood, Uniform
 from collegium.fusion.weighting import Carry, RowStats
 from collegium.types import Rows
-from fusion_cases import NAMES, WEIGHTING_CASES, fused, make_rows, make_teachers
+from fusion_cases import NAMES, WEIGHTING_CASES, fused, make_rows, make_teachers, stats_of
 from refusals import check_message
 
 V, K = 6, 3
@@ -291,3 +292,19 @@ def test_every_rule_is_in_the_table_under_its_name():
         "uniform", "best_single", "entropy", "prefix_likelihood", "fixed", "calibrated_entropy",
         "gate", "consensus", "domain_weights", "route", "ca_mkd", "min_ce", "avg_ce",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("gap", [2.0, 8.0, 14.0, 16.0, 17.0, 25.0])
+@pytest.mark.parametrize("form", ["softmax", "inverse", "complement"])
+def test_weights_of_nearly_certain_teachers_do_not_depend_on_the_dtype(form, gap):
+    logits_KNV = torch.zeros(2, 1, 1000, dtype=torch.float64)
+    logits_KNV[0, 0, 0], logits_KNV[1, 0, 1] = gap + 7.0, gap + 7.5
+    rows = make_rows(torch.zeros(1, dtype=torch.long), [0])
+    weighting = Entropy(form=form)
+    exact = fused(Fusion(weighting=weighting), make_teachers(logits_KNV), rows).weights_Kn
+    for name, stats in {
+        "pooled": stats_of(make_teachers(logits_KNV.float()), rows),
+        "calibrated": TemperatureTables.of(make_teachers(logits_KNV.float()), rows).stats({}),
+    }.items():
+        weights = weighting.log_scores(stats, rows, NAMES[:2]).softmax(0)
+        torch.testing.assert_close(weights, exact.double(), rtol=1e-4, atol=0, msg=name)

@@ -7,8 +7,7 @@ from collegium.distributions import Answer, HiddenRows
 from collegium.fusion.fitted import Fixed
 from collegium.fusion.fuse import Fusion
 from collegium.kernels.backends import kernels_for
-from collegium.kernels.rows import DenseTarget, RawRows, RunningMean
-from collegium.losses.engine import add_product_
+from collegium.kernels.rows import DenseTarget, RawRows, RunningMean, add_product_
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
@@ -88,10 +87,9 @@ def test_objective_in_bfloat16(vocab_size):
     states = HiddenRows(student[0], Head(student[1]))
     total = row_losses(objective, states, teachers, rows).total / N
     grads = torch.autograd.grad(total, student)
-    # Reference in float64, from logits rounded to bfloat16.
-    logp = [(x @ w.T).double().log_softmax(-1) for x, w in heads[:2]]
+    logp = [(x.double() @ w.double().T).log_softmax(-1) for x, w in heads[:2]]
     p = 0.3 * logp[0].exp() + 0.7 * logp[1].exp()
-    logits = (heads[2][0] @ heads[2][1].T).detach().double().requires_grad_()
+    logits = (heads[2][0].double() @ heads[2][1].double().T).detach().requires_grad_()
     logq = logits.log_softmax(-1)
     kl = (p * (p.log() - logq)).sum(-1)
     ce = -logq.gather(1, rows.labels[:, None])[:, 0]
@@ -101,5 +99,4 @@ def test_objective_in_bfloat16(vocab_size):
     exact = (dlogits @ student[1].double(), dlogits.T @ student[0].double())
     for ours, theirs in zip(grads, exact, strict=True):
         assert ours.dtype == torch.bfloat16
-        cosine = torch.cosine_similarity(ours.double().flatten(), theirs.flatten(), 0)
-        assert cosine > 0.9999
+        assert (ours.double() - theirs).norm() < 3e-3 * theirs.norm()

@@ -1,5 +1,7 @@
 """Every operation of every backend against the formula in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -277,8 +279,8 @@ def test_device_products_have_aligned_sizes(monkeypatch, vocab_size, with_bias):
     assert [(part.stop - part.start) % 8 for part in parts[:-1]] == [0] * (len(parts) - 1)
     assert len(parts) == {5: 1, 16: 1, 29: 2}[vocab_size]
     bias = torch.randn(vocab_size, dtype=torch.float64) if with_bias else None
-    hidden, out = torch.randn(N, 4, dtype=torch.float64), torch.empty(N, vocab_size).double()
-    rows = head_product(hidden, Head(weight, bias), out)
+    hidden = torch.randn(N, 4, dtype=torch.float64)
+    rows = head_product(hidden, Head(weight, bias), Workspace())
     expected = torch.nn.functional.linear(hidden, weight, bias)
     torch.testing.assert_close(rows.values_nV, expected, rtol=1e-12, atol=1e-12)
 
@@ -289,3 +291,23 @@ def test_result_does_not_depend_on_strip_size(monkeypatch):
     monkeypatch.setattr("collegium.kernels.plain.CPU_STRIP_BYTES", 8 * V * 2)
     _, parts_n = TorchKernels().read(rows)
     assert torch.equal(whole_n, parts_n)
+
+
+# At 14 the sum of exp is 1 + 1e-6, of which float32 keeps one digit.
+@pytest.mark.parametrize("gap", [3.0, 8.0, 14.0, 20.0, 60.0])
+@pytest.mark.parametrize("offset", [0.0, 30.0, -200.0])
+@pytest.mark.parametrize("num_best", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entropy_of_nearly_certain_rows_is_precise(backend, num_best, offset, gap):
+    rows, _ = raw_rows(N, V, torch.float32)
+    rows.values_nV.mul_(0.1).add_(offset)
+    top = rows.values_nV.amax(-1) + torch.linspace(gap, gap + 1, N)
+    rows.values_nV[:, 5 : 5 + num_best] = top[:, None]
+    _, entropy_n = kernels_of(backend).read(rows)
+    # The same formula, without the digits that a sum of 1 and small terms loses in float64 too.
+    gap_nV = truth_of(rows).detach()
+    gap_nV = gap_nV - gap_nV.amax(-1, keepdim=True)
+    rest_n = torch.where(gap_nV < 0, gap_nV.exp(), 0.0).sum(-1)
+    expected = math.log(num_best) + torch.log1p(rest_n / num_best)
+    expected -= (gap_nV.exp() * gap_nV).sum(-1) / (num_best + rest_n)
+    torch.testing.assert_close(entropy_n.double(), expected, rtol=2e-5, atol=0)

@@ -8,9 +8,9 @@ from torch.utils._pytree import tree_leaves
 import reference_losses
 from collegium.distributions import Answer, DenseRows, HiddenRows
 from collegium.fusion.fuse import Fusion
-from collegium.kernels.rows import Workspace
+from collegium.kernels.rows import Workspace, add_product_
 from collegium.losses.divergences import DIVERGENCES
-from collegium.losses.engine import BlockEngine, add_product_, default_block_size
+from collegium.losses.engine import BlockEngine, default_block_size
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
@@ -333,12 +333,14 @@ def wide_products(monkeypatch):
         assert left.dtype == right.dtype
         assert out.dtype == out_dtype == torch.float32
         seen.append(out.shape)
-        return out.mul_(beta).add_(alpha * (left.float() @ right.float()))
+        out = out.mul_(beta) if beta else out.zero_()
+        return out.add_(alpha * (left.float() @ right.float()))
 
     # PyTorch implements this overload for CUDA only.
     library = torch.library.Library("aten", "IMPL")
     library.impl("addmm.dtype_out", addmm, "CPU")
-    monkeypatch.setattr("collegium.losses.engine._adds_wide_products", lambda device: True)
+    for module in ("kernels.rows", "losses.engine"):
+        monkeypatch.setattr(f"collegium.{module}.multiplies_half", lambda device: True)
     yield seen
     library._destroy()
 
@@ -352,8 +354,8 @@ def test_products_of_half_precision_are_added_in_float32(wide_products, dtype):
         truth.target = problem.target.double()
     problem.sums(block_size=8).total.backward()
     truth.plain().backward()
-    # Per block: the gradient of the hidden states, then of the head.
-    assert wide_products == [(8, D), (V, D), (8, D), (V, D), (3, D), (V, D)]
+    # Per block: the student's logits, the gradient of the hidden states, then of the head.
+    assert wide_products == [x for n in (8, 8, 3) for x in ((n, V), (n, D), (V, D))]
     for ours, exact in zip(problem.inputs, truth.inputs, strict=True):
         assert ours.grad.dtype == dtype
         cosine = torch.cosine_similarity(ours.grad.double().flatten(), exact.grad.flatten(), 0)
@@ -365,3 +367,39 @@ def test_float64_sums_of_half_products_use_two_operations(wide_products):
     add_product_(sums, left, right)
     assert wide_products == []
     assert torch.equal(sums, torch.full((3, 2), 5.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("has_wide_products", [False, True])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("std", [1.0, 4.0])
+@pytest.mark.parametrize("dtypes", [("bfloat16",) * 2, ("float32", "bfloat16")], ids="-".join)
+def test_half_heads_close_to_each_other_have_exact_gradients(
+    request, dtypes, std, name, has_wide_products
+):
+    if has_wide_products:
+        request.getfixturevalue("wide_products")
+    student_dtype, teacher_dtype = (getattr(torch, dtype) for dtype in dtypes)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    width, vocab_size = 64, 1000
+    hidden, weight = draw(24, width), std * width**-0.5 * draw(vocab_size, width)
+    theirs = [hidden.to(teacher_dtype), weight.to(teacher_dtype)]
+    hidden = hidden + 0.05 * draw(*hidden.shape)
+    weight = weight + 0.05 * std * width**-0.5 * draw(*weight.shape)
+    ours = [x.to(student_dtype).requires_grad_() for x in (hidden, weight)]
+    exact = [x.detach().double().requires_grad_() for x in ours]
+    logp = (theirs[0].double() @ theirs[1].double().T).log_softmax(-1)
+    divergence = DIVERGENCES[name]()
+    divergence(logp, (exact[0] @ exact[1].T).log_softmax(-1)).sum().backward()
+    options = ObjectiveOptions(kd_ratio=1.0, block_size=10, divergence=divergence)
+    number = torch.arange(24)
+    answer = Answer("t", HiddenRows(theirs[0], Head(theirs[1])))
+    student = HiddenRows(ours[0], Head(ours[1]))
+    rows = Rows(number, number, number, number)
+    row_losses(Objective(options, Fusion()), student, [answer], rows).total.backward()
+    for x, expected in zip(ours, exact, strict=True):
+        error = (x.grad.double() - expected.grad).norm() / expected.grad.norm()
+        assert error < (3e-3 if student_dtype == torch.bfloat16 else 1e-4)

@@ -133,6 +133,34 @@ def test_terms_do_not_depend_on_the_scale_of_the_states():
         torch.testing.assert_close(terms(small, huge)[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-4, 1.0, 1e20])
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_normalization_is_relative(loss, scale):
+    terms = FeatureLoss(FeatureOptions(loss=loss), {"layer_0": 5}, {"small": {"layer_0": 5}})
+    with torch.no_grad():
+        terms.adapters[0][0].weight.copy_(torch.eye(5))
+    state = torch.randn(N, 5, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(N, 5, generator=torch.Generator().manual_seed(1))
+    results = []
+    for ours, theirs in ((scale * state, scale * state), (scale * state, other), (state, other)):
+        ours = ours.clone().requires_grad_()
+        answers = [Answer("small", DenseRows(torch.zeros(N, 2)), {"layer_0": theirs})]
+        value_N = terms({"layer_0": ours}, answers)["feature/small"]
+        results.append((value_N.detach(), torch.autograd.grad(value_N.sum(), ours)[0]))
+    (of_itself, _), (value, gradient), (expected, expected_gradient) = results
+    assert of_itself.abs().max() < 1e-6
+    torch.testing.assert_close(value, expected)
+    # The loss does not depend on the scale, so its gradient is inversely proportional to it.
+    torch.testing.assert_close(scale * gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_zero_state_has_a_finite_gradient():
+    terms, teachers = build(), teacher_rows()
+    student = {tap: torch.zeros(N, width).requires_grad_() for tap, width in STUDENT.items()}
+    sum(value.sum() for value in terms(student, teachers).values()).backward()
+    assert student["layer_1"].grad.isfinite().all()
+
+
 def test_one_adapter_per_teacher_and_pair():
     terms = build(num_layers=2)
     shapes = [[tuple(a.weight.shape) for a in group] for group in terms.adapters]
@@ -270,3 +298,10 @@ def test_adapters_are_plain_linear_maps():
     assert all(
         isinstance(a, nn.Linear) and a.bias is None for group in build().adapters for a in group
     )
+
+
+def test_adapters_initially_preserve_the_size_of_their_inputs():
+    terms = FeatureLoss(FeatureOptions(), {"layer_0": 256}, {"small": {"layer_0": 512}})
+    state = torch.randn(50, 256, generator=torch.Generator().manual_seed(1))
+    size = terms.adapters[0][0](state).detach().square().mean().sqrt()
+    assert 0.9 < float(size) < 1.1

@@ -47,21 +47,21 @@ class LargeStorages(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("student", "teachers", "fusion", "temperature", "expected"),
     [
-        # Buffers `logits` and `pool`: 4 + 4 bytes per logit in float32. With bfloat16 heads 2 + 4,
-        # or 2 + 2 for a single teacher, whose logits are the target.
+        # Buffers `logits` and `pool`: 4 + 4 bytes per logit, for bfloat16 heads too, whose products
+        # are in float32.
         (F32, [], None, 1.0, 4),
-        (BF16, [], None, 1.0, 2),
+        (BF16, [], None, 1.0, 4),
         (F32, [F32], Fusion(), 1.0, 8),
-        (BF16, [BF16], Fusion(), 1.0, 4),
+        (BF16, [BF16], Fusion(), 1.0, 8),
         (BF16, [BF16], Fusion(), 2.0, 8),
         (F32, [F32], Fusion(), 2.0, 8),
-        (BF16, [BF16] * 2, Fusion(), 1.0, 6),
-        (BF16, [BF16] * 5, Fusion(), 1.0, 6),
-        (BF16, [BF16] * 5, Fusion(), 2.0, 6),
+        (BF16, [BF16] * 2, Fusion(), 1.0, 8),
+        (BF16, [BF16] * 5, Fusion(), 1.0, 8),
+        (BF16, [BF16] * 5, Fusion(), 2.0, 8),
         (F32, [F32] * 5, Fusion(weighting=Uniform()), 1.0, 8),
         (BF16, [F32] * 2, Fusion(), 1.0, 8),
         (F32, [BF16] * 2, Fusion(pool="log_linear"), 1.0, 8),
-        (BF16, [BF16] * 3, Fusion(weighting=BestSingle(teacher="t1")), 1.0, 4),
+        (BF16, [BF16] * 3, Fusion(weighting=BestSingle(teacher="t1")), 1.0, 8),
     ],
 )
 def test_peak_of_a_block_equals_its_budget(

@@ -176,3 +176,30 @@ def test_stages_end_with_their_total(run: RunFiles) -> None:
     rows = texts(run_tables.stage_table(run))
     assert rows["train"] == ["done", "2026-01-05 10:02:00", "2 min 35 s", "28.1 %", ""]
     assert rows["total"][2:4] == ["9 min 12 s", "100.0 %"]
+
+
+def test_wide_tables_are_split_into_parts_that_fit():
+    names = [f"domain-{i}" for i in range(9)]
+    columns = [Column(name, lambda row: row, lambda value: "+1.20 / 12.0") for name in names]
+    table = Table("Calibration", "Model", columns, [Line("a", 1), Line("b", 2)])
+    parts = table.parts()
+    assert [column.title for part in parts for column in part.columns] == names
+    assert [len(part.columns) for part in parts] == [6, 3]
+    assert all(part.lines == table.lines for part in parts)
+    # A single column wider than the page is a part of its own.
+    wide = [Column("x", str, lambda value: 30 * "1234567890") for _ in range(2)]
+    assert len(Table("", "", wide, [Line("a", 1)]).parts()) == 2
+
+
+def test_temperatures_that_are_no_optimum_are_marked():
+    measures = {
+        "fitted": {"temperature": 1.5},
+        "too certain": {"temperature": 32.0, "grid_end": "highest"},
+        "too timid": {"temperature": 1.0, "grid_end": "lowest"},
+        "cached": {"temperature": None},
+    }
+    run = RunFiles("run", preflight=PreflightReport.model_validate({"teachers": measures}))
+    table = run_tables.teacher_tables(run)[0]
+    column = [column.title for column in table.columns].index("T")
+    texts = [cells[column].text for _, cells in table.rows()]
+    assert texts == ["1.50", "≥ 32.00", "≤ 1.00", "–"]

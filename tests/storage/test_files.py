@@ -71,3 +71,28 @@ def test_locks_are_exclusive_or_shared(tmp_path: Path) -> None:
         lock_folder(tmp_path, "wait"),
     ):
         pass
+
+
+def test_content_then_name_are_on_the_disk_when_a_write_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[int, list[str]]] = []
+
+    def record(descriptor: int) -> None:
+        flushed.append((os.fstat(descriptor).st_ino, sorted(os.listdir(tmp_path))))
+
+    monkeypatch.setattr(os, "fsync", record)
+    write_bytes(tmp_path / "x", b"content")
+    inodes = [(tmp_path / "x").stat().st_ino, tmp_path.stat().st_ino]
+    # The content before it gets its name, then the folder that holds the name.
+    assert flushed == [(inodes[0], [".x.tmp"]), (inodes[1], ["x"])]
+
+
+def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(tmp_path / "x", b"content")
+    assert os.listdir(tmp_path) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,8 +19,17 @@ from collegium.fusion.pools import RowReader
 from collegium.fusion.weighting import RowStats, Weighting
 from collegium.types import Rows, map_tensors
 
-TEMPERATURES: tuple[float, ...] = tuple(2.0 ** ((step - 6) / 6) for step in range(19))
-"""Six temperatures per octave from 1/2 to 4, including 1, the uncalibrated teacher."""
+TEMPERATURES: tuple[float, ...] = (
+    *(2.0**octave for octave in range(-4, -1)),
+    *(2.0 ** ((step - 6) / 6) for step in range(19)),
+    *(2.0**octave for octave in range(3, 6)),
+)
+"""Six temperatures per octave from 1/2 to 4, including 1, the uncalibrated teacher.
+
+Beyond, one per octave from 1/16 to 32: few teachers are that badly calibrated.
+"""
+FINE_STEP = 2.0**0.25
+"""Largest ratio of neighbors for a parabola through three of them."""
 BLOCK_ROWS = 256
 """Rows whose logits are read at once."""
 MIN_GAIN = 1e-7
@@ -90,7 +100,7 @@ class TemperatureTables:
     K * G * N scalars and no distributions: one application of each head gives all temperatures.
     """
 
-    # About 1.7 KB per token and teacher: 7.1 GB at peak for a million tokens and four teachers.
+    # About 2.2 KB per token and teacher: 9.3 GB at peak for a million tokens and four teachers.
     grid: Sequence[float]
     tables: Mapping[str, RowStats]
     """Teacher -> statistics (G, N). Their first axis is the temperature, not the teacher."""
@@ -199,13 +209,30 @@ def _table(distribution: Distribution, rows: Rows, grid: Sequence[float]) -> Row
     return RowStats.cat(blocks)
 
 
-def fit_temperature(tables: TemperatureTables, teacher: str) -> float:
+def fit_temperature(tables: TemperatureTables, teacher: str) -> float | None:
     """Fit T* = argmin_T mean NLL of softmax(z / T) for one teacher, inside the grid.
 
-    A parabola through the grid's best temperature and its neighbors refines the result.
+    The result is between grid temperatures, and 1 for a flat teacher, whose temperature does not
+    matter. At an end of the grid the NLL still falls beyond it (see `grid_end`). None for a grid
+    of one temperature, which fits nothing.
     """
-    label_logp_GN = tables.tables[teacher].label_logp_KN
-    return temperature_of_least_nll(tables.grid, -label_logp_GN.double().mean(1))
+    if len(tables.grid) == 1:
+        return None
+    table = tables.tables[teacher]
+    nll_G, entropy_G = -table.label_logp_KN.double().mean(1), table.entropy_KN.double().mean(1)
+    if float(nll_G.max() - nll_G.min()) < MIN_GAIN:
+        return 1.0
+    # d NLL / d log T = H - NLL: 0 where the teacher is calibrated on average.
+    return temperature_of_least_nll(tables.grid, nll_G, entropy_G - nll_G)
+
+
+def grid_end(
+    tables: TemperatureTables, temperature: float | None
+) -> Literal["lowest", "highest"] | None:
+    """Whether a fitted temperature is an end of those tried, so no optimum. None for others."""
+    if temperature == tables.grid[0]:
+        return "lowest"
+    return "highest" if temperature == tables.grid[-1] else None
 
 
 Axis = Callable[[int, Sequence[int]], Tensor]
@@ -289,15 +316,37 @@ def linear_pool_nll(
     return total_N - torch.logsumexp(score_KN + stats.label_logp_KN.double(), dim=0)
 
 
-def temperature_of_least_nll(grid: Sequence[float], nll_G: Tensor) -> float:
-    """Return the temperature of lowest NLL: vertex of a parabola in log T through three points."""
+def temperature_of_least_nll(
+    grid: Sequence[float], nll_G: Tensor, slope_G: Tensor | None = None
+) -> float:
+    """Return the temperature of lowest NLL, interpolated in log T between those of the grid.
+
+    The vertex of a parabola through three close points, else the minimum of the cubic that has the
+    NLLs and slopes d NLL / d log T of two neighbors. An end of the grid where the NLL falls beyond.
+    """
     best = int(nll_G.argmin())
-    if best in (0, len(grid) - 1):
+    neighbors = grid[max(best - 1, 0) : best + 2]
+    is_inside = len(neighbors) == 3
+    if slope_G is not None and not (is_inside and neighbors[2] <= neighbors[0] * FINE_STEP**2):
+        return _cubic_minimum(grid, nll_G, slope_G, best + (0 if slope_G[best] < 0 else -1))
+    if not is_inside:
         return grid[best]
-    log_grid = np.log(np.asarray(grid[best - 1 : best + 2]))
+    log_grid = np.log(np.asarray(neighbors))
     square, linear, _ = np.polyfit(log_grid - log_grid[1], nll_G[best - 1 : best + 2].numpy(), 2)
     # Not convex at the minimum, as for a flat teacher: there is no vertex to move to.
     if square <= 0:
         return grid[best]
     vertex = log_grid[1] - linear / (2 * square)
     return float(np.exp(np.clip(vertex, log_grid[0], log_grid[2])))
+
+
+def _cubic_minimum(grid: Sequence[float], nll_G: Tensor, slope_G: Tensor, left: int) -> float:
+    """Minimum of the cubic Hermite interpolant between grid points `left` and `left` + 1."""
+    if not 0 <= left < len(grid) - 1:
+        return grid[max(left, 0)]
+    width = math.log(grid[left + 1] / grid[left])
+    (start, end), (rise, fall) = nll_G[left : left + 2], width * slope_G[left : left + 2]
+    t = torch.linspace(0.0, 1.0, 1001, dtype=nll_G.dtype)
+    drift = end - start
+    cubic = start + t * (rise + t * (3 * drift - 2 * rise - fall + t * (rise + fall - 2 * drift)))
+    return grid[left] * math.exp(width * float(t[cubic.argmin()]))

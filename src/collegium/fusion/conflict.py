@@ -68,6 +68,9 @@ class Conflict:
     yields_to_labels: ClassVar[bool] = False
     """True if the policy moves weight from the divergence to the cross-entropy."""
 
+    corrects_target: ClassVar[bool] = False
+    """True if the policy changes the finished target."""
+
     def kd_factor(self, disagreement_n: Tensor) -> Tensor:
         """Return the (n,) factor in [0, 1] on the weight of the divergence."""
         return torch.ones_like(disagreement_n)
@@ -108,13 +111,14 @@ class TargetCorrection(Conflict):
     """Mix in the label where the target's argmax is wrong, until it leads by `margin`.
 
     P' = (1 - m) P + m onehot(y), m = (p_max - p_y + margin) / (1 + p_max - p_y). All other tokens
-    keep their proportions. Applied to the finished target, after the pooled temperature.
-    Label-aware, so the NLL of such a target is meaningless.
+    keep their proportions. Applied to the finished target, after the pooled temperature and that
+    of the objective. Label-aware, so the NLL of such a target is meaningless.
 
     Source: Jin et al., MFT, arXiv 2506.15702.
     """
 
     uses_label = True
+    corrects_target = True
     # The corrected target has an NLL of 1.4, yet its students are slightly worse than without a
     # policy: perplexity 307 against 304, and 290 against 283 (docs/which-fusion.md).
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.2

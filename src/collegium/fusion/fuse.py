@@ -27,6 +27,20 @@ from collegium.options import Tensor, torch
 from collegium.types import Batch, Rows, map_tensors
 
 
+@dataclass(frozen=True, slots=True)
+class TargetUse:
+    """How an objective reads a target over the whole vocabulary."""
+
+    temperature: float = 1.0
+    """T of P^(1/T), to which the block of a corrected target is softened already."""
+    reads_logp: bool = True
+    """False if only P log P is read, as by forward KL at T = 1. Else log P is exact below e^-87."""
+
+
+UNDERFLOW_MARGIN = 1e8
+"""Pooled probabilities of this many times the smallest normal one have lost no member."""
+
+
 @dataclass(slots=True)
 class TargetBlock:
     """The target at n rows."""
@@ -111,6 +125,7 @@ def fuse(
     *,
     kernels: RowKernels | None = None,
     workspace: Workspace | None = None,
+    use: TargetUse = TargetUse(),
 ) -> Target:
     """Fuse `answers` at `rows`.
 
@@ -119,7 +134,7 @@ def fuse(
     weight 0 at rows that it does not answer.
 
     The arithmetic over the vocabulary is plain PyTorch without `kernels`, and the blocks of a
-    streamed target are in new memory without a `workspace`.
+    streamed target are in new memory without a `workspace`. `use` is that of a streamed target.
 
     Raises:
         RecipeError: the fusion names a teacher that is missing.
@@ -130,7 +145,7 @@ def fuse(
     if all(isinstance(answer.distribution, NamedRows) for answer in answers):
         with torch.no_grad():
             return FinishedTarget(*merge(fusion, answers, rows))
-    return StreamedTarget(fusion, answers, rows, kernels=kernels, workspace=workspace)
+    return StreamedTarget(fusion, answers, rows, kernels=kernels, workspace=workspace, use=use)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +183,10 @@ class StreamedTarget:
         *,
         kernels: RowKernels | None = None,
         workspace: Workspace | None = None,
+        use: TargetUse = TargetUse(),
     ) -> None:
         self._fusion = fusion
+        self._use = use
         self._names = [answer.name for answer in answers]
         self._logit_bytes = [answer.distribution.logit_bytes for answer in answers]
         self._is_excluded = [fusion.weighting.excludes(name) for name in self._names]
@@ -186,6 +203,9 @@ class StreamedTarget:
         self._buffer = "pool" if num_members == 1 else "logits"
         kernels, exponent = self._reader.kernels, fusion.exponent
         self._empty_pool = Pool(fusion.pool, num_members, kernels, exponent, workspace)
+        self._needs_logp = use.reads_logp or fusion.pooled_temperature != 1.0
+        # A CPU checks each block for members that may have underflowed: exp and sums are faster.
+        self._empty_pool.in_logs = self._needs_logp and rows.labels.device.type != "cpu"
         self._routed: RoutedReader | None = None
         if isinstance(fusion.weighting, Route):
             self._routed = RoutedReader(fusion.weighting, answers, rows, temperatures)
@@ -203,6 +223,7 @@ class StreamedTarget:
             or fusion.weighting.needs_consensus
             or fusion.pooled_temperature != 1.0
             or self._routed is not None
+            or self._empty_pool.in_logs
         ):
             # Further buffers, besides the pool and the logits of one teacher.
             return logits + 4 * wide
@@ -248,6 +269,10 @@ class StreamedTarget:
         all_stats, scores, entropies = zip(*columns, strict=True)
         stats, score_Kn = RowStats.stack(all_stats), torch.stack(scores)
         target, log_z_n = pools[-1].result()
+        if self._needs_logp and target.kind == "prob" and _has_underflow(target.rows.values_nV):
+            # Kept for the following blocks: most underflow like this one, or none does.
+            self._empty_pool.in_logs = True
+            target, log_z_n = self._pool_again(block, score_Kn).result()
         conflict = None
         if policy.is_active:
             target = target.as_logp_()
@@ -279,7 +304,7 @@ class StreamedTarget:
         return member.stats, score_n, entropy_n
 
     def _pool_again(self, block: slice, score_Kn: Tensor) -> Pool:
-        """The pool under the weights of a conflict policy."""
+        """The pool under the weights of a conflict policy, or in log space."""
         pool = replace(self._empty_pool)
         for number, score_n in enumerate(score_Kn):
             if not self._is_excluded[number]:
@@ -288,14 +313,21 @@ class StreamedTarget:
         return pool
 
     def _finish(self, rows: slice, fused: TargetBlock) -> TargetBlock:
-        """Apply the pooled temperature, then a policy that corrects the target."""
+        """Apply the pooled temperature, then a policy that corrects the target.
+
+        The policy sees the target that the student is trained on, at the objective's temperature.
+        """
         target, temperature = fused.target, self._fusion.pooled_temperature
         assert isinstance(target, DenseTarget)
         if temperature != 1.0:
             logp_nV = torch.log_softmax(target.logp_() / temperature, dim=-1)
             fused.target = target = DenseTarget(RawRows(logp_nV), "logp")
             fused.pooled_temperature = temperature
-        if fused.conflict is not None:
+        if fused.conflict is not None and self._fusion.conflict.corrects_target:
+            softness = self._use.temperature
+            if softness != 1.0:
+                logp_nV = torch.log_softmax(target.logp_() / softness, dim=-1)
+                fused.target = target = DenseTarget(RawRows(logp_nV), "logp", temperature=softness)
             labels_n = self._rows.labels[rows]
             corrected_n = self._fusion.conflict.correct_(target.rows.values_nV, labels_n)
             fused.conflict = fused.conflict.corrected(corrected_n)
@@ -323,3 +355,8 @@ class StreamedTarget:
         parts = [self._reader.stats(block, consensus=needs_consensus) for block in blocks]
         stats = RowStats.cat(parts)
         return masked_scores(weighting.log_scores(stats, self._rows, self._names), stats)
+
+
+def _has_underflow(prob_nV: Tensor) -> bool:
+    """Whether a member of the pool may have lost probabilities that log P would show."""
+    return bool(prob_nV.min() < UNDERFLOW_MARGIN * torch.finfo(prob_nV.dtype).tiny)

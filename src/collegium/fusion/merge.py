@@ -114,7 +114,9 @@ class _Part:
 def _scalars_of_entries(named: NamedRows, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Entropy, label and maximum log-probability of top-k rows with the tail spread evenly."""
     row_E, rest_n = named.row_of_entry(), named.log_rest()
-    entropy_E = torch.special.entr(named.logp.exp())
+    prob_E = named.logp.exp()
+    # Not `entr`: the logarithm of a probability near 1 would lose the digits that `logp` has.
+    entropy_E = torch.where(prob_E > 0, -prob_E * named.logp, 0.0)
     entropy_n = named.logp.new_zeros(len(named)).index_add(0, row_E, entropy_E)
     if named.log_tail is not None:
         tail_n = named.log_tail.exp()

@@ -52,8 +52,12 @@ class RowReader:
         floor_(logp_nV)
         torch.exp(logp_nV, out=prob_nV)
         label_logp_n = logp_nV.gather(1, labels_n[:, None])[:, 0]
-        max_logp_n = logp_nV.amax(-1)
-        entropy_n = -prob_nV.mul_(logp_nV).sum(-1)
+        max_logp_n, top_n = logp_nV.max(-1)
+        # The log-probability of a nearly certain token is a rounding of 0: the others determine it.
+        prob_nV.scatter_(1, top_n[:, None], 0.0)
+        rest_n = prob_nV.sum(-1)
+        top_logp_n = torch.where(rest_n < 0.5, torch.log1p(-rest_n), max_logp_n)
+        entropy_n = -prob_nV.mul_(logp_nV).sum(-1) - top_logp_n.exp() * top_logp_n
         return RowStats(entropy_n, label_logp_n, max_logp_n), logp_nV
 
 
@@ -254,7 +258,7 @@ def _expand(values: Tensor, at_m: Tensor, block: slice) -> Tensor:
 class Pool:
     """A weighted mean of distributions whose members arrive one by one, in one (n, V) accumulator.
 
-    linear: M = sum_k w_k P_k. log_linear: M = sum_k w_k log P_k.
+    linear: M = sum_k w_k P_k, or log M `in_logs`. log_linear: M = sum_k w_k log P_k.
     power_mean: M = log sum_k w_k P_k^r, in log space. After k members with log-weights s_1 ... s_k
     the weights are softmax_j(s). The next member enters with weight
     exp(s_k - logsumexp(s_1 ... s_k)), so no scale of the scores overflows or underflows.
@@ -266,6 +270,8 @@ class Pool:
     exponent: float = 0.5
     workspace: Workspace | None = None
     """Its buffer `pool` is the accumulator, else new memory."""
+    in_logs: bool = False
+    """Pool log-probabilities linearly: slower, and exact below e^-87, where float32 has no P."""
     _num_added: int = field(default=0, init=False)
     _is_normalized: bool = field(default=True, init=False)
     _mean: RunningMean | None = field(default=None, init=False)
@@ -282,13 +288,14 @@ class Pool:
             return
         share_n = None
         if self._mean is None or self._total_n is None:
-            self._mean = RunningMean(self._buffer(member.rows), is_log=self.kind != "linear")
+            is_log = self.kind != "linear" or self.in_logs
+            self._mean = RunningMean(self._buffer(member.rows), is_log=is_log)
             self._total_n = score_n
         else:
             before_n = self._total_n
             self._total_n = torch.logaddexp(before_n, score_n)
             share_n = score_n - self._total_n
-            if self.kind == "power_mean":
+            if self.kind == "power_mean" or (self.kind == "linear" and self.in_logs):
                 return self._add_power(member, share_n, before_n - self._total_n)
             share_n = share_n.exp()
         mean, dtype = self._mean, self._mean.values_nV.dtype  # of the first member
@@ -304,7 +311,9 @@ class Pool:
         entering_nV, dtype = torch.empty_like(mean_nV), mean_nV.dtype
         entering = RunningMean(entering_nV, is_log=True)
         self.kernels.add_(entering, member.rows, member.logsumexp.to(dtype), None)
-        entering_nV.mul_(self.exponent).add_(log_share_n[:, None].to(dtype))
+        if self.kind == "power_mean":
+            entering_nV.mul_(self.exponent)
+        entering_nV.add_(log_share_n[:, None].to(dtype))
         mean_nV.add_(log_kept_n[:, None].to(dtype))
         torch.logaddexp(mean_nV, entering_nV, out=mean_nV)
 
@@ -330,7 +339,8 @@ class Pool:
             self._mean.unit_n = None
         rows = RawRows(mean_nV)
         if self.kind == "linear":
-            return DenseTarget(rows, "prob", is_normalized=is_normalized), None
+            kind = "logp" if self.in_logs else "prob"
+            return DenseTarget(rows, kind, is_normalized=is_normalized), None
         if self.kind == "power_mean":
             mean_nV.div_(self.exponent)
         logsumexp, _ = self.kernels.read(rows)

@@ -15,7 +15,10 @@ from collegium.options import Tensor, option, torch
 from collegium.types import Rows
 
 MIN_ENTROPY = 1e-6
-"""Floor in nats for the `inverse` form of `Entropy`. Teachers below it get equal weights."""
+"""Floor in nats for the forms `inverse` and `complement` of `Entropy`.
+
+Towards an entropy of zero, teachers below it get equal weights: the weights stay continuous.
+"""
 MIN_LOGP = -1e4
 """Floor of a label log-probability as evidence, so that a teacher that excluded it can recover."""
 NEGLIGIBLE_DECAY = 1e-20

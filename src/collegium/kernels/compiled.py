@@ -120,12 +120,15 @@ def _read(raw: Raw) -> tuple[Tensor, Tensor, Tensor]:
     z_nV = _logits(raw)
     max_n1 = z_nV.amax(-1, keepdim=True)
     shifted_nV = z_nV - max_n1
-    exp_nV = shifted_nV.exp()
-    sum_n = exp_nV.sum(-1)
+    is_top_nV = shifted_nV == 0
+    # The largest logits are kept out of the sum: 1 + x would round the entropy of certain rows.
+    count_n = is_top_nV.to(z_nV.dtype).sum(-1)
+    exp_nV = torch.where(is_top_nV, 0.0, shifted_nV.exp())
+    rest_n = exp_nV.sum(-1)
     # Clamped: 0 * -inf of an excluded token would be NaN.
     dot_n = (exp_nV * shifted_nV.clamp(min=MIN_LOGIT)).sum(-1)
-    log_sum_n = sum_n.log()
-    return max_n1[:, 0], log_sum_n, log_sum_n - dot_n / sum_n
+    log_sum_n = count_n.log() + torch.log1p(rest_n / count_n)
+    return max_n1[:, 0], log_sum_n, log_sum_n - dot_n / (count_n + rest_n)
 
 
 def _add_(mean_nV: Tensor, raw: Raw, norm: Norm, share_n: Tensor | None, is_log: bool) -> None:

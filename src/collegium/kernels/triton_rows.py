@@ -142,6 +142,14 @@ def _finite(z):
 
 
 @triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0 to the precision of x, after Kahan."""
+    rounded = 1.0 + x
+    safe = tl.where(rounded == 1.0, 2.0, rounded)
+    return tl.where(rounded == 1.0, x, tl.log(safe) * (x / (safe - 1.0)))
+
+
+@triton.jit
 def _load(ptr, columns, num_columns, is_partial: tl.constexpr):
     """Load values as float32, or as float64 from float64."""
     # Full tiles and the partial one at the end of a row are two copies of each loop. With a mask on
@@ -194,8 +202,10 @@ def _read_kernel(x_ptr, out_ptr, num_columns, x_stride, head: tl.constexpr, tile
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     full = num_columns // tile * tile
-    row_max, sum_exp = tl.full((), _MIN, dtype), tl.full((), 0.0, dtype)
-    dot = tl.full((), 0.0, dtype)
+    # The sum of exp is that of `count` largest logits, 1 each, and the rest: 1 + x would round the
+    # entropy of nearly certain rows.
+    row_max, count = tl.full((), _MIN, dtype), tl.full((), 0.0, dtype)
+    rest, dot = tl.full((), 0.0, dtype), tl.full((), 0.0, dtype)
     for is_partial in tl.static_range(2):
         for start in range(is_partial * full, full + is_partial * (num_columns - full), tile):
             columns = start + tl.arange(0, tile)
@@ -203,13 +213,17 @@ def _read_kernel(x_ptr, out_ptr, num_columns, x_stride, head: tl.constexpr, tile
             new_max = tl.maximum(row_max, tl.max(z, 0))
             # Online softmax: rescale the sums of the earlier tiles to the new maximum.
             rescale = tl.exp(row_max - new_max)
-            dot = (dot + sum_exp * (row_max - new_max)) * rescale
+            dot = (dot + (count + rest) * (row_max - new_max)) * rescale
+            rest = tl.where(new_max > row_max, (count + rest) * rescale, rest)
+            count = tl.where(new_max > row_max, 0.0, count)
             exp = _mask_partial(tl.exp(z - new_max), 0.0, columns, num_columns, is_partial)
-            sum_exp = sum_exp * rescale + tl.sum(exp, 0)
-            dot += tl.sum(exp * (z - new_max), 0)
+            below = tl.where(z < new_max, exp, 0.0)
+            count += tl.sum(exp - below, 0)
+            rest += tl.sum(below, 0)
+            dot += tl.sum(below * (z - new_max), 0)
             row_max = new_max
-    log_sum = tl.log(sum_exp)
-    _store_columns(out_ptr, row, row_max, log_sum, log_sum - dot / sum_exp)
+    log_sum = tl.log(count) + _log1p(rest / count)
+    _store_columns(out_ptr, row, row_max, log_sum, log_sum - dot / (count + rest))
 
 
 @triton.jit

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from collegium.kernels.rows import RawRows, Workspace, head_product, spans
+from collegium.kernels.rows import (
+    RawRows,
+    Workspace,
+    add_product_,
+    head_product,
+    multiplies_half,
+    spans,
+)
 from collegium.types import Head
 
 CPU_MEGABYTES, GPU_MEGABYTES = 256, 1024
@@ -82,33 +89,42 @@ class BlockEngine:
 
     def project(self, block: slice) -> RawRows:
         """Apply the head: (n, V) in a workspace buffer that the next call overwrites."""
-        hidden_nD, weight_VD = self._hidden(block), self._weight_VD
-        shape = (hidden_nD.shape[0], weight_VD.shape[0])
-        out_nV = self._workspace.matrix("logits", shape, weight_VD)
-        return head_product(hidden_nD, self._head, out_nV)
+        return head_product(self._inputs[0][block], self._head, self._workspace)
 
     def accumulate(self, block: slice, gradient_nV: Tensor) -> None:
         """Propagate a gradient at the head's product to hidden states, weight and bias."""
         dhidden_ND, dweight_VD, dbias_V = self._grads
         hidden_nD, weight_VD = self._hidden(block), self._weight_VD
+        if dbias_V is not None:
+            dbias_V += gradient_nV.sum(0, dtype=self.dtype)
+        gradient_nV = self._product_operand(gradient_nV)
         for part in spans(weight_VD):
             if dhidden_ND is not None:
                 add_product_(dhidden_ND[block], gradient_nV[:, part], weight_VD[part])
             if dweight_VD is not None:
                 add_product_(dweight_VD[part], gradient_nV[:, part].T, hidden_nD)
-        if dbias_V is not None:
-            dbias_V += gradient_nV.sum(0, dtype=self.dtype)
 
     def square_norm(self, gradient_nV: Tensor) -> Tensor:
         """Squared norm of the gradient at the hidden states of one block."""
-        dhidden_nD = gradient_nV @ self._weight_VD
-        return torch.linalg.vector_norm(dhidden_nD, dtype=self.dtype).square()
+        weight_VD, shape = self._weight_VD, (gradient_nV.shape[0], self._weight_VD.shape[1])
+        dhidden_nD = gradient_nV.new_zeros(shape, dtype=self.dtype)
+        gradient_nV = self._product_operand(gradient_nV)
+        for part in spans(weight_VD):
+            add_product_(dhidden_nD, gradient_nV[:, part], weight_VD[part])
+        return torch.linalg.vector_norm(dhidden_nD).square()
 
     def attach(self, total: Tensor) -> Tensor:
         """Return `total` with a graph whose backward yields the accumulated gradients."""
         if not self.is_trained:
             return total
         return _Precomputed.apply(*self._inputs, total, self._grads)  # type: ignore[return-value]
+
+    def _product_operand(self, gradient_nV: Tensor) -> Tensor:
+        """The gradient, rounded once per block to the dtype of the head where products need it."""
+        if gradient_bytes(self._head) == 0 or gradient_nV.dtype == self._weight_VD.dtype:
+            return gradient_nV
+        operand_nV = self._workspace.matrix("gradient", gradient_nV.shape, self._weight_VD)
+        return operand_nV.copy_(gradient_nV)
 
     def _hidden(self, block: slice) -> Tensor:
         return self._inputs[0].detach()[block].to(self._weight_VD.dtype)
@@ -169,19 +185,11 @@ class _Precomputed(torch.autograd.Function):
         return (*grads, None, None)
 
 
-def add_product_(sum_RC: Tensor, left_Rn: Tensor, right_nC: Tensor) -> None:
-    """sum += left right in the dtype of the sum, without a temporary where the device can."""
-    if left_Rn.dtype == sum_RC.dtype:
-        sum_RC.addmm_(left_Rn, right_nC)
-    elif sum_RC.dtype == torch.float32 and _adds_wide_products(sum_RC.device):
-        torch.addmm(sum_RC, left_Rn, right_nC, out_dtype=torch.float32, out=sum_RC)
-    else:
-        sum_RC += left_Rn @ right_nC
-
-
-def _adds_wide_products(device: torch.device) -> bool:
-    """Whether a half-precision product can be added to a float32 matrix in one operation."""
-    return device.type == "cuda" and torch.version.hip is None
+def gradient_bytes(head: Head) -> int:
+    """Bytes per logit of the gradient's copy in the dtype of the head, 0 where none is needed."""
+    weight_VD = head.weight
+    is_copied = weight_VD.element_size() < 4 and multiplies_half(weight_VD.device)
+    return weight_VD.element_size() if is_copied else 0
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:

@@ -21,9 +21,6 @@ from collegium.errors import RecipeError, TrainingError, nearest
 from collegium.losses.pairing import FeatureOptions, feature_map
 from collegium.types import LossSum
 
-EPSILON = 1e-6
-"""Added to a mean square before the root, so that a zero state has a finite gradient."""
-
 
 class FeatureLoss(nn.Module):
     """One feature term per teacher, with its trained adapters and its dynamic scale.
@@ -189,10 +186,15 @@ def _distance(adapter: nn.Linear, student_ND: Tensor, teacher_ND: Tensor, loss: 
 
 
 def _normalize(x_ND: Tensor) -> Tensor:
-    """x / rms(x) in float32 or wider."""
+    """x / rms(x) in float32 or wider, the same at any scale of x; 0 for a zero state."""
     # The mean over D of the product of two normalized states is their cosine.
     x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
-    return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + EPSILON)
+    largest_N1 = x_ND.detach().abs().amax(-1, keepdim=True)
+    # An epsilon would shrink small states. Divided by its largest entry, a state has a mean square
+    # of at least 1 / D, and a zero state is left as it is, with a finite gradient.
+    is_zero_N1 = largest_N1 == 0
+    x_ND = x_ND / largest_N1.masked_fill(is_zero_N1, 1.0)
+    return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True).masked_fill(is_zero_N1, 1.0))
 
 
 def _grad_norm(value: Tensor, features: Mapping[str, Tensor]) -> Tensor:

@@ -29,7 +29,12 @@ TAIL_FLOOR = 1e-6
 def softened_(
     target: DenseTarget, temperature: float, divergence: Divergence, kernels: RowKernels
 ) -> DenseTarget:
-    """P^(1/T), renormalized, in the form that the divergence reads; the values are overwritten."""
+    """P^(1/T), renormalized, in the form that the divergence reads; the values are overwritten.
+
+    A target at this temperature is softened already.
+    """
+    if temperature != 1.0 and target.temperature == temperature:
+        return target
     if isinstance(divergence, ForwardKL):
         if temperature == 1.0:
             return target

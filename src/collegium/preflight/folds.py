@@ -38,7 +38,8 @@ class Fits:
     def individual(self) -> dict[str, float]:
         """Temperature of each teacher, fitted without the others, for products."""
         # In a product every teacher counts fully at every token, so no responsibilities apply.
-        return {name: fit_temperature(self.tables, name) for name in self.tables.teachers}
+        fitted = {name: fit_temperature(self.tables, name) for name in self.tables.teachers}
+        return {name: value for name, value in fitted.items() if value is not None}
 
     def joint(self, weighting: Weighting) -> dict[str, float]:
         """Return the temperatures for the linear pool of a weighting, without those equal to 1."""

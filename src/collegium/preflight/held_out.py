@@ -42,7 +42,7 @@ def held_out_report(
         teachers={
             scaled.teacher.name: TeacherCalibration(
                 raw=scored[scaled.teacher.name].calibration(),
-                temperature=scaled.temperature,
+                temperature=temperatures[scaled.teacher.name],
                 calibrated=scored[scaled.name].calibration(),
             )
             for scaled in calibrated

@@ -16,7 +16,7 @@ from collegium.distributions import Teacher
 from collegium.errors import CollegiumError
 from collegium.evaluate.metrics import Metrics
 from collegium.evaluate.scoring import OnProgress, Windows, unique_scorers
-from collegium.fusion.calibration import fit_temperature
+from collegium.fusion.calibration import TemperatureTables, fit_temperature, grid_end
 from collegium.fusion.options import describe, to_recipe
 from collegium.preflight import weight_quality
 from collegium.preflight.advice import findings_of, verdict_sentences
@@ -83,7 +83,7 @@ def run_preflight(
     ranked = search.ranked()
     chosen = choose(ranked)
     findings = findings_of(search, ranked, chosen, metrics)
-    measures = {n: _teacher(scored, fit_temperature(tables, n)) for n, scored in metrics.items()}
+    measures = {name: _teacher(scored, tables, name) for name, scored in metrics.items()}
     more: dict[str, Any] = {}
     if held_out is not None:
         unseen = Windows.spread(held_out, batch_size, max_tokens, progress)
@@ -110,13 +110,15 @@ def run_preflight(
     )
 
 
-def _teacher(metrics: Metrics, temperature: float) -> records.TeacherMeasure:
+def _teacher(metrics: Metrics, tables: TemperatureTables, name: str) -> records.TeacherMeasure:
+    temperature = fit_temperature(tables, name)
     scores, calibration = metrics.scores(), metrics.calibration()
     figures = {"nll", "perplexity", "entropy", "ece", "overconfidence", "top1"}
     return records.TeacherMeasure(
         **scores.model_dump(include=figures),
         **calibration.model_dump(include={"ece_over", "ece_under"}),
         temperature=temperature,
+        grid_end=grid_end(tables, temperature),
         domains={domain: score.nll for domain, score in scores.domains.items()},
     )
 

@@ -109,7 +109,7 @@ def teacher_tables(run: RunFiles) -> list[Table[str]]:
         Column("Entropy", of("entropy"), short=None),
         Column("NLL − H", of("overconfidence"), form.signed),
         Column("ECE", of("ece"), form.percent),
-        Column("T", of("temperature"), partial(form.fixed, digits=2)),
+        Column("T", teachers.get, _temperature),
         Column("Top-1", of("top1"), form.percent),
         Column("Weight", chosen.weights.get, form.percent, short=None),
         Column("ΔNLL without", chosen.leave_one_out.get, form.signed, short=None),
@@ -123,6 +123,12 @@ def teacher_tables(run: RunFiles) -> list[Table[str]]:
         Table("Individual teachers", "Teacher", columns, lines),
         Table("NLL of teachers by domain", "Teacher", by_domain, lines if by_domain else []),
     ]
+
+
+def _temperature(measure: records.TeacherMeasure) -> str:
+    text = form.fixed(measure.temperature, 2)
+    sign = {"lowest": "≤ ", "highest": "≥ ", None: ""}[measure.grid_end]
+    return f"{sign}{text}"
 
 
 def fusion_tables(run: RunFiles) -> list[Table[records.CandidateFusion]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -17,6 +17,9 @@ from collegium.report.formats import fixed
 R = TypeVar("R")
 MAX_UNWRAPPED = 10
 """Longest cell in a terminal that is never wrapped."""
+# A page is 1,024 pixels wide, a name at least 210, and a character of a table about 7.6.
+PAGE_WIDTH, MAX_HEADING, COLUMN_GAP = 104, 20, 3
+"""Characters: of all columns beside the names, of a heading at most, and between columns."""
 
 
 class Cell(NamedTuple):
@@ -82,6 +85,24 @@ class Table(Generic[R]):
             # Compared as text: two values that look the same are both the best.
             pairs = zip(texts, best, strict=True)
             yield line, [Cell(text, line.competes and text == top) for text, top in pairs]
+
+    def parts(self) -> list[Table[R]]:
+        """Split the columns into tables that fit the width of a page, the names in each."""
+        rows = [cells for _, cells in self.rows()]
+        parts: list[list[Column[R]]] = [[]]
+        room = PAGE_WIDTH
+        for i, column in enumerate(self.columns):
+            # Headings wrap at spaces and hyphens, cells of numbers do not wrap.
+            words = column.title.replace("-", " ").split()
+            texts = [] if column.is_text else [cells[i].text for cells in rows]
+            heading = min(MAX_HEADING, max(map(len, words), default=0))
+            width = COLUMN_GAP + max([heading, *map(len, texts)])
+            if width > room and parts[-1]:
+                parts.append([])
+                room = PAGE_WIDTH
+            parts[-1].append(column)
+            room -= width
+        return [replace(self, columns=columns) for columns in parts]
 
     def markdown(self) -> str:
         """Render as Markdown without the title, with the best of each column in bold."""

@@ -211,7 +211,9 @@ class TeacherMeasure(Record):
     ece_under: Number = None
     overconfidence: Number = None
     temperature: Number = None
-    """Fitted to this teacher only."""
+    """Fitted to this teacher only. None if its source has no other temperature than 1."""
+    grid_end: Literal["lowest", "highest"] | None = None
+    """Set where it is an end of the temperatures tried, beyond which the NLL falls."""
     top1: Number = None
     domains: Numbers = {}
     """NLL by domain."""

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from collegium.distributions import Answer, HiddenRows
 from collegium.errors import RecipeError, TrainingError
-from collegium.fusion.fuse import Fusion, Target, TargetBlock, fuse
+from collegium.fusion.fuse import Fusion, Target, TargetBlock, TargetUse, fuse
 from collegium.fusion.requirements import Requirement, fusion_requirements
 from collegium.kernels.rows import DenseTarget, RowKernels, Workspace
 from collegium.losses.divergences import ForwardKL
-from collegium.losses.engine import BlockEngine, default_block_size
+from collegium.losses.engine import BlockEngine, default_block_size, gradient_bytes
 from collegium.losses.features import FeatureLoss
 from collegium.losses.terms import TRUTH, BlockLosses, softened_
 from collegium.train.options import ObjectiveOptions
@@ -95,13 +95,18 @@ class Objective(nn.Module):
                 f"fusion: got none for {len(answers)} teachers; must be given where kd_ratio > 0; "
                 "add it or use kd_ratio: 0"
             )
-        return fuse(self.fusion, answers, rows, kernels=kernels, workspace=self.workspace)
+        temperature = self.options.temperature
+        is_plain_kl = isinstance(self.options.divergence, ForwardKL) and temperature == 1.0
+        use = TargetUse(temperature, reads_logp=not is_plain_kl)
+        workspace = self.workspace
+        return fuse(self.fusion, answers, rows, kernels=kernels, workspace=workspace, use=use)
 
     def engine(self, student: HiddenRows, target: Target | None) -> BlockEngine:
         """The block engine of the student, with blocks that fit in memory."""
-        num_bytes, is_softened = student.head.weight.element_size(), self.options.temperature != 1.0
+        num_bytes, is_softened = student.logit_bytes, self.options.temperature != 1.0
         if target is not None:
             num_bytes = target.bytes_per_logit(num_bytes, is_softened=is_softened)
+        num_bytes += gradient_bytes(student.head)
         has_closed_form = target is None or isinstance(self.options.divergence, ForwardKL)
         size = self.options.block_size or default_block_size(
             student.head.weight.shape[0],

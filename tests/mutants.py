@@ -1,0 +1,343 @@
+"""Mutation testing, run on demand: which changed lines does no test notice?
+
+    python tests/mutants.py                    # all, in about half an hour on one idle core
+    python tests/mutants.py pools.py 12        # those of a file, or one by its number
+
+Each mutation changes one line in a copy of `src` in a temporary folder, and runs the tests that
+should fail. Exit code 1 if a mutation survives.
+"""
+
+# ruff: noqa: E501
+# Changed lines are quoted in full.
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 240
+"""Seconds for the tests of one mutation; an endless loop counts as noticed."""
+SURVIVES_ON_PURPOSE: dict[str, str] = {
+    'temporary.open("xb")': "the file was just removed: only a link planted in between differs"
+}
+"""Text before -> the reason why the change has no effect that a test could see."""
+
+
+class Mutation(NamedTuple):
+    file: str
+    before: str
+    after: str
+    tests: str
+    """Test files below `tests`, separated by spaces, the likeliest first."""
+
+
+def _of(file: str, tests: str, *pairs: tuple[str, str]) -> list[Mutation]:
+    return [Mutation(file, before, after, tests) for before, after in pairs]
+
+
+MUTATIONS = [
+    *_of(
+        "fusion/pools.py",
+        "fusion/test_target_use.py fusion/test_fuse.py fusion/test_weighting.py",
+        ("top_logp_n = torch.where(rest_n < 0.5,", "top_logp_n = torch.where(rest_n < 0.0,"),
+        ("prob_nV.scatter_(1, top_n[:, None], 0.0)", "pass"),
+        ("max_logp_n, top_n = logp_nV.max(-1)", "max_logp_n, top_n = logp_nV.min(-1)"),
+        ("share_n = score_n - self._total_n", "share_n = score_n - before_n"),
+        ("before_n - self._total_n)", "before_n)"),
+        ("mean_nV.add_(log_kept_n[:, None].to(dtype))", "pass"),
+        ("entering_nV.add_(log_share_n[:, None].to(dtype))", "pass"),
+        ("mean_nV.div_(self.exponent)", "pass"),
+        ('scale = 1.0 - self.exponent if', "scale = 1.0 if"),
+        ('kind = "logp" if self.in_logs else "prob"', 'kind = "prob"'),
+        ("mean_nV.mul_(unit_n[:, None])", "pass"),
+        (".clamp(min=0.0)\n        return replace(stats", "\n        return replace(stats"),
+    ),
+    *_of(
+        "fusion/fuse.py",
+        "fusion/test_target_use.py fusion/test_fuse.py fusion/test_conflict.py",
+        ("torch.log_softmax(target.logp_() / temperature, dim=-1)", "target.logp_() / temperature"),
+        ("torch.log_softmax(target.logp_() / softness, dim=-1)", "target.logp_() / 1.0"),
+        ('"logp", temperature=softness)', '"logp")'),
+        ("self._needs_logp = use.reads_logp or", "self._needs_logp = False and"),
+        ("weighted_Kn = self.weights_Kn * self.stats.entropy_KN", "weighted_Kn = self.weights_Kn"),
+        ("within_n = torch.where(self.weights_Kn > 0, weighted_Kn, 0.0).sum(0)", "within_n = 0.0"),
+        ("is_changed_n = (changed_Kn != score_Kn).any(0)", "is_changed_n = (changed_Kn != score_Kn).all(0)"),
+        ("self._next_row = stop", "pass"),
+        ("corrected_n = self._fusion.conflict.correct_(target.rows.values_nV, labels_n)", "corrected_n = None"),
+    ),
+    *_of(
+        "fusion/calibration.py",
+        "fusion/test_calibration.py",
+        ("if len(tables.grid) == 1:", "if False:"),
+        ("if float(nll_G.max() - nll_G.min()) < MIN_GAIN:", "if False:"),
+        ("nll_G, entropy_G - nll_G)", "nll_G)"),
+        ("best + (0 if slope_G[best] < 0 else -1)", "best + (0 if slope_G[best] > 0 else -1)"),
+        ("return grid[max(left, 0)]", "return 1.0"),
+        ("3 * drift - 2 * rise - fall", "3 * drift - rise - fall"),
+        ("vertex = log_grid[1] - linear / (2 * square)", "vertex = log_grid[1] + linear / (2 * square)"),
+        ("if temperature == tables.grid[0]:", "if False:"),
+        ("for octave in range(3, 6)", "for octave in range(3, 4)"),
+        ("if nll_G[index] < best - MIN_GAIN:", "if nll_G[index] > best:"),
+        ("next_document = int(documents.max()) + 1", "next_document = int(documents.max())"),
+        ("gap = np.subtract(binned[\"confidence\"], binned[\"accuracy\"])", "gap = np.add(binned[\"confidence\"], binned[\"accuracy\"])"),
+        ("label_GN = torch.logaddexp(label_GN, score_N + label_logp_KGN[other][g])", "label_GN = torch.logaddexp(label_GN, score_N)"),
+    ),
+    *_of(
+        "fusion/rules.py",
+        "fusion/test_weighting.py fusion/test_fuse.py fusion/test_rules.py",
+        ("return -entropy_KN.clamp(min=MIN_ENTROPY).log()", "return -entropy_KN.clamp(min=1e-3).log()"),
+        ("return -entropy_KN / self.tau", "return entropy_KN / self.tau"),
+        ("return torch.log1p(-share_KN.clamp(max=1.0))", "return torch.log1p(-share_KN.clamp(max=0.5))"),
+        ("carried_K = torch.where(continues, self.decay * carry.evidence_K, zero)", "carried_K = self.decay * carry.evidence_K"),
+        ("distance *= 2", "distance *= 4"),
+        ("return -stats.consensus_kl().double() / self.tau", "return -stats.consensus_kl().double()"),
+        (".masked_fill(ce_KN > ce_KN.amin(0), -torch.inf)", ".masked_fill(ce_KN >= ce_KN.amax(0), -torch.inf)"),
+        ("return torch.exp(-ce_KN) if", "return torch.exp(ce_KN) if"),
+        ("return (sum_KD / count_KD.clamp(min=1.0))[:, place_N]", "return sum_KD[:, place_N]"),
+    ),
+    *_of(
+        "fusion/conflict.py",
+        "fusion/test_conflict.py fusion/test_target_use.py",
+        ("jsd_n = mixture_entropy_n - (weights_Kn * entropy_Kn).sum(0)", "jsd_n = mixture_entropy_n"),
+        ("torch.where(weight_entropy_n > 0, conflict_n, 0.0)", "conflict_n"),
+        ("return (1.0 - disagreement_n) ** self.power", "return 1.0 - disagreement_n"),
+        ("(gap_n + self.margin) / (1.0 + gap_n)", "self.margin / (1.0 + gap_n)"),
+        ("logp_nV += torch.log1p(-share_n)[:, None]", "pass"),
+        ("min_logp_n = logp_Kn.amax(0) + math.log(self.share)", "min_logp_n = logp_Kn.amax(0)"),
+        ("(score_Kn < score_Kn.amax(0))", "(score_Kn <= score_Kn.amax(0))"),
+        ("corrects_target = True", "corrects_target = False"),
+    ),
+    *_of(
+        "fusion/merge.py",
+        "fusion/test_merge.py fusion/test_mixed_answers.py",
+        ("torch.where(prob_E > 0, -prob_E * named.logp, 0.0)", "-prob_E"),
+        ("label_n[row_E[is_label_E]] = named.logp[is_label_E]", "pass"),
+        ("return rest_N + self.num_others_N.log()", "return rest_N"),
+        ("return logp_M - log_z_N[self.row_M], rest_N - log_z_N", "return logp_M, rest_N"),
+        ("logw_KN = changed_KN.log_softmax(0)", "pass"),
+        ("return (logw_KX.exp() * logp_KX).sum(0)", "return logp_KX.sum(0)"),
+    ),
+    *_of(
+        "fusion/fitted.py",
+        "fusion/test_fitted.py fusion/test_rules.py fusion/test_routing.py",
+        ("while blocks and blocks[-1][0] >= mean:", "while False:"),
+        ("weight_K = (explained_K + prior_K) / (num_rows + prior_K.sum())", "weight_K = explained_K / num_rows"),
+        ("return torch.lerp(y_M[left_N], y_M[right_N], share_N)", "return y_M[left_N]"),
+        ("if num_routed != len(rows):", "if False:"),
+        ("number_N = torch.where(rows.teachers != 0, rows.teachers, number_N)", "pass"),
+        ("score_KN = torch.where(is_here_N, domain_score_KN, score_KN)", "pass"),
+    ),
+    *_of(
+        "kernels/plain.py",
+        "kernels/test_kernels.py",
+        ("if not _exp_is_safe(max_s):", "if False:"),
+        ("NEARLY_CERTAIN = 0.01", "NEARLY_CERTAIN = 0.0"),
+        ("count_s.log() + torch.log1p(rest_s / count_s)", "(count_s + rest_s).log()"),
+        ("shifted_sV.div_(temperature)", "shifted_sV"),
+        ("exp_sV.addcmul_(prob_sV, kd_s1, value=-1.0 / temperature)", "exp_sV.addcmul_(prob_sV, kd_s1, value=-1.0)"),
+        ("grad_sV.mul_(slope_sV)", "pass"),
+        ("grad_sV.mul_(rows.scale)", "pass"),
+        ("mean_sV.mul_((1.0 - share_n)[part, None])", "pass"),
+        ("MIN_UNIT = 1e-30", "MIN_UNIT = 0.0"),
+    ),
+    *_of(
+        "kernels/rows.py",
+        "losses/test_block_engine.py kernels/test_kernels.py",
+        ("torch.promote_types(head.weight.dtype, torch.float32)", "head.weight.dtype"),
+        ("add_product_(out_nV[:, part], hidden_nD, weight_VD[part].T, beta=0)", "add_product_(out_nV[:, part], hidden_nD, weight_VD[part].T)"),
+        ("self.scale * (1.0 - tanh_E.square())", "self.scale * tanh_E"),
+    ),
+    *_of(
+        "losses/divergences.py",
+        "losses/test_divergences.py",
+        ("return _kl(target_logp_nS.clamp(min=LOG_FLOOR), student_logp_nS)", "return _kl(student_logp_nS, target_logp_nS.clamp(min=LOG_FLOOR))"),
+        ("return 0.5 * (target_nS - student_logp_nS.exp()).abs().sum(-1)", "return (target_nS - student_logp_nS.exp()).abs().sum(-1)"),
+        ("logq_nS + math.log1p(-share))", "logq_nS + math.log(share))"),
+        ("LOG_FLOOR = -1e4", "LOG_FLOOR = -1e1"),
+        ("return -(mixed_n - a / total * target_n - b / total * student_n) / (a * b)", "return -(mixed_n - target_n - student_n) / (a * b)"),
+    ),
+    *_of(
+        "losses/terms.py",
+        "losses/test_row_losses.py losses/test_named_targets.py fusion/test_target_use.py",
+        ("if temperature != 1.0 and target.temperature == temperature:", "if False:"),
+        ("weights.get(TRUTH, 0.0) * (1.0 - factor_n)", "weights.get(TRUTH, 0.0)"),
+        ("missing_n = (-ce_n * slope_n)", "missing_n = (-ce_n)"),
+        ("return -torch.expm1(max_n + scaled_n.log())", "return 1 - max_n.exp()"),
+        ("ce_n + kd_n * pull_n)", "ce_n + kd_n)"),
+        ("logq_E.exp() * (tail_n / rest_n)[row_E] - t_E", "-t_E"),
+    ),
+    *_of(
+        "losses/features.py",
+        "losses/test_features.py",
+        ("x_ND = x_ND / largest_N1.masked_fill(is_zero_N1, 1.0)", "pass"),
+        (".masked_fill(is_zero_N1, 1.0))", ")"),
+        ("return 1 - (ours_ND * theirs_ND).mean(-1)", "return 1 - (ours_ND * theirs_ND).sum(-1)"),
+        ("is_usable_K = ratio_K.isfinite() & (ratio_K > 0)", "is_usable_K = ratio_K > -1"),
+        ("std=student_width**-0.5", "std=1.0"),
+        ("sums, self._sums = self._sums, None", "sums = self._sums"),
+    ),
+    *_of(
+        "losses/engine.py",
+        "losses/test_block_engine.py",
+        ("grads = [\n            None if grad is None else _scaled(grad, grad_output,", "grads = [\n            None if grad is None else _scaled(grad, grad_output * 0 + 1,"),
+        ("if not is_kept:\n            ctx.grads = None", "if not is_kept:\n            pass"),
+        ("dbias_V += gradient_nV.sum(0, dtype=self.dtype)", "pass"),
+        (".square()\n\n    def attach", "\n\n    def attach"),
+    ),
+    *_of(
+        "data/pack.py",
+        "data/test_encode.py data/test_pack.py",
+        ('share = _seeded_hash(document, seed, "split") / 2**64', 'share = _seeded_hash(document, seed, "order") / 2**64'),
+        ('return "calibration" if share < validation + calibration else "train"', 'return "calibration" if share < calibration else "train"'),
+        ("if shared:", "if False:"),
+        ("room -= len(encoded)", "pass"),
+        ("used[name] += len(encoded)", "pass"),
+    ),
+    *_of(
+        "data/tokens.py",
+        "data/test_encode.py data/test_pack.py",
+        ("is_target[:1] = False", "pass"),
+        ("end_bytes[-1] = before[-1]", "pass"),
+        ("np.maximum.accumulate(before[ends])", "before[ends]"),
+    ),
+    *_of(
+        "storage/files.py",
+        "storage/test_files.py",
+        ("            os.fsync(file.fileno())\n", ""),
+        ("        raise\n    # The rename is durable only once the directory entry is on disk.\n    fsync(path.parent)\n", "        raise\n"),
+        ("temporary.unlink(missing_ok=True)\n        raise", "raise"),
+        ("allow_nan=False", "allow_nan=True"),
+        ("sort_keys=True, default=str", "default=str"),
+        ('temporary.open("xb")', 'temporary.open("wb")'),
+    ),
+    *_of(
+        "cache/keys.py",
+        "cache/test_store.py cache/test_build.py run/test_caching.py",
+        ("digest.update(np.ascontiguousarray(is_target, bool).tobytes())", "pass"),
+        ("if sample >= 0 and is_target.any():", "if sample >= 0:"),
+    ),
+    *_of(
+        "train/objective.py",
+        "train/test_objective.py fusion/test_target_use.py",
+        ('"kd": kd_ratio * self.options.temperature**2', '"kd": kd_ratio'),
+        ('"ce": 1 - kd_ratio}', '"ce": 1.0}'),
+        ("reads_logp=not is_plain_kl", "reads_logp=False"),
+        ("if self._seen == self._num_steps and inert:", "if False:"),
+    ),
+    *_of(
+        "train/meter.py",
+        "train/test_meter.py",
+        ("loss=sums.get(\"loss\", 0.0) / rows", "loss=sums.get(\"loss\", 0.0)"),
+        ("grad_shares={n: x / total_norm", "grad_shares={n: x"),
+        ("self._sums[name] + value if name in self._sums", "value if name in self._sums"),
+    ),
+    *_of(
+        "evaluate/metrics.py",
+        "evaluate/test_metrics.py evaluate/test_scoring.py evaluate/test_results.py",
+        ("return self.nll - _mean(self.entropy_N)", "return self.nll + _mean(self.entropy_N)"),
+        ("nats / math.log(2) / num_bytes", "nats / num_bytes"),
+    ),
+    *_of(
+        "evaluate/scoring.py",
+        "evaluate/test_scoring.py",
+        ("terms_nV = prob_nV * (target_nV - logp_nV)", "terms_nV = prob_nV * logp_nV"),
+        ("top1_n == labels_n", "top1_n != labels_n"),
+        ("np.linspace(0, size, num_kept, endpoint=False)", "range(num_kept)"),
+    ),
+]  # fmt: skip
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    numbered = [
+        (number, mutation)
+        for number, mutation in enumerate(MUTATIONS)
+        if not words or any(w in (str(number), Path(mutation.file).name) for w in words)
+    ]
+    # Imported once: each mutation runs in a fork, which has only our own modules to import.
+    import pytest  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        source = Path(folder, "src")
+        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+        # A test that fails anyway would kill everything.
+        files = dict.fromkeys(test for _, m in numbered for test in m.tests.split())
+        unchanged = _outcome(list(files), source)
+        if unchanged != "survived":
+            print(f"without a mutation: {unchanged}; must pass")
+            return 1
+        for number, mutation in numbered:
+            started = time.monotonic()
+            verdict = _verdict(mutation, source)
+            if verdict != "killed" and mutation.before not in SURVIVES_ON_PURPOSE:
+                survivors.append(number)
+            seconds = time.monotonic() - started
+            line = mutation.before.strip().splitlines()[0][:60]
+            print(f"{number:3} {verdict:9} {seconds:4.0f} s  {mutation.file}: {line}", flush=True)
+    num_killed = len(numbered) - len(survivors)
+    print(f"{num_killed} of {len(numbered)} killed or explained; survivors: {survivors}")
+    return 1 if survivors else 0
+
+
+def _verdict(mutation: Mutation, source: Path) -> str:
+    path = source / "collegium" / mutation.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutation.before) != 1:
+        return f"{text.count(mutation.before)} places"
+    path.write_text(text.replace(mutation.before, mutation.after), encoding="utf-8")
+    try:
+        return _outcome(mutation.tests.split(), source)
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+def _outcome(tests: list[str], source: Path) -> str:
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        _run(tests, source)
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        finished, status = os.waitpid(child, os.WNOHANG)
+        if finished:
+            # Another exit code of pytest is no failed test: none was found, or it could not start.
+            code = os.waitstatus_to_exitcode(status)
+            return {0: "survived", 1: "killed"}.get(code, f"exit {code}")
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "killed"
+
+
+def _run(tests: list[str], source: Path) -> None:
+    import pytest
+
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(source))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(source), str(ROOT / "tests")])
+    sys.dont_write_bytecode = True
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-m", "not gpu and not slow"]
+    # Plugins that the parent has imported are not rewritten, which is an error by our settings.
+    options += ["-W", "ignore:Module already imported"]
+    code = 1
+    try:
+        code = int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)]))
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
