@@ -254,7 +254,8 @@ def llama():
 @given(TEXTS, TEXTS)
 def test_a_completion_gets_no_space_before_it(prompt, completion):
     pair = document(prompt=prompt, completion=completion)
-    (encoded,) = Encoder(llama(), max_length=999, where="data").encode([pair])
+    encoder = Encoder(llama(), max_length=999, special_tokens="text", where="data")
+    (encoded,) = encoder.encode([pair])
     # The decoder strips the space before the prompt.
     assert llama().decode(encoded.ids[:-1]) == prompt + completion
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -22,21 +21,9 @@ LOOP = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% end
 SIMPLE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
-@pytest.fixture
-def renderers() -> Iterator[list[TemplateRenderer]]:
-    """Renderers that the test must not leave running."""
-    made: list[TemplateRenderer] = []
-    yield made
-    for one in made:
-        one.close()
-
-
 def errors(template: str, rows: list[dict[str, Any]], **options: Any) -> list[str | None]:
     renderer = TemplateRenderer(template, now=NOW, **options)
-    try:
-        return [one.error for one in renderer.render([dict(row) for row in rows])]
-    finally:
-        renderer.close()
+    return [one.error for one in renderer.render([dict(row) for row in rows])]
 
 
 @pytest.mark.parametrize(
@@ -49,13 +36,11 @@ def errors(template: str, rows: list[dict[str, Any]], **options: Any) -> list[st
         "{%- endfor %}{% set ns = namespace(a=1) %}{{ ns.a }}{{ enable_thinking }}",
     ],
 )
-def test_the_text_is_that_of_the_tokenizer(
-    template: str, renderers: list[TemplateRenderer]
-) -> None:
+def test_the_text_is_that_of_the_tokenizer(template: str) -> None:
     tokenizer = tiny.tiny_tokenizer(400, chat=True)
     before, tokenizer.chat_template = tokenizer.chat_template, template
     try:
-        renderers.append(TemplateRenderer.of(tokenizer, now=NOW))
+        renderer = TemplateRenderer.of(tokenizer, now=NOW)
         rows: list[dict[str, Any]] = [
             {"messages": CHAT},
             {"messages": CHAT[:1], "add_generation_prompt": True},
@@ -69,24 +54,24 @@ def test_the_text_is_that_of_the_tokenizer(
             for row in rows
         ]  # fmt: skip
         for _ in range(2):  # one worker serves all calls
-            rendered = renderers[0].render([dict(row) for row in rows])
+            rendered = renderer.render([dict(row) for row in rows])
             assert [one.text for one in rendered] == expected
             assert {one.error for one in rendered} == {None}
     finally:
         tokenizer.chat_template = before
 
 
-def test_generation_blocks_give_spans(renderers: list[TemplateRenderer]) -> None:
-    renderers.append(TemplateRenderer(tiny.CHAT_TEMPLATE, now=NOW))
-    (rendered,) = renderers[0].render([{"messages": CHAT * 2}])
+def test_generation_blocks_give_spans() -> None:
+    renderer = TemplateRenderer(tiny.CHAT_TEMPLATE, now=NOW)
+    (rendered,) = renderer.render([{"messages": CHAT * 2}])
     assert [rendered.text[start:end] for start, end in rendered.spans] == ["yo<|end|>"] * 2
 
 
-def test_the_clock_of_a_template_stands_still(renderers: list[TemplateRenderer]) -> None:
+def test_the_clock_of_a_template_stands_still() -> None:
     template = "{{ strftime_now('%d %b %Y %H:%M') }}"
     for now in (NOW, datetime(2031, 5, 2, 3, 4)):
-        renderers.append(TemplateRenderer(template, now=now))
-        texts = [one.text for one in renderers[-1].render([dict(ROW), dict(ROW)])]
+        renderer = TemplateRenderer(template, now=now)
+        texts = [one.text for one in renderer.render([dict(ROW), dict(ROW)])]
         assert texts == [now.strftime("%d %b %Y %H:%M")] * 2
 
 
@@ -144,28 +129,23 @@ def test_many_slow_rows_exceed_the_deadline_too(monkeypatch: pytest.MonkeyPatch)
     assert problems[-1] == "does not end within 1 s"
 
 
-def test_no_process_is_left_behind() -> None:
+def test_one_process_serves_all_renderers_and_none_is_left_behind() -> None:
     renderer = TemplateRenderer(SIMPLE, now=NOW)
     assert renderer.render([dict(ROW)])[0].error is None
-    assert renderer._worker is not None
-    number = _process_of(renderer)
-    renderer.close()
+    number = _process()
+    assert errors(tiny.CHAT_TEMPLATE, [ROW]) == [None]
+    assert _process() == number
+    render.close()
     assert not _is_alive(number)
     assert renderer.render([dict(ROW)])[0].error is None
-    number = _process_of(renderer)
-    os.kill(number, signal.SIGKILL)
+    os.kill(_process(), signal.SIGKILL)
     (rendered,) = renderer.render([dict(ROW)])
     assert rendered.error == "exhausts its memory, or ends its process"
-    renderer = TemplateRenderer(SIMPLE, now=NOW)
-    renderer.render([dict(ROW)])
-    number = _process_of(renderer)
-    del renderer
-    assert not _is_alive(number)
+    assert errors(SIMPLE, [ROW]) == [None]
 
 
-def _process_of(renderer: TemplateRenderer) -> int:
-    worker = renderer._worker
-    assert worker is not None
+def _process() -> int:
+    (worker,) = render._workers
     detached = worker.kill.peek()
     assert detached is not None
     return detached[2][0].pid

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from collegium.data.documents import Document
+from collegium.data.render import Rendered, TemplateRenderer
 from collegium.data.tokens import Encoded, bytes_of_tokens, tokenize, tokenize_quoting
 from collegium.data.turns import Located, Message, UnstableTemplateError, locate, lost_words
 from collegium.errors import DataError
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
-_CLOCK = re.compile(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)")
-_FIXED_CLOCK = "{% macro strftime_now(form) %}{{ fixed_dates[form] }}{% endmacro %}"
 _RESERVED = (
-    "messages", "conversation", "tokenize", "add_generation_prompt", "continue_final_message",
-    "chat_template", "fixed_dates",
+    "messages", "conversations", "documents", "add_generation_prompt", "continue_final_message",
+    "chat_template", "return_assistant_tokens_mask",
 )  # fmt: skip
 
 
@@ -64,7 +63,7 @@ class ChatEncoder:
         self._added_stops = [n for n, token in added.items() if token.content not in never]
         names = sorted((t.content for t in added.values() if t.special), key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self._today = datetime.date.fromisoformat(date)
+        self._now = datetime.datetime.fromisoformat(date)
 
     def encode(self, document: Document) -> Encoded:
         """Encode a chat. `num_bytes` counts the rendered text, without special tokens.
@@ -80,9 +79,10 @@ class ChatEncoder:
                 "use another tokenizer, or rows of `prompt` and `completion`"
             )
         messages = [dict(message) for message in document.messages or ()]
-        text = self._render(messages, document, place)
+        rendered = self._render(messages, document, place)
+        text = rendered.text
         try:
-            places = locate(messages, text, lambda m: self._render(m, document, place))
+            places = locate(messages, text, lambda m: self._render(m, document, place).text)
         except UnstableTemplateError:
             raise DataError(
                 f"{place}: the chat template renders marked content differently; must keep the "
@@ -91,13 +91,17 @@ class ChatEncoder:
         self._check_words(document, messages, places, text, place)
         ids, offsets = self._tokenize(document, places, text)
         turns = self._trained_turns(document, messages, places)
-        has_blocks = bool(_GENERATION.search(self._options(document)["chat_template"]))
+        has_blocks = bool(_GENERATION.search(self.tokenizer.get_chat_template()))
         if not has_blocks and any(places[n].end == len(text) for n in turns):
             # GLM's templates end a turn with the header of the next, and the last with nothing.
             eos: Any = self.tokenizer.eos_token_id
             ids = np.append(ids, eos)
             offsets = np.concatenate([offsets, [[len(text), len(text)]]])
-        blocks = self._blocks(messages, document, ids, place) if has_blocks else None
+        blocks = None
+        if has_blocks:
+            blocks = np.zeros(len(ids), bool)
+            for start, end in rendered.spans:
+                blocks |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
         is_target = np.zeros(len(ids), bool)
         for number in turns:
             limits = [p.end if p.start is None else p.start for p in places[number + 1 :]]
@@ -110,6 +114,10 @@ class ChatEncoder:
         num_bytes[np.isin(ids, [*self._special, *self.stops])] = 0
         return Encoded(ids, is_target, num_bytes, can_split=False)
 
+    @cached_property
+    def _renderer(self) -> TemplateRenderer:
+        return TemplateRenderer.of(self.tokenizer, now=self._now)
+
     def _render(
         self,
         messages: Sequence[Message],
@@ -117,46 +125,28 @@ class ChatEncoder:
         place: str,
         *,
         is_prompt: bool = False,
-    ) -> str:
+    ) -> Rendered:
         if reserved := sorted({*document.template} & {*_RESERVED}):
             raise DataError(
                 f"{place}: `chat_template_kwargs` has `{reserved[0]}`; must be variables of the "
                 "template only; remove it"
             )
-        # transformers renders in jinja2's ImmutableSandboxedEnvironment: no template reaches
-        # Python.
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=is_prompt,
-                **self._options(document),
-            )
-        except Exception as error:
-            reason = str(error).split("\n")[0]
+        variables = {"add_generation_prompt": is_prompt, **document.template}
+        (rendered,) = self._renderer.render([{"messages": list(messages), **variables}])
+        if rendered.error is not None:
             raise DataError(
-                f"{place}: the chat template fails ({type(error).__name__}: {reason}); must render "
-                "every row; fix the row or the template"
-            ) from error
-        return str(text)
-
-    def _options(self, document: Document) -> dict[str, Any]:
-        """Return the template, with a fixed date instead of the clock, and its variables."""
-        template = self.tokenizer.get_chat_template(tools=document.template.get("tools"))
-        formats = {match[2] for match in _CLOCK.finditer(template)}
-        if not formats:
-            return {"chat_template": template, **document.template}
-        dates = {form: self._today.strftime(form) for form in formats}
-        # The macro hides the function of the same name.
-        return {"chat_template": _FIXED_CLOCK + template, "fixed_dates": dates, **document.template}
+                f"{place}: the chat template {rendered.error}; must render every row; fix the row "
+                "or the template"
+            )
+        return rendered
 
     @cached_property
     def _prompt(self) -> str:
         """The text that a generation prompt adds to a chat, "" if it adds none."""
         chat, empty = [{"role": "user", "content": "x"}], Document("", "")
         try:
-            closed = self._render(chat, empty, self.where)
-            open_ = self._render(chat, empty, self.where, is_prompt=True)
+            closed = self._render(chat, empty, self.where).text
+            open_ = self._render(chat, empty, self.where, is_prompt=True).text
         except DataError:
             return ""
         # A template may end a finished chat with eos, which the prompt does not continue.
@@ -226,27 +216,6 @@ class ChatEncoder:
             return tokenize_quoting(text, quoted, self.tokenizer)
         ((ids, offsets),) = tokenize([text], self.tokenizer)
         return ids, offsets
-
-    def _blocks(
-        self, messages: Sequence[Message], document: Document, ids: np.ndarray, place: str
-    ) -> np.ndarray | None:
-        """Return which tokens lie in `{% generation %}` blocks."""
-        encoding: Any = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **self._options(document),
-        )
-        if list(encoding["input_ids"]) != ids.tolist():
-            if self.quoting[-1:] == [document.id]:
-                raise DataError(
-                    f"{place}: messages contain special tokens, and the template marks turns with "
-                    "{% generation %} blocks; must not have both; remove one of them"
-                )
-            problem = "the chat template renders one chat as two texts; must be deterministic"
-            raise DataError(f"{place}: {problem}")
-        return np.array(encoding["assistant_masks"], bool)
 
     def _run(self, span: Located, chat: _Chat, limit: int, place: str) -> tuple[int, int]:
         """Return the first and last token of the targets of a turn."""

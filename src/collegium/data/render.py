@@ -1,8 +1,8 @@
 """Chat templates, rendered in a process of their own: under a deadline, with a fixed date.
 
 A template is a program of somebody else, in the sandbox of jinja2. That sandbox limits neither its
-time nor its memory, and the template reads the clock. One worker process serves all rows of a
-corpus, and is killed if a row does not end.
+time nor its memory, and the template reads the clock. One worker process serves all templates, and
+is killed if a row does not end.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class TemplateRenderer:
         special_tokens: Mapping[str, Any] | None = None,
         seconds: float = SECONDS,
     ) -> None:
-        """Keep the template. The worker starts with the first row.
+        """Keep the template. The worker starts with the first row of all renderers.
 
         Args:
             now: the date that `strftime_now` of the template formats.
@@ -75,7 +75,6 @@ class TemplateRenderer:
             "seconds": seconds,
         }
         self._seconds = seconds
-        self._worker: _Worker | None = None
         self._failure: str | None = None
 
     @classmethod
@@ -91,17 +90,17 @@ class TemplateRenderer:
         """Render rows of `messages`, and optionally `tools` and other variables of the template.
 
         All values are plain JSON. A row that fails has an `error`. After a row that does not end
-        or exhausts the memory, all later ones have its error too: the worker is gone.
+        or exhausts the memory, all later ones have its error too.
 
         Raises DataError if the worker process cannot start.
         """
-        if self._failure is None and self._worker is None:
-            self._worker = _Worker(self._job)
-        worker, rendered, started = self._worker, list[Rendered](), monotonic()
-        if worker is not None:
-            worker.send(list(rows))
+        rendered: list[Rendered] = []
+        if self._failure is not None:
+            return [Rendered(error=self._failure) for _ in rows]
+        worker, started = _shared_worker(), monotonic()
+        worker.send({**self._job, "rows": list(rows)})
         for number in range(len(rows)):
-            if self._failure is None and worker is not None:
+            if self._failure is None:
                 budget = self._seconds + number * SECONDS_PER_ROW - (monotonic() - started)
                 reply = worker.receive(max(budget, 0.0))
                 if isinstance(reply, dict):
@@ -112,22 +111,32 @@ class TemplateRenderer:
             rendered.append(Rendered(error=self._failure))
         return rendered
 
-    def close(self) -> None:
-        """End the worker. A later row starts another one."""
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
-
     def _fail(self, reason: str | None) -> None:
         limit = f"does not end within {self._seconds:g} s"
         self._failure = limit if reason is None else reason
-        self.close()
+        close()
+
+
+_workers: list[_Worker] = []
+
+
+def _shared_worker() -> _Worker:
+    # Starting one takes a second, for the import of transformers.
+    if not _workers:
+        _workers.append(_Worker())
+    return _workers[0]
+
+
+def close() -> None:
+    """End the worker. A later row starts another one."""
+    while _workers:
+        _workers.pop().kill()
 
 
 class _Worker:
     """The process, and a thread that reads its replies: a pipe cannot be read with a deadline."""
 
-    def __init__(self, job: Mapping[str, Any]) -> None:
+    def __init__(self) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         # Threads of BLAS would reserve address space.
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -151,7 +160,6 @@ class _Worker:
         reading = partial(_read_replies, process.stdout, self._replies.put)
         threading.Thread(target=reading, daemon=True).start()
         self.kill = weakref.finalize(self, _end, process)
-        self.send(job)
         if self.receive(START_SECONDS) != {}:
             self.kill()
             raise DataError(
@@ -191,27 +199,27 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
     """Answer requests until the standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    job = json.loads(stdin.readline())
     from transformers.utils import chat_template_utils
 
     _limit_memory()
-    now = datetime.fromisoformat(job["now"])
-    render = partial(
-        chat_template_utils.render_jinja_template,
-        chat_template=job["template"],
-        return_assistant_tokens_mask="endgeneration" in job["template"],
-        **job["special_tokens"],
-    )
     _reply(stdout, {})
     for line in stdin:
-        for row in json.loads(line):
+        job = json.loads(line)
+        now = datetime.fromisoformat(job["now"])
+        render = partial(
+            chat_template_utils.render_jinja_template,
+            chat_template=job["template"],
+            return_assistant_tokens_mask="endgeneration" in job["template"],
+        )
+        for row in job["rows"]:
             # Ends the process if its parent was killed while a row is rendered.
             _alarm(3 + int(3 * job["seconds"]))
             try:
                 # Compiled here: a constant expression of a template is evaluated by the compiler.
                 template = chat_template_utils._compile_jinja_template(job["template"])
                 template.environment.globals["strftime_now"] = now.strftime
-                (text,), indices = render([row.pop("messages")], **row)
+                variables = {**job["special_tokens"], **row}
+                (text,), indices = render([variables.pop("messages")], **variables)
                 reply = {"text": text, "spans": indices[0] if indices else []}
                 if len(text) > MAX_CHARACTERS:
                     problem = f"writes {len(text):,} characters; must write at most "
