@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from templates import FAMILIES, Family, chatml
 
+from chat_templates import FAMILIES, Family, chatml
 from collegium.data.chat import ChatEncoder
 from collegium.data.documents import Document
 from collegium.errors import DataError

@@ -53,7 +53,7 @@ def test_no_teacher_is_loaded_and_every_term_trains(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("a teacher was loaded")
 
-    monkeypatch.setattr("collegium.teachers.local.load_model", load)
+    monkeypatch.setattr("collegium.teachers.options.LocalOptions.load", load)
     pipeline.train(built)
     log = (built.output_dir / "train" / "log.jsonl").read_text()
     assert '"feature/code"' in log

@@ -58,9 +58,9 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         found[running[-1]] = max(found[running[-1]], count)
         return body(model)
 
-    def naming_stage(self: RunFolder, name: str, key: str) -> AbstractContextManager[None]:
+    def naming_stage(self: RunFolder, name: str, *key: Any) -> AbstractContextManager[None]:
         running.append(name)
-        return stage(self, name, key)
+        return stage(self, name, *key)
 
     monkeypatch.setattr(PreTrainedModel, "__init__", recording_init)
     monkeypatch.setattr(forward, "_body", counting_body)

@@ -353,7 +353,7 @@ def test_the_log_never_contains_a_step_twice(tmp_path: Path) -> None:
         log.append(LogStep(step=step, loss=0.5))
     with log.path.open("a") as file:
         file.write('{"step": 4, "lo')
-    log.truncate(2)
+    log.restore(None, 2)
     assert read_log(log.path) == (LogStep(step=1, loss=0.5), LogStep(step=2, loss=0.5))
     log.append(LogStep(step=3, loss=0.25))
     assert len(read_log(log.path) or ()) == 3

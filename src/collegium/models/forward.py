@@ -211,7 +211,7 @@ def probe(
     changed_BT = ids_BT.clone()
     changed_BT[:, : _LENGTHS[0]] = (ids_BT[:, : _LENGTHS[0]] + 1) % vocab_size
     lengths = _LENGTHS if packed else [sum(_LENGTHS)]
-    with _eval_mode(model), _without_hooks(model), torch.no_grad(), _run_errors(model_type, where):
+    with _eval_mode(model), torch.no_grad(), _run_errors(model_type, where):
         batch, ours = _forward_packed(model, ids_BT, lengths, vocab_size)
         logits_NV = ours.logits(slice(None))
         positions = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
@@ -231,8 +231,6 @@ def probe(
             f"{where}: {model_type} computes its logits in an unsupported way (largest difference "
             f"{_gap(logits_NV, expected_NV):.3g}); use another model family"
         )
-    if not packed:
-        return
     hidden_BTD = ours.hidden.unflatten(0, ids_BT.shape)
     changed_BTD = changed.hidden.unflatten(0, ids_BT.shape)
     unpacked_BTD = torch.cat([states.hidden.unflatten(0, (2, -1)) for states in unpacked], dim=1)
@@ -308,26 +306,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Hide forward hooks of users, which wait for their data and not for random ids."""
-    tables = [t for m in model.modules() for t in (m._forward_hooks, m._forward_pre_hooks)]
-    hidden = [
-        (table, number, hook)
-        for table in tables
-        for number, hook in table.items()
-        # Those of libraries are part of the model.
-        if getattr(hook, "__module__", "").partition(".")[0] not in ("transformers", "accelerate")
-    ]
-    for table, number, _ in hidden:
-        del table[number]
-    try:
-        yield
-    finally:
-        for table, number, hook in hidden:
-            table[number] = hook
 
 
 def _select_modules(model: PreTrainedModel, taps: Sequence[str]) -> dict[str, nn.Module]:
