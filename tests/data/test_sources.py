@@ -125,6 +125,8 @@ CASES: dict[str, tuple[str, str | bytes, str]] = {
         ":2",
     ),
     "latin-1 text": ("a.txt", b"ab\ncaf\xe9 x", ":2"),
+    "endless number": ("train.jsonl", '{"text": ' + "9" * 5000 + "}\n", ":1"),
+    "endless number in an array": ("train.json", '[{"text": ' + "9" * 5000 + "}]", ""),
     "list as row": ("train.jsonl", "[1]\n", ":1"),
     "number as text": ("train.jsonl", lines({"text": 5}), ":1"),
     "list as text": ("train.jsonl", lines({"text": ["a"]}), ":1"),

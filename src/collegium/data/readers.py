@@ -225,6 +225,8 @@ def _read_json(raw: bytes, max_line_bytes: int, place: str) -> Iterator[Row]:
             f"{place}:{error.lineno}: invalid JSON at column {error.colno} ({error.msg}); must be "
             "an array of objects; if the file was cut off, copy it again"
         ) from None
+    except ValueError as error:  # Python limits the digits of an integer
+        raise DataError(f"{place}: invalid JSON ({error}); must be ordinary numbers") from None
     except RecursionError:
         raise DataError(f"{place}: nested too deeply; must be an array of objects") from None
     if isinstance(value, dict):
@@ -297,6 +299,8 @@ def _parse_line(line: bytes, start: int, place: str) -> object:
             f"{place}: invalid JSON at column {error.colno} ({error.msg}); must be one object per "
             f"line{cut}"
         ) from None
+    except ValueError as error:  # Python limits the digits of an integer
+        raise DataError(f"{place}: invalid JSON ({error}); must be ordinary numbers") from None
     except RecursionError:
         raise DataError(f"{place}: nested too deeply; must be a flat record") from None
 
