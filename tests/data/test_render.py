@@ -144,6 +144,22 @@ def test_one_process_serves_all_renderers_and_none_is_left_behind() -> None:
     assert errors(SIMPLE, [ROW]) == [None]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_starts_a_worker_of_its_own() -> None:
+    renderer = TemplateRenderer(SIMPLE, now=NOW)
+    assert renderer.render([dict(ROW)])[0].error is None
+    number = _process()
+    child = os.fork()
+    if child == 0:
+        (rendered,) = renderer.render([dict(ROW)])
+        is_other = rendered.error is None and _process() != number
+        render.close()
+        os._exit(0 if is_other else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert renderer.render([dict(ROW)])[0].error is None
+    assert _process() == number
+
+
 def _process() -> int:
     (worker,) = render._workers
     detached = worker.kill.peek()

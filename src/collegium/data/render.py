@@ -133,6 +133,17 @@ def close() -> None:
         _workers.pop().kill()
 
 
+def _forget_workers() -> None:
+    # A forked process has no thread that reads the replies, and must not kill its parent's worker.
+    for worker in _workers:
+        worker.kill.detach()
+    _workers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_workers)
+
+
 class _Worker:
     """The process, and a thread that reads its replies: a pipe cannot be read with a deadline."""
 
