@@ -40,7 +40,8 @@ def test_the_text_is_that_of_the_tokenizer(template: str) -> None:
     tokenizer = tiny.tiny_tokenizer(400, chat=True)
     before, tokenizer.chat_template = tokenizer.chat_template, template
     try:
-        renderer = TemplateRenderer.of(tokenizer, now=NOW)
+        tokens = tokenizer.special_tokens_map
+        renderer = TemplateRenderer(template, now=NOW, special_tokens=tokens)
         rows: list[dict[str, Any]] = [
             {"messages": CHAT},
             {"messages": CHAT[:1], "add_generation_prompt": True},

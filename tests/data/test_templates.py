@@ -1,5 +1,7 @@
 """Every assistant turn is one run of targets: its words and its stop token, under any template."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -273,3 +275,20 @@ def test_a_template_does_not_read_the_clock() -> None:
     chat = Document(id="17", domain="d", messages=tuple(CHATS["one turn"]))
     encoder = ChatEncoder(family.tokenizer(), where="data", date="2024-02-29")
     assert "Current date: 2024-02-29" in family.tokenizer().decode(encoder.encode(chat).ids)
+
+
+def test_a_chat_with_tools_uses_the_template_for_tools() -> None:
+    family = FAMILIES["ChatML"]
+    with_tools = "{{ tools | tojson }}" + family.source()
+    tokenizer = copy.copy(family.tokenizer())
+    tokenizer.chat_template = {"default": family.source(), "tool_use": with_tools}
+    tools = [{"type": "function", "function": {"name": "mill"}}]
+    messages = tuple(CHATS["one turn"])
+    plain = Document(id="17", domain="d", messages=messages)
+    calling = Document(id="17", domain="d", messages=messages, template={"tools": tools})
+    encoder = ChatEncoder(tokenizer, where="data")
+    assert "mill" not in tokenizer.decode(encoder.encode(plain).ids)
+    assert "mill" in tokenizer.decode(encoder.encode(calling).ids)
+    tokenizer.chat_template = {"rag": family.source(), "tool_use": with_tools}
+    with refused(DataError, "data: 17"):
+        ChatEncoder(tokenizer, where="data").encode(plain)

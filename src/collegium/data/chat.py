@@ -63,6 +63,7 @@ class ChatEncoder:
         self._added_stops = [n for n, token in added.items() if token.content not in never]
         names = sorted((t.content for t in added.values() if t.special), key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._renderers: dict[str, TemplateRenderer] = {}
         self._now = datetime.datetime.fromisoformat(date)
 
     def encode(self, document: Document) -> Encoded:
@@ -91,7 +92,7 @@ class ChatEncoder:
         self._check_words(document, messages, places, text, place)
         ids, offsets = self._tokenize(document, places, text)
         turns = self._trained_turns(document, messages, places)
-        has_blocks = bool(_GENERATION.search(self.tokenizer.get_chat_template()))
+        has_blocks = bool(_GENERATION.search(self._template(document, place)))
         if not has_blocks and any(places[n].end == len(text) for n in turns):
             # GLM's templates end a turn with the header of the next, and the last with nothing.
             eos: Any = self.tokenizer.eos_token_id
@@ -114,9 +115,24 @@ class ChatEncoder:
         num_bytes[np.isin(ids, [*self._special, *self.stops])] = 0
         return Encoded(ids, is_target, num_bytes, can_split=False)
 
-    @cached_property
-    def _renderer(self) -> TemplateRenderer:
-        return TemplateRenderer.of(self.tokenizer, now=self._now)
+    def _template(self, document: Document, place: str) -> str:
+        """Return the template of a chat: a tokenizer may have one of its own for tools."""
+        try:
+            return self.tokenizer.get_chat_template(tools=document.template.get("tools"))
+        except ValueError as error:
+            names = ", ".join(sorted(self.tokenizer.chat_template or ()))
+            raise DataError(
+                f"{place}: the tokenizer has several chat templates ({names}) and none is "
+                "`default`; must have a default; save the tokenizer with one template"
+            ) from error
+
+    def _renderer(self, template: str) -> TemplateRenderer:
+        if template not in self._renderers:
+            tokens = self.tokenizer.special_tokens_map
+            self._renderers[template] = TemplateRenderer(
+                template, now=self._now, special_tokens=tokens
+            )
+        return self._renderers[template]
 
     def _render(
         self,
@@ -132,7 +148,8 @@ class ChatEncoder:
                 "template only; remove it"
             )
         variables = {"add_generation_prompt": is_prompt, **document.template}
-        (rendered,) = self._renderer.render([{"messages": list(messages), **variables}])
+        renderer = self._renderer(self._template(document, place))
+        (rendered,) = renderer.render([{"messages": list(messages), **variables}])
         if rendered.error is not None:
             raise DataError(
                 f"{place}: the chat template {rendered.error}; must render every row; fix the row "

@@ -21,12 +21,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from time import monotonic
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from collegium.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 SECONDS = 10.0
 """Deadline of a row. An ordinary row takes 0.1 ms."""
@@ -76,15 +73,6 @@ class TemplateRenderer:
         }
         self._seconds = seconds
         self._failure: str | None = None
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, *, now: datetime) -> TemplateRenderer:
-        """Return the renderer of a tokenizer's template, which gives `apply_chat_template`'s text.
-
-        Raises ValueError if the tokenizer has no template, or several and no default.
-        """
-        tokens = tokenizer.special_tokens_map
-        return cls(tokenizer.get_chat_template(), now=now, special_tokens=tokens)
 
     def render(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
         """Render rows of `messages`, and optionally `tools` and other variables of the template.
