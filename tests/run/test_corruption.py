@@ -19,14 +19,28 @@ from tiny_run import recipe_text, write_zoo
 NUMBER = 500
 
 
+CACHES = {
+    "live": "",
+    "fused": "cache: {enabled: true}\n",
+    "per_teacher": "objective: {kd_ratio: 0.5, features: {weight: 0.1}}\n"
+    "cache: {enabled: true, kind: per_teacher, features: {rank: 4}}\n",
+}
+"""Lines of the recipe, by what the student learns from."""
+
+
 @pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe whose run is finished, in `run`, with every kind of file."""
-    root = write_zoo(tmp_path_factory.mktemp("zoo"))
-    file = root / "recipe.yaml"
-    file.write_text(recipe_text(root))
-    pipeline.run(load_recipe(file))
-    return file
+def recipe_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Recipes whose runs are finished, in `run`, with every kind of file."""
+    files = []
+    for name, lines in CACHES.items():
+        root = write_zoo(tmp_path_factory.mktemp(name))
+        text = recipe_text(root)
+        if "objective" in lines:
+            text = text.replace("objective: {kd_ratio: 0.5}\n", "")
+        files.append(root / "recipe.yaml")
+        files[-1].write_text(text + lines)
+        pipeline.run(load_recipe(files[-1]))
+    return files
 
 
 def flip(path: Path, rng: random.Random, other: Path) -> None:
@@ -104,12 +118,13 @@ def damaged_pair(folder: Path, rng: random.Random) -> tuple[Path, Path]:
 @pytest.mark.parametrize("number", range(NUMBER))
 def test_no_damage_is_silent(
     number: int,
-    recipe_file: Path,
+    recipe_files: list[Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     rng = random.Random(number)
+    recipe_file = rng.choice(recipe_files)
     finished, folder = recipe_file.parent / "run", tmp_path / ("run" if number % 2 else "moved")
     shutil.copytree(finished, folder)
     expected = content(folder)
@@ -135,8 +150,9 @@ def test_no_damage_is_silent(
 
 
 def test_a_moved_folder_counts_as_done(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe_files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    recipe_file = recipe_files[1]
     shutil.copytree(recipe_file.parent / "run", tmp_path / "moved")
     before = (tmp_path / "moved" / "stages.json").read_bytes()
     capsys.readouterr()

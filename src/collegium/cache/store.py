@@ -138,18 +138,25 @@ def open_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> 
     Raises CacheError if it is unfinished, damaged, or, unless `expected` is None, of another run.
     """
     location = Location.of(where)
-    manifest = require_manifest(where)
-    if expected is not None:
-        require_identity(where, manifest.identity, expected)
+    manifest = verify_cache(where, expected)
     side = manifest.side_file
-    for entry in (*([side] if side else []), *manifest.shards):
-        verify_file(location, entry)
     try:
         codec = load_codec(manifest.identity, side and location.read_bytes(side.name))
     except ValueError as error:
         file, problem = location.path_of(MANIFEST), first_error(error)
         raise CacheError(f"{file}: identity.{problem}; {REBUILD}") from error
     return CacheReader(location, manifest, codec)
+
+
+def verify_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> Manifest:
+    """Verify the identity of a finished cache, then every checksum. Raises as `open_cache`."""
+    manifest = require_manifest(where)
+    if expected is not None:
+        require_identity(where, manifest.identity, expected)
+    side = manifest.side_file
+    for entry in (*([side] if side else []), *manifest.shards):
+        verify_file(Location.of(where), entry)
+    return manifest
 
 
 def load_codec(identity: Mapping[str, Any], side: bytes | None) -> TargetCodec | HiddenCodec:

@@ -11,6 +11,7 @@ Each folder has the same format and its own manifest, so adding a teacher adds f
 from __future__ import annotations
 
 import hashlib
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -31,10 +32,10 @@ from collegium.cache.encode import (
 from collegium.cache.keys import document_hash
 from collegium.cache.manifest import read_manifest, require_identity
 from collegium.cache.processes import Ranks
-from collegium.cache.store import CacheReader, open_cache
+from collegium.cache.store import CacheReader, open_cache, verify_cache
 from collegium.config.recipe import plain
 from collegium.distributions import NamedRows
-from collegium.errors import RecipeError
+from collegium.errors import CacheError, RecipeError
 from collegium.evaluate.scoring import spread_windows
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.options import to_recipe
@@ -42,6 +43,7 @@ from collegium.run.artifact import Artifact
 from collegium.run.context import RunContext
 from collegium.storage.records import FileDigest
 
+_log = logging.getLogger(__name__)
 Split = Literal["train", "calibration"]
 T = TypeVar("T")
 # They only measure how far teachers are apart. Everything else is in the scalars.
@@ -88,6 +90,15 @@ class Cache(Artifact[CacheReader[T]]):
     def digests(self) -> Mapping[str, FileDigest]:
         """Return nothing: its manifest has the digests, which several runs share."""
         return {}
+
+    def restore(self) -> None:
+        """Verify every file of a finished cache, and build the damaged ones again."""
+        try:
+            verify_cache(self.path)
+        except CacheError as error:
+            _log.warning("%s", error)
+            with self.log():
+                self.build()
 
     @abstractmethod
     def encoder(self) -> CorpusEncoder:

@@ -53,8 +53,8 @@ class RunFolder:
         fields = differing_fields(kept, new) if old else []
         if fields:
             raise RecipeError(
-                f"output_dir: {self.path} holds a run of another recipe ({'; '.join(fields[:5])}); "
-                "choose another output_dir, or delete this folder"
+                f"output_dir: {self.path} holds a run of another recipe, by its recipe.json "
+                f"({'; '.join(fields[:5])}); choose another output_dir, or delete this folder"
             )
 
     def _free_sections(self) -> frozenset[str] | None:

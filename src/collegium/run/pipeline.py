@@ -83,11 +83,18 @@ def run(recipe: Recipe) -> Path:
     """Run all stages in order. Return the run folder."""
     with opened(recipe) as context:
         folder = context.folder.path
-        # No stage reads the checkpoints of a finished training, and users do.
-        for place in (folder / "train", *folder.glob("controls/*/train")):
-            if (place / "summary.json").is_file():
-                set_aside_damaged(place)
+        finished = [
+            place
+            for place in (folder / "train", *folder.glob("controls/*/train"))
+            if (place / "summary.json").is_file()
+        ]
+        # No stage reads the checkpoints and the cache of a finished training, and users do.
+        for place in finished:
+            set_aside_damaged(place)
         _build(context, "train", "evaluate", "report")
+        if finished and recipe.cache.enabled and recipe.cache.url is None:
+            for artifact in _caches(context):
+                artifact.restore()
     return recipe.output_dir
 
 
@@ -132,8 +139,12 @@ def _build(context: RunContext, *stages: str) -> Sequence[Any]:
     return contents
 
 
+def _caches(context: RunContext) -> list[Cache[Any]]:
+    return [artifact for artifact in ARTIFACTS["cache"](context) if isinstance(artifact, Cache)]
+
+
 def _build_caches(context: RunContext) -> list[Path]:
-    built = [artifact for artifact in ARTIFACTS["cache"](context) if isinstance(artifact, Cache)]
+    built = _caches(context)
     # All folders are compared with the recipe before the first one is written.
     for artifact in built:
         artifact.is_done()
