@@ -139,15 +139,15 @@ def test_temperature_beyond_the_grid_is_marked(sharpness, edge):
     logits_NV, rows = _sampled(300, sharpness)
     tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows)
     assert fit_temperature(tables, "law") == edge
-    assert grid_end(tables, edge) == ("highest" if edge > 1 else "lowest")
-    assert grid_end(tables, 0.99 * edge + 0.01) is None
+    assert grid_end(tables.grid, edge) == ("highest" if edge > 1 else "lowest")
+    assert grid_end(tables.grid, 0.99 * edge + 0.01) is None
 
 
 def test_nothing_is_fitted_on_a_single_temperature():
     logits_NV, rows = _sampled(300, 2.0)
     tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows, grid=[1.0])
     assert fit_temperature(tables, "law") is None
-    assert grid_end(tables, None) is None
+    assert grid_end(tables.grid, None) is None
 
 
 def test_stored_temperatures_are_interpolated_and_their_ends_marked():
@@ -156,7 +156,7 @@ def test_stored_temperatures_are_interpolated_and_their_ends_marked():
         tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows, grid=[1.0, 3.0])
         fitted = fit_temperature(tables, "law")
         assert fitted == pytest.approx(expected, rel=0.1)
-        assert grid_end(tables, fitted) == end
+        assert grid_end(tables.grid, fitted) == end
 
 
 def test_flat_teacher_keeps_its_temperature():

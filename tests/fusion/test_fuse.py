@@ -390,9 +390,7 @@ def test_description_and_recipe_snippet():
         temperatures={"law": 1.25},
         pooled_temperature=0.9,
     )
-    assert describe(fusion) == (
-        "fixed(law=0.25, prose=0.75), log_linear, temperatures(law=1.25), pooled_temperature=0.9"
-    )
+    assert describe(fusion) == "fixed, log_linear, temperatures, pooled_temperature=0.9"
     assert describe(Fusion(weighting=Uniform())) == "uniform, linear"
     assert to_recipe(fusion) == {
         "weighting": {"name": "fixed", "weights": {"law": 0.25, "prose": 0.75}},

@@ -340,6 +340,25 @@ def test_infinite_nll_is_null() -> None:
     assert report["best_single"]["teacher"] == "one"
 
 
+@pytest.mark.parametrize(("sharpness", "end"), [(2000.0, "highest"), (0.02, "lowest")])
+def test_temperatures_at_an_end_of_their_grid_are_marked(sharpness: float, end: str) -> None:
+    teachers = [specialist("one", 1, sharpness), specialist("five", 5, sharpness)]
+    report = run_preflight(teachers, two_domains(), batch_size=8).to_json()
+    ends = [row.get("grid_ends", {}) for row in report["fusions"]]
+    assert {value for names in ends for value in names.values()} == {end}
+    assert {name for names in ends for name in names} == {"one", "five", "pooled_temperature"}
+    assert report["chosen"]["grid_ends"]
+
+
+def test_temperatures_inside_the_grid_are_not_marked() -> None:
+    report = two_specialists()
+    linear = [row for row in report["fusions"] if row["fusion"]["pool"] == "linear"]
+    assert any(row["fusion"]["temperatures"] for row in linear)
+    assert not any(row.get("grid_ends") for row in linear)
+    # A name has no fitted numbers: those are in `fusion`.
+    assert max(len(row["name"]) for row in report["fusions"]) < 120
+
+
 def test_whole_distributions_read_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_module, "FULL_TOKENS", 240)
     teachers = [specialist("one", 1), specialist("five", 5)]

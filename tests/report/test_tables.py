@@ -203,3 +203,15 @@ def test_temperatures_that_are_no_optimum_are_marked():
     column = [column.title for column in table.columns].index("T")
     texts = [cells[column].text for _, cells in table.rows()]
     assert texts == ["1.50", "≥ 32.00", "≤ 1.00", "–"]
+
+
+def test_a_fusion_names_its_temperatures_at_an_end_of_the_grid():
+    fusions = [
+        {"calibration": "pooled", "grid_ends": {}},
+        {"calibration": "temperatures", "grid_ends": {"law": "highest", "prose": "lowest"}},
+        {"calibration": None},
+    ]
+    run = RunFiles("run", preflight=PreflightReport.model_validate({"fusions": fusions}))
+    table = run_tables.fusion_tables(run)[0]
+    texts = [cells[0].text for _, cells in table.rows()]
+    assert texts == ["pooled", "temperatures (end of the grid: law, prose)", "–"]

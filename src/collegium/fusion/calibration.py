@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from collegium.distributions import Answer, Distribution
 from collegium.fusion.pools import RowReader
 from collegium.fusion.weighting import RowStats, Weighting
+from collegium.storage.records import GridEnd
 from collegium.types import Rows, map_tensors
 
 TEMPERATURES: tuple[float, ...] = (
@@ -226,13 +226,11 @@ def fit_temperature(tables: TemperatureTables, teacher: str) -> float | None:
     return temperature_of_least_nll(tables.grid, nll_G, entropy_G - nll_G)
 
 
-def grid_end(
-    tables: TemperatureTables, temperature: float | None
-) -> Literal["lowest", "highest"] | None:
+def grid_end(grid: Sequence[float], temperature: float | None) -> GridEnd | None:
     """Whether a fitted temperature is an end of those tried, so no optimum. None for others."""
-    if temperature == tables.grid[0]:
+    if temperature == grid[0]:
         return "lowest"
-    return "highest" if temperature == tables.grid[-1] else None
+    return "highest" if temperature == grid[-1] else None
 
 
 Axis = Callable[[int, Sequence[int]], Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import field
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from collegium.fusion.pools import PoolKind
 from collegium.fusion.rules import PrefixLikelihood
 from collegium.fusion.weighting import Weighting
 from collegium.options import OneOf, option, plain
+from collegium.storage.records import fusion_title
 
 
 @option
@@ -64,17 +65,7 @@ class Fusion:
 
 def describe(fusion: Fusion) -> str:
     """Return a short name, such as `prefix_likelihood(eta=0.3, decay=0.9), linear`."""
-    snippet = plain(fusion)
-    weighting, conflict = snippet["weighting"], snippet["conflict"]
-    pool = f"power_mean(r={fusion.exponent:.3g})" if fusion.pool == "power_mean" else fusion.pool
-    parts = [_call(weighting.pop("name"), weighting), pool]
-    if fusion.temperatures:
-        parts.append(_call("temperatures", fusion.temperatures))
-    if fusion.pooled_temperature != 1.0:
-        parts.append(f"pooled_temperature={fusion.pooled_temperature:.3g}")
-    if fusion.conflict.is_active:
-        parts.append(_call(conflict.pop("name"), conflict))
-    return ", ".join(parts)
+    return fusion_title(to_recipe(fusion))
 
 
 def to_recipe(fusion: Fusion) -> dict[str, Any]:
@@ -86,26 +77,3 @@ def to_recipe(fusion: Fusion) -> dict[str, Any]:
     if not fusion.conflict.is_active:
         del snippet["conflict"]
     return snippet
-
-
-def _call(name: str, options: Mapping[str, object]) -> str:
-    """Format `name(key=value, ...)` and inline the entries of dicts."""
-    inner = ", ".join(f"{k}={_short(v)}" for k, v in _flat(options).items() if v is not None)
-    return f"{name}({inner})" if inner else name
-
-
-def _short(value: object) -> str:
-    # Kept short for tables: three digits, and only the number of knots.
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return f"{len(value)} knots" if isinstance(value, list) else str(value)
-
-
-def _flat(options: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Flatten nested dicts: the outer key is dropped, a second level gives `domain/teacher`."""
-    flat: dict[str, object] = {}
-    for key, value in options.items():
-        for name, item in (value if isinstance(value, dict) else {key: value}).items():
-            name = f"{prefix}{name}"
-            flat |= _flat(item, f"{name}/") if isinstance(item, dict) else {name: item}
-    return flat

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from collegium.evaluate.metrics import Metrics, perplexity
 from collegium.fusion.calibration import TemperatureTables
 from collegium.fusion.fuse import Fusion
-from collegium.fusion.options import to_recipe
+from collegium.fusion.options import describe
 from collegium.fusion.rules import BestSingle, Uniform
 from collegium.preflight.search import SAME_NLL, Candidate, Search
-from collegium.storage.records import fusion_title
 
 # Specialists off their domain reach 1 to 3 nats (docs/results/demo.md).
 OVERCONFIDENCE_THRESHOLD = 0.3
@@ -54,7 +53,7 @@ def findings_of(
     best_single = search.conditions.best_single
     several = [other for other in ranked if not other.fusion.weighting.is_single]
     return Findings(
-        fusion_name=fusion_title(to_recipe(fusion)),
+        fusion_name=describe(fusion),
         num_tokens=len(chosen.nll_N),
         nll=chosen.nll,
         uniform_nll=search.linear_nll(Uniform()),

@@ -21,7 +21,7 @@ from collegium.fusion.options import describe, to_recipe
 from collegium.preflight import weight_quality
 from collegium.preflight.advice import findings_of, verdict_sentences
 from collegium.preflight.held_out import held_out_report
-from collegium.preflight.search import Candidate, Search, choose
+from collegium.preflight.search import POOLED_GRID, Candidate, Search, choose
 from collegium.preflight.sweeps import sweep_teachers
 from collegium.storage import records
 
@@ -100,6 +100,7 @@ def run_preflight(
             name=describe(chosen.fusion),
             nll=chosen.nll,
             fusion=to_recipe(chosen.fusion),
+            grid_ends=_grid_ends(chosen, tables),
             weights=findings.mean_weights,
             leave_one_out=findings.leave_one_out,
         ),
@@ -118,7 +119,7 @@ def _teacher(metrics: Metrics, tables: TemperatureTables, name: str) -> records.
         **scores.model_dump(include=figures),
         **calibration.model_dump(include={"ece_over", "ece_under"}),
         temperature=temperature,
-        grid_end=grid_end(tables, temperature),
+        grid_end=grid_end(tables.grid, temperature),
         domains={domain: score.nll for domain, score in scores.domains.items()},
     )
 
@@ -135,12 +136,23 @@ def _fusion(candidate: Candidate, chosen: Candidate, search: Search) -> records.
         nll_all_tokens=candidate.nll_all,
         fusion=to_recipe(candidate.fusion),
         calibration=candidate.calibration,
+        grid_ends=_grid_ends(candidate, search.scalars.tables),
         is_chosen=candidate is chosen,
         interval=weight_quality.difference_interval(nll_N, torch.zeros_like(nll_N), samples_N),
         interval_to_chosen=weight_quality.difference_interval(nll_N, chosen.nll_N, samples_N),
         **_weight_measures(candidate, search),
         domains={d: float(nll_N[mask_N].mean()) for d, mask_N in masks.items() if mask_N.any()},
     )
+
+
+def _grid_ends(candidate: Candidate, tables: TemperatureTables) -> dict[str, records.GridEnd]:
+    """Temperatures of a candidate that are an end of those tried, by name."""
+    fusion = candidate.fusion
+    ends: dict[str, records.GridEnd | None] = {
+        name: grid_end(tables.grid, value) for name, value in fusion.temperatures.items()
+    }
+    ends["pooled_temperature"] = grid_end(POOLED_GRID, fusion.pooled_temperature)
+    return {name: end for name, end in ends.items() if end is not None}
 
 
 def _weight_measures(candidate: Candidate, search: Search) -> dict[str, Any]:

@@ -36,8 +36,15 @@ METRICS: tuple[Column[records.ResultRow], ...] = (
     Column("KL to target", "kl_to_fused", form.fixed, pos, short="KL to\ntarget"),
     Column("Agreement", "agreement_fused", form.percent, neg, short="agree"),
 )
+
+
+def _calibration(fusion: records.CandidateFusion) -> str | None:
+    ends = ", ".join(fusion.grid_ends)
+    return f"{fusion.calibration} (end of the grid: {ends})" if ends else fusion.calibration
+
+
 FUSION_COLUMNS: tuple[Column[records.CandidateFusion], ...] = (
-    Column("Calibration", "calibration", form.text, is_text=True, short=None),
+    Column("Calibration", _calibration, form.text, is_text=True, short=None),
     # Candidates within 0.002 nats count as equal, which three digits would not show.
     Column("NLL", "nll", partial(form.fixed, digits=4)),
     Column("95 % CI", "interval", form.interval, short=None),

@@ -43,6 +43,7 @@ def _finite(value: Any) -> Any:
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
 Numbers = Mapping[str, Number]
+GridEnd = Literal["lowest", "highest"]
 
 
 class Record(BaseModel):
@@ -212,7 +213,7 @@ class TeacherMeasure(Record):
     overconfidence: Number = None
     temperature: Number = None
     """Fitted to this teacher only. None if its source has no other temperature than 1."""
-    grid_end: Literal["lowest", "highest"] | None = None
+    grid_end: GridEnd | None = None
     """Set where it is an end of the temperatures tried, beyond which the NLL falls."""
     top1: Number = None
     domains: Numbers = {}
@@ -240,6 +241,8 @@ class CandidateFusion(Record):
     """The `fusion:` section of a recipe, fitted on the whole split."""
     calibration: str | None = None
     """raw, temperatures, pooled, or temperatures+pooled."""
+    grid_ends: Mapping[str, GridEnd] = {}
+    """Fitted temperatures that are an end of those tried, by teacher or `pooled_temperature`."""
     is_chosen: bool = False
     interval: Sequence[Number] | None = None
     """95 % interval of the NLL, by a bootstrap over documents."""
@@ -261,6 +264,8 @@ class ChosenFusion(Record):
     name: str = ""
     nll: Number = None
     fusion: Mapping[str, Any] = {}
+    grid_ends: Mapping[str, GridEnd] = {}
+    """As in `CandidateFusion`."""
     weights: Numbers = {}
     leave_one_out: Numbers = {}
 
