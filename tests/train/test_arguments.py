@@ -46,6 +46,7 @@ DISTRIBUTED: dict[str, Any] = {
 }
 EVALUATING: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}
 BEST = EVALUATING | {"save_strategy": "steps", "save_steps": 2, "metric_for_best_model": "loss"}
+WORKERS: dict[str, Any] = {"dataloader_num_workers": 1, "num_train_epochs": 2, "max_steps": -1}
 SAME: dict[str, dict[str, Any]] = {
     "per_device_train_batch_size": {"per_device_train_batch_size": 3},
     "num_train_epochs": {"max_steps": -1, "num_train_epochs": 1.5},
@@ -58,6 +59,7 @@ SAME: dict[str, dict[str, Any]] = {
     },
     "warmup_steps": {"warmup_steps": 2},
     "optim": {"optim": "adafactor"},
+    "optim_args": {"optim": "adafactor", "optim_args": "decay_rate=-0.5"},
     "weight_decay": {"weight_decay": 0.3},
     "adam_beta1": {"adam_beta1": 0.5},
     "adam_beta2": {"adam_beta2": 0.5},
@@ -100,6 +102,10 @@ SAME: dict[str, dict[str, Any]] = {
     "seed": {"seed": 5, "data_seed": 5},
     "dataloader_drop_last": {"dataloader_drop_last": True, "max_steps": 6},
     "dataloader_pin_memory": {"dataloader_pin_memory": False},
+    "dataloader_num_workers": WORKERS,
+    "dataloader_persistent_workers": WORKERS | {"dataloader_persistent_workers": True},
+    "dataloader_prefetch_factor": WORKERS | {"dataloader_prefetch_factor": 1},
+    "dataloader_in_order": WORKERS | {"dataloader_in_order": True},
     "train_sampling_strategy": {"train_sampling_strategy": "sequential"},
     "length_column_name": {
         "train_sampling_strategy": "group_by_length",
@@ -305,7 +311,7 @@ def test_an_argument_is_refused_with_several_processes(
 
 def test_the_table_in_the_docs_is_complete_and_true() -> None:
     lines = re.findall(
-        r"^\| `(\w+)` \| (same|different|refused) \| (.*?) ?\|$", TABLE.read_text(), re.M
+        r"^\| `(\w+)` \| (same|inherited|different|refused) \| (.*?) ?\|$", TABLE.read_text(), re.M
     )
     names = [name for name, _, _ in lines]
     assert len(names) == len(set(names))
@@ -317,11 +323,13 @@ def test_the_table_in_the_docs_is_complete_and_true() -> None:
     distributed = {name.partition(".")[0] for name in DISTRIBUTED}
     assert listed == {*REFUSED, *distributed}
     assert set(UNSUPPORTED) == {*REFUSED, "n_gpu"}
-    assert all(remarks[name] for name, kind in kinds.items() if kind != "same")
+    assert all(remarks[name] for name in names if kinds[name] in ("different", "refused"))
     # An argument that is compared is never refused, but for the value that the remark names.
     compared = {name.split()[-1] for name in SAME}
     assert compared <= set(names)
     assert {name for name in compared if kinds[name] == "refused"} == {"save_total_limit"}
+    different = {name for name, kind in kinds.items() if kind == "different"}
+    assert compared - different - listed == {n for n, kind in kinds.items() if kind == "same"}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

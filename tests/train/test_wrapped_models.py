@@ -91,6 +91,11 @@ def test_the_deployed_student_is_merged_and_plain(
         torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
     # Saving leaves the student as it was.
     assert torch.equal(logits(student), expected)
+    if wraps:
+        student.save_pretrained(tmp_path / "adapter")
+        base = small_model(tie_word_embeddings=is_tied)
+        beside = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+        torch.testing.assert_close(logits(beside), expected)
 
 
 class StopAt(TrainerCallback):
