@@ -87,7 +87,7 @@ def main() -> None:
             codec = dataclasses.replace(codec, vocab_size=vocab_size)
             metadata = ShardMetadata(format=2, shard=0, num_targets=num_targets, num_shards=1)
             measured = len(shard_bytes(entries, codec, metadata)) / num_targets
-            expected = codec.bytes_per_target(sample)
+            expected = codec.bytes_per_target(sample, num_targets)
             formula = f"{distillkit_bytes(50, vocab_size):.0f}" if "top" in title else ""
             goal = goals.get(vocab_size, "")
             row = (

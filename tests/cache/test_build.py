@@ -15,11 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import cache_cases
 from cache_cases import Encoder, Stop, codec_of
+from collegium.cache.codecs.targets import row_keys
+from collegium.cache.keys import PieceKey
 from collegium.cache.manifest import read_manifest
 from collegium.cache.options import Samples, TopK
+from collegium.cache.shards import EncodedPiece, ShardMetadata, shard_bytes
 from collegium.cache.store import open_cache
 from collegium.errors import CacheError, CollegiumError
 from collegium.storage.files import lock_folder
@@ -160,10 +164,36 @@ def test_a_shard_with_too_few_targets_is_not_written(
 def test_the_size_estimate_is_in_the_measured_range() -> None:
     def estimate(targets: Samples | TopK, entries: int) -> float:
         sample = {"sizes": np.full(10, entries), "ids": np.zeros(10 * entries)}
-        return codec_of(targets, 49_152).bytes_per_target([sample])
+        return codec_of(targets, 49_152).bytes_per_target([sample], 10_000)
 
     assert 25 < estimate(Samples(draws=50), 15) < 48
     assert 80 < estimate(TopK(k=50), 50) < 130
+
+
+def test_the_estimate_includes_the_vocabulary_of_a_small_shard() -> None:
+    vocab_size, draws = 49_152, 24
+    codec = codec_of(Samples(draws=draws), vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    # Frequencies by Zipf's law, as those of words.
+    base = torch.arange(1, vocab_size + 1).log().neg()
+    scalars = {name: torch.zeros(256) for name in codec.scalars}
+    pieces = []
+    for document in range(8):
+        noise = torch.randn(256, vocab_size, generator=generator)
+        keys = row_keys(0, np.full(256, document, np.uint64), np.arange(256))
+        columns = codec.encode((base + noise).log_softmax(-1), keys, scalars)
+        pieces.append(EncodedPiece(PieceKey(document, 0, bytes(16)), columns))
+    for number in (1, 8):
+        part = pieces[:number]
+        sizes = codec.pack([piece.columns for piece in part])["vocabulary"].values.size
+        with_all = codec.bytes_per_target([p.columns for p in part], 256 * number)
+        without = codec.bytes_per_target([p.columns for p in part], 10**9)
+        assert with_all - without == pytest.approx(1.3 * sizes / (256 * number), rel=0.02)
+    metadata = ShardMetadata(format=2, shard=0, num_targets=2048, num_shards=1)
+    measured = len(shard_bytes(pieces, codec, metadata)) / 2048
+    # From an eighth of it. Zeros as scalars take no space.
+    estimate = codec.bytes_per_target([pieces[0].columns], 2048) - 1.8 * len(codec.scalars)
+    assert estimate == pytest.approx(measured, rel=0.08)
 
 
 def test_the_estimate_uses_a_sample_and_then_the_finished_shards(
@@ -179,7 +209,7 @@ def test_the_estimate_uses_a_sample_and_then_the_finished_shards(
     with pytest.raises(Stop):
         cache_cases.build(tmp_path, encoder=encoder)
     sample = [piece.columns for piece in cache_cases.pieces_of(0, TARGETS)]
-    per_target = codec_of(TARGETS).bytes_per_target(sample)
+    per_target = codec_of(TARGETS).bytes_per_target(sample, PER_SHARD)
     assert announced() == pytest.approx(4_000 * PER_SHARD * per_target / 1e6, abs=0.051)
     with pytest.raises(Stop):
         cache_cases.build(tmp_path, encoder=encoder)

@@ -163,7 +163,7 @@ class _Build:
             per_target = sum(entry.bytes for entry in self.shards.values()) / done
         else:
             sample = [piece.columns for piece in self.encoder.sample(self._codec)]
-            per_target = self._codec.bytes_per_target(sample)
+            per_target = self._codec.bytes_per_target(sample, max(self._targets))
         return round((sum(self._targets) - done) * per_target)
 
     def _side_file(self) -> FileEntry | None:

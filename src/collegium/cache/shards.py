@@ -57,8 +57,8 @@ class Codec(Protocol[Decoded]):
 
     `pack` converts the encoded pieces of one shard to its list columns, in file order. `unpack`
     inverts it, and raises ValueError or KeyError for columns that `pack` never writes. `decode`
-    decodes targets of any number of shards. `bytes_per_target` estimates their size on disk from
-    some encoded pieces.
+    decodes targets of any number of shards. `bytes_per_target` estimates their size on disk, in a
+    shard of `num_targets`, from some encoded pieces.
     """
 
     shared: ClassVar[str]
@@ -72,7 +72,7 @@ class Codec(Protocol[Decoded]):
     def pack(self, pieces: Sequence[Columns]) -> Mapping[str, ListColumn]: ...
     def unpack(self, columns: Columns, shared: np.ndarray | None) -> Columns: ...
     def decode(self, columns: Columns) -> Decoded: ...
-    def bytes_per_target(self, sample: Sequence[Columns]) -> float: ...
+    def bytes_per_target(self, sample: Sequence[Columns], num_targets: int) -> float: ...
 
 
 class ShardMetadata(BaseModel):

@@ -217,7 +217,7 @@ def test_the_size_is_announced_before_the_shards(tmp_path: Path, capsys) -> None
     # Two taps of 8 coefficients and a scale each.
     assert "hidden: 45 targets, about 0.0 MB to write to" in text
     codec = open_cache(tmp_path).codec
-    assert codec.bytes_per_target([]) == 2 * (8 + 4)
+    assert codec.bytes_per_target([], 45) == 2 * (8 + 4)
 
 
 def test_low_disk_space_is_refused_before_encoding(

@@ -149,6 +149,6 @@ class HiddenCodec:
             states[tap] = torch.from_numpy(hidden_nD)
         return states
 
-    def bytes_per_target(self, sample: Sequence[Columns]) -> float:
+    def bytes_per_target(self, sample: Sequence[Columns], num_targets: int) -> float:
         """Return an upper bound: one byte per coefficient, and four per scale."""
         return sum(projection.basis_DR.shape[1] + 4.0 for projection in self.projections.values())

@@ -168,11 +168,12 @@ class TargetCodec:
         token_logp = torch.from_numpy(columns["levels"] * np.float32(-STEP))
         return replace(rows, token_logp=token_logp, stored=stored)
 
-    def bytes_per_target(self, sample: Sequence[Columns]) -> float:
-        """Estimate the bytes per target on disk.
+    def bytes_per_target(self, sample: Sequence[Columns], num_targets: int) -> float:
+        """Estimate the bytes per target on disk, in a shard of `num_targets`.
 
         A rank costs log2 V - log2(n!) / n - `FREQUENCY_BITS` bits: a row's n entries are sorted,
-        and common tokens have small ranks.
+        and common tokens have small ranks. The vocabulary of the shard has at most V tokens, and
+        grows as the square root of the targets (Heaps' law).
         """
         # The number of unique draws depends on the teachers' entropy: on English text 15 of 50 for
         # a good model, twice as many for a small one.
@@ -181,11 +182,15 @@ class TargetCodec:
         order_bits = math.lgamma(entries + 1) / math.log(2) / entries
         rank_bytes = max(1.0, math.log2(self.vocab_size) - order_bits - FREQUENCY_BITS) / 8
         scalars = 1.8 * len(self.scalars)
-        # All constants below were fitted to the table in docs/results/cache.md.
+        num_distinct = len(np.unique(np.concatenate([piece["ids"] for piece in sample] or [[]])))
+        growth = math.sqrt(num_targets / max(num_rows, 1))
+        # 1.2 to 1.6 bytes each, in shards of 2,048 to 32,768 targets at V of 4,096 to 151,936.
+        vocabulary = 1.3 * min(self.vocab_size, num_distinct * growth) / max(num_targets, 1)
+        # All other constants were fitted to the table in docs/results/cache.md.
         if isinstance(self.targets, TopK):
-            return entries * (rank_bytes + 0.58) + 5.2 + scalars
+            return entries * (rank_bytes + 0.58) + 5.2 + scalars + vocabulary
         levels = 1.2 * entries + 1.9 if self.kind == "per_teacher" else 0.0
-        return entries * (rank_bytes + 0.33) + 0.7 + levels + scalars
+        return entries * (rank_bytes + 0.33) + 0.7 + levels + scalars + vocabulary
 
 
 def encode_draws(logp_nV: Tensor, keys_n: np.ndarray, num_draws: int) -> dict[str, np.ndarray]:
