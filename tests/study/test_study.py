@@ -81,6 +81,27 @@ def test_each_setting_and_seed_runs_once(tiny_study: Path, monkeypatch: pytest.M
     assert json.loads((folder / "rows.json").read_text()) == rows
 
 
+def test_settings_are_compared_with_the_baseline(tiny_study: Path) -> None:
+    text = tiny_study.read_text().replace(
+        "measures:", "baseline: {weighting: EM, share: '0.9'}\nmeasures:"
+    )
+    tiny_study.write_text(text, encoding="utf-8")
+    page, tables = sweep.run_study(tiny_study)
+    table = tables[-1]
+    assert table.title == "NLL minus that of EM · 0.9"
+    assert [line.title for line in table.lines] == ["uniform · 0.5", "uniform · 0.9", "EM · 0.5"]
+    rows = json.loads((page.parent / "rows.json").read_text())
+    nll = {
+        (" · ".join(row["levels"].values()), row["seed"]): row["values"]["student_nll"]
+        for row in rows
+    }
+    for line in table.lines:
+        # As in results.json, of the same tokens.
+        expected = {s: nll[line.title, s] - nll["EM · 0.9", s] for s in (0, 1)}
+        assert line.row.differences == pytest.approx(expected, abs=1e-6)
+    assert "NLL minus that of EM · 0.9" in (page.parent / "table.md").read_text()
+
+
 def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
     text = tiny_study.read_text()
     head = text[: text.index("measures")].replace("seeds: [0, 1]", "students: false")
@@ -109,8 +130,25 @@ def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
         ("    EM:", "    Uniform:", "tiny.yaml:9: factors.weighting.Uniform"),
         ("seeds: [0, 1]", "seeds: []", "tiny.yaml:5: seeds"),
         ("question:", "questoin:", "tiny.yaml: question"),
+        ("measures:", "baseline: {weighting: EM}\nmeasures:", "tiny.yaml:13: baseline"),
+        (
+            "measures:",
+            "students: false\nbaseline: {weighting: EM}\nmeasures:",
+            "tiny.yaml:14: baseline",
+        ),
     ],
-    ids=["measure", "factor", "weighting", "pick", "valid", "folder", "seeds", "question"],
+    ids=[
+        "measure",
+        "factor",
+        "weighting",
+        "pick",
+        "valid",
+        "folder",
+        "seeds",
+        "question",
+        "baseline",
+        "baseline without students",
+    ],
 )
 def test_invalid_study_is_refused_before_any_run(
     tiny_study: Path, old: str, new: str, where: str | None

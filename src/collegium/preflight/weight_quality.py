@@ -5,15 +5,12 @@ Shapes: N rows, K teachers, D documents. All values are in nats.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from collegium.evaluate.intervals import document_interval
 from collegium.fusion.fitted import em_weights
 from collegium.fusion.gate import DIGITS
-
-DRAWS = 1000
-"""Draws of the bootstrap."""
 
 
 def rank_correlation(weights_KN: Tensor, nll_KN: Tensor) -> float | None:
@@ -75,20 +72,9 @@ def difference_interval(
 ) -> tuple[float, float] | None:
     """Return the 95 % interval of mean NLL minus mean other NLL, by a bootstrap over documents.
 
-    Documents are drawn with replacement, the same ones for both, so their difficulty cancels out.
-    None for fewer than two documents.
-
-    Source: Koehn 2004, "Statistical significance tests for machine translation evaluation",
-    https://aclanthology.org/W04-3250.
+    See `document_interval`. None for fewer than two documents.
     """
     _, document_N, count_D = torch.unique(samples_N, return_inverse=True, return_counts=True)
-    size = len(count_D)
-    if size < 2:
-        return None
-    total_D = torch.zeros(size, dtype=torch.float64)
+    total_D = torch.zeros(len(count_D), dtype=torch.float64)
     total_D.index_add_(0, document_N, nll_N.double() - other_N.double())
-    # Only the number of times each document is drawn matters: one multinomial draw per replicate.
-    times_dD = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), size=DRAWS)
-    differences = (times_dD @ total_D.numpy()) / (times_dD @ count_D.numpy())
-    low, high = np.quantile(differences, (0.025, 0.975))
-    return float(low), float(high)
+    return document_interval([(total_D.numpy(), count_D.numpy())])

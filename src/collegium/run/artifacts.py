@@ -5,6 +5,7 @@
     student/, train/   the student, and its log and checkpoints
     controls/NAME/     the same of each control
     results.json       evaluation of all models on the validation split
+    documents.parquet  the NLL of each model by document
     report.html        one page about all of these
 
 A new export or evaluation is one class, and one entry in `ARTIFACTS`.
@@ -19,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from collegium.console import progress
+from collegium.evaluate.documents import DOCUMENTS, documents_file
 from collegium.evaluate.scoring import Windows, results_rows, score_models
 from collegium.run.artifact import Artifact
 from collegium.run.caches import FusedCache, HiddenCache, Split, TeacherCache
 from collegium.run.choice import Preflight, Recorder, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.students import Student, controls, students
-from collegium.storage.files import write_json
-from collegium.storage.records import ModelInfo, ResultRow, open_record
+from collegium.storage.files import write_bytes, write_json
+from collegium.storage.records import FileDigest, ModelInfo, ResultRow, open_record
+from collegium.storage.stages import digests_of
 from collegium.teachers.local import LocalTeacher
 
 UNTOUCHED = "student (untouched)"
@@ -49,7 +52,8 @@ class Results(Artifact[list[ResultRow]]):
 
     def is_done(self) -> bool:
         """Return True if the students that it scored are undamaged as well."""
-        return super().is_done() and all([student.is_done() for student in self.students])
+        is_done = super().is_done() and self._documents.exists()
+        return is_done and all([student.is_done() for student in self.students])
 
     def dependencies(self) -> Sequence[Student]:
         return self.students
@@ -71,7 +75,15 @@ class Results(Artifact[list[ResultRow]]):
         for name, count in context.teacher_parameters.items():
             infos.append(ModelInfo(name=name, kind="teacher", num_parameters=count))
         rows = results_rows(scored, [*infos, *(one.info() for one in self.students)])
+        write_bytes(self._documents, documents_file(scored, split.sample_names))
         write_json(self.path, [row.to_json() for row in rows])
+
+    @property
+    def _documents(self) -> Path:
+        return self.path.with_name(DOCUMENTS)
+
+    def digests(self) -> Mapping[str, FileDigest]:
+        return digests_of(self.context.folder.path, [self.path, self._documents])
 
     def _load_untouched(self) -> LocalTeacher:
         student = self.context.new_student()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from collegium.preflight.weight_quality import rank_correlation
-from collegium.report.formats import fixed, perplexity
+from collegium.report.formats import fixed, percent, perplexity, whole
 from collegium.storage import records
 
 
@@ -33,7 +33,10 @@ MEASURES = {
     "fused_nll": Measure("NLL of the fused target", True),
     "student_nll": Measure("NLL of the student", True),
     "student_perplexity": Measure("perplexity of the student", True, perplexity, 1),
+    "student_bits_per_byte": Measure("bits per byte of the student", True),
     "student_ece": Measure("ECE of the student"),
+    "student_agreement": Measure("agreement with the fused target", False, percent, 3),
+    "student_parameters": Measure("parameters", False, whole, 0),
     "student_overconfidence": Measure("NLL − H of the student"),
     "student_kl": Measure("KL(fused target, student)", True),
     "bytes_per_token": Measure("bytes per target", False, _coarse, 1),
@@ -66,7 +69,10 @@ def run_values(folder: Path) -> records.Numbers:
         "fused_nll": fused.nll,
         "student_nll": student.nll,
         "student_perplexity": student.perplexity,
+        "student_bits_per_byte": student.bits_per_byte,
         "student_ece": student.ece,
+        "student_agreement": student.agreement_fused,
+        "student_parameters": student.num_parameters,
         "student_overconfidence": student.overconfidence,
         "student_kl": student.kl_to_fused,
         "bytes_per_token": _bytes_per_token(folder),

@@ -67,6 +67,8 @@ class StudyOptions:
         default_factory=lambda: ["fused_nll", "student_nll", "student_perplexity"]
     )
     """Columns of the table."""
+    baseline: dict[str, str] = field(default_factory=dict)
+    """Factor -> level of the setting that all others are compared with, by document and by seed."""
     figures: list[FigureOptions] = field(default_factory=list)
     """Plots on the page."""
 
@@ -101,6 +103,7 @@ def _problems(study: StudyOptions) -> Iterator[str]:
                 yield f"figures: got `{factor}`; must be a factor{nearest(factor, factors)}"
         if has_lines and not figure.x:
             yield "figures: got `lines` without x; must name a factor; add `x`"
+    yield from _baseline_problems(study)
     for factor, levels in study.factors.items():
         slugs: dict[str, str] = {}
         for name, level in levels.items():
@@ -111,6 +114,14 @@ def _problems(study: StudyOptions) -> Iterator[str]:
                 yield f"{key}: same folder as `{other}`; must differ in a letter or digit"
             if PICK in level:
                 yield from _pick_problems(level[PICK], f"{key}.{PICK}")
+
+
+def _baseline_problems(study: StudyOptions) -> Iterator[str]:
+    if study.baseline and not study.students:
+        yield "baseline: got one without students; must be empty; leave it out"
+    elif study.baseline and all(levels != study.baseline for levels, _ in study.settings()):
+        factors = ", ".join(study.factors)
+        yield f"baseline: got {shown(study.baseline)}; must name a level of each factor ({factors})"
 
 
 def _measure_problems(key: str, names: Sequence[str]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from collegium.report.tables import Column, Line, Table
 from collegium.run.folder import environment
 from collegium.storage.files import write_text
 from collegium.storage.records import StudyRow
+from collegium.study.comparison import comparison_table
 from collegium.study.figures import correlation, draw_figures
 from collegium.study.measurements import MEASURES, by_setting, measure_label, seed_values
 from collegium.study.options import StudyOptions
@@ -65,14 +66,19 @@ def factor_names(study: StudyOptions, rows: Sequence[StudyRow]) -> list[str]:
 
 
 def study_tables(study: StudyOptions, rows: Sequence[StudyRow]) -> list[Table[Any]]:
-    """Return a table of all settings, preceded for two factors by one pivot table per measure."""
+    """Return a table of all settings, and of their comparisons with the baseline if there is one.
+
+    For two factors, one pivot table per measure precedes it.
+    """
     factors = factor_names(study, rows)
     columns = [_column(measure_label(name), name, lambda group: group) for name in study.measures]
     lines = [Line(name, group) for name, group in by_setting(rows, factors).items()]
-    tables = [Table("All settings", " · ".join(factors), columns, lines)]
+    tables: list[Table[Any]] = [Table("All settings", " · ".join(factors), columns, lines)]
     if len(study.factors) == 2 and study.students:
         across, down = factors[:2]
         tables[:0] = [pivot_table(rows, m, down=down, across=across) for m in study.measures]
+    if study.baseline:
+        tables.append(comparison_table(rows, factors, study.baseline))
     return tables
 
 
