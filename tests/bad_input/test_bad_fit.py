@@ -46,7 +46,7 @@ def test_26_the_same_hub_id_twice(bench: Bench) -> None:
     with refused(RecipeError, "teachers.a and teachers.b"):
         _check_distinct(RunContext(load_recipe("run.yaml", [twice])), CheckReport())
     other = "teachers={a: {model: who/what}, b: {model: who/what, revision: v2}}"
-    _check_distinct(load_recipe("run.yaml", [other]), CheckReport())
+    _check_distinct(RunContext(load_recipe("run.yaml", [other])), CheckReport())
 
 
 def test_27_the_student_is_a_teacher(bench: Bench) -> None:
