@@ -131,7 +131,9 @@ def saved(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def bound(folder: Path, *, batches: Sequence[Batch] = (), **cuts: dict[str, Any]) -> BoundCut:
+def bound(
+    folder: Path, *, batches: Sequence[Batch] = (), trust: bool = False, **cuts: dict[str, Any]
+) -> BoundCut:
     """A student cut out of the model of a folder, as teacher `big`."""
     options = CutStudent(
         **{key: {"teacher": "big", **values} for key, values in cuts.items()}, device="cpu"
@@ -139,7 +141,7 @@ def bound(folder: Path, *, batches: Sequence[Batch] = (), **cuts: dict[str, Any]
     # Beside the config of a qwen2, its tokenizer would be loaded with a token more.
     tokenizer = folder.with_name("tokenizer")
     tiny_tokenizer().save_pretrained(tokenizer)
-    teacher = ModelOptions(model=str(folder), tokenizer=str(tokenizer))
+    teacher = ModelOptions(model=str(folder), tokenizer=str(tokenizer), trust_remote_code=trust)
     student = options.bind({"big": teacher}, lambda: batches)
     assert isinstance(student, BoundCut)
     return student
@@ -363,6 +365,19 @@ def test_types_that_cannot_be_cut_are_refused(model_type: str, tmp_path: Path) -
     tiny_family(model_type, tmp_path / "m")
     with refused(ModelError, f"student: {model_type} "):
         bound(tmp_path / "m", from_layers={"keep": 2}).check("student")
+
+
+def test_a_family_without_one_list_of_layers_is_refused(tmp_path: Path) -> None:
+    tiny_family("bart", tmp_path / "m")
+    with refused(ModelError, "student: bart"):
+        bound(tmp_path / "m", from_layers={"keep": 1}).check("student")
+
+
+def test_a_teacher_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "mine"}')
+    with refused(ModelError, "student: teacher `big` "):
+        bound(tmp_path / "m", trust=True, from_layers={"keep": 1}).check("student")
 
 
 def test_families_of_unknown_width_are_refused(tmp_path: Path) -> None:

@@ -92,6 +92,17 @@ def test_feature_terms_follow_the_kept_layers(zoo: Path, tmp_path: Path) -> None
     assert context.kept_taps["scripture"] == ["layer_1", "layer_2"]
 
 
+@pytest.mark.parametrize("student", [DEEP, RANKED, NARROW])
+def test_check_loads_no_model(
+    student: str, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collegium.models.loading.load_model", None)
+    cached = "cache={enabled: true, kind: per_teacher, features: {}}"
+    features = "objective.features={num_layers: 2}"
+    recipe = _recipe(zoo, tmp_path, f"student={student}", features, cached)
+    check_run(RunContext(recipe))
+
+
 @pytest.mark.parametrize(
     ("student", "where"),
     [

@@ -138,11 +138,17 @@ def check_cut(config: PretrainedConfig, cut: Cut, *, where: str) -> PreTrainedMo
         raise _type_error(config, where)
     larger = loading.empty_model(config, where)
     smaller = loading.empty_model(cut.config(config), where)
-    expected, actual = cut.state(larger), smaller.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in actual.items()}
-    if {name: tuple(tensor.shape) for name, tensor in expected.items()} != shapes:
+    try:
+        expected = cut.state(larger)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
+    if _shapes(expected) != _shapes(smaller.state_dict()):
         raise _type_error(config, where)
     return smaller
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _type_error(config: PretrainedConfig, where: str) -> ModelError:
@@ -161,8 +167,7 @@ def cut_model(larger: PreTrainedModel, cut: Cut, *, where: str) -> PreTrainedMod
     state, dtype = cut.state(larger), larger.dtype
     kernel = str(larger.config._attn_implementation)
     smaller = loading.build_model(cut.config(larger.config), seed=0, attention=kernel)
-    shapes = {name: tensor.shape for name, tensor in smaller.state_dict().items()}
-    if shapes != {name: tensor.shape for name, tensor in state.items()}:
+    if _shapes(state) != _shapes(smaller.state_dict()):
         raise _type_error(larger.config, where)
     smaller.load_state_dict(state)
     if dtype != torch.float32:

@@ -193,7 +193,7 @@ class BoundCut(StudentOptions):
         folder.check_device(self.device, self.attention, where=where)
         if self.source.runs_code(where):
             raise ModelError(
-                f"{where}: teacher `{self.teacher}` runs code of its own; must be a family of "
+                f"{where}: teacher `{self.teacher}` runs code of its own; must be of a type in "
                 "transformers; start from a whole model with `model`"
             )
         config = self.source.load_config(where)
@@ -254,13 +254,13 @@ class BoundCut(StudentOptions):
         return Cut(kept, width)
 
     @property
-    def _measures(self) -> bool:
-        layers, width = self.options.from_layers, self.options.from_width
-        return width is not None or (layers is not None and layers.keep == "by_importance")
+    def needs_importance(self) -> bool:
+        layers = self.options.from_layers
+        return layers is not None and layers.keep == "by_importance"
 
     @cached_property
     def _importance(self) -> Importance | None:
-        if not self._measures:
+        if self.options.from_width is None and not self.needs_importance:
             return None
         model = loading.load_model(self.source, where="student")
         return measure(model, self.calibration(), width=self.options.from_width is not None)
@@ -279,7 +279,8 @@ class BoundCut(StudentOptions):
         return self._cut(config, None).config(config)
 
     def origins(self) -> dict[str, dict[str, str]]:
-        kept = self._cut(self.source.load_config("student"), self._importance).layers
+        importance = self._importance if self.needs_importance else None
+        kept = self._cut(self.source.load_config("student"), importance).layers
         return {self.teacher: {f"layer_{i}": f"layer_{layer}" for i, layer in enumerate(kept)}}
 
     def _initial_model(self, *, seed: int, where: str) -> PreTrainedModel:

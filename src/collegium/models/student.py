@@ -58,6 +58,11 @@ class StudentOptions(ModelSource, StudentKind):
     def bind(self, teachers: Mapping[str, object], calibration: Calibration) -> StudentOptions:
         return self
 
+    @property
+    def needs_importance(self) -> bool:
+        """Whether `origins` loads the weights, to measure importances."""
+        return False
+
     def origins(self) -> Mapping[str, Mapping[str, str]]:
         """Return the tap of a teacher that each tap of the student is a copy of, by teacher."""
         return {}

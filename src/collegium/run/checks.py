@@ -164,6 +164,8 @@ def _check_finished_caches(context: RunContext) -> None:
     recipe = context.recipe
     if not recipe.cache.enabled or not recipe.teachers:
         return
+    if recipe.cache.features is not None and context.student.needs_importance:
+        return  # which hidden states are cached follows from a measurement
     if recipe.cache.kind == "fused" and not isinstance(recipe.fusion, Fusion):
         found, unknown = [FusedCache(context, Fusion())], {"fusion"}
     else:
