@@ -19,9 +19,31 @@ def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
     return kl(q, p)
 
 
-def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
-    m = 0.5 * p + 0.5 * q
-    return 0.5 * kl(p, m) + 0.5 * kl(q, m)
+def jensen_shannon(p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def adaptive_kl(p: Tensor, q: Tensor, head: float = 0.5) -> Tensor:
+    """Row by row: take tokens by falling probability until their mass reaches `head`."""
+    rows = []
+    for p_row, q_row in zip(p.reshape(-1, p.shape[-1]), q.reshape(-1, q.shape[-1]), strict=True):
+        gap, mass = {"head": 0.0, "tail": 0.0}, 0.0
+        pairs = zip(p_row.tolist(), q_row.detach().tolist(), strict=True)
+        for target, student in sorted(pairs, reverse=True):
+            gap["head" if mass < head else "tail"] += abs(target - student)
+            mass += target
+        total = gap["head"] + gap["tail"] or 1.0
+        both = gap["head"] * kl(p_row, q_row) + gap["tail"] * kl(q_row, p_row)
+        rows.append(both / total)
+    return torch.stack(rows).reshape(p.shape[:-1])
+
+
+def logit_mse(p: Tensor, q: Tensor) -> Tensor:
+    """Mean square over all pairs of tokens of the difference of log-odds, over two."""
+    a, b = p.clamp(min=1e-300).log(), q.log()
+    odds = (a[..., :, None] - a[..., None, :]) - (b[..., :, None] - b[..., None, :])
+    return odds.square().mean((-1, -2)) / 2
 
 
 def skewed_forward_kl(p: Tensor, q: Tensor, skew: float = 0.1) -> Tensor:
@@ -46,9 +68,11 @@ DIVERGENCES = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
+    "adaptive_kl": adaptive_kl,
     "skewed_forward_kl": skewed_forward_kl,
     "skewed_reverse_kl": skewed_reverse_kl,
     "total_variation": total_variation,
+    "logit_mse": logit_mse,
     "alpha_beta": alpha_beta,
 }
 

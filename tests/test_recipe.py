@@ -138,6 +138,11 @@ VARIETY: dict[str, dict[str, str]] = {
         "fusion": "{weighting: {name: fixed, weights: {code: 0.25, prose: 0.75}}, pool: log_linear}"
     },
     "config": {"student": "{config: {model_type: llama, rope: {a: [1, 2.5, null]}}, tokenizer: t}"},
+    "layers of a teacher": {"student": "{from_layers: {teacher: code, keep: [0, 3]}}"},
+    "part of a teacher": {
+        "student": "{from_layers: {teacher: code, keep: by_importance, num_layers: 3}, "
+        "from_width: {teacher: code, heads: 4}, dtype: bfloat16}"
+    },
     **{f"divergence {name}": {"objective": f"{{divergence: {name}}}"} for name in DIVERGENCES},
     **{
         f"weighting {name}": {"fusion": f"{{weighting: {name}}}"}

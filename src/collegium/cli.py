@@ -253,6 +253,26 @@ def cache_merge(
         _echo(f"cache: {folder}: {manifest.summary()}")
 
 
+student_app = typer.Typer(no_args_is_help=True, help="Plan a student.")
+app.add_typer(student_app, name="student")
+
+
+@student_app.command("sizes")
+def sizes_of_students(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    max_parameters: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of parameters to list.")
+    ] = None,
+) -> None:
+    """List the students that can be cut out of the teachers, with size and speed here."""
+    loaded = _load(recipe, overrides)
+    from collegium.run.context import RunContext
+    from collegium.run.student_sizes import student_sizes
+
+    _print(student_sizes(RunContext(loaded), max_parameters))
+
+
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train the student. Resumes an interrupted run."""

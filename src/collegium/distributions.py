@@ -297,6 +297,8 @@ class Capability(Enum):
 
     LOGARITHMS = "random draws are biased inside a logarithm"
     """Logarithms, powers and entropies of a distribution."""
+    ALL_TOKENS = "it reads the tokens that were not kept one by one"
+    """The log-probability of every token."""
     ANY_TEMPERATURE = "softening needs the tokens that were not kept"
     """Softening that needs tokens which top k and draws leave out."""
     REFUSION = "its weights were fixed when it was built"

@@ -58,7 +58,7 @@ class OneOf:
     table: Mapping[str, type]
     """Option classes by name."""
     key: str | None = "name"
-    """The key of the name. None: the name is the one key of the mapping that is in the table."""
+    """The key of the name. None: the keys of the mapping that are in the table name one class."""
     default: str | None = None
     """The class of a mapping without a name, which `plain` leaves out."""
 
@@ -67,7 +67,7 @@ class OneOf:
         if self.key is not None:
             return options.get(self.key, self.default)
         names = [name for name in self.table if options.get(name) is not None]
-        return names[0] if len(names) == 1 else None
+        return names[0] if len({self.table[name] for name in names}) == 1 else None
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -98,7 +98,10 @@ class OneOf:
             text, hint = "got `{name}`; unknown {key}{hint}", nearest(name, self.table)
         else:
             return self.table[name]
-        names = {"names": ", ".join(sorted(self.table)), "key": self.key}
+        # Names of one class may be given together.
+        classes = dict.fromkeys(self.table.values())
+        together = ["/".join(n for n, c in self.table.items() if c is one) for one in classes]
+        names = {"names": ", ".join(sorted(together)), "key": self.key}
         raise PydanticCustomError("name", text, {"name": name, "hint": hint, **names})
 
     def _plain(self, value: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collegium.distributions import HiddenRows
 from collegium.fusion.conflict import TargetCorrection
 from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion, fuse
-from collegium.fusion.rules import Uniform
+from collegium.fusion.rules import ConfidenceAware, MinCE, Uniform
 from collegium.losses.divergences import DIVERGENCES
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
@@ -96,3 +96,28 @@ def test_correction_holds_at_the_temperature_of_the_objective(is_routed, tempera
         p, q = (target, logq) if divergence == "forward_kl" else (logq, target)
         expected += temperature**2 * float((p.exp() * (p - q)).sum())
     assert float(value) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["fusellm_mince", "ca_mkd"])
+def test_label_aware_baselines_train_on_the_target_of_their_papers(name):
+    """Value and gradient of FuseLLM's MinCE and of CA-MKD by their formulas, row by row."""
+    logits_KNV = 2 * torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(4)).double()
+    student_NV = torch.randn(4, 6, generator=torch.Generator().manual_seed(2)).double()
+    rule = MinCE() if name == "fusellm_mince" else ConfidenceAware()
+    value, gradient_NV = loss_and_gradient(
+        logits_KNV, Fusion(weighting=rule), student_NV=student_NV
+    )
+    probs_KNV = logits_KNV.softmax(-1)
+    ce = [[-float(probs_KNV[k, n, n].log()) for n in range(4)] for k in range(3)]
+    best = min(range(3), key=lambda k: sum(ce[k]))
+    expected = 0.0
+    for n in range(4):
+        total = sum(torch.tensor(ce[k][n]).exp().item() for k in range(3))
+        weights = [(1 - torch.tensor(ce[k][n]).exp().item() / total) / 2 for k in range(3)]
+        if name == "fusellm_mince":
+            weights = [float(k == best) for k in range(3)]
+        target = sum(w * probs_KNV[k, n] for k, w in enumerate(weights))
+        logq = student_NV[n].log_softmax(-1)
+        expected += float((target * (target.log() - logq)).sum())
+        torch.testing.assert_close(gradient_NV[n], logq.exp() - target, rtol=1e-6, atol=1e-7)
+    assert float(value) == pytest.approx(expected, rel=1e-6)

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 import reference_losses
 from collegium.losses.divergences import (
     DIVERGENCES,
+    AdaptiveKL,
+    ForwardKL,
     JensenShannon,
+    LogitMSE,
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
@@ -51,7 +54,73 @@ def test_degenerate_skews_raise(skew):
         SkewedForwardKL(skew=skew)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("beta", [0.01, 0.3, 0.9])
+def test_beta_is_the_share_in_the_mixture(beta):
+    logp, logq = pair()
+    expected = reference_losses.jensen_shannon(logp.exp(), logq.exp(), beta)
+    torch.testing.assert_close(JensenShannon(beta=beta)(logp, logq), expected)
+
+
+def test_generalized_jensen_shannon_approaches_the_kl_divergences():
+    logp, logq = pair(sharpness=1.0)
+    for beta, limit in ((1e-6, ForwardKL()), (1 - 1e-6, ReverseKL())):
+        scaled = JensenShannon(beta=beta)(logp, logq) / min(beta, 1 - beta)
+        torch.testing.assert_close(scaled, limit(logp, logq), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, math.nan])
+def test_degenerate_betas_raise(beta):
+    with pytest.raises(pydantic.ValidationError):
+        JensenShannon(beta=beta)
+
+
+@pytest.mark.parametrize("head", [0.1, 0.5, 0.95])
+def test_adaptive_kl_weighs_by_the_gaps_of_head_and_tail(head):
+    logp, logq = pair(40)
+    value = AdaptiveKL(head=head)(logp, logq)
+    torch.testing.assert_close(value, reference_losses.adaptive_kl(logp.exp(), logq.exp(), head))
+
+
+def test_adaptive_kl_of_a_gap_on_one_side_is_one_kl():
+    """Half of the mass is the first token: where only it, or only the others, are wrong."""
+    p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    right_head = torch.tensor([[0.5, 0.1, 0.4]], dtype=torch.float64).log()
+    torch.testing.assert_close(AdaptiveKL()(p.log(), right_head), ReverseKL()(p.log(), right_head))
+    both_wrong = torch.tensor([[0.3, 0.4, 0.3]], dtype=torch.float64).log()
+    expected = (ForwardKL()(p.log(), both_wrong) + ReverseKL()(p.log(), both_wrong)) / 2
+    torch.testing.assert_close(AdaptiveKL()(p.log(), both_wrong), expected)
+    everything = AdaptiveKL(head=1 - 1e-12)(p.log(), both_wrong)
+    torch.testing.assert_close(everything, ForwardKL()(p.log(), both_wrong))
+
+
+def test_the_weights_of_adaptive_kl_have_no_gradient():
+    logp, logq = pair()
+    z = logq.clone().requires_grad_()
+    AdaptiveKL()(logp, z.log_softmax(-1)).sum().backward()
+    p, q = logp.exp(), logq.exp()
+    reverse, forward = ReverseKL()(logp, logq)[:, None], ForwardKL()(logp, logq)[:, None]
+    share = (AdaptiveKL()(logp, logq)[:, None] - reverse) / (forward - reverse)
+    expected = share * (q - p) + (1 - share) * q * (logq - logp - reverse)
+    torch.testing.assert_close(z.grad, expected)
+
+
+def test_logit_mse_ignores_the_offset_of_the_logits():
+    logp, logq = pair()
+    offset = torch.arange(5.0, dtype=torch.float64)[:, None]
+    value = LogitMSE()(logp, logq)
+    torch.testing.assert_close(LogitMSE()(logp + offset, logq - 3 * offset), value)
+
+
+def test_logit_mse_is_the_limit_of_the_kl_at_high_temperature():
+    logp, logq = pair()
+    for divergence in (ForwardKL(), ReverseKL()):
+        t = 1e3
+        softened = divergence((logp / t).log_softmax(-1), (logq / t).log_softmax(-1))
+        torch.testing.assert_close(2 * t**2 * softened, LogitMSE()(logp, logq), rtol=0.02, atol=0)
+
+
+# The weights of adaptive KL are constants to the gradient, which has a test of its own.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "adaptive_kl"])
 def test_gradcheck(name):
     logp, logq = pair(3, 5)
     divergence = DIVERGENCES[name]()
@@ -99,8 +168,8 @@ def test_tokens_excluded_by_the_target(name):
     assert value.isfinite().all()
     assert logq.grad is not None
     assert logq.grad.isfinite().all()
-    # Reverse KL is infinite here; LOG_FLOOR bounds it.
-    if name != "reverse_kl":
+    # These are infinite here; LOG_FLOOR bounds them.
+    if name not in ("reverse_kl", "adaptive_kl", "logit_mse"):
         expected = reference_losses.DIVERGENCES[name](logp.exp(), logq.detach().exp())
         torch.testing.assert_close(value.detach(), expected, rtol=1e-12, atol=1e-12)
 

@@ -163,7 +163,11 @@ def named_target(problem: Problem, *, has_tail: bool) -> NamedRows:
 
 NAMED_CASES = [
     *[("forward_kl", part, has_tail) for part in PARTS for has_tail in (False, True)],
-    *[(name, "both", True) for name, option in DIVERGENCES.items() if not option.allows_draws],
+    *[
+        (name, "both", True)
+        for name, option in DIVERGENCES.items()
+        if not option.allows_draws and not option.needs_all_tokens
+    ],
 ]
 
 

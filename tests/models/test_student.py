@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from collegium.errors import ModelError
 from collegium.models.forward import probe
+from collegium.models.kinds import AnyStudent
 from collegium.models.loading import empty_model
 from collegium.models.saving import check_saving
-from collegium.models.student import AnyStudent, FreshStudent, PretrainedStudent
+from collegium.models.student import FreshStudent, PretrainedStudent
 from refusals import check_message, refused
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -336,6 +336,12 @@ def test_unsupported_options_are_refused_with_the_recipe(
         _recipe(zoo, tmp_path, override)
 
 
+def test_a_divergence_of_all_tokens_is_refused_with_top_k(zoo: Path, tmp_path: Path) -> None:
+    override = "objective.divergence=logit_mse"
+    with refused(RecipeError, f"override `{override}`: objective.divergence: "):
+        _recipe(zoo, tmp_path, "cache.targets={name: top_k}", override)
+
+
 def test_a_cache_without_teachers_is_refused_with_the_recipe(zoo: Path, tmp_path: Path) -> None:
     with refused(RecipeError, "recipe.yaml:22: cache.enabled: "):
         _recipe(zoo, tmp_path, "objective.kd_ratio=0")

@@ -298,6 +298,7 @@ def test_the_gradient_of_the_objective_is_close_to_that_of_live_teachers(
         ("cache.temperatures=[1.0, 2.0]", "cache.temperatures"),
         ("cache={enabled: true, temperatures: [3.0]}", "cache.temperatures"),
         ("objective.divergence=reverse_kl", "objective.divergence"),
+        ("objective.divergence=logit_mse", "objective.divergence"),
     ],
 )
 def test_unsupported_fusions_are_refused_with_the_recipe(

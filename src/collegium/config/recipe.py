@@ -24,7 +24,7 @@ from collegium.data.sources import DataOptions
 from collegium.errors import RecipeError, nearest
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
-from collegium.models.student import AnyStudent
+from collegium.models.kinds import AnyStudent
 from collegium.options import option, plain
 from collegium.storage.files import fingerprint, write_bytes
 from collegium.teachers.kinds import AnyTeacher
@@ -149,6 +149,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     if not recipe.teachers and recipe.objective.kd_ratio > 0:
         remedy = "for training on labels set objective.kd_ratio: 0"
         yield f"teachers: got none; must be at least one under `teachers:`; {remedy}"
+    yield from recipe.student.problems(recipe.teachers)
     if isinstance(recipe.fusion, Fusion):
         yield from recipe.fusion.problems(recipe.teachers)
     features = recipe.objective.features

@@ -35,6 +35,8 @@ class Divergence(ABC):
 
     allows_draws: ClassVar[bool] = False
     """True if the value is linear in the target up to a constant, so that draws are unbiased."""
+    needs_all_tokens: ClassVar[bool] = False
+    """True if the tail of a target cannot count as one token."""
 
     @abstractmethod
     def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
@@ -78,17 +80,25 @@ class ReverseKL(Divergence):
 
 @option
 class JensenShannon(Divergence):
-    """(KL(P || M) + KL(Q || M)) / 2 with M = (P + Q) / 2. Symmetric, at most ln 2.
+    """beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q, at most ln 2.
 
-    Source: Lin 1991, Divergence measures based on the Shannon entropy, with equal weights.
+    Symmetric for beta = 1/2. It vanishes at both ends: divided by beta it approaches KL(P || Q) as
+    beta -> 0, divided by 1 - beta it approaches KL(Q || P) as beta -> 1.
+
+    Source: Lin 1991, Divergence measures based on the Shannon entropy; for distillation GKD,
+    arXiv 2306.13649.
     """
 
+    beta: Skew = 0.5
+    """Share of the target in the mixture."""
+
     def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
-        # Equal weights only: a generalized JSD vanishes as its beta approaches 0 or 1 instead of
-        # becoming a KL divergence (modelscope/ms-swift#10078).
+        # Not divided by beta (1 - beta): a beta near 0 or 1 needs a larger learning rate, as in
+        # GKD (modelscope/ms-swift#10078).
         target_logp_nS = target_logp_nS.clamp(min=LOG_FLOOR)
-        mixture_nS = _mix(0.5, target_logp_nS, student_logp_nS)
-        return 0.5 * (_kl(target_logp_nS, mixture_nS) + _kl(student_logp_nS, mixture_nS))
+        mixture_nS = _mix(self.beta, target_logp_nS, student_logp_nS)
+        to_target_n = _kl(target_logp_nS, mixture_nS)
+        return self.beta * to_target_n + (1 - self.beta) * _kl(student_logp_nS, mixture_nS)
 
 
 @option
@@ -120,6 +130,54 @@ class SkewedReverseKL(Divergence):
         # The gradient flows through the mixture, which DistiLLM-2 detaches.
         target_logp_nS = target_logp_nS.clamp(min=LOG_FLOOR)
         return _kl(student_logp_nS, _mix(self.skew, student_logp_nS, target_logp_nS))
+
+
+@option
+class AdaptiveKL(Divergence):
+    """(g_head KL(P || Q) + g_tail KL(Q || P)) / (g_head + g_tail), the weights without gradient.
+
+    The head is the smallest set of most likely tokens of P with a mass of at least `head`. g_head
+    and g_tail are sum_v |P - Q| over the head and over all other tokens.
+
+    Source: Wu et al. 2024, arXiv 2404.02657, adaptive KL (AKL).
+    """
+
+    head: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Mass of the target in the head."""
+
+    def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
+        target_logp_nS = target_logp_nS.clamp(min=LOG_FLOOR)
+        forward_n = _kl(target_logp_nS, student_logp_nS)
+        reverse_n = _kl(student_logp_nS, target_logp_nS)
+        return torch.lerp(reverse_n, forward_n, self._head_share(target_logp_nS, student_logp_nS))
+
+    def _head_share(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
+        """(n,) g_head / (g_head + g_tail), 1 for equal distributions."""
+        target_nS = target_logp_nS.detach().exp()
+        gap_nS = (target_nS - student_logp_nS.detach().exp()).abs()
+        sorted_nS, order_nS = target_nS.sort(-1, descending=True)
+        is_head_nS = sorted_nS.cumsum(-1) - sorted_nS < self.head
+        total_n = gap_nS.sum(-1)
+        tail_n = gap_nS.gather(-1, order_nS).masked_fill(is_head_nS, 0.0).sum(-1)
+        return 1 - tail_n / total_n.masked_fill(total_n == 0, 1.0)
+
+
+@option
+class LogitMSE(Divergence):
+    """mean_v ((log P - mean_u log P) - (log Q - mean_u log Q))^2, the MSE of centered logits.
+
+    Logits and log-probabilities differ by a constant per row, which centering removes. It equals
+    the limit of 2 T^2 KL(P^(1/T) || Q^(1/T)) as T grows, so the temperature has no effect on its
+    product with T^2. All tokens count alike, however unlikely, and the unit is nats squared.
+
+    Source: Ba and Caruana 2014, arXiv 1312.6184; its limit: Hinton et al. 2015, section 2.1.
+    """
+
+    needs_all_tokens: ClassVar[bool] = True
+
+    def __call__(self, target_logp_nS: Tensor, student_logp_nS: Tensor) -> Tensor:
+        difference_nS = target_logp_nS.clamp(min=LOG_FLOOR) - student_logp_nS
+        return difference_nS.var(-1, correction=0)
 
 
 @option
@@ -162,9 +220,11 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     "forward_kl": ForwardKL,
     "reverse_kl": ReverseKL,
     "jensen_shannon": JensenShannon,
+    "adaptive_kl": AdaptiveKL,
     "skewed_forward_kl": SkewedForwardKL,
     "skewed_reverse_kl": SkewedReverseKL,
     "total_variation": TotalVariation,
+    "logit_mse": LogitMSE,
     "alpha_beta": AlphaBeta,
 }
 """Name in a recipe -> class."""

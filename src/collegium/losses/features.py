@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -42,10 +43,12 @@ class FeatureLoss(nn.Module):
         teacher_widths: Mapping[str, Mapping[str, int]],
         *,
         seed: int = 0,
+        origins: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     ) -> None:
         """Build the adapters; `seed` determines their initial weights.
 
-        The widths are those of all taps of a model, in order of depth.
+        The widths are those of all taps of a model, in order of depth. `origins` are the layers
+        that those of the student are copies of, by teacher.
 
         Raises:
             RecipeError: a named teacher or tap does not exist.
@@ -59,7 +62,7 @@ class FeatureLoss(nn.Module):
                 )
         self.options = options
         self.pairs = {
-            name: feature_map(options, list(student_widths), list(widths))
+            name: feature_map(options, list(student_widths), list(widths), origins.get(name))
             for name, widths in teacher_widths.items()
             if options.teacher_weight(name) > 0
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -39,12 +39,17 @@ class FeatureOptions:
 
 
 def feature_map(
-    options: FeatureOptions, student_layers: Sequence[str], teacher_layers: Sequence[str]
+    options: FeatureOptions,
+    student_layers: Sequence[str],
+    teacher_layers: Sequence[str],
+    origin: Mapping[str, str] | None = None,
 ) -> list[tuple[str, str]]:
     """Pair taps of the student with taps of one teacher.
 
     `uniform` with m pairs takes layers ceil(i L / m) of L for i = 1 ... m on both sides. The last
     layers are therefore always a pair. Layers are all tap names of a model, in order of depth.
+    `origin` maps the layers of a student that was cut out of this teacher to those that they are
+    copies of, which replace the teacher's layers in `uniform` and `last`.
 
     Raises:
         RecipeError: a named tap does not exist, or there are fewer layers than pairs.
@@ -59,7 +64,8 @@ def feature_map(
                 )
         return list(options.layers.items())
     num_pairs = 1 if options.layers == "last" else options.num_layers
-    ours, theirs = _spread(student_layers, num_pairs), _spread(teacher_layers, num_pairs)
+    ours = _spread(student_layers, num_pairs)
+    theirs = [origin[tap] for tap in ours] if origin else _spread(teacher_layers, num_pairs)
     return list(zip(ours, theirs, strict=True))
 
 

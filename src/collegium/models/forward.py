@@ -336,8 +336,8 @@ def _body(model: PreTrainedModel) -> nn.Module:
     return body
 
 
-def _tapped_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the module behind each tap but `final_postnorm`, in forward order."""
+def block_list(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the blocks of a model, one per layer. Raises ModelError if they are not found."""
     # The blocks are the outermost `ModuleList` whose length is the config's number of layers.
     count = int(model.config.get_text_config().num_hidden_layers)
     lists = [
@@ -348,9 +348,14 @@ def _tapped_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     if not lists:
         raise ModelError(
             f"{model.config.model_type}: no list of {count} blocks was found, so its layers "
-            f"cannot be tapped; remove `features`"
+            f"cannot be tapped or cut out; remove `features`, or start from another student"
         )
-    blocks = min(lists, key=lambda item: item[0])[1]
+    return min(lists, key=lambda item: item[0])[1]
+
+
+def _tapped_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the module behind each tap but `final_postnorm`, in forward order."""
+    blocks = block_list(model)
     layers = {f"layer_{number}": block for number, block in enumerate(blocks)}
     return {"embed": input_layer(model), **layers, "final_prenorm": blocks[-1]}
 

@@ -1,9 +1,9 @@
-"""The student of a recipe: pretrained weights, or a config with a tokenizer."""
+"""The student of a recipe, and its kinds that need no teacher: pretrained, or from a config."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -12,18 +12,40 @@ from collegium.errors import ModelError
 from collegium.models import folder, forward, loading, saving
 from collegium.models.identity import model_identity
 from collegium.models.options import Attention, Device, ModelOptions, ModelSource
-from collegium.options import OneOf, option, torch
+from collegium.options import option, torch
 from collegium.storage.files import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
+    from collegium.types import Batch
+
 TrainedDType = Literal["float32", "bfloat16", "float16"]
 
 
-class StudentOptions(ModelSource):
-    """One kind of student: its options, and everything that a run asks of it."""
+Calibration = Callable[[], "Iterable[Batch]"]
+"""Opens batches of the calibration split, on which importances are measured."""
+
+
+class StudentKind(ABC):
+    """One kind of student in a recipe, by its options."""
+
+    def problems(self, teachers: Mapping[str, object]) -> Iterator[str]:
+        """Yield `key: problem` for options that do not fit the teachers of the recipe."""
+        return iter(())
+
+    def paths(self) -> dict[str, str]:
+        """Return the folders or hub ids that its options name."""
+        return {}
+
+    @abstractmethod
+    def bind(self, teachers: Mapping[str, object], calibration: Calibration) -> StudentOptions:
+        """Return the student, which may start from one of the teachers."""
+
+
+class StudentOptions(ModelSource, StudentKind):
+    """A student: everything that a run asks of it."""
 
     device: str
     attention: Attention
@@ -31,6 +53,18 @@ class StudentOptions(ModelSource):
 
     def content(self) -> dict[str, str]:
         """Return digests of the files that the initial model comes from."""
+        return {}
+
+    def bind(self, teachers: Mapping[str, object], calibration: Calibration) -> StudentOptions:
+        return self
+
+    @property
+    def needs_importance(self) -> bool:
+        """Whether `origins` loads the weights, to measure importances."""
+        return False
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        """Return the tap of a teacher that each tap of the student is a copy of, by teacher."""
         return {}
 
     @abstractmethod
@@ -48,7 +82,7 @@ class StudentOptions(ModelSource):
         # Embeddings are never resized: vocabulary surgery breaks exports (ggml-org/llama.cpp#6111).
         inputs, head = forward.input_layer(model), forward.head_layer(model)
         rows = min(inputs.num_embeddings, head.out_features)
-        _check_rows(rows, tokenizer, where=where)
+        check_rows(rows, tokenizer, where=where)
         saving.repair_generation(model.generation_config)
         _set_stop_tokens(model, tokenizer, stops)
         # Trainers switch it at the top, where composite configs lack it.
@@ -71,7 +105,7 @@ class PretrainedStudent(ModelOptions, StudentOptions):
     def check(self, where: str) -> None:
         saving.check_generation_file(self, where=where)
         super().check(where)
-        _check_rows(self.head_rows(where), self.load_tokenizer(where), where=where)
+        check_rows(self.head_rows(where), self.load_tokenizer(where), where=where)
 
     def check_model(self, model: PreTrainedModel, where: str) -> None:
         saving.check_saving(model, where=where)
@@ -84,7 +118,7 @@ class PretrainedStudent(ModelOptions, StudentOptions):
         return {"student": fingerprint(model_identity(self))}
 
     def load_tokenizer(self, where: str) -> Tokenizer:
-        return _with_eos(super().load_tokenizer(where), self.tokenizer_path, where)
+        return with_eos(super().load_tokenizer(where), self.tokenizer_path, where)
 
     def _initial_model(self, *, seed: int, where: str) -> PreTrainedModel:
         return loading.load_model(self, where=where)
@@ -118,7 +152,7 @@ class FreshStudent(StudentOptions):
 
     def load_tokenizer(self, where: str) -> Tokenizer:
         tokenizer = loading.load_tokenizer(self.tokenizer, where=where)
-        return _with_eos(tokenizer, self.tokenizer, where)
+        return with_eos(tokenizer, self.tokenizer, where)
 
     def load_config(self, where: str) -> PretrainedConfig:
         tokenizer = self.load_tokenizer(where)
@@ -138,13 +172,8 @@ class FreshStudent(StudentOptions):
         return model
 
 
-AnyStudent = Annotated[
-    StudentOptions, OneOf({"model": PretrainedStudent, "config": FreshStudent}, key=None)
-]
-"""A student of any kind, told apart by the key `model` or `config`."""
-
-
-def _with_eos(tokenizer: Tokenizer, path: str, where: str) -> Tokenizer:
+def with_eos(tokenizer: Tokenizer, path: str, where: str) -> Tokenizer:
+    """Return a tokenizer that has an eos token, or raise ModelError."""
     if tokenizer.eos_token_id is None:
         from collegium.data.encode import eos_candidates
 
@@ -156,7 +185,8 @@ def _with_eos(tokenizer: Tokenizer, path: str, where: str) -> Tokenizer:
     return tokenizer
 
 
-def _check_rows(rows: int, tokenizer: Tokenizer, *, where: str) -> None:
+def check_rows(rows: int, tokenizer: Tokenizer, *, where: str) -> None:
+    """Raise ModelError if a token has no row of the embedding and the head."""
     vocab = tokenizer.get_vocab()
     token = max(vocab, key=vocab.__getitem__)
     if vocab[token] >= rows:

@@ -49,22 +49,22 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     context.folder.check(context.values)
     for part, sources in recipe.data.sources.items():
         check_sources(sources, where=f"data.{part}")
-    for where, options in _models(recipe).items():
+    for where, options in _models(context).items():
         options.check(where)
     _check_vocabularies(context, report)
-    _check_windows(recipe)
-    _check_precision(recipe, report)
+    _check_windows(context)
+    _check_precision(context, report)
     _check_features(context)
     _check_cache(context)
     folder = context.folder.path
     for place in (folder / "train", *sorted(folder.glob("controls/*/train"))):
         if not (place / "summary.json").is_file():
             require_valid_checkpoint(place)
-    _check_distinct(recipe, report)
+    _check_distinct(context, report)
     _check_datasets(context, report)
     _check_finished_caches(context)
     _check_routing(context, report)
-    for where, options in _models(recipe).items():
+    for where, options in _models(context).items():
         report.warnings += options.warnings(where)
     disk = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(disk).free
@@ -86,9 +86,9 @@ def _check_machine(recipe: Recipe, *, trains: bool) -> None:
     require_backend(recipe.objective.backend)
 
 
-def _models(recipe: Recipe) -> dict[str, StudentOptions | TeacherOptions]:
-    teachers = {f"teachers.{name}": options for name, options in recipe.teachers.items()}
-    return teachers | {"student": recipe.student}
+def _models(context: RunContext) -> dict[str, StudentOptions | TeacherOptions]:
+    teachers = {f"teachers.{name}": one for name, one in context.recipe.teachers.items()}
+    return teachers | {"student": context.student}
 
 
 def _check_vocabularies(context: RunContext, report: CheckReport) -> None:
@@ -107,9 +107,10 @@ def _check_vocabularies(context: RunContext, report: CheckReport) -> None:
         context.reserved_ids.update(dict.fromkeys(verdict.reserved, where))
 
 
-def _check_windows(recipe: Recipe) -> None:
+def _check_windows(context: RunContext) -> None:
     """Check that every model can score the windows: their length, and several documents."""
-    for where, options in _models(recipe).items():
+    recipe = context.recipe
+    for where, options in _models(context).items():
         limit = options.max_length(where)
         if limit is not None and recipe.data.max_length > limit:
             raise RecipeError(
@@ -120,9 +121,10 @@ def _check_windows(recipe: Recipe) -> None:
         options.check_windows(where, packed=data.packing, max_length=data.max_length)
 
 
-def _check_precision(recipe: Recipe, report: CheckReport) -> None:
+def _check_precision(context: RunContext, report: CheckReport) -> None:
     """Check that the trained weights can follow the optimizer's steps."""
-    dtype, rate = getattr(recipe.student, "dtype", None), recipe.train.learning_rate
+    recipe = context.recipe
+    dtype, rate = getattr(context.student, "dtype", None), recipe.train.learning_rate
     if dtype == "float16":
         raise RecipeError(
             "student.dtype: got float16; must be float32 or bfloat16, since AdamW's epsilon is 0 "
@@ -135,7 +137,7 @@ def _check_precision(recipe: Recipe, report: CheckReport) -> None:
 def _check_features(context: RunContext) -> None:
     """Check that the hidden states in the pairs of the feature terms exist."""
     recipe, options = context.recipe, context.recipe.objective.features
-    if options is None or recipe.student.needs_loading:
+    if options is None or context.student.needs_loading:
         return
     taps = list(context.student_facts.tap_widths)
     for name, teacher in recipe.teachers.items():
@@ -162,6 +164,8 @@ def _check_finished_caches(context: RunContext) -> None:
     recipe = context.recipe
     if not recipe.cache.enabled or not recipe.teachers:
         return
+    if recipe.cache.features is not None and context.student.needs_importance:
+        return  # which hidden states are cached follows from a measurement
     if recipe.cache.kind == "fused" and not isinstance(recipe.fusion, Fusion):
         found, unknown = [FusedCache(context, Fusion())], {"fusion"}
     else:
@@ -234,9 +238,9 @@ def _check_routing(context: RunContext, report: CheckReport) -> None:
         report.warnings += [f"{place}: {no_effect}" for place in columns]
 
 
-def _check_distinct(recipe: Recipe, report: CheckReport) -> None:
+def _check_distinct(context: RunContext, report: CheckReport) -> None:
     """Check that no two teachers have the same weights: one teacher would be counted twice."""
-    models = {w: one for w, one in _models(recipe).items() if isinstance(one, ModelOptions)}
+    models = {w: one for w, one in _models(context).items() if isinstance(one, ModelOptions)}
     layouts = {where: weights_layout(options.model) for where, options in models.items()}
     count = Counter(layouts.values())
     seen: dict[str, str] = {}

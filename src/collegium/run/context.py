@@ -15,18 +15,23 @@ from collegium.console import quiet_libraries
 from collegium.data.pack import PackedDataset, build_datasets
 from collegium.data.sources import SourceSummary
 from collegium.distributions import Teacher
+from collegium.evaluate.scoring import Windows
 from collegium.losses.pairing import feature_map
 from collegium.models.forward import probe
 from collegium.models.loading import vocab_size_of
 from collegium.models.options import ModelFacts
+from collegium.models.student import StudentOptions
 from collegium.options import plain
 from collegium.run.folder import RunFolder
 from collegium.teachers.local import LocalTeacher
+from collegium.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SCRATCH = ".scratch"
+IMPORTANCE_TOKENS = 16_384
+"""Tokens of the calibration split on which the importance of a teacher's parts is measured."""
 
 
 class RunContext:
@@ -65,7 +70,7 @@ class RunContext:
             return {part: dataset.fingerprint for part, dataset in self.datasets.items()}
         if section == "teachers":
             return {name: self.teacher_identity(name) for name in self.recipe.teachers}
-        return self.recipe.student.content() if section == "student" else {}
+        return self.student.content() if section == "student" else {}
 
     def teacher_identity(self, name: str) -> dict[str, Any]:
         """Return everything that the outputs of a teacher depend on. Its files are read once."""
@@ -74,9 +79,19 @@ class RunContext:
         return self._identities[name]
 
     @cached_property
+    def student(self) -> StudentOptions:
+        """The student of the recipe, which may start from one of the teachers."""
+        return self.recipe.student.bind(self.recipe.teachers, self._calibration)
+
+    def _calibration(self) -> Iterator[Batch]:
+        split, size = self.datasets["calibration"], self.recipe.preflight.batch_size
+        for batch, _, _ in Windows.spread(split, size, IMPORTANCE_TOKENS).batches():
+            yield batch
+
+    @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the student."""
-        return self.recipe.student.load_tokenizer("student")
+        return self.student.load_tokenizer("student")
 
     @cached_property
     def vocab_size(self) -> int:
@@ -113,7 +128,7 @@ class RunContext:
     def new_student(self) -> PreTrainedModel:
         """Return the untrained student, probed: the same weights at every call."""
         stops = self.datasets["train"].stops
-        student = self.recipe.student.build(seed=self.recipe.seed, where="student", stops=stops)
+        student = self.student.build(seed=self.recipe.seed, where="student", stops=stops)
         packed, longest = self.recipe.data.packing, self.recipe.data.max_length
         probe(
             student, vocab_size=self.vocab_size, where="student", packed=packed, max_length=longest
@@ -154,7 +169,7 @@ class RunContext:
     @cached_property
     def student_facts(self) -> ModelFacts:
         """Architecture of the student."""
-        return self.recipe.student.facts("student")
+        return self.student.facts("student")
 
     @property
     def teacher_parameters(self) -> dict[str, int | None]:
@@ -176,9 +191,10 @@ class RunContext:
         options, cache = self.recipe.objective.features, self.recipe.cache
         if options is None or cache.features is None:
             return {}
-        student_taps = list(self.student_facts.tap_widths)
-        return {
-            name: sorted({tap for _, tap in feature_map(options, student_taps, list(widths))})
+        taps, origins = list(self.student_facts.tap_widths), self.student.origins()
+        pairs = {
+            name: feature_map(options, taps, list(widths), origins.get(name))
             for name, widths in self.teacher_widths.items()
             if options.teacher_weight(name) > 0
         }
+        return {name: sorted({tap for _, tap in both}) for name, both in pairs.items()}

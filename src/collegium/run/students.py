@@ -134,7 +134,7 @@ class Student(Artifact[Path]):
     def load(self) -> LocalTeacher:
         """Load the finished student, for scoring."""
         where, size = str(self.path), self.context.vocab_size
-        student = self.context.recipe.student
+        student = self.context.student
         options = LocalOptions(model=where, device=student.device, attention=student.attention)
         return LocalTeacher.load(self.variant.label, options, vocab_size=size, where=where)
 
@@ -213,7 +213,8 @@ class Student(Artifact[Path]):
         options = dataclasses.replace(options, teacher_weights=weights)
         widths = {name: context.teacher_widths[name] for name in teachers}
         seed = context.recipe.seed
-        return FeatureLoss(options, context.student_facts.tap_widths, widths, seed=seed)
+        ours, origins = context.student_facts.tap_widths, context.student.origins()
+        return FeatureLoss(options, ours, widths, seed=seed, origins=origins)
 
 
 def students(context: RunContext) -> list[Student]:

@@ -117,7 +117,10 @@ class ObjectiveOptions:
         needs = []
         if not self.divergence.allows_draws:
             key, name = "objective.divergence", type(self.divergence).__name__
-            needs.append(Requirement(key, name, "forward_kl", Capability.LOGARITHMS))
+            needed = Capability.LOGARITHMS
+            if self.divergence.needs_all_tokens:
+                needed = Capability.ALL_TOKENS
+            needs.append(Requirement(key, name, "forward_kl", needed))
         if self.temperature != 1.0:
             key, value = "objective.temperature", f"{self.temperature:g}"
             needs.append(Requirement(key, value, "1", Capability.ANY_TEMPERATURE))
