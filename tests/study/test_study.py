@@ -89,7 +89,7 @@ def test_settings_are_compared_with_the_baseline(tiny_study: Path) -> None:
     page, tables = sweep.run_study(tiny_study)
     table = tables[-1]
     assert table.title == "NLL minus that of EM · 0.9"
-    assert [line.title for line in table.lines] == ["uniform · 0.5", "uniform · 0.9", "EM · 0.5"]
+    assert [line.name for line in table.lines] == ["uniform · 0.5", "uniform · 0.9", "EM · 0.5"]
     rows = json.loads((page.parent / "rows.json").read_text())
     nll = {
         (" · ".join(row["levels"].values()), row["seed"]): row["values"]["student_nll"]
@@ -97,7 +97,7 @@ def test_settings_are_compared_with_the_baseline(tiny_study: Path) -> None:
     }
     for line in table.lines:
         # As in results.json, of the same tokens.
-        expected = {s: nll[line.title, s] - nll["EM · 0.9", s] for s in (0, 1)}
+        expected = {s: nll[line.name, s] - nll["EM · 0.9", s] for s in (0, 1)}
         assert line.row.differences == pytest.approx(expected, abs=1e-6)
     assert "NLL minus that of EM · 0.9" in (page.parent / "table.md").read_text()
 
