@@ -44,7 +44,7 @@ def make_step(teachers: list[LocalTeacher]) -> DistillStep:
     features = FeatureLoss(
         FeatureOptions(dynamic_scale=False), {"layer_1": 32}, {"t0": {"layer_1": 32}}
     )
-    objective = Objective(ObjectiveOptions(kd_ratio=0.6, block_size=5), Fusion(), features=features)
+    objective = Objective(ObjectiveOptions(kd_ratio=0.6, block_size=5), Fusion(), states=[features])
     student = tiny_model(V + 4, seed=9, **TIED)
     return DistillStep(student, objective, vocab_size=V, teachers=teachers)
 
@@ -149,7 +149,7 @@ def train(source: str, folder: Path, cache: Path, *, batch_size: int) -> dict[st
         options = FeatureOptions(weight=0.5)
         widths = [{tap: tap_width(m, tap) for tap in tap_names(m)} for m in (student, student)]
         features = FeatureLoss(options, widths[0], {"t0": widths[1]}, seed=0).double()
-        objective = Objective(ObjectiveOptions(features=options), Fusion(), features=features)
+        objective = Objective(ObjectiveOptions(features=options), Fusion(), states=[features])
     elif source == "cache":
         targets = CachedTargets(open_cache(cache), make_windows().sample_names)
     made = trainer(

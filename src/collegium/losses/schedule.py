@@ -79,7 +79,7 @@ class Linear(Schedule):
 
 
 @option
-class Stage:
+class ScheduleStage:
     """A stretch of a run with one factor."""
 
     factor: Factor
@@ -92,7 +92,7 @@ class Stage:
 class Stages(Schedule):
     """One factor after the other."""
 
-    stages: Annotated[list[Stage], Field(min_length=1)]
+    stages: Annotated[list[ScheduleStage], Field(min_length=1)]
     """In order. All but the last one have an end."""
 
     @model_validator(mode="after")

@@ -51,8 +51,10 @@ def recorded_attention(
         if id(module) in owners:
             # Only references: an operation here would run inside gradient checkpointing.
             calls[owners[id(module)]] = query, key, value, kw
-        eager = getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
-        return (original or eager)(module, query, key, value, *args, **kw)
+        forward: Any = original
+        if original is None:  # `eager` is a function of each family
+            forward = vars(inspect.getmodule(type(module)))["eager_attention_forward"]
+        return forward(module, query, key, value, *args, **kw)
 
     before = local.get(kernel)
     local[kernel] = attend

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +49,7 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self,
-        options: ObjectiveOptions,
-        fusion: Fusion | None,
-        *,
-        states: Sequence[StateLoss] = (),
+        self, options: ObjectiveOptions, fusion: Fusion | None, *, states: Sequence[StateLoss] = ()
     ) -> None:
         """Combine the parts: `fusion` is None for training on labels only.
 
@@ -65,12 +62,17 @@ class Objective(nn.Module):
         super().__init__()
         self.options = options
         self.fusion = fusion
-        self.states = nn.ModuleList(states)
+        self._states = nn.ModuleList(states)
         self.workspace = Workspace()
         self._terms = {one.name: one.term for one in options.placed_terms()}
         self._place = 0, 1
         if problems := [] if fusion is None else list(options.problems(fusion)):
             raise RecipeError("\n".join(problems))
+
+    @property
+    def states(self) -> list[StateLoss]:
+        """The terms on inner states."""
+        return cast(list[StateLoss], list(self._states))
 
     def start_step(self, step: int, num_steps: int) -> None:
         """Set the weights of step 0, 1, ... of a run. Before the first call, they are those of 0.
@@ -155,20 +157,30 @@ class Objective(nn.Module):
             weights[TRUTH] = sum(t.weight * t.factor_at(*self._place) for t in terms.values())
         return weights
 
-    def fuse(self, answers: Sequence[Answer], rows: Rows, kernels: RowKernels) -> Target:
-        """Fuse the answers of the teachers into the target of the rows.
+    def target(
+        self,
+        answers: Sequence[Answer],
+        rows: Rows,
+        kernels: RowKernels,
+        *,
+        finished: Target | None = None,
+    ) -> Target | None:
+        """The target of the rows, fused from the answers of the teachers unless it is finished.
+
+        None without teachers, or where no term reads it at this step.
 
         Raises:
             RecipeError: there is no fusion.
         """
+        if not self.reads_target or finished is not None or not answers:
+            return finished if self.reads_target else None
         if self.fusion is None:
             raise RecipeError(
                 f"fusion: got none for {len(answers)} teachers; must be given where kd_ratio > 0; "
                 "add it or use kd_ratio: 0"
             )
-        divergences, temperature = self._divergences, self._temperature
-        is_plain_kl = has_closed_form(divergences) and temperature == 1.0
-        use = TargetUse(temperature, reads_logp=not is_plain_kl)
+        is_plain_kl = has_closed_form(self._divergences) and self._temperature == 1.0
+        use = TargetUse(self._temperature, reads_logp=not is_plain_kl)
         workspace = self.workspace
         return fuse(self.fusion, answers, rows, kernels=kernels, workspace=workspace, use=use)
 
@@ -216,7 +228,7 @@ class Objective(nn.Module):
             factors |= {**dict.fromkeys(divergences, factor_n), TRUTH: 1.0 - factor_n}
         return BlockLosses(rows.labels, target, kernels, divergences, factors, is_trained)
 
-    def is_present(self, name: str, rows: Rows) -> bool:
+    def has_rows(self, name: str, rows: Rows) -> bool:
         """Whether a term over the vocabulary has any of the rows."""
         term = self._terms.get(name)
         is_read_N = term.is_read(rows) if isinstance(term, RowTerm) else None

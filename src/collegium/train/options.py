@@ -20,6 +20,7 @@ from collegium.losses.pairing import (
     AttentionOptions,
     EmbeddingOptions,
     FeatureOptions,
+    LayerTerm,
     RelationOptions,
     StateTerm,
 )
@@ -199,6 +200,11 @@ class ObjectiveOptions:
         """Whether a term reads the fused target."""
         return any(isinstance(one.term, DivergenceTerm) for one in self.placed_terms())
 
+    def state_terms(self) -> list[tuple[str, LayerTerm | EmbeddingOptions]]:
+        """Return the terms on inner states of teachers, and the paths of their options."""
+        placed = ((one.key, one.term) for one in self.placed_terms())
+        return [(k, term) for k, term in placed if isinstance(term, LayerTerm | EmbeddingOptions)]
+
     def labels_only(self) -> ObjectiveOptions:
         """Return cross-entropy on the labels, in blocks of the same size."""
         return dataclasses.replace(self, kd_ratio=0.0, features=None, terms=None)
@@ -237,8 +243,8 @@ class ObjectiveOptions:
         for key, term in read:
             if fusion.conflict.yields_to_labels and term.domains is not None:
                 yield (
-                    f"{key}.domains: got some with fusion.conflict {policy}; must be omitted, since "
-                    "it moves the weight of a row to its label; remove one of the two"
+                    f"{key}.domains: got some with fusion.conflict {policy}; must be omitted, "
+                    "since it moves the weight of a row to its label; remove one of the two"
                 )
         if fusion.conflict.corrects_target and len({term.temperature for _, term in read}) > 1:
             yield (

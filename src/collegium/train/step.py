@@ -82,11 +82,12 @@ class DistillStep(nn.Module):
             if self.teachers and objective.needs_teachers:
                 tapped = {t.name: objective.teacher_taps(t.name) for t in self.teachers}
                 answers = score_teachers(self.teachers, batch, rows, objective.fusion, taps=tapped)
-            is_finished = self.targets is not None and objective.reads_target
-            target = self.targets.target(batch, rows) if is_finished else None
+            target = None
+            if self.targets is not None and objective.reads_target:
+                target = self.targets.target(batch, rows)
             loss = row_losses(objective, student, answers, rows, target=target, measure=measure)
             if student.router_loss is not None:
-                weight = router_weight(self.student) * router_factor
+                weight = router_factor * router_weight(self.student)
                 loss = loss.with_term("router", student.router_loss, weight)
         return student, answers, loss
 
@@ -112,21 +113,17 @@ def row_losses(
     """
     weights = objective.term_weights(has_target=target is not None or len(answers) > 0)
     kernels = kernels_for(objective.options.backend, student.hidden.device)
-    if not objective.reads_target:
-        target = None
-    elif target is None and answers:
-        target = objective.fuse(answers, rows, kernels)
+    target = objective.target(answers, rows, kernels, finished=target)
     engine = objective.engine(student, target)
     zero = student.hidden.new_zeros((), dtype=engine.dtype)
     sums = {name: zero.clone() for name in weights}
-    measured = [name for name in weights if objective.is_present(name, rows)] if measure else ()
-    square_norms = {name: zero.clone() for name in measured}
+    square_norms = {n: zero.clone() for n in weights if measure and objective.has_rows(n, rows)}
     weights_Kn, conflicts = [], []
     with torch.no_grad():
         for block in engine if weights else ():
             target_n = None if target is None else target.block(block)
-            rows_n, is_trained = rows.part(block), engine.is_trained
-            losses = objective.losses(rows_n, target_n, kernels, is_trained=is_trained)
+            is_trained = engine.is_trained
+            losses = objective.losses(rows.part(block), target_n, kernels, is_trained=is_trained)
             for name in square_norms if is_trained else ():
                 _, gradient_nV = losses.terms_(engine.project(block), {name: weights[name]})
                 square_norms[name] += engine.square_norm(gradient_nV)

@@ -260,6 +260,7 @@ class DistillTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of the step per target token; the `LossSum` is the output."""
+        self.step.objective.start_step(self.state.global_step, self.state.max_steps)
         if model is self.model or model is self.step.student:  # an evaluation, or a direct call
             with self.accelerator.autocast():
                 total, loss = self.step(inputs)
