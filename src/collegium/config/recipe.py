@@ -166,7 +166,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
 def _cache_problems(recipe: Recipe) -> Iterator[str]:
     cache = recipe.cache
     if not recipe.teachers or not recipe.objective.has_divergence:
-        yield "cache.enabled: needs teachers and objective.kd_ratio > 0; set it to false"
+        needs = "teachers and a divergence (objective.kd_ratio > 0)"
+        yield f"cache.enabled: needs {needs}; set it to false"
     if cache.features is not None and not recipe.objective.state_terms():
         yield "cache.features: got some without objective.features; must go with them; omit it"
     yield from unmet(recipe.objective.requirements(), cache.capabilities)

@@ -152,7 +152,7 @@ def _check_terms(context: RunContext) -> None:
             f"objective.terms: got no weight at step {step} of {num_steps}; must have a term with "
             "some at each step; change a schedule"
         )
-    domains = {name for part in context.datasets.values() for name in part.domains}
+    domains = context.datasets["train"].domains
     for key, term in ((one.key, one.term) for one in options.placed_terms()):
         names = (isinstance(term, RowTerm) and term.domains) or []
         for name in (name for name in names if name not in domains):
