@@ -399,6 +399,18 @@ def test_all_kinds_of_terms_train_and_resume_exactly(tmp_path: Path, accumulate:
         other.train(resume_from_checkpoint=True)
 
 
+def test_a_trainer_builds_the_terms_of_live_teachers(tmp_path: Path) -> None:
+    """With the same adapters as `state_losses`, and without them if some were given."""
+    options = decode(ObjectiveOptions, read_yaml(ALL, "objective.yaml"))
+    made = trainer(tmp_path, objective=Objective(options, Fusion()), seed=0)
+    expected = every_kind()
+    assert [one.name for one in made.step.objective.states] == [x.name for x in expected.states]
+    for ours, theirs in zip(made.step.objective.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    given = trainer(tmp_path, objective=Objective(options, Fusion(), states=expected.states[:1]))
+    assert len(given.step.objective.states) == 1
+
+
 def test_micro_batches_change_nothing(tmp_path: Path) -> None:
     """Also for terms that are computed per document, and for a stage that ends."""
     students = []

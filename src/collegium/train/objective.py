@@ -54,7 +54,7 @@ class Objective(nn.Module):
         """Combine the parts: `fusion` is None for training on labels only.
 
         The terms on inner states are `states`, see `state_losses`. Their adapters train with the
-        student.
+        student. `DistillTrainer` builds those of live teachers itself.
 
         Raises:
             RecipeError: a term is excluded by the conflict policy of the fusion.
@@ -73,6 +73,18 @@ class Objective(nn.Module):
     def states(self) -> list[StateLoss]:
         """The terms on inner states."""
         return cast(list[StateLoss], list(self._states))
+
+    def build_states(
+        self,
+        student_widths: Mapping[str, int],
+        teacher_widths: Mapping[str, Mapping[str, int]],
+        *,
+        seed: int,
+    ) -> None:
+        """Build the terms on inner states unless some were given. Raises as `state_losses`."""
+        if not self.states:
+            built = state_losses(self.options, student_widths, teacher_widths, seed=seed)
+            self._states.extend(built)
 
     def start_step(self, step: int, num_steps: int) -> None:
         """Set the weights of step 0, 1, ... of a run. Before the first call, they are those of 0.

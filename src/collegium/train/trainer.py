@@ -37,7 +37,9 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.errors import DataError, Interrupted, TrainingError
 from collegium.fusion import requirements
 from collegium.fusion.fuse import Fusion, TargetSource
+from collegium.models.loading import model_facts
 from collegium.storage.records import LogStep
+from collegium.teachers.local import LocalTeacher
 from collegium.train import checkpoint, options, state
 from collegium.train.arguments import adopt_arguments, check_accelerator
 from collegium.train.identity import run_identity
@@ -159,7 +161,12 @@ class DistillTrainer(Trainer):
         compare_tokenizers(processing_class, named, tokenizers or {})
         self._check_batch = BatchCheck.of(student, named, vocab_size)
         fusion = Fusion() if named else None
-        objective = (objective or Objective(options.ObjectiveOptions(), fusion)).to(args.device)
+        objective = objective or Objective(options.ObjectiveOptions(), fusion)
+        if objective.options.state_terms():
+            live = {t.name: model_facts(t.model) for t in named if isinstance(t, LocalTeacher)}
+            widths = {name: facts.tap_widths for name, facts in live.items()}
+            objective.build_states(model_facts(student).tap_widths, widths, seed=args.seed)
+        objective = objective.to(args.device)
         # The fusion of a finished target is built in.
         part, sources = (objective, named) if targets is None else (objective.options, [targets])
         requirements.check(part.requirements(), [source.capabilities for source in sources])
