@@ -165,7 +165,7 @@ MUTATIONS = [
     ),
     *_of(
         "losses/terms.py",
-        "losses/test_row_losses.py losses/test_named_targets.py fusion/test_target_use.py",
+        "losses/test_row_losses.py losses/test_named_targets.py train/test_terms.py",
         ("if temperature != 1.0 and target.temperature == temperature:", "if False:"),
         ("ce_n = ce_n + weights[name] * factors[name]", "ce_n = ce_n + weights[name]"),
         ("missing_n = (-ce_n * slope_n)", "missing_n = (-ce_n)"),

@@ -126,6 +126,12 @@ class Objective(nn.Module):
         return [(loss, factor) for loss, factor in terms if factor > 0]
 
     @property
+    def has_stages(self) -> bool:
+        """Whether the terms change during a run."""
+        options = (*self._terms.values(), *(loss.options for loss in self.states))
+        return any(term.schedule is not None for term in options)
+
+    @property
     def reads_target(self) -> bool:
         """Whether a term reads the fused target at this step."""
         return bool(self._divergences)

@@ -135,6 +135,9 @@ class DistillTrainer(Trainer):
         student = live_student(model, args)
         self.run_folder = Path(args.output_dir or "runs/student")
         self._use_cache = student.config.use_cache
+        if objective is not None and objective.has_stages:
+            # A stage leaves parameters without a gradient, for which DDP would wait.
+            args.ddp_find_unused_parameters = True
         self._stop, callbacks = StopCallback(), list(callbacks or ())
         if not any(isinstance(callback, TrainingProgress) for callback in callbacks):
             callbacks.append(TrainingProgress())
