@@ -203,7 +203,7 @@ MUTATIONS = [
         ("position if position > 1 else", "position if position >= 1 else"),
         ("sum(step >= end", "sum(step > end"),
         ("min(max((step - start) / (end - start), 0.0), 1.0)", "(step - start) / (end - start)"),
-        ("math.floor(_steps(position, num_steps)) + 1", "0"),
+        ("math.ceil(_steps(position, num_steps))", "int(_steps(position, num_steps))"),
     ),
     *_of(
         "losses/row_terms.py",

@@ -27,13 +27,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def positions(self) -> Sequence[float]:
-        """Return the positions at which the factor may start or stop to be zero, ascending."""
+        """Return the positions at which the factor changes, ascending."""
 
     def start_steps(self, num_steps: int) -> Iterable[int]:
-        """Yield the first step of each stretch in which the factor is zero or is not."""
-        for position in (0.0, *self.positions()):
-            yield math.ceil(_steps(position, num_steps))
-            yield math.floor(_steps(position, num_steps)) + 1
+        """Yield the steps at which the factor may become zero."""
+        return (math.ceil(_steps(position, num_steps)) for position in self.positions())
 
 
 def _steps(position: float, num_steps: int) -> float:
