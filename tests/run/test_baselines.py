@@ -1,4 +1,4 @@
-"""The recipes of the baselines, checked and trained for a few steps on tiny models."""
+"""The recipes of the baselines, checked and trained for a few steps on models like the demo's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 import tiny
 from collegium.config.recipe import Recipe, load_recipe
+from collegium.demo.run import FULL
 from collegium.errors import RecipeError
 from collegium.run.checks import check_run
 from collegium.run.context import RunContext
@@ -22,15 +23,7 @@ from refusals import refused
 FOLDER = Path(__file__).parents[2] / "recipes" / "baselines"
 NAMES = ["distillm", "distillm2", "minilmv2", "mobilebert", "tinybert"]
 """Recipes whose terms are described in docs/design/terms.md."""
-TEACHERS = {
-    "scripture": {"num_hidden_layers": 4},
-    "drama": {"model_type": "mistral", "num_hidden_layers": 3, "num_attention_heads": 8},
-    "encyclopedia": {"model_type": "gpt_neox", "num_hidden_layers": 3, "width": 48},
-    "python": {"model_type": "qwen3", "num_hidden_layers": 5, "head_dim": 12, "width": 48},
-}
 OVERRIDES = [
-    "student.config.hidden_size=32",
-    "student.config.intermediate_size=64",
     "train.max_steps=10",
     "train.per_device_train_batch_size=2",
     "train.warmup_steps=0",
@@ -42,13 +35,12 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Teachers with the layers of the demo's, their tokenizer and texts."""
+    """Untrained teachers with the configs of the demo's, a small tokenizer and texts."""
     root = tmp_path_factory.mktemp("zoo")
     tiny.tiny_tokenizer().save_pretrained(root / "tokenizer")
     (root / "text").mkdir()
-    for number, (name, config) in enumerate(TEACHERS.items()):
-        settings = {"num_key_value_heads": 4, **config}
-        tiny.save_tiny(root / "teachers" / name / "student", seed=number + 1, **settings)  # type: ignore[arg-type]
+    for number, (name, config) in enumerate(FULL.specialists.items()):
+        tiny.save_tiny(root / "teachers" / name / "student", seed=number + 1, **config)
         lines = [json.dumps({"text": f"{tiny.TEXT[number]} {i}. " * 3}) for i in range(40)]
         (root / "text" / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for name, source in (("teachers", "drama"), ("student", "python")):

@@ -252,6 +252,8 @@ def test_a_step_without_a_term_is_refused():
     part.start_step(9, 20)
     with refused(TrainingError, "objective.terms: "):
         part.start_step(10, 20)
+    ended = built(listed(CrossEntropyTerm(schedule=stages((1, 10), (0, None)))))
+    ended.start_step(10, 10)  # an evaluation after the last step
 
 
 @pytest.mark.parametrize(

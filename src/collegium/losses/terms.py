@@ -179,8 +179,9 @@ class BlockLosses:
                 for name in names:
                     total = total + weights[name] * values[name].sum(dtype=rows.dtype)
                 if self.with_gradient:
-                    part_nV = torch.autograd.grad(total, raw_nV)[0]
-                    gradient_nV = part_nV if number == 0 else gradient_nV.add_(part_nV)
+                    (slope_nV,) = torch.autograd.grad(total, raw_nV)
+                    gradient_nV = slope_nV if number == 0 else gradient_nV.add_(slope_nV)
+                    del slope_nV  # freed before the next divergence
             terms |= {name: value_n.detach() for name, value_n in values.items()}
         return terms, gradient_nV
 

@@ -45,8 +45,8 @@ class ModelFacts:
     """Width of each hidden state that can be tapped, in order of depth."""
     has_attention: bool = True
     """Whether queries, keys and values of its layers can be read."""
-    head_widths: tuple[int, int] | None = None
-    """Width of all queries and of all keys of a layer, None where the config does not give it."""
+    query_width: int | None = None
+    """Width of the queries of all heads, None where the config does not give it."""
 
 
 def first_line(error: Exception) -> str:
@@ -231,18 +231,16 @@ def model_facts(model: PreTrainedModel) -> ModelFacts:
         num_parameters=count_parameters(model),
         tap_widths=widths,
         has_attention=bool(model._supports_attention_backend),
-        head_widths=_head_widths(model.config.get_text_config()),
+        query_width=_query_width(model.config.get_text_config()),
     )
 
 
-def _head_widths(config: PretrainedConfig) -> tuple[int, int] | None:
+def _query_width(config: PretrainedConfig) -> int | None:
     num_heads = getattr(config, "num_attention_heads", None)
     # Latent attention has heads of several widths.
     if not isinstance(num_heads, int) or hasattr(config, "kv_lora_rank"):
         return None
-    width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    num_pairs = getattr(config, "num_key_value_heads", None) or num_heads
-    return num_heads * width, num_pairs * width
+    return num_heads * (getattr(config, "head_dim", None) or config.hidden_size // num_heads)
 
 
 def empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:

@@ -187,13 +187,13 @@ def _check_pairs(
                 f"{key}: got {term.log_name} terms; must be omitted with {where} (its attention "
                 "cannot be read); remove the term"
             )
-        if not isinstance(term, RelationOptions) or term.num_heads is None:
-            continue
-        for width in facts.head_widths or ():
-            if width % term.num_heads:
+        # The first batch checks keys: a config may name heads of keys that its family ignores.
+        if isinstance(term, RelationOptions) and "query" in term.relations:
+            width, num_heads = facts.query_width or 0, term.num_heads or 1
+            if width % num_heads:
                 raise RecipeError(
-                    f"{key}.num_heads: got {term.num_heads}; must divide {width}, a width of all "
-                    f"heads of {where} together; omit it, or choose a common divisor"
+                    f"{key}.num_heads: got {num_heads}; must divide {width}, the width of all "
+                    f"queries of {where} together; omit it, or choose a common divisor"
                 )
 
 

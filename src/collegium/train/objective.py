@@ -87,12 +87,15 @@ class Objective(nn.Module):
             self._states.extend(built)
 
     def start_step(self, step: int, num_steps: int) -> None:
-        """Set the weights of step 0, 1, ... of a run. Before the first call, they are those of 0.
+        """Set the weights of step 0, 1, ... of a run, before the first call those of step 0.
+
+        After the run, they are those of its last step.
 
         Raises:
             TrainingError: no term has a weight.
         """
-        self._place = step, max(num_steps, 1)
+        num_steps = max(num_steps, 1)
+        self._place = min(step, num_steps - 1), num_steps
         self.__dict__.pop("_active", None)
         if not self._active and not self._active_states():
             raise TrainingError(
