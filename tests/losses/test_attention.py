@@ -240,10 +240,10 @@ def test_packed_documents_have_the_values_of_single_ones(family):
     packed = batch_of([[5, 4, 3]], prompt=2)
     flat = map_tensors(packed, lambda x: x.flatten())
     parts = [(0, 5), (5, 9), (9, 12)]
-    alone = [map_tensors(flat, lambda x, a=a, b=b: x[None, a:b]) for a, b in parts]
+    single = [map_tensors(flat, lambda x, a=a, b=b: x[None, a:b]) for a, b in parts]
     for loss in (*losses("attention"), *losses("relations")):
         values, grads = [], []
-        for batches in ([packed], alone):
+        for batches in ([packed], single):
             values.append(torch.cat([run(loss, *models, batch) for batch in batches]))
             weights = [p for n, p in models[0].named_parameters() if "layers.0" in n]
             grads.append(torch.autograd.grad(values[-1].sum(), weights, allow_unused=True))

@@ -53,7 +53,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(zoo: Path, tmp_path: Path) -> Callable[..., Recipe]:
     def load(name: str, *more: str) -> Recipe:
         text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
-        text = text.replace("runs/demo", str(zoo)).replace("runs/distillm2/", f"{zoo}/")
+        text = text.replace("runs/demo", str(zoo)).replace("runs/distillm2-text/", f"{zoo}/")
         file = tmp_path / f"{name}.yaml"
         file.write_text(text, encoding="utf-8")
         return load_recipe(file, [*OVERRIDES, f"output_dir={tmp_path}/run", *more])

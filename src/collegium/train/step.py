@@ -115,14 +115,13 @@ def row_losses(
     kernels = kernels_for(objective.options.backend, student.hidden.device)
     target = objective.target(answers, rows, kernels, finished=target)
     engine = objective.engine(student, target)
-    zero = student.hidden.new_zeros((), dtype=engine.dtype)
+    zero, is_trained = student.hidden.new_zeros((), dtype=engine.dtype), engine.is_trained
     sums = {name: zero.clone() for name in weights}
     square_norms = {n: zero.clone() for n in weights if measure and objective.has_rows(n, rows)}
     weights_Kn, conflicts = [], []
     with torch.no_grad():
         for block in engine if weights else ():
             target_n = None if target is None else target.block(block)
-            is_trained = engine.is_trained
             losses = objective.losses(rows.part(block), target_n, kernels, is_trained=is_trained)
             for name in square_norms if is_trained else ():
                 _, gradient_nV = losses.terms_(engine.project(block), {name: weights[name]})
