@@ -23,7 +23,9 @@ from collegium.data.encode import Encoded
 from collegium.data.pack import Collator, PackedDataset
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss
-from collegium.losses.pairing import FeatureOptions
+from collegium.losses.pairing import AttentionOptions, FeatureOptions, RelationOptions
+from collegium.losses.row_terms import CrossEntropyTerm, DivergenceTerm
+from collegium.losses.schedule import ScheduleStage, Stages
 from collegium.models.forward import tap_names, tap_width
 from collegium.storage.records import read_log
 from collegium.teachers.cached import CachedTargets
@@ -37,14 +39,14 @@ from training_runs import VOCAB, small_model, trainer
 
 V, LENGTH = 60, 12
 TIED = {"tie_word_embeddings": True}
-SOURCES = ("live", "features", "cache")
+SOURCES = ("live", "features", "cache", "stages")
 
 
 def make_step(teachers: list[LocalTeacher]) -> DistillStep:
     features = FeatureLoss(
         FeatureOptions(dynamic_scale=False), {"layer_1": 32}, {"t0": {"layer_1": 32}}
     )
-    objective = Objective(ObjectiveOptions(kd_ratio=0.6, block_size=5), Fusion(), features=features)
+    objective = Objective(ObjectiveOptions(kd_ratio=0.6, block_size=5), Fusion(), states=[features])
     student = tiny_model(V + 4, seed=9, **TIED)
     return DistillStep(student, objective, vocab_size=V, teachers=teachers)
 
@@ -120,6 +122,22 @@ def make_teachers() -> list[LocalTeacher]:
     return [LocalTeacher(f"t{k}", model, vocab_size=VOCAB) for k, model in enumerate(models)]
 
 
+def staged() -> Objective:
+    """Attention and features of teachers, then distillation, with gradient checkpointing."""
+    first, second = (
+        Stages(stages=[ScheduleStage(factor=a, until=3), ScheduleStage(factor=1 - a)])
+        for a in (1, 0)
+    )
+    terms = [
+        FeatureOptions(teachers=["t0"], schedule=first),
+        AttentionOptions(loss="kl", schedule=first),
+        RelationOptions(),
+        DivergenceTerm(weight=0.6, schedule=second),
+        CrossEntropyTerm(weight=0.4, schedule=second),
+    ]
+    return Objective(ObjectiveOptions(terms=terms), Fusion())
+
+
 def build_fused_cache(folder: Path) -> None:
     """The fused target of both teachers at all windows, as the top 8 with their tail."""
     encoder = FusedEncoder(
@@ -138,7 +156,8 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         for name, parameter in self.made.step.named_parameters():
-            self.tensors[f"gradient {state.global_step}/{name}"] = parameter.grad.clone()
+            if parameter.grad is not None:  # a stage may leave some out
+                self.tensors[f"gradient {state.global_step}/{name}"] = parameter.grad.clone()
 
 
 def train(source: str, folder: Path, cache: Path, *, batch_size: int) -> dict[str, torch.Tensor]:
@@ -149,7 +168,9 @@ def train(source: str, folder: Path, cache: Path, *, batch_size: int) -> dict[st
         options = FeatureOptions(weight=0.5)
         widths = [{tap: tap_width(m, tap) for tap in tap_names(m)} for m in (student, student)]
         features = FeatureLoss(options, widths[0], {"t0": widths[1]}, seed=0).double()
-        objective = Objective(ObjectiveOptions(features=options), Fusion(), features=features)
+        objective = Objective(ObjectiveOptions(features=options), Fusion(), states=[features])
+    elif source == "stages":
+        objective = staged()
     elif source == "cache":
         targets = CachedTargets(open_cache(cache), make_windows().sample_names)
     made = trainer(
@@ -170,9 +191,11 @@ def train(source: str, folder: Path, cache: Path, *, batch_size: int) -> dict[st
             "gradient_accumulation_steps": 2,
             "logging_steps": 1,
             "save_steps": 100,
+            "gradient_checkpointing": source == "stages",
         },
     )
     kept.made = made
+    made.step.objective.double()
     metrics = made.evaluate()
     made.train()
     metrics |= {f"trained {name}": value for name, value in made.evaluate().items()}

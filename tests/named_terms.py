@@ -18,7 +18,7 @@ class _Term(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, target, name):
         rows = RawRows(logits.detach().clone())
-        losses = BlockLosses(labels, target, TorchKernels(), ForwardKL())
+        losses = BlockLosses(labels, target, TorchKernels(), {"kd": (ForwardKL(), 1.0)})
         terms, gradient = losses.terms_(rows, {name: 1.0})
         ctx.save_for_backward(gradient)
         return terms[name]

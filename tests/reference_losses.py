@@ -103,3 +103,45 @@ def feature_mse(ours, theirs, adapter) -> Tensor:
 
 def feature_cosine(ours, theirs, adapter) -> Tensor:
     return 1 - torch.cosine_similarity(ours @ adapter.T, theirs, dim=-1)
+
+
+def attention_scores(states, t: int, s: int) -> Tensor:
+    """One score per head of queries: scale q_t k_s, capped."""
+    heads, shared = states.query.shape[1], states.key.shape[1]
+    scores = []
+    for h in range(heads):
+        key = states.key[s, h // (heads // shared)].double()
+        score = states.scale * (states.query[t, h].double() * key).sum()
+        cap = states.softcap
+        scores.append(score if cap is None else cap * torch.tanh(score / cap))
+    return torch.stack(scores)
+
+
+def attention(ours, theirs, start: int, t: int, loss: str) -> Tensor:
+    """Value at position t of a document that starts at `start`."""
+    a, b = (
+        torch.stack([attention_scores(x, t, s) for s in range(start, t + 1)], 1)
+        for x in (ours, theirs)
+    )
+    is_mean = len(a) != len(b)
+    if loss == "kl":
+        a, b = a.softmax(1), b.softmax(1)
+    if is_mean:
+        a, b = a.mean(0, keepdim=True), b.mean(0, keepdim=True)
+    return ((a - b) ** 2).mean() if loss == "mse" else kl(b, a).mean()
+
+
+def relations(ours, theirs, start: int, t: int, kinds, num_heads: int) -> Tensor:
+    """Mean over kinds and relation heads of the KL from teacher to student at position t."""
+    values = []
+    for kind in kinds:
+        rows = []
+        for states in (ours, theirs):
+            vectors = getattr(states, kind).double().flatten(1)
+            width = vectors.shape[1] // num_heads
+            for r in range(num_heads):
+                part = vectors[:, r * width : (r + 1) * width]
+                products = [(part[t] * part[s]).sum() for s in range(start, t + 1)]
+                rows.append((torch.stack(products) / width**0.5).softmax(0))
+        values += [kl(rows[num_heads + r], rows[r]) for r in range(num_heads)]
+    return torch.stack(values).mean()

@@ -37,7 +37,8 @@ from collegium.train.options import ObjectiveOptions
 from recipes_for_tests import MINIMAL, minimal
 from refusals import refused
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted([*ROOT.glob("*.yaml"), *ROOT.glob("baselines/*.yaml")])
 
 
 @pytest.fixture
@@ -275,7 +276,7 @@ def test_every_recipe_of_the_project_decodes(path: Path, tmp_path: Path) -> None
 
 
 def test_there_are_recipes() -> None:
-    assert {path.name for path in RECIPES} >= {"demo.yaml", "demo-quick.yaml"}
+    assert {path.name for path in RECIPES} >= {"demo.yaml", "tinybert.yaml"}
 
 
 @pytest.mark.parametrize(

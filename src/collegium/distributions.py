@@ -17,7 +17,7 @@ from typing import Protocol
 
 from collegium.kernels.rows import RawRows, Workspace, head_product, logits_dtype
 from collegium.options import Tensor, torch
-from collegium.types import Batch, Head, Rows, map_tensors
+from collegium.types import AttentionStates, Batch, Head, Rows, map_tensors
 
 
 class Distribution(ABC):
@@ -76,6 +76,8 @@ class HiddenRows(Distribution):
     """Tapped hidden states by name (`embed`, `layer_0`, ..., `final_postnorm`), each (N, D)."""
     router_loss: Tensor | None = None
     """Scalar: the load-balancing loss of a student that is a mixture of experts."""
+    attention: Mapping[str, AttentionStates] = field(default_factory=dict)
+    """Tapped attention by name (`attention_0`, ...), at all positions of the batch."""
 
     @property
     def logit_bytes(self) -> int:
@@ -290,6 +292,8 @@ class Answer:
     """Tapped hidden states by name, each (N, D) or, for some of the rows, (m, D)."""
     rows: Tensor | None = None
     """(m,) int64, ascending: the rows that it answers. None for all of them."""
+    attention: Mapping[str, AttentionStates] = field(default_factory=dict)
+    """Tapped attention by name, at all positions of the batch."""
 
 
 class Capability(Enum):
@@ -308,6 +312,7 @@ class Capability(Enum):
     SUBSETS = "it scores all rows"
     """Skipping the forward pass for windows without a row of this teacher."""
     FEATURES = "it holds no hidden states"
+    ATTENTION = "it holds no queries, keys and values"
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +341,7 @@ class Teacher(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
-        """Score the rows without gradient. `taps` names the hidden states to return.
+        """Score the rows without gradient. `taps` names the hidden states and attention to return.
 
         Tensors are on the device of the batch, wherever the teacher computes them.
         """

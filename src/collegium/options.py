@@ -47,7 +47,7 @@ def option(cls: type[T]) -> type[T]:
     return cast(type[T], dataclass(frozen=True, kw_only=True, config=STRICT)(cls))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, for `Annotated[...] | None`
 class OneOf:
     """Annotation of a field that holds an instance of one of several option classes.
 

@@ -226,6 +226,26 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionStates:
+    """Queries, keys and values of one layer at all M = B T positions of a batch.
+
+    They are those that the layer attends with, after rotary embedding and normalization.
+    score(t, s) = scale q_t k_s, or cap * tanh(score / cap) with a cap, for s <= t of one document.
+    """
+
+    query: Tensor
+    """(M, H, d)"""
+    key: Tensor
+    """(M, J, d): each of J heads serves H / J heads of queries."""
+    value: Tensor
+    """(M, J, d)"""
+    starts: Tensor
+    """(M,) int64: the position where the document of each position starts."""
+    scale: float
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LossSum:
     """A loss summed over N rows. Only the trainer normalizes it."""
 

@@ -94,8 +94,8 @@ def test_78_attention_that_is_not_installed(
 @pytest.mark.parametrize(
     ("features", "where"),
     [
-        ("{num_layers: 9}", "features.num_layers"),
-        ("{layers: {layer_9: layer_0}}", "features.layers"),
+        ("{num_layers: 9}", "objective.features.num_layers"),
+        ("{layers: {layer_9: layer_0}}", "objective.features.layers"),
     ],
     ids=["num_layers", "layers"],
 )

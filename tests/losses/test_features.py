@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import reference_losses
-from collegium.distributions import Answer, DenseRows
+from collegium.distributions import Answer, DenseRows, HiddenRows
 from collegium.errors import RecipeError, TrainingError
 from collegium.losses.features import FeatureLoss
 from collegium.losses.pairing import FeatureOptions, feature_map
+from collegium.types import Head, Rows
 from refusals import refused
 
 N = 6
@@ -44,6 +45,15 @@ def teacher_rows(dtype=torch.float32):
         )
         for i, (name, widths) in enumerate(TEACHERS.items())
     ]
+
+
+ROWS = Rows(*[torch.arange(N)] * 4)
+
+
+def values_of(terms, features, answers):
+    """Terms of a student with these hidden states."""
+    head = Head(torch.zeros(2, 1))
+    return terms(HiddenRows(torch.zeros(N, 1), head, features), answers, ROWS)
 
 
 def build(seed=0, **options):
@@ -105,7 +115,7 @@ def test_invalid_options():
 def test_equals_the_formula(loss):
     terms = build(loss=loss, num_layers=2)
     student, teachers = features_of(STUDENT, 0), teacher_rows()
-    values = terms(student, teachers)
+    values = values_of(terms, student, teachers)
     assert list(values) == ["feature/big.v1", "feature/small"]
     formula = reference_losses.feature_mse if loss == "mse" else reference_losses.feature_cosine
     pairs = [("layer_0", "layer_2"), ("layer_1", "layer_5")]
@@ -129,8 +139,8 @@ def test_terms_do_not_depend_on_the_scale_of_the_states():
         for t in teachers
     ]
     small = {tap: 10 * x for tap, x in student.items()}
-    for name, value in terms(student, teachers).items():
-        torch.testing.assert_close(terms(small, huge)[name], value, rtol=1e-4, atol=1e-5)
+    for name, value in values_of(terms, student, teachers).items():
+        torch.testing.assert_close(values_of(terms, small, huge)[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-4, 1.0, 1e20])
@@ -145,7 +155,7 @@ def test_normalization_is_relative(loss, scale):
     for ours, theirs in ((scale * state, scale * state), (scale * state, other), (state, other)):
         ours = ours.clone().requires_grad_()
         answers = [Answer("small", DenseRows(torch.zeros(N, 2)), {"layer_0": theirs})]
-        value_N = terms({"layer_0": ours}, answers)["feature/small"]
+        value_N = values_of(terms, {"layer_0": ours}, answers)["feature/small"]
         results.append((value_N.detach(), torch.autograd.grad(value_N.sum(), ours)[0]))
     (of_itself, _), (value, gradient), (expected, expected_gradient) = results
     assert of_itself.abs().max() < 1e-6
@@ -157,7 +167,7 @@ def test_normalization_is_relative(loss, scale):
 def test_a_zero_state_has_a_finite_gradient():
     terms, teachers = build(), teacher_rows()
     student = {tap: torch.zeros(N, width).requires_grad_() for tap, width in STUDENT.items()}
-    sum(value.sum() for value in terms(student, teachers).values()).backward()
+    sum(value.sum() for value in values_of(terms, student, teachers).values()).backward()
     assert student["layer_1"].grad.isfinite().all()
 
 
@@ -187,10 +197,10 @@ def test_a_teacher_with_weight_0_has_no_adapter():
     terms = build(weight=0.5, teacher_weights={"big.v1": 0.0, "small": 3.0})
     assert list(terms.pairs) == ["small"]
     assert terms.weights() == {"feature/small": 1.5}
-    assert list(terms(features_of(STUDENT, 0), teacher_rows())) == ["feature/small"]
-    assert list(terms(features_of(STUDENT, 0), teacher_rows()[1:])) == ["feature/small"]
+    assert list(values_of(terms, features_of(STUDENT, 0), teacher_rows())) == ["feature/small"]
+    assert list(values_of(terms, features_of(STUDENT, 0), teacher_rows()[1:])) == ["feature/small"]
     with refused(TrainingError, "feature/small"):
-        terms(features_of(STUDENT, 0), teacher_rows()[:1])
+        values_of(terms, features_of(STUDENT, 0), teacher_rows()[:1])
 
 
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
@@ -206,7 +216,7 @@ def test_gradients_reach_adapters_and_student_but_no_teacher(loss):
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
-        total = sum(x.sum() for x in terms(student, teachers).values())
+        total = sum(x.sum() for x in values_of(terms, student, teachers).values())
         total.backward()
         optimizer.step()
         losses.append(total.item())
@@ -221,11 +231,11 @@ def test_gradients_reach_adapters_and_student_but_no_teacher(loss):
 
 def test_half_precision_states_and_autocast():
     terms, student = build(), features_of(STUDENT, 0)
-    truth = terms(student, teacher_rows())
+    truth = values_of(terms, student, teacher_rows())
     half = {tap: x.bfloat16() for tap, x in student.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        exact = terms(student, teacher_rows())
-        rounded = terms(half, teacher_rows(torch.bfloat16))
+        exact = values_of(terms, student, teacher_rows())
+        rounded = values_of(terms, half, teacher_rows(torch.bfloat16))
     for name, value in truth.items():
         assert rounded[name].dtype == torch.float32
         torch.testing.assert_close(exact[name], value, rtol=0, atol=0)
@@ -236,7 +246,7 @@ def test_half_precision_states_and_autocast():
 def test_zero_states_have_a_finite_gradient(loss):
     terms = build(loss=loss)
     student = {tap: torch.zeros(N, width, requires_grad=True) for tap, width in STUDENT.items()}
-    sum(x.sum() for x in terms(student, teacher_rows()).values()).backward()
+    sum(x.sum() for x in values_of(terms, student, teacher_rows()).values()).backward()
     assert student["layer_1"].grad is not None
     assert student["layer_1"].grad.isfinite().all()
 

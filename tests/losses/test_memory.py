@@ -15,6 +15,8 @@ from collegium.fusion.conflict import TruthFallback
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Consensus, Uniform
 from collegium.kernels.plain import TorchKernels
+from collegium.losses.divergences import JensenShannon, ReverseKL, SkewedReverseKL
+from collegium.losses.row_terms import DivergenceTerm
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
@@ -87,12 +89,27 @@ def test_fusions_that_compare_teachers_stay_within_the_budget(monkeypatch, fusio
     assert peak <= bytes_per_logit * N * V
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_further_divergences_take_one_more_buffer(monkeypatch, temperature):
+    """The gradient of those before; with several temperatures also the softened target."""
+    kinds = [JensenShannon(), JensenShannon(), SkewedReverseKL(), ReverseKL()]
+    terms = [DivergenceTerm(divergence=kind) for kind in kinds]
+    terms[1] = DivergenceTerm(divergence=kinds[1], temperature=temperature)
+    peaks = [
+        measure(monkeypatch, F32, [F32] * 2, Fusion(), 1.0, terms[:count])[1] / (N * V)
+        for count in (1, 2, 4)
+    ]
+    assert peaks[1] <= peaks[0] + (4 if temperature == 1.0 else 12)
+    assert peaks[2] == peaks[1]
+
+
 def measure(
     monkeypatch: Any,
     student: torch.dtype,
     teachers: list[torch.dtype],
     fusion: Fusion | None,
     temperature: float,
+    terms: list[Any] | None = None,
 ) -> tuple[int, int]:
     """Return the declared bytes per logit of a block of all rows, and its peak in bytes."""
     declared = []
@@ -115,6 +132,8 @@ def measure(
     number = torch.arange(N)
     rows = Rows(number, number % V, number // 8, number // 8)
     options = ObjectiveOptions(temperature=temperature, backend="torch")
+    if terms is not None:
+        options = ObjectiveOptions(terms=terms, backend="torch")
     objective = Objective(options, fusion)
     with LargeStorages(N * V) as watch:
         row_losses(objective, ours, theirs, rows)

@@ -82,8 +82,7 @@ def test_feature_terms_follow_the_kept_layers(zoo: Path, tmp_path: Path) -> None
     features = "objective.features={num_layers: 2}"
     recipe = _recipe(zoo, tmp_path, f"student={student}", features)
     trainer = students(RunContext(recipe))[0].trainer(tmp_path / "train")
-    assert trainer.step.objective.features is not None
-    assert trainer.step.objective.features.pairs == {
+    assert trainer.step.objective.states[0].pairs == {
         "scripture": [("layer_0", "layer_1"), ("layer_1", "layer_2")],
         "code": [("layer_0", "layer_0"), ("layer_1", "layer_1")],
     }

@@ -116,7 +116,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
             "data": made.train_dataset.fingerprint,
             "args": {**made.args.to_dict(), "output_dir": "", "logging_dir": ""},
             "teachers": [teacher.name for teacher in made.step.teachers],
-            "terms": (made.step.objective.options, made.step.objective.features),
+            "terms": (made.step.objective.options, made.step.objective.states),
         }
         return made
 

@@ -188,7 +188,7 @@ def test_hidden_states_are_compared_at_all_rows(student, teachers):
     widths = {n: {tap: tap_width(m, tap) for tap in tap_names(m)} for n, m in models.items()}
     mine = {tap: tap_width(student, tap) for tap in tap_names(student)}
     features = FeatureLoss(FeatureOptions(teacher_weights={"a": 0.0}), mine, widths, seed=0)
-    objective = Objective(ObjectiveOptions(), fusion, features=features.double())
+    objective = Objective(ObjectiveOptions(), fusion, states=[features.double()])
 
     taps = {name: objective.teacher_taps(name) for name in "ab"}
     scored = score_teachers(teachers, batch, rows, fusion, taps=taps)

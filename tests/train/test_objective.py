@@ -83,11 +83,11 @@ class Step:
 
 
 def objective(fusion: Fusion | None = MIX, *, features: FeatureOptions | None = None, **options):
-    terms = None
+    states = []
     if features is not None:
         teachers = {name: {"layer_0": width} for name, width in WIDTHS.items()}
-        terms = FeatureLoss(features, {"layer_0": D}, teachers).double()
-    return Objective(ObjectiveOptions(features=features, **options), fusion, features=terms)
+        states = [FeatureLoss(features, {"layer_0": D}, teachers).double()]
+    return Objective(ObjectiveOptions(features=features, **options), fusion, states=states)
 
 
 def assert_same(ours, theirs, tolerance=1e-12):
@@ -171,10 +171,8 @@ def test_micro_batches_change_nothing(cuts):
         assert_same(grads_a, grads_b, 1e-11)
         whole.end_step()
         split.end_step()
-        assert whole.features is not None
-        assert split.features is not None
-        assert whole.features.weights() == pytest.approx(split.features.weights(), rel=1e-12)
-        assert whole.features.weights()["feature/a"] != 0.5
+        assert whole.states[0].weights() == pytest.approx(split.states[0].weights(), rel=1e-12)
+        assert whole.states[0].weights()["feature/a"] != 0.5
 
 
 def test_a_scale_holds_until_the_step_ends():
@@ -338,10 +336,9 @@ def test_feature_terms_add_up():
         row_losses(part, *step.parts()),
         row_losses(objective(kd_ratio=0.6), *step.parts()),
     )
-    assert part.features is not None
     values = {
         name: reference_losses.feature_mse(step.tap, step.teacher_taps[name], group[0].weight).sum()
-        for name, group in zip(WIDTHS, part.features.adapters, strict=True)
+        for name, group in zip(WIDTHS, part.states[0].adapters, strict=True)
     }
     torch.testing.assert_close(
         loss.total, plain.total + 0.5 * values["a"] + 1.5 * values["b"], rtol=1e-4, atol=1e-4
@@ -362,9 +359,7 @@ def test_measured_norms():
     only_b = objective(
         None, kd_ratio=0.0, features=FeatureOptions(weight=0.5, teacher_weights={"a": 0.0})
     )
-    assert part.features is not None
-    assert only_b.features is not None
-    only_b.features.adapters[0].load_state_dict(part.features.adapters[1].state_dict())
+    only_b.states[0].adapters[0].load_state_dict(part.states[0].adapters[1].state_dict())
     (grad,) = torch.autograd.grad(row_losses(only_b, *step.parts()).total, step.tap)
     torch.testing.assert_close(loss.grad_norms["feature/b"], grad.norm())
     step.tap = step.tap.detach()

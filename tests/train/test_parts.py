@@ -27,7 +27,7 @@ def featured() -> Objective:
     widths = {tap: tap_width(model, tap) for tap in tap_names(model)}
     terms = FeatureLoss(options, widths, {"teacher_0": widths, "teacher_1": widths}, seed=0)
     return Objective(
-        ObjectiveOptions(features=options), objective().fusion, features=terms.double()
+        ObjectiveOptions(features=options), objective().fusion, states=[terms.double()]
     )
 
 
@@ -38,7 +38,7 @@ def test_the_scale_of_feature_terms_changes_per_step_not_per_micro_batch(tmp_pat
 
         class Keep(TrainerCallback):
             def on_step_end(self, args, state, control, seen=seen, **kwargs):
-                seen.append(made.step.objective.features.scale_K.clone())  # noqa: B023
+                seen.append(made.step.objective.states[0].scale_K.clone())  # noqa: B023
 
         made = trainer(
             tmp_path / str(batch),

@@ -261,7 +261,7 @@ def with_features() -> Objective:
     widths = {tap: tap_width(model, tap) for tap in tap_names(model)}
     options = FeatureOptions()
     features = FeatureLoss(options, widths, {"teacher_0": widths, "teacher_1": widths}, seed=0)
-    return Objective(ObjectiveOptions(features=options), objective().fusion, features=features)
+    return Objective(ObjectiveOptions(features=options), objective().fusion, states=[features])
 
 
 def test_adapters_are_trained_saved_and_not_in_the_student(tmp_path: Path) -> None:

@@ -146,17 +146,19 @@ def write_fusion(path: str | os.PathLike[str], snippet: Mapping[str, Any]) -> No
 
 def _problems(recipe: Recipe) -> Iterator[str]:
     """Yield `key: problem` for each problem that no section can see by itself."""
-    if not recipe.teachers and recipe.objective.kd_ratio > 0:
+    objective = recipe.objective
+    if not recipe.teachers and objective.has_divergence:
         remedy = "for training on labels set objective.kd_ratio: 0"
         yield f"teachers: got none; must be at least one under `teachers:`; {remedy}"
     yield from recipe.student.problems(recipe.teachers)
     if isinstance(recipe.fusion, Fusion):
         yield from recipe.fusion.problems(recipe.teachers)
-    features = recipe.objective.features
-    for name in features.teacher_weights if features else ():
-        if name not in recipe.teachers:
-            hint = nearest(name, recipe.teachers)
-            yield f"objective.features.teacher_weights: got `{name}`; must be a teacher{hint}"
+        yield from objective.problems(recipe.fusion)
+    for key, term in objective.state_terms():
+        for option_name, names in term.named_teachers().items():
+            for name in (name for name in names if name not in recipe.teachers):
+                hint = nearest(name, recipe.teachers)
+                yield f"{key}.{option_name}: got `{name}`; must be a teacher{hint}"
     if recipe.cache.enabled:
         yield from _cache_problems(recipe)
     yield from _folder_problems(recipe)
@@ -164,9 +166,10 @@ def _problems(recipe: Recipe) -> Iterator[str]:
 
 def _cache_problems(recipe: Recipe) -> Iterator[str]:
     cache = recipe.cache
-    if not recipe.teachers or recipe.objective.kd_ratio == 0:
-        yield "cache.enabled: needs teachers and objective.kd_ratio > 0; set it to false"
-    if cache.features is not None and recipe.objective.features is None:
+    if not recipe.teachers or not recipe.objective.has_divergence:
+        needs = "teachers and a divergence (objective.kd_ratio > 0)"
+        yield f"cache.enabled: needs {needs}; set it to false"
+    if cache.features is not None and not recipe.objective.state_terms():
         yield "cache.features: got some without objective.features; must go with them; omit it"
     yield from unmet(recipe.objective.requirements(), cache.capabilities)
     if isinstance(recipe.fusion, Fusion):

@@ -91,7 +91,8 @@ class YamlDocument:
         """Raise RecipeError with all problems, recorded or given as `key: problem`, in order."""
         for problem in problems:
             key, _, text = problem.partition(": ")
-            self.add(tuple(key.split(".")), text)
+            parts = (int(part) if part.isdecimal() else part for part in key.split("."))
+            self.add(tuple(parts), text)
         if self.problems:
             lines = [text for *_, text in sorted(self.problems, key=lambda problem: problem[0])]
             raise RecipeError("\n".join(dict.fromkeys(lines)))

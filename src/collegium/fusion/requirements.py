@@ -39,6 +39,7 @@ FIXED_PER_ROW = Capabilities(
 REMEDIES = {
     Capability.LOGARITHMS: "set cache.targets: {name: top_k}",
     Capability.FEATURES: "set cache: {kind: per_teacher, features: {}}",
+    Capability.ATTENTION: "remove the term",
 }
 """Ways to get what a cache lacks, beside those of any source."""
 

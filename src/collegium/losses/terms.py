@@ -10,8 +10,8 @@ there, that at z is the g_e at their places minus Q times their sum over the row
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,15 +27,15 @@ TAIL_FLOOR = 1e-6
 
 
 def softened_(
-    target: DenseTarget, temperature: float, divergence: Divergence, kernels: RowKernels
+    target: DenseTarget, temperature: float, kernels: RowKernels, *, to_logp: bool
 ) -> DenseTarget:
-    """P^(1/T), renormalized, in the form that the divergence reads; the values are overwritten.
+    """P^(1/T), renormalized, as log-probabilities or in a form for forward KL; overwrites P.
 
     A target at this temperature is softened already.
     """
     if temperature != 1.0 and target.temperature == temperature:
         return target
-    if isinstance(divergence, ForwardKL):
+    if not to_logp:
         if temperature == 1.0:
             return target
         rows = RawRows(target.logp_().div_(temperature))
@@ -48,18 +48,20 @@ def softened_(
 
 @dataclass(frozen=True, slots=True)
 class BlockLosses:
-    """The terms `kd`, `ce` and `truth` of n rows.
+    """The terms of n rows: divergences by name, and others, which are cross-entropies.
 
-    kd_n = f_n D(P, softmax(z / T)), ce_n = -log softmax(z)_label, truth_n = (1 - f_n) ce_n.
+    A term of name i is f_n D(P^(1/T), softmax(z / T)) or -f_n log softmax(z)_label, with its own
+    factor f, temperature T and divergence D.
     """
 
     labels_n: Tensor
     target: DenseTarget | NamedRows | None
-    """P, a full one as returned by `softened_`; None for labels only."""
+    """P, as returned by `softened_` for a single divergence; None for labels only."""
     kernels: RowKernels
-    divergence: Divergence
-    kd_factor_n: Tensor | None = None
-    """(n,) f; None for 1."""
+    divergences: Mapping[str, tuple[Divergence, float]]
+    """Divergence and temperature of each term that reads the target."""
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    """(n,) f of each term that has some; 1 for all others."""
     with_gradient: bool = True
     """False leaves gradients undefined, as under `torch.inference_mode`, which has no autograd."""
 
@@ -68,57 +70,69 @@ class BlockLosses:
 
         The gradient is taken at the head's product and may overwrite the rows.
         """
-        labels_n, factor_n = self.labels_n, self.kd_factor_n
-        needs_labels = "ce" in weights or TRUTH in weights
+        labels_n, read = self.labels_n, [name for name in weights if name in self.divergences]
+        needs_labels = len(read) < len(weights)
         if not needs_labels:
             # Labels outside of the vocabulary raise an error only where a term reads them.
             labels_n = torch.zeros_like(labels_n)
-        if factor_n is None:
-            factor_n = torch.ones_like(labels_n, dtype=rows.dtype)
-        factor_n = factor_n.to(rows.dtype)
-        if isinstance(self.target, DenseTarget) and not isinstance(self.divergence, ForwardKL):
-            return self._autograd(rows, weights, labels_n, factor_n)
-        kd_n = weights.get("kd", 0.0) * factor_n
-        ce_n = weights.get("ce", 0.0) + weights.get(TRUTH, 0.0) * (1.0 - factor_n)
+        if isinstance(self.target, DenseTarget) and not has_closed_form(self.divergences):
+            return self._autograd(rows, weights, labels_n)
+        ones_n = torch.ones_like(labels_n, dtype=rows.dtype)
+        factors = {name: self.factors.get(name, ones_n).to(rows.dtype) for name in weights}
+        ce_n = torch.zeros_like(ones_n)
+        for name in (name for name in weights if name not in read):
+            ce_n = ce_n + weights[name] * factors[name]
+        kd_n = {name: weights[name] * factors[name] for name in read}
         z_label_n, slope_n = rows.at_labels(labels_n)
         if isinstance(self.target, NamedRows):
-            logsumexp, value_n = self._named_(rows, self.target, kd_n, ce_n)
+            logsumexp, values = self._named_(rows, self.target, kd_n, ce_n)
         else:
-            target = None if self.target is None else self.target.to(rows.dtype)
-            logsumexp, value_n = self.kernels.distill_(rows, target, kd_n, ce_n)
+            target = None if self.target is None or not read else self.target.to(rows.dtype)
+            share_n = kd_n[read[0]] if read else torch.zeros_like(ones_n)
+            logsumexp, value_n = self.kernels.distill_(rows, target, share_n, ce_n)
+            values = dict.fromkeys(read, value_n)
         if needs_labels:
             missing_n = (-ce_n * slope_n).to(rows.values_nV.dtype)
             rows.values_nV.scatter_add_(1, labels_n[:, None], missing_n[:, None])
-        terms = _weighted_terms(weights, value_n, -logsumexp.logp(z_label_n), factor_n)
+        label_n = -logsumexp.logp(z_label_n)
+        terms = {name: self._term(name, values.get(name, label_n)) for name in weights}
         return terms, rows.values_nV
 
+    def _term(self, name: str, value_n: Tensor) -> Tensor:
+        """The value of a term, times its factor."""
+        factor_n = self.factors.get(name)
+        return value_n if factor_n is None else factor_n.to(value_n.dtype) * value_n
+
     def _named_(
-        self, rows: RawRows, target: NamedRows, kd_n: Tensor, ce_n: Tensor
-    ) -> tuple[LogSumExp, Tensor]:
-        """Closed form or autograd at the named entries: logsumexp and (n,) values."""
+        self, rows: RawRows, target: NamedRows, kd_n: Mapping[str, Tensor], ce_n: Tensor
+    ) -> tuple[LogSumExp, dict[str, Tensor]]:
+        """Closed form or autograd at the named entries: logsumexp and (n,) values by term."""
         num_rows, row_E = len(target), target.row_of_entry()
         z_E, slope_E = rows.at(row_E, target.ids)
-        is_kl = isinstance(self.divergence, ForwardKL)
-        is_one_sweep = is_kl and target.log_tail is None
+        are_kl = [isinstance(self.divergences[name][0], ForwardKL) for name in kd_n]
+        is_one_sweep = all(are_kl) and target.log_tail is None
         if is_one_sweep:
             # The pull of the entries does not depend on the student, as for labels only.
             pull_n = row_sums(target.logp.to(rows.dtype).exp(), row_E, num_rows)
-            logsumexp, _ = self.kernels.distill_(rows, None, kd_n, ce_n + kd_n * pull_n)
+            share_n = sum(kd_n.values(), start=torch.zeros_like(ce_n))
+            logsumexp, _ = self.kernels.distill_(rows, None, share_n, ce_n + share_n * pull_n)
         else:
             logsumexp, _ = self.kernels.read(rows)
         logq_E = LogSumExp(logsumexp.max_n[row_E], logsumexp.log_sum_n[row_E]).logp(z_E)
-        if is_kl:
-            value_n, grad_E = named_kl(logq_E, row_E, target)
-        else:
-            value_n, grad_E = self._named_divergence(logq_E, row_E, target)
-        grad_E = grad_E * kd_n[row_E]
+        grad_E, values = torch.zeros_like(logq_E), dict[str, Tensor]()
+        for (name, share_n), is_kl in zip(kd_n.items(), are_kl, strict=True):
+            if is_kl:
+                values[name], slope_of_kd_E = named_kl(logq_E, row_E, target)
+            else:
+                values[name], slope_of_kd_E = self._named_divergence(name, logq_E, row_E, target)
+            grad_E += slope_of_kd_E * share_n[row_E]
         if not is_one_sweep:
             self.kernels.softmax_(rows, logsumexp, ce_n - row_sums(grad_E, row_E, num_rows))
         rows.add_at_(row_E, target.ids, grad_E * slope_E)
-        return logsumexp, value_n
+        return logsumexp, values
 
     def _named_divergence(
-        self, logq_E: Tensor, row_E: Tensor, target: NamedRows
+        self, name: str, logq_E: Tensor, row_E: Tensor, target: NamedRows
     ) -> tuple[Tensor, Tensor]:
         """Any divergence on the named tokens and the tail: (n,) values and the (E,) gradient.
 
@@ -142,38 +156,60 @@ class BlockLosses:
             rest_n = rest_n + (rest_n.clamp(min=TAIL_FLOOR) - rest_n).detach()
             # A row that names every token has no tail, not one at the floor.
             log_rest_n = torch.where(starts.diff() < target.vocab_size, rest_n.log(), LOG_FLOOR)
-            value_n = self.divergence(target_nS, torch.cat([student_nS, log_rest_n[:, None]], 1))
+            student_nS = torch.cat([student_nS, log_rest_n[:, None]], 1)
+            value_n = self.divergences[name][0](target_nS, student_nS)
             if self.with_gradient:
                 grad_E = torch.autograd.grad(value_n.sum(), logq_E)[0]
         return value_n.detach(), grad_E
 
     def _autograd(
-        self, rows: RawRows, weights: Mapping[str, float], labels_n: Tensor, factor_n: Tensor
+        self, rows: RawRows, weights: Mapping[str, float], labels_n: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        target, raw_nV = self.target, rows.values_nV.detach()
-        assert isinstance(target, DenseTarget)
-        with torch.set_grad_enabled(self.with_gradient):
-            raw_nV = raw_nV.requires_grad_(self.with_gradient)
-            logits_nV = replace(rows, values_nV=raw_nV).logits()
-            logq_nV = logits_nV.log_softmax(-1)
-            ce_n = -logq_nV.gather(1, labels_n[:, None])[:, 0]
-            if target.temperature != 1.0:
-                logq_nV = (logits_nV / target.temperature).log_softmax(-1)
-            kd_n = self.divergence(target.rows.values_nV.to(rows.dtype), logq_nV)
-            terms = _weighted_terms(weights, kd_n, ce_n, factor_n)
-            total = raw_nV.new_zeros((), dtype=rows.dtype)
-            for name, weight in weights.items():
-                total = total + weight * terms[name].sum(dtype=rows.dtype)
-            if self.with_gradient:
-                raw_nV = torch.autograd.grad(total, raw_nV)[0]
-        return {name: value_n.detach() for name, value_n in terms.items()}, raw_nV
+        """All terms by autograd, one divergence after the other to bound the memory."""
+        read = [name for name in weights if name in self.divergences]
+        labeled = [name for name in weights if name not in self.divergences]
+        terms, gradient_nV = dict.fromkeys(weights, labels_n), rows.values_nV.detach()
+        for number in range(max(len(read), 1)):
+            names = read[number : number + 1] + (labeled if number == 0 else [])
+            raw_nV = rows.values_nV.detach()
+            with torch.set_grad_enabled(self.with_gradient):
+                raw_nV = raw_nV.requires_grad_(self.with_gradient)
+                values = self._values(replace(rows, values_nV=raw_nV), names, labels_n)
+                total = raw_nV.new_zeros((), dtype=rows.dtype)
+                for name in names:
+                    total = total + weights[name] * values[name].sum(dtype=rows.dtype)
+                if self.with_gradient:
+                    (slope_nV,) = torch.autograd.grad(total, raw_nV)
+                    gradient_nV = slope_nV if number == 0 else gradient_nV.add_(slope_nV)
+                    del slope_nV  # freed before the next divergence
+            terms |= {name: value_n.detach() for name, value_n in values.items()}
+        return terms, gradient_nV
+
+    def _values(self, rows: RawRows, names: Sequence[str], labels_n: Tensor) -> dict[str, Tensor]:
+        """(n,) terms on a full target, with a graph."""
+        assert isinstance(self.target, DenseTarget)
+        logits_nV = rows.logits()
+        logq_nV = logits_nV.log_softmax(-1)
+        label_n, values = -logq_nV.gather(1, labels_n[:, None])[:, 0], dict[str, Tensor]()
+        for name in names:
+            values[name] = label_n
+            if name in self.divergences:
+                divergence, temperature = self.divergences[name]
+                target_nV = self.target.rows.values_nV.to(rows.dtype)
+                if temperature != self.target.temperature:
+                    target_nV = (target_nV / temperature).log_softmax(-1)
+                student_nV = logq_nV
+                if temperature != 1.0:
+                    student_nV = (logits_nV / temperature).log_softmax(-1)
+                values[name] = divergence(target_nV, student_nV)
+        return {name: self._term(name, value_n) for name, value_n in values.items()}
 
 
-def _weighted_terms(
-    weights: Mapping[str, float], kd_n: Tensor, ce_n: Tensor, factor_n: Tensor
-) -> dict[str, Tensor]:
-    terms = {"kd": factor_n * kd_n, "ce": ce_n, TRUTH: (1.0 - factor_n) * ce_n}
-    return {name: terms[name] for name in weights}
+def has_closed_form(divergences: Mapping[str, tuple[Divergence, float]]) -> bool:
+    """Whether the gradient of these terms on a full target is in closed form."""
+    return len(divergences) <= 1 and all(
+        isinstance(divergence, ForwardKL) for divergence, _ in divergences.values()
+    )
 
 
 def named_kl(logq_E: Tensor, row_E: Tensor, target: NamedRows) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from collegium.distributions import HiddenRows
 from collegium.errors import ModelError, nearest
 from collegium.models.adapters import base_layer, effective_weight
+from collegium.models.attention import ATTENTION, recorded_attention, to_states
 from collegium.models.families import check_windows, mixes_documents, mixing_error
 from collegium.options import torch
 from collegium.types import IGNORE, Batch, Head, Rows
@@ -90,8 +91,8 @@ def forward_rows(
     """Run the body of a model without its head and gather the selected rows: (B, T) -> (N, D).
 
     The head is truncated to `vocab_size` rows, and the hidden states named by `taps` (`tap_names`)
-    are returned as `features`. A student also returns its router loss, see `router_weight`. Raises
-    ModelError if the model lacks a tap.
+    are returned as `features`, those of `attention_0`, ... as `attention`. A student also returns
+    its router loss, see `router_weight`. Raises ModelError if the model lacks a tap.
     """
     input_ids, position_ids = batch.input_ids, batch.position_ids
     is_flash = "flash" in str(model.config._attn_implementation)
@@ -99,6 +100,8 @@ def forward_rows(
         # Flash attention separates documents by position only in a single flat window.
         input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
     outputs: dict[str, Tensor] = {}
+    layers = {tap: tap.replace(ATTENTION, "layer_") for tap in taps if tap.startswith(ATTENTION)}
+    taps = [tap for tap in taps if tap not in layers]
 
     def keep(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         # Only a reference: an operation here would run inside gradient checkpointing.
@@ -107,6 +110,8 @@ def forward_rows(
     with ExitStack() as hooks:
         for tap, module in _select_modules(model, taps).items():
             hooks.enter_context(module.register_forward_hook(partial(keep, tap)))
+        blocks = _select_modules(model, [*layers.values()])
+        attention = hooks.enter_context(recorded_attention(model, blocks))
         # No attention mask: documents are separated by `position_ids`, which `probe` checks.
         body = _body(model)
         inputs = _inputs_of(body, input_ids=input_ids, position_ids=position_ids)
@@ -118,8 +123,13 @@ def forward_rows(
     features = {
         tap: hidden_ND if tap == "final_postnorm" else _gather(outputs[tap], rows) for tap in taps
     }
-    head = model_head(model, vocab_size)
-    return HiddenRows(hidden=hidden_ND, head=head, features=features, router_loss=router_loss)
+    return HiddenRows(
+        hidden=hidden_ND,
+        head=model_head(model, vocab_size),
+        features=features,
+        router_loss=router_loss,
+        attention={tap: to_states(attention[layer], batch) for tap, layer in layers.items()},
+    )
 
 
 def router_weight(model: PreTrainedModel) -> float:
@@ -348,7 +358,8 @@ def block_list(model: PreTrainedModel) -> nn.ModuleList:
     if not lists:
         raise ModelError(
             f"{model.config.model_type}: no list of {count} blocks was found, so its layers "
-            f"cannot be tapped or cut out; remove `features`, or start from another student"
+            "cannot be tapped or cut out; remove the terms on its layers, or start from another "
+            "student"
         )
     return min(lists, key=lambda item: item[0])[1]
 

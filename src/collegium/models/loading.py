@@ -43,6 +43,10 @@ class ModelFacts:
     num_parameters: int
     tap_widths: Mapping[str, int]
     """Width of each hidden state that can be tapped, in order of depth."""
+    has_attention: bool = True
+    """Whether queries, keys and values of its layers can be read."""
+    query_width: int | None = None
+    """Width of the queries of all heads, None where the config does not give it."""
 
 
 def first_line(error: Exception) -> str:
@@ -223,7 +227,20 @@ def load_tokenizer(path: str, *, revision: str | None = None, where: str) -> Tok
 def model_facts(model: PreTrainedModel) -> ModelFacts:
     """Return facts about the architecture of a model, which may be on the meta device."""
     widths = {tap: tap_width(model, tap) for tap in tap_names(model)}
-    return ModelFacts(num_parameters=count_parameters(model), tap_widths=widths)
+    return ModelFacts(
+        num_parameters=count_parameters(model),
+        tap_widths=widths,
+        has_attention=bool(model._supports_attention_backend),
+        query_width=_query_width(model.config.get_text_config()),
+    )
+
+
+def _query_width(config: PretrainedConfig) -> int | None:
+    num_heads = getattr(config, "num_attention_heads", None)
+    # Latent attention has heads of several widths.
+    if not isinstance(num_heads, int) or hasattr(config, "kv_lora_rank"):
+        return None
+    return num_heads * (getattr(config, "head_dim", None) or config.hidden_size // num_heads)
 
 
 def empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:

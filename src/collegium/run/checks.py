@@ -20,7 +20,15 @@ from collegium.errors import RecipeError, VocabularyError, nearest
 from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
 from collegium.kernels.backends import require_backend
-from collegium.losses.pairing import feature_map
+from collegium.losses.pairing import (
+    AttentionOptions,
+    EmbeddingOptions,
+    LayerTerm,
+    RelationOptions,
+    feature_map,
+)
+from collegium.losses.row_terms import RouterTerm, RowTerm
+from collegium.losses.schedule import first_idle_step
 from collegium.models.options import ModelOptions
 from collegium.models.student import StudentOptions
 from collegium.models.weights import weights_digest, weights_layout
@@ -54,7 +62,7 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     _check_vocabularies(context, report)
     _check_windows(context)
     _check_precision(context, report)
-    _check_features(context)
+    _check_states(context)
     _check_cache(context)
     folder = context.folder.path
     for place in (folder / "train", *sorted(folder.glob("controls/*/train"))):
@@ -64,6 +72,7 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     _check_datasets(context, report)
     _check_finished_caches(context)
     _check_routing(context, report)
+    _check_terms(context)
     for where, options in _models(context).items():
         report.warnings += options.warnings(where)
     disk = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
@@ -134,15 +143,60 @@ def _check_precision(context: RunContext, report: CheckReport) -> None:
         report.warnings.append(bfloat16_warning("student.dtype", rate))
 
 
-def _check_features(context: RunContext) -> None:
-    """Check that the hidden states in the pairs of the feature terms exist."""
-    recipe, options = context.recipe, context.recipe.objective.features
-    if options is None or context.student.needs_loading:
+def _check_terms(context: RunContext) -> None:
+    """Check that a term has a weight at each step, and the domains of the terms."""
+    options = context.recipe.objective
+    terms, num_steps = [one.term for one in options.placed_terms()], context.num_steps
+    # A load-balancing loss trains no model by itself.
+    trained = [term for term in terms if not isinstance(term, RouterTerm)]
+    if (step := first_idle_step(trained, num_steps)) is not None:
+        raise RecipeError(
+            f"objective.terms: got no weight at step {step} of {num_steps}; must have a term with "
+            "some at each step; change a schedule"
+        )
+    domains = context.datasets["train"].domains
+    for key, term in ((one.key, one.term) for one in options.placed_terms()):
+        names = (isinstance(term, RowTerm) and term.domains) or []
+        for name in (name for name in names if name not in domains):
+            raise RecipeError(
+                f"{key}.domains: got `{name}`; must be a domain of the data{nearest(name, domains)}"
+            )
+
+
+def _check_states(context: RunContext) -> None:
+    """Check that the inner states that the terms read exist."""
+    recipe, options = context.recipe, context.recipe.objective
+    if context.student.needs_loading:
         return
-    taps = list(context.student_facts.tap_widths)
     for name, teacher in recipe.teachers.items():
-        if options.teacher_weight(name) > 0 and not teacher.needs_loading:
-            feature_map(options, taps, list(context.teacher_widths[name]))
+        for key, term in options.state_terms() if not teacher.needs_loading else ():
+            if term.teacher_weight(name) > 0:
+                _check_pairs(context, name, key, term)
+
+
+def _check_pairs(
+    context: RunContext, name: str, key: str, term: LayerTerm | EmbeddingOptions
+) -> None:
+    """Check the layers that a term pairs, and that it can read their attention."""
+    models = {"student": context.student_facts, f"teachers.{name}": context.teacher_facts[name]}
+    taps = [list(facts.tap_widths) if facts else [] for facts in models.values()]
+    feature_map(term, *taps, where=key)
+    if not isinstance(term, AttentionOptions | RelationOptions):
+        return
+    for where, facts in models.items():
+        if facts is None or not facts.has_attention:
+            raise RecipeError(
+                f"{key}: got {term.log_name} terms; must be omitted with {where} (its attention "
+                "cannot be read); remove the term"
+            )
+        # The first batch checks keys: a config may name heads of keys that its family ignores.
+        if isinstance(term, RelationOptions) and "query" in term.relations:
+            width, num_heads = facts.query_width or 0, term.num_heads or 1
+            if width % num_heads:
+                raise RecipeError(
+                    f"{key}.num_heads: got {num_heads}; must divide {width}, the width of all "
+                    f"queries of {where} together; omit it, or choose a common divisor"
+                )
 
 
 def _check_cache(context: RunContext) -> None:

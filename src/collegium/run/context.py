@@ -174,27 +174,28 @@ class RunContext:
     @property
     def teacher_parameters(self) -> dict[str, int | None]:
         """Number of parameters of each teacher, None where it has no model."""
-        return {n: f and f.num_parameters for n, f in self._teacher_facts.items()}
+        return {n: f and f.num_parameters for n, f in self.teacher_facts.items()}
 
     @property
     def teacher_widths(self) -> dict[str, Mapping[str, int]]:
         """Width of each tap of each teacher."""
-        return {n: f.tap_widths if f else {} for n, f in self._teacher_facts.items()}
+        return {n: f.tap_widths if f else {} for n, f in self.teacher_facts.items()}
 
     @cached_property
-    def _teacher_facts(self) -> dict[str, ModelFacts | None]:
+    def teacher_facts(self) -> dict[str, ModelFacts | None]:
+        """Architecture of each teacher, None where it has no model."""
         return {name: one.facts(f"teachers.{name}") for name, one in self.recipe.teachers.items()}
 
     @cached_property
     def kept_taps(self) -> dict[str, list[str]]:
-        """The hidden states that the cache stores of each teacher, by the feature terms' pairs."""
-        options, cache = self.recipe.objective.features, self.recipe.cache
-        if options is None or cache.features is None:
+        """The hidden states that the cache stores of each teacher, by the pairs of the terms."""
+        if self.recipe.cache.features is None:
             return {}
-        taps, origins = list(self.student_facts.tap_widths), self.student.origins()
-        pairs = {
-            name: feature_map(options, taps, list(widths), origins.get(name))
-            for name, widths in self.teacher_widths.items()
-            if options.teacher_weight(name) > 0
-        }
-        return {name: sorted({tap for _, tap in both}) for name, both in pairs.items()}
+        student_taps, origins = list(self.student_facts.tap_widths), self.student.origins()
+        kept = dict[str, list[str]]()
+        for _, term in self.recipe.objective.state_terms():
+            for name, widths in self.teacher_widths.items():
+                if term.teacher_weight(name) > 0:
+                    pairs = feature_map(term, student_taps, list(widths), origin=origins.get(name))
+                    kept[name] = sorted({*kept.get(name, []), *(tap for _, tap in pairs)})
+        return kept

@@ -58,7 +58,7 @@ def control_variants(recipe: Recipe, best_teacher: str, compute_ratio: float) ->
     step with all teachers over that of a step without.
     """
     distilled, teachers = recipe.objective, tuple(recipe.teachers)
-    text_only = dataclasses.replace(distilled, kd_ratio=0.0, features=None)
+    text_only = distilled.labels_only()
     best, equal, paper = BestSingle(teacher=best_teacher), Uniform(), Entropy()
     compute = f"CE only, equal compute ({compute_ratio:.2f} x steps)"
     single, rule = f"best single teacher ({best_teacher})", "entropy weights (the paper's rule)"

@@ -15,7 +15,7 @@ from collegium.cache.keys import BatchKeys
 from collegium.console import say
 from collegium.data.pack import Collator
 from collegium.errors import TrainingError
-from collegium.losses.features import FeatureLoss
+from collegium.losses.states import StateLoss
 from collegium.models.forward import forward_rows, is_close
 from collegium.run.artifact import Artifact
 from collegium.run.caches import Cache, FusedCache, HiddenCache, TeacherCache
@@ -30,7 +30,7 @@ from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions
 from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train.checkpoint import MANIFEST, checkpoints, read_manifest
-from collegium.train.objective import Objective
+from collegium.train.objective import Objective, state_losses
 from collegium.train.options import training_arguments
 from collegium.types import Batch
 
@@ -87,7 +87,7 @@ class Student(Artifact[Path]):
         """The caches to train from, none for live teachers."""
         context, variant = self.context, self.variant
         options = context.recipe.cache
-        if not options.enabled or not variant.teachers or variant.objective.kd_ratio == 0:
+        if not options.enabled or not variant.teachers or not variant.objective.has_divergence:
             return ()
         if options.kind == "fused":
             # It holds targets under the fusion of the recipe, so it serves no other.
@@ -198,23 +198,20 @@ class Student(Artifact[Path]):
                 options, output_dir=output_dir, seed=recipe.seed, on_cpu=on_cpu
             ),
             train_dataset=context.datasets["train"],
-            objective=Objective(variant.objective, variant.fusion, features=self._features(tapped)),
+            objective=Objective(variant.objective, variant.fusion, states=self._states(tapped)),
             processing_class=context.tokenizer,
             identity=identity,
         )
 
-    def _features(self, teachers: Sequence[str]) -> FeatureLoss | None:
-        """Return the feature terms of teachers whose hidden states are at hand."""
-        options = self.variant.objective.features
-        if options is None or not teachers:
-            return None
-        context = self.context
-        weights = {name: w for name, w in options.teacher_weights.items() if name in teachers}
-        options = dataclasses.replace(options, teacher_weights=weights)
+    def _states(self, teachers: Sequence[str]) -> list[StateLoss]:
+        """Return the terms on inner states of teachers that have them at hand."""
+        context, options = self.context, self.variant.objective.limited_to(teachers)
+        if not teachers or not options.state_terms():
+            return []
         widths = {name: context.teacher_widths[name] for name in teachers}
         seed = context.recipe.seed
         ours, origins = context.student_facts.tap_widths, context.student.origins()
-        return FeatureLoss(options, ours, widths, seed=seed, origins=origins)
+        return state_losses(options, ours, widths, seed=seed, origins=origins)
 
 
 def students(context: RunContext) -> list[Student]:

@@ -91,9 +91,11 @@ class LossMeans(Record):
     num_tokens: int | None = None
     """Target tokens since the start of the run."""
     terms: Numbers = {}
-    """Each term without its factor: `kd`, `ce`, `truth`, `feature/TEACHER`."""
+    """Each term without its factor: `kd`, `ce`, `truth`, `router`, and those of single teachers,
+    such as `feature/TEACHER`. A second term of a kind is `kd_2`. Rows without a term count as 0."""
     term_weights: Numbers = {}
-    """Factor of each term in the last micro-batch, including T^2 and dynamic scales."""
+    """Factor of each term in the last micro-batch, including T^2 and dynamic scales. 0 for a term
+    that its schedule disables."""
     grad_shares: Numbers = {}
     """Gradient norm of each term over the sum of all norms, over the measured steps.
 

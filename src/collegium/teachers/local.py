@@ -15,7 +15,7 @@ from collegium.errors import ModelError, TrainingError, nearest
 from collegium.models.adapters import active_adapter, trained_adapters
 from collegium.models.forward import forward_rows, head_layer, probe
 from collegium.models.loading import count_parameters, load_model
-from collegium.types import Batch, Rows
+from collegium.types import Batch, Rows, map_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,7 +120,11 @@ class LocalTeacher:
         home = batch.input_ids.device
         hidden = self.hidden_rows(batch, rows, taps)
         features = {tap: hidden_ND.to(home) for tap, hidden_ND in hidden.features.items()}
-        return Answer(self.name, readable_from(home, hidden), features)
+        attention = {
+            tap: map_tensors(states, lambda tensor: tensor.to(home))
+            for tap, states in hidden.attention.items()
+        }
+        return Answer(self.name, readable_from(home, hidden), features, attention=attention)
 
     @torch.no_grad()
     def hidden_rows(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> HiddenRows:

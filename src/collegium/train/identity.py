@@ -92,6 +92,8 @@ def teacher_identity(teacher: Teacher) -> str | None:
 def objective_identity(objective: Objective) -> dict[str, Any]:
     """Return the options of the loss and of its fusion as plain data."""
     options = {k: v for k, v in plain(objective.options).items() if k not in SPEED_ONLY}
+    # By number, so that a message can name the option that differs.
+    options["terms"] = {str(number): term for number, term in enumerate(options["terms"] or ())}
     fusion = objective.fusion
     return {"objective": options, "fusion": None if fusion is None else plain(to_recipe(fusion))}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,10 +12,20 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from collegium.distributions import Capability
+from collegium.fusion.options import Fusion
 from collegium.fusion.requirements import Requirement
 from collegium.kernels.backends import Backend
 from collegium.losses.divergences import DIVERGENCES, Divergence, ForwardKL
-from collegium.losses.pairing import FeatureOptions
+from collegium.losses.pairing import (
+    AttentionOptions,
+    EmbeddingOptions,
+    FeatureOptions,
+    LayerTerm,
+    RelationOptions,
+    StateTerm,
+)
+from collegium.losses.row_terms import CrossEntropyTerm, DivergenceTerm, RouterTerm
+from collegium.losses.schedule import Term
 from collegium.options import OneOf, option
 
 if TYPE_CHECKING:
@@ -86,48 +98,162 @@ class TrainOptions:
         return self
 
 
+TERMS: dict[str, type[Term]] = {
+    "divergence": DivergenceTerm,
+    "ce": CrossEntropyTerm,
+    "features": FeatureOptions,
+    "embeddings": EmbeddingOptions,
+    "attention": AttentionOptions,
+    "relations": RelationOptions,
+    "router": RouterTerm,
+}
+"""Name in a recipe -> class."""
+SHORT_FORM = {"kd_ratio": 0.9, "temperature": 1.0, "divergence": ForwardKL()}
+"""Default objective, without `terms`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedTerm:
+    """A term of an objective."""
+
+    key: str
+    """Path of its options in a recipe."""
+    name: str
+    """Its name in the log, of which those of single teachers are made."""
+    term: Term
+
+
 @option
 class ObjectiveOptions:
-    """The loss of the student: teachers, labels and hidden states, and the share of each."""
+    """The loss of the student, as a list of terms or by the short form of the paper.
 
-    kd_ratio: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Share of the fused target. The labels have the rest; 0 trains on labels only."""
-    temperature: float = 1.0
-    """Softens target and student. The divergence is multiplied by its square."""
-    divergence: Annotated[Divergence, OneOf(DIVERGENCES)] = ForwardKL()
-    """Divergence between fused target and student."""
+    `kd_ratio`, `temperature`, `divergence` and `features` stand for the terms `divergence` with the
+    weight `kd_ratio`, `ce` with the weight 1 - `kd_ratio`, and `features`.
+    """
+
+    kd_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the fused target, 0.9 by default. The labels have the rest; 0 trains on labels."""
+    temperature: float | None = None
+    """Softens target and student, 1 by default. The divergence is multiplied by its square."""
+    divergence: Annotated[Divergence, OneOf(DIVERGENCES)] | None = None
+    """Divergence between fused target and student, `forward_kl` by default."""
+    features: FeatureOptions | None = None
+    """Feature terms on hidden states; null for none."""
+    terms: Annotated[list[Annotated[Term, OneOf(TERMS)]], Field(min_length=1)] | None = None
+    """All terms of the loss, in the place of the options above; null for these."""
     block_size: Annotated[int, Field(ge=1)] | None = None
     """Rows per block of logits; null fits `block_megabytes`. Changes speed and memory only."""
     block_megabytes: Annotated[int, Field(ge=1)] | None = None
     """Memory of one block of logits; null is 256 on a CPU and 1024 on a GPU."""
     backend: Backend = "auto"
     """Kernels for the arithmetic over the vocabulary. Changes speed only, up to rounding."""
-    features: FeatureOptions | None = None
-    """Feature terms on hidden states; null for none."""
 
     @field_validator("temperature")
     @classmethod
-    def _positive(cls, value: float) -> float:
-        if value <= 0:
+    def _positive(cls, value: float | None) -> float | None:
+        if value is not None and value <= 0:
             raise ValueError(f"got {value:g}; must be > 0; for hard labels use kd_ratio: 0")
         return value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        given = [name for name in (*SHORT_FORM, "features") if getattr(self, name) is not None]
+        if self.terms is not None and given:
+            raise ValueError(
+                f"terms: got both terms and {', '.join(given)}; must be one of the two forms; give "
+                "the options to the terms"
+            )
+        if sum(isinstance(term, RouterTerm) for term in self.terms or ()) > 1:
+            raise ValueError("terms: got several `router` terms; must be one; leave one out")
+        return self
+
+    def __post_init__(self) -> None:
+        for name, value in SHORT_FORM.items() if self.terms is None else ():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def placed_terms(self) -> list[PlacedTerm]:
+        """Return all terms with a weight, of both forms."""
+        placed: list[PlacedTerm] = []
+        counts: Counter[str] = Counter()
+        for key, term in self._keyed_terms():
+            kind = term.log_name
+            counts[kind] += 1
+            name = kind if counts[kind] == 1 else f"{kind}_{counts[kind]}"
+            placed.append(PlacedTerm(key, name, term))
+        return [one for one in placed if one.term.weight > 0 or isinstance(one.term, RouterTerm)]
+
+    def _keyed_terms(self) -> list[tuple[str, Term]]:
+        if self.terms is not None:
+            return [(f"objective.terms.{i}", term) for i, term in enumerate(self.terms)]
+        assert self.kd_ratio is not None
+        assert self.temperature is not None
+        assert self.divergence is not None
+        kd = DivergenceTerm(
+            weight=self.kd_ratio, temperature=self.temperature, divergence=self.divergence
+        )
+        terms = [("objective", kd), ("objective", CrossEntropyTerm(weight=1 - self.kd_ratio))]
+        return terms + ([("objective.features", self.features)] if self.features else [])
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether a term reads the fused target."""
+        return any(isinstance(one.term, DivergenceTerm) for one in self.placed_terms())
+
+    def state_terms(self) -> list[tuple[str, LayerTerm | EmbeddingOptions]]:
+        """Return the terms on inner states of teachers, and the paths of their options."""
+        placed = ((one.key, one.term) for one in self.placed_terms())
+        return [(k, term) for k, term in placed if isinstance(term, LayerTerm | EmbeddingOptions)]
+
+    def labels_only(self) -> ObjectiveOptions:
+        """Return cross-entropy on the labels, in blocks of the same size."""
+        return dataclasses.replace(self, kd_ratio=0.0, features=None, terms=None)
+
+    def limited_to(self, teachers: Collection[str]) -> ObjectiveOptions:
+        """Return the options without those of other teachers."""
+        features = self.features and self.features.limited_to(teachers)
+        terms = self.terms and [
+            term.limited_to(teachers) if isinstance(term, StateTerm) else term
+            for term in self.terms
+        ]
+        return dataclasses.replace(self, features=features, terms=terms)
 
     def requirements(self) -> list[Requirement]:
         """The requirements on the source of targets."""
         needs = []
-        if not self.divergence.allows_draws:
-            key, name = "objective.divergence", type(self.divergence).__name__
-            needed = Capability.LOGARITHMS
-            if self.divergence.needs_all_tokens:
-                needed = Capability.ALL_TOKENS
-            needs.append(Requirement(key, name, "forward_kl", needed))
-        if self.temperature != 1.0:
-            key, value = "objective.temperature", f"{self.temperature:g}"
-            needs.append(Requirement(key, value, "1", Capability.ANY_TEMPERATURE))
-        if self.features is not None:
-            key = "objective.features"
-            needs.append(Requirement(key, "feature terms", "omitted", Capability.FEATURES))
+        for key, term in ((one.key, one.term) for one in self.placed_terms()):
+            if isinstance(term, StateTerm):
+                is_hidden = isinstance(term, FeatureOptions | EmbeddingOptions)
+                capability = Capability.FEATURES if is_hidden else Capability.ATTENTION
+                needs.append(Requirement(key, f"{term.log_name} terms", "omitted", capability))
+            elif isinstance(term, DivergenceTerm):
+                value, softness = type(term.divergence).__name__, f"{term.temperature:g}"
+                if not term.divergence.allows_draws:
+                    needed, key_of = Capability.LOGARITHMS, f"{key}.divergence"
+                    if term.divergence.needs_all_tokens:
+                        needed = Capability.ALL_TOKENS
+                    needs.append(Requirement(key_of, value, "forward_kl", needed))
+                if term.temperature != 1.0:
+                    any_of, key_of = Capability.ANY_TEMPERATURE, f"{key}.temperature"
+                    needs.append(Requirement(key_of, softness, "1", any_of))
         return needs
+
+    def problems(self, fusion: Fusion) -> Iterator[str]:
+        """Yield `key: problem` for each term that the conflict policy of a fusion excludes."""
+        placed, policy = self.placed_terms(), type(fusion.conflict).__name__
+        read = [(one.key, one.term) for one in placed if isinstance(one.term, DivergenceTerm)]
+        for key, term in read:
+            if fusion.conflict.yields_to_labels and term.domains is not None:
+                yield (
+                    f"{key}.domains: got some with fusion.conflict {policy}; must be omitted, "
+                    "since it moves the weight of a row to its label; remove one of the two"
+                )
+        if fusion.conflict.corrects_target and len({term.temperature for _, term in read}) > 1:
+            yield (
+                f"{read[1][0]}.temperature: got several temperatures with fusion.conflict "
+                f"{policy}; must be one, since the softened target is corrected; remove one of the "
+                "two"
+            )
 
 
 def training_arguments(

@@ -2,7 +2,7 @@
 
     batch ─▶ rows ─▶ student's hidden states      answers of the teachers ─▶ target
              for block in blocks: head product, losses, gradients at once
-             feature terms ─▶ sum over rows, divided by the trainer
+             terms on inner states ─▶ sum over rows, divided by the trainer
 
 Shapes: B batch, T time, N rows, K teachers, V vocabulary.
 """
@@ -73,7 +73,8 @@ class DistillStep(nn.Module):
     ) -> tuple[HiddenRows, list[Answer], LossSum]:
         """The student's hidden states, the answers of the teachers, and the loss of a batch."""
         objective, batch = self.objective, Batch.from_inputs(inputs)
-        rows, options = batch.rows(), {"vocab_size": self.vocab_size, "is_student": True}
+        rows, router_factor = batch.rows(), objective.router_factor
+        options = {"vocab_size": self.vocab_size, "is_student": router_factor > 0}
         student = forward_rows(self.student, batch, rows, taps=objective.student_taps, **options)
         # Only the student's layers run under autocast; teachers and losses keep their own dtypes.
         with torch.autocast(batch.input_ids.device.type, enabled=False):
@@ -81,10 +82,13 @@ class DistillStep(nn.Module):
             if self.teachers and objective.needs_teachers:
                 tapped = {t.name: objective.teacher_taps(t.name) for t in self.teachers}
                 answers = score_teachers(self.teachers, batch, rows, objective.fusion, taps=tapped)
-            target = None if self.targets is None else self.targets.target(batch, rows)
+            target = None
+            if self.targets is not None and objective.reads_target:
+                target = self.targets.target(batch, rows)
             loss = row_losses(objective, student, answers, rows, target=target, measure=measure)
             if student.router_loss is not None:
-                loss = loss.with_term("router", student.router_loss, router_weight(self.student))
+                weight = router_factor * router_weight(self.student)
+                loss = loss.with_term("router", student.router_loss, weight)
         return student, answers, loss
 
 
@@ -109,21 +113,17 @@ def row_losses(
     """
     weights = objective.term_weights(has_target=target is not None or len(answers) > 0)
     kernels = kernels_for(objective.options.backend, student.hidden.device)
-    if "kd" not in weights:
-        target = None
-    elif target is None:
-        target = objective.fuse(answers, rows, kernels)
+    target = objective.target(answers, rows, kernels, finished=target)
     engine = objective.engine(student, target)
-    zero = student.hidden.new_zeros((), dtype=engine.dtype)
+    zero, is_trained = student.hidden.new_zeros((), dtype=engine.dtype), engine.is_trained
     sums = {name: zero.clone() for name in weights}
-    square_norms = {name: zero.clone() for name in weights} if measure else {}
+    square_norms = {n: zero.clone() for n in weights if measure and objective.has_rows(n, rows)}
     weights_Kn, conflicts = [], []
     with torch.no_grad():
-        for block in engine:
+        for block in engine if weights else ():
             target_n = None if target is None else target.block(block)
-            labels_n = rows.labels[block]
-            losses = objective.losses(labels_n, target_n, kernels, is_trained=engine.is_trained)
-            for name in square_norms if engine.is_trained else ():
+            losses = objective.losses(rows.part(block), target_n, kernels, is_trained=is_trained)
+            for name in square_norms if is_trained else ():
                 _, gradient_nV = losses.terms_(engine.project(block), {name: weights[name]})
                 square_norms[name] += engine.square_norm(gradient_nV)
             terms, gradient_nV = losses.terms_(engine.project(block), weights)
@@ -136,7 +136,7 @@ def row_losses(
             if target_n is not None and target_n.conflict is not None:
                 conflicts.append((target_n.conflict.disagreement_n, target_n.conflict.applied_n))
     objective.workspace.release()
-    measured = map(torch.cat, zip(*conflicts, strict=True))
+    applied = map(torch.cat, zip(*conflicts, strict=True))
     loss = LossSum(
         total=engine.attach(sum((weights[name] * sums[name] for name in weights), start=zero)),
         terms=sums,
@@ -144,8 +144,6 @@ def row_losses(
         grad_norms={name: norm.sqrt() for name, norm in square_norms.items()},
         rows=rows,
         teacher_weights_KN=torch.cat(weights_Kn, dim=1) if weights_Kn else None,
-        conflict=dict(zip(("disagreement", "applied"), measured, strict=False)),
+        conflict=dict(zip(("disagreement", "applied"), applied, strict=False)),
     )
-    if objective.features is None or not answers:
-        return loss
-    return objective.features.added_to(loss, student.features, answers, measure=measure)
+    return objective.with_states(loss, student, answers, measure=measure)

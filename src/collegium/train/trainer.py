@@ -37,7 +37,9 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.errors import DataError, Interrupted, TrainingError
 from collegium.fusion import requirements
 from collegium.fusion.fuse import Fusion, TargetSource
+from collegium.models.loading import model_facts
 from collegium.storage.records import LogStep
+from collegium.teachers.local import LocalTeacher
 from collegium.train import checkpoint, options, state
 from collegium.train.arguments import adopt_arguments, check_accelerator
 from collegium.train.identity import run_identity
@@ -133,6 +135,9 @@ class DistillTrainer(Trainer):
         student = live_student(model, args)
         self.run_folder = Path(args.output_dir or "runs/student")
         self._use_cache = student.config.use_cache
+        if objective is not None and objective.has_stages:
+            # A stage leaves parameters without a gradient, for which DDP would wait.
+            args.ddp_find_unused_parameters = True
         self._stop, callbacks = StopCallback(), list(callbacks or ())
         if not any(isinstance(callback, TrainingProgress) for callback in callbacks):
             callbacks.append(TrainingProgress())
@@ -159,7 +164,12 @@ class DistillTrainer(Trainer):
         compare_tokenizers(processing_class, named, tokenizers or {})
         self._check_batch = BatchCheck.of(student, named, vocab_size)
         fusion = Fusion() if named else None
-        objective = (objective or Objective(options.ObjectiveOptions(), fusion)).to(args.device)
+        objective = objective or Objective(options.ObjectiveOptions(), fusion)
+        if objective.options.state_terms():
+            live = {t.name: model_facts(t.model) for t in named if isinstance(t, LocalTeacher)}
+            widths = {name: facts.tap_widths for name, facts in live.items()}
+            objective.build_states(model_facts(student).tap_widths, widths, seed=args.seed)
+        objective = objective.to(args.device)
         # The fusion of a finished target is built in.
         part, sources = (objective, named) if targets is None else (objective.options, [targets])
         requirements.check(part.requirements(), [source.capabilities for source in sources])
@@ -260,6 +270,7 @@ class DistillTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of the step per target token; the `LossSum` is the output."""
+        self.step.objective.start_step(self.state.global_step, self.state.max_steps)
         if model is self.model or model is self.step.student:  # an evaluation, or a direct call
             with self.accelerator.autocast():
                 total, loss = self.step(inputs)
