@@ -45,7 +45,7 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     alive: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
     found: dict[str, int] = defaultdict(int)
     running = ["check"]
-    init, body, stage = PreTrainedModel.__init__, forward._body, RunFolder.stage
+    init, body, stage = PreTrainedModel.__init__, forward.body_of, RunFolder.stage
 
     def recording_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
@@ -63,7 +63,7 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         return stage(self, name, *key)
 
     monkeypatch.setattr(PreTrainedModel, "__init__", recording_init)
-    monkeypatch.setattr(forward, "_body", counting_body)
+    monkeypatch.setattr(forward, "body_of", counting_body)
     monkeypatch.setattr(RunFolder, "stage", naming_stage)
     yield found
     gc.enable()
