@@ -178,8 +178,12 @@ def _print(*tables: Any) -> None:
 def _print_results(folder: Path) -> None:
     from collegium.report.run_files import read_run
     from collegium.report.run_tables import evaluation_table
+    from collegium.report.task_tables import task_notes, task_table
 
-    _print(evaluation_table(read_run(folder)))
+    files = read_run(folder)
+    _print(evaluation_table(files), *([task_table(files)] if files.suites else []))
+    for note in task_notes(files):
+        _echo(note)
 
 
 class _CacheGroup(TyperGroup):

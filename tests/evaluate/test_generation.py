@@ -16,8 +16,8 @@ from collegium.evaluate import generation
 from collegium.evaluate.generation import (
     Decoding,
     FusedSource,
-    SingleSource,
     Prompt,
+    SingleSource,
     generate,
     unsampled_reason,
 )

@@ -136,10 +136,7 @@ def test_bleu_is_that_of_sacrebleu(seed: int) -> None:
 
 
 def test_rouge_l_is_the_longest_common_subsequence() -> None:
-    samples = [
-        TextSample("the cat sat", [], ["the sat", "dogs"]),
-        TextSample("ran", [], ["a cat"]),
-    ]
+    samples = [TextSample("the cat sat", [], ["the sat", "dogs"]), TextSample("ran", [], ["a cat"])]
     # LCS 2 of 3 and 2 words: F1 = 2 * (2/3) * 1 / (5/3) = 0.8.
     assert score("rouge_l", *samples) == pytest.approx(0.4)
     assert "rouge-score" in signatures(["rouge_l"], 1)["rouge_l"]

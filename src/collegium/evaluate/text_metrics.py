@@ -143,7 +143,9 @@ def _f1(counts_3: NDArray[np.float64] | Sequence[int]) -> float | None:
 def _entity_f1(samples: Sequence[TextSample]) -> MetricScore:
     def best(sample: TextSample) -> tuple[int, int, int]:
         counts = [entity_counts(sample.text, reference) for reference in sample.references]
-        return max(counts, key=lambda one: _f1(one) if sum(one) else 1.0)
+        # A reference without an entity is matched exactly by an answer without one.
+        f1s = [_f1(one) for one in counts]
+        return counts[np.argmax([1.0 if f1 is None else f1 for f1 in f1s])]
 
     counts = [best(sample) for sample in samples]
     return bootstrap_score(np.array(counts, np.float64).reshape(-1, 3), _f1)
