@@ -127,7 +127,7 @@ def read_task(path: Path, encoder: Encoder) -> Suite:
     where = encoder.where
     options = SourceOptions(path=str(path), format="jsonl")
     if not path.is_file():
-        raise DataError(f"{where}: {path}: not found; must be a JSONL file")
+        raise DataError(f"{where}: {path}: no such file; must be a JSONL file")
     lines: list[_Line] = []
     errors: list[str] = []
     num_rows = 0
@@ -173,7 +173,7 @@ class _Line:
             raise DataError(f"{place}: got {show(row)}; must be an object with named fields")
         for key in row:
             if key not in _KEYS:
-                raise DataError(f"{place}: got the key `{key}`; must be known{nearest(key, _KEYS)}")
+                raise DataError(f"{place}: unknown key `{key}`{nearest(key, _KEYS)}")
         if ("prompt" in row) == ("messages" in row):
             both = "both" if "prompt" in row else "neither"
             raise DataError(f"{place}: got {both} of `prompt` and `messages`; must have one")
@@ -187,9 +187,7 @@ class _Line:
         metrics = _strings(row, "metric", place)
         for name in metrics:
             if name not in TASK_METRICS:
-                raise DataError(
-                    f"{place}: `metric` is `{name}`; unknown metric{nearest(name, TASK_METRICS)}"
-                )
+                raise DataError(f"{place}: unknown metric `{name}`{nearest(name, TASK_METRICS)}")
         references = _strings(row, "references", place)
         choices = _choices(row, metrics, references, place)
         limit = row.get("max_new_tokens", MAX_NEW_TOKENS)
@@ -206,14 +204,20 @@ class _Line:
 
     def documents(self) -> Iterator[Document | DataError | None]:
         """Yield the prompt with each choice, or with the first reference."""
+        where = self.place.removesuffix(f": {self.name}")
+        options = SourceOptions(path=self.name)
         for text in self.choices or self.references[:1]:
-            is_chat = isinstance(self.prompt, list)
-            answer = [{"role": "assistant", "content": text}] if is_chat else text
-            row = {"prompt": self.prompt, "completion": answer}
-            where, _, name = self.place.rpartition(": ")
-            yield from parse_rows(
-                [(None, row)], name, SourceOptions(path=name), domain="", where=where
-            )
+            row: dict[str, Any] = {"prompt": self.prompt, "completion": text}
+            if isinstance(self.prompt, list):
+                # Earlier turns of the assistant are context.
+                answer = {"role": "assistant", "content": text}
+                row = {"messages": [*map(_as_context, self.prompt), answer]}
+            yield from parse_rows([(None, row)], self.name, options, domain="", where=where)
+
+
+def _as_context(message: Any) -> Any:
+    is_answer = isinstance(message, Mapping) and message.get("role") == "assistant"
+    return {**message, "weight": 0} if is_answer else message
 
 
 def _strings(row: Mapping[str, Any], key: str, place: str) -> tuple[str, ...]:
@@ -240,11 +244,16 @@ def _choices(
                 "`accuracy`; remove them"
             )
         return ()
-    for key, is_bad in (("metric", len(metrics) > 1), *((k, k in row) for k in _KEYS[5:])):
-        if is_bad:
+    if len(metrics) > 1:
+        raise DataError(
+            f"{place}: `metric` is {_joined(metrics)}; must be `accuracy` only, which generates no "
+            "text; use another file for the others"
+        )
+    for key in ("max_new_tokens", "stop"):
+        if key in row:
             raise DataError(
-                f"{place}: got `{key}` of generated texts with `accuracy`, which chooses among "
-                "`choices`; must be separate; use another file for it"
+                f"{place}: got `{key}` with `accuracy`, which generates no text; must be omitted; "
+                "remove it"
             )
     choices = _strings(row, "choices", place)
     if len(choices) < 2:
