@@ -95,8 +95,17 @@ def read_run(run_folder: Path) -> RunFiles:
             for name, file in suites.items()
             if (results := read(run_folder / file, records.TaskResults))
         },
-        harness=read(run_folder / HARNESS, records.HarnessResults),
+        harness=_current(read(run_folder / HARNESS, records.HarnessResults), stages),
     )
+
+
+def _current(
+    harness: records.HarnessResults | None, stages: Mapping[str, records.Stage]
+) -> records.HarnessResults | None:
+    """Drop the scores of an earlier student."""
+    trained = stages.get("train", records.Stage()).files or {}
+    manifest = trained.get("student/MANIFEST.json")
+    return harness if harness and manifest and harness.student == manifest.sha256 else None
 
 
 def _suite_files(recipe: Mapping[str, Any]) -> dict[str, str]:

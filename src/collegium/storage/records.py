@@ -244,6 +244,8 @@ class HarnessResults(Record):
 
     version: str
     """Of lm-eval."""
+    student: str
+    """SHA-256 of the student's MANIFEST.json."""
     limit: int | None = None
     """Examples per task, None for all."""
     tasks: Mapping[str, Mapping[str, MetricScore]] = {}
