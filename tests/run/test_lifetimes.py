@@ -101,3 +101,14 @@ def test_a_live_run_holds_its_teachers_and_one_model(
         assert peaks[stage] == count + 1, stage
     # The teachers of the last control are recorded first, and released one by one.
     assert peaks["evaluate"] == TEACHERS
+
+
+def test_tasks_hold_one_model_besides_fused_teachers(
+    zoo: Path, tmp_path: Path, peaks: dict[str, int]
+) -> None:
+    asked = "evaluate.generation={max_prompts: 2, prompt_tokens: 4, max_new_tokens: 2}"
+    few = ("evaluate.controls=[ce_only]", asked)
+    for rule, count in (("uniform", TEACHERS), ("min_ce", 1)):
+        fusion = f"fusion={{weighting: {rule}}}"
+        pipeline.run(_recipe(zoo, tmp_path / rule, fusion, *few, *PER_TEACHER))
+        assert peaks.pop("generation") == count, rule

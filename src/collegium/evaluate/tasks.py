@@ -86,7 +86,7 @@ def continuations(
     Raises:
         DataError: none is left.
     """
-    size = options.prompt_tokens + options.max_new_tokens
+    num_too_long = 0
     by_domain: dict[str, list[SuiteItem]] = {name: [] for name in dataset.domains}
     for number, (ids, is_target) in enumerate(dataset.documents()):
         start = int(is_target.argmax())
@@ -95,7 +95,10 @@ def continuations(
         end = start + _run_length(is_target[start:])
         limit = options.max_new_tokens
         reference = tokenizer.decode(ids[start : min(end, start + limit)], skip_special_tokens=True)
-        if not reference.strip() or (max_tokens is not None and start + limit > max_tokens):
+        if max_tokens is not None and start + limit > max_tokens:
+            num_too_long += 1
+            continue
+        if not reference.strip():
             continue
         domain = dataset.domains[dataset.sample_domains[number]]
         teacher = dataset.sample_teachers[number] if dataset.sample_teachers else None
@@ -104,9 +107,10 @@ def continuations(
     in_turn = chain.from_iterable(zip_longest(*by_domain.values()))
     items = [item for item in in_turn if item is not None][: options.max_prompts]
     if not items:
+        too_long = f" ({num_too_long:,} exceed the {max_tokens} positions of a model with it)"
         raise DataError(
-            f"evaluate.generation: got no document of the validation split with more than "
-            f"{options.prompt_tokens} tokens (and {size:,} that fit the models); must have at "
+            f"evaluate.generation: got no document of the validation split with a continuation "
+            f"after {options.prompt_tokens} tokens{too_long if num_too_long else ''}; must have at "
             "least one; lower prompt_tokens or max_new_tokens"
         )
     return Suite(CONTINUATION_METRICS, items)

@@ -16,7 +16,7 @@ from collegium.cache.manifest import read_manifest, require_identity
 from collegium.cache.options import TopK
 from collegium.config.recipe import Recipe, check_recipe
 from collegium.data.sources import check_sources
-from collegium.errors import RecipeError, VocabularyError, nearest
+from collegium.errors import ModelError, RecipeError, VocabularyError, nearest
 from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
 from collegium.kernels.backends import require_backend
@@ -225,7 +225,10 @@ def _check_suites(context: RunContext, report: CheckReport) -> None:
         _check_reserved(context, {i for item in suite.items for i in item.prompt.ids}, where)
         longest = max(item.num_tokens for item in suite.items)
         for place, options in _models(recipe).items():
-            options.check_windows(place, packed=False, max_length=longest)
+            try:
+                options.check_windows(place, packed=False, max_length=longest)
+            except ModelError as error:
+                raise ModelError(f"{where}: texts of {longest} tokens: {error}") from error
         metrics = ", ".join(suite.metrics)
         report.lines.append(f"{where}: {len(suite.items):,} prompts; {metrics}")
     if recipe.teachers and isinstance(recipe.fusion, Fusion):
