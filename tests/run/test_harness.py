@@ -21,7 +21,7 @@ from collegium.storage.stages import STAGES, file_digest, read_stages, sealed
 from refusals import refused
 
 ROWS = [
-    {"question": question, "choices": choices, "answer": number % 2}
+    {"question": question, "choices": choices, "answer": number // 3 % 2}
     for number, (question, choices) in enumerate(
         (question, choices)
         for question in ("In the beginning was", "To be, or", "def add(a, b):", "A café in")
@@ -31,7 +31,7 @@ ROWS = [
 TASK = """
 task: next_words
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {data}-cache}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"

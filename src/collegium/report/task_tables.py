@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from collegium.report import formats as form
+from collegium.report.colors import row_color
 from collegium.report.run_files import CONTINUATION, RunFiles
 from collegium.report.run_tables import GROUPS
 from collegium.report.tables import Column, Line, Table
@@ -42,33 +43,50 @@ def task_table(run: RunFiles) -> Table[Scores]:
     for suite, results in run.suites.items():
         for row in results.rows:
             models.setdefault(row.name, row)
-            own = scores.setdefault(row.name, {})
-            own |= {(suite, metric): score for metric, score in row.scores.items()}
-    keys = dict.fromkeys(key for own in scores.values() for key in own)
-    columns = [_column(key, [own[key] for own in scores.values() if key in own]) for key in keys]
-    lines = []
+            new = scores.setdefault(row.name, {})
+            new |= {(suite, metric): score for metric, score in row.scores.items()}
+    colors = {row.name: row_color(row, run) for row in run.results or ()}
+    lines: list[Line[Scores]] = []
     for kind, group in GROUPS:
         of_kind = [row for row in models.values() if row.kind == kind]
         for row in of_kind:
             heading = group if row is of_kind[0] else ""
-            is_marked = kind == "student"
-            line = Line(row.title, scores[row.name], group=heading, is_marked=is_marked)
-            lines.append(line)
+            own: Scores = scores[row.name]
+            color, is_marked = colors.get(row.name, ""), kind == "student"
+            lines.append(Line(row.title, own, color, heading, is_marked=is_marked))
     title = "Generated text and tasks (± one standard error, n texts)"
-    return Table[Scores](title, "Model", columns, lines)
+    return Table(title, "Model", _columns(lines), lines)
 
 
-def _column(key: tuple[str, str], scores: list[MetricScore]) -> Column[Scores]:
+def domain_score_table(run: RunFiles) -> Table[Scores]:
+    """Return the scores of the continuations of each domain."""
+    results = run.suites.get(CONTINUATION)
+    lines: list[Line[Scores]] = [
+        Line(f"{row.title}, {domain}", {(CONTINUATION, metric): own[metric] for metric in own})
+        for row in (results.rows if results else ())
+        for domain, own in row.domains.items()
+    ]
+    title = f"Continuations by domain, {len(lines)} rows"
+    return Table(title, "Model and domain", _columns(lines), lines)
+
+
+def _columns(lines: Sequence[Line[Scores]]) -> list[Column[Scores]]:
+    keys = dict.fromkeys(key for line in lines for key in line.row)
+    return [_column(key, [line.row[key] for line in lines if key in line.row]) for key in keys]
+
+
+def _column(key: tuple[str, str], scores: Sequence[MetricScore]) -> Column[Scores]:
     suite, metric = key
     sizes = sorted({score.num_samples for score in scores})
     size = " to ".join(form.whole(n) for n in dict.fromkeys((sizes[0], sizes[-1])))
     unit = "" if metric == "bleu" else ", %"
     write = partial(score_text, factor=1.0 if metric == "bleu" else 100.0)
-    title = f"{suite}: {TITLES.get(metric, metric)}{unit} (n = {size})"
+    name = TITLES.get(metric, metric) + unit
     # A terminal is narrow, and the other metrics of continuations occur nowhere else.
     place = "" if suite == CONTINUATION else f"{suite}\n"
-    short = f"{place}{TITLES.get(metric, metric).replace(' (', chr(10) + '(')}{unit}\nn = {size}"
-    return Column[Scores](title, lambda own: own.get(key), write, short=short)
+    short = f"{place}{name}\nn = {size}".replace(" (", "\n(")
+    count = f"(n = {size})".replace(" ", "\N{NO-BREAK SPACE}")
+    return Column(f"{suite}: {name} {count}", lambda own: own.get(key), write, short=short)
 
 
 def task_notes(run: RunFiles) -> Iterator[str]:
