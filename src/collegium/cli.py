@@ -297,8 +297,8 @@ def harness(
     from collegium.run.harness import run_harness
 
     names = [name for name in tasks.split(",") if name]
-    found = run_harness(run_folder, names, include=include, limit=limit, batch_size=batch_size)
-    _print(harness_table(RunFiles(run_folder.name, harness=found)))
+    results = run_harness(run_folder, names, include=include, limit=limit, batch_size=batch_size)
+    _print(harness_table(RunFiles(run_folder.name, harness=results)))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -273,3 +274,24 @@ def test_scores_by_domain_cover_all_texts() -> None:
         total = sum(part.value * part.num_samples for part in parts if part.value is not None)
         assert scores[metric].value == pytest.approx(total / scores[metric].num_samples)
         assert scores[metric].num_samples == sum(part.num_samples for part in parts)
+
+
+def test_the_examples_of_the_documentation_are_task_files(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    lines = page.partition("```json\n")[2].partition("```")[0].splitlines()
+    suites = [read(tmp_path, line, chat=True) for line in lines]
+    assert [suite.metrics for suite in suites] == [
+        ("exact_match", "token_f1"), ("accuracy",), ("entity_f1",),
+    ]  # fmt: skip
+
+
+def test_scorers_of_other_packages_are_imported_when_they_score() -> None:
+    names = ["sacrebleu", "rouge_score", "lm_eval"]
+    code = (
+        "import sys, collegium.run.artifacts, collegium.run.harness, collegium.run.checks\n"
+        f"print([name for name in {names} if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

@@ -69,8 +69,8 @@ def run_harness(
         path = run_folder / "harness.json"
         key = fingerprint([student, names, limit])
         with folder.lock(), folder.stage(STAGE, key, lambda: digests_of(run_folder, [path])):
-            found = _evaluate(manifest.parent, manager, names, limit, batch_size)
-            results = _results(found, student, limit)
+            output = _evaluate(manifest.parent, manager, names, limit, batch_size)
+            results = _results(output, student, limit)
             write_json(path, results.to_json())
     return results
 
@@ -105,7 +105,7 @@ def _evaluate(
 
     # A task file may name data, metrics and code that fail in any way.
     try:
-        found = simple_evaluate(
+        output = simple_evaluate(
             model="hf",
             model_args={"pretrained": str(student)},
             device=str(choose_device("auto")),
@@ -122,14 +122,14 @@ def _evaluate(
             f"harness: lm-eval failed ({type(error).__name__}: {reason}); must find data and "
             "metrics of every task on this machine; check its task file"
         ) from error
-    assert found is not None  # in the first process
-    return found
+    assert output is not None  # in the first process
+    return output
 
 
-def _results(found: Mapping[str, Any], student: str, limit: int | None) -> HarnessResults:
+def _results(output: Mapping[str, Any], student: str, limit: int | None) -> HarnessResults:
     tasks = {}
-    for task, values in found["results"].items():
-        size = found["n-samples"].get(task, {}).get("effective", 0)
+    for task, values in output["results"].items():
+        size = output["n-samples"].get(task, {}).get("effective", 0)
         tasks[task] = {
             key.removesuffix(",none"): MetricScore(
                 value=float(value), stderr=_number(values, key), num_samples=size
@@ -137,7 +137,7 @@ def _results(found: Mapping[str, Any], student: str, limit: int | None) -> Harne
             for key, value in values.items()
             if "," in key and "_stderr," not in key and isinstance(value, int | float)
         }
-    versions = {task: str(number) for task, number in found.get("versions", {}).items()}
+    versions = {task: str(number) for task, number in output.get("versions", {}).items()}
     return HarnessResults(
         version=version("lm-eval"), student=student, limit=limit, tasks=tasks,
         task_versions=versions,

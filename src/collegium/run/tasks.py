@@ -171,12 +171,12 @@ def load_suite(context: RunContext, name: str) -> Suite:
     limits = {
         w: one.max_length(w) for w, one in {**models, "student": context.recipe.student}.items()
     }
-    known = {where: limit for where, limit in limits.items() if limit is not None}
+    bounded = {where: limit for where, limit in limits.items() if limit is not None}
     if name == GENERATION:
         assert options.generation is not None
         require_packages(CONTINUATION_METRICS, suite_key(name))
         split = context.datasets["validation"]
-        max_tokens = min(known.values(), default=None)
+        max_tokens = min(bounded.values(), default=None)
         return continuations(split, context.tokenizer, options.generation, max_tokens)
     task = _task_of(name)
     encoder = Encoder(
@@ -188,7 +188,7 @@ def load_suite(context: RunContext, name: str) -> Suite:
     )
     suite = read_task(options.tasks[task], encoder)
     for item in suite.items:
-        for where, limit in known.items():
+        for where, limit in bounded.items():
             if item.num_tokens > limit:
                 raise DataError(
                     f"{suite_key(name)}: {item.place}: got {item.num_tokens} tokens of prompt "
