@@ -166,6 +166,12 @@ def test_the_likeliest_choice_is_chosen(tmp_path: Path) -> None:
         for n in range(4)
         for p in (",", ", that is", " nobler in the mind")
     ]
+    # Of one token each: the first one counts.
+    letters = ["a", "b", "c", "d", "e", "f", "g", "h"]
+    rows += [
+        {"prompt": prompt, "references": ["a"], "choices": letters, "metric": "accuracy"}
+        for prompt in ("To be", "mind", "sea of")
+    ]
     suite, one = read(tmp_path, *rows), model()
     naive = []
     for item in suite.items:

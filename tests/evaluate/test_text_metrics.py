@@ -131,6 +131,12 @@ def test_bleu_is_that_of_sacrebleu(seed: int) -> None:
     streams = [[s.references[i] for s in samples] for i in range(2)]
     theirs = bleu.corpus_score([s.text for s in samples], streams)
     assert score("bleu", *samples) == pytest.approx(theirs.score, abs=1e-9)
+    # Without a common 4-gram the score is smoothed.
+    (smooth,) = [TextSample("the cat sat in", [], ["the cat sat on", "the cat ran"])]
+    exact = bleu.sentence_score(smooth.text, list(smooth.references)).score
+    assert 0 < exact == pytest.approx(score("bleu", smooth))
+    bleu = BLEU()
+    bleu.corpus_score([s.text for s in samples], streams)
     assert signatures(["bleu", "accuracy"], 2) == {"bleu": bleu.get_signature().format()}
     assert "nrefs:2" in bleu.get_signature().format()
 
