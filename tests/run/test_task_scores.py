@@ -162,6 +162,7 @@ def test_a_fused_target_that_cannot_be_sampled_has_a_reason(zoo: Path, tmp_path:
 def test_the_report_shows_the_suites_of_the_recipe(zoo: Path, run: Path) -> None:
     pipeline.run(asking(zoo, run))
     text = (run / "run" / "report.html").read_text(encoding="utf-8")
+    text = text.replace("\N{NO-BREAK SPACE}", " ")
     for part in ("continuation: BLEU (n = 6)", "ROUGE-L (legacy)", "qa: token F1, % (n = 4)", "±"):
         assert part in text
     pipeline.evaluate(recipe(zoo, run, "fusion={weighting: prefix_likelihood}"))
@@ -204,3 +205,16 @@ def test_a_run_without_teachers_has_tasks(zoo: Path, tmp_path: Path) -> None:
     asked = recipe(zoo, tmp_path, "teachers={}", "objective.kd_ratio=0", GENERATION)
     pipeline.run(asked)
     assert [row.kind for row in read(tmp_path, "generation").rows] == ["student"]
+
+
+def test_tasks_are_kept_when_the_choice_of_preflight_is_written_into_the_recipe(
+    zoo: Path, tmp_path: Path
+) -> None:
+    few = (GENERATION, "evaluate.controls=[]")
+    pipeline.run(recipe(zoo, tmp_path, *few))
+    before = stages(tmp_path)["generation"]
+    pipeline.preflight(recipe(zoo, tmp_path, *few), apply_to=tmp_path / "recipe.yaml")
+    file = tmp_path / "recipe.yaml"
+    output = f"output_dir={tmp_path / 'run'}"
+    pipeline.evaluate(load_recipe(file, [output, "train.max_steps=2", STANDARD, *few]))
+    assert stages(tmp_path)["generation"] == before

@@ -143,7 +143,11 @@ def unsampled_reason(fusion: Fusion) -> str | None:
 
 
 class FusedReader:
-    """Reads with every teacher and fuses the last row of each prompt."""
+    """Reads with every teacher and fuses the last row of each prompt.
+
+    A rule that reads the prefix needs the logits of all teachers at every token of the prompts,
+    K (B, T, V) tensors for a moment.
+    """
 
     def __init__(
         self, fusion: Fusion, readers: dict[str, TokenReader], prompts: Sequence[Prompt]
@@ -152,10 +156,11 @@ class FusedReader:
         self._readers = readers
         self._prompts = prompts
         self._is_token: list[Tensor] = []
-        self._last_KBV: list[Tensor] = []
+        self._last: list[Tensor] = []
         self._evidence: list[Tensor] = []
 
     def __call__(self, ids_Bt: Tensor, is_token_Bt: Tensor) -> Tensor:
+        """Append tokens, and return the fused log-probabilities after the last, (B, V)."""
         needed = ids_Bt.shape[1] if self._fusion.weighting.reads_prefix else 1
         logits = [one.read(ids_Bt, is_token_Bt, needed) for one in self._readers.values()]
         last = [logits_BkV[:, -1] for logits_BkV in logits]
@@ -170,7 +175,7 @@ class FusedReader:
             consensus = fusion.weighting.needs_consensus
             stats = reader.stats(slice(0, size), consensus=consensus)
             fusion = replace(fusion, weighting=_GivenScores(scores_KB=self._scores(stats)))
-            self._last_KBV = last
+            self._last = last
         return fuse(fusion, answers, rows).block(slice(0, size)).logp()
 
     def _rows(self, document_N: Tensor) -> Rows:
@@ -197,7 +202,7 @@ class FusedReader:
         """Append the teachers' log-probabilities of the new tokens that follow another token."""
         columns = []
         temperatures = self._fusion.temperatures
-        lasts = self._last_KBV or [None] * len(logits)
+        lasts = self._last or [None] * len(logits)
         for name, logits_BtV, last_BV in zip(self._readers, logits, lasts, strict=True):
             rows_BtV, labels_Bt = logits_BtV[:, :-1], ids_Bt[:, 1:]
             if last_BV is not None:

@@ -40,8 +40,8 @@ from collegium.storage.records import TaskResults, TaskRow, open_record
 
 GENERATION = "generation"
 """Name of the suite of held-out continuations. Tasks are named `task NAME`."""
-UNREAD = ("name", "output_dir", "evaluate", "preflight")
-"""Sections of a recipe that have no effect on generated text, once the fusion is resolved."""
+UNREAD = ("name", "output_dir", "evaluate", "preflight", "fusion")
+"""Sections without effect on generated text, once the fusion is resolved."""
 
 
 @dataclass(frozen=True, eq=False)
