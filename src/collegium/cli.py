@@ -178,8 +178,12 @@ def _print(*tables: Any) -> None:
 def _print_results(folder: Path) -> None:
     from collegium.report.run_files import read_run
     from collegium.report.run_tables import evaluation_table
+    from collegium.report.task_tables import task_notes, task_table
 
-    _print(evaluation_table(read_run(folder)))
+    files = read_run(folder)
+    _print(evaluation_table(files), *([task_table(files)] if files.suites else []))
+    for note in task_notes(files):
+        _echo(note)
 
 
 class _CacheGroup(TyperGroup):
@@ -290,6 +294,31 @@ def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     pipeline.evaluate(loaded)
     _print_results(loaded.output_dir)
+
+
+@app.command()
+def harness(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run with a trained student.")],
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated names of tasks, or a folder of task files (YAML).")
+    ],
+    include: Annotated[
+        Path | None, typer.Option(help="Folder of further task files for the names.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples per task. Defaults to all.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 16,
+) -> None:
+    """Evaluate the student with lm-evaluation-harness, offline. Writes harness.json."""
+    check_versions()
+    from collegium.report.run_files import RunFiles
+    from collegium.report.task_tables import harness_table
+    from collegium.run.harness import run_harness
+
+    names = [name for name in tasks.split(",") if name]
+    results = run_harness(run_folder, names, include=include, limit=limit, batch_size=batch_size)
+    _print(harness_table(RunFiles(run_folder.name, harness=results)))
 
 
 @app.command()

@@ -45,7 +45,7 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     alive: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
     found: dict[str, int] = defaultdict(int)
     running = ["check"]
-    init, body, stage = PreTrainedModel.__init__, forward._body, RunFolder.stage
+    init, body, stage = PreTrainedModel.__init__, forward.body_of, RunFolder.stage
 
     def recording_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
@@ -63,7 +63,7 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         return stage(self, name, *key)
 
     monkeypatch.setattr(PreTrainedModel, "__init__", recording_init)
-    monkeypatch.setattr(forward, "_body", counting_body)
+    monkeypatch.setattr(forward, "body_of", counting_body)
     monkeypatch.setattr(RunFolder, "stage", naming_stage)
     yield found
     gc.enable()
@@ -101,3 +101,14 @@ def test_a_live_run_holds_its_teachers_and_one_model(
         assert peaks[stage] == count + 1, stage
     # The teachers of the last control are recorded first, and released one by one.
     assert peaks["evaluate"] == TEACHERS
+
+
+def test_tasks_hold_one_model_besides_fused_teachers(
+    zoo: Path, tmp_path: Path, peaks: dict[str, int]
+) -> None:
+    asked = "evaluate.generation={max_prompts: 2, prompt_tokens: 4, max_new_tokens: 2}"
+    few = ("evaluate.controls=[ce_only]", asked)
+    for rule, count in (("uniform", TEACHERS), ("min_ce", 1)):
+        fusion = f"fusion={{weighting: {rule}}}"
+        pipeline.run(_recipe(zoo, tmp_path / rule, fusion, *few, *PER_TEACHER))
+        assert peaks.pop("generation") == count, rule

@@ -22,6 +22,7 @@ from collegium.cache.options import CacheOptions
 from collegium.config.yaml import YamlDocument, decode, read_text, read_yaml, yaml_writer
 from collegium.data.sources import DataOptions
 from collegium.errors import RecipeError, nearest
+from collegium.evaluate.options import GenerationOptions, TaskName
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
 from collegium.models.kinds import AnyStudent
@@ -57,6 +58,10 @@ class EvaluateOptions:
     """Windows per forward pass."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens of the validation split to score. Defaults to all."""
+    generation: GenerationOptions | None = None
+    """Continuations of held-out documents. None for none."""
+    tasks: dict[TaskName, Path] = field(default_factory=dict)
+    """JSONL file of each task, by a name of your choice."""
 
 
 @option

@@ -117,6 +117,25 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         span = slice(self._piece_starts[index], self._piece_starts[index + 1])
         return [Piece(*row) for row in self._pieces[span].tolist()]
 
+    def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the ids and the mask of the targets of each document, in order."""
+        parts: list[tuple[int, int, slice]] = []
+        for window, offset in enumerate(self._starts[:-1].tolist()):
+            for piece in self.pieces(window):
+                # The first token of a later piece repeats the last one of the piece before.
+                skipped, size = int(piece.start > 0), piece.stop - piece.start
+                span = slice(offset + skipped, offset + size)
+                parts.append((piece.document, piece.start, span))
+                offset += size
+        spans: list[list[slice]] = [[] for _ in self.sample_names]
+        for document, _, span in sorted(parts, key=lambda part: part[:2]):
+            spans[document].append(span)
+        ids, is_target = self._columns["input_ids"], self._columns["is_target"]
+        return [
+            (np.concatenate([ids[s] for s in of]), np.concatenate([is_target[s] for s in of]))
+            for of in spans
+        ]
+
     def token_ids(self) -> set[int]:
         """Return the ids that occur in documents."""
         is_document = self._columns["sample_ids"] >= 0

@@ -51,6 +51,10 @@ class Gate(FittedWeighting):
     def needs_consensus(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.consensus != 0.0
 
+    @property
+    def reads_prefix(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.prefix_nll != 0.0
+
     def teacher_tables(self) -> Mapping[tuple[str, ...], Mapping[str, object]]:
         return {("offsets",): self.offsets}
 

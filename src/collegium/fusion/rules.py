@@ -127,6 +127,7 @@ class PrefixLikelihood(Weighting):
     """
 
     streams = True
+    reads_prefix = True
     # On specialists a memory of ten or more tokens gives 5.09 to 5.10 nats, one of two gives 5.52.
     # A large eta selects one teacher and loses averaging: 2.66 nats for eta 1 and 2.53 for uniform
     # weights in a toy with generalists.

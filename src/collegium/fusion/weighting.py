@@ -148,6 +148,8 @@ class Weighting(ABC):
     """True if the rule reads `consensus_kl_KN`, at the cost of two more passes of each head."""
     uses_label: ClassVar[bool] = False
     """True if a row's label enters its own weight, which makes the target's NLL meaningless."""
+    reads_prefix: bool = False
+    """True if the labels of earlier rows of the document enter a weight."""
     is_fitted: ClassVar[bool] = False
     """True if a preflight fits its options, which makes it more complex than one that is not."""
     is_single: ClassVar[bool] = False

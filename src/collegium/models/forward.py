@@ -113,7 +113,7 @@ def forward_rows(
         blocks = _select_modules(model, [*layers.values()])
         attention = hooks.enter_context(recorded_attention(model, blocks))
         # No attention mask: documents are separated by `position_ids`, which `probe` checks.
-        body = _body(model)
+        body = body_of(model)
         inputs = _inputs_of(body, input_ids=input_ids, position_ids=position_ids)
         output = body(**inputs, use_cache=False)
     hidden_ND = _gather(output.last_hidden_state, rows)
@@ -211,7 +211,7 @@ def probe(
         max_length: length of the longest document, None if it is not known.
     """
     model_type = model.config.model_type
-    if packed and not _takes_positions(_body(model)):
+    if packed and not takes_positions(body_of(model)):
         raise mixing_error(model_type, where=where, reason=", since it takes no position_ids")
     # The types of packed windows are measured below.
     check_windows(model.config, packed=False, max_length=max_length, where=where)
@@ -274,13 +274,13 @@ def _run_errors(model_type: str, where: str) -> Iterator[None]:
         ) from error
 
 
-def _takes_positions(module: nn.Module) -> bool:
+def takes_positions(module: nn.Module) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters
 
 
 def _inputs_of(module: nn.Module, **inputs: Tensor) -> dict[str, Tensor]:
     """Return the inputs without positions, if a module counts them from the start of a window."""
-    if not _takes_positions(module):
+    if not takes_positions(module):
         del inputs["position_ids"]
     return inputs
 
@@ -336,7 +336,7 @@ def _gather(hidden_BTD: Tensor, rows: Rows) -> Tensor:
     return hidden_BTD.flatten(0, 1).index_select(0, rows.index)
 
 
-def _body(model: PreTrainedModel) -> nn.Module:
+def body_of(model: PreTrainedModel) -> nn.Module:
     body = model.base_model
     if body is model:
         raise ModelError(
@@ -352,7 +352,7 @@ def block_list(model: PreTrainedModel) -> nn.ModuleList:
     count = int(model.config.get_text_config().num_hidden_layers)
     lists = [
         (name.count("."), module)
-        for name, module in _body(model).named_modules()
+        for name, module in body_of(model).named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == count
     ]
     if not lists:

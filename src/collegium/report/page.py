@@ -14,6 +14,7 @@ from collegium.report.formats import amount, duration, fixed, percent, perplexit
 from collegium.report.headline import best, gap_closed, headline_of
 from collegium.report.plots import draw_all
 from collegium.report.run_files import RunFiles, read_run
+from collegium.report.task_tables import domain_score_table, harness_table, task_notes, task_table
 from collegium.storage.files import write_text
 
 REPORT = "report.html"
@@ -59,6 +60,10 @@ def render_run(run: RunFiles) -> str:
         evaluation=tables.evaluation_table(run),
         domains=tables.domain_table(run),
         agreement=tables.agreement_table(run),
+        tasks=task_table(run),
+        domain_scores=domain_score_table(run),
+        task_notes=list(task_notes(run)),
+        harness=harness_table(run),
         teachers=tables.teacher_tables(run),
         chosen=tables.chosen_table(run),
         fusions=tables.fusion_tables(run),

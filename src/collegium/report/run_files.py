@@ -6,12 +6,16 @@ import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from collegium.errors import CollegiumError
 from collegium.storage import records
 from collegium.storage.stages import STAGES, damage, read_stages
 
 LOG = "train/log.jsonl"
+HARNESS = "harness.json"
+CONTINUATION = "continuation"
+"""Name of the suite of held-out continuations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,9 @@ class RunFiles:
     log: tuple[records.LogStep, ...] | None = None
     controls: Mapping[str, tuple[records.LogStep, ...]] = field(default_factory=dict)
     """Training log of each control that has one, by folder name."""
+    suites: Mapping[str, records.TaskResults] = field(default_factory=dict)
+    """Scores of generated text, by `continuation` and the names of the tasks of the recipe."""
+    harness: records.HarnessResults | None = None
 
     @property
     def measured(self) -> records.PreflightReport:
@@ -68,8 +75,10 @@ def read_run(run_folder: Path) -> RunFiles:
     order = [name.removeprefix("control ") for name in stages]
     controls = [n for n in order if n in names] if stages else sorted(names)
     logs = {name: f"controls/{name}/train/log.jsonl" for name in controls}
-    _require_intact(run_folder, stages, ["preflight.json", "results.json", LOG, *logs.values()])
     read = records.read_record
+    suites = _suite_files(read(run_folder / "recipe.json", dict[str, Any]) or {})
+    files = ["preflight.json", "results.json", LOG, *logs.values(), *suites.values(), HARNESS]
+    _require_intact(run_folder, stages, files)
     return RunFiles(
         name=run_folder.resolve().name,
         recipe=_read_recipe(run_folder / "recipe.yaml"),
@@ -81,7 +90,29 @@ def read_run(run_folder: Path) -> RunFiles:
         controls={
             n: log for n, file in logs.items() if (log := records.read_log(run_folder / file))
         },
+        suites={
+            name: results
+            for name, file in suites.items()
+            if (results := read(run_folder / file, records.TaskResults))
+        },
+        harness=_current(read(run_folder / HARNESS, records.HarnessResults), stages),
     )
+
+
+def _current(
+    harness: records.HarnessResults | None, stages: Mapping[str, records.Stage]
+) -> records.HarnessResults | None:
+    """Drop the scores of an earlier student."""
+    trained = stages.get("train", records.Stage()).files or {}
+    manifest = trained.get("student/MANIFEST.json")
+    return harness if harness and manifest and harness.student == manifest.sha256 else None
+
+
+def _suite_files(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Return the file of each suite that the recipe asks for: others are of an earlier one."""
+    options = recipe.get("evaluate") or {}
+    generation = {CONTINUATION: "generation.json"} if options.get("generation") else {}
+    return generation | {name: f"tasks/{name}.json" for name in options.get("tasks") or ()}
 
 
 def _require_intact(

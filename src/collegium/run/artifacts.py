@@ -6,6 +6,8 @@
     controls/NAME/     the same of each control
     results.json       evaluation of all models on the validation split
     documents.parquet  the NLL of each model by document
+    generation.json    their continuations of held-out documents (`collegium.run.tasks`)
+    tasks/NAME.json    their answers to the prompts of a task
     report.html        one page about all of these
 
 A new export or evaluation is one class, and one entry in `ARTIFACTS`.
@@ -27,11 +29,14 @@ from collegium.run.caches import FusedCache, HiddenCache, Split, TeacherCache
 from collegium.run.choice import Preflight, Recorder, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.students import Student, controls, students
+from collegium.run.tasks import TaskScores, suite_names
 from collegium.storage.files import write_bytes, write_json
 from collegium.storage.records import FileDigest, ModelInfo, ResultRow, open_record
 from collegium.storage.stages import digests_of
 from collegium.teachers.local import LocalTeacher
 
+SEPARATE = ("generation", "tasks")
+"""Options of `evaluate` that do not concern results.json."""
 UNTOUCHED = "student (untouched)"
 """Name of the student before training."""
 
@@ -48,7 +53,11 @@ class Results(Artifact[list[ResultRow]]):
         variants = [student.variant.identity() for student in self.students]
         # A run folder may be renamed or moved.
         sections = [name for name in self.context.values if name not in ("name", "output_dir")]
-        return [self.context.inputs(*sections), variants]
+        inputs = self.context.inputs(*sections)
+        # Tasks and generation are artifacts of their own.
+        options, content = inputs["evaluate"]
+        inputs["evaluate"] = [{k: v for k, v in options.items() if k not in SEPARATE}, content]
+        return [inputs, variants]
 
     def is_done(self) -> bool:
         """Return True if the students that it scored are undamaged as well."""
@@ -134,11 +143,18 @@ def caches(context: RunContext) -> list[Artifact[Any]]:
     ]
 
 
+def evaluations(context: RunContext) -> list[Artifact[Any]]:
+    """Return the scores on the validation split, then those of generated text and tasks."""
+    trained = (*students(context), *controls(context))
+    tasks = [TaskScores(context, name, trained) for name in suite_names(context.recipe.evaluate)]
+    return [Results(context, trained), *tasks]
+
+
 ARTIFACTS: Mapping[str, Callable[[RunContext], Sequence[Artifact[Any]]]] = {
     "preflight": lambda context: [Preflight(context)],
     "cache": caches,
     "train": students,
-    "evaluate": lambda context: [Results(context, (*students(context), *controls(context)))],
+    "evaluate": evaluations,
     "report": lambda context: [Report(context)],
 }
 """The artifacts of each stage, in the order of a run."""

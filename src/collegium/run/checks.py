@@ -16,7 +16,7 @@ from collegium.cache.manifest import read_manifest, require_identity
 from collegium.cache.options import TopK
 from collegium.config.recipe import Recipe, check_recipe
 from collegium.data.sources import check_sources
-from collegium.errors import RecipeError, VocabularyError, nearest
+from collegium.errors import ModelError, RecipeError, VocabularyError, nearest
 from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
 from collegium.kernels.backends import require_backend
@@ -70,6 +70,7 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
             require_valid_checkpoint(place)
     _check_distinct(context, report)
     _check_datasets(context, report)
+    _check_suites(context, report)
     _check_finished_caches(context)
     _check_routing(context, report)
     _check_terms(context)
@@ -240,14 +241,7 @@ def _check_datasets(context: RunContext, report: CheckReport) -> None:
             f"data.{part}: {len(dataset.sample_names):,} documents, {len(dataset):,} windows, "
             f"{dataset.num_target_tokens:,} target tokens"
         )
-        used = sorted(dataset.token_ids() & {*context.reserved_ids})
-        if used:
-            name = context.tokenizer.convert_ids_to_tokens(used[0])
-            raise VocabularyError(
-                f"data.{part}: contains `{name}` (id {used[0]}), which has another name in the "
-                f"tokenizer of {context.reserved_ids[used[0]]}; must be the same token; remove it "
-                "from the texts, or set `data.special_tokens: text`"
-            )
+        _check_reserved(context, dataset.token_ids(), f"data.{part}")
     for source in context.sources:
         report.lines += source.lines()
     stops = context.tokenizer.convert_ids_to_tokens(context.datasets["train"].stops)
@@ -261,6 +255,44 @@ def _check_datasets(context: RunContext, report: CheckReport) -> None:
         )
     steps, epochs = context.num_steps, context.num_steps * needed / windows
     report.lines.append(f"train: {steps:,} steps of {needed} windows, {epochs:.1f} epochs")
+
+
+def _check_reserved(context: RunContext, ids: set[int], where: str) -> None:
+    """Check that no token of a text means another one in a teacher."""
+    used = sorted(ids & {*context.reserved_ids})
+    if used:
+        name = context.tokenizer.convert_ids_to_tokens(used[0])
+        raise VocabularyError(
+            f"{where}: contains `{name}` (id {used[0]}), which has another name in the "
+            f"tokenizer of {context.reserved_ids[used[0]]}; must be the same token; remove it "
+            "from the texts, or set `data.special_tokens: text`"
+        )
+
+
+def _check_suites(context: RunContext, report: CheckReport) -> None:
+    """Check the prompts of generation and tasks, and whether the fused target can be sampled."""
+    recipe = context.recipe
+    if recipe.evaluate.generation is None and not recipe.evaluate.tasks:
+        return
+    # Imported here: it takes longer than a whole check.
+    from collegium.evaluate.generation import unsampled_reason
+    from collegium.run.tasks import load_suite, suite_key, suite_names
+
+    for name in suite_names(recipe.evaluate):
+        suite, where = load_suite(context, name), suite_key(name)
+        _check_reserved(context, {i for item in suite.items for i in item.prompt.ids}, where)
+        longest = max(item.num_tokens for item in suite.items)
+        for place, options in _models(context).items():
+            try:
+                options.check_windows(place, packed=False, max_length=longest)
+            except ModelError as error:
+                raise ModelError(f"{where}: texts of {longest} tokens: {error}") from error
+        metrics = ", ".join(suite.metrics)
+        report.lines.append(f"{where}: {len(suite.items):,} prompts; {metrics}")
+    if recipe.teachers and isinstance(recipe.fusion, Fusion):
+        reason = unsampled_reason(recipe.fusion)
+        if reason is not None:
+            report.warnings.append(f"evaluate: no text of the fused target: {reason}")
 
 
 def _check_routing(context: RunContext, report: CheckReport) -> None:

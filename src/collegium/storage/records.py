@@ -7,6 +7,8 @@ in nats per target token, calibration errors and agreements are shares in [0, 1]
     preflight.json    PreflightReport            environment.json   Environment
     results.json      [ResultRow]          train/summary.json TrainSummary
     MANIFEST.json     FolderManifest       (of each checkpoint and student)
+    generation.json   TaskResults                tasks/NAME.json    TaskResults
+    harness.json      HarnessResults
     rows.json         [StudyRow]           study.json         StudyRun
 """
 
@@ -201,6 +203,57 @@ class ResultRow(ModelScores, ModelInfo):
     def title(self) -> str:
         """The name without its kind, for places that already show the kind."""
         return self.name.removeprefix(f"{self.kind}: ")
+
+
+class MetricScore(Record):
+    """A metric of generated texts, its standard error and the number of texts."""
+
+    value: Number = None
+    """A share in [0, 1], or BLEU from 0 to 100."""
+    stderr: Number = None
+    """Standard error over the texts. None for fewer than two."""
+    num_samples: int = 0
+
+
+class TaskRow(Record):
+    """Scores of one model on the prompts of a task."""
+
+    name: str
+    kind: Literal["teacher", "fused", "student", "control"]
+    scores: Mapping[str, MetricScore] = {}
+    domains: Mapping[str, Mapping[str, MetricScore]] = {}
+    """Domain -> metric -> score, for held-out continuations of several domains."""
+    note: str | None = None
+    """The reason why there are no scores."""
+
+    @property
+    def title(self) -> str:
+        """The name without its kind."""
+        return self.name.removeprefix(f"{self.kind}: ")
+
+
+class TaskResults(Record):
+    """Scores of all models on held-out continuations, or on one task."""
+
+    num_prompts: int
+    settings: Mapping[str, int | float | str] = {}
+    signatures: Mapping[str, str] = {}
+    """Versions and settings of the metrics of other packages."""
+    rows: Sequence[TaskRow] = []
+
+
+class HarnessResults(Record):
+    """Scores of the student by lm-evaluation-harness."""
+
+    version: str
+    """Of lm-eval."""
+    student: str
+    """SHA-256 of the student's MANIFEST.json."""
+    limit: int | None = None
+    """Examples per task, None for all."""
+    tasks: Mapping[str, Mapping[str, MetricScore]] = {}
+    """Task -> metric and filter -> score."""
+    task_versions: Mapping[str, str] = {}
 
 
 class TeacherMeasure(Record):

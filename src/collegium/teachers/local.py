@@ -75,8 +75,8 @@ class LocalTeacher:
         self.vocab_size = vocab_size
         self.num_parameters = count_parameters(model)
         self.logit_scale = logit_scale
-        self._device = head_layer(model).weight.device
-        self._is_offloaded = offload and self._device.type != "cpu"
+        self.device = head_layer(model).weight.device
+        self._is_offloaded = offload and self.device.type != "cpu"
         if self._is_offloaded:
             nn.Module.to(model, "cpu")
 
@@ -90,7 +90,7 @@ class LocalTeacher:
         """Check once that its logits are those of the model. Raises ModelError, see `probe`."""
         if self._is_probed:
             return
-        with self._placed():
+        with self.placed():
             probe(
                 self.model,
                 vocab_size=self.vocab_size,
@@ -101,10 +101,10 @@ class LocalTeacher:
         self._is_probed = True
 
     @contextmanager
-    def _placed(self) -> Iterator[None]:
+    def placed(self) -> Iterator[None]:
         """Have the model on its device, with its adapter, during the block."""
         if self._is_offloaded:
-            nn.Module.to(self.model, self._device)
+            nn.Module.to(self.model, self.device)
         if self.adapter is None:
             self.model.eval()  # pinned: someone may have called train() on a parent module
             yield
@@ -129,8 +129,8 @@ class LocalTeacher:
     @torch.no_grad()
     def hidden_rows(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> HiddenRows:
         """Return hidden states and head on the device of the model. Raises as `score`."""
-        batch, moved, size = batch.to(self._device), rows.to(self._device), self.vocab_size
-        with self._placed():
+        batch, moved, size = batch.to(self.device), rows.to(self.device), self.vocab_size
+        with self.placed():
             hidden = forward_rows(self.model, batch, moved, vocab_size=size, taps=taps)
             # Cut off from the model, whose parameters may move to another device.
             bias = None if hidden.head.bias is None else hidden.head.bias.detach()
