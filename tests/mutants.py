@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 240
 """Seconds for the tests of one mutation; an endless loop counts as noticed."""
 SURVIVES_ON_PURPOSE: dict[str, str] = {
-    'temporary.open("xb")': "the file was just removed: only a link planted in between differs"
+    'temporary.open("xb")': "the file was just removed: only a link planted in between differs",
+    "if not _exp_is_safe(max_s):": "sums that overflow are NaN, and read again with a shift",
 }
 """Text before -> the reason why the change has no effect that a test could see."""
 
@@ -57,7 +58,6 @@ MUTATIONS = [
         ("mean_nV.div_(self.exponent)", "pass"),
         ('scale = 1.0 - self.exponent if', "scale = 1.0 if"),
         ('kind = "logp" if self.in_logs else "prob"', 'kind = "prob"'),
-        ("mean_nV.mul_(unit_n[:, None])", "pass"),
         (".clamp(min=0.0)\n        return replace(stats", "\n        return replace(stats"),
     ),
     *_of(
@@ -83,7 +83,7 @@ MUTATIONS = [
         ("return grid[max(left, 0)]", "return 1.0"),
         ("3 * drift - 2 * rise - fall", "3 * drift - rise - fall"),
         ("vertex = log_grid[1] - linear / (2 * square)", "vertex = log_grid[1] + linear / (2 * square)"),
-        ("if temperature == tables.grid[0]:", "if False:"),
+        ("if temperature == grid[0]:", "if False:"),
         ("for octave in range(3, 6)", "for octave in range(3, 4)"),
         ("if nll_G[index] < best - MIN_GAIN:", "if nll_G[index] > best:"),
         ("next_document = int(documents.max()) + 1", "next_document = int(documents.max())"),

@@ -102,6 +102,14 @@ def test_outlier_loses_weight_and_no_divergence_exceeds_log_k():
     assert single_KN.tolist() == [[0.0]]
 
 
+def test_equal_teachers_have_no_negative_divergence_from_their_mean():
+    logits_KNV = _logits(64)[:1].float().repeat(K, 1, 1) * 3
+    rows = make_rows(torch.zeros(64, dtype=torch.long), [0] * 64)
+    kl_KN = stats_of(make_teachers(logits_KNV), rows).consensus_kl()
+    assert kl_KN.min() == 0
+    assert kl_KN.max() < 1e-5
+
+
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_consensus_is_measured_after_the_temperatures(block_size):
     temperatures = {"law": 2.0, "prose": 0.5}

@@ -227,6 +227,14 @@ def test_certain_teachers_have_finite_scores():
         assert weights[0, 1] > 0.8
 
 
+def test_inverse_weights_near_zero_entropy_keep_their_ratio():
+    entropy_KN = torch.tensor([[1e-5], [1e-3]], dtype=torch.float64)
+    rows = make_rows(torch.zeros(1, dtype=torch.long), [0])
+    stats = RowStats(entropy_KN, entropy_KN, entropy_KN)
+    weights = Entropy(form="inverse").log_scores(stats, rows, NAMES[:2]).softmax(0)
+    assert weights[:, 0].tolist() == pytest.approx([100 / 101, 1 / 101])
+
+
 @pytest.mark.parametrize("form", ["softmax", "inverse", "complement"])
 def test_single_teacher_has_a_finite_score(form):
     """Its complement of the total entropy is zero, and the logarithm would be infinite."""

@@ -109,7 +109,22 @@ def test_pool_of_four_at_any_magnitude_of_logits(backend, dtype, offsets, has_al
     assert mean.unit_n is None
 
 
-@pytest.mark.parametrize("offset", [-300.0, -39.0, 0.0, 40.0, 300.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pool_whose_members_leave_hardly_any_share(backend):
+    """Each member leaves 6e-8 to the earlier ones, so that P / u of the sixth would overflow."""
+    kernels, mean = kernels_of(backend), RunningMean(torch.full((N, V), torch.nan))
+    for number in range(7):
+        rows, _ = raw_rows(N, V, torch.float32, seed=number)
+        rows.values_nV.add_(45.0 - rows.values_nV.amax(1, keepdim=True))
+        share_n = None if number == 0 else torch.full((N,), 1.0 - 2**-24)
+        mean.num_remaining = 6 - number
+        kernels.add_(mean, rows, kernels.read(rows)[0], share_n)
+    assert mean.unit_n is None
+    close(mean.values_nV, truth_of(rows).softmax(-1), torch.float32)
+
+
+# At -99, exp z is a denormal float32 number with a digit or two.
+@pytest.mark.parametrize("offset", [-300.0, -99.0, -39.0, 0.0, 40.0, 300.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_ignore_a_constant_offset(backend, offset):
     rows, labels = raw_rows(N, V, torch.float32)

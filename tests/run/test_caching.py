@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 import tiny
-from collegium.cache.codecs.targets import TargetCodec
+from collegium.cache.codecs.targets import TargetCodec, row_keys
 from collegium.cache.encode import FusedEncoder
-from collegium.cache.keys import pieces_of
+from collegium.cache.keys import document_hash, pieces_of
 from collegium.cache.options import Samples, TopK
 from collegium.cache.shards import split_runs
 from collegium.cli import app
@@ -33,7 +33,7 @@ from collegium.run.context import RunContext
 from collegium.run.controls import control_variants, main_variant
 from collegium.run.students import Student
 from collegium.teachers.cached import CachedTargets
-from collegium.types import Batch, domain_number
+from collegium.types import IGNORE, Batch, domain_number
 from refusals import refused
 
 RECIPE = """
@@ -178,6 +178,31 @@ def test_offsets_name_every_target_of_a_document_once(built: Recipe) -> None:
             positions |= {(piece.key.document, piece.key.offset + i) for i in range(count)}
     assert num_targets == len(positions) == dataset.num_target_tokens
     assert len({key for key, _ in positions}) > 1
+
+
+def test_draws_are_keyed_by_the_place_of_the_label_in_its_document(
+    built: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key of a draw is part of the format: other builders must get the same draws."""
+    context, placed = RunContext(built), list[tuple[int, int]]()
+
+    def spy(seed: int, document_n: np.ndarray, offset_n: np.ndarray) -> np.ndarray:
+        placed.extend(zip(document_n.tolist(), offset_n.tolist(), strict=True))
+        return row_keys(seed, document_n, offset_n)
+
+    monkeypatch.setattr("collegium.cache.encode.row_keys", spy)
+    encoder, dataset = _encoder(context, batch_size=3), context.datasets["train"]
+    for shard in range(len(encoder.shard_targets)):
+        list(encoder.encode(shard, _codec(context)))
+    expected = []
+    for window in range(len(dataset)):
+        labels = dataset[window]["labels"].tolist()
+        for piece in dataset.pieces(window):
+            part, labels = labels[: piece.stop - piece.start], labels[piece.stop - piece.start :]
+            document = document_hash(dataset.sample_names[piece.document])
+            places = [i for i, label in enumerate(part) if i > 0 and label != IGNORE]
+            expected += [(document, piece.start + i) for i in places]
+    assert sorted(placed) == sorted(expected)
 
 
 def test_shards_are_cut_by_their_number_of_targets() -> None:

@@ -22,7 +22,10 @@ from tiny_run import recipe_text, write_zoo
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted(
-    path for path in (ROOT / "recipes" / "study").glob("*.yaml") if "\nfactors:" in path.read_text()
+    path
+    for folder in ("study", "paper")
+    for path in (ROOT / "recipes" / folder).glob("*.yaml")
+    if "\nfactors:" in path.read_text()
 )
 STUDY = """\
 name: tiny

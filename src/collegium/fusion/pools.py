@@ -333,10 +333,7 @@ class Pool:
             log_z_n = None if self.kind == "linear" else torch.zeros_like(only.logsumexp.max_n)
             return target, log_z_n
         assert self._mean is not None
-        mean_nV, unit_n = self._mean.values_nV, self._mean.unit_n
-        if unit_n is not None:
-            mean_nV.mul_(unit_n[:, None])
-            self._mean.unit_n = None
+        mean_nV = self._mean.values_nV  # the last member has multiplied the unit out
         rows = RawRows(mean_nV)
         if self.kind == "linear":
             kind = "logp" if self.in_logs else "prob"

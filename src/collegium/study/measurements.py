@@ -39,6 +39,10 @@ MEASURES = {
     "student_parameters": Measure("parameters", False, whole, 0),
     "student_overconfidence": Measure("NLL − H of the student"),
     "student_kl": Measure("KL(fused target, student)", True),
+    "student_bleu": Measure("BLEU of continuations", False, _coarse, 1),
+    "student_rouge_l": Measure("ROUGE-L of continuations (legacy)", False, percent, 3),
+    "student_distinct_2": Measure("distinct bigrams of continuations", False, percent, 3),
+    "student_repetition": Measure("repetition in continuations", True, percent, 3),
     "bytes_per_token": Measure("bytes per target", False, _coarse, 1),
     "tokens_per_s": Measure("target tokens per second", False, _coarse, 1),
     "train_seconds": Measure("seconds of training", False, _coarse, 1),
@@ -79,6 +83,10 @@ def run_values(folder: Path) -> records.Numbers:
         "tokens_per_s": _tokens_per_s(folder),
         "train_seconds": student.train_seconds,
     }
+    generated = records.read_record(folder / "generation.json", records.TaskResults)
+    for row in generated.rows if generated else ():
+        if row.kind == "student":
+            values |= {f"student_{name}": score.value for name, score in row.scores.items()}
     for domain, score in student.domains.items():
         values[f"student_nll@{domain}"] = score.nll
         values[f"student_perplexity@{domain}"] = score.perplexity
