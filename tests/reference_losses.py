@@ -101,6 +101,23 @@ def feature_mse(ours, theirs, adapter) -> Tensor:
     return ((a - b) ** 2).mean(-1)
 
 
+def feature_sum_of_squares(ours, theirs, adapter) -> Tensor:
+    """|W f - g|^2 of each row, one entry after the other."""
+    rows = []
+    for f, g in zip(ours.double(), theirs.double(), strict=True):
+        mapped = [sum(w * x for w, x in zip(row, f, strict=True)) for row in adapter.double()]
+        rows.append(sum((a - b) ** 2 for a, b in zip(mapped, g, strict=True)))
+    return torch.stack(rows)
+
+
+def linear_cka(x, y) -> Tensor:
+    """<K, L> / (|K| |L|) of the centered Gram matrices K = X X^T and L = Y Y^T."""
+    size = len(x)
+    center = torch.eye(size, dtype=x.dtype) - 1 / size
+    gram_x, gram_y = (center @ (a @ a.T) @ center for a in (x, y))
+    return (gram_x * gram_y).sum() / (gram_x.norm() * gram_y.norm())
+
+
 def feature_cosine(ours, theirs, adapter) -> Tensor:
     return 1 - torch.cosine_similarity(ours @ adapter.T, theirs, dim=-1)
 

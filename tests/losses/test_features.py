@@ -10,7 +10,7 @@ from torch import nn
 import reference_losses
 from collegium.distributions import Answer, DenseRows, HiddenRows
 from collegium.errors import RecipeError, TrainingError
-from collegium.losses.features import FeatureLoss
+from collegium.losses.features import FeatureLoss, cka_distance
 from collegium.losses.pairing import FeatureOptions, feature_map
 from collegium.types import Head, Rows
 from refusals import refused
@@ -129,6 +129,86 @@ def test_equals_the_formula(loss):
     torch.testing.assert_close(
         values["feature/big.v1"].double(), expected / 2, rtol=1e-4, atol=1e-5
     )
+
+
+def test_raw_mse_is_the_sum_of_squares_of_the_paper():
+    terms = build(loss="raw_mse", layers="last")
+    student, teachers = features_of(STUDENT, 0), teacher_rows()
+    values = values_of(terms, student, teachers)
+    ours, theirs = terms.pairs["small"][0]
+    expected = reference_losses.feature_sum_of_squares(
+        student[ours], teachers[1].features[theirs], terms.adapters[1][0].weight
+    )
+    torch.testing.assert_close(values["feature/small"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_cka_equals_the_formula(scale):
+    terms = build(loss="cka", layers="last")
+    assert not list(terms.parameters())
+    student, teachers = features_of(STUDENT, 0, grad=True), teacher_rows()
+    scaled = {tap: x * scale for tap, x in student.items()}
+    values = values_of(terms, scaled, teachers)["feature/big.v1"]
+    ours, theirs = terms.pairs["big.v1"][0]
+    exact = student[ours].detach().double().requires_grad_()
+    expected = 1 - reference_losses.linear_cka(exact, teachers[0].features[theirs].double())
+    assert values.tolist() == pytest.approx([expected.item()] * N, rel=1e-5)
+    values.sum().backward()
+    (N * expected).backward()
+    torch.testing.assert_close(student[ours].grad.double(), exact.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_cka_is_invariant_and_finite():
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(30, 4, generator=generator), torch.randn(30, 6, generator=generator)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+    value = cka_distance(x, y)[0].item()
+    assert 0 < value < 1
+    assert cka_distance(x + 7, 3 * y @ turn - 2)[0].item() == pytest.approx(value, abs=1e-5)
+    assert cka_distance(y, y @ turn).abs().max() < 1e-5
+    for rows in (0, 1, 5):
+        constant = torch.ones(rows, 4, requires_grad=True)
+        distance = cka_distance(constant, y[:rows])
+        distance.sum().backward()
+        assert distance.tolist() == [1.0] * rows
+        assert (constant.grad == 0).all()
+
+
+def test_a_shared_adapter_reduces_the_terms_to_the_mean_of_the_teachers():
+    widths = {name: {"layer_0": 5} for name in ("a", "b", "c")}
+    terms = FeatureLoss(
+        FeatureOptions(loss="raw_mse", adapters="shared"), {"layer_0": 4}, widths, seed=1
+    )
+    assert len({id(adapter) for row in terms.adapters for adapter in row}) == 1
+    student = features_of({"layer_0": 4}, 0, grad=True)
+    answers = [
+        Answer(name, DenseRows(torch.zeros(N, 2)), features_of({"layer_0": 5}, i + 1))
+        for i, name in enumerate(widths)
+    ]
+    total = sum(value.sum() for value in values_of(terms, student, answers).values())
+    (grad,) = torch.autograd.grad(total, student["layer_0"])
+    mean = torch.stack([answer.features["layer_0"] for answer in answers]).mean(0)
+    one = 3 * reference_losses.feature_sum_of_squares(
+        student["layer_0"], mean, terms.adapters[0][0].weight
+    )
+    (expected,) = torch.autograd.grad(one.sum(), student["layer_0"])
+    torch.testing.assert_close(grad, expected)
+
+
+def test_teachers_of_other_widths_are_projected_to_the_narrowest():
+    terms = build(loss="mse", adapters="shared", layers="last")
+    assert [tuple(row[0].weight.shape) for row in terms.adapters] == [(3, 4), (3, 4)]
+    (projection,), (none,) = terms._projections
+    assert none is None
+    torch.testing.assert_close(projection.T @ projection, torch.eye(3))
+    student, teachers = features_of(STUDENT, 0), teacher_rows()
+    values = values_of(terms, student, teachers)
+    ours, theirs = terms.pairs["big.v1"][0]
+    expected = reference_losses.feature_mse(
+        student[ours], teachers[0].features[theirs] @ projection, terms.adapters[0][0].weight
+    )
+    torch.testing.assert_close(values["feature/big.v1"], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(projection, build(adapters="shared", layers="last")._projections[0][0])
 
 
 def test_terms_do_not_depend_on_the_scale_of_the_states():

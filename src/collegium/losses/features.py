@@ -28,7 +28,8 @@ class FeatureLoss(StateLoss):
     norm(x) = x / rms(x), or of 1 - cos(W f_student, f_teacher). The mean over the width keeps a
     term from growing with the model.
 
-    Source: FitNets, arXiv 1412.6550, with normalized states.
+    Source: FitNets, arXiv 1412.6550, with normalized states. The options `raw_mse`, `cka` and
+    `adapters: shared` are for comparisons.
     """
 
     def __init__(
@@ -44,23 +45,46 @@ class FeatureLoss(StateLoss):
         """Build the adapters; `seed` determines their initial weights. See `StateLoss`."""
         super().__init__(options, student_widths, teacher_widths, name=name, origins=origins)
         generator = torch.Generator().manual_seed(seed)
+        widths = [[teacher_widths[name][tap] for _, tap in p] for name, p in self.pairs.items()]
+        self._projections: list[list[Tensor | None]] = [[None] * len(row) for row in widths]
+        if self.options.adapters == "shared" and widths:
+            narrowest = [min(column) for column in zip(*widths, strict=True)]
+            ours = [student_widths[tap] for tap, _ in next(iter(self.pairs.values()))]
+            shared = [_adapter(*pair, generator) for pair in zip(ours, narrowest, strict=True)]
+            self._projections = [
+                [_projection(*pair, generator) for pair in zip(row, narrowest, strict=True)]
+                for row in widths
+            ]
+            adapters = [shared for _ in widths]
+        else:
+            adapters = [
+                [
+                    _adapter(student_widths[tap], width, generator)
+                    for (tap, _), width in zip(pairs, row, strict=True)
+                ]
+                for pairs, row in zip(self.pairs.values(), widths, strict=True)
+            ]
         # ModuleList, not ModuleDict: names of teachers may contain dots, module names may not.
-        self.adapters = nn.ModuleList(
-            nn.ModuleList(
-                _adapter(student_widths[ours], teacher_widths[name][theirs], generator)
-                for ours, theirs in pairs
-            )
-            for name, pairs in self.pairs.items()
-        )
+        self.adapters = nn.ModuleList(map(nn.ModuleList, adapters))
+        if self.options.loss == "cka":
+            self.adapters = nn.ModuleList()
 
     def pair_values(
         self, teacher: int, student: HiddenRows, answer: Answer, rows: Rows
     ) -> list[Tensor]:
-        adapters, theirs = cast(list[list[nn.Linear]], self.adapters)[teacher], answer.features
-        return [
-            _distance(linear, student.features[ours], theirs[tap].detach(), self.options.loss)
-            for (ours, tap), linear in zip(self.pairs[answer.name], adapters, strict=True)
-        ]
+        pairs = self.pairs[answer.name]
+        states = [(student.features[a], answer.features[b].detach()) for a, b in pairs]
+        if self.options.loss == "cka":
+            return [cka_distance(*pair) for pair in states]
+        adapters = cast(list[list[nn.Linear]], self.adapters)[teacher]
+        values = []
+        for (ours, theirs), linear, projection in zip(
+            states, adapters, self._projections[teacher], strict=True
+        ):
+            if projection is not None:
+                theirs = theirs.float() @ projection.to(theirs.device)
+            values.append(_distance(linear, ours, theirs, self.options.loss))
+        return values
 
 
 def _adapter(student_width: int, teacher_width: int, generator: torch.Generator) -> nn.Linear:
@@ -71,8 +95,44 @@ def _adapter(student_width: int, teacher_width: int, generator: torch.Generator)
     return cast(nn.Linear, adapter)
 
 
+def _projection(width: int, narrow: int, generator: torch.Generator) -> Tensor | None:
+    """Return a random (D, d) matrix with orthonormal columns, None for equal widths."""
+    if width == narrow:
+        return None
+    return torch.linalg.qr(torch.randn(width, narrow, generator=generator))[0]
+
+
+def cka_distance(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """1 - |Y^T X|^2 / (|X^T X| |Y^T Y|) at each row, (N,): the same value, of all rows together.
+
+    X and Y are the states minus their means over the rows, |.| is the Frobenius norm. 1 where one
+    side is constant. Unlike other terms it depends on how a step is split into micro-batches.
+
+    Source: Kornblith et al. 2019, "Similarity of neural network representations revisited",
+    arXiv 1905.00414, equation 4.
+    """
+    x_ND, y_ND = (_centered(states) for states in (student_ND, teacher_ND))
+    cross, own, theirs = (a.T @ b for a, b in ((y_ND, x_ND), (x_ND, x_ND), (y_ND, y_ND)))
+    # Unlike a square root of squares, a norm has a finite gradient at 0.
+    size = torch.linalg.matrix_norm(own) * torch.linalg.matrix_norm(theirs)
+    is_constant = size == 0
+    distance = 1 - cross.square().sum() / size.masked_fill(is_constant, 1.0)
+    return distance.expand(len(student_ND))
+
+
+def _centered(states_ND: Tensor) -> Tensor:
+    """States in float32 or wider minus their mean over the rows, at most 1 in size."""
+    states_ND = states_ND.to(torch.promote_types(states_ND.dtype, torch.float32))
+    states_ND = states_ND - states_ND.mean(0)
+    largest = states_ND.detach().abs().amax() if states_ND.numel() else states_ND.new_zeros(())
+    return states_ND / largest.masked_fill(largest == 0, 1.0)
+
+
 def _distance(adapter: nn.Linear, student_ND: Tensor, teacher_ND: Tensor, loss: str) -> Tensor:
     """(N, D_s), (N, D) -> (N,)."""
+    if loss == "raw_mse":
+        ours_ND = adapter(student_ND.to(adapter.weight.dtype))
+        return (ours_ND - teacher_ND.to(ours_ND.dtype)).square().sum(-1)
     ours_ND = _normalize(adapter(student_ND.to(adapter.weight.dtype)))
     theirs_ND = _normalize(teacher_ND).to(ours_ND.dtype)
     if loss == "cosine":

@@ -71,8 +71,13 @@ class FeatureOptions(LayerTerm):
     log_name: ClassVar[str] = "feature"
     section: ClassVar[str] = "features"
 
-    loss: Literal["mse", "cosine"] = "mse"
-    """`mse` is the mean squared difference of RMS-normalized states, `cosine` is 1 - cos."""
+    loss: Literal["mse", "cosine", "raw_mse", "cka"] = "mse"
+    """mse: mean squared difference of RMS-normalized states. cosine: 1 - cos.
+    raw_mse: sum of squared differences of the states themselves, as in arXiv 2507.15198.
+    cka: 1 - linear CKA over the rows of a micro-batch, without an adapter."""
+    adapters: Literal["per_teacher", "shared"] = "per_teacher"
+    """shared: one adapter for all teachers, into the width of the narrowest. Wider teachers are
+    projected to it at random. A baseline: the terms then average unrelated spaces."""
 
 
 @option
@@ -85,6 +90,7 @@ class EmbeddingOptions(StateTerm):
     log_name: ClassVar[str] = "embedding"
     section: ClassVar[str] = "embeddings"
     layers: ClassVar[dict[str, str]] = {"embed": "embed"}
+    adapters: ClassVar[str] = "per_teacher"
     num_layers: ClassVar[int] = 1
 
     loss: Literal["mse", "cosine"] = "mse"
