@@ -129,6 +129,11 @@ def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
             "{weighting: fixed, tau: 1}",
             "tiny.yaml:9: factors.weighting.EM.pick",
         ),
+        (
+            "{pick: {weighting: fixed}}",
+            "{rank: {order: first, number: 1}}",
+            "tiny.yaml:9: factors.weighting.EM.rank",
+        ),
         ('"0.9"', '"0 5"', None),
         ("    EM:", "    Uniform:", "tiny.yaml:9: factors.weighting.Uniform"),
         ("seeds: [0, 1]", "seeds: []", "tiny.yaml:5: seeds"),
@@ -145,6 +150,7 @@ def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
         "factor",
         "weighting",
         "pick",
+        "rank",
         "valid",
         "folder",
         "seeds",
@@ -173,6 +179,38 @@ def test_setting_with_an_unknown_key_names_it(tiny_study: Path) -> None:
         sweep.run_study(tiny_study)
 
 
+def test_rank_keeps_the_best_the_worst_or_random_teachers(tmp_path: Path) -> None:
+    write_zoo(tmp_path, 4)
+    base = recipe_text(tmp_path, 4).replace("controls: [ce_only]", "controls: []")
+    (tmp_path / "base.yaml").write_text(base, encoding="utf-8")
+    levels = "".join(
+        f"    {order} {number}: {{rank: {{order: {order}, number: {number}}}}}\n"
+        for order in ("best", "worst", 1, 2)
+        for number in (1, 2, 4)
+    )
+    head = STUDY[: STUDY.index("factors:")].format(root=tmp_path).replace("[0, 1]", "[0]")
+    file = tmp_path / "ranked.yaml"
+    file.write_text(f"{head}factors:\n  teachers:\n{levels}", encoding="utf-8")
+    study, kept = load_study(file), dict[str, set[str]]()
+    for job in sweep.jobs_of(study, tmp_path / "study"):
+        recipe = sweep._recipe(job, tmp_path / "base.yaml", tmp_path / "study")
+        kept[job.levels["teachers"]] = set(recipe.teachers)
+    (folder,) = (tmp_path / "study" / "preflight").iterdir()
+    measured = json.loads((folder / "preflight.json").read_text())["teachers"]
+    by_nll = sorted(measured, key=lambda name: measured[name]["nll"])
+    assert len(by_nll) == 4
+    for number in (1, 2, 4):
+        assert kept[f"best {number}"] == set(by_nll[:number])
+        assert kept[f"worst {number}"] == set(by_nll[::-1][:number])
+        assert len(kept[f"1 {number}"]) == number
+    # A random order adds one teacher after the other, too.
+    assert kept["1 1"] < kept["1 2"] < kept["1 4"]
+    assert kept["1 2"] != kept["2 2"]
+    file.write_text(file.read_text().replace("number: 4", "number: 5"), encoding="utf-8")
+    with refused(RecipeError, "best 4 (seed 0): rank.number: "):
+        sweep.run_study(file)
+
+
 def test_pick_outside_the_candidates_lists_them(tiny_study: Path) -> None:
     text = tiny_study.read_text().replace("{weighting: fixed}", "{weighting: min_ce}")
     tiny_study.write_text(text, encoding="utf-8")
@@ -191,6 +229,7 @@ def test_every_setting_of_every_study_decodes(
     study = load_study(path)
     uniform = {"weighting": {"name": "uniform"}}
     monkeypatch.setattr(sweep, "_fitted_fusion", lambda job, values, folder: uniform)
+    monkeypatch.setattr(sweep, "_ranked_teachers", lambda job, values, folder: values["teachers"])
     for job in sweep.jobs_of(study, tmp_path):
         recipe = sweep._recipe(job, path.parent / study.base, tmp_path)
         assert "{" not in str([teacher.model for teacher in recipe.teachers.values()])

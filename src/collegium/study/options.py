@@ -21,7 +21,10 @@ from collegium.study.measurements import BY_DOMAIN, MEASURES
 PICK = "pick"
 """Level key that selects a fusion fitted by preflight, such as `{weighting: gate, pool: linear,
 calibration: raw}`. Any other option of the weighting narrows the selection."""
-ZooName = Literal["specialists", "generalists", "contradicting"]
+RANK = "rank"
+"""Level key that keeps some teachers by their NLL in preflight, such as `{order: best, number: 3}`
+with the orders `best`, `worst` (first), or the seed of a random one."""
+ZooName = Literal["specialists", "generalists", "contradicting", "scaling"]
 Level = dict[str, Any]
 
 
@@ -54,7 +57,8 @@ class StudyOptions:
     """A recipe file, relative to this one. `{seed}` in it is replaced by the seed of the run."""
     factors: dict[str, dict[str, Level]]
     """Factor -> level -> changes to the base recipe by dotted key, as on the command line.
-    `pick` selects the fusion of this weighting, pool and calibration that preflight fitted."""
+    `pick` selects the fusion of this weighting, pool and calibration that preflight fitted, `rank`
+    some teachers by their NLL."""
     output_dir: Path = Path()
     """Folder of the study. Defaults to `runs/study/NAME`."""
     seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0])
@@ -105,15 +109,21 @@ def _problems(study: StudyOptions) -> Iterator[str]:
             yield "figures: got `lines` without x; must name a factor; add `x`"
     yield from _baseline_problems(study)
     for factor, levels in study.factors.items():
-        slugs: dict[str, str] = {}
-        for name, level in levels.items():
-            key = f"factors.{factor}.{name}"
-            other = slugs.setdefault(slug(name), name)
-            if other != name:
-                # One folder for two levels would mix their runs.
-                yield f"{key}: same folder as `{other}`; must differ in a letter or digit"
-            if PICK in level:
-                yield from _pick_problems(level[PICK], f"{key}.{PICK}")
+        yield from _level_problems(f"factors.{factor}", levels)
+
+
+def _level_problems(factor: str, levels: Mapping[str, Level]) -> Iterator[str]:
+    slugs: dict[str, str] = {}
+    for name, level in levels.items():
+        key = f"{factor}.{name}"
+        other = slugs.setdefault(slug(name), name)
+        if other != name:
+            # One folder for two levels would mix their runs.
+            yield f"{key}: same folder as `{other}`; must differ in a letter or digit"
+        if PICK in level:
+            yield from _pick_problems(level[PICK], f"{key}.{PICK}")
+        if RANK in level:
+            yield from _rank_problems(level[RANK], f"{key}.{RANK}")
 
 
 def _baseline_problems(study: StudyOptions) -> Iterator[str]:
@@ -144,6 +154,14 @@ def _pick_problems(pick: Any, key: str) -> Iterator[str]:
     for option_name in pick:
         if option_name not in allowed:
             yield f"{key}: got `{option_name}`; unknown key{nearest(option_name, allowed)}"
+
+
+def _rank_problems(rank: Any, key: str) -> Iterator[str]:
+    values = dict(rank) if isinstance(rank, Mapping) else {}
+    order, number = values.get("order"), values.get("number")
+    is_order = order in ("best", "worst") or type(order) is int
+    if values.keys() != {"order", "number"} or not is_order or type(number) is not int:
+        yield f"{key}: got {shown(rank)}; must be {{order: best, worst or a seed, number: K}}"
 
 
 def slug(text: str) -> str:

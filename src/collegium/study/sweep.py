@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from collegium.errors import RecipeError
 from collegium.report.tables import Table
 from collegium.run import pipeline
 from collegium.storage.files import fingerprint, lock_folder, write_json
-from collegium.storage.records import StudyRow, StudyRun, read_record
+from collegium.storage.records import PreflightReport, StudyRow, StudyRun, read_record
 from collegium.study.measurements import preflight_values, run_values
-from collegium.study.options import PICK, Level, StudyOptions, load_study, slug
+from collegium.study.options import PICK, RANK, Level, StudyOptions, load_study, slug
 from collegium.study.results import write_page
 from collegium.study.zoo import prepare_zoo
 
@@ -108,7 +109,7 @@ def _run(study: StudyOptions, job: Job, base: Path, folder: Path) -> list[StudyR
 
 def _recipe(job: Job, base: Path, folder: Path) -> Recipe:
     """Write and load the recipe of a run, with the fitted fusion if the setting picks one."""
-    changes = {key: value for key, value in job.changes.items() if key != PICK}
+    changes = {key: value for key, value in job.changes.items() if key not in (PICK, RANK)}
     overrides = [
         # As JSON, so that `{seed}` is replaced at any depth.
         f"{key}={json.dumps(value, ensure_ascii=False)}".replace(SEED, str(job.seed))
@@ -116,6 +117,8 @@ def _recipe(job: Job, base: Path, folder: Path) -> Recipe:
     ]
     values = read_values(base, SEED, str(job.seed), overrides)
     values |= {"name": job.folder.name, "seed": job.seed, "output_dir": job.folder.as_posix()}
+    if RANK in job.changes:
+        values["teachers"] = _ranked_teachers(job, values, folder)
     if PICK in job.changes:
         values["fusion"] = _fitted_fusion(job, values, folder)
     return write_recipe(folder / "recipes" / f"{job.folder.name}.yaml", values)
@@ -124,20 +127,8 @@ def _recipe(job: Job, base: Path, folder: Path) -> Recipe:
 def _fitted_fusion(job: Job, values: Mapping[str, Any], folder: Path) -> Any:
     """Return the fusion that a preflight with these teachers fitted for the pick of a setting."""
     pick = {"pool": "linear", "calibration": "raw", **job.changes[PICK]}
-    ignored = (*NOT_MEASURED, "name", "output_dir")
-    shared = {key: value for key, value in values.items() if key not in ignored}
-    name = f"preflight-{fingerprint(shared)[:12]}"
-    # Without training, evaluation and cache: settings that agree in the rest share one preflight.
-    measured = {
-        **shared,
-        "student": values["student"],
-        "name": name,
-        "output_dir": (folder / "preflight" / name).as_posix(),
-        # `extended` tries every rule in every pool, so that a pick finds its candidate.
-        "preflight": {**(values.get("preflight") or {}), "candidates": "extended"},
-        "fusion": "auto",
-    }
-    report = pipeline.preflight(write_recipe(folder / "recipes" / f"{name}.yaml", measured))
+    # `extended` tries every rule in every pool, so that a pick finds its candidate.
+    report = _preflight(values, folder, candidates="extended")
     names = set()
     for candidate in report.fusions:
         fusion = candidate.fusion
@@ -150,3 +141,41 @@ def _fitted_fusion(job: Job, values: Mapping[str, Any], folder: Path) -> Any:
         f"{job.title}: preflight has no fusion with {json.dumps(pick)}; must be one that it tries; "
         f"weightings: {', '.join(sorted(names))}"
     )
+
+
+def _ranked_teachers(job: Job, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the first teachers of a setting, in the order of their NLL or in a random one."""
+    order, number, teachers = (
+        job.changes[RANK]["order"],
+        job.changes[RANK]["number"],
+        values["teachers"],
+    )
+    if not 1 <= number <= len(teachers):
+        raise RecipeError(
+            f"{job.title}: rank.number: got {number}; must be 1 to {len(teachers)}, the number of "
+            "teachers"
+        )
+    if order in ("best", "worst"):
+        measured = _preflight(values, folder, candidates="standard").teachers
+        names = sorted(teachers, key=lambda name: measured[name].nll or 0.0)
+        names = names[::-1] if order == "worst" else names
+    else:
+        names = random.Random(order).sample(sorted(teachers), len(teachers))
+    return {name: teachers[name] for name in names[:number]}
+
+
+def _preflight(values: Mapping[str, Any], folder: Path, *, candidates: str) -> PreflightReport:
+    """Run the preflight of a setting, once for all settings that agree in what it depends on."""
+    ignored = (*NOT_MEASURED, "name", "output_dir")
+    shared = {key: value for key, value in values.items() if key not in ignored}
+    name = f"preflight-{fingerprint([shared, candidates])[:12]}"
+    # Without training, evaluation and cache: settings that agree in the rest share one preflight.
+    measured = {
+        **shared,
+        "student": values["student"],
+        "name": name,
+        "output_dir": (folder / "preflight" / name).as_posix(),
+        "preflight": {**(values.get("preflight") or {}), "candidates": candidates},
+        "fusion": "auto",
+    }
+    return pipeline.preflight(write_recipe(folder / "recipes" / f"{name}.yaml", measured))

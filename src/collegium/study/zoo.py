@@ -4,11 +4,13 @@ runs/zoo/text, tokenizer          as in the demo
 runs/zoo/specialists-SEED/NAME    trained on one domain each: the teachers of the demo
 runs/zoo/generalists-SEED/NAME    trained on all domains; differ in width, depth, architecture, seed
 runs/zoo/contradicting-SEED/liar  a generalist trained on permuted labels in one domain
+runs/zoo/scaling-SEED/NAME        `fifth`, one more generalist; `long`, trained five times as long
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ PERMUTED_DOMAIN = "drama"
 # rule for generalists (docs/results/fusion.md).
 GENERALISTS = {"scripture": "wide", "drama": "shallow", "encyclopedia": "neox", "python": "deep"}
 """Domain of a specialist -> name of the generalist with the same architecture."""
+LONG_FACTOR = 5
+"""Steps of the teacher `long`, as a multiple of those of the others."""
 
 
 def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL) -> None:
@@ -50,15 +54,22 @@ def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL
         train = _train_contradicting if zoo == "contradicting" else pipeline.train
         for name, config, teacher_seed in _teachers(zoo, plan, seed):
             folder = root / f"{zoo}-{seed}" / name
-            recipe = write_teacher_recipe(plan, folder, config, seed=teacher_seed, domains=domains)
-            inputs, make = [name, dict(config), seed, plan.max_steps], partial(train, recipe)
+            steps = plan.max_steps * (LONG_FACTOR if name == "long" else 1)
+            size = replace(plan, max_steps=steps)
+            recipe = write_teacher_recipe(size, folder, config, seed=teacher_seed, domains=domains)
+            inputs, make = [name, dict(config), seed, steps], partial(train, recipe)
             ensure(run, f"{zoo}-{seed} {name}", inputs, folder / "student", make)
 
 
 def _teachers(zoo: ZooName, plan: Plan, seed: int) -> Iterator[tuple[str, Mapping[str, Any], int]]:
     """Yield the name, the transformers config and the seed of each teacher."""
+    first = next(iter(plan.specialists.values()))
     if zoo == "contradicting":
-        yield "liar", next(iter(plan.specialists.values())), 300 + seed
+        yield "liar", first, 300 + seed
+        return
+    if zoo == "scaling":
+        yield "fifth", first, 400 + seed
+        yield "long", first, 200 + 10 * seed  # as the first generalist
         return
     for number, (domain, config) in enumerate(plan.specialists.items()):
         if zoo == "specialists":
