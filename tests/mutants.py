@@ -47,7 +47,7 @@ def _of(file: str, tests: str, *pairs: tuple[str, str]) -> list[Mutation]:
 MUTATIONS = [
     *_of(
         "fusion/pools.py",
-        "fusion/test_target_use.py fusion/test_fuse.py fusion/test_weighting.py",
+        "fusion/test_target_use.py fusion/test_fuse.py fusion/test_weighting.py fusion/test_rules.py",
         ("top_logp_n = torch.where(rest_n < 0.5,", "top_logp_n = torch.where(rest_n < 0.0,"),
         ("prob_nV.scatter_(1, top_n[:, None], 0.0)", "pass"),
         ("max_logp_n, top_n = logp_nV.max(-1)", "max_logp_n, top_n = logp_nV.min(-1)"),
@@ -166,7 +166,7 @@ MUTATIONS = [
     ),
     *_of(
         "losses/terms.py",
-        "losses/test_row_losses.py losses/test_named_targets.py train/test_terms.py",
+        "losses/test_row_losses.py losses/test_named_targets.py fusion/test_target_use.py train/test_terms.py",
         ("if temperature != 1.0 and target.temperature == temperature:", "if False:"),
         ("ce_n = ce_n + weights[name] * factors[name]", "ce_n = ce_n + weights[name]"),
         ("missing_n = (-ce_n * slope_n)", "missing_n = (-ce_n)"),
@@ -267,7 +267,7 @@ MUTATIONS = [
     ),
     *_of(
         "cache/encode.py",
-        "cache/test_build.py run/test_caching.py run/test_per_teacher.py",
+        "run/test_caching.py run/test_cached_features.py cache/test_build.py run/test_per_teacher.py",
         ("offset_N = batch.position_ids.flatten()[rows.index].cpu().numpy() + 1", "offset_N = batch.position_ids.flatten()[rows.index].cpu().numpy()"),
         ("offset_N += np.array([key.offset for key in key_N], np.int64)", "pass"),
         ("return pieces[starts.index(start)].start", "return 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,18 @@ def test_draws_match_the_dense_formula_in_value_and_gradient() -> None:
     prob = target.logits(slice(0, N)).exp()
     kl = named_terms(logits, labels, target)[1]
     torch.testing.assert_close(_gradient(kl, logits), logits.softmax(-1).detach() - prob)
+
+
+def test_a_target_of_another_mass_pulls_by_its_mass() -> None:
+    logits, labels = _draw()
+    target = _sampled()
+    part = replace(target, logp=target.logp + math.log(0.6))
+    kl = named_terms(logits, labels, part)[1]
+    prob = part.logits(slice(0, N)).exp()
+    logq = logits.log_softmax(-1)
+    expected = (torch.special.xlogy(prob, prob) - prob * logq).sum(-1)
+    torch.testing.assert_close(kl, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(_gradient(kl, logits), 0.6 * logq.exp().detach() - prob)
 
 
 @pytest.mark.parametrize("k", [1, 5, V - 1, V])

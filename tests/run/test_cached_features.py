@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
@@ -11,17 +12,19 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_run
+from collegium.cache.options import FeatureCacheOptions
 from collegium.cache.store import open_cache
 from collegium.cli import app
 from collegium.config.recipe import Recipe, dump_recipe, load_recipe
 from collegium.data.pack import Collator
+from collegium.distributions import Answer
 from collegium.errors import CacheError, RecipeError
 from collegium.run import pipeline
 from collegium.run.caches import HiddenCache
 from collegium.run.context import RunContext
 from collegium.run.controls import main_variant
 from collegium.run.students import Student
-from collegium.types import Batch
+from collegium.types import Batch, Rows
 from refusals import refused
 
 FUSION = "fusion={weighting: uniform}"
@@ -100,6 +103,24 @@ def test_other_layers_or_another_rank_are_reported(built: Recipe, root: Path) ->
         HiddenCache(context, "code").open()
     turned_off = recipe_at(root, "objective.features.teacher_weights={code: 0}")
     assert list(RunContext(turned_off).kept_taps) == ["scripture"]
+
+
+def test_the_projection_is_fitted_on_the_first_rows_only(built: Recipe) -> None:
+    context = RunContext(built)
+    encoder, num_scored = HiddenCache(context, "code").encoder(), 0
+    (teacher,) = context.teachers(["code"])
+
+    class Counted:
+        def score(self, batch: Batch, rows: Rows, taps: Sequence[str]) -> Answer:
+            nonlocal num_scored
+            num_scored += len(rows)
+            return teacher.score(batch, rows, taps)
+
+    encoder.teacher = Counted  # type: ignore[assignment]
+    encoder.batch_size = 2
+    encoder.options = FeatureCacheOptions(rank=4, fit_rows=2)
+    encoder.fit()
+    assert 2 <= num_scored <= 2 * built.data.max_length
 
 
 def test_verify_checks_hidden_states_too(built: Recipe) -> None:

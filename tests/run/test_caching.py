@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import tiny
-from collegium.cache.codecs.targets import TargetCodec, row_keys
+from collegium.cache.codecs.targets import STEP, TargetCodec, row_keys
 from collegium.cache.encode import FusedEncoder
 from collegium.cache.keys import document_hash, pieces_of
 from collegium.cache.options import Samples, TopK
@@ -203,6 +203,20 @@ def test_draws_are_keyed_by_the_place_of_the_label_in_its_document(
             places = [i for i, label in enumerate(part) if i > 0 and label != IGNORE]
             expected += [(document, piece.start + i) for i in places]
     assert sorted(placed) == sorted(expected)
+
+
+def test_scalars_of_a_fused_target_are_those_of_its_distribution(built: Recipe) -> None:
+    context = RunContext(built)
+    codec = TargetCodec("fused", TopK(k=400), context.vocab_size)
+    for piece in _encoder(context, batch_size=3).encode(0, codec):
+        columns = piece.columns
+        starts = np.concatenate([[0], np.cumsum(columns["sizes"].astype(int))])
+        for row in range(len(columns["sizes"])):
+            logp = -columns["levels"][starts[row] : starts[row + 1]].astype(float) * STEP
+            assert columns["max_logp"][row] == pytest.approx(logp.max(), abs=STEP)
+            entropy = -(np.exp(logp) * logp).sum()
+            assert columns["entropy"][row] == pytest.approx(entropy, rel=0.05, abs=0.05)
+            assert logp.min() - STEP <= columns["label_logp"][row] <= columns["max_logp"][row]
 
 
 def test_shards_are_cut_by_their_number_of_targets() -> None:
