@@ -69,6 +69,42 @@ def test_draws_depend_only_on_seed_document_and_offset() -> None:
     assert torch.equal(single[0], drawn[0]), "the other rows of a block must not matter"
 
 
+def test_draws_invert_the_cdf_in_float64() -> None:
+    """In float32 the sums of a large vocabulary would move draws to other tokens."""
+    logp = _logp(4, 50_000, scale=0.1)
+    prob = logp.double().exp().numpy()
+    numbers = np.array([_unit_numbers(int(key), 200) for key in _keys(4)])
+    for row in range(4):
+        cdf = np.cumsum(prob[row])
+        expected = np.searchsorted(cdf, numbers[row] * cdf[-1], side="right")
+        assert draw(logp, _keys(4), 200)[row].tolist() == expected.tolist()
+
+
+def _unit_numbers(key: int, count: int) -> list[float]:
+    """SplitMix64 in Python integers: the numbers are part of the format."""
+    numbers, mask = [], 2**64 - 1
+    for step in range(1, count + 1):
+        z = (key + step * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        numbers.append(((z ^ (z >> 31)) >> 11) * 2.0**-53)
+    return numbers
+
+
+def test_a_level_is_a_64th_of_a_nat() -> None:
+    logp = torch.tensor([[-1.0, -2.0, -3.0]]).double()
+    logp = torch.cat([logp, torch.log1p(-logp.exp().sum(1, keepdim=True))], 1)
+    assert set(_encode(TopK(k=4), logp)["levels"].tolist()) >= {64, 128, 192}
+
+
+def test_a_tail_is_never_above_the_whole_mass() -> None:
+    """Rounding makes the sum of a flat float32 distribution slightly larger than 1."""
+    for vocab_size in (1_000, 30_000, 50_000):
+        logp = _logp(64, vocab_size, scale=0.01)
+        columns = _encode(TopK(k=1), logp)
+        assert (columns["log_tail"] <= 0).all()
+
+
 def test_impossible_tokens_are_never_drawn() -> None:
     logp = _logp(500)
     logp[:, ::3] = -torch.inf
@@ -147,13 +183,14 @@ def test_scalars_are_float16_and_finite() -> None:
     "change",
     [
         {"counts": np.array([3, 3], np.uint8)},
+        {"counts": np.array([0, 5], np.uint8)},
         {"vocabulary": np.array([1, V], np.uint16)},
         {"gaps": np.array([0, 2], np.uint16)},
         {"sizes": np.array([1], np.uint8)},
         {"sizes": np.array([2, 0], np.uint8)} | {n: np.zeros(2, np.float16) for n in SCALARS},
         {"entropy": np.zeros(2, np.float16)},
     ],
-    ids=["counts", "token id", "rank", "sizes", "empty row", "scalars"],
+    ids=["counts", "no draw", "token id", "rank", "sizes", "empty row", "scalars"],
 )
 def test_columns_that_no_encoder_writes_are_refused(change: dict) -> None:
     codec = _codec(Samples(draws=5))

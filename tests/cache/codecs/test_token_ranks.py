@@ -41,6 +41,15 @@ def test_common_tokens_have_small_ranks() -> None:
     assert sorted(vocabulary.tolist()) == sorted(set(ids.tolist()))
 
 
+def test_equally_common_tokens_are_ordered_by_id() -> None:
+    """The bytes of a shard do not depend on the sorting algorithm."""
+    ids = np.random.default_rng(1).permutation(np.repeat(np.arange(500), 2)).astype(np.uint16)
+    ids = np.concatenate([ids, np.arange(0, 500, 3, dtype=np.uint16)])
+    vocabulary, _, _ = to_gaps(ids, np.ones(len(ids), np.uint8), 600)
+    counts = np.bincount(ids)
+    assert vocabulary.tolist() == sorted(range(500), key=lambda token: (-counts[token], token))
+
+
 def test_the_round_trip_of_levels_is_exact() -> None:
     levels = np.random.default_rng(1).integers(0, MAX_ID + 1, 30).astype(np.uint16)
     sizes = np.array([1, 9, 20], np.uint8)
