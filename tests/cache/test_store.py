@@ -56,6 +56,19 @@ def test_targets_round_trip_in_any_order(tmp_path: Path, targets: Targets) -> No
     assert len(cache) == len(places)
 
 
+def test_a_manifest_with_another_number_of_targets_fails_the_check(tmp_path: Path) -> None:
+    cache_cases.build(tmp_path)
+
+    def add_one(manifest: dict) -> None:
+        manifest["shards"][0]["targets"] += 1
+        manifest["num_targets"] += 1
+
+    cache_cases.rewrite_manifest(tmp_path, add_one)
+    cache = open_cache(tmp_path)
+    with refused(CacheError, "TMP: "):
+        cache.check()
+
+
 def test_no_pieces_give_no_rows(tmp_path: Path) -> None:
     cache_cases.build(tmp_path)
     assert len(open_cache(tmp_path).read([])) == 0

@@ -21,6 +21,7 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Answer
 from collegium.errors import ModelError, TrainingError
 from collegium.kernels.plain import TorchKernels
+from collegium.losses.pairing import FeatureOptions
 from collegium.storage.records import read_log
 from collegium.train.meter import StepMeter
 from collegium.train.step import row_losses
@@ -431,3 +432,19 @@ def test_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
     made.save_model()
     assert (tmp_path / "tokenizer.json").exists()
     assert objective().needs_teachers
+
+
+def test_the_gradients_of_adapters_are_cleared_after_each_step(tmp_path: Path) -> None:
+    seen: list[list[bool]] = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+            grads = [p.grad for p in made.step.objective.parameters()]
+            seen.append([grad is None or not grad.any() for grad in grads])
+
+    part = objective(features=FeatureOptions())
+    made = trainer(tmp_path, options={"max_steps": 3}, objective=part, callbacks=[Look()])
+    made.train()
+    assert len(seen) == 3
+    assert all(seen)
+    assert all(all(step) for step in seen)
