@@ -56,6 +56,16 @@ def test_targets_round_trip_in_any_order(tmp_path: Path, targets: Targets) -> No
     assert len(cache) == len(places)
 
 
+def test_a_bounded_number_of_row_groups_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collegium.cache.store.MAX_GROUPS", 2)
+    cache_cases.build(tmp_path, num_shards=5)
+    cache = open_cache(tmp_path)
+    cache.check()
+    assert len(cache._groups) == 2
+
+
 def test_a_manifest_with_another_number_of_targets_fails_the_check(tmp_path: Path) -> None:
     cache_cases.build(tmp_path)
 
@@ -198,6 +208,7 @@ SHAPES = {
     "an absolute name": lambda m: m["shards"][0].update(name="/etc/passwd"),
     "an unknown field": lambda m: m.update(more=1),
     "num_targets is text": lambda m: m.update(num_targets="x"),
+    "another sum of targets": lambda m: m["shards"][0].update(targets=1),
     "a billion draws": lambda m: m["identity"]["targets"].update(draws=10**9),
     "unknown targets": lambda m: m["identity"].update(targets={"name": "os.system"}),
     "targets is a list": lambda m: m["identity"].update(targets=[1]),

@@ -175,6 +175,18 @@ def test_micro_batches_change_nothing(cuts):
         assert whole.states[0].weights()["feature/a"] != 0.5
 
 
+def test_gradient_norms_do_not_depend_on_the_block_size():
+    step = Step()
+    norms = [
+        row_losses(objective(kd_ratio=0.6, block_size=size), *step.parts(), measure=True).grad_norms
+        for size in (1, 3, 100)
+    ]
+    for one in norms[:2]:
+        assert one.keys() == {"kd", "ce"}
+        for name, norm in one.items():
+            torch.testing.assert_close(norm, norms[2][name])
+
+
 def test_a_scale_holds_until_the_step_ends():
     step = Step()
     part = objective(features=FeatureOptions(weight=0.5))
