@@ -448,3 +448,19 @@ def test_the_gradients_of_adapters_are_cleared_after_each_step(tmp_path: Path) -
     assert len(seen) == 3
     assert all(seen)
     assert all(all(step) for step in seen)
+
+
+def test_teachers_that_no_term_reads_are_not_scored(tmp_path: Path) -> None:
+    class Silent(FakeTeacher):
+        def score(self, batch, rows, taps=()):  # type: ignore[no-untyped-def]
+            raise AssertionError("scored")
+
+    made = trainer(
+        tmp_path,
+        teachers=[Silent("law")],
+        options={"max_steps": 1},
+        objective=objective(kd_ratio=0.0),
+    )
+    made.train()
+    with pytest.raises(AssertionError, match="scored"):
+        trainer(tmp_path / "kd", teachers=[Silent("law")], options={"max_steps": 1}).train()
