@@ -282,7 +282,6 @@ MUTATIONS = [
         ("cdf_nV = logp_nV.to(torch.float64, copy=True)", "cdf_nV = logp_nV.to(torch.float32, copy=True)"),
         ("level_nN = torch.minimum(uniform_nN * total_n1, below_n1)", "level_nN = uniform_nN"),
         ("np.uint16 if vocab_size <= 2**16", "np.uint16 if vocab_size <= 2**17"),
-        ("rest_nV.logsumexp(1).clamp(max=0.0)", "rest_nV.logsumexp(1)"),
         ("if (rows[\"counts\"] == 0).any() or", "if"),
         ("np.log(_row_sums(np.exp(logp), columns[\"sizes\"]))", "0.0"),
         ("STEP = 1 / 64", "STEP = 1 / 8"),

@@ -98,7 +98,7 @@ def test_a_level_is_a_64th_of_a_nat() -> None:
 
 
 def test_a_tail_is_never_above_the_whole_mass() -> None:
-    """Rounding makes the sum of a flat float32 distribution slightly larger than 1."""
+    """It lacks at least 1 / V, which is more than the rounding of a sum in float32."""
     for vocab_size in (1_000, 30_000, 50_000):
         logp = _logp(64, vocab_size, scale=0.01)
         columns = _encode(TopK(k=1), logp)

@@ -220,7 +220,7 @@ def encode_top_k(logp_nV: Tensor, k: int) -> dict[str, np.ndarray]:
         "sizes": np.full(len(logp_nV), num_kept, np.min_scalar_type(k)),
         "ids": top.indices.flatten().cpu().numpy(),
         "levels": _levels(top.values.flatten()),
-        "log_tail": rest_nV.logsumexp(1).clamp(max=0.0).float().cpu().numpy(),
+        "log_tail": rest_nV.logsumexp(1).float().cpu().numpy(),
     }
 
 
