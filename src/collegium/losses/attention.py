@@ -12,33 +12,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from collegium.distributions import Answer, HiddenRows
 from collegium.errors import RecipeError, TrainingError
-from collegium.losses.pairing import NO_ORIGINS, AttentionOptions, Origins, RelationOptions
 from collegium.losses.states import StateLoss
 from collegium.types import AttentionStates, Rows
 
 
 class DocumentLoss(StateLoss):
     """A term on the attention of paired layers, computed per document."""
-
-    def __init__(
-        self,
-        options: AttentionOptions | RelationOptions,
-        student_widths: Mapping[str, int],
-        teacher_widths: Mapping[str, Mapping[str, int]],
-        *,
-        seed: int = 0,
-        name: str | None = None,
-        origins: Origins = NO_ORIGINS,
-    ) -> None:
-        """Pair the layers, see `StateLoss`. There are no parameters, so `seed` has no effect."""
-        super().__init__(options, student_widths, teacher_widths, name=name, origins=origins)
 
     def tap(self, layer: str) -> str:
         return layer.replace("layer_", "attention_")

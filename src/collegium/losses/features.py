@@ -46,28 +46,29 @@ class FeatureLoss(StateLoss):
         super().__init__(options, student_widths, teacher_widths, name=name, origins=origins)
         generator = torch.Generator().manual_seed(seed)
         widths = [[teacher_widths[name][tap] for _, tap in p] for name, p in self.pairs.items()]
-        self._projections: list[list[Tensor | None]] = [[None] * len(row) for row in widths]
-        if self.options.adapters == "shared" and widths:
-            narrowest = [min(column) for column in zip(*widths, strict=True)]
-            ours = [student_widths[tap] for tap, _ in next(iter(self.pairs.values()))]
-            shared = [_adapter(*pair, generator) for pair in zip(ours, narrowest, strict=True)]
-            self._projections = [
-                [_projection(*pair, generator) for pair in zip(row, narrowest, strict=True)]
-                for row in widths
+        is_shared = self.options.adapters == "shared"
+        # All teachers are compared in the width of the narrowest, or each in its own.
+        targets = [
+            [min(column) for column in zip(*widths, strict=True)] if is_shared else row
+            for row in widths
+        ]
+        self._projections = [
+            [_projection(*pair, generator) for pair in zip(row, target, strict=True)]
+            for row, target in zip(widths, targets, strict=True)
+        ]
+        adapters = [
+            [
+                _adapter(student_widths[tap], width, generator)
+                for (tap, _), width in zip(pairs, target, strict=True)
             ]
-            adapters = [shared for _ in widths]
-        else:
-            adapters = [
-                [
-                    _adapter(student_widths[tap], width, generator)
-                    for (tap, _), width in zip(pairs, row, strict=True)
-                ]
-                for pairs, row in zip(self.pairs.values(), widths, strict=True)
-            ]
+            for pairs, target in zip(self.pairs.values(), targets, strict=True)
+        ]
+        if is_shared:
+            adapters = adapters[:1] * len(adapters)
+        if self.options.loss == "cka":
+            adapters = []
         # ModuleList, not ModuleDict: names of teachers may contain dots, module names may not.
         self.adapters = nn.ModuleList(map(nn.ModuleList, adapters))
-        if self.options.loss == "cka":
-            self.adapters = nn.ModuleList()
 
     def pair_values(
         self, teacher: int, student: HiddenRows, answer: Answer, rows: Rows
@@ -82,7 +83,7 @@ class FeatureLoss(StateLoss):
             states, adapters, self._projections[teacher], strict=True
         ):
             if projection is not None:
-                theirs = theirs.float() @ projection.to(theirs.device)
+                theirs = theirs.to(projection.dtype) @ projection.to(theirs.device)
             values.append(_distance(linear, ours, theirs, self.options.loss))
         return values
 

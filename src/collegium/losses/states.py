@@ -33,10 +33,11 @@ class StateLoss(nn.Module, ABC):
         student_widths: Mapping[str, int],
         teacher_widths: Mapping[str, Mapping[str, int]],
         *,
+        seed: int = 0,
         name: str | None = None,
         origins: Origins = NO_ORIGINS,
     ) -> None:
-        """Pair the layers. `name` is that of the terms in the log.
+        """Pair the layers. `name` is that of the terms in the log, `seed` that of adapters, if any.
 
         The widths are those of all taps of a model, in order of depth. `origins` are the layers
         that those of the student are copies of.
