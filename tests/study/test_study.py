@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from collegium.cli import app
 from collegium.config.recipe import load_recipe
 from collegium.errors import RecipeError
+from collegium.storage.files import write_json
 from collegium.study import sweep
-from collegium.study.measurements import spearman
+from collegium.study.measurements import spearman, teacher_passes
 from collegium.study.options import load_study
 from collegium.study.zoo import PermutedLabels
 from collegium.types import IGNORE, domain_number
@@ -40,7 +41,7 @@ factors:
   share:
     "0.5": {{}}
     "0.9": {{objective.kd_ratio: 0.9}}
-measures: [fused_nll, student_nll, student_nll@code, bytes_per_token]
+measures: [fused_nll, student_nll, student_nll@code, teacher_passes, objective]
 figures:
   - {{kind: scatter, x: fused_nll, y: student_nll}}
   - {{kind: lines, x: share, y: student_perplexity, by: weighting}}
@@ -66,6 +67,10 @@ def test_each_setting_and_seed_runs_once(tiny_study: Path, monkeypatch: pytest.M
     assert len(rows) == 2 * 2 * 2
     assert {row["seed"] for row in rows} == {0, 1}
     assert all(row["values"]["student_nll@code"] > 0 for row in rows)
+    assert all(row["values"]["teacher_passes"] == 2 for row in rows)
+    log = (folder / "runs" / "em_0.9_seed1" / "train" / "log.jsonl").read_text().splitlines()
+    last = next(row for row in rows if row["folder"].endswith("em_0.9_seed1"))
+    assert last["values"]["objective"] == json.loads(log[-1])["loss"]
     page = (folder / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 3
     assert "Who is right?" in page
@@ -81,6 +86,11 @@ def test_each_setting_and_seed_runs_once(tiny_study: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(sweep.pipeline, "evaluate", nothing_left_to_do)
     assert sweep.run_study(tiny_study)[0] == folder / "report.html"
+    assert json.loads((folder / "rows.json").read_text()) == rows
+    # A measure that is newer than a finished run is read from its folder.
+    record = folder / "runs" / "em_0.9_seed1" / "study.json"
+    record.write_text(record.read_text().replace('"objective"', '"unknown"'), encoding="utf-8")
+    sweep.run_study(tiny_study)
     assert json.loads((folder / "rows.json").read_text()) == rows
 
 
@@ -103,6 +113,37 @@ def test_settings_are_compared_with_the_baseline(tiny_study: Path) -> None:
         expected = {s: nll[line.name, s] - nll["EM · 0.9", s] for s in (0, 1)}
         assert line.row.differences == pytest.approx(expected, abs=1e-6)
     assert "NLL minus that of EM · 0.9" in (page.parent / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ("objective: {kd_ratio: 0.5}", 2.0),
+        ("objective: {kd_ratio: 0.0}", 0.0),
+        (
+            "objective: {terms: [{name: ce}, {name: divergence, schedule: "
+            "{name: stages, stages: [{factor: 1, until: 0.25}, {factor: 0}]}}]}",
+            2.0 * 0.25,
+        ),
+        # Each teacher reads the 600 or 400 tokens of the corpus once, for 2,000 trained tokens.
+        ("objective: {kd_ratio: 0.5}\ncache: {enabled: true, kind: per_teacher}", 1000 / 2000),
+        ("objective: {kd_ratio: 0.5}\ncache: {enabled: true, kind: fused}", 2 * 500 / 2000),
+    ],
+)
+def test_teacher_passes_count_the_tokens_that_teachers_read(
+    tmp_path: Path, changes: str, expected: float
+) -> None:
+    text = recipe_text(tmp_path).replace("objective: {kd_ratio: 0.5}", changes)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text, encoding="utf-8")
+    cache = tmp_path / "run" / "cache"
+    for folder, tokens in {
+        "": 500,
+        "teachers/scripture/train": 600,
+        "teachers/code/train": 400,
+    }.items():
+        write_json(cache / folder / "manifest.json", {"num_targets": tokens})
+    assert teacher_passes(load_recipe(path), 40, 2000) == pytest.approx(expected)
 
 
 def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:

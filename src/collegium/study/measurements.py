@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from collegium.config.recipe import Recipe
+from collegium.losses.row_terms import CrossEntropyTerm, RouterTerm
 from collegium.preflight.weight_quality import rank_correlation
 from collegium.report.formats import fixed, percent, perplexity, whole
 from collegium.storage import records
@@ -46,6 +48,10 @@ MEASURES = {
     "bytes_per_token": Measure("bytes per target", False, _coarse, 1),
     "tokens_per_s": Measure("target tokens per second", False, _coarse, 1),
     "train_seconds": Measure("seconds of training", False, _coarse, 1),
+    "teacher_passes": Measure(
+        "teacher passes per trained token", True, partial(fixed, digits=2), 2
+    ),
+    "objective": Measure("objective at the end of training"),
     # Of a fusion that a preflight compared
     "calibration_nll": Measure("NLL of the fused target on the calibration split", True),
     "rank_correlation": Measure("rank correlation of weight and −NLL"),
@@ -63,8 +69,9 @@ def measure_label(name: str) -> str:
     return MEASURES[base].label + (f" on {domain}" if domain else "")
 
 
-def run_values(folder: Path) -> records.Numbers:
-    """Read the measures of a finished run: student, fused target, cache size and time."""
+def run_values(recipe: Recipe) -> records.Numbers:
+    """Read the measures of a finished run: student, fused target, cache size and cost."""
+    folder = recipe.output_dir
     rows = records.read_record(folder / "results.json", list[records.ResultRow]) or []
     student = next(row for row in rows if row.kind == "student")
     # A run without teachers has no fused target.
@@ -79,9 +86,11 @@ def run_values(folder: Path) -> records.Numbers:
         "student_parameters": student.num_parameters,
         "student_overconfidence": student.overconfidence,
         "student_kl": student.kl_to_fused,
-        "bytes_per_token": _bytes_per_token(folder),
+        "bytes_per_token": _bytes_per_token(recipe),
         "tokens_per_s": _tokens_per_s(folder),
         "train_seconds": student.train_seconds,
+        "teacher_passes": teacher_passes(recipe, student.steps, student.train_tokens),
+        "objective": _final_objective(folder),
     }
     generated = records.read_record(folder / "generation.json", records.TaskResults)
     for row in generated.rows if generated else ():
@@ -119,14 +128,47 @@ def family(candidate: records.CandidateFusion) -> str:
     return f"{f'{name}({options})' if options else name}, {candidate.fusion['pool']}"
 
 
-def _bytes_per_token(folder: Path) -> float | None:
+def teacher_passes(recipe: Recipe, steps: int | None, train_tokens: int | None) -> float | None:
+    """Return the target tokens that teachers read for a student over those that it trained on.
+
+    K live teachers give K, less for steps without a term that reads them. A cache is read many
+    times but costs one pass per teacher and token of the corpus, whatever the number of students.
+    """
+    placed = [one.term for one in recipe.objective.placed_terms()]
+    terms = [term for term in placed if not isinstance(term, CrossEntropyTerm | RouterTerm)]
+    if not recipe.teachers or not terms:
+        return 0.0
+    if recipe.cache.enabled:
+        cached = sum(manifest["num_targets"] for manifest in _cache_manifests(recipe))
+        passes = len(recipe.teachers) if recipe.cache.kind == "fused" else 1
+        return passes * cached / train_tokens if cached and train_tokens else None
+    if not steps:
+        return None
+    active = sum(any(term.factor_at(step, steps) > 0 for term in terms) for step in range(steps))
+    return len(recipe.teachers) * active / steps
+
+
+def _bytes_per_token(recipe: Recipe) -> float | None:
     # A fused cache has one manifest, per-teacher caches have one each. A student reads them all.
-    paths = sorted((folder / "cache").rglob("manifest.json"))
-    # Only preflight reads the calibration split.
-    paths = [path for path in paths if path.parent.name != "calibration"]
-    manifests = [records.open_record(path, dict[str, Any]) for path in paths]
-    sized = [m for m in manifests if m.get("num_targets")]
-    return sum(m["num_bytes"] / m["num_targets"] for m in sized) if sized else None
+    sized = [one for one in _cache_manifests(recipe) if one["num_targets"]]
+    return sum(one["num_bytes"] / one["num_targets"] for one in sized) if sized else None
+
+
+def _cache_manifests(recipe: Recipe) -> list[Mapping[str, Any]]:
+    """Return the manifests of the caches of the training split, of the teachers of the recipe."""
+    root = recipe.cache.path or recipe.output_dir / "cache"
+    folders = [root / "teachers" / name / "train" for name in recipe.teachers]
+    if recipe.cache.kind == "fused":
+        folders = [root]
+    read = (records.read_record(path / "manifest.json", dict[str, Any]) for path in folders)
+    return [manifest for manifest in read if manifest]
+
+
+def _final_objective(folder: Path) -> float | None:
+    # The mean over the last tenth of the run: a single logged step is noisy.
+    log = records.read_log(folder / "train" / "log.jsonl") or ()
+    losses = [line.loss for line in log if line.loss is not None]
+    return statistics.fmean(losses[-max(1, len(losses) // 10) :]) if losses else None
 
 
 def _tokens_per_s(folder: Path) -> float | None:

@@ -92,11 +92,16 @@ def _run(study: StudyOptions, job: Job, base: Path, folder: Path) -> list[StudyR
     record = job.folder / "study.json"
     # The hash of the whole recipe: after an edit of the base or a level, its runs are repeated.
     key = recipe_hash(recipe)
-    if (done := read_record(record, StudyRun)) and done.key == key:
-        return list(done.rows)
+    done = read_record(record, StudyRun)
+    if done is not None and done.key != key:
+        done = None
     if study.students:
-        pipeline.evaluate(recipe)
-        measured = [({}, run_values(recipe.output_dir))]
+        if done is None:
+            pipeline.evaluate(recipe)
+        # A finished run is read again, for measures that are newer than it.
+        measured = [({}, run_values(recipe))]
+    elif done is not None:
+        return list(done.rows)
     else:
         measured = preflight_values(pipeline.preflight(recipe))
     rows = [

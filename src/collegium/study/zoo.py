@@ -5,12 +5,13 @@ runs/zoo/specialists-SEED/NAME    trained on one domain each: the teachers of th
 runs/zoo/generalists-SEED/NAME    trained on all domains; differ in width, depth, architecture, seed
 runs/zoo/contradicting-SEED/liar  a generalist trained on permuted labels in one domain
 runs/zoo/scaling-SEED/NAME        `fifth`, one more generalist; `long`, trained five times as long
+runs/zoo/generations-SEED/early   the last specialist after a quarter of its steps
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,6 @@ PERMUTED_DOMAIN = "drama"
 # rule for generalists (docs/results/fusion.md).
 GENERALISTS = {"scripture": "wide", "drama": "shallow", "encyclopedia": "neox", "python": "deep"}
 """Domain of a specialist -> name of the generalist with the same architecture."""
-LONG_FACTOR = 5
-"""Steps of the teacher `long`, as a multiple of those of the others."""
 
 
 def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL) -> None:
@@ -50,33 +49,50 @@ def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL
     run.make()
     with run.lock():
         prepare_text(run, plan)
-        domains = () if zoo == "specialists" else tuple(plan.specialists)
         train = _train_contradicting if zoo == "contradicting" else pipeline.train
-        for name, config, teacher_seed in _teachers(zoo, plan, seed):
-            folder = root / f"{zoo}-{seed}" / name
-            steps = plan.max_steps * (LONG_FACTOR if name == "long" else 1)
-            size = replace(plan, max_steps=steps)
-            recipe = write_teacher_recipe(size, folder, config, seed=teacher_seed, domains=domains)
-            inputs, make = [name, dict(config), seed, steps], partial(train, recipe)
-            ensure(run, f"{zoo}-{seed} {name}", inputs, folder / "student", make)
+        for one in _teachers(zoo, plan, seed):
+            folder = root / f"{zoo}-{seed}" / one.name
+            size = replace(plan, max_steps=round(plan.max_steps * one.length))
+            recipe = write_teacher_recipe(
+                size, folder, one.config, seed=one.seed, domains=one.domains
+            )
+            inputs = [one.name, dict(one.config), seed, size.max_steps]
+            make = partial(train, recipe)
+            ensure(run, f"{zoo}-{seed} {one.name}", inputs, folder / "student", make)
 
 
-def _teachers(zoo: ZooName, plan: Plan, seed: int) -> Iterator[tuple[str, Mapping[str, Any], int]]:
-    """Yield the name, the transformers config and the seed of each teacher."""
-    first = next(iter(plan.specialists.values()))
+@dataclass(frozen=True)
+class _ZooTeacher:
+    name: str
+    config: Mapping[str, Any]
+    """Its transformers config."""
+    seed: int
+    """Seed of its weights and data order."""
+    domains: Sequence[str]
+    """Domains of its text."""
+    length: float = 1.0
+    """Its steps, as a multiple of those of the others."""
+
+
+def _teachers(zoo: ZooName, plan: Plan, seed: int) -> Iterator[_ZooTeacher]:
+    domains, configs = tuple(plan.specialists), plan.specialists
+    first = next(iter(configs.values()))
     if zoo == "contradicting":
-        yield "liar", first, 300 + seed
-        return
-    if zoo == "scaling":
-        yield "fifth", first, 400 + seed
-        yield "long", first, 200 + 10 * seed  # as the first generalist
-        return
-    for number, (domain, config) in enumerate(plan.specialists.items()):
-        if zoo == "specialists":
-            yield domain, config, 100 + seed
-        else:
+        yield _ZooTeacher("liar", first, 300 + seed, domains)
+    elif zoo == "scaling":
+        yield _ZooTeacher("fifth", first, 400 + seed, domains)
+        # As the first generalist.
+        yield _ZooTeacher("long", first, 200 + 10 * seed, domains, length=5)
+    elif zoo == "generations":
+        yield _ZooTeacher("early", configs[domains[-1]], 100 + seed, domains[-1:], length=0.25)
+    elif zoo == "specialists":
+        for domain in domains:
+            yield _ZooTeacher(domain, configs[domain], 100 + seed, [domain])
+    else:
+        for number, domain in enumerate(domains):
             # The same text for all, so each has its own initialization and data order as well.
-            yield GENERALISTS.get(domain, domain), config, 200 + 10 * seed + number
+            name = GENERALISTS.get(domain, domain)
+            yield _ZooTeacher(name, configs[domain], 200 + 10 * seed + number, domains)
 
 
 def _train_contradicting(recipe: Recipe) -> None:
