@@ -17,7 +17,7 @@ MAX_SECONDS = 3
 LOADERS = (
     "collegium.models.loading.load_model",
     "collegium.models.loading.build_model",
-    "collegium.teachers.local.load_model",
+    "collegium.teachers.local.load_base",
     "collegium.models.student.StudentOptions.build",
 )
 

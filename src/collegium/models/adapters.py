@@ -53,7 +53,11 @@ def _is_auxiliary(module: nn.Module) -> bool:
 
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a plain copy whose weights include the active adapters; `model` is not changed."""
-    plain = copy.deepcopy(model)
+    return merged(copy.deepcopy(model))
+
+
+def merged(plain: PreTrainedModel) -> PreTrainedModel:
+    """Merge the active adapters into the weights in place, and return the model."""
     _untie(plain)
     for name, layer in adapter_layers(plain).items():
         if _is_auxiliary(layer):

@@ -15,6 +15,7 @@ from collegium.models import cut, folder, forward, loading, saving
 from collegium.models.cut import Cut, Width
 from collegium.models.identity import model_identity
 from collegium.models.importance import Importance, largest, measure
+from collegium.models.lora import LoraOptions, add_lora
 from collegium.models.options import Attention, Device, ModelOptions
 from collegium.models.student import (
     Calibration,
@@ -127,6 +128,8 @@ class CutStudent(StudentKind):
     """`auto` is the first CUDA device, else MPS, else the CPU."""
     attention: Attention = "auto"
     """`auto` is `sdpa` if the model supports it, else `eager`."""
+    lora: LoraOptions | None = None
+    """Train low-rank adapters only."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass to save memory."""
 
@@ -151,6 +154,7 @@ class CutStudent(StudentKind):
         source = ModelOptions(
             model=teacher.model,
             revision=teacher.revision,
+            adapter=teacher.adapter,
             tokenizer=teacher.tokenizer,
             trust_remote_code=teacher.trust_remote_code,
             dtype=self.dtype,
@@ -182,6 +186,10 @@ class BoundCut(StudentOptions):
         return self.options.gradient_checkpointing
 
     @property
+    def lora(self) -> LoraOptions | None:
+        return self.options.lora
+
+    @property
     def dtype(self) -> TrainedDType:
         """Data type of the trained weights."""
         return self.options.dtype
@@ -200,6 +208,8 @@ class BoundCut(StudentOptions):
         self._check_sizes(config.get_text_config(), where)
         model = cut.check_cut(config, self._cut(config, None), where=where)
         saving.check_saving(model, where=where)
+        if self.lora is not None:
+            add_lora(model, self.lora, seed=0, where=where)
         rows = forward.input_layer(model).num_embeddings
         check_rows(rows, self.load_tokenizer(where), where=where)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from collegium.errors import ModelError
 from collegium.models.folder import resolve_folder
+from collegium.models.lora import adapter_identity
 from collegium.models.weights import CONFIG, weights_digest
 from collegium.storage.files import fingerprint, sha256_of
 
@@ -37,6 +38,8 @@ def model_identity(options: ModelOptions) -> dict[str, Any]:
         # Only the values that differ from the defaults of the class, as later releases add keys.
         "config": fingerprint(without_neutral(options.load_config(where).to_diff_dict())),
     }
+    if options.adapter is not None:
+        identity["adapter"] = adapter_identity(options.adapter, where=where)
     if folder is not None and options.runs_code(where):
         identity["code"] = {path.name: sha256_of(path) for path in sorted(folder.glob("*.py"))}
     return identity

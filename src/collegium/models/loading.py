@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
 from collegium.errors import ModelError, nearest
+from collegium.models import adapters, lora
 from collegium.models.folder import check_model_type, resolve_folder
 from collegium.models.forward import tap_names, tap_width
 from collegium.models.weights import CONFIG, main_dtype, read_headers
@@ -56,7 +57,21 @@ def first_line(error: Exception) -> str:
 
 
 def load_model(options: ModelOptions, *, where: str) -> PreTrainedModel:
-    """Load a causal language model whose weights are finite and match its config one to one."""
+    """Load a causal language model whose weights are finite and match its config one to one.
+
+    An adapter is merged into the weights.
+    """
+    model = load_base(options, where=where)
+    if options.adapter is not None:
+        lora.attach_adapter(
+            model, options.adapter, name=lora.ADAPTER_NAME, where=f"{where}.adapter"
+        )
+        model = adapters.merged(model)
+    return model
+
+
+def load_base(options: ModelOptions, *, where: str) -> PreTrainedModel:
+    """Load a model as `load_model`, without its adapter."""
     model = _read_model(options, where=where)
     remedy = "save the model again from an earlier checkpoint"
     saved, loaded = saved_dtype(options, where=where), str(model.dtype).removeprefix("torch.")
@@ -340,9 +355,10 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, counting tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def count_parameters(model: nn.Module, without: Collection[str] = ()) -> int:
+    """Return the number of parameters, counting tied ones once, `without` these adapters."""
+    named = model.named_parameters()
+    return sum(p.numel() for name, p in named if set(without).isdisjoint(name.split(".")))
 
 
 def choose_device(choice: str) -> torch.device:

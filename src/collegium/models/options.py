@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from collegium.errors import ModelError
-from collegium.models import folder, identity, loading, notes
+from collegium.models import folder, identity, loading, lora, notes
 from collegium.models.families import check_windows
 from collegium.models.loading import ModelFacts
 from collegium.models.weights import CONFIG, read_json
@@ -84,6 +84,8 @@ class ModelOptions(ModelSource):
     """A Hugging Face model folder, or a hub id `owner/name`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    adapter: str | None = None
+    """A folder or hub id of a LoRA adapter of this model, in the format of PEFT."""
     tokenizer: str | None = None
     """Folder of the tokenizer if it differs from `model`."""
     dtype: DType = "auto"
@@ -97,9 +99,9 @@ class ModelOptions(ModelSource):
     type; review them first."""
 
     WITHOUT_EFFECT: ClassVar = {
-        *("model", "revision", "tokenizer", "device", "offload", "trust_remote_code")
+        *("model", "revision", "adapter", "tokenizer", "device", "offload", "trust_remote_code")
     }
-    """Options that do not change the outputs. `model` is identified by its content."""
+    """Options that do not change the outputs. Model and adapter are identified by content."""
 
     @property
     def tokenizer_path(self) -> str:
@@ -107,7 +109,7 @@ class ModelOptions(ModelSource):
         return self.tokenizer or self.model
 
     def paths(self) -> dict[str, str]:
-        paths = {"model": self.model, "tokenizer": self.tokenizer}
+        paths = {"model": self.model, "adapter": self.adapter, "tokenizer": self.tokenizer}
         return {name: path for name, path in paths.items() if path is not None}
 
     def check(self, where: str) -> None:
@@ -115,11 +117,15 @@ class ModelOptions(ModelSource):
         model = loading.check_weights(self, where=where)
         if model is not None:
             self.check_model(model, where)
+            if self.adapter is not None:
+                lora.attach_adapter(model, self.adapter, name="check", where=f"{where}.adapter")
 
     def check_model(self, model: PreTrainedModel, where: str) -> None:
         """Check the model of a folder, which has names and shapes but no values."""
 
     def warnings(self, where: str) -> list[str]:
+        if self.adapter is not None:
+            lora.read_adapter(self.adapter, where=f"{where}.adapter")
         return notes.config_notes(self, where=where) + loading.scan_folder(self, where=where)
 
     def identity(self) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from collegium.errors import ModelError
-from collegium.models import folder, forward, loading, saving
+from collegium.models import folder, forward, loading, lora, saving
 from collegium.models.identity import model_identity
+from collegium.models.lora import LoraOptions
 from collegium.models.options import Attention, Device, ModelOptions, ModelSource
 from collegium.options import option, torch
 from collegium.storage.files import fingerprint
@@ -51,6 +52,11 @@ class StudentOptions(ModelSource, StudentKind):
     attention: Attention
     gradient_checkpointing: bool
 
+    @property
+    def lora(self) -> LoraOptions | None:
+        """Options of the adapters that are trained instead of the weights."""
+        return None
+
     def content(self) -> dict[str, str]:
         """Return digests of the files that the initial model comes from."""
         return {}
@@ -88,6 +94,8 @@ class StudentOptions(ModelSource, StudentKind):
         # Trainers switch it at the top, where composite configs lack it.
         if not hasattr(model.config, "use_cache"):
             model.config.use_cache = getattr(model.config.get_text_config(), "use_cache", True)
+        if self.lora is not None:
+            lora.add_lora(model, self.lora, seed=seed, where=where)
         if self.gradient_checkpointing:
             loading.enable_checkpointing(model)
         return model
@@ -99,6 +107,8 @@ class PretrainedStudent(ModelOptions, StudentOptions):
 
     dtype: TrainedDType = "float32"
     """Data type of the trained weights."""
+    lora: LoraOptions | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Train low-rank adapters only."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass to save memory."""
 
@@ -109,6 +119,8 @@ class PretrainedStudent(ModelOptions, StudentOptions):
 
     def check_model(self, model: PreTrainedModel, where: str) -> None:
         saving.check_saving(model, where=where)
+        if self.lora is not None:
+            lora.add_lora(model, self.lora, seed=0, where=where)
 
     def warnings(self, where: str) -> list[str]:
         return saving.generation_notes(self, where=where) + super().warnings(where)

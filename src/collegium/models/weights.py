@@ -140,7 +140,7 @@ def read_headers(folder: Path, *, where: str) -> dict[str, TensorEntry]:
     files = weight_files(folder, where=where)
     entries: dict[str, TensorEntry] = {}
     for file in files:
-        for name, entry in _read_header(file, where=where).items():
+        for name, entry in read_header(file, where=where).items():
             if name in entries:
                 raise ModelError(
                     f"{where}: {name} is in {entries[name].file.name} and in {file.name}; must be "
@@ -161,8 +161,8 @@ def read_headers(folder: Path, *, where: str) -> dict[str, TensorEntry]:
     return entries
 
 
-def _read_header(path: Path, *, where: str) -> dict[str, TensorEntry]:
-    """Read the header of a complete safetensors file of floats."""
+def read_header(path: Path, *, where: str) -> dict[str, TensorEntry]:
+    """Read the header of a complete safetensors file of floats, or raise ModelError."""
     try:
         # The header is validated on opening, including that the tensors cover the file exactly.
         with safe_open(path, framework="np") as file:

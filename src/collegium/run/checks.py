@@ -29,6 +29,7 @@ from collegium.losses.pairing import (
 )
 from collegium.losses.row_terms import RouterTerm, RowTerm
 from collegium.losses.schedule import first_idle_step
+from collegium.models.lora import adapter_identity
 from collegium.models.options import ModelOptions
 from collegium.models.student import StudentOptions
 from collegium.models.weights import weights_digest, weights_layout
@@ -140,7 +141,8 @@ def _check_precision(context: RunContext, report: CheckReport) -> None:
             "student.dtype: got float16; must be float32 or bfloat16, since AdamW's epsilon is 0 "
             "in float16; use float32 with train.bf16"
         )
-    if dtype == "bfloat16" and rate < BFLOAT16_RATE:
+    # Adapters are float32 under weights of any type.
+    if dtype == "bfloat16" and context.student.lora is None and rate < BFLOAT16_RATE:
         report.warnings.append(bfloat16_warning("student.dtype", rate))
 
 
@@ -325,16 +327,19 @@ def _check_routing(context: RunContext, report: CheckReport) -> None:
 
 
 def _check_distinct(context: RunContext, report: CheckReport) -> None:
-    """Check that no two teachers have the same weights: one teacher would be counted twice."""
+    """Check that no two teachers are the same: one teacher would be counted twice."""
     models = {w: one for w, one in _models(context).items() if isinstance(one, ModelOptions)}
     layouts = {where: weights_layout(options.model) for where, options in models.items()}
     count = Counter(layouts.values())
-    seen: dict[str, str] = {}
+    seen: dict[object, str] = {}
     for where, options in models.items():
         if count[layouts[where]] == 1:
             continue  # other names, types or shapes mean other weights, so no file is read
         digest = weights_digest(options.model)
-        key = digest if layouts[where] else f"{digest}@{options.revision}"
+        revision = None if layouts[where] else options.revision
+        adapter = options.adapter and adapter_identity(options.adapter, where=where)
+        # With another scale it is another teacher, as in stress tests and studies of copies.
+        key = digest, revision, str(adapter), getattr(options, "logit_scale", 1.0)
         other = seen.setdefault(key, where)
         if other != where and where == "student":
             effect = "its distillation loss to that teacher starts at 0"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,10 @@ from collegium.distributions import LIVE, Answer, Distribution, HiddenRows, Wrap
 from collegium.errors import ModelError, TrainingError, nearest
 from collegium.models.adapters import active_adapter, trained_adapters
 from collegium.models.forward import forward_rows, head_layer, probe
-from collegium.models.loading import count_parameters, load_model
+from collegium.models.loading import count_parameters, load_base
+from collegium.models.lora import attach_adapter
+from collegium.options import plain
+from collegium.storage.files import fingerprint
 from collegium.types import Batch, Rows, map_tensors
 
 if TYPE_CHECKING:
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
     from collegium.teachers.options import LocalOptions
 
 MAX_NAMES = 5
+_bases: WeakValueDictionary[str, PreTrainedModel] = WeakValueDictionary()
+"""Bases of adapters in memory."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class LocalTeacher:
         self.adapter = adapter
         self._is_probed = False
         self.vocab_size = vocab_size
-        self.num_parameters = count_parameters(model)
+        self.num_parameters = count_parameters(model, without=[x for x in adapters if x != adapter])
         self.logit_scale = logit_scale
         self.device = head_layer(model).weight.device
         self._is_offloaded = offload and self.device.type != "cpu"
@@ -82,9 +88,27 @@ class LocalTeacher:
 
     @classmethod
     def load(cls, name: str, options: LocalOptions, *, vocab_size: int, where: str) -> LocalTeacher:
-        """Load a teacher. Raises ModelError if its folder or its weights cannot be used."""
-        model, scale = load_model(options, where=where), options.logit_scale
-        return cls(name, model, vocab_size=vocab_size, offload=options.offload, logit_scale=scale)
+        """Load a teacher. Raises ModelError if its folder or its weights cannot be used.
+
+        Teachers with adapters of one base share the base in memory while one of them lives.
+        """
+        adapter = None
+        if options.adapter is None:
+            model = load_base(options, where=where)
+        else:
+            model = _shared_base(options, where)
+            adapter = name.replace(".", "_")  # PEFT separates the parts of names by dots
+            if adapter in getattr(model, "peft_config", {}):  # of a teacher that was released
+                model.delete_adapter(adapter)
+            attach_adapter(model, options.adapter, name=adapter, where=f"{where}.adapter")
+        return cls(
+            name,
+            model,
+            vocab_size=vocab_size,
+            offload=options.offload,
+            logit_scale=options.logit_scale,
+            adapter=adapter,
+        )
 
     def probe(self, where: str, *, packed: bool = True, max_length: int | None = None) -> None:
         """Check once that its logits are those of the model. Raises ModelError, see `probe`."""
@@ -150,6 +174,16 @@ class LocalTeacher:
                 f"{int(is_bad_N.sum())} of {len(rows)} rows (samples {shown}); must be finite; "
                 "try `dtype: float32` for this teacher"
             )
+
+
+def _shared_base(options: LocalOptions, where: str) -> PreTrainedModel:
+    """Return the base of an adapter: that of a living teacher with these options, or a new one."""
+    own = ("adapter", "offload", "logit_scale")
+    key = fingerprint({k: value for k, value in plain(options).items() if k not in own})
+    base = _bases.get(key)
+    if base is None:
+        base = _bases[key] = load_base(options, where=where)
+    return base
 
 
 def _refuse_shared(name: str, model: nn.Module, student: nn.Module | None) -> None:
