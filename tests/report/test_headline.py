@@ -38,14 +38,15 @@ def test_student_that_loses() -> None:
     headline = headline_of(_run(STUDENT, _row("ce", "control", 100.0, steps=700)))
     assert headline.tone == "bad"
     assert "18.0 % above the best control, “ce” (100.0, 700 steps vs. 900)" in headline.text
-    assert "a simpler method did better" in headline.text
+    assert "A simpler method did better" in headline.text
 
 
 @pytest.mark.parametrize("limit", [117.2, 118.0, 118.9])
 def test_difference_within_noise_is_no_win(limit: float) -> None:
     headline = headline_of(_run(STUDENT, _row("ce", "control", limit)))
     assert headline.tone == "even"
-    assert "too small to call with one seed" in headline.text
+    assert "on par with the best control" in headline.text
+    assert "too small a difference to call with one seed" in headline.text
 
 
 def test_without_a_control_no_claim() -> None:
@@ -59,7 +60,40 @@ def test_without_a_control_no_claim() -> None:
     )
     assert headline.tone == "open"
     assert "no control" in headline.text
-    assert headline.facts == ("Best single teacher b: 80.0 (student +47.5 %)", "Fused target: 70.0")
+    assert "47.5 % above the best teacher, “b” (80.0)" in headline.text
+    assert headline.facts == ("Fused target: 70.0",)
+
+
+@pytest.mark.parametrize(("teacher", "tone"), [(170.0, "good"), (100.0, "good"), (80.0, "even")])
+def test_student_far_above_the_best_teacher_is_no_success(teacher: float, tone: str) -> None:
+    rows = [_row("ce", "control", 200.0), _row("a", "teacher", teacher, num_parameters=700)]
+    student = STUDENT.model_copy(update={"num_parameters": 200})
+    headline = headline_of(_run(student, *rows))
+    assert headline.tone == tone
+    assert f"best teacher, “a” ({teacher:.1f}, 3.50 × its parameters)" in headline.text
+
+
+def test_student_that_training_did_not_improve() -> None:
+    headline = headline_of(
+        _run(STUDENT, _row("ce", "control", 200.0), _row("start", "untouched", 117.5))
+    )
+    assert headline.tone == "bad"
+    assert "has not improved the untouched student" in headline.text
+
+
+@pytest.mark.parametrize(("last", "tone"), [(2.9, "good"), (2.8, "even")])
+def test_loss_that_still_falls_is_not_ready(last: float, tone: str) -> None:
+    def run(weight: float) -> RunFiles:
+        losses = [5.0] * 15 + [3.0] * 5 + [last] * 5
+        log = [LogStep(step=i, loss=x, term_weights={"kd": 1.0}) for i, x in enumerate(losses)]
+        log[-1] = log[-1].model_copy(update={"term_weights": {"kd": weight}})
+        return RunFiles("run", results=(STUDENT, _row("ce", "control", 200.0)), log=tuple(log))
+
+    headline = headline_of(run(1.0))
+    assert headline.tone == tone
+    assert ("fell by 6.7 % over the last fifth" in headline.text) == (tone == "even")
+    # A term that ends makes the loss fall, too.
+    assert headline_of(run(0.0)).tone == "good"
 
 
 def test_missing_evaluation() -> None:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
-from collegium.report.formats import percent, perplexity, signed_percent, whole
+from collegium.report.formats import percent, perplexity, ratio, signed_percent, whole
 from collegium.report.run_files import RunFiles
 from collegium.storage.records import ResultRow
 
 # Three seeds of the demo reach 169.8 ± 5.0, a spread of 3 % (docs/results/demo.md).
 TIE = 0.01
 """Relative difference of perplexity below which one seed cannot separate two students."""
+FAR = 0.25
+"""Relative perplexity above the best teacher from which a student is no substitute for it."""
+FALLING = 0.05
+"""Relative fall of the training loss late in the run from which more steps would help. The demo,
+whose learning rate decays to 0, has 0.02."""
+
+
+Tone = Literal["good", "bad", "even", "open"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +30,7 @@ class Headline:
 
     text: str
     facts: tuple[str, ...] = ()
-    tone: Literal["good", "bad", "even", "open"] = "open"
+    tone: Tone = "open"
 
 
 def best(rows: tuple[ResultRow, ...]) -> ResultRow | None:
@@ -31,30 +40,89 @@ def best(rows: tuple[ResultRow, ...]) -> ResultRow | None:
 
 
 def headline_of(run: RunFiles) -> Headline:
-    """Compare the student with its best control, and list the other reference points."""
+    """Compare the student with the models that one would serve instead.
+
+    Those are the best control, the best teacher and the untouched student. Only a student that
+    beats the control, is not `FAR` above the teacher and has finished learning is good.
+    """
     student = best(run.rows("student"))
     if student is None:
         return _without_student(run)
     reached = student.perplexity or 0.0
     facts = tuple(_facts(run, reached))
-    control = best(run.rows("control"))
+    control, teacher = best(run.rows("control")), best(run.rows("teacher"))
     start = f"The distilled student reaches perplexity {perplexity(reached)}"
-    if control is None:
-        text = "There is no control to compare it with, so nothing shows that distillation helped."
+    to_control = _change(reached, control)
+    tone: Tone = "open"
+    compared, rest = list[str](), list[str]()
+    if control is not None and to_control is None:
+        effort = f"{perplexity(control.perplexity)}{_effort(control, student)}"
+        text = f"It cannot be compared with the best control, “{control.title}” ({effort})."
         return Headline(f"{start}. {text}", facts)
-    limit = control.perplexity or 0.0
-    effort = f"{perplexity(limit)}{_effort(control, student)}"
-    against = f"the best control, “{control.title}” ({effort})"
-    if limit <= 0 or reached <= 0:
-        return Headline(f"{start}. It cannot be compared with {against}.", facts)
-    change = reached / limit - 1
+    if control is None or to_control is None:
+        rest.append("There is no control, so nothing shows that distillation helped.")
+    else:
+        effort = f"{perplexity(control.perplexity)}{_effort(control, student)}"
+        against = f"the best control, “{control.title}” ({effort})"
+        tone = "even" if abs(to_control) < TIE else "bad" if to_control > 0 else "good"
+        compared.append(f"{_direction(to_control)} {against}")
+        if tone == "bad":
+            rest.append("A simpler method did better in this run.")
+        elif tone == "even":
+            rest.append(
+                f"{signed_percent(to_control)} is too small a difference to call with one seed."
+            )
+    to_teacher = _change(reached, teacher)
+    if teacher is not None and to_teacher is not None:
+        size = _times_the_size(teacher, student)
+        against = f"the best teacher, “{teacher.title}” ({perplexity(teacher.perplexity)}{size})"
+        compared.append(f"{_direction(to_teacher)} {against}")
+        if to_teacher > FAR:
+            tone = "even" if tone == "good" else tone
+    to_start = _change(reached, best(run.rows("untouched")))
+    if to_start is not None and to_start > -TIE:
+        tone = "bad"
+        rest.append("Training has not improved the untouched student.")
+    fall = loss_fall(run)
+    if fall is not None and fall > FALLING:
+        tone = "even" if tone == "good" else tone
+        rest.append(
+            f"It is not ready: its training loss still fell by {percent(fall)} over the last fifth "
+            "of the steps."
+        )
+    sentence = ", ".join([start, " and ".join(compared)]) if compared else start
+    return Headline(" ".join([f"{sentence}.", *rest]), facts, tone)
+
+
+def loss_fall(run: RunFiles) -> float | None:
+    """Return the relative fall of the training loss from the fourth fifth of the run to the last.
+
+    None for short logs, and for losses whose terms changed their weights.
+    """
+    lines = [line for line in run.log or () if line.loss is not None]
+    size = len(lines) // 5
+    before, after = lines[-2 * size : -size], lines[-size:]
+    if size < 4 or len({tuple(sorted(one.term_weights.items())) for one in before + after}) > 1:
+        return None
+    first, last = [fmean(line.loss or 0.0 for line in part) for part in (before, after)]
+    return 1 - last / first if first > 0 else None
+
+
+def _change(reached: float, row: ResultRow | None) -> float | None:
+    limit = 0.0 if row is None else row.perplexity or 0.0
+    return reached / limit - 1 if reached > 0 and limit > 0 else None
+
+
+def _direction(change: float) -> str:
     if abs(change) < TIE:
-        even = f"a difference of {signed_percent(change)} is too small to call with one seed"
-        return Headline(f"{start}, on par with {against}: {even}.", facts, "even")
-    if change > 0:
-        text = f"{percent(change)} above {against}: a simpler method did better in this run."
-        return Headline(f"{start}, {text}", facts, "bad")
-    return Headline(f"{start}, {percent(-change)} below {against}.", facts, "good")
+        return "on par with"
+    return f"{percent(abs(change))} {'above' if change > 0 else 'below'}"
+
+
+def _times_the_size(teacher: ResultRow, student: ResultRow) -> str:
+    if not teacher.num_parameters or not student.num_parameters:
+        return ""
+    return f", {ratio(teacher.num_parameters / student.num_parameters)} its parameters"
 
 
 def _effort(control: ResultRow, student: ResultRow) -> str:
@@ -75,12 +143,10 @@ def _without_student(run: RunFiles) -> Headline:
 
 
 def _facts(run: RunFiles, reached: float | None) -> Iterator[str]:
-    # The best control is already in the headline.
+    # The best control and the best teacher are already in the headline.
     controls = [row for row in run.rows("control") if row is not best(run.rows("control"))]
-    teacher = best(run.rows("teacher"))
     references = [
         *((f"Control {row.title}", row) for row in reversed(controls)),
-        (f"Best single teacher {teacher.title}" if teacher else "", teacher),
         ("Fused target", best(run.rows("fused"))),
         ("Student before training", best(run.rows("untouched"))),
     ]
@@ -88,7 +154,7 @@ def _facts(run: RunFiles, reached: float | None) -> Iterator[str]:
         if row is None or row.perplexity is None:
             continue
         change = ""
-        if reached and row.perplexity > 0 and row.kind in ("control", "teacher"):
+        if reached and row.perplexity > 0 and row.kind == "control":
             change = f" (student {signed_percent(reached / row.perplexity - 1)})"
         yield f"{label}: {perplexity(row.perplexity)}{change}"
 
