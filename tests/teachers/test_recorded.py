@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from collegium.data.windows import Collator
 from collegium.errors import DataError, ModelError
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions
 from collegium.teachers.recorded import record
-from collegium.types import Batch
+from collegium.types import IGNORE, Batch
 from refusals import refused
 from tiny import save_tiny, tiny_model
 
@@ -37,6 +38,31 @@ def test_the_recording_equals_the_live_teacher(tmp_path: Path, dtype: torch.dtyp
         rows = batch.rows()
         expected = live.score(batch, rows).distribution.logits(slice(None))
         assert torch.equal(recorded.score(batch, rows).distribution.logits(slice(None)), expected)
+
+
+def test_windows_come_back_in_other_batches(tmp_path: Path) -> None:
+    # As in the second sweep of preflight: fewer windows, in other batches, with other padding.
+    live = LocalTeacher("t", tiny_model(96), vocab_size=V)
+    ids = [torch.randint(V, (n,), generator=torch.Generator().manual_seed(n)) for n in range(5, 12)]
+    items = [
+        {"input_ids": row, "labels": row, "sample_ids": torch.full((len(row),), number)}
+        for number, row in enumerate(ids)
+    ]
+    # A window without targets has no rows.
+    items[3]["labels"] = torch.full((len(ids[3]),), IGNORE)
+
+    def batches(*groups: list[int]) -> list[Batch]:
+        collate = Collator()
+        return [Batch.from_inputs(collate([items[i] for i in group])) for group in groups]
+
+    recorded = record(
+        live, [(one, one.rows()) for one in batches([0, 1, 2], [3, 4, 5], [6])], tmp_path
+    )
+    for batch in batches([6, 0], [5, 3, 1], [2], [3, 4]):
+        rows = batch.rows()
+        expected = live.score(batch, rows).distribution.logits(slice(None))
+        replayed = recorded.score(batch, rows).distribution.logits(slice(None))
+        torch.testing.assert_close(replayed, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_other_batches_and_inner_layers_are_refused(tmp_path: Path) -> None:

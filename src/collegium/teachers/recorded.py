@@ -1,25 +1,38 @@
 """Hidden states of a live teacher, recorded to disk so that its body can be released.
 
-Evaluation and preflight read the same batches of several models. Recording one model after the
-other keeps a single body in memory. The replayed answers equal the live ones bit for bit.
+Evaluation and preflight read the same windows of several models. Recording one model after the
+other keeps a single body in memory. Replayed answers equal the live ones bit for bit in the same
+batches. Windows may come back in other batches, as in the second sweep of preflight.
 
-Shapes: N rows of a batch, D width.
+Shapes: B windows of T tokens in a batch, N rows, D width.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from collegium.distributions import LIVE, Answer, HiddenRows, Teacher
 from collegium.errors import CollegiumError, DataError, ModelError
 from collegium.teachers.local import LocalTeacher, readable_from
-from collegium.teachers.prefetch import batch_digest
 from collegium.types import Batch, Head, Rows
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of one window in a file."""
+
+    file: Path
+    start: int
+    stop: int
 
 
 @dataclass(eq=False)
@@ -28,18 +41,28 @@ class RecordedTeacher:
 
     capabilities = LIVE
     name: str
-    folder: Path
     head: Head
+    places: Mapping[bytes, Place]
+    """Digest of a window -> its rows."""
 
     def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
-        """Replay the answer to a recorded batch. Raises ModelError if it was not recorded."""
-        path = _file(self.folder, batch)
-        if taps or not path.is_file():
-            what = "hidden states of inner layers" if taps else "this batch"
-            raise ModelError(f"teacher {self.name}: {what} were not recorded; score it live")
-        hidden_ND = load_file(path, device=str(self.head.weight.device))["hidden"]
-        home = batch.input_ids.device
-        return Answer(self.name, readable_from(home, HiddenRows(hidden_ND, self.head)))
+        """Replay the answer to recorded windows. Raises ModelError for any other."""
+        counts = _rows_per_window(batch, rows)
+        windows = zip(_window_digests(batch), counts, strict=True)
+        places = [self.places.get(digest) for digest, count in windows if count]
+        wanted = [count for count in counts if count]
+        found = [place.stop - place.start if place else 0 for place in places]
+        if taps or found != wanted:
+            what = "hidden states of inner layers were" if taps else "a window of this batch was"
+            raise ModelError(f"teacher {self.name}: {what} not recorded; score it live")
+        device = str(self.head.weight.device)
+        parts = []
+        for file, group in itertools.groupby(filter(None, places), lambda place: place.file):
+            with safe_open(file, framework="pt", device=device) as opened:
+                states = opened.get_slice("hidden")
+                parts += [states[place.start : place.stop] for place in group]
+        hidden = HiddenRows(torch.cat(parts), self.head)
+        return Answer(self.name, readable_from(batch.input_ids.device, hidden))
 
 
 def record(teacher: Teacher, batches: Iterable[tuple[Batch, Rows]], folder: Path) -> Teacher:
@@ -52,8 +75,8 @@ def record(teacher: Teacher, batches: Iterable[tuple[Batch, Rows]], folder: Path
     if not isinstance(teacher, LocalTeacher):
         return teacher
     folder.mkdir(parents=True, exist_ok=True)
-    head = None
-    for batch, rows in batches:
+    head, places = None, dict[bytes, Place]()
+    for number, (batch, rows) in enumerate(batches):
         hidden = teacher.hidden_rows(batch, rows)
         num_bytes, free = hidden.hidden.nbytes, shutil.disk_usage(folder).free
         if free < num_bytes:
@@ -61,15 +84,36 @@ def record(teacher: Teacher, batches: Iterable[tuple[Batch, Rows]], folder: Path
                 f"{folder}: {free / 1e6:,.0f} MB free, and the next batch of {teacher.name} takes "
                 f"{num_bytes / 1e6:,.0f} MB; free some space, or lower max_tokens"
             )
-        save_file({"hidden": hidden.hidden.contiguous()}, _file(folder, batch))
+        file = folder / f"{number}.safetensors"
+        save_file({"hidden": hidden.hidden.contiguous()}, file)
+        start = 0
+        for digest, count in zip(
+            _window_digests(batch), _rows_per_window(batch, rows), strict=True
+        ):
+            places[digest] = Place(file, start, start + count)
+            start += count
         head = hidden.head
     if head is None:
         raise DataError(
             f"teacher {teacher.name}: got no target token to score; must have at least one; use a "
             "larger split"
         )
-    return RecordedTeacher(teacher.name, folder, head)
+    return RecordedTeacher(teacher.name, head, places)
 
 
-def _file(folder: Path, batch: Batch) -> Path:
-    return folder / f"{batch_digest(batch).hex()}.safetensors"
+def _rows_per_window(batch: Batch, rows: Rows) -> list[int]:
+    num_windows, length = batch.input_ids.shape
+    return (rows.index // length).bincount(minlength=num_windows).tolist()
+
+
+def _window_digests(batch: Batch) -> list[bytes]:
+    """Return a digest of the tokens, labels and documents of each window, without its padding."""
+    columns = (batch.input_ids, batch.position_ids, batch.labels, batch.sample_ids)
+    table_BCT = torch.stack(columns, dim=1).cpu()
+    length_B = (batch.sample_ids >= 0).sum(1).tolist()  # padding is on the right
+    return [
+        hashlib.blake2b(
+            table_CT[:, :length].contiguous().numpy().tobytes(), digest_size=16
+        ).digest()
+        for table_CT, length in zip(table_BCT, length_B, strict=True)
+    ]
