@@ -16,6 +16,7 @@ from collegium.config.recipe import Recipe, dump_recipe, load_recipe
 from collegium.errors import CollegiumError, ModelError, RecipeError, TrainingError, VocabularyError
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, Uniform
+from collegium.preflight import search
 from collegium.run import artifacts, choice, pipeline
 from collegium.run.controls import CONTROLS, control_variants, main_variant
 from collegium.run.students import Student
@@ -144,6 +145,17 @@ def test_feature_terms_and_a_control_with_fewer_teachers(zoo: Path, tmp_path: Pa
     assert set(row["terms"]) == {"kd", "ce", "feature/scripture", "feature/code"}
     assert sum(row["grad_shares"].values()) == pytest.approx(1)
     assert not any("adapter" in name for name in _weights(tmp_path / "run"))
+
+
+def test_preflight_of_live_teachers_compares_whole_distributions_on_fewer_windows(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The second sweep reads a part of the windows, in batches that the first one did not have.
+    monkeypatch.setattr(search, "FULL_TOKENS", 90)
+    report = pipeline.preflight(_recipe(zoo, tmp_path))
+    ranked = {fusion.num_tokens for fusion in report.fusions}
+    assert report.num_tokens is not None
+    assert 0 < max(ranked) < report.num_tokens
 
 
 def test_preflight_can_write_its_choice_into_the_recipe(zoo: Path, tmp_path: Path) -> None:
