@@ -331,6 +331,21 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def status(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder, or the recipe of one.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Show what is finished, what takes space, and what a changed recipe would make again."""
+    check_versions()
+    from collegium.run.status import recipe_of, run_status, status_table
+
+    recipe = recipe_of(run_folder, overrides or [])
+    _print(status_table(run_status(recipe), recipe.output_dir))
+
+
+@app.command()
 def demo(
     quick: Annotated[
         bool,

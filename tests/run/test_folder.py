@@ -17,39 +17,32 @@ from refusals import refused
 RECIPE = {"seed": 0, "train": {"learning_rate": 0.1, "max_steps": 5}, "evaluate": {"controls": []}}
 
 
-def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
+def test_a_folder_records_its_recipe_and_environment(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.claim(RECIPE, "seed: 0\n")
     folder.claim({**RECIPE, "evaluate": {"controls": ["ce_only"]}}, "seed: 0\n")
-    with refused(RecipeError, "output_dir: "):
-        folder.claim({**RECIPE, "seed": 1}, "seed: 1\n")
     assert json.loads((folder.path / "recipe.json").read_text())["seed"] == 0
     environment = json.loads((folder.path / "environment.json").read_text())
     assert "torch" in environment["packages"]
 
 
-@pytest.mark.parametrize(
-    ("stages", "changed", "is_free"),
-    [
-        ({"preflight": "done"}, "train", True),
-        ({"preflight": "done", "cache": "done"}, "fusion", True),
-        ({"preflight": "done"}, "seed", False),
-        ({"preflight": "failed"}, "seed", True),
-        ({"preflight": "done", "train": "failed"}, "train", False),
-        ({"train": "failed"}, "seed", False),
-    ],
-)
-def test_sections_that_no_stage_has_read_may_change(
-    tmp_path: Path, stages: dict[str, str], changed: str, is_free: bool
+def test_a_changed_recipe_is_named_and_kept_with_what_it_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, recipe = RunFolder(tmp_path), {**RECIPE, "fusion": "auto"}
-    folder.claim(recipe, "")
-    write_json(tmp_path / "stages.json", {n: {"status": status} for n, status in stages.items()})
-    if is_free:
-        folder.claim({**recipe, changed: 7}, "")
-    else:
-        with refused(RecipeError, "output_dir: "):
-            folder.claim({**recipe, changed: 7}, "")
+    RunFolder(tmp_path).claim(RECIPE, "seed: 0\n")
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "weights").write_text("paid for")
+    folder = RunFolder(tmp_path)
+    folder.claim({**RECIPE, "seed": 1}, "seed: 1\n")
+    assert "changed since the last run: seed: 0 -> 1" in capsys.readouterr().err
+    assert not (tmp_path / "previous").exists()
+    folder.retire("train", [tmp_path / "student", tmp_path / "missing"])
+    folder.retire("evaluate", [tmp_path / "results.json"])
+    kept = tmp_path / "previous" / "1"
+    assert (kept / "student" / "weights").read_text() == "paid for"
+    assert (kept / "recipe.yaml").read_text() == "seed: 0\n"
+    assert not (tmp_path / "student").exists()
+    assert "student kept in" in capsys.readouterr().err
 
 
 def test_a_folder_may_be_moved_and_renamed(tmp_path: Path) -> None:
@@ -102,7 +95,7 @@ def test_state_that_is_not_an_object_is_refused(name: str, tmp_path: Path) -> No
     folder.claim(RECIPE, "")
     (tmp_path / name).write_text("[]")
     with refused(CollegiumError, f"TMP/{name}: "):
-        folder.is_done("train", "") or folder.check(RECIPE)
+        folder.is_done("train", "") or folder.changes(RECIPE)
 
 
 def test_a_stage_records_its_key_outcome_and_total_seconds(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from collegium.run.context import RunContext
 from collegium.storage.files import fingerprint
-from collegium.storage.records import FileDigest
+from collegium.storage.records import FileDigest, Stage
 from collegium.storage.stages import digests_of
 
 T_co = TypeVar("T_co", covariant=True)
@@ -76,6 +76,17 @@ class Artifact(ABC, Generic[T_co]):
             # All of them are compared with their inputs before the first is built.
             for missing in [one for one in self.dependencies() if not one.is_done()]:
                 missing.ensure()
+            self.set_aside()
             with self.log():
                 self.build()
         return self.open()
+
+    def set_aside(self) -> None:
+        """Move what another recipe has made here out of the way of a build. Nothing is deleted."""
+        stage = self.context.folder.stages().get(self.name)
+        if stage is not None and stage.key != self.key:
+            self.context.folder.retire(self.name, self.products(stage))
+
+    def products(self, stage: Stage) -> Sequence[Path]:
+        """Return the files and folders that the recorded stage has made."""
+        return [self.context.folder.path / name for name in stage.files or ()]

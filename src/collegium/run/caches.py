@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,8 @@ from collegium.fusion.fuse import Fusion
 from collegium.fusion.options import to_recipe
 from collegium.run.artifact import Artifact
 from collegium.run.context import RunContext
-from collegium.storage.records import FileDigest
+from collegium.storage.files import differing_fields
+from collegium.storage.records import FileDigest, Stage
 
 _log = logging.getLogger(__name__)
 Split = Literal["train", "calibration"]
@@ -80,12 +81,31 @@ class Cache(Artifact[CacheReader[T]]):
             )
         return (options.path or self.context.recipe.output_dir / "cache") / self.folder
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is in the run folder, and not shared with other runs."""
+        options = self.context.recipe.cache
+        return options.path is None and options.url is None
+
     def is_done(self) -> bool:
-        """Return True if it is finished. Raises CacheError if the folder belongs to another run."""
+        """Return True if it is finished. Raises CacheError if it is shared, and another cache."""
         manifest = read_manifest(self.location)
-        if manifest is not None:
-            require_identity(self.location, manifest.identity, self.identity())
-        return manifest is not None
+        if manifest is None:
+            return False
+        identity = self.identity()
+        if self.is_own and differing_fields(manifest.identity, identity):
+            return False
+        require_identity(self.location, manifest.identity, identity)
+        return True
+
+    def products(self, stage: Stage) -> Sequence[Path]:
+        if not self.is_own:
+            return []
+        if self.folder:
+            return [self.path]
+        # Caches of another kind may be in folders inside of it.
+        files = (path for path in self.path.glob("[!.]*") if path.is_file())
+        return sorted(files)
 
     def digests(self) -> Mapping[str, FileDigest]:
         """Return nothing: its manifest has the digests, which several runs share."""

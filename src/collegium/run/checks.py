@@ -55,7 +55,7 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     recipe = context.recipe
     check_recipe(recipe)
     _check_machine(recipe, trains=trains)
-    context.folder.check(context.values)
+    context.folder.check_place()
     for part, sources in recipe.data.sources.items():
         check_sources(sources, where=f"data.{part}")
     for where, options in _models(context).items():
@@ -229,6 +229,8 @@ def _check_finished_caches(context: RunContext) -> None:
         found, unknown = caches(context), set[str]()
     for cache in found:
         assert isinstance(cache, Cache)
+        if cache.is_own:
+            continue  # set aside, and built again
         manifest = read_manifest(cache.location)
         if manifest is not None:
             pair = (manifest.identity, cache.identity())

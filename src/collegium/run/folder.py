@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -26,11 +27,12 @@ RUN_FILES = ("recipe.json", STAGES)
 EARLY_FOLDERS = ("cache",)
 """Folders that may exist before the run folder is claimed."""
 PACKAGES = ("collegium", "torch", "transformers", "tokenizers", "datasets", "numpy")
-# Measurements are repeated, and a run folder may be renamed or moved.
-FREE_SECTIONS = frozenset({"cache", "evaluate", "preflight", "name", "output_dir"})
-"""Recipe sections that may change between calls on one run folder."""
-LATE_SECTIONS = frozenset({"fusion", "objective", "train"})
-"""Sections that preflight and caches do not read, or compare themselves."""
+PREVIOUS = "previous"
+"""Folder of products that were made by an earlier recipe of the run, in numbered folders."""
+MAX_CHANGE = 100
+"""Longest shown change of a recipe, in characters."""
+PLACE = frozenset({"name", "output_dir"})
+"""Recipe keys that change when a run folder is renamed or moved."""
 
 
 @dataclass(frozen=True)
@@ -42,29 +44,40 @@ class RunFolder:
     """Damage of each stage whose files were read, None for an intact one."""
     _made: set[Path] = field(default_factory=set, compare=False, repr=False)
     """The path, once the folder was made: from then on it must exist."""
+    _former: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Files of the recipe that this process has replaced."""
+    _retired: list[Path] = field(default_factory=list, compare=False, repr=False)
+    """The numbered folder of this process, once it has moved something."""
 
-    def check(self, recipe: Mapping[str, Any]) -> None:
-        """Raise RecipeError or CollegiumError if this recipe cannot run here. Writes nothing."""
-        self.check_place()
+    def changes(self, recipe: Mapping[str, Any]) -> list[str]:
+        """Return `key: old -> new` for each key that differs from the recipe of the last run."""
         old = read_record(self.path / "recipe.json", dict[str, Any]) or {}
-        free = self._free_sections()
-        kept = {key: value for key, value in old.items() if free is not None and key not in free}
-        new = {key: value for key, value in recipe.items() if free is not None and key not in free}
-        fields = differing_fields(kept, new) if old else []
-        if fields:
-            raise RecipeError(
-                f"output_dir: {self.path} holds a run of another recipe, by its recipe.json "
-                f"({'; '.join(fields[:5])}); choose another output_dir, or delete this folder"
-            )
+        parts = ({k: v for k, v in one.items() if k not in PLACE} for one in (old, recipe))
+        before, now = parts
+        return differing_fields(before, now) if old else []
 
-    def _free_sections(self) -> frozenset[str] | None:
-        """Return the sections that no stage has read so far, None for all of them."""
-        stages = self.stages()
-        if any(name != "preflight" and not name.startswith("cache") for name in stages):
-            return FREE_SECTIONS
-        if stages and all(stage.status == "failed" for stage in stages.values()):
-            return None
-        return FREE_SECTIONS | LATE_SECTIONS
+    def retire(self, stage: str, paths: Iterable[Path]) -> None:
+        """Move products of a stage, made by another recipe, into a numbered folder, and name it.
+
+        The products of all stages that one process replaces share the folder, with their recipe.
+        """
+        found = [path for path in paths if path.exists()]
+        if not found:
+            return
+        if not self._retired:
+            numbers = [
+                int(p.name) for p in (self.path / PREVIOUS).glob("[0-9]*") if p.name.isdigit()
+            ]
+            self._retired.append(self.path / PREVIOUS / str(max(numbers, default=0) + 1))
+            for name, text in self._former.items():
+                write_text(self._retired[0] / name, text)
+        for path in found:
+            target = self._retired[0] / path.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        names = ", ".join(path.relative_to(self.path).as_posix() for path in found[:3])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        say(f"{stage}: made by another recipe; {names}{more} kept in {self._retired[0]}")
 
     def check_place(self, *, also: Collection[str] = ()) -> None:
         """Check that the folder is writable and holds a run, only the names in `also`, or nothing.
@@ -103,8 +116,20 @@ class RunFolder:
         self._made.add(self.path)
 
     def claim(self, recipe: Mapping[str, Any], text: str) -> None:
-        """Create the folder if necessary, and record recipe and environment. Raises as `check`."""
-        self.check(recipe)
+        """Create the folder if necessary, and record recipe and environment.
+
+        Raises RecipeError for a folder of other data, and CollegiumError if it is not writable.
+        """
+        self.check_place()
+        if changes := self.changes(recipe):
+            more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+            shown = (
+                textwrap.shorten(change, MAX_CHANGE, placeholder=" ...") for change in changes[:5]
+            )
+            say(f"{self.path}: changed since the last run: {'; '.join(shown)}{more}")
+            for name in ("recipe.yaml", "recipe.json"):
+                if (self.path / name).is_file():
+                    self._former[name] = (self.path / name).read_text(encoding="utf-8")
         self.record(recipe, text)
 
     def record(self, recipe: Mapping[str, Any], text: str) -> None:

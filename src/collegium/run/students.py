@@ -23,13 +23,20 @@ from collegium.run.choice import Preflight, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.controls import Variant, control_variants, main_variant
 from collegium.storage.files import fingerprint, write_json
-from collegium.storage.records import FileDigest, ModelInfo, TrainSummary, open_record, read_log
+from collegium.storage.records import (
+    FileDigest,
+    ModelInfo,
+    Stage,
+    TrainSummary,
+    open_record,
+    read_log,
+)
 from collegium.storage.stages import file_digest
 from collegium.teachers.cached import CachedTargets, CachedTeacher
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions
 from collegium.teachers.prefetch import PrefetchingCollator
-from collegium.train.checkpoint import MANIFEST, checkpoints, read_manifest
+from collegium.train.checkpoint import MANIFEST, checkpoints, read_manifest, step_of, survey
 from collegium.train.objective import Objective, state_losses
 from collegium.train.options import training_arguments
 from collegium.types import Batch
@@ -112,8 +119,27 @@ class Student(Artifact[Path]):
                 digests[file] = file_digest(file)
         return {file.relative_to(folder).as_posix(): one for file, one in digests.items()}
 
+    def products(self, stage: Stage) -> Sequence[Path]:
+        # Checkpoints may belong to a shorter run of the same student, see `_retire_other`.
+        has_checkpoints = bool(checkpoints(self.output_dir))
+        return [] if has_checkpoints else [self.path, self.output_dir]
+
+    def _retire_other(self, trainer: DistillTrainer) -> None:
+        """Set aside the student of checkpoints that this run cannot continue."""
+        source, _ = survey(self.output_dir)
+        if source is None:
+            return
+        step, last = step_of(source), trainer.args.max_steps
+        if not trainer.differences(source) and step <= last:
+            if step < last:
+                say(f"{self.name}: goes on from step {step:,} of {last:,}")
+            return
+        self.context.folder.retire(self.name, [self.path, self.output_dir])
+        self.output_dir.mkdir(parents=True)
+
     def build(self) -> None:
         trainer = self.trainer(self.output_dir)
+        self._retire_other(trainer)
         trainer.train(resume_from_checkpoint=bool(checkpoints(self.output_dir)))
         if self.path.exists() and not (self.path / MANIFEST).is_file():
             # A damaged student of this run: the trainer replaces only what it has written.

@@ -52,8 +52,7 @@ class Checkpointer:
             source = Path(resume)
             checkpoint.verify(source)
         if source is not None:
-            different = differing_fields(state.read(source)["identity"], identity)
-            if different:
+            if different := differences(source, identity):
                 raise TrainingError(
                     f"{source.name}: belongs to another run; must be resumed unchanged; changed "
                     f"since then: {'; '.join(different)}; undo that, or start a new run from "
@@ -100,6 +99,11 @@ class Checkpointer:
         if args.load_best_model_at_end and best_step(trainer.state) is not None:
             trainer._load_best_model()
         return TrainOutput(trainer.state.global_step, 0.0, {})
+
+
+def differences(source: Path, identity: Mapping[str, Any]) -> list[str]:
+    """Return `field: old -> new` for all that a checkpoint and a run should share and do not."""
+    return differing_fields(state.read(source)["identity"], identity)
 
 
 def callback_states(callbacks: Iterable[Any]) -> dict[str, Any]:

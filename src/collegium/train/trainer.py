@@ -56,7 +56,7 @@ from collegium.train.nan_diagnosis import NanGuard
 from collegium.train.objective import InertTermCheck, Objective
 from collegium.train.options import TrainOptions, training_arguments
 from collegium.train.progress import StopCallback, TrainingProgress
-from collegium.train.resume import Checkpointer, best_step, callback_states
+from collegium.train.resume import Checkpointer, best_step, callback_states, differences
 from collegium.train.step import DistillStep
 from collegium.types import IGNORE, Batch, LossSum
 
@@ -432,6 +432,10 @@ class DistillTrainer(Trainer):
                 self.step, self.args, self.train_dataset, self._identity
             )
         return self._fingerprint
+
+    def differences(self, source: Path) -> list[str]:
+        """Return the fields in which this run is not the one of a checkpoint."""
+        return differences(source, self.fingerprint())
 
     def _new_meter(self) -> StepMeter:
         names, dataset = [teacher.name for teacher in self.step.teachers], self.train_dataset
