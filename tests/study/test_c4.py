@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,9 @@ def test_each_run_passes_its_check(hub: Path, level: str, student: str) -> None:
     assert ("for the teachers" in compute) == (level != "CE only")
     (train,) = (line for line in lines if line.startswith("data.train[0]: allenai/c4: "))
     assert f"rows: {NUM_TRAIN} read, {NUM_TRAIN} used" in train
+    for part, numbers in (("train", range(200)), ("validation", range(220, 240))):
+        (sample,) = (line for line in lines if line.startswith(f"data.{part}[0]: sample"))
+        assert int(re.findall(r"ocument (\d+)", sample)[0]) in numbers
 
 
 def test_all_runs_share_the_cache_of_a_teacher(hub: Path) -> None:
