@@ -283,6 +283,13 @@ def test_demo_passes_its_options_on(
     assert received == expected
 
 
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "collegium", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    expected = (0, f"collegium {collegium.__version__}\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == expected
+
+
 def test_the_installed_command_exits_with_2(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "collegium.cli", "check", "none.yaml"],

@@ -1,4 +1,5 @@
 import itertools
+import json
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -277,6 +278,24 @@ def test_names_are_shown_and_never_run(
         assert payload in text  # shown, not computed
     if payload.startswith("<ScR"):
         assert "&lt;ScRiPt&gt;" in text
+
+
+def test_names_in_sentences_are_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_plots(monkeypatch)
+    folder = run_fixture.write_run(tmp_path / "run", steps=2)
+    path = folder / "preflight.json"
+    measured = json.loads(path.read_text())
+    measured["verdict"] = [
+        "`a` and `<b>` add nothing; overconfident: `c`.",
+        "`d` opens one ` that nothing closes <i>",
+    ]
+    path.write_text(json.dumps(measured))
+    text = page.write_report(folder).read_text()
+    for line in (
+        "<code>a</code> and <code>&lt;b&gt;</code> add nothing; overconfident: <code>c</code>.",
+        "<code>d</code> opens one ` that nothing closes &lt;i&gt;",
+    ):
+        assert f"<li>{line}</li>" in text
 
 
 def test_hostile_names_in_plots_are_paths_and_not_text(tmp_path: Path) -> None:

@@ -184,6 +184,12 @@ def test_check_lists_the_suites_and_refuses_bad_ones(zoo: Path, run: Path) -> No
         pipeline.check(asking(zoo, run, "evaluate.generation.max_new_tokens=64"))
 
 
+def test_suites_of_a_student_that_is_cut_out_of_a_teacher(zoo: Path, tmp_path: Path) -> None:
+    student = "student={from_layers: {teacher: code, keep: 1}}"
+    lines = pipeline.check(recipe(zoo, tmp_path, student, GENERATION)).lines
+    assert any(line.startswith("evaluate.generation: 6 prompts") for line in lines)
+
+
 def test_prompts_beyond_a_switch_of_the_rope_are_refused(zoo: Path, tmp_path: Path) -> None:
     import tiny
 

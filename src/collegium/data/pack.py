@@ -158,7 +158,8 @@ def _build(
     # real eos from the loss in https://github.com/huggingface/trl/issues/6357
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chosen = [documents[number] for number in encoded]
-    for summary in summaries:
+    # Two parts may read the same data set, with other splits of it.
+    for summary in (one for one in summaries if one.where.startswith(f"{where}[")):
         is_from = (summary.files and d.id.startswith((*summary.files,)) for d in chosen)
         first = next((n for n, hit in zip(encoded, is_from, strict=True) if hit), None)
         if first is not None and not summary.sample:

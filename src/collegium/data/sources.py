@@ -190,9 +190,9 @@ def _read_source(
     """Yield the documents of each file, None for a blank row, an error for a refused one."""
     summary.origin = str(options.path or options.hub)
     saved = Path(os.path.expanduser(summary.origin))
-    if options.hub is not None or _is_saved(saved):
-        table = _load_saved(saved, options, where) if _is_saved(saved) else None
-        table = _load_hub(options, where) if table is None else table
+    is_saved = _is_saved(saved)
+    if options.hub is not None or is_saved:
+        table = _load_saved(saved, options, where) if is_saved else _read_hub(options, where)
         rows_of = {summary.origin: enumerate(table, start=1)}
         domain = summary.origin.rstrip("/").rsplit("/", 1)[-1]
     else:
@@ -247,11 +247,12 @@ def _load_saved(folder: Path, options: SourceOptions, where: str) -> Any:
     return saved[options.split]
 
 
-def _load_hub(options: SourceOptions, where: str) -> Any:
+def _read_hub(options: SourceOptions, where: str) -> Iterator[Any]:
     import datasets
 
+    # A stream can fail at any row.
     try:
-        return datasets.load_dataset(
+        yield from datasets.load_dataset(
             str(options.hub),
             options.name,
             split=options.split,
@@ -262,7 +263,7 @@ def _load_hub(options: SourceOptions, where: str) -> Any:
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"{where}: {options.hub}: cannot be loaded ({type(error).__name__}: {reason}); "
+            f"{where}: {options.hub}: cannot be read ({type(error).__name__}: {reason}); "
             "must be a dataset that `datasets.load_dataset` opens; check the name, the network, "
             "`name`, `split` and `revision`"
         ) from error

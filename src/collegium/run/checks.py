@@ -35,6 +35,7 @@ from collegium.models.student import StudentOptions
 from collegium.models.weights import weights_digest, weights_layout
 from collegium.run.caches import Cache, FusedCache
 from collegium.run.context import RunContext
+from collegium.run.estimates import estimate_lines
 from collegium.teachers.options import TeacherOptions
 from collegium.train.arguments import BFLOAT16_RATE, bfloat16_warning
 from collegium.train.checkpoint import require_valid_checkpoint
@@ -77,6 +78,7 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     _check_terms(context)
     for where, options in _models(context).items():
         report.warnings += options.warnings(where)
+    report.lines += estimate_lines(context)
     disk = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(disk).free
     report.lines.append(f"disk: {free / 1e9:.1f} GB free at {recipe.output_dir}")

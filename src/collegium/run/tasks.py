@@ -168,9 +168,7 @@ def load_suite(context: RunContext, name: str) -> Suite:
     """
     options, data = context.recipe.evaluate, context.recipe.data
     models = {f"teachers.{name}": one for name, one in context.recipe.teachers.items()}
-    limits = {
-        w: one.max_length(w) for w, one in {**models, "student": context.recipe.student}.items()
-    }
+    limits = {w: one.max_length(w) for w, one in {**models, "student": context.student}.items()}
     bounded = {where: limit for where, limit in limits.items() if limit is not None}
     if name == GENERATION:
         assert options.generation is not None
