@@ -24,7 +24,7 @@ calibration: raw}`. Any other option of the weighting narrows the selection."""
 RANK = "rank"
 """Level key that keeps some teachers by their NLL in preflight, such as `{order: best, number: 3}`
 with the orders `best`, `worst` (first), or the seed of a random one."""
-ZooName = Literal["specialists", "generalists", "contradicting", "scaling"]
+ZooName = Literal["specialists", "generalists", "contradicting", "scaling", "tasks"]
 Level = dict[str, Any]
 
 

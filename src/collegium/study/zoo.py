@@ -5,11 +5,14 @@ runs/zoo/specialists-SEED/NAME    trained on one domain each: the teachers of th
 runs/zoo/generalists-SEED/NAME    trained on all domains; differ in width, depth, architecture, seed
 runs/zoo/contradicting-SEED/liar  a generalist trained on permuted labels in one domain
 runs/zoo/scaling-SEED/NAME        `fifth`, one more generalist; `long`, trained five times as long
+runs/zoo/tasks-SEED/NAME          `long` of the same seed, fine-tuned on one task each; `start`, a
+                                  smaller generalist, trained as long, that a student starts from
+runs/zoo/tasks                    the text of the tasks
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +23,25 @@ from torch.utils.data import Dataset
 
 from collegium.config.recipe import Recipe
 from collegium.data.pack import PackedDataset
-from collegium.demo.run import FULL, Plan, ensure, prepare_text, write_teacher_recipe
+from collegium.demo.run import (
+    FULL,
+    HERE,
+    Plan,
+    ensure,
+    llama_like,
+    prepare_text,
+    read_values,
+    write_recipe,
+    write_teacher_recipe,
+)
+from collegium.models.loading import load_tokenizer
 from collegium.run import pipeline
 from collegium.run.artifacts import Student
 from collegium.run.context import RunContext
 from collegium.run.controls import main_variant
 from collegium.run.folder import RunFolder
 from collegium.study.options import ZooName
+from collegium.study.task_text import TASKS, write_task
 from collegium.types import IGNORE, domain_number
 
 ROOT = Path("runs") / "zoo"
@@ -38,6 +53,9 @@ GENERALISTS = {"scripture": "wide", "drama": "shallow", "encyclopedia": "neox", 
 """Domain of a specialist -> name of the generalist with the same architecture."""
 LONG_FACTOR = 5
 """Steps of the teacher `long`, as a multiple of those of the others."""
+LONG = ("long", "start")
+TASK_STEPS = 600
+"""Steps of the fine-tuning on a task."""
 
 
 def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL) -> None:
@@ -50,15 +68,50 @@ def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL
     run.make()
     with run.lock():
         prepare_text(run, plan)
-        domains = () if zoo == "specialists" else tuple(plan.specialists)
-        train = _train_contradicting if zoo == "contradicting" else pipeline.train
-        for name, config, teacher_seed in _teachers(zoo, plan, seed):
-            folder = root / f"{zoo}-{seed}" / name
-            steps = plan.max_steps * (LONG_FACTOR if name == "long" else 1)
-            size = replace(plan, max_steps=steps)
-            recipe = write_teacher_recipe(size, folder, config, seed=teacher_seed, domains=domains)
-            inputs, make = [name, dict(config), seed, steps], partial(train, recipe)
-            ensure(run, f"{zoo}-{seed} {name}", inputs, folder / "student", make)
+        _prepare_teachers(run, zoo, seed, plan)
+        if zoo == "tasks":
+            _prepare_teachers(run, "scaling", seed, plan, names=["long"])
+            _prepare_task_teachers(run, seed)
+
+
+def _prepare_teachers(
+    run: RunFolder, zoo: ZooName, seed: int, plan: Plan, *, names: Sequence[str] = ()
+) -> None:
+    """Train the missing teachers, all or those of these names, on the text of the demo."""
+    domains = () if zoo == "specialists" else tuple(plan.specialists)
+    train = _train_contradicting if zoo == "contradicting" else pipeline.train
+    for name, config, teacher_seed in _teachers(zoo, plan, seed):
+        if names and name not in names:
+            continue
+        folder = run.path / f"{zoo}-{seed}" / name
+        steps = plan.max_steps * (LONG_FACTOR if name in LONG else 1)
+        size = replace(plan, max_steps=steps)
+        recipe = write_teacher_recipe(size, folder, config, seed=teacher_seed, domains=domains)
+        inputs, make = [name, dict(config), seed, steps], partial(train, recipe)
+        ensure(run, f"{zoo}-{seed} {name}", inputs, folder / "student", make)
+
+
+def _prepare_task_teachers(run: RunFolder, seed: int) -> None:
+    """Write the text of the tasks, and fine-tune one teacher on each."""
+    base, text = run.path / f"scaling-{seed}" / "long" / "student", run.path / "tasks"
+    wheels = [[task.name, [wheel.file for wheel in task.wheels]] for task in TASKS.values()]
+
+    def write_tasks() -> None:
+        tokenizer = load_tokenizer(str(run.path / "tokenizer"), where="tokenizer")
+        for task in TASKS.values():
+            write_task(task, text, tokenizer)
+
+    ensure(run, "tasks", wheels, text, write_tasks)
+    for number, name in enumerate(TASKS):
+        folder = run.path / f"tasks-{seed}" / name
+        values = read_values(HERE / "demo-teacher.yaml", "runs/demo", run.path.as_posix())
+        values |= {"name": f"task-{name}", "output_dir": folder.as_posix()}
+        values |= {"seed": 600 + 10 * seed + number, "student": {"model": base.as_posix()}}
+        values["data"]["train"] = [{"path": str(text / f"{name}.jsonl"), "domain": name}]
+        values["train"] |= {"learning_rate": 2e-3, "max_steps": TASK_STEPS}
+        recipe = write_recipe(run.path / "recipes" / f"tasks-{seed}-{name}.yaml", values)
+        make = partial(pipeline.train, recipe)
+        ensure(run, f"tasks-{seed} {name}", [name, seed, TASK_STEPS], folder / "student", make)
 
 
 def _teachers(zoo: ZooName, plan: Plan, seed: int) -> Iterator[tuple[str, Mapping[str, Any], int]]:
@@ -70,6 +123,9 @@ def _teachers(zoo: ZooName, plan: Plan, seed: int) -> Iterator[tuple[str, Mappin
     if zoo == "scaling":
         yield "fifth", first, 400 + seed
         yield "long", first, 200 + 10 * seed  # as the first generalist
+        return
+    if zoo == "tasks":
+        yield "start", llama_like("llama", width=96, layers=3, heads=4), 500 + seed
         return
     for number, (domain, config) in enumerate(plan.specialists.items()):
         if zoo == "specialists":
