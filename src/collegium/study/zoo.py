@@ -5,9 +5,9 @@ runs/zoo/specialists-SEED/NAME    trained on one domain each: the teachers of th
 runs/zoo/generalists-SEED/NAME    trained on all domains; differ in width, depth, architecture, seed
 runs/zoo/contradicting-SEED/liar  a generalist trained on permuted labels in one domain
 runs/zoo/scaling-SEED/NAME        `fifth`, one more generalist; `long`, trained five times as long
-runs/zoo/tasks-SEED/NAME          `long` of the same seed, fine-tuned on one task each; `start`, a
-                                  smaller generalist, trained as long, that a student starts from
-runs/zoo/tasks                    the text of the tasks
+runs/zoo/tasks                    text of five tasks
+runs/zoo/tasks-SEED/NAME          `long`, fine-tuned on one task each; `start`, a smaller generalist
+                                  trained as long, which students start from
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ PERMUTED_DOMAIN = "drama"
 GENERALISTS = {"scripture": "wide", "drama": "shallow", "encyclopedia": "neox", "python": "deep"}
 """Domain of a specialist -> name of the generalist with the same architecture."""
 LONG_FACTOR = 5
-"""Steps of the teacher `long`, as a multiple of those of the others."""
+"""Steps of the models in `LONG`, as a multiple of those of the others."""
 LONG = ("long", "start")
+"""Models to start from, or to compare with teachers of the same total cost."""
 TASK_STEPS = 600
 """Steps of the fine-tuning on a task."""
 
