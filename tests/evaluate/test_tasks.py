@@ -21,6 +21,7 @@ from collegium.errors import DataError
 from collegium.evaluate.generation import Decoding, FusedSource, SingleSource
 from collegium.evaluate.options import GenerationOptions
 from collegium.evaluate.tasks import Suite, answer_suite, continuations, read_task, score_samples
+from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import PrefixLikelihood
 from collegium.teachers.local import LocalTeacher
@@ -93,6 +94,8 @@ HOSTILE: dict[str, list[object]] = {
     "limit is a text": [ASK | {"max_new_tokens": "4"}],
     "empty stop": [ASK | {"stop": [""]}],
     "stop is a number": [ASK | {"stop": 3}],
+    "empty domain": [ASK | {"domain": ""}],
+    "domain is a number": [PICK | {"domain": 3}],
     "messages is a text": [without(ASK, "prompt", messages="hello")],
     "no messages": [without(ASK, "prompt", messages=[])],
     "unknown role": [without(ASK, "prompt", messages=[{"role": "me", "content": "a"}])],
@@ -197,6 +200,30 @@ def test_the_likeliest_choice_is_chosen(tmp_path: Path) -> None:
     source = FusedSource(Fusion(weighting=PrefixLikelihood()), twice)
     fused = answer_suite(source, suite, tiny.tiny_tokenizer(), Decoding())
     assert [sample.text for sample in fused] == naive
+
+
+def test_a_prompt_with_a_domain_is_answered_by_the_teacher_of_the_domain(tmp_path: Path) -> None:
+    teachers = [model(0), model(1)]
+    source = FusedSource(Fusion(weighting=Route(default="m0", domains={"law": "m1"})), teachers)
+    prompts = ("To be,", "To be nobler in the mind", "mind", "sea of")
+    choices = ["a", "b", "c", "d", "e", "f", "g", "h"]
+    ask = [ASK | {"prompt": prompt, "max_new_tokens": 6} for prompt in prompts]
+    pick = [without(PICK, prompt=p, references=["a"], choices=choices) for p in prompts]
+    for rows in (ask, pick):
+        routed = [row | {"domain": "law"} for row in rows[:3]] + rows[3:]
+        one, other, both = (
+            [
+                sample.text
+                for sample in answer_suite(model, suite, tiny.tiny_tokenizer(), Decoding())
+            ]
+            for model, suite in (
+                (SingleSource(teachers[0]), read(tmp_path, *rows)),
+                (SingleSource(teachers[1]), read(tmp_path, *rows)),
+                (source, read(tmp_path, *routed)),
+            )
+        )
+        assert one[:3] != other[:3]
+        assert both == [*other[:3], one[3]]
 
 
 def test_an_answer_ends_at_a_stop_text(tmp_path: Path) -> None:

@@ -94,6 +94,46 @@ def test_each_setting_and_seed_runs_once(tiny_study: Path, monkeypatch: pytest.M
     assert json.loads((folder / "rows.json").read_text()) == rows
 
 
+def test_tasks_are_measured_for_teachers_fused_target_and_student(tiny_study: Path) -> None:
+    folder = tiny_study.parent
+    ask = {"prompt": "To be", "references": ["or not"], "max_new_tokens": 3}
+    ask |= {"metric": ["bleu", "token_f1"]}
+    pick = {"prompt": "In the", "choices": [" word", " sum"], "metric": "accuracy"}
+    picks = [pick | {"references": [word]} for word in (" word", " sum", " sum")]
+    for name, some in (("q_a", [ask]), ("pick", picks)):
+        lines = [json.dumps(row) + "\n" for row in some]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    tasks = f"{{q_a: {folder}/q_a.jsonl, pick: {folder}/pick.jsonl}}"
+    base = (folder / "base.yaml").read_text()
+    base = base.replace("controls: []", f"controls: [], tasks: {tasks}")
+    (folder / "base.yaml").write_text(base, encoding="utf-8")
+    text = tiny_study.read_text().replace("seeds: [0, 1]", "seeds: [0]")
+    text = text.replace("    EM: {pick: {weighting: fixed}}\n", "")
+    text = text.replace("bytes_per_token]", "task_q_a_token_f1, teacher_task_pick_accuracy]")
+    tiny_study.write_text(text.replace('    "0.9": {objective.kd_ratio: 0.9}\n', ""))
+    page, tables = sweep.run_study(tiny_study)
+    (row,) = json.loads((page.parent / "rows.json").read_text())
+    results = {
+        name: json.loads((Path(row["folder"]) / "tasks" / f"{name}.json").read_text())["rows"]
+        for name in ("q_a", "pick")
+    }
+    metrics = ("q_a", "bleu", 1), ("q_a", "token_f1", 100), ("pick", "accuracy", 100)
+    for prefix, kind in (("", "student"), ("fused_", "fused"), ("teacher_", "teacher")):
+        for name, metric, factor in metrics:
+            scores = [one["scores"][metric] for one in results[name] if one["kind"] == kind]
+            expected = factor * max(score["value"] for score in scores)
+            assert row["values"][f"{prefix}task_{name}_{metric}"] == pytest.approx(expected)
+        # One choice is right in a third of the prompts, the other in two.
+        assert 33 < row["values"][f"{prefix}task_pick_accuracy"] < 67
+    (table,) = (table for table in tables if table.title == "Tasks")
+    assert [line.name.partition(": ")[2] for line in table.lines] == [
+        "student", "fused target", "best teacher",
+    ]  # fmt: skip
+    assert [column.title for column in table.columns] == [
+        "pick: accuracy, %", "q_a: BLEU", "q_a: token F1, %",
+    ]  # fmt: skip
+
+
 def test_settings_are_compared_with_the_baseline(tiny_study: Path) -> None:
     text = tiny_study.read_text().replace(
         "measures:", "baseline: {weighting: EM, share: '0.9'}\nmeasures:"
@@ -163,6 +203,7 @@ def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
     ("old", "new", "where"),
     [
         ("student_nll,", "student_nil,", "tiny.yaml:13: measures"),
+        ("student_nll,", "task_qa_token_f2,", "tiny.yaml:13: measures"),
         ("x: share", "x: shore", "tiny.yaml:14: figures"),
         ("{weighting: fixed}", "{weighting: fxed}", "tiny.yaml:9: factors.weighting.EM.pick"),
         (
@@ -188,6 +229,7 @@ def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
     ],
     ids=[
         "measure",
+        "metric",
         "factor",
         "weighting",
         "pick",

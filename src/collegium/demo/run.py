@@ -41,7 +41,8 @@ class Plan:
     max_steps: int
 
 
-def _llama_like(model_type: str, *, width: int, layers: int, heads: int) -> dict[str, Any]:
+def llama_like(model_type: str, *, width: int, layers: int, heads: int) -> dict[str, Any]:
+    """Return the transformers config of a small model of this type."""
     return {
         "model_type": model_type,
         "hidden_size": width,
@@ -59,8 +60,8 @@ FULL = Plan(
     name="demo",
     vocab_size=4096,
     specialists={
-        "scripture": _llama_like("llama", width=160, layers=4, heads=4),
-        "drama": _llama_like("mistral", width=192, layers=3, heads=6),
+        "scripture": llama_like("llama", width=160, layers=4, heads=4),
+        "drama": llama_like("mistral", width=192, layers=3, heads=6),
         "encyclopedia": {
             "model_type": "gpt_neox",
             "hidden_size": 176,
@@ -71,7 +72,7 @@ FULL = Plan(
             "tie_word_embeddings": True,
         },
         # Qwen3's config defaults to a `head_dim` of 128 at any width.
-        "python": {**_llama_like("qwen3", width=144, layers=5, heads=4), "head_dim": 36},
+        "python": {**llama_like("qwen3", width=144, layers=5, heads=4), "head_dim": 36},
     },
     # 8 x 128 tokens per step at 4e-3: 4.77 nats against 5.06 with 16 x 128 (docs/log.md).
     max_steps=440,
@@ -80,9 +81,9 @@ QUICK = Plan(
     name="demo-quick",
     vocab_size=1024,
     specialists={
-        "python": _llama_like("llama", width=128, layers=2, heads=4),
-        "reference": _llama_like("mistral", width=96, layers=3, heads=4),
-        "tables": {**_llama_like("qwen3", width=112, layers=2, heads=4), "head_dim": 28},
+        "python": llama_like("llama", width=128, layers=2, heads=4),
+        "reference": llama_like("mistral", width=96, layers=3, heads=4),
+        "tables": {**llama_like("qwen3", width=112, layers=2, heads=4), "head_dim": 28},
     },
     max_steps=100,
 )

@@ -6,7 +6,8 @@ A line of a task file has `prompt` or `messages`, `references` and `metric`:
 
 The metric is a name or a list of names, the same in every line. `accuracy` needs `choices`, and the
 model chooses the one with the highest log-probability after the prompt. Other metrics generate
-text: up to `max_new_tokens` (default 64), and up to the first of the strings in `stop`.
+text: up to `max_new_tokens` (default 64), and up to the first of the strings in `stop`. `domain`
+is the domain of the prompt, for weights by domain.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ from collegium.evaluate.scoring import OnProgress
 from collegium.evaluate.text_metrics import TEXT_METRICS, TextSample, require_packages
 from collegium.models.loading import choose_device
 from collegium.storage.records import MetricScore
-from collegium.types import Batch
+from collegium.types import Batch, domain_number
 
 CONTINUATION_METRICS = ("bleu", "rouge_l", "distinct_1", "distinct_2", "repetition")
 TASK_METRICS = ("accuracy", "exact_match", "token_f1", "entity_f1", "bleu", "rouge_l")
 MAX_NEW_TOKENS = 64
 """Default of a line of a task file."""
-_KEYS = ("prompt", "messages", "references", "metric", "choices", "max_new_tokens", "stop")
+_KEYS = (
+    "prompt", "messages", "references", "metric", "choices", "max_new_tokens", "stop", "domain",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,7 @@ class _Line:
     choices: tuple[str, ...]
     max_new_tokens: int
     stop: tuple[str, ...]
+    domain: str | None
 
     @classmethod
     def of(cls, row: object, place: str) -> _Line:
@@ -178,16 +182,7 @@ class _Line:
         for key in row:
             if key not in _KEYS:
                 raise DataError(f"{place}: unknown key `{key}`{nearest(key, _KEYS)}")
-        if ("prompt" in row) == ("messages" in row):
-            both = "both" if "prompt" in row else "neither"
-            raise DataError(f"{place}: got {both} of `prompt` and `messages`; must have one")
-        if "prompt" in row and not (isinstance(row["prompt"], str) and row["prompt"].strip()):
-            raise DataError(f"{place}: `prompt` is {show(row['prompt'])}; must be a text")
-        if "messages" in row and not (isinstance(row["messages"], list) and row["messages"]):
-            raise DataError(
-                f"{place}: `messages` is {show(row['messages'])}; must be a list of role and "
-                "content"
-            )
+        prompt = _prompt(row, place)
         metrics = _strings(row, "metric", place)
         for name in metrics:
             if name not in TASK_METRICS:
@@ -198,8 +193,10 @@ class _Line:
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise DataError(f"{place}: `max_new_tokens` is {show(limit)}; must be at least 1")
         stop = _strings(row, "stop", place) if "stop" in row else ()
-        prompt = row["prompt"] if "prompt" in row else row["messages"]
-        return cls(place, prompt, references, metrics, choices, limit, stop)
+        domain = row.get("domain")
+        if "domain" in row and not (isinstance(domain, str) and domain):
+            raise DataError(f"{place}: `domain` is {show(domain)}; must be the name of a domain")
+        return cls(place, prompt, references, metrics, choices, limit, stop, domain)
 
     @property
     def name(self) -> str:
@@ -217,6 +214,20 @@ class _Line:
                 answer = {"role": "assistant", "content": text}
                 row = {"messages": [*map(_as_context, self.prompt), answer]}
             yield from parse_rows([(None, row)], self.name, options, domain="", where=where)
+
+
+def _prompt(row: Mapping[str, Any], place: str) -> str | list[Any]:
+    """Return the text or the chat to continue."""
+    if ("prompt" in row) == ("messages" in row):
+        both = "both" if "prompt" in row else "neither"
+        raise DataError(f"{place}: got {both} of `prompt` and `messages`; must have one")
+    if "prompt" in row and not (isinstance(row["prompt"], str) and row["prompt"].strip()):
+        raise DataError(f"{place}: `prompt` is {show(row['prompt'])}; must be a text")
+    if "messages" in row and not (isinstance(row["messages"], list) and row["messages"]):
+        raise DataError(
+            f"{place}: `messages` is {show(row['messages'])}; must be a list of role and content"
+        )
+    return row["prompt"] if "prompt" in row else row["messages"]
 
 
 def _as_context(message: Any) -> Any:
@@ -293,7 +304,7 @@ def _encode(lines: Sequence[_Line], encoder: Encoder) -> list[SuiteItem]:
         choices = (
             dict(zip(line.choices, map(tuple, answers), strict=True)) if line.choices else None
         )
-        prompt = Prompt(tuple(parts[0].ids[:first].tolist()), line.max_new_tokens)
+        prompt = Prompt(tuple(parts[0].ids[:first].tolist()), line.max_new_tokens, line.domain)
         items.append(SuiteItem(line.name, prompt, line.references, line.stop, choices))
     return items
 
@@ -331,10 +342,7 @@ def _choose(
     best: dict[int, tuple[float, str, tuple[int, ...]]] = {}
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]
-        rows: list[dict[str, object]] = [
-            {"input_ids": [*items[n].prompt.ids, *ids], "labels": [*items[n].prompt.ids, *ids]}
-            for n, _, ids in part
-        ]
+        rows = [_choice_row(items[n].prompt, ids) for n, _, ids in part]
         batch = Batch.from_inputs(Collator()(rows)).to(choose_device("auto"))
         all_rows = batch.rows()
         with torch.no_grad():
@@ -349,6 +357,12 @@ def _choose(
         if progress is not None:
             progress(min(start + batch_size, len(pairs)), len(pairs))
     return [TextSample(best[n][1], best[n][2], item.references) for n, item in enumerate(items)]
+
+
+def _choice_row(prompt: Prompt, ids: Sequence[int]) -> dict[str, object]:
+    whole = [*prompt.ids, *ids]
+    domain = 0 if prompt.domain is None else domain_number(prompt.domain)
+    return {"input_ids": whole, "labels": whole, "domain_ids": [domain] * len(whole)}
 
 
 def _choices_of(item: SuiteItem) -> Iterator[tuple[str, tuple[int, ...]]]:

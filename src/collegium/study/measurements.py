@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 
 from collegium.config.recipe import Recipe
+from collegium.evaluate.tasks import TASK_METRICS
 from collegium.losses.row_terms import CrossEntropyTerm, RouterTerm
 from collegium.preflight.weight_quality import rank_correlation
 from collegium.report.formats import fixed, percent, perplexity, whole
+from collegium.report.task_tables import TITLES
 from collegium.storage import records
 
 
@@ -58,15 +61,41 @@ MEASURES = {
     "best_teacher_share": Measure("P(highest weight = best teacher)"),
     "regret": Measure("regret against the best constant weights", True),
 }
-"""`NAME@DOMAIN` is the value on one domain."""
+"""`NAME@DOMAIN` is the value on one domain. Tasks have the measures `task_TASK_METRIC` besides."""
 # results.json has other measures per domain as well, but studies read only these.
 BY_DOMAIN = ("fused_nll", "student_nll", "student_perplexity")
 
 
+TASK_MODELS = {
+    "": ("student", "student"),
+    "fused_": ("fused", "fused target"),
+    "teacher_": ("teacher", "best teacher"),
+}
+"""Prefix of a measure of tasks -> kind of the models that it is the highest score of, and label."""
+_TASK_MEASURE = re.compile(rf"({'|'.join(TASK_MODELS)})task_(.+)_({'|'.join(TASK_METRICS)})")
+
+
+def find_measure(name: str) -> Measure | None:
+    """Return a measure by its name without a domain, None if there is none."""
+    if (match := _TASK_MEASURE.fullmatch(name)) is None:
+        return MEASURES.get(name)
+    prefix, task, metric = match.groups()
+    model = f" of the {TASK_MODELS[prefix][1]}" if prefix else ""
+    unit = "" if metric == "bleu" else ", %"
+    return Measure(f"{task}: {TITLES[metric]}{model}{unit}", False, _coarse, 1)
+
+
+def measure_of(name: str) -> Measure:
+    """Return the measure that a study names, which may be on one domain."""
+    measure = find_measure(name.partition("@")[0])
+    assert measure is not None
+    return measure
+
+
 def measure_label(name: str) -> str:
     """Return the label of a measure, such as `NLL of the student on code`."""
-    base, _, domain = name.partition("@")
-    return MEASURES[base].label + (f" on {domain}" if domain else "")
+    _, at, domain = name.partition("@")
+    return measure_of(name).label + (f" on {domain}" if at else "")
 
 
 def run_values(recipe: Recipe) -> records.Numbers:
@@ -96,12 +125,25 @@ def run_values(recipe: Recipe) -> records.Numbers:
     for row in generated.rows if generated else ():
         if row.kind == "student":
             values |= {f"student_{name}": score.value for name, score in row.scores.items()}
+    for path in sorted((folder / "tasks").glob("*.json")):
+        values |= _task_values(path.stem, records.open_record(path, records.TaskResults))
     for domain, score in student.domains.items():
         values[f"student_nll@{domain}"] = score.nll
         values[f"student_perplexity@{domain}"] = score.perplexity
     for domain, score in fused.domains.items():
         values[f"fused_nll@{domain}"] = score.nll
     return values
+
+
+def _task_values(task: str, results: records.TaskResults) -> Iterator[tuple[str, float | None]]:
+    for prefix, (kind, _) in TASK_MODELS.items():
+        scores: dict[str, list[float]] = {}
+        for row in results.rows:
+            for metric, score in row.scores.items() if row.kind == kind else ():
+                factor = 1 if metric == "bleu" else 100
+                scores.setdefault(metric, []).append(factor * (score.value or 0.0))
+        for metric, values in scores.items():
+            yield f"{prefix}task_{task}_{metric}", max(values)
 
 
 def preflight_values(

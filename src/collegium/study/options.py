@@ -14,9 +14,10 @@ from pydantic import Field
 
 from collegium.config.yaml import decode, read_text, read_yaml, shown
 from collegium.errors import nearest
+from collegium.evaluate.tasks import TASK_METRICS
 from collegium.fusion.fitted import WEIGHTINGS
 from collegium.options import option
-from collegium.study.measurements import BY_DOMAIN, MEASURES
+from collegium.study.measurements import BY_DOMAIN, MEASURES, find_measure
 
 PICK = "pick"
 """Level key that selects a fusion fitted by preflight, such as `{weighting: gate, pool: linear,
@@ -24,7 +25,7 @@ calibration: raw}`. Any other option of the weighting narrows the selection."""
 RANK = "rank"
 """Level key that keeps some teachers by their NLL in preflight, such as `{order: best, number: 3}`
 with the orders `best`, `worst` (first), or the seed of a random one."""
-ZooName = Literal["specialists", "generalists", "contradicting", "scaling", "generations"]
+ZooName = Literal["specialists", "generalists", "contradicting", "scaling", "generations", "tasks"]
 Level = dict[str, Any]
 
 
@@ -137,8 +138,11 @@ def _baseline_problems(study: StudyOptions) -> Iterator[str]:
 def _measure_problems(key: str, names: Sequence[str]) -> Iterator[str]:
     for name in names:
         base, at, domain = name.partition("@")
-        if base not in MEASURES:
-            yield f"{key}: got `{name}`; must be a measure{nearest(base, MEASURES)}"
+        if find_measure(base) is None:
+            known = nearest(base, MEASURES)
+            if "task_" in base:
+                known = f", such as task_NAME_METRIC; metrics: {', '.join(TASK_METRICS)}"
+            yield f"{key}: got `{name}`; must be a measure{known}"
         elif at and (base not in BY_DOMAIN or not domain):
             yield f"{key}: got `{name}`; only {', '.join(BY_DOMAIN)} exist by domain"
 

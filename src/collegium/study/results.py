@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from collegium.storage.files import write_text
 from collegium.storage.records import StudyRow
 from collegium.study.comparison import comparison_table
 from collegium.study.figures import correlation, draw_figures
-from collegium.study.measurements import MEASURES, by_setting, measure_label, seed_values
+from collegium.study.measurements import (
+    TASK_MODELS,
+    Measure,
+    by_setting,
+    measure_label,
+    measure_of,
+    seed_values,
+)
 from collegium.study.options import StudyOptions
 
 
@@ -77,6 +85,8 @@ def study_tables(study: StudyOptions, rows: Sequence[StudyRow]) -> list[Table[An
     if len(study.factors) == 2 and study.students:
         across, down = factors[:2]
         tables[:0] = [pivot_table(rows, m, down=down, across=across) for m in study.measures]
+    if any(name.startswith("task_") for row in rows for name in row.values):
+        tables.append(task_table(rows, factors))
     if study.baseline:
         tables.append(comparison_table(rows, factors, study.baseline))
     return tables
@@ -94,18 +104,41 @@ def pivot_table(
     return Table(measure_label(measure), f"{down} \\ {across}", columns, lines)
 
 
+def task_table(
+    rows: Sequence[StudyRow], factors: Sequence[str]
+) -> Table[tuple[str, list[StudyRow]]]:
+    """Return the scores of the best teacher, the fused target and the student of each setting."""
+    names = dict.fromkeys(n for row in rows for n in row.values if n.startswith("task_"))
+    columns: list[Column[tuple[str, list[StudyRow]]]] = [
+        Column(
+            measure_label(name),
+            lambda line, name=name: seed_values(line[1], line[0] + name) or None,
+            partial(_with_deviation, measure_of(name)),
+        )
+        for name in names
+    ]
+    lines = [
+        Line(f"{setting}: {label}", (prefix, group))
+        for setting, group in by_setting(rows, factors).items()
+        for prefix, (_, label) in TASK_MODELS.items()
+    ]
+    return Table("Tasks", "Setting and model", columns, lines)
+
+
 def _column(
     title: str, measure: str, select: Callable[[list[StudyRow]], list[StudyRow]]
 ) -> Column[list[StudyRow]]:
-    options = MEASURES[measure.partition("@")[0]]
+    options = measure_of(measure)
 
     def read(group: list[StudyRow]) -> list[float] | None:
         return seed_values(select(group), measure) or None
 
-    def write(values: list[float] | None) -> str:
-        text = options.write(statistics.fmean(values) if values else None)
-        if values is None or len(values) < 2:
-            return text
-        return f"{text} ± {fixed(statistics.stdev(values), options.digits)}"
-
+    write = partial(_with_deviation, options)
     return Column(title, read, write, statistics.fmean if options.is_lower_better else None)
+
+
+def _with_deviation(measure: Measure, values: list[float] | None) -> str:
+    text = measure.write(statistics.fmean(values) if values else None)
+    if values is None or len(values) < 2:
+        return text
+    return f"{text} ± {fixed(statistics.stdev(values), measure.digits)}"

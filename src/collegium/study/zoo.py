@@ -6,6 +6,9 @@ runs/zoo/generalists-SEED/NAME    trained on all domains; differ in width, depth
 runs/zoo/contradicting-SEED/liar  a generalist trained on permuted labels in one domain
 runs/zoo/scaling-SEED/NAME        `fifth`, one more generalist; `long`, trained five times as long
 runs/zoo/generations-SEED/early   the last specialist after a quarter of its steps
+runs/zoo/tasks                    text of five tasks
+runs/zoo/tasks-SEED/NAME          `long`, fine-tuned on one task each; `start`, a smaller generalist
+                                  trained as long, which students start from
 """
 
 from __future__ import annotations
@@ -21,13 +24,25 @@ from torch.utils.data import Dataset
 
 from collegium.config.recipe import Recipe
 from collegium.data.pack import PackedDataset
-from collegium.demo.run import FULL, Plan, ensure, prepare_text, write_teacher_recipe
+from collegium.demo.run import (
+    FULL,
+    HERE,
+    Plan,
+    ensure,
+    llama_like,
+    prepare_text,
+    read_values,
+    write_recipe,
+    write_teacher_recipe,
+)
+from collegium.models.loading import load_tokenizer
 from collegium.run import pipeline
 from collegium.run.artifacts import Student
 from collegium.run.context import RunContext
 from collegium.run.controls import main_variant
 from collegium.run.folder import RunFolder
 from collegium.study.options import ZooName
+from collegium.study.task_text import TASKS, write_task
 from collegium.types import IGNORE, domain_number
 
 ROOT = Path("runs") / "zoo"
@@ -37,6 +52,8 @@ PERMUTED_DOMAIN = "drama"
 # rule for generalists (docs/results/fusion.md).
 GENERALISTS = {"scripture": "wide", "drama": "shallow", "encyclopedia": "neox", "python": "deep"}
 """Domain of a specialist -> name of the generalist with the same architecture."""
+TASK_STEPS = 600
+"""Steps of the fine-tuning on a task."""
 
 
 def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL) -> None:
@@ -49,16 +66,48 @@ def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL
     run.make()
     with run.lock():
         prepare_text(run, plan)
-        train = _train_contradicting if zoo == "contradicting" else pipeline.train
-        for one in _teachers(zoo, plan, seed):
-            folder = root / f"{zoo}-{seed}" / one.name
-            size = replace(plan, max_steps=round(plan.max_steps * one.length))
-            recipe = write_teacher_recipe(
-                size, folder, one.config, seed=one.seed, domains=one.domains
-            )
-            inputs = [one.name, dict(one.config), seed, size.max_steps]
-            make = partial(train, recipe)
-            ensure(run, f"{zoo}-{seed} {one.name}", inputs, folder / "student", make)
+        _prepare_teachers(run, zoo, seed, plan)
+        if zoo == "tasks":
+            _prepare_teachers(run, "scaling", seed, plan, names=["long"])
+            _prepare_task_teachers(run, seed)
+
+
+def _prepare_teachers(
+    run: RunFolder, zoo: ZooName, seed: int, plan: Plan, *, names: Sequence[str] = ()
+) -> None:
+    """Train the missing teachers, all or those of these names, on the text of the demo."""
+    train = _train_contradicting if zoo == "contradicting" else pipeline.train
+    for one in _teachers(zoo, plan, seed):
+        if names and one.name not in names:
+            continue
+        folder = run.path / f"{zoo}-{seed}" / one.name
+        size = replace(plan, max_steps=round(plan.max_steps * one.length))
+        recipe = write_teacher_recipe(size, folder, one.config, seed=one.seed, domains=one.domains)
+        inputs, make = [one.name, dict(one.config), seed, size.max_steps], partial(train, recipe)
+        ensure(run, f"{zoo}-{seed} {one.name}", inputs, folder / "student", make)
+
+
+def _prepare_task_teachers(run: RunFolder, seed: int) -> None:
+    """Write the text of the tasks, and fine-tune one teacher on each."""
+    base, text = run.path / f"scaling-{seed}" / "long" / "student", run.path / "tasks"
+    wheels = [[task.name, [wheel.file for wheel in task.wheels]] for task in TASKS.values()]
+
+    def write_tasks() -> None:
+        tokenizer = load_tokenizer(str(run.path / "tokenizer"), where="tokenizer")
+        for task in TASKS.values():
+            write_task(task, text, tokenizer)
+
+    ensure(run, "tasks", wheels, text, write_tasks)
+    for number, name in enumerate(TASKS):
+        folder = run.path / f"tasks-{seed}" / name
+        values = read_values(HERE / "demo-teacher.yaml", "runs/demo", run.path.as_posix())
+        values |= {"name": f"task-{name}", "output_dir": folder.as_posix()}
+        values |= {"seed": 600 + 10 * seed + number, "student": {"model": base.as_posix()}}
+        values["data"]["train"] = [{"path": str(text / f"{name}.jsonl"), "domain": name}]
+        values["train"] |= {"learning_rate": 2e-3, "max_steps": TASK_STEPS}
+        recipe = write_recipe(run.path / "recipes" / f"tasks-{seed}-{name}.yaml", values)
+        make = partial(pipeline.train, recipe)
+        ensure(run, f"tasks-{seed} {name}", [name, seed, TASK_STEPS], folder / "student", make)
 
 
 @dataclass(frozen=True)
@@ -85,6 +134,9 @@ def _teachers(zoo: ZooName, plan: Plan, seed: int) -> Iterator[_ZooTeacher]:
         yield _ZooTeacher("long", first, 200 + 10 * seed, domains, length=5)
     elif zoo == "generations":
         yield _ZooTeacher("early", configs[domains[-1]], 100 + seed, domains[-1:], length=0.25)
+    elif zoo == "tasks":
+        start = llama_like("llama", width=96, layers=3, heads=4)
+        yield _ZooTeacher("start", start, 500 + seed, domains, length=5)
     elif zoo == "specialists":
         for domain in domains:
             yield _ZooTeacher(domain, configs[domain], 100 + seed, [domain])
