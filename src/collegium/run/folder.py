@@ -61,8 +61,8 @@ class RunFolder:
 
         The products of all stages that one process replaces share the folder, with their recipe.
         """
-        found = [path for path in paths if path.exists()]
-        if not found:
+        existing = [path for path in paths if path.exists()]
+        if not existing:
             return
         if not self._retired:
             numbers = [
@@ -71,12 +71,12 @@ class RunFolder:
             self._retired.append(self.path / PREVIOUS / str(max(numbers, default=0) + 1))
             for name, text in self._former.items():
                 write_text(self._retired[0] / name, text)
-        for path in found:
+        for path in existing:
             target = self._retired[0] / path.relative_to(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
-        names = ", ".join(path.relative_to(self.path).as_posix() for path in found[:3])
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        names = ", ".join(path.relative_to(self.path).as_posix() for path in existing[:3])
+        more = f" and {len(existing) - 3} more" if len(existing) > 3 else ""
         say(f"{stage}: made by another recipe; {names}{more} kept in {self._retired[0]}")
 
     def check_place(self, *, also: Collection[str] = ()) -> None:

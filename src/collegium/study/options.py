@@ -139,10 +139,10 @@ def _measure_problems(key: str, names: Sequence[str]) -> Iterator[str]:
     for name in names:
         base, at, domain = name.partition("@")
         if find_measure(base) is None:
-            known = nearest(base, MEASURES)
+            hint = nearest(base, MEASURES)
             if "task_" in base:
-                known = f", such as task_NAME_METRIC; metrics: {', '.join(TASK_METRICS)}"
-            yield f"{key}: got `{name}`; must be a measure{known}"
+                hint = f", such as task_NAME_METRIC; metrics: {', '.join(TASK_METRICS)}"
+            yield f"{key}: got `{name}`; must be a measure{hint}"
         elif at and (base not in BY_DOMAIN or not domain):
             yield f"{key}: got `{name}`; only {', '.join(BY_DOMAIN)} exist by domain"
 

@@ -50,9 +50,8 @@ class RecordedTeacher:
         counts = _rows_per_window(batch, rows)
         windows = zip(_window_digests(batch), counts, strict=True)
         places = [self.places.get(digest) for digest, count in windows if count]
-        wanted = [count for count in counts if count]
-        found = [place.stop - place.start if place else 0 for place in places]
-        if taps or found != wanted:
+        recorded = [place.stop - place.start if place else 0 for place in places]
+        if taps or recorded != [count for count in counts if count]:
             what = "hidden states of inner layers were" if taps else "a window of this batch was"
             raise ModelError(f"teacher {self.name}: {what} not recorded; score it live")
         device = str(self.head.weight.device)
