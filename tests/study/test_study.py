@@ -13,9 +13,10 @@ from collegium.cli import app
 from collegium.config.recipe import load_recipe
 from collegium.errors import RecipeError
 from collegium.storage.files import write_json
-from collegium.study import sweep
+from collegium.storage.records import StudyRow
+from collegium.study import figures, sweep
 from collegium.study.measurements import spearman, teacher_passes
-from collegium.study.options import load_study
+from collegium.study.options import FigureOptions, load_study
 from collegium.study.zoo import PermutedLabels
 from collegium.types import IGNORE, domain_number
 from refusals import refused
@@ -316,6 +317,24 @@ def test_every_setting_of_every_study_decodes(
     for job in sweep.jobs_of(study, tmp_path):
         recipe = sweep._recipe(job, path.parent / study.base, tmp_path)
         assert "{" not in str([teacher.model for teacher in recipe.teachers.values()])
+
+
+def test_series_have_one_line_per_order_and_share_levels_without_one() -> None:
+    levels = ["best first, K = 1", "best first, K = 2", "worst first, K = 1", "K = 3", "copies"]
+    rows = [
+        StudyRow(levels={"teachers": level}, seed=seed, folder="", values={"student_nll": i + seed})
+        for i, level in enumerate(levels)
+        for seed in (0, 1)
+    ]
+    figure = figures.series(rows, FigureOptions(kind="series", y="student_nll"), ["teachers"])
+    assert figure is not None
+    (axes,) = figure.axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert curves == {
+        "best first": [[1, 0.5], [2, 1.5], [3, 3.5]],
+        "worst first": [[1, 2.5], [3, 3.5]],
+    }
+    assert axes.get_xlabel() == "K"
 
 
 def test_rank_correlation_matches_its_definition() -> None:

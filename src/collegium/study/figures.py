@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -17,13 +19,15 @@ from collegium.study.options import FigureOptions
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_LABEL_LENGTH = 44
+_NUMBERED = re.compile(r"^(?:(.*), )?(\w+) = (\d+)$")
+"""Level of a series: its line, the name of the number, and the number."""
 
 
 def draw_figures(
     rows: Sequence[StudyRow], figures: Sequence[FigureOptions], factors: Sequence[str]
 ) -> list[tuple[FigureOptions, bytes]]:
     """Return the options and the SVG of each figure that some row has the measures of."""
-    kinds = {"scatter": scatter, "lines": lines, "dots": dots}
+    kinds = {"scatter": scatter, "lines": lines, "series": series, "dots": dots}
     with house_style():
         drawn = [(options, kinds[options.kind](rows, options, factors)) for options in figures]
         return [(options, render_svg(figure)) for options, figure in drawn if figure is not None]
@@ -108,6 +112,25 @@ def lines(
     axes.set(xlabel=options.x, ylabel=measure_label(options.y))
     legend_below(figure, axes)
     return figure
+
+
+def series(
+    rows: Sequence[StudyRow], options: FigureOptions, factors: Sequence[str]
+) -> Figure | None:
+    """Plot a measure over the numbers that end the names of levels, as `lines`."""
+    numbered = [(row, match) for row in rows for match in _NUMBERED.findall(_last_level(row))]
+    starts = list(dict.fromkeys(start for _, (start, _, _) in numbered if start)) or [""]
+    x, by = next((name for _, (_, name, _) in numbered), ""), "series"
+    shaped = [
+        row.model_copy(update={"levels": {x: number, by: part}})
+        for row, (start, _, number) in numbered
+        for part in ([start] if start else starts)
+    ]
+    return lines(shaped, replace(options, x=x, by=by), factors)
+
+
+def _last_level(row: StudyRow) -> str:
+    return list(row.levels.values())[-1]
 
 
 def _positions(levels: Sequence[str]) -> dict[str, float]:

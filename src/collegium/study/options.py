@@ -33,9 +33,11 @@ Level = dict[str, Any]
 class FigureOptions:
     """One plot of a study."""
 
-    kind: Literal["scatter", "lines", "dots"]
+    kind: Literal["scatter", "lines", "series", "dots"]
     """scatter: one point per setting and seed, x and y measures, with their rank correlation.
     lines: y over the levels of the factor x, one line per level of `by`.
+    series: y over the number that ends a level such as `best first, K = 3`, one line per
+    beginning. A level without one, such as `K = 5`, is part of all lines.
     dots: y of every setting, one dot per seed."""
     y: str
     """A measure."""
