@@ -382,16 +382,76 @@ def study(
 
 
 @app.command()
+def options(
+    key: Annotated[str, typer.Argument(help="Dotted key, e.g. `train`. Defaults to all.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Show the keys of a recipe: type, default and meaning."""
+    from collegium.config.reference import Key, reference
+    from collegium.report.tables import Column, Line, Table
+
+    columns: list[Column[Key]] = [
+        Column("type", "type", str, is_text=True),
+        Column("default", "default", str, is_text=True),
+        Column("meaning", "meaning", str, is_text=True),
+    ]
+    first: dict[tuple[Key, ...], str] = {}
+    for section in reference(key):
+        title = " ".join(
+            filter(None, [section.path or "recipe", section.kind and f"({section.kind})"])
+        )
+        same = first.setdefault(section.keys, section.path)
+        is_new = section.keys and same == section.path
+        lines = [Line(one.name, one) for one in section.keys]
+        table = Table("", "key", columns, lines)
+        if markdown:
+            _echo(f"## {title}\n\n{section.meaning}\n")
+            _echo(f"{table.markdown()}\n" if is_new else "")
+            continue
+        _echo(
+            f"\n{title}: {section.meaning}"
+            + (f" Keys as in {same}." if not is_new and same else "")
+        )
+        if is_new:
+            _print(table)
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("collegium.yaml"),
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Folder or hub id of a teacher; repeat it for each.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="File, glob or folder of text; repeat it for each.")
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the student to start from.")
+    ] = None,
+    student_from: Annotated[
+        str | None, typer.Option(help="A teacher of which the student gets every other layer.")
+    ] = None,
 ) -> None:
-    """Write a commented recipe to start from. Never overwrites a file."""
-    from importlib.resources import files
+    """Write a recipe to start from: a commented example, or one for given models and text."""
+    if teacher or data or student or student_from:
+        check_versions()
+        from collegium.config.starter import starter_recipe
 
-    template = files("collegium.config").joinpath("template.yaml").read_text(encoding="utf-8")
+        text = starter_recipe(
+            path,
+            teachers=teacher or [],
+            data=data or [],
+            student=student,
+            student_from=student_from,
+        )
+    else:
+        from importlib.resources import files
+
+        template = files("collegium.config").joinpath("template.yaml")
+        text = template.read_text(encoding="utf-8")
     try:
         with path.open("x", encoding="utf-8") as stream:
-            stream.write(template)
+            stream.write(text)
     except FileExistsError as error:
         raise RecipeError(f"{path}: already exists; choose another name, or delete it") from error
     _echo(f"wrote {path}; edit it, then run `collegium check {path}`")
