@@ -166,7 +166,7 @@ def _meanings(cls: type) -> Mapping[str, str]:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         body = definition.body if isinstance(definition, ast.ClassDef) else []
         for field, text in itertools.pairwise(body):
-            is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-                meanings[field.target.id] = " ".join(str(text.value.value).split())  # type: ignore[union-attr]
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(meaning))):
+                    meanings[name] = " ".join(meaning.split())
     return meanings
