@@ -135,6 +135,20 @@ def test_changed_teacher_redoes_what_read_it(root: Path) -> None:
     assert (kept / "student").is_dir()
 
 
+def test_cache_of_other_targets_is_built_again(root: Path) -> None:
+    run, draws = root / "run", "cache.targets.draws=9"
+    former = (run / "cache" / "teachers" / "code" / "train" / "manifest.json").read_bytes()
+    pipeline.cache(recipe(root, draws))
+    kept = run / "previous" / "1" / "cache" / "teachers"
+    assert (kept / "code" / "train" / "manifest.json").read_bytes() == former
+    # The calibration split is stored with other targets, which did not change.
+    assert not (kept / "code" / "calibration").exists()
+    found = states(root, draws)
+    assert {found[f"cache teachers/{name}/train"] for name in ("code", "scripture")} == {"done"}
+    assert found["preflight"] == "done"
+    assert found["train"] == "done; of another recipe, made again"
+
+
 def test_interrupted_training_of_another_recipe_is_kept(root: Path) -> None:
     run = root / "run"
     shutil.rmtree(run / "student")

@@ -149,6 +149,8 @@ def _build_caches(context: RunContext) -> list[Path]:
     for artifact in built:
         artifact.is_done()
     for artifact in built:
+        if Ranks.from_environment().is_single:  # or one process would move what another builds
+            artifact.set_aside()
         with artifact.log():
             artifact.build()
     return [artifact.path for artifact in built]
