@@ -143,8 +143,8 @@ def _positions(levels: Sequence[str]) -> dict[str, float]:
 
 def _level_axis(axes: Axes, positions: Mapping[str, float]) -> None:
     low, high = min(positions.values()), max(positions.values())
-    # Levels such as 10, 25, 50, 100 would crowd at the left of a linear axis.
-    if low > 0 and high / low >= 4:
+    # Levels such as 10, 25, 50, 100 would crowd at the left of a linear axis; 1 to 5 do not.
+    if low > 0 and high / low >= 8:
         axes.set_xscale("log")
         # Minor ticks would put labels between the levels.
         axes.xaxis.set_minor_formatter(NullFormatter())
