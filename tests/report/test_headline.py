@@ -70,7 +70,7 @@ def test_student_far_above_the_best_teacher_is_no_success(teacher: float, tone: 
     student = STUDENT.model_copy(update={"num_parameters": 200})
     headline = headline_of(_run(student, *rows))
     assert headline.tone == tone
-    assert f"best teacher, “a” ({teacher:.1f}, 3.50 × its parameters)" in headline.text
+    assert f"best teacher, “a” ({teacher:.1f}, with 3.50 × the parameters)" in headline.text
 
 
 def test_student_that_training_did_not_improve() -> None:

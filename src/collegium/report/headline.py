@@ -122,7 +122,7 @@ def _direction(change: float) -> str:
 def _times_the_size(teacher: ResultRow, student: ResultRow) -> str:
     if not teacher.num_parameters or not student.num_parameters:
         return ""
-    return f", {ratio(teacher.num_parameters / student.num_parameters)} its parameters"
+    return f", with {ratio(teacher.num_parameters / student.num_parameters)} the parameters"
 
 
 def _effort(control: ResultRow, student: ResultRow) -> str:
