@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from collegium.config.recipe import Recipe, load_recipe
-from collegium.errors import TrainingError
 from collegium.fusion.fuse import Fusion
 from collegium.losses.pairing import FeatureOptions
 from collegium.models.loading import count_parameters
@@ -28,7 +27,6 @@ from collegium.run.controls import CONTROLS, control_variants, main_variant
 from collegium.run.students import Student
 from collegium.train import options as options_module
 from collegium.train.options import TrainOptions, training_arguments
-from refusals import refused
 
 CONTROL_NAMES = ["ce_only", "ce_only_equal_compute", "best_single"]
 RECIPE = """
@@ -212,8 +210,6 @@ def test_other_weights_under_the_same_path_are_another_run(seen: Witness, tmp_pa
         weights["lm_head.weight"] = weights["lm_head.weight"] * 1.5
         save_file(weights, file, metadata={"format": "pt"})
         assert RunContext(seen.recipe).inputs("teachers") != inputs
-        with refused(TrainingError, "checkpoint-2: "):
-            pipeline.run(seen.recipe)
     finally:
         shutil.copy(kept, file)
     assert RunContext(seen.recipe).inputs("teachers") == inputs

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
-from safetensors.torch import load_file
 
 from collegium.errors import ModelError
 from collegium.models.folder import resolve_folder
@@ -107,6 +106,9 @@ def attach_adapter(model: PreTrainedModel, path: str, *, name: str, where: str) 
 
 def read_adapter(path: str, *, where: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter by name, or raise ModelError if one is not finite."""
+    # Imported here: it loads torch, which an error in a recipe need not wait for.
+    from safetensors.torch import load_file
+
     file = _adapter_folder(path, where) / ADAPTER_WEIGHTS
     state = load_file(file)
     for key, tensor in state.items():
