@@ -77,3 +77,9 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     names = sorted(candidates)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(names) or 'none'}"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first paragraph of an error as one line, with its class if it is one word."""
+    text = " ".join(str(error).split("\n\n")[0].split())
+    return text if " " in text else f"{type(error).__name__}: {text}"

@@ -198,6 +198,14 @@ def test_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> None
         LocalOptions(model=str(base), adapter=str(adapter)).check("teachers.t")
 
 
+def test_check_fetches_no_adapter_of_the_hub(base: Path) -> None:
+    options = LocalOptions(model=str(base), adapter="owner/adapter")
+    options.check("teachers.t")
+    options.warnings("teachers.t")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        LocalTeacher.load("t", options, vocab_size=400, where="teachers.t")
+
+
 def test_new_adapters_change_nothing_and_are_all_that_trains(base: Path) -> None:
     options = PretrainedStudent(model=str(base), lora=LoraOptions(r=5, targets=["q_proj"]))
     options.check("student")

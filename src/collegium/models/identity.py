@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collegium.errors import ModelError
+from collegium.errors import ModelError, first_line
 from collegium.models.folder import resolve_folder
 from collegium.models.lora import adapter_identity
 from collegium.models.weights import CONFIG, weights_digest
@@ -64,10 +64,9 @@ def hub_config(model: str, revision: str | None, *, where: str) -> Path:
         return _hub_config(model, revision)
     # Network, permissions, a missing repository: errors of many types.
     except Exception as error:
-        reason = " ".join(str(error).split("\n\n")[0].split())
         raise ModelError(
-            f"{where}: the config of {model} cannot be loaded ({reason}); give a model folder, or "
-            "check the hub id and the network"
+            f"{where}: the config of {model} cannot be loaded ({first_line(error)}); give a "
+            "model folder, or check the hub id and the network"
         ) from error
 
 

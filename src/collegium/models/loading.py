@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from collegium.errors import ModelError, nearest
+from collegium.errors import ModelError, first_line, nearest
 from collegium.models import adapters, lora
 from collegium.models.folder import check_model_type, resolve_folder
 from collegium.models.forward import tap_names, tap_width
@@ -48,12 +48,6 @@ class ModelFacts:
     """Whether queries, keys and values of its layers can be read."""
     query_width: int | None = None
     """Width of the queries of all heads, None where the config does not give it."""
-
-
-def first_line(error: Exception) -> str:
-    """Return the first paragraph of an error as one line, with its class if it is one word."""
-    text = " ".join(str(error).split("\n\n")[0].split())
-    return text if " " in text else f"{type(error).__name__}: {text}"
 
 
 def load_model(options: ModelOptions, *, where: str) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from collegium.errors import ModelError
+from collegium.errors import ModelError, first_line
 from collegium.models.folder import resolve_folder
 from collegium.models.weights import ADAPTER, PICKLES, read_header, read_json
 from collegium.options import option, torch
@@ -138,10 +138,9 @@ def _adapter_folder(path: str, where: str) -> Path:
             folder = Path(snapshot_download(path, allow_patterns=[ADAPTER, ADAPTER_WEIGHTS]))
         # Network, permissions, a missing repository: errors of many types.
         except Exception as error:
-            reason = " ".join(str(error).split("\n\n")[0].split())
             raise ModelError(
-                f"{where}: the adapter {path} cannot be loaded ({reason}); give a folder, or check "
-                "the hub id and the network"
+                f"{where}: the adapter {path} cannot be loaded ({first_line(error)}); give a folder, "
+                "or check the hub id and the network"
             ) from error
     for name in (ADAPTER, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from collegium.errors import ModelError
+from collegium.errors import ModelError, first_line
 from collegium.models import folder, identity, loading, lora, notes
 from collegium.models.families import check_windows
 from collegium.models.loading import ModelFacts
@@ -117,14 +117,21 @@ class ModelOptions(ModelSource):
         model = loading.check_weights(self, where=where)
         if model is not None:
             self.check_model(model, where)
-            if self.adapter is not None:
+            if self.adapter is not None and self._has_adapter_folder(where):
                 lora.attach_adapter(model, self.adapter, name="check", where=f"{where}.adapter")
 
     def check_model(self, model: PreTrainedModel, where: str) -> None:
         """Check the model of a folder, which has names and shapes but no values."""
 
+    def _has_adapter_folder(self, where: str) -> bool:
+        # As for models, a check fetches no hub id.
+        path = f"{where}.adapter"
+        return (
+            self.adapter is not None and folder.resolve_folder(self.adapter, where=path) is not None
+        )
+
     def warnings(self, where: str) -> list[str]:
-        if self.adapter is not None:
+        if self.adapter is not None and self._has_adapter_folder(where):
             lora.read_adapter(self.adapter, where=f"{where}.adapter")
         return notes.config_notes(self, where=where) + loading.scan_folder(self, where=where)
 
@@ -164,7 +171,7 @@ class ModelOptions(ModelSource):
         except Exception as error:
             raise ModelError(
                 f"{where}: the config of {self.model} cannot be loaded "
-                f"({loading.first_line(error)}); give a model folder, or check the hub id and the "
+                f"({first_line(error)}); give a model folder, or check the hub id and the "
                 "network"
             ) from error
         loading.drop_quantization(config, where=where)

@@ -7,8 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from collegium.errors import ModelError
-from collegium.models import loading
+from collegium.errors import ModelError, first_line
 from collegium.models.folder import resolve_folder
 from collegium.models.identity import without_neutral
 from collegium.models.weights import CONFIG, read_json
@@ -64,8 +63,7 @@ def check_generation_file(options: ModelOptions, *, where: str) -> None:
         GenerationConfig.from_pretrained(folder)
     except Exception as error:  # of any type for bad values
         raise ModelError(
-            f"{where}: {GENERATION_CONFIG}: cannot be loaded ({loading.first_line(error)}); fix "
-            "its values"
+            f"{where}: {GENERATION_CONFIG}: cannot be loaded ({first_line(error)}); fix its values"
         ) from error
 
 
@@ -106,8 +104,7 @@ def check_saving(model: PreTrainedModel, *, where: str) -> None:
             type(generation).from_pretrained(folder)
         except Exception as error:  # of any type for bad values
             raise ModelError(
-                f"{place}: cannot be saved with a student ({loading.first_line(error)}); fix its "
-                "values"
+                f"{place}: cannot be saved with a student ({first_line(error)}); fix its values"
             ) from error
 
 
@@ -130,7 +127,7 @@ def _check_round_trip(config: PretrainedConfig, folder: Path, place: str) -> Non
     # Bad values make config classes raise errors of any type.
     except Exception as error:
         raise ModelError(
-            f"{place}: cannot be saved with a student ({loading.first_line(error)}); fix its values"
+            f"{place}: cannot be saved with a student ({first_line(error)}); fix its values"
         ) from error
     expected, actual = _plain(config), _plain(loaded)
     for key in sorted(expected.keys() | actual.keys()):
