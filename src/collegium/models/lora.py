@@ -139,8 +139,8 @@ def _adapter_folder(path: str, where: str) -> Path:
         # Network, permissions, a missing repository: errors of many types.
         except Exception as error:
             raise ModelError(
-                f"{where}: the adapter {path} cannot be loaded ({first_line(error)}); give a folder, "
-                "or check the hub id and the network"
+                f"{where}: the adapter {path} cannot be loaded ({first_line(error)}); give a "
+                "folder, or check the hub id and the network"
             ) from error
     for name in (ADAPTER, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
