@@ -17,9 +17,9 @@ import tiny
 from collegium.data.windows import PackedDataset
 from collegium.distributions import Answer
 from collegium.errors import CollegiumError, DataError, ModelError
-from collegium.evaluate import scoring
 from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.evaluate.scoring import FUSED, Windows, score_models
+from collegium.fusion import buffered
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import PrefixLikelihood, Uniform
 from collegium.preflight.measure import run_preflight
@@ -166,8 +166,9 @@ def test_layout_and_block_size_do_not_matter(
     base = score_models(models, models, fusion, Windows.spread(text_dataset(max_length=64), 2))
     data = text_dataset(packing=packing, max_length=64)
     if is_cut:
-        # Down to the smallest blocks, of 16 rows.
-        monkeypatch.setattr(scoring, "BLOCK_ELEMENTS", 1)
+        # Down to strips of one row.
+        monkeypatch.setattr(buffered, "BUFFER_BYTES", 1)
+        monkeypatch.setattr(buffered, "CPU_STRIP_BYTES", 1)
     other = score_models(models, models, fusion, Windows.spread(data, batch_size))
     assert_same(base, other)
 

@@ -18,7 +18,9 @@ from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Answer, Distribution, Teacher
 from collegium.errors import CollegiumError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
+from collegium.fusion.buffered import buffer_rows, buffered, strips_of, vocab_size_of
 from collegium.fusion.fuse import Fusion, Target, fuse
+from collegium.kernels.rows import top_tokens
 from collegium.models.loading import choose_device
 from collegium.storage.records import ModelInfo, ResultRow
 from collegium.types import Batch, Rows
@@ -145,10 +147,12 @@ def score_models(
     tokens: list[ScoredTokens] = []
     with torch.no_grad():
         for answers, rows, batch_tokens in windows.answers(scorers):
+            vocab_size = vocab_size_of(answers[0].distribution)
+            answers = buffered(answers, buffer_rows(vocab_size))
             by_name = {answer.name: answer for answer in answers}
             members = [by_name[name] for name in teacher_names]
             fused = None if fusion is None else fuse(fusion, members, rows)
-            for block in blocks_of(rows, answers[0].distribution):
+            for block in strips_of(slice(0, len(rows)), vocab_size, rows.labels.device):
                 _measure_block(columns, answers, fused, rows, block)
             tokens.append(batch_tokens)
     targets = ScoredTokens.cat(tokens)
@@ -202,7 +206,8 @@ def row_measures(
 
     Returns: NLL, entropy, confidence and top-1 token, and KL with a target, each (n,).
     """
-    confidence_n, top1_n = logp_nV.max(1)
+    top1_n = top_tokens(logp_nV)
+    confidence_n = logp_nV.gather(1, top1_n[:, None]).squeeze(1)
     measures = {
         "nll": -logp_nV.gather(1, labels_n[:, None]).squeeze(1),
         # entr(0) = 0, whereas p * log p would be NaN.
@@ -233,7 +238,7 @@ def _measure_block(
 
     if target_nV is not None:
         append(FUSED, target_nV)
-    # The head of a teacher is applied twice per block: here and in the fusion.
+    # A teacher that was fused has its logits in a buffer.
     for answer in answers:
         append(answer.name, answer.distribution.logits(block).to(labels_n.device).log_softmax(1))
 

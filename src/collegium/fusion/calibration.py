@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from collegium.distributions import Answer, Distribution
-from collegium.fusion.pools import RowReader
 from collegium.fusion.weighting import RowStats, Weighting
+from collegium.kernels.plain import MIN_LOGIT, strips
+from collegium.kernels.rows import RawRows, Workspace, logp_floor, to_logits, top_tokens
 from collegium.storage.records import GridEnd
 from collegium.types import Rows, map_tensors
 
@@ -30,6 +31,9 @@ Beyond, one per octave from 1/16 to 32: few teachers are that badly calibrated.
 """
 FINE_STEP = 2.0**0.25
 """Largest ratio of neighbors for a parabola through three of them."""
+# On a CPU, exp below -87 takes a path that is a hundred times slower.
+NEGLIGIBLE = -80.0
+"""Log of a probability, relative to the top token, that counts as e^-80."""
 BLOCK_ROWS = 256
 """Rows whose logits are read at once."""
 MIN_GAIN = 1e-7
@@ -196,17 +200,58 @@ class TemperatureTables:
 
 def _table(distribution: Distribution, rows: Rows, grid: Sequence[float]) -> RowStats:
     """Statistics (G, N) of one teacher."""
-    stored = [distribution.scalars(slice(0, len(rows)), value) for value in grid]
-    if None not in stored:
-        return RowStats.stack([RowStats(*scalars) for scalars in stored if scalars is not None])
-    reader = RowReader()
-    blocks = []
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = slice(start, min(start + BLOCK_ROWS, len(rows)))
-        logits_nV, labels_n = distribution.logits(block), rows.labels[block]
-        at_grid = [reader.read(logits_nV, labels_n, temperature=value)[0] for value in grid]
-        blocks.append(RowStats.stack(at_grid))
-    return RowStats.cat(blocks)
+    starts = range(0, len(rows), BLOCK_ROWS)
+    blocks = [slice(start, min(start + BLOCK_ROWS, len(rows))) for start in starts]
+    reader = GridReader(grid)
+    return RowStats.cat([reader.read(distribution, rows.labels[b], b) for b in blocks])
+
+
+class GridReader:
+    """Reads the scalars of a distribution at every temperature of a grid.
+
+    With s = z - max z, and R the sum of exp(s_v / T) over all tokens but the top one, which would
+    round it: log Z_T = log(1 + R), and H_T = log Z_T - sum_v exp(s_v / T) s_v / T / (1 + R).
+    """
+
+    def __init__(self, grid: Sequence[float]) -> None:
+        self._grid = grid
+        self._workspace = Workspace()
+
+    def read(self, distribution: Distribution, labels_n: Tensor, block: slice) -> RowStats:
+        """Return statistics (G, n) of a block of rows, after one application of the head."""
+        stored = [distribution.scalars(block, value) for value in self._grid]
+        if None not in stored:
+            return RowStats.stack([RowStats(*scalars) for scalars in stored if scalars is not None])
+        raw, _ = distribution.raw(block, self._workspace, "logits")
+        labels_n = labels_n.to(raw.values_nV.device)
+        # A strip stays in the processor's cache for the whole grid: 25 temperatures of V = 49,152
+        # take 1.3 ms per row, against 18 ms by one sweep over a block of 256 rows each.
+        parts = [
+            self._strip(replace(raw, values_nV=raw.values_nV[strip]), labels_n[strip])
+            for strip in strips(raw)
+        ]
+        return RowStats.cat(parts)
+
+    def _strip(self, raw: RawRows, labels_s: Tensor) -> RowStats:
+        matrix, shape = self._workspace.matrix, raw.values_nV.shape
+        like = raw.values_nV.new_empty(0, dtype=raw.dtype)
+        shifted_sV, scaled_sV = matrix("shifted", shape, like), matrix("scaled", shape, like)
+        exp_sV = matrix("exp", shape, like)
+        logits_sV = to_logits(raw, exp_sV)
+        top_s1 = top_tokens(logits_sV)[:, None]
+        torch.sub(logits_sV, logits_sV.gather(1, top_s1), out=shifted_sV)
+        label_s = shifted_sV.gather(1, labels_s[:, None])[:, 0]
+        # Finite, or exp(-inf) * -inf would be NaN.
+        shifted_sV.scatter_(1, top_s1, MIN_LOGIT).clamp_(min=MIN_LOGIT)
+        rest_Gs, dot_Gs = like.new_empty(2, len(self._grid), shape[0])
+        for g, temperature in enumerate(self._grid):
+            torch.mul(shifted_sV, 1.0 / temperature, out=scaled_sV).clamp_(min=NEGLIGIBLE)
+            torch.sum(torch.exp(scaled_sV, out=exp_sV), -1, out=rest_Gs[g])
+            torch.sum(exp_sV.mul_(scaled_sV), -1, out=dot_Gs[g])
+        log_sum_Gs = rest_Gs.log1p()
+        entropy_Gs = log_sum_Gs - dot_Gs / (1.0 + rest_Gs)
+        label_Gs = label_s / like.new_tensor(self._grid)[:, None] - log_sum_Gs
+        return RowStats(entropy_Gs, label_Gs.clamp(min=logp_floor(raw.dtype)), -log_sum_Gs)
 
 
 def fit_temperature(tables: TemperatureTables, teacher: str) -> float | None:

@@ -193,7 +193,9 @@ class StreamedTarget:
         self._rows = rows
         self._next_row = 0
         self._carries: list[Carry | None] = [None] * len(answers)
+        self._ahead: list[RowStats] = []
         self._swept_KN: Tensor | None = None
+        """(K, N) scores of all rows, for rules that need every statistic before the first row."""
         temperatures = fusion.temperatures
         self._reader = TeacherReader(
             answers, rows, temperatures, kernels=kernels, workspace=workspace
@@ -242,8 +244,9 @@ class StreamedTarget:
             )
         self._next_row = stop
         with torch.no_grad():
-            if not self._fusion.weighting.streams and self._swept_KN is None:
-                self._swept_KN = self._sweep(stop - start)
+            if start == 0:
+                for first in range(0, len(self._rows), stop):
+                    self.read_ahead(slice(first, min(first + stop, len(self._rows))))
             if self._routed is not None:
                 return self._route(slice(start, stop), self._routed)
             return self._pool(slice(start, stop))
@@ -346,15 +349,20 @@ class StreamedTarget:
             return torch.full_like(score_n, -torch.inf)
         return masked_scores(score_n, stats).clamp(min=MIN_SCORE)
 
-    def _sweep(self, block_size: int) -> Tensor:
-        """(K, N) scores of all rows, for rules that need every statistic before the first row."""
-        num_rows, weighting = len(self._rows), self._fusion.weighting
-        needs_consensus = weighting.needs_consensus
-        starts = range(0, num_rows, block_size)
-        blocks = [slice(start, min(start + block_size, num_rows)) for start in starts]
-        parts = [self._reader.stats(block, consensus=needs_consensus) for block in blocks]
-        stats = RowStats.cat(parts)
-        return masked_scores(weighting.log_scores(stats, self._rows, self._names), stats)
+    def read_ahead(self, block: slice) -> None:
+        """Read the statistics of the next rows for a rule that needs all of them at the first row.
+
+        Targets that share buffered answers and read ahead in turns share each product with a head.
+        Without it, the first block reads all rows. A no-op for other rules.
+        """
+        if self._fusion.weighting.streams or self._swept_KN is not None:
+            return
+        consensus = self._fusion.weighting.needs_consensus
+        self._ahead.append(self._reader.stats(block, consensus=consensus))
+        if block.stop == len(self._rows):
+            stats, self._ahead = RowStats.cat(self._ahead), []
+            score_KN = self._fusion.weighting.log_scores(stats, self._rows, self._names)
+            self._swept_KN = masked_scores(score_KN, stats)
 
 
 def _has_underflow(prob_nV: Tensor) -> bool:

@@ -57,7 +57,7 @@ class TorchKernels(RowKernels):
         # Rows with logits of -inf (NaN so far) and nearly certain rows: a second sweep for them is
         # cheaper than a more precise one for all.
         again_m = (~(entropy_n >= NEARLY_CERTAIN)).nonzero()[:, 0]
-        for strip in _strips(replace(rows, values_nV=rows.values_nV[: len(again_m)])):
+        for strip in strips(replace(rows, values_nV=rows.values_nV[: len(again_m)])):
             index = again_m[strip]
             part = replace(rows, values_nV=rows.values_nV[index])
             precise, entropy_n[index] = self._read_precisely(part)
@@ -68,7 +68,7 @@ class TorchKernels(RowKernels):
     def _read_precisely(self, rows: RawRows) -> tuple[LogSumExp, Tensor]:
         """Keep the largest logits out of the sums, which 1 + x would round."""
         max_n, log_sum_n, entropy_n = rows.empty_columns(3)
-        for part in _strips(rows):
+        for part in strips(rows):
             z_sV = self._logits(rows, part, "z")
             max_s = torch.amax(z_sV, -1, out=max_n[part])
             z_sV = torch.sub(z_sV, max_s[:, None], out=self._strip(z_sV, "shifted"))
@@ -84,7 +84,7 @@ class TorchKernels(RowKernels):
     def _read(self, rows: RawRows) -> tuple[LogSumExp, Tensor]:
         max_n, sum_n, dot_n = rows.empty_columns(3)
         shift_n = torch.zeros_like(max_n)
-        for part in _strips(rows):
+        for part in strips(rows):
             z_sV = self._logits(rows, part, "z")
             exp_sV = self._strip(z_sV, "exp")
             max_s = torch.amax(z_sV, -1, out=max_n[part])
@@ -112,7 +112,7 @@ class TorchKernels(RowKernels):
             mean.unit_n = None
         norm_n = logsumexp.log_sum_n if mean.is_log else torch.exp(-logsumexp.log_sum_n)
         factor_n = norm_n if mean.is_log or share_n is None else norm_n * share_n
-        for part in _strips(rows):
+        for part in strips(rows):
             z_sV, mean_sV = self._logits(rows, part, "z"), mean_nV[part]
             out_sV = mean_sV if share_n is None else self._strip(mean_sV, "exp")
             torch.sub(z_sV, logsumexp.max_n[part, None], out=out_sV)
@@ -131,7 +131,7 @@ class TorchKernels(RowKernels):
     ) -> None:
         # mean <- mean + factor exp z. Its share is in the unit, so rescaling needs no sweep.
         is_last = mean.num_remaining == 0
-        for part in _strips(rows):
+        for part in strips(rows):
             z_sV, mean_sV = self._logits(rows, part, "z"), mean.values_nV[part]
             if is_first:
                 torch.exp(z_sV, out=mean_sV)
@@ -144,7 +144,7 @@ class TorchKernels(RowKernels):
 
     def softmax_(self, rows: RawRows, logsumexp: LogSumExp, factor_n: Tensor) -> None:
         factor_n = factor_n * torch.exp(-logsumexp.log_sum_n)
-        for part in _strips(rows):
+        for part in strips(rows):
             z_sV = self._logits(rows, part, "z")
             out_sV = self._strip(z_sV, "exp")
             torch.sub(z_sV, logsumexp.max_n[part, None], out=out_sV).exp_()
@@ -155,7 +155,7 @@ class TorchKernels(RowKernels):
     ) -> tuple[LogSumExp, Tensor]:
         max_n, log_sum_n, kl_n = rows.empty_columns(3)
         temperature = 1.0 if target is None else target.temperature
-        for part in _strips(rows):
+        for part in strips(rows):
             z_sV, raw_sV = self._logits(rows, part, "z"), rows.values_nV[part]
             shifted_sV = self._strip(z_sV, "shifted")
             # Without a cast, scale or cap the values are the logits: no copy, fully in-place.
@@ -225,7 +225,8 @@ class TorchKernels(RowKernels):
         return self._scratch.matrix(name, like_sV.shape, like_sV)
 
 
-def _strips(rows: RawRows) -> Iterator[slice]:
+def strips(rows: RawRows) -> Iterator[slice]:
+    """Yield slices of a few rows, one after the other."""
     num_rows, vocab_size = rows.values_nV.shape
     is_cpu = rows.values_nV.device.type == "cpu"
     budget = CPU_STRIP_BYTES * torch.get_num_threads() if is_cpu else GPU_STRIP_BYTES

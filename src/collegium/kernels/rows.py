@@ -224,6 +224,14 @@ def floor_(logp_nV: Tensor) -> Tensor:
     return logp_nV.clamp_(min=logp_floor(logp_nV.dtype))
 
 
+def top_tokens(values_nV: Tensor) -> Tensor:
+    """Return the (n,) index of the largest value of each row, the first one on a CPU."""
+    if values_nV.device.type != "cpu" or values_nV.dtype == torch.bfloat16:
+        return values_nV.argmax(-1)
+    # 0.1 ns per value with numpy, 4 ns with torch.
+    return torch.from_numpy(values_nV.detach().numpy().argmax(-1))
+
+
 def to_logits(rows: RawRows, out_nV: Tensor) -> Tensor:
     """Compute the logits, in `out_nV` if it has their dtype, else in new memory."""
     if out_nV.dtype != rows.dtype:

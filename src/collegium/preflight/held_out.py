@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from collegium.distributions import LIVE, Answer, Capabilities, Teacher, WrappedRows
 from collegium.evaluate.scoring import FUSED, Windows, score_models
+from collegium.fusion.buffered import buffer_rows, buffered, vocab_size_of
 from collegium.fusion.fuse import Fusion
 from collegium.storage.records import HeldOut, TeacherCalibration
 from collegium.types import Batch, Rows
@@ -32,11 +33,12 @@ def held_out_report(
     names, suffix = [teacher.name for teacher in teachers], " (calibrated)"
     while any(name + suffix in names for name in names):
         suffix += "*"
+    raw = [_LastAnswer(teacher) for teacher in teachers]
     calibrated = [
         _ScaledTeacher(teacher.name + suffix, teacher, temperatures[teacher.name] or 1.0)
-        for teacher in teachers
+        for teacher in raw
     ]
-    scored = score_models([*teachers, *calibrated], teachers, fusion, windows)
+    scored = score_models([*raw, *calibrated], raw, fusion, windows)
     return HeldOut(
         num_tokens=len(scored[FUSED].targets),
         teachers={
@@ -49,6 +51,29 @@ def held_out_report(
         },
         fused=scored[FUSED].calibration(),
     )
+
+
+@dataclass(eq=False)
+class _LastAnswer:
+    """A teacher whose answer to a batch is computed once, for all that read it."""
+
+    teacher: Teacher
+    _last: tuple[Batch, Answer] | None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        return self.teacher.name
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.teacher.capabilities
+
+    def score(self, batch: Batch, rows: Rows, taps: Sequence[str] = ()) -> Answer:
+        if self._last is None or self._last[0] is not batch:
+            answer = self.teacher.score(batch, rows, taps)
+            size = buffer_rows(vocab_size_of(answer.distribution))
+            self._last = batch, buffered([answer], size)[0]
+        return self._last[1]
 
 
 @dataclass(frozen=True)

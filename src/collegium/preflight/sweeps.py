@@ -6,31 +6,33 @@ F fusions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from collegium.distributions import Answer, DenseRows, Teacher
+from collegium.distributions import Answer, Teacher
 from collegium.evaluate.metrics import Metrics, ScoredTokens
-from collegium.evaluate.scoring import Windows, blocks_of
-from collegium.fusion.calibration import TEMPERATURES, TemperatureTables
-from collegium.fusion.fuse import Fusion, fuse
+from collegium.evaluate.scoring import Windows
+from collegium.fusion.buffered import buffer_rows, buffered, split_rows, strips_of, vocab_size_of
+from collegium.fusion.calibration import NEGLIGIBLE, TEMPERATURES, GridReader, TemperatureTables
+from collegium.fusion.fuse import Fusion, StreamedTarget, fuse
 from collegium.fusion.pools import TeacherReader
-from collegium.types import Rows
+from collegium.fusion.weighting import RowStats
+from collegium.kernels.plain import TorchKernels, strips
+from collegium.kernels.rows import RawRows, Workspace, top_tokens
+from collegium.types import Rows, map_tensors
+
+NUM_BYTES = 2**28
+"""Memory for logits by default."""
 
 JSD_ROWS = 4096
 """Approximate number of rows on which the disagreement of the teachers is measured."""
 
-CONSENSUS_ROWS = 256
-"""Rows per block when measuring the divergence from the consensus."""
-
-MAX_CACHED_ELEMENTS = 2**28
-"""Most logits of one batch, over all teachers, that are kept in memory: 1 GiB in float32."""
-
-PAIR_ELEMENTS = 2**22
-"""Elements of one (K, n, V) buffer when measuring pairwise disagreement."""
+MAX_BUFFERS = 6
+"""Further (n, V) buffers in use besides those of the teachers' logits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,30 +62,52 @@ class Scalars:
 
 @torch.no_grad()
 def sweep_teachers(
-    teachers: Sequence[Teacher], split: Windows, *, with_consensus: bool = True
+    teachers: Sequence[Teacher],
+    split: Windows,
+    *,
+    with_consensus: bool = True,
+    num_bytes: int = NUM_BYTES,
 ) -> Scalars:
     """Score each teacher once on the chosen windows and keep only scalars.
+
+    Each head is applied once per row.
 
     Args:
         teachers: live teachers, or all read from a per-teacher cache. The disagreement of cached
             teachers is measured on their stored tokens, with the remaining mass spread evenly.
         split: the windows.
-        with_consensus: whether to measure the consensus of live teachers, at the cost of two more
-            passes of each head.
+        with_consensus: whether to measure the consensus of live teachers.
+        num_bytes: memory for logits.
 
     Raises:
         DataError: the windows have no target tokens.
     """
     stored_at = teachers[0].capabilities.temperatures
     grid = TEMPERATURES if stored_at is None else sorted((1.0, *stored_at))
+    grid_reader = GridReader(grid)
     tables: list[TemperatureTables] = []
     disagreement: list[tuple[Tensor, Tensor, int]] = []
     tokens: list[ScoredTokens] = []
     step = max(1, int(split.counts().sum()) // JSD_ROWS)
+    has_consensus = with_consensus and stored_at is None
     for answers, rows, batch_tokens in split.answers(teachers):
-        kl_KN = _consensus(answers, rows) if with_consensus and stored_at is None else None
-        tables.append(TemperatureTables.of(answers, rows, grid=grid, consensus_kl_KN=kl_KN))
-        disagreement += _disagreement(answers, len(rows), step)
+        vocab_size, size = _sizes(answers, num_bytes)
+        answers = buffered(answers, size)
+        columns: dict[str, list[RowStats]] = {answer.name: [] for answer in answers}
+        kl = []
+        # Every reader reads the block that is in the buffers.
+        for block in split_rows(slice(0, len(rows)), size):
+            for answer in answers:
+                stats = grid_reader.read(answer.distribution, rows.labels[block], block)
+                columns[answer.name].append(map_tensors(stats, Tensor.cpu))
+            if has_consensus:
+                reader = TeacherReader(answers, rows, {})
+                for strip in strips_of(block, vocab_size, rows.labels.device):
+                    kl.append(reader.stats(strip, consensus=True).consensus_kl().cpu())
+            disagreement += _disagreement(answers, block, step)
+        kl_KN = torch.cat(kl, dim=1) if has_consensus else None
+        stats = {name: RowStats.cat(parts) for name, parts in columns.items()}
+        tables.append(TemperatureTables(grid, stats, rows.to(torch.device("cpu")), kl_KN))
         tokens.append(batch_tokens)
     targets = ScoredTokens.cat(tokens)
     jsd, differs, counts = zip(*disagreement, strict=True)
@@ -103,10 +127,13 @@ def sweep_fusions(
     fusions: Sequence[tuple[Fusion, Fusion]],
     is_second_N: Tensor,
     temperatures: Sequence[float],
+    *,
+    num_bytes: int = NUM_BYTES,
 ) -> Tensor:
     """Return the NLL of each fused target per pooled temperature and row, (F, G, N) float64.
 
-    The teachers are read once.
+    The teachers are read once, and each head is applied once per row, or twice where a rule reads
+    all rows of a batch first, whatever the number of fusions.
 
     Args:
         teachers: the frozen models.
@@ -114,51 +141,63 @@ def sweep_fusions(
         fusions: per candidate, the fusions that score the rows of the first and the second fold.
         is_second_N: (N,) whether each row belongs to the second fold, by whole pieces of documents.
         temperatures: pooled temperatures at which to score each fusion.
+        num_bytes: memory for logits.
     """
     parts: list[Tensor] = []
     start = 0
+    reader = _PooledReader(temperatures, num_bytes)
     for answers, rows, _ in split.answers(teachers):
         is_second_n = is_second_N[start : start + len(rows)]
         start += len(rows)
-        answers = _cache_logits(answers, rows)
         nll_FGn = torch.zeros(len(fusions), len(temperatures), len(rows), dtype=torch.float64)
         for fold, in_fold_n in enumerate((~is_second_n, is_second_n)):
-            if not in_fold_n.any():
-                continue
-            fold_answers, fold_rows = _select_rows(answers, rows, in_fold_n)
-            for f, pair in enumerate(fusions):
-                nll_FGn[f][:, in_fold_n] = _nll_at_temperatures(
-                    pair[fold], fold_answers, fold_rows, temperatures
-                )
+            if in_fold_n.any():
+                fold_answers, fold_rows = _select_rows(answers, rows, in_fold_n)
+                members = [pair[fold] for pair in fusions]
+                nll_FGn[..., in_fold_n] = reader.read(members, fold_answers, fold_rows)
         parts.append(nll_FGn)
     return torch.cat(parts, -1)
 
 
-def _nll_at_temperatures(
-    fusion: Fusion, answers: Sequence[Answer], rows: Rows, temperatures: Sequence[float]
-) -> Tensor:
-    """Return (G, n) NLL of p^(1/T) / Z at the labels."""
-    target = fuse(fusion, answers, rows)
-    parts: list[Tensor] = []
-    for block in blocks_of(rows, answers[0].distribution):
-        logp_nV, labels_n1 = target.block(block).logp(), rows.labels[block, None]
-        label_logp_n = logp_nV.gather(1, labels_n1)[:, 0]
-        # log Z is a logsumexp over V; at T = 1 it is 0.
-        columns = [
-            -label_logp_n if t == 1.0 else torch.logsumexp(logp_nV / t, -1) - label_logp_n / t
-            for t in temperatures
+class _PooledReader:
+    """Reads many fusions of the same answers, strip by strip."""
+
+    def __init__(self, temperatures: Sequence[float], num_bytes: int) -> None:
+        self._temperatures = temperatures
+        self._num_bytes = num_bytes
+        # One target at a time is in use, so all of them share the memory.
+        self._kernels, self._workspace = TorchKernels(), Workspace()
+
+    def read(self, fusions: Sequence[Fusion], answers: Sequence[Answer], rows: Rows) -> Tensor:
+        """Return (F, G, n) NLL of p^(1/T) / Z at the labels, after at most two products per row."""
+        vocab_size, size = _sizes(answers, self._num_bytes)
+        members = buffered(answers, size)
+        targets = [
+            fuse(fusion, members, rows, kernels=self._kernels, workspace=self._workspace)
+            for fusion in fusions
         ]
-        parts.append(torch.stack(columns).double().cpu())
-    return torch.cat(parts, -1)
+        ahead = [target for target in targets if isinstance(target, StreamedTarget)]
+        strips = strips_of(slice(0, len(rows)), vocab_size, rows.labels.device)
+        for strip, target in itertools.product(strips, ahead):
+            target.read_ahead(strip)
+        nll_FGn = torch.empty(len(fusions), len(self._temperatures), len(rows), dtype=torch.float64)
+        for strip, (f, target) in itertools.product(strips, enumerate(targets)):
+            nll_FGn[f, :, strip] = self._nll(target.block(strip).logp(), rows.labels[strip])
+        return nll_FGn
 
-
-def _cache_logits(answers: Sequence[Answer], rows: Rows) -> list[Answer]:
-    """Hold the logits of a batch if they fit, so that each head is applied once for all fusions."""
-    vocab_size = answers[0].distribution.logits(slice(0, 1)).shape[1]
-    if len(answers) * len(rows) * vocab_size > MAX_CACHED_ELEMENTS:
-        return list(answers)
-    everything = slice(0, len(rows))
-    return [replace(a, distribution=DenseRows(a.distribution.logits(everything))) for a in answers]
+    def _nll(self, logp_nV: Tensor, labels_n: Tensor) -> Tensor:
+        """(G, n) float64 on the CPU."""
+        label_logp_n = logp_nV.gather(1, labels_n[:, None])[:, 0]
+        scaled_nV = self._workspace.matrix("pooled", logp_nV.shape, logp_nV)
+        columns = []
+        for temperature in self._temperatures:
+            if temperature == 1.0:
+                columns.append(-label_logp_n)
+                continue
+            # Safe without a shift: the largest log-probability is at least -log V.
+            torch.mul(logp_nV, 1.0 / temperature, out=scaled_nV).clamp_(min=NEGLIGIBLE)
+            columns.append(scaled_nV.exp_().sum(-1).log() - label_logp_n / temperature)
+        return torch.stack(columns).double().cpu()
 
 
 def _select_rows(
@@ -171,27 +210,25 @@ def _select_rows(
     return picked, rows.part(kept_n.to(rows.labels.device))
 
 
-def _consensus(answers: Sequence[Answer], rows: Rows) -> Tensor:
-    """Return (K, N) KL of each teacher from the mean of all, on the CPU."""
-    reader = TeacherReader(answers, rows, {})
-    blocks = blocks_of(rows, answers[0].distribution, CONSENSUS_ROWS)
-    parts = [reader.stats(block, consensus=True).consensus_kl().cpu() for block in blocks]
-    return torch.cat(parts, dim=1)
+def _sizes(answers: Sequence[Answer], num_bytes: int) -> tuple[int, int]:
+    """V, and the rows of each buffer of logits."""
+    vocab_size = vocab_size_of(answers[0].distribution)
+    return vocab_size, buffer_rows(vocab_size, num_bytes // (len(answers) + MAX_BUFFERS))
 
 
 def _disagreement(
-    answers: Sequence[Answer], num_rows: int, step: int
+    answers: Sequence[Answer], block: slice, step: int
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Yield sums over every `step`-th row: (K, K) JSD and different top-1 tokens, and the count."""
-    vocab_size = answers[0].distribution.logits(slice(0, 1)).shape[1]
-    size = step * max(1, PAIR_ELEMENTS // (vocab_size * len(answers)))
-    for start in range(0, num_rows, size):
-        block = slice(start, min(start + size, num_rows), step)
-        logits = [answer.distribution.logits(block) for answer in answers]
-        logp_KnV = torch.stack([x.to(logits[0].device) for x in logits]).log_softmax(-1)
-        top1_Kn = logp_KnV.argmax(-1)
+    first = block.start + -block.start % step
+    if first >= block.stop:
+        return
+    logits = [answer.distribution.logits(slice(first, block.stop, step)) for answer in answers]
+    for strip in strips(RawRows(logits[0])):
+        logits_KnV = torch.stack([x[strip].to(logits[0].device) for x in logits])
+        top1_Kn = torch.stack([top_tokens(logits_nV) for logits_nV in logits_KnV])
         differs_KK = (top1_Kn[:, None] != top1_Kn[None]).sum(-1)
-        jsd_KK = pairwise_jsd(logp_KnV).sum(-1)
+        jsd_KK = pairwise_jsd(logits_KnV.log_softmax(-1)).sum(-1)
         yield jsd_KK.double().cpu(), differs_KK.double().cpu(), top1_Kn.shape[1]
 
 

@@ -12,6 +12,10 @@ from collegium.evaluate.intervals import document_interval
 from collegium.fusion.fitted import em_weights
 from collegium.fusion.gate import DIGITS
 
+# Two teachers of equal entropy differ by 1e-7 where their tokens are summed in another order.
+ROUNDING = 1e-6
+"""Difference of weights and of nats that counts as none."""
+
 
 def rank_correlation(weights_KN: Tensor, nll_KN: Tensor) -> float | None:
     """Return the Spearman correlation over the teachers of weight and -NLL, averaged over rows.
@@ -31,8 +35,9 @@ def rank_correlation(weights_KN: Tensor, nll_KN: Tensor) -> float | None:
 def _centered_ranks(value_KN: Tensor) -> Tensor:
     """Return ranks over the teachers minus their mean, ties sharing a rank: (K, N) float64."""
     # O(K^2 N) comparisons: K is small, and argsort does not average ties.
-    is_below_KKN = value_KN[:, None] > value_KN[None]
-    is_equal_KKN = value_KN[:, None] == value_KN[None]
+    difference_KKN = value_KN[:, None] - value_KN[None]
+    is_below_KKN = difference_KKN > ROUNDING
+    is_equal_KKN = difference_KKN.abs() <= ROUNDING
     rank_KN = is_below_KKN.sum(1).double() + (is_equal_KKN.sum(1).double() - 1) / 2
     return rank_KN - rank_KN.mean(0)
 
@@ -43,7 +48,7 @@ def best_teacher_share(weights_KN: Tensor, nll_KN: Tensor) -> float:
     Among teachers of equal weight one is drawn at random, in expectation: uniform weights score
     1/K where no two teachers are equally good.
     """
-    is_highest_KN = (weights_KN == weights_KN.amax(0)).double()
+    is_highest_KN = (weights_KN >= weights_KN.amax(0) - ROUNDING).double()
     is_best_KN = nll_KN == nll_KN.amin(0)
     return float(((is_highest_KN * is_best_KN).sum(0) / is_highest_KN.sum(0)).mean())
 
