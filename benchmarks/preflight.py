@@ -42,7 +42,7 @@ VOCAB = 49_152
 SHARPNESS = 12.0
 """Factor on the weights of the heads."""
 DOMAINS = ("code", "law", "news")
-DOCUMENT = 256
+DOCUMENT = 64
 """Tokens of a document."""
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=PreflightOptions().max_tokens)
     parser.add_argument("--teachers", type=int, default=3)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=PreflightOptions().batch_size)
     parser.add_argument("--section", default="After", help="section of the page to replace")
     parser.add_argument("--save", type=Path, help="Markdown page with that section")
@@ -92,7 +92,11 @@ def preflight(
     """Run the two steps of a preflight: the bodies, then everything that applies heads."""
     with tempfile.TemporaryDirectory() as folder:
         with timed(seconds, "bodies"):
-            recorder = Recorder(Path(folder), [calibration, validation], options.batch, None)
+            recorder = Recorder(
+                Path(folder),
+                [calibration, validation],
+                PreflightOptions(batch_size=options.batch, max_tokens=2 * options.tokens),
+            )
             recorded = [recorder(one.name, lambda one=one: one) for one in teachers]
         with timed(seconds, "heads"):
             return run_preflight(

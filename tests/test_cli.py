@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +223,58 @@ def test_an_interrupted_run_exits_with_130(
     result = invoke("train", recipe_file)
     assert result.exit_code == 130
     check_message(result.stderr.removesuffix("\n"), f"{str(error) or 'interrupted'}\n")
+
+
+def terminate(*args: Any, **options: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)  # a signal interrupts it
+    raise AssertionError("not stopped")
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "check", "preflight", "cache", "train", "evaluate", "report"]
+)
+def test_sigterm_stops_every_stage_with_143(
+    command: str, recipe_file: Path, stages: dict[str, Any]
+) -> None:
+    stages[command] = terminate
+    before = signal.getsignal(signal.SIGTERM)
+    result = invoke(command, recipe_file)
+    assert result.exit_code == 143, result.exception
+    check_message(result.stderr.removesuffix("\n"), "SIGTERM: interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_stops_demo_and_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collegium.demo.run.run_demo", terminate)
+    monkeypatch.setattr("collegium.study.sweep.run_study", terminate)
+    for arguments in (["demo"], ["study", str(tmp_path)]):
+        assert CliRunner().invoke(app, arguments).exit_code == 143
+
+
+def test_a_saved_checkpoint_after_sigterm_exits_with_143(
+    recipe_file: Path, stages: dict[str, Any]
+) -> None:
+    stages["train"] = failing(Interrupted("SIGTERM: stopped", signal.SIGTERM))
+    assert invoke("train", recipe_file).exit_code == 143
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_sigterm_ends_a_forked_worker_at_once(recipe_file: Path, stages: dict[str, Any]) -> None:
+    """As `Process.terminate` of a data loader: no traceback of an interrupted command."""
+    codes = []
+
+    def fork(*args: Any) -> Any:
+        child = os.fork()
+        if child == 0:
+            terminate()
+            os._exit(1)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        raise CollegiumError("done")
+
+    stages["train"] = fork
+    assert invoke("train", recipe_file).exit_code == 2
+    assert codes == [-signal.SIGTERM]
 
 
 def test_our_own_bugs_keep_their_traceback(recipe_file: Path, stages: dict[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 
 from collegium import console
 from collegium.cli import app
-from collegium.console import printable, say
+from collegium.console import Work, printable, progress, say
 from collegium.report.tables import Column, Line, Table
 from collegium.storage.records import ResultRow
 from recipes_for_tests import minimal
@@ -79,34 +81,130 @@ def test_tables_and_warnings_cannot_control_the_terminal(
     assert not CONTROLS.search(shown)
 
 
-@pytest.mark.parametrize("burst", [1, 250, 4000])
+class Clock:
+    """A clock that a test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def seconds_left(work: Work) -> float:
+    left = work.seconds_left()
+    assert left is not None
+    return left
+
+
+@pytest.mark.parametrize(
+    ("burst", "is_announced"), [(1, True), (250, True), (4000, True), (4000, False)]
+)
 @pytest.mark.parametrize("resumed_at", [0, 8000])
 def test_the_remaining_time_is_right_however_work_is_reported(
-    burst: int, resumed_at: int, capsys: pytest.CaptureFixture[str]
+    burst: int, resumed_at: int, is_announced: bool
 ) -> None:
     """Loading takes 300 s, then batches of 4,000 items 90 s each, reported in bursts."""
-    now = 0.0
-    advance = console._line_printer("cache", lambda: now)
-    now += 300
+    clock = Clock()
+    work = Work("cache", {"cache": 1.0}, clock)
+    clock.now += 300
+    total = resumed_at + 20_000
+    if is_announced:
+        work(resumed_at, total)
     for batch in range(5):
-        now += 90
+        clock.now += 90
         for done in range(burst, 4001, burst):
-            advance(resumed_at + 4000 * batch + done, resumed_at + 20_000)
-        said = [int(minutes) for minutes in re.findall(r"(\d+) min", capsys.readouterr().err)]
-        # Nothing is known at the first report; later there is a line a minute.
-        assert len(said) == (batch > 0)
-        truth = 90 * (4 - batch) / 60
-        assert all(truth - 1 <= minutes <= truth + 2 for minutes in said)
+            work(resumed_at + 4000 * batch + done, total)
+        if batch == 0 and not is_announced:
+            # Nothing is known about the speed at the first report.
+            assert work.seconds_left() is None
+        else:
+            assert seconds_left(work) == pytest.approx(90 * (4 - batch), rel=0.3)
+            clock.now += 45
+            assert seconds_left(work) >= 90 * (4 - batch) - 46
+            clock.now -= 45
 
 
-def test_items_of_an_earlier_run_do_not_count_as_fast_ones(
-    capsys: pytest.CaptureFixture[str],
+def test_the_estimate_covers_all_parts_and_corrects_wrong_costs() -> None:
+    """Parts that cost half or twice as much as expected, each after 20 s of loading."""
+    truth = {"a": 300.0, "b": 300.0, "c": 600.0}  # seconds
+    costs = {"a": 1.0, "b": 1.5, "c": 1.5}
+    clock, ends = Clock(), sum(truth.values()) + 40.0
+    work = Work("preflight", costs, clock)
+    for number, (name, seconds) in enumerate(truth.items()):
+        clock.now += 20.0 if number else 0.0
+        report = work.part(name)
+        report(0, 10)
+        for batch in range(10):
+            clock.now += seconds / 10
+            report(batch + 1, 10)
+            left = ends - clock.now
+            if clock.now > 60 and left > 0:
+                assert left / 2 < seconds_left(work) < left * 2
+    assert work.share() == pytest.approx(1.0)
+    assert work.line() == "preflight, c: 10 of 10, about 1 s left"
+
+
+def test_parts_of_an_earlier_run_do_not_count_as_fast_ones() -> None:
+    clock = Clock()
+    work = Work("cache", {"a": 1.0, "b": 1.0, "c": 1.0}, clock)
+    work.part("a")(10, 10)
+    report = work.part("c")  # all of b exists
+    report(5, 10)
+    clock.now = 100.0
+    report(6, 10)
+    assert seconds_left(work) == pytest.approx(400.0)
+
+
+def test_a_line_is_due_every_30_seconds_even_within_a_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = 0.0
-    advance = console._line_printer("cache", lambda: now)
-    for seconds, done in ((300, 100), (400, 200), (600, 400), (700, 700)):
-        now = seconds
-        advance(done, 1000)
-    said = re.findall(r"about (\d+) min", capsys.readouterr().err)
-    # 100 items in 100 s and 800 left; 300 in 300 s, 600 left; 600 in 400 s, 300 left.
-    assert said == ["13", "10", "3"]
+    monkeypatch.setattr(console, "SECONDS_PER_LINE", 0.15)
+    with progress("reading", {"one": 1.0, "two": 3.0}) as work:
+        time.sleep(0.25)
+        work.part("one")(0, 8)
+        time.sleep(0.25)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "reading, one: starting"
+    assert lines[-1] == "reading, one: 0 of 8"
+    assert 2 <= len(lines) <= 4
+
+
+def test_a_report_prints_a_line_that_is_due(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    work = Work("cache", {"cache": 1.0}, clock)
+    with console._lines(work):
+        for _ in range(10):
+            clock.now += 10
+            work(int(clock.now), 1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "cache: 30 of 1,000, about 16 min left",
+        "cache: 60 of 1,000, about 16 min left",
+        "cache: 90 of 1,000, about 15 min left",
+    ]
+
+
+def test_a_terminal_gets_a_bar_with_the_same_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    terminal = Console(file=stream, force_terminal=True, width=120)
+    monkeypatch.setattr(console, "Console", lambda **_: terminal)
+    with progress("cache") as work:
+        work(0, 1000)
+        time.sleep(0.2)
+        work(400, 1000)
+        time.sleep(0.3)
+    assert "cache: 400 of 1,000, about 1 s left" in stream.getvalue()
+
+
+def test_work_inside_of_a_part_shows_nothing_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("cache", {"base": 1.0, "law": 1.0}) as work:
+        with progress("base") as inner:
+            assert inner is work
+            inner(5, 5)
+        with progress("law") as inner:
+            inner(0, 5)
+            assert work.line() == "cache, law: 0 of 5"
+            assert work.share() == 0.5
+        with progress("other") as other:
+            assert other is not work
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from collegium.console import escape_warnings, printable
-from collegium.errors import CollegiumError, Interrupted, RecipeError, check_versions
+from collegium.errors import CollegiumError, Interrupted, RecipeError, Terminated, check_versions
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -18,7 +23,6 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 TABLE_WIDTH = 130
-INTERRUPTED = 130
 
 
 def _echo(text: str, *, err: bool = False, nl: bool = True) -> None:
@@ -38,12 +42,15 @@ class _Group(TyperGroup):
 
         escape_warnings()
         try:
-            with system_errors():
+            with system_errors(), _terminating():
                 return super().invoke(ctx)
         except (Interrupted, KeyboardInterrupt) as error:
+            default = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+            number = error.number if isinstance(error, Interrupted) else default
             _echo(str(error) or "interrupted", err=True)
             _echo("run the same command again to resume from the last checkpoint", err=True)
-            raise typer.Exit(INTERRUPTED) from error
+            # The convention of shells for a process that a signal ended.
+            raise typer.Exit(128 + number) from error
         except CollegiumError as error:
             _fail(ctx, str(error), error)
         except OSError as error:
@@ -56,6 +63,31 @@ class _Group(TyperGroup):
             if not isinstance(error, ValidationError):
                 raise
             _fail(ctx, _option_problems(error), error)
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Raise Terminated in the main thread on the first SIGTERM. A second one kills the process."""
+    main = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != main:
+            # A worker that was forked: its parent ends it this way.
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        raise Terminated("SIGTERM: interrupted")
+
+    # Only the main thread may set handlers, and a signal that the parent ignores stays ignored.
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _fail(ctx: Any, text: str, error: Exception) -> None:

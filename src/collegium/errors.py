@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import signal
 from collections.abc import Iterable
 from importlib import metadata
 
@@ -44,7 +45,15 @@ class CacheError(CollegiumError):
 
 
 class Interrupted(CollegiumError):
-    """The user stopped the run. A checkpoint was saved (exit code 130)."""
+    """The user stopped the run by a signal, SIGINT by default. A checkpoint was saved."""
+
+    def __init__(self, text: str, number: int = signal.SIGINT) -> None:
+        super().__init__(text)
+        self.number = number
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM was received, which stops a command as SIGINT does."""
 
 
 def check_versions() -> None:

@@ -176,6 +176,18 @@ def test_status_of_a_killed_and_of_a_running_stage(root: Path) -> None:
         assert states(root)["evaluate"] == "running"
 
 
+def test_status_of_a_killed_control_that_waits_for_preflight(tmp_path: Path) -> None:
+    root = write_zoo(tmp_path)
+    (root / "tiny.yaml").write_text(recipe_text(root), encoding="utf-8")
+    run = root / "run"
+    stage = Stage(status="running", key="k", started="2026-01-01T00:00:00", seconds=1.0)
+    run.mkdir()
+    write_json(run / "stages.json", {"control uniform": sealed("control uniform", stage).to_json()})
+    assert states(root)["control uniform"].startswith("killed; ")
+    with lock_folder(run, "wait"):
+        assert states(root)["control uniform"].startswith("running; ")
+
+
 def test_status_before_preflight_lists_what_is_there(tmp_path: Path) -> None:
     root = write_zoo(tmp_path)
     (root / "tiny.yaml").write_text(recipe_text(root), encoding="utf-8")
@@ -187,6 +199,8 @@ def test_status_before_preflight_lists_what_is_there(tmp_path: Path) -> None:
         "cache teachers/code/train",
         "cache teachers/code/calibration",
         "train",
+        "control ce_only",
+        "evaluate",
     }
     assert not (root / "run").exists()
 

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from rich.console import Console
+from transformers import TrainerState
 
 from collegium.errors import TrainingError
 from collegium.train.progress import StopCallback, TrainingProgress
@@ -31,6 +32,22 @@ def test_without_a_terminal_a_line_per_tenth_is_printed(tmp_path: Path) -> None:
     assert "loss " in lines[0]
     assert "tokens/s" in lines[0]
     assert "big 0.50 old 0.50" in lines[0]
+
+
+def test_a_slow_run_prints_a_line_at_least_every_30_seconds_with_the_time_left() -> None:
+    now = 0.0
+    console = Console(file=io.StringIO(), width=200)
+    progress = TrainingProgress(console=console, clock=lambda: now)
+    state = TrainerState(max_steps=1000, global_step=400)  # resumed
+    now = 500.0
+    progress.on_train_begin(None, state, None)
+    for _ in range(8):
+        now += 12.0
+        state.global_step += 1
+        progress.on_step_end(None, state, None)
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert lines == ["step 403/1000  about 2.0 h left", "step 406/1000  about 2.0 h left"]
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:

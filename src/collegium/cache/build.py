@@ -114,7 +114,10 @@ class _Build:
         missing = [number for number in numbers if number not in self.shards]
         total = sum(self._targets[number] for number in numbers)
         done = total - sum(self._targets[number] for number in missing)
+        if missing:
+            self.encoder.load()
         with progress(label) as advance:
+            advance(done, total)
             for number in missing:
                 pieces = []
                 for piece in self.encoder.encode(number, self._codec):

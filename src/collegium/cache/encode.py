@@ -64,6 +64,10 @@ class CorpusEncoder(ABC):
         lengths = [len(self.dataset[window]["input_ids"]) for window in windows]
         yield from self._encode([windows[i] for i in np.argsort(lengths, kind="stable")], codec)
 
+    @abstractmethod
+    def load(self) -> None:
+        """Load the models that it reads, before the time of the first batch is measured."""
+
     def sample(self, codec: Any) -> list[EncodedPiece]:
         """Encode one batch of windows, spread over the data set, for the size estimate."""
         places = np.linspace(0, len(self._windows) - 1, min(self.batch_size, len(self._windows)))
@@ -138,6 +142,9 @@ class FusedEncoder(TargetEncoder):
     teachers: Callable[[], Sequence[Teacher]]
     fusion: Fusion
 
+    def load(self) -> None:
+        self.teachers()
+
     def _distributions(
         self, batch: Batch, rows: Rows, blocks: Sequence[slice], codec: TargetCodec
     ) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
@@ -160,6 +167,9 @@ class TeacherEncoder(TargetEncoder):
     """Encodes the output of a single teacher."""
 
     teacher: Callable[[], Teacher]
+
+    def load(self) -> None:
+        self.teacher()
 
     def _distributions(
         self, batch: Batch, rows: Rows, blocks: Sequence[slice], codec: TargetCodec
@@ -185,6 +195,9 @@ class HiddenEncoder(CorpusEncoder):
     teacher: Callable[[], Teacher]
     taps: Sequence[str]
     options: FeatureCacheOptions
+
+    def load(self) -> None:
+        self.teacher()
 
     def fit(self) -> bytes:
         """Fit the projection of each tap on the first rows of the shuffled windows."""

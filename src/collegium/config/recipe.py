@@ -25,6 +25,7 @@ from collegium.errors import RecipeError, nearest
 from collegium.evaluate.options import GenerationOptions, TaskName
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
+from collegium.fusion.weighting import SCALAR_BYTES
 from collegium.models.kinds import AnyStudent
 from collegium.options import option, plain
 from collegium.storage.files import fingerprint, write_bytes
@@ -42,7 +43,10 @@ class PreflightOptions:
     max_tokens: Annotated[int, Field(ge=1)] = 20_000
     """Tokens of the calibration split that each teacher reads."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Windows per forward pass."""
+    """Windows per forward pass, fewer where their activations exceed `memory`."""
+    memory: Annotated[float, Field(gt=0)] = 2.0
+    """GB for activations, logits and measurements, besides the weights of one teacher and the heads
+    of all."""
     candidates: Literal["standard", "extended"] = "extended"
     """`extended` tries every rule in every pool. `standard` takes a third of the time: it omits
     what is fitted on calibration text, the consensus rule and the power mean."""
@@ -166,7 +170,19 @@ def _problems(recipe: Recipe) -> Iterator[str]:
                 yield f"{key}.{option_name}: got `{name}`; must be a teacher{hint}"
     if recipe.cache.enabled:
         yield from _cache_problems(recipe)
+    yield from _memory_problems(recipe)
     yield from _folder_problems(recipe)
+
+
+def _memory_problems(recipe: Recipe) -> Iterator[str]:
+    options, number = recipe.preflight, len(recipe.teachers)
+    needed = SCALAR_BYTES * options.max_tokens * number / 1e9
+    if needed > options.memory:
+        yield (
+            f"preflight.memory: got {options.memory:g} GB; must be at least {needed:.1f} for the "
+            f"measurements of {options.max_tokens:,} tokens with {number} teachers; raise it, or "
+            "lower preflight.max_tokens"
+        )
 
 
 def _cache_problems(recipe: Recipe) -> Iterator[str]:

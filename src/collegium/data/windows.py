@@ -100,6 +100,11 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest window."""
+        return int(np.diff(self._starts).max(initial=0))
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         index = range(len(self))[index]
         window = slice(self._starts[index], self._starts[index + 1])

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from collegium.console import OnProgress
 from collegium.distributions import Answer, DenseRows, Teacher
 from collegium.errors import ModelError
-from collegium.evaluate.scoring import FUSED, OnProgress, blocks_of
+from collegium.evaluate.scoring import FUSED, blocks_of
 from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.pools import TeacherReader
 from collegium.fusion.rules import Entropy
@@ -263,6 +264,8 @@ def generate(
     # Prompts of similar length share a batch, so there is little padding.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
     texts: dict[int, list[int]] = {}
+    if progress is not None:
+        progress(0, len(prompts))
     for start in range(0, len(order), decoding.batch_size):
         numbers = order[start : start + decoding.batch_size]
         batch = [prompts[number] for number in numbers]

@@ -6,7 +6,7 @@ Shapes: N rows (target tokens) of a batch, n block of rows, V vocabulary, K teac
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from collegium.console import OnProgress
 from collegium.data.pack import Collator, PackedDataset
 from collegium.distributions import Answer, Distribution, Teacher
 from collegium.errors import CollegiumError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.fusion.buffered import buffer_rows, buffered, strips_of, vocab_size_of
 from collegium.fusion.fuse import Fusion, Target, fuse
-from collegium.kernels.rows import top_tokens
+from collegium.kernels.rows import floor_, top_tokens
 from collegium.models.loading import choose_device
 from collegium.storage.records import ModelInfo, ResultRow
 from collegium.types import Batch, Rows
@@ -37,9 +38,6 @@ BLOCK_ELEMENTS = 2**23
 Columns = defaultdict[tuple[str, str], list[Tensor]]
 """(model, measure) -> values per row, one tensor (n,) per block, on the CPU."""
 
-OnProgress = Callable[[int, int], None]
-"""Called after each batch with the number of batches done and their total."""
-
 
 @dataclass(frozen=True, eq=False)
 class Windows:
@@ -51,6 +49,7 @@ class Windows:
     batch_size: int
     """Windows per forward pass."""
     progress: OnProgress | None = None
+    """Called with the numbers of finished and of all batches."""
 
     @classmethod
     def spread(
@@ -73,6 +72,8 @@ class Windows:
         loader = DataLoader(chosen, batch_size=self.batch_size, collate_fn=Collator())
         # Teachers put logits on the device of the batch. On the CPU, every block would be copied.
         device = choose_device("auto")
+        report = self.progress or (lambda done, total: None)
+        report(0, len(loader))
         for step, inputs in enumerate(loader):
             batch = Batch.from_inputs(inputs)
             rows = batch.rows()
@@ -83,8 +84,7 @@ class Windows:
                 domains = tuple(self.dataset.domains)
                 tokens = ScoredTokens(samples_N, domains_N, num_bytes_N, domains)
                 yield batch.to(device), rows.to(device), tokens
-            if self.progress is not None:
-                self.progress(step + 1, len(loader))
+            report(step + 1, len(loader))
 
     def answers(
         self, scorers: Sequence[Teacher]
@@ -200,27 +200,28 @@ def blocks_of(rows: Rows, scores: Distribution, block_size: int | None = None) -
 
 
 def row_measures(
-    logp_nV: Tensor, labels_n: Tensor, target_nV: Tensor | None = None
+    logp_nV: Tensor, labels_n: Tensor, target: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Measure (n, V) log-probabilities against the labels and those of a fused target.
+
+    `target` has its (n, V) finite log-probabilities, and its probabilities.
 
     Returns: NLL, entropy, confidence and top-1 token, and KL with a target, each (n,).
     """
     top1_n = top_tokens(logp_nV)
-    confidence_n = logp_nV.gather(1, top1_n[:, None]).squeeze(1)
+    # Finite, so that 0 log 0 = 0.
+    finite_nV = floor_(logp_nV.clone())
     measures = {
         "nll": -logp_nV.gather(1, labels_n[:, None]).squeeze(1),
-        # entr(0) = 0, whereas p * log p would be NaN.
-        "entropy": torch.special.entr(logp_nV.exp()).sum(1),
-        "confidence": confidence_n.exp(),
+        "entropy": -logp_nV.exp().mul_(finite_nV).sum(1),
+        "confidence": logp_nV.gather(1, top1_n[:, None]).squeeze(1).exp(),
         "top1": top1_n,
         "is_correct": top1_n == labels_n,
     }
-    if target_nV is not None:
-        # KL(target || model) = sum_v P (log P - log Q) with 0 log 0 = 0.
-        prob_nV = target_nV.exp()
-        terms_nV = prob_nV * (target_nV - logp_nV)
-        measures["kl"] = torch.where(prob_nV > 0, terms_nV, 0.0).sum(1)
+    if target is not None:
+        # KL(target || model) = sum_v P (log P - log Q).
+        target_nV, prob_nV = target
+        measures["kl"] = torch.sub(target_nV, finite_nV, out=finite_nV).mul_(prob_nV).sum(1)
     return measures
 
 
@@ -230,9 +231,10 @@ def _measure_block(
     """Append the measures of all models on one block of rows to `columns`."""
     labels_n = rows.labels[block]
     target_nV = None if fused is None else fused.block(block).logp()
+    target = None if target_nV is None else (target_nV, target_nV.exp())
 
     def append(name: str, logp_nV: Tensor) -> None:
-        for key, values_n in row_measures(logp_nV, labels_n, target_nV).items():
+        for key, values_n in row_measures(logp_nV, labels_n, target).items():
             kept_n = values_n.float() if values_n.is_floating_point() else values_n
             columns[name, key].append(kept_n.cpu())
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from collegium.console import OnProgress
 from collegium.data.documents import Document, parse_rows
 from collegium.data.encode import Encoder
 from collegium.data.readers import SourceOptions, read_rows, show
@@ -29,7 +30,6 @@ from collegium.data.windows import Collator, PackedDataset
 from collegium.errors import DataError, nearest
 from collegium.evaluate.generation import Decoding, Prompt, TextSource, generate
 from collegium.evaluate.options import GenerationOptions
-from collegium.evaluate.scoring import OnProgress
 from collegium.evaluate.text_metrics import TEXT_METRICS, TextSample, require_packages
 from collegium.models.loading import choose_device
 from collegium.storage.records import MetricScore
@@ -340,6 +340,8 @@ def _choose(
     """Choose the text of the highest log-probability, summed over its tokens."""
     pairs = [(n, text, ids) for n, item in enumerate(items) for text, ids in _choices_of(item)]
     best: dict[int, tuple[float, str, tuple[int, ...]]] = {}
+    if progress is not None:
+        progress(0, len(pairs))
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]
         rows = [_choice_row(items[n].prompt, ids) for n, _, ids in part]

@@ -104,7 +104,7 @@ class TemperatureTables:
     K * G * N scalars and no distributions: one application of each head gives all temperatures.
     """
 
-    # About 2.2 KB per token and teacher: 9.3 GB at peak for a million tokens and four teachers.
+    # SCALAR_BYTES per token and teacher: 9.3 GB at peak for a million tokens and four teachers.
     grid: Sequence[float]
     tables: Mapping[str, RowStats]
     """Teacher -> statistics (G, N). Their first axis is the temperature, not the teacher."""

@@ -16,6 +16,9 @@ from typing_extensions import Self
 from collegium.options import Tensor, torch
 from collegium.types import Rows, domain_number, join_tensors, map_tensors
 
+SCALAR_BYTES = 2200
+"""Peak memory of the statistics at 25 temperatures and of fits, per token and teacher."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowStats:

@@ -387,3 +387,15 @@ def _head_scale(config: PretrainedConfig) -> float:
         # HyperCLOVA X multiplies by the key that Granite divides by.
         scale *= divisor if config.model_type == "hyperclovax" else 1.0 / divisor
     return scale
+
+
+def forward_bytes(model: PreTrainedModel) -> int:
+    """Estimate the activations of a forward pass without gradient, in bytes per token.
+
+    Eight tensors of the width of the model and four of its widest inner layer, one layer at a time.
+    """
+    head = head_layer(model)
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    widths = [max(layer.in_features, layer.out_features) for layer in layers]
+    width, itemsize = head.weight.shape[1], head.weight.element_size()
+    return itemsize * (8 * width + 4 * max(widths, default=4 * width))

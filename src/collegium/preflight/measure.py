@@ -6,24 +6,35 @@ Shapes: N rows of the calibration split, K teachers.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from collegium.console import OnProgress
 from collegium.data.pack import PackedDataset
 from collegium.distributions import Teacher
 from collegium.errors import CollegiumError
 from collegium.evaluate.metrics import Metrics
-from collegium.evaluate.scoring import OnProgress, Windows, unique_scorers
+from collegium.evaluate.scoring import Windows, unique_scorers
 from collegium.fusion.calibration import TemperatureTables, fit_temperature, grid_end
 from collegium.fusion.options import describe, to_recipe
+from collegium.fusion.weighting import SCALAR_BYTES
 from collegium.preflight import weight_quality
 from collegium.preflight.advice import findings_of, verdict_sentences
 from collegium.preflight.held_out import held_out_report
 from collegium.preflight.search import POOLED_GRID, Candidate, Search, choose
-from collegium.preflight.sweeps import sweep_teachers
+from collegium.preflight.sweeps import NUM_BYTES, sweep_teachers
 from collegium.storage import records
+
+STEP_COSTS = {"temperatures": 5000.0, "fusions": 15_000.0, "validation": 3000.0}
+"""FLOP per logit of a teacher that take as long as each step, the product with a head included."""
+
+
+def logit_bytes(memory: int, num_teachers: int, num_tokens: int) -> int:
+    """Return the part of `memory` that is left for logits, at most that which speeds them up."""
+    return max(0, min(NUM_BYTES, memory - SCALAR_BYTES * num_teachers * num_tokens))
 
 
 def run_preflight(
@@ -34,7 +45,8 @@ def run_preflight(
     max_tokens: int | None = None,
     extended: bool = False,
     held_out: PackedDataset | None = None,
-    progress: OnProgress | None = None,
+    memory: int = 2 * 10**9,
+    begin: Callable[[str], OnProgress] | None = None,
 ) -> records.PreflightReport:
     """Measure teachers and fusions on the calibration split, and choose the fusion of lowest NLL.
 
@@ -61,7 +73,9 @@ def run_preflight(
         extended: also try fitted weights, the learned gate, the consensus rule and the power mean,
             and measure the route by domain, which is never chosen over a fusion.
         held_out: the validation split, of which about `max_tokens` are read.
-        progress: called with (batches done, all batches) of each sweep.
+        memory: bytes for logits and the scalars of all tokens, besides the weights.
+        begin: called with the name of each step of `STEP_COSTS`. Returns the callback for the
+            numbers of finished and of all batches.
 
     Raises:
         CollegiumError: there is no teacher, or two teachers share a name.
@@ -73,20 +87,26 @@ def run_preflight(
             "preflight: got no teacher; must be at least one; add one to `teachers`"
         )
     unique_scorers(teachers, ())
-    split = Windows.spread(dataset, batch_size, max_tokens, progress)
+    begin = begin or (lambda step: lambda done, total: None)
+    split = Windows.spread(dataset, batch_size, max_tokens, begin("temperatures"))
+    num_bytes = logit_bytes(memory, len(teachers), int(split.counts().sum()))
     # Only rules of the extended search read the consensus.
-    scalars = sweep_teachers(teachers, split, with_consensus=extended)
+    with_consensus = extended and len(teachers) > 1
+    scalars = sweep_teachers(teachers, split, with_consensus=with_consensus, num_bytes=num_bytes)
     tables = scalars.tables
     metrics = {name: scalars.metrics(name) for name in tables.teachers}
     best_single = min(metrics, key=lambda name: metrics[name].nll)
-    search = Search(teachers, scalars, split, best_single=best_single, extended=extended)
+    whole = replace(split, progress=begin("fusions"))
+    search = Search(
+        teachers, scalars, whole, best_single=best_single, extended=extended, num_bytes=num_bytes
+    )
     ranked = search.ranked()
     chosen = choose(ranked)
     findings = findings_of(search, ranked, chosen, metrics)
     measures = {name: _teacher(scored, tables, name) for name, scored in metrics.items()}
     more: dict[str, Any] = {}
     if held_out is not None:
-        unseen = Windows.spread(held_out, batch_size, max_tokens, progress)
+        unseen = Windows.spread(held_out, batch_size, max_tokens, begin("validation"))
         temperatures = {name: measure.temperature for name, measure in measures.items()}
         more["held_out"] = held_out_report(teachers, chosen.fusion, unseen, temperatures)
     return records.PreflightReport(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -43,6 +43,10 @@ class Artifact(ABC, Generic[T_co]):
         """Return the artifacts that `build` opens."""
         return ()
 
+    def building(self, missing: Sequence[Artifact[Any]]) -> AbstractContextManager[Any]:
+        """Show progress while its missing dependencies are built one after the other."""
+        return nullcontext()
+
     @abstractmethod
     def build(self) -> None:
         """Write it. An interrupted build resumes when called again."""
@@ -74,8 +78,10 @@ class Artifact(ABC, Generic[T_co]):
         """Build it and its dependencies where necessary, and open it, or raise CollegiumError."""
         if not self.is_done():
             # All of them are compared with their inputs before the first is built.
-            for missing in [one for one in self.dependencies() if not one.is_done()]:
-                missing.ensure()
+            missing = [one for one in self.dependencies() if not one.is_done()]
+            with self.building(missing):
+                for one in missing:
+                    one.ensure()
             self.set_aside()
             with self.log():
                 self.build()

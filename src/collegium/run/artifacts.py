@@ -1,6 +1,7 @@
 """All artifacts of a run, by stage.
 
     preflight.json     measurements of teachers and fusions
+    best_teacher.json  the best teacher, where a named fusion leaves nothing else to choose
     cache/             stored outputs of the teachers (`collegium.run.caches`)
     student/, train/   the student, and its log and checkpoints
     controls/NAME/     the same of each control
@@ -26,7 +27,7 @@ from collegium.evaluate.documents import DOCUMENTS, documents_file
 from collegium.evaluate.scoring import Windows, results_rows, score_models
 from collegium.run.artifact import Artifact
 from collegium.run.caches import FusedCache, HiddenCache, Split, TeacherCache
-from collegium.run.choice import Preflight, Recorder, resolved_fusion
+from collegium.run.choice import Preflight, Recorder, reading, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.students import Student, controls, students
 from collegium.run.tasks import TaskScores, suite_names
@@ -70,14 +71,22 @@ class Results(Artifact[list[ResultRow]]):
     def build(self) -> None:
         context, options = self.context, self.context.recipe.evaluate
         split = context.datasets["validation"]
-        batch_size, max_tokens = options.batch_size, options.max_tokens
-        with context.scratch() as scratch:
-            recorder = Recorder(scratch, [split], batch_size, max_tokens)
+        parameters = {
+            UNTOUCHED: context.student_facts.num_parameters,
+            **context.teacher_parameters,
+            **{one.variant.label: context.student_facts.num_parameters for one in self.students},
+        }
+        costs = {reading(name): float(count or 1) for name, count in parameters.items()}
+        # Heads and measures of all models, against one body each.
+        costs[self.name] = 0.5 * sum(costs.values())
+        with context.scratch() as scratch, progress(self.name, costs):
+            recorder = Recorder(scratch, [split], options)
+            untouched = recorder(UNTOUCHED, self._load_untouched)
             teachers = recorder.teachers(context)
-            models = [recorder(UNTOUCHED, self._load_untouched), *teachers]
+            models = [untouched, *teachers]
             models += [recorder(one.variant.label, one.load) for one in self.students]
             with progress(self.name) as advance:
-                windows = Windows.spread(split, batch_size, max_tokens, advance)
+                windows = Windows.spread(split, options.batch_size, options.max_tokens, advance)
                 scored = score_models(models, teachers, resolved_fusion(context), windows)
         size = context.student_facts.num_parameters
         infos = [ModelInfo(name=UNTOUCHED, kind="untouched", num_parameters=size)]

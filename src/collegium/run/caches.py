@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from collegium.cache.manifest import read_manifest, require_identity
 from collegium.cache.processes import Ranks
 from collegium.cache.store import CacheReader, open_cache, verify_cache
 from collegium.config.recipe import plain
+from collegium.console import progress
 from collegium.distributions import NamedRows
 from collegium.errors import CacheError, RecipeError
 from collegium.evaluate.scoring import spread_windows
@@ -124,6 +125,17 @@ class Cache(Artifact[CacheReader[T]]):
     def encoder(self) -> CorpusEncoder:
         """Return the source of its content."""
 
+    @abstractmethod
+    def cost(self) -> float:
+        """Relative time of its build: targets times parameters of the models that are read."""
+
+    def _cost(self, split: Split, teachers: Sequence[str], max_tokens: int | None = None) -> float:
+        num_targets = int(self.context.datasets[split].targets_per_window().sum())
+        parameters = self.context.teacher_parameters
+        # Of a teacher without a model here, the parameters are not known.
+        num_parameters = sum(parameters[name] or 1_000_000_000 for name in teachers)
+        return float(min(num_targets, max_tokens or num_targets) * num_parameters)
+
     def build(self) -> None:
         """Build the shards of this process. Raises CacheError if the folder cannot be used."""
         ranks = Ranks.from_environment()
@@ -142,6 +154,9 @@ class FusedCache(Cache[NamedRows]):
     """Fused targets of all teachers on the training split."""
 
     fusion: Fusion
+
+    def cost(self) -> float:
+        return self._cost("train", list(self.context.recipe.teachers))
 
     def identity(self) -> dict[str, Any]:
         recipe = self.context.recipe
@@ -174,6 +189,10 @@ class TeacherCache(Cache[NamedRows]):
     @property
     def folder(self) -> str:
         return f"teachers/{self.teacher}/{self.split}"
+
+    def cost(self) -> float:
+        limit = None if self.split == "train" else self.context.recipe.preflight.max_tokens
+        return self._cost(self.split, [self.teacher], limit)
 
     def identity(self) -> dict[str, Any]:
         context, options = self.context, self.context.recipe.cache
@@ -211,6 +230,9 @@ class HiddenCache(Cache[dict[str, Tensor]]):
     def folder(self) -> str:
         return f"features/{self.teacher}"
 
+    def cost(self) -> float:
+        return self._cost("train", [self.teacher])
+
     def identity(self) -> dict[str, Any]:
         context = self.context
         return {
@@ -233,6 +255,12 @@ class HiddenCache(Cache[dict[str, Tensor]]):
             taps=context.kept_taps[self.teacher],
             options=options,
         )
+
+
+def building(caches: Iterable[Artifact[Any]]) -> AbstractContextManager[Any]:
+    """Show the builds of several caches as one piece of work."""
+    costs = {cache.name: cache.cost() for cache in caches if isinstance(cache, Cache)}
+    return progress("cache", costs) if costs else nullcontext()
 
 
 def corpus_identity(context: RunContext, split: Split) -> dict[str, Any]:

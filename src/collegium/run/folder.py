@@ -107,6 +107,14 @@ class RunFolder:
             with lock_folder(self.path, REMEDY):
                 pass
 
+    def is_in_use(self) -> bool:
+        """Whether a living process holds the folder. The lock of a killed one is void."""
+        try:
+            self.check_free()
+        except CollegiumError:
+            return True
+        return False
+
     def make(self) -> None:
         """Create the folder and its parents. Raises CollegiumError if it cannot be created."""
         try:
@@ -204,7 +212,7 @@ class RunFolder:
         except BaseException as error:
             is_stopped = isinstance(error, KeyboardInterrupt | Interrupted)
             status = "interrupted" if is_stopped else "failed"
-            outcome = {"status": status, "note": str(error)[:500]}
+            outcome = {"status": status, "note": (str(error) or type(error).__name__)[:500]}
             raise
         finally:
             outcome["seconds"] = round(spent + time.monotonic() - started, 2)

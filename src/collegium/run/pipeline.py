@@ -18,7 +18,7 @@ from collegium.cache.processes import Ranks
 from collegium.config.recipe import Recipe, decode_fusion, load_recipe, write_fusion
 from collegium.errors import CollegiumError, RecipeError
 from collegium.run.artifacts import ARTIFACTS, Report
-from collegium.run.caches import Cache
+from collegium.run.caches import Cache, building
 from collegium.run.checks import CheckReport, check_run
 from collegium.run.context import RunContext
 from collegium.storage.records import PreflightReport, ResultRow
@@ -148,9 +148,10 @@ def _build_caches(context: RunContext) -> list[Path]:
     # All folders are compared with the recipe before the first one is written.
     for artifact in built:
         artifact.is_done()
-    for artifact in built:
-        if Ranks.from_environment().is_single:  # or one process would move what another builds
-            artifact.set_aside()
-        with artifact.log():
-            artifact.build()
+    with building(built):
+        for artifact in built:
+            if Ranks.from_environment().is_single:  # or one process would move what another builds
+                artifact.set_aside()
+            with artifact.log():
+                artifact.build()
     return [artifact.path for artifact in built]

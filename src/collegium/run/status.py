@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from collegium.config.recipe import Recipe, load_recipe
-from collegium.errors import CacheError, CollegiumError, RecipeError
+from collegium.errors import CacheError, RecipeError
 from collegium.report.formats import amount, duration
 from collegium.report.tables import Column, Line, Table
 from collegium.run.artifact import Artifact
 from collegium.run.artifacts import ARTIFACTS
-from collegium.run.choice import Preflight
+from collegium.run.choice import Preflight, best_teacher_source
 from collegium.run.context import RunContext
 from collegium.run.folder import PREVIOUS, RUN_FILES
 from collegium.storage.records import Stage
@@ -56,7 +56,10 @@ def run_status(recipe: Recipe) -> list[ArtifactState]:
     for name, stage in stages.items():
         if name not in named:
             size = sum(file.bytes for file in (stage.files or {}).values())
-            state = f"{stage.status}; waits for preflight, or not in this recipe"
+            status = stage.status
+            if status == "running" and not context.folder.is_in_use():
+                status = "killed"
+            state = f"{status}; waits for preflight, or not in this recipe"
             states.append(ArtifactState(name, state, size, stage.seconds))
     previous = context.folder.path / PREVIOUS
     if previous.is_dir():
@@ -84,11 +87,13 @@ def _artifacts(context: RunContext) -> Iterator[Artifact[Any]]:
         stages.insert(0, "cache")
     if recipe.teachers:
         yield from ARTIFACTS["preflight"](context)
-        if not Preflight(context).is_done():
-            if recipe.fusion == "auto":
-                return
-            # The best teacher of a control is known after it.
-            if recipe.evaluate.controls:
+        if recipe.fusion == "auto" and not Preflight(context).is_done():
+            return
+        source = best_teacher_source(context)
+        if source is not None and "best_single" in recipe.evaluate.controls:
+            if not isinstance(source, Preflight):
+                yield source
+            if not source.is_done():
                 stages.remove("evaluate")
     for stage in stages:
         for artifact in ARTIFACTS[stage](context):
@@ -112,9 +117,7 @@ def _describe(artifact: Artifact[Any], stage: Stage) -> str:
     if stage.status is None:
         return "missing"
     if stage.status == "running":
-        try:
-            artifact.context.folder.check_free()
-        except CollegiumError:
+        if artifact.context.folder.is_in_use():
             return "running"
         # Of a process that was killed: it could not record its end.
         return "killed; resumes" if stage.key == artifact.key else "killed; of another recipe"

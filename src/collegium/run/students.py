@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,8 @@ from collegium.errors import TrainingError
 from collegium.losses.states import StateLoss
 from collegium.models.forward import forward_rows, is_close
 from collegium.run.artifact import Artifact
-from collegium.run.caches import Cache, FusedCache, HiddenCache, TeacherCache
-from collegium.run.choice import Preflight, resolved_fusion
+from collegium.run.caches import Cache, FusedCache, HiddenCache, TeacherCache, building
+from collegium.run.choice import best_teacher, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.controls import Variant, control_variants, main_variant
 from collegium.storage.files import fingerprint, write_json
@@ -89,6 +90,9 @@ class Student(Artifact[Path]):
         inputs = self.context.inputs("student", "teachers", "data", "train", "seed")
         caches = {cache.name: cache.identity() for cache in self.dependencies()}
         return [inputs, self.variant.identity(), caches]
+
+    def building(self, missing: Sequence[Artifact[Any]]) -> AbstractContextManager[Any]:
+        return building(missing)
 
     def dependencies(self) -> Sequence[Cache[Any]]:
         """The caches to train from, none for live teachers."""
@@ -250,7 +254,9 @@ def controls(context: RunContext) -> list[Student]:
     recipe = context.recipe
     if not recipe.teachers or not recipe.evaluate.controls:
         return []
-    best = Preflight(context).ensure().best_single.teacher
+    # Only one control needs the best teacher, which takes a pass over the calibration split.
+    is_needed = "best_single" in recipe.evaluate.controls
+    best = best_teacher(context) if is_needed else next(iter(recipe.teachers))
     variants = control_variants(recipe, best, context.compute_ratio)
     return [Student(context, variants[name]) for name in recipe.evaluate.controls]
 

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from transformers import TrainerCallback, TrainerState
 
+from collegium.console import SECONDS_PER_LINE, Work
+
 
 class TrainingProgress(TrainerCallback):
-    """A progress bar on a terminal, else a line per 10 % of the steps. Silent if `quiet`."""
+    """A progress bar on a terminal, else a line per 10 % of the steps, and one every 30 s.
 
-    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+    Silent if `quiet`. A step that takes longer than 30 s is followed by a line.
+    """
+
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._quiet = quiet
+        self._clock = clock
+        self._printed = 0.0
+        self._work = Work("training", {"training": 1.0}, clock)
         self._console = console or Console(stderr=True)
         self._bar: RichProgress | None = None
         self._last_tenth = 0
@@ -28,9 +43,12 @@ class TrainingProgress(TrainerCallback):
         # A resumed run does not repeat the line of the tenth it resumes in.
         self._last_tenth = _tenth(state)
         self._text = ""
+        self._printed = self._clock()
+        self._work = Work("training", {"training": 1.0}, self._clock)
+        self._work(state.global_step, state.max_steps)
         if self._quiet or not self._console.is_terminal:
             return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (BarColumn(), MofNCompleteColumn())
         text = TextColumn("{task.fields[text]}")
         self._bar = RichProgress(TextColumn("training"), *columns, text, console=self._console)
         self._bar.add_task("training", total=state.max_steps, completed=state.global_step, text="")
@@ -42,8 +60,9 @@ class TrainingProgress(TrainerCallback):
             self._show(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._show(state)
+        self._work(state.global_step, state.max_steps)
+        if self._bar is not None or self._clock() - self._printed >= SECONDS_PER_LINE:
+            self._show(state, is_due=True)
 
     def close(self) -> None:
         """Remove the bar, also after an error."""
@@ -51,13 +70,13 @@ class TrainingProgress(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
-    def _show(self, state: TrainerState) -> None:
+    def _show(self, state: TrainerState, *, is_due: bool = False) -> None:
+        text = "  ".join(filter(None, (self._work.text_left(), self._text)))
         if self._bar is not None:
-            task = self._bar.task_ids[0]
-            self._bar.update(task, completed=state.global_step, text=self._text)
-        elif not self._quiet and _tenth(state) > self._last_tenth:
-            self._last_tenth = _tenth(state)
-            line = f"step {state.global_step}/{state.max_steps}  {self._text}"
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step, text=text)
+        elif not self._quiet and (is_due or _tenth(state) > self._last_tenth):
+            self._last_tenth, self._printed = _tenth(state), self._clock()
+            line = f"step {state.global_step}/{state.max_steps}  {text}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

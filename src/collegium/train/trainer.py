@@ -9,6 +9,7 @@ Shapes: B batch, T time, N rows, K teachers, V vocabulary.
 from __future__ import annotations
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -394,7 +395,8 @@ class DistillTrainer(Trainer):
             raise Interrupted(
                 f"{self._stop.received}: stopped after step {self.state.global_step} of "
                 f"{self.state.max_steps}; a checkpoint was saved in {self.run_folder}; resume to "
-                "continue"
+                "continue",
+                signal.Signals[self._stop.received],
             )
         return result
 
