@@ -62,8 +62,8 @@ def main() -> None:
     calibration, validation = (make_dataset(seed, options) for seed in (0, 1))
     windows = Windows.spread(calibration, options.batch)
     halves = [
-        Windows(calibration, part, options.batch)
-        for part in np.array_split(windows.indices, 2)  # type: ignore[arg-type]
+        Windows(calibration, windows.indices[part], options.batch)
+        for part in (slice(0, None, 2), slice(1, None, 2))
     ]
     score_models(teachers, [], None, Windows(calibration, [0], 1))  # warm-up
     seconds, base = dict[str, float](), resident_bytes("VmRSS")
@@ -175,7 +175,8 @@ def table(
         ratio = duration / seconds["score"]
         lines.append(f"| {name} | {duration:,.0f} | {ratio:.2f} | {memory} |")
     versions = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
-    entropy = np.mean([measure.entropy for measure in report.teachers.values()])
+    entropies = [float(one.entropy or 0.0) for one in report.teachers.values()]
+    entropy = sum(entropies) / len(entropies)
     return "\n".join(lines) + (
         f"\n\nTotal / scoring the tokens of both splits once: {total / both:.2f}. "
         f"{report.num_tokens:,} calibration tokens and as many for validation, "

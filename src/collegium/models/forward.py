@@ -390,12 +390,9 @@ def _head_scale(config: PretrainedConfig) -> float:
 
 
 def forward_bytes(model: PreTrainedModel) -> int:
-    """Estimate the activations of a forward pass without gradient, in bytes per token.
-
-    Eight tensors of the width of the model and four of its widest inner layer, one layer at a time.
-    """
+    """Estimate bytes per token of a forward pass: 8 tensors of its width, 4 of its widest layer."""
     head = head_layer(model)
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    widths = [max(layer.in_features, layer.out_features) for layer in layers]
     width, itemsize = head.weight.shape[1], head.weight.element_size()
-    return itemsize * (8 * width + 4 * max(widths, default=4 * width))
+    widest = max((max(m.in_features, m.out_features) for m in layers), default=4 * width)
+    return itemsize * (8 * width + 4 * widest)
