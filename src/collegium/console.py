@@ -22,6 +22,8 @@ _work: ContextVar[Work | None] = ContextVar("work", default=None)
 """The work in progress."""
 _bar_console: ContextVar[Console | None] = ContextVar("bar_console", default=None)
 """The console of its bar."""
+CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers that warn at import of what a user cannot change, or in each layer."""
 # C0 and C1 except for tab and newline, marks that reorder or break lines, and lone surrogates.
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -233,7 +235,9 @@ def _lines(work: Work) -> Iterator[None]:
 def quiet_libraries() -> None:
     """Hide loading bars and advice of transformers. Errors are still shown."""
     # Imported here: `collegium --help` must not wait for transformers.
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -23,6 +23,7 @@ from collegium.models.student import (
     StudentOptions,
     TrainedDType,
     check_rows,
+    require_floats,
     with_eos,
 )
 from collegium.options import option, torch
@@ -204,6 +205,7 @@ class BoundCut(StudentOptions):
                 f"{where}: teacher `{self.teacher}` runs code of its own; must be of a type in "
                 "transformers; start from a whole model with `model`"
             )
+        require_floats(self.source, where=f"{where}: teacher `{self.teacher}`")
         config = self.source.load_config(where)
         self._check_sizes(config.get_text_config(), where)
         model = cut.check_cut(config, self._cut(config, None), where=where)

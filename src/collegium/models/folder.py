@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from collegium.errors import ModelError, nearest
-from collegium.models.weights import CONFIG, read_headers, read_json, refuse_adapter
+from collegium.models.quantized import require_packages
+from collegium.models.weights import (
+    CONFIG,
+    local_folder,
+    quantization_of,
+    read_json,
+    refuse_adapter,
+)
 from collegium.options import torch
 from collegium.storage.files import listing
 
@@ -35,7 +42,7 @@ def check_model_folder(options: ModelOptions, *, where: str) -> None:
                 f"{where}: {folder} requires custom Python code ({files}); refused; "
                 f"review it, then set `trust_remote_code: true`"
             )
-        read_headers(folder, where=where)
+        require_packages(quantization_of(folder, where=where), where=f"{where}: {folder}")
     if folder is not None or options.tokenizer is not None:
         check_tokenizer_folder(options.tokenizer_path, where=where)
 
@@ -102,14 +109,18 @@ def check_tokenizer_folder(path: str, *, where: str) -> None:
 
 
 def resolve_folder(path: str, *, where: str) -> Path | None:
-    """Return the folder at `path`, or None for a hub id. Raises ModelError if it is neither."""
+    """Return the folder at `path`, or None for a hub id. Raises ModelError if it is neither.
+
+    The folder of a GGUF file is that of its conversion.
+    """
     # Unknown users and overlong names are just missing to `os.path`; `pathlib` raises.
     folder = Path(os.path.expanduser(path))
-    if os.path.isdir(folder):
-        return folder
+    if (local := local_folder(path, where=where)) is not None:
+        return local
     if os.path.isfile(folder):
         raise ModelError(
-            f"{where}: got {path}, which is a file; must be the folder that contains {CONFIG}"
+            f"{where}: got {path}, which is a file; must be the folder that contains {CONFIG}, or "
+            "a GGUF file"
         )
     if HUB_ID.match(path) and not path.startswith(".") and not os.path.isdir(folder.parent):
         return None

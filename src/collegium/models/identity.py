@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from collegium.errors import ModelError, first_line
 from collegium.models.folder import resolve_folder
 from collegium.models.lora import adapter_identity
-from collegium.models.weights import CONFIG, weights_digest
+from collegium.models.weights import CONFIG, quantization_of, read_json, weights_digest
 from collegium.storage.files import fingerprint, sha256_of
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ def model_identity(options: ModelOptions) -> dict[str, Any]:
         # Only the values that differ from the defaults of the class, as later releases add keys.
         "config": fingerprint(without_neutral(options.load_config(where).to_diff_dict())),
     }
+    if folder is not None and quantization_of(folder, where=where):
+        # How the integers are read. `load_config` returns the config of a float model.
+        settings = read_json(folder / CONFIG, where=where)["quantization_config"]
+        identity["quantization"] = fingerprint(settings)
     if options.adapter is not None:
         identity["adapter"] = adapter_identity(options.adapter, where=where)
     if folder is not None and options.runs_code(where):

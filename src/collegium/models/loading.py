@@ -12,8 +12,8 @@ from safetensors import safe_open
 from collegium.errors import ModelError, first_line, nearest
 from collegium.models import adapters, lora
 from collegium.models.folder import check_model_type, resolve_folder
-from collegium.models.forward import tap_names, tap_width
-from collegium.models.weights import CONFIG, main_dtype, read_headers
+from collegium.models.forward import head_layer, tap_names, tap_width
+from collegium.models.weights import CONFIG, main_dtype, quantization_of, read_headers, read_json
 from collegium.options import torch
 
 if TYPE_CHECKING:
@@ -78,17 +78,24 @@ def load_base(options: ModelOptions, *, where: str) -> PreTrainedModel:
     for line in scan_weights(tensors, where=where, remedy=remedy):
         logger.warning(line)
     _record_tying(model)
-    torch.nn.Module.to(model, choose_device(options.device))
+    if not head_layer(model).weight.is_floating_point():
+        raise ModelError(
+            f"{where}: the head of {options.model} is quantized; must be floats, since the losses "
+            "read its weight; use a model that was quantized without it"
+        )
+    if not getattr(model, "is_quantized", False):  # else it was loaded to its device
+        torch.nn.Module.to(model, choose_device(options.device))
     return model.eval()
 
 
 def check_weights(options: ModelOptions, *, where: str) -> PreTrainedModel | None:
     """Compare names and shapes of the saved tensors with those of the config, reading no tensor.
 
-    Returns the model without its values. Skipped for hub ids and for custom code, which
-    `load_model` checks.
+    Returns the model without its values. Skipped for hub ids, custom code and quantized weights,
+    which `load_model` checks.
     """
-    if resolve_folder(options.model, where=where) is None or options.runs_code(where):
+    folder = resolve_folder(options.model, where=where)
+    if folder is None or options.runs_code(where) or quantization_of(folder, where=where):
         return None
     # On the meta device transformers maps the files and compares names and shapes, with the
     # renamings of each model type, but reads no tensor.
@@ -104,11 +111,17 @@ def saved_dtype(options: ModelOptions, *, where: str) -> str | None:
 def _read_model(options: ModelOptions, *, where: str, device: str | None = None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    saved = saved_dtype(options, where=where)
+    saved, folder = saved_dtype(options, where=where), resolve_folder(options.model, where=where)
     config = options.load_config(where)
+    if folder is not None and quantization_of(folder, where=where):
+        settings = dict(read_json(folder / CONFIG, where=where)["quantization_config"])
+        if settings["quant_method"] == "compressed-tensors":
+            settings["dequantize"] = True
+        config.quantization_config = settings
+        device = str(choose_device(options.device))  # its layers may not be movable
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            options.model,
+            str(folder or options.model),
             config=config,
             revision=options.commit(where),
             trust_remote_code=options.runs_code(where),
@@ -146,7 +159,7 @@ def _read_model(options: ModelOptions, *, where: str, device: str | None = None)
 
 
 def drop_quantization(config: PretrainedConfig, *, where: str) -> None:
-    """Remove a quantization config in place: the weights are floats, and stay floats.
+    """Remove a quantization config in place: it is read only beside quantized weights.
 
     Raises ModelError for a method that is part of the architecture.
     """
@@ -219,9 +232,11 @@ def load_tokenizer(path: str, *, revision: str | None = None, where: str) -> Tok
     """Load a fast tokenizer. Slow ones do not expose the bytes of their tokens."""
     from transformers import AutoTokenizer
 
-    resolve_folder(path, where=where)
+    source = str(resolve_folder(path, where=where) or path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         reason = first_line(error)
         raise ModelError(f"{where}: no tokenizer can be loaded from {path}; {reason}") from error
@@ -258,11 +273,13 @@ def empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:
         return _from_config(config, "auto", where)
 
 
-def build_model(config: PretrainedConfig, *, seed: int, attention: str = "auto") -> PreTrainedModel:
-    """Build a randomly initialized float32 model without touching the global generators."""
+def build_model(
+    config: PretrainedConfig, *, seed: int, attention: str = "auto", dtype: str = "float32"
+) -> PreTrainedModel:
+    """Build a randomly initialized model without touching the global generators."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _from_config(config, attention, "config")
+        return _from_config(config, attention, "config", dtype)
 
 
 def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -281,13 +298,15 @@ def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return loaded
 
 
-def _from_config(config: PretrainedConfig, attention: str, where: str) -> PreTrainedModel:
+def _from_config(
+    config: PretrainedConfig, attention: str, where: str, dtype: str = "float32"
+) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     kernel = None if attention == "auto" else attention
     try:
         return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=kernel
+            config, dtype=getattr(torch, dtype), attn_implementation=kernel
         )
     # Bad values make model constructors raise errors of any type.
     except Exception as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 
 from collegium.models.folder import is_native, resolve_folder
-from collegium.models.weights import CONFIG, main_dtype, read_headers
+from collegium.models.weights import CONFIG, main_dtype, quantization_of, read_headers
 from collegium.options import torch
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def config_notes(options: ModelOptions, *, where: str) -> list[str]:
             f"{place} has an auto_map; ignored, since transformers has its own class for "
             f"`{config['model_type']}`"
         )
-    if quantization := config.get("quantization_config"):
+    quantization = config.get("quantization_config")
+    if quantization and not quantization_of(folder, where=where):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
         lines.append(
             f"{place} has a quantization_config ({method}), but the weights are not quantized; "

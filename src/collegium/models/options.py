@@ -12,8 +12,8 @@ from collegium.errors import ModelError, first_line
 from collegium.models import folder, identity, loading, lora, notes
 from collegium.models.families import check_windows
 from collegium.models.loading import ModelFacts
-from collegium.models.weights import CONFIG, read_json
-from collegium.options import option, plain
+from collegium.models.weights import COMPACT, CONFIG, quantization_of, read_json, weight_files
+from collegium.options import option, plain, torch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -81,7 +81,8 @@ class ModelOptions(ModelSource):
 
     # Inheriting quantization or dtype from the student is a known trap (huggingface/trl#6720).
     model: Annotated[str, Field(min_length=1)]
-    """A Hugging Face model folder, or a hub id `owner/name`."""
+    """A Hugging Face model folder, or a hub id `owner/name`. Of a teacher also a GGUF file, which
+    is converted once to a folder in float32."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     adapter: str | None = None
@@ -140,7 +141,9 @@ class ModelOptions(ModelSource):
         # By exclusion: a new option changes the identity unless it is listed as without effect.
         names = [f.name for f in fields(self) if f.name not in self.WITHOUT_EFFECT]
         options = {name: plain(getattr(self, name)) for name in names}
-        return {**identity.model_identity(self), **options}
+        # Without options that are not set, so that a new one leaves older caches valid.
+        set_ones = {name: value for name, value in options.items() if value is not None}
+        return {**identity.model_identity(self), **set_ones}
 
     def commit(self, where: str) -> str | None:
         """Return the commit that `revision` of a hub id means now, None for a folder."""
@@ -165,8 +168,9 @@ class ModelOptions(ModelSource):
         from transformers import AutoConfig
 
         options = {"revision": self.commit(where), "trust_remote_code": self.runs_code(where)}
+        source = str(folder.resolve_folder(self.model, where=where) or self.model)
         try:
-            config = AutoConfig.from_pretrained(self.model, **options)
+            config = AutoConfig.from_pretrained(source, **options)
         # Bad values in the file make config constructors raise errors of any type.
         except Exception as error:
             raise ModelError(
@@ -181,6 +185,14 @@ class ModelOptions(ModelSource):
         # `revision` belongs to the repository of the model, not to that of another tokenizer.
         revision = self.commit(where) if self.tokenizer_path == self.model else None
         return loading.load_tokenizer(self.tokenizer_path, revision=revision, where=where)
+
+    def num_bytes(self, model: PreTrainedModel, device: torch.device, where: str) -> int:
+        """Return the bytes of the loaded weights of `model`, which has their shapes and types."""
+        path = folder.resolve_folder(self.model, where=where)
+        method = None if path is None else quantization_of(path, where=where)
+        if path is not None and method in COMPACT:
+            return sum(file.stat().st_size for file in weight_files(path, where=where))
+        return sum(parameter.nbytes for parameter in model.parameters())
 
     def head_rows(self, where: str) -> int:
         """Return the number of head rows that the config declares, without loading weights."""

@@ -10,9 +10,11 @@ from pydantic import Field
 
 from collegium.errors import ModelError
 from collegium.models import folder, forward, loading, lora, saving
+from collegium.models.gguf import is_gguf
 from collegium.models.identity import model_identity
 from collegium.models.lora import LoraOptions
 from collegium.models.options import Attention, Device, ModelOptions, ModelSource
+from collegium.models.weights import CONFIG, quantization_of
 from collegium.options import option, torch
 from collegium.storage.files import fingerprint
 
@@ -113,6 +115,7 @@ class PretrainedStudent(ModelOptions, StudentOptions):
     """Recompute each block in the backward pass to save memory."""
 
     def check(self, where: str) -> None:
+        require_floats(self, where=where)
         saving.check_generation_file(self, where=where)
         super().check(where)
         check_rows(self.head_rows(where), self.load_tokenizer(where), where=where)
@@ -182,6 +185,19 @@ class FreshStudent(StudentOptions):
             model = loading.cast_model(model, getattr(torch, self.dtype)).train()
         torch.nn.Module.to(model, loading.choose_device(self.device))
         return model
+
+
+def require_floats(options: ModelOptions, *, where: str) -> None:
+    """Raise ModelError if a student would start from quantized weights."""
+    method = "GGUF" if is_gguf(options.model) else None
+    path = None if method else folder.resolve_folder(options.model, where=where)
+    if path is not None and (path / CONFIG).is_file():
+        method = quantization_of(path, where=where)
+    if method:
+        raise ModelError(
+            f"{where}: got {options.model}, whose weights are quantized ({method}); must be "
+            "floats, since quantized models are frozen teachers only; start from the original model"
+        )
 
 
 def with_eos(tokenizer: Tokenizer, path: str, where: str) -> Tokenizer:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from collegium.errors import ModelError
+from collegium.models.gguf import converted, is_gguf
 from collegium.options import torch
 from collegium.storage.files import listing
 
@@ -34,6 +35,15 @@ FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float1
 """Data types of safetensors and their names in torch, the widest range first."""
 TABLES = ("I64",)
 """Further types that a file may hold: lookup tables, such as the experts of a token."""
+QUANTIZED_PACKAGES = {
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed-tensors",),
+    "gptq": ("gptqmodel", "optimum"),
+}
+"""Methods by which the weights of a folder may be quantized, and the packages that load them."""
+COMPACT = ("bitsandbytes", "gptq")
+"""Those that stay quantized in memory. The others are turned into floats on load."""
+_METHODS = "bitsandbytes, compressed-tensors or gptq"
 LFS_MAGIC = b"version https://git-lfs"
 
 
@@ -42,7 +52,7 @@ class TensorEntry(NamedTuple):
 
     file: Path
     dtype: str
-    """A key of `FLOATS`, or one of `TABLES`."""
+    """A key of `FLOATS`, one of `TABLES`, or any type in a folder of quantized weights."""
     shape: tuple[int, ...]
 
 
@@ -134,13 +144,14 @@ def _refuse_without_weights(folder: Path, *, where: str) -> None:
 def read_headers(folder: Path, *, where: str) -> dict[str, TensorEntry]:
     """Return all tensors of a folder by name, reading only headers.
 
-    Raises ModelError for a file that is incomplete or holds no floats, and for tensors that are not
-    in the one file that the index names.
+    Raises ModelError for a file that is incomplete or of an unsupported type, and for tensors that
+    are not in the one file that the index names.
     """
     files = weight_files(folder, where=where)
+    is_quantized = declared_quantization(folder, where=where) in QUANTIZED_PACKAGES
     entries: dict[str, TensorEntry] = {}
     for file in files:
-        for name, entry in read_header(file, where=where).items():
+        for name, entry in read_header(file, where=where, any_type=is_quantized).items():
             if name in entries:
                 raise ModelError(
                     f"{where}: {name} is in {entries[name].file.name} and in {file.name}; must be "
@@ -161,8 +172,30 @@ def read_headers(folder: Path, *, where: str) -> dict[str, TensorEntry]:
     return entries
 
 
-def read_header(path: Path, *, where: str) -> dict[str, TensorEntry]:
-    """Read the header of a complete safetensors file of floats, or raise ModelError."""
+def declared_quantization(folder: Path, *, where: str) -> str | None:
+    """Return the method that config.json names, None without one. The weights may be floats."""
+    settings = read_json(folder / CONFIG, where=where).get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return method if isinstance(method, str) else None
+
+
+def quantization_of(folder: Path, *, where: str) -> str | None:
+    """Return the method by which the weights of a folder are quantized, None for floats.
+
+    A config that names a method beside float weights is left over, and ignored.
+    """
+    method = declared_quantization(folder, where=where)
+    if method not in QUANTIZED_PACKAGES:
+        return None
+    types = {entry.dtype for entry in read_headers(folder, where=where).values()}
+    return None if types <= {*FLOATS, *TABLES} else method
+
+
+def read_header(path: Path, *, where: str, any_type: bool = False) -> dict[str, TensorEntry]:
+    """Read the header of a complete safetensors file, of floats unless it may have `any_type`.
+
+    Raises ModelError if the file is incomplete, or has other types.
+    """
     try:
         # The header is validated on opening, including that the tensors cover the file exactly.
         with safe_open(path, framework="np") as file:
@@ -183,10 +216,10 @@ def read_header(path: Path, *, where: str) -> dict[str, TensorEntry]:
             f"({path.stat().st_size:,} bytes; {reason}); copy it again"
         ) from error
     for name, entry in entries.items():
-        if entry.dtype not in FLOATS and entry.dtype not in TABLES:
+        if not any_type and entry.dtype not in FLOATS and entry.dtype not in TABLES:
             raise ModelError(
                 f"{where}: {name} in {path} is {entry.dtype}; must be one of {', '.join(FLOATS)}; "
-                "quantized weights are not supported"
+                f"quantized weights need a quantization_config of {_METHODS} in {CONFIG}"
             )
     return entries
 
@@ -200,10 +233,18 @@ def main_dtype(entries: Mapping[str, TensorEntry]) -> str:
     return FLOATS[max(FLOATS, key=lambda dtype: count[dtype])]
 
 
+def local_folder(path: str, *, where: str) -> Path | None:
+    """Return the folder at a path, that of a converted GGUF file, or None for a hub id."""
+    folder = Path(os.path.expanduser(path))
+    if is_gguf(path) and os.path.isfile(folder):
+        return converted(folder, where=where)
+    return folder if os.path.isdir(folder) else None
+
+
 def weights_layout(path: str) -> frozenset[tuple[str, str, tuple[int, ...]]]:
     """Return names, types and shapes of a folder's tensors, empty for a hub id."""
-    folder = Path(os.path.expanduser(path))
-    if not folder.is_dir():
+    folder = local_folder(path, where=path)
+    if folder is None:
         return frozenset()
     entries = read_headers(folder, where=path)
     return frozenset((name, entry.dtype, entry.shape) for name, entry in entries.items())
@@ -215,17 +256,18 @@ def weights_digest(path: str) -> str:
     Copies of the same weights have the same digest, in any number of files. A hub id is not
     fetched: its digest is that of the name.
     """
-    folder = Path(os.path.expanduser(path))
-    if not folder.is_dir():
+    folder = local_folder(path, where=path)
+    if folder is None:
         return hashlib.sha256(f"hub:{path}".encode()).hexdigest()
     stats = [(file, file.stat()) for file in weight_files(folder, where=path)]
-    return _digest(path, tuple((str(f), stat.st_size, stat.st_mtime_ns) for f, stat in stats))
+    version = tuple((str(f), stat.st_size, stat.st_mtime_ns) for f, stat in stats)
+    return _digest(folder, version)
 
 
 @lru_cache(maxsize=64)
-def _digest(path: str, _version: tuple[tuple[str, int, int], ...]) -> str:
+def _digest(folder: Path, _version: tuple[tuple[str, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for name, entry in sorted(read_headers(Path(os.path.expanduser(path)), where=path).items()):
+    for name, entry in sorted(read_headers(folder, where=str(folder)).items()):
         # One tensor at a time, so a large model needs little memory.
         with safe_open(entry.file, framework="pt") as file:
             values: Tensor = file.get_tensor(name)

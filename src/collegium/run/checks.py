@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -35,11 +36,16 @@ from collegium.models.student import StudentOptions
 from collegium.models.weights import weights_digest, weights_layout
 from collegium.run.caches import Cache, FusedCache
 from collegium.run.context import RunContext
-from collegium.run.estimates import estimate_lines
+from collegium.run.estimates import estimate_lines, estimate_warnings
+from collegium.run.memory import MemoryPlan
+from collegium.run.problems import Problems
 from collegium.teachers.options import TeacherOptions
 from collegium.train.arguments import BFLOAT16_RATE, bfloat16_warning
 from collegium.train.checkpoint import require_valid_checkpoint
 from collegium.vocabulary.verdict import compare, require_compatible
+
+Models = Mapping[str, StudentOptions | TeacherOptions]
+"""Path in the recipe -> options of a model."""
 
 
 @dataclass
@@ -51,34 +57,45 @@ class CheckReport:
 
 
 def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
-    """Check a run. Raises CollegiumError with a remedy if it could not work."""
-    report = CheckReport()
-    recipe = context.recipe
-    check_recipe(recipe)
-    _check_machine(recipe, trains=trains)
-    context.folder.check_place()
-    for part, sources in recipe.data.sources.items():
-        check_sources(sources, where=f"data.{part}")
-    for where, options in _models(context).items():
-        options.check(where)
-    _check_vocabularies(context, report)
-    _check_windows(context)
-    _check_precision(context, report)
-    _check_states(context)
-    _check_cache(context)
+    """Check a run. Raises CollegiumError with all problems and remedies if it could not work.
+
+    A check that reads what another one found to be damaged is skipped.
+    """
+    report, problems = CheckReport(), Problems()
+    recipe, collect = context.recipe, problems.collect
+    is_consistent = collect(check_recipe, recipe)
+    collect(_check_machine, recipe, trains=trains)
+    collect(context.folder.check_place)
+    sources = recipe.data.sources.items()
+    has_files = all([collect(check_sources, one, where=f"data.{part}") for part, one in sources])
+    # A student may be bound to a teacher that does not exist.
+    models = _models(context) if is_consistent else _teachers(context)
+    models = {where: one for where, one in models.items() if collect(one.check, where)}
+    has_student, is_complete = "student" in models, len(models) == len(recipe.teachers) + 1
+    if has_student := has_student and collect(_check_tokenizer, context, report):
+        collect(_check_precision, context, report)
+        collect(_check_cache, context)
+    for where, options in models.items():
+        if has_student and isinstance(options, TeacherOptions):
+            collect(_check_vocabulary, context, report, where, options)
+        collect(_check_windows, context, where, options)
+    collect(_check_checkpoints, context)
+    collect(_check_distinct, models, report)
+    if is_complete and has_student:
+        collect(_check_states, context)
+    if has_student and has_files and collect(_check_datasets, context, report):
+        collect(_check_suites, context, report, models)
+        collect(_check_routing, context, report)
+        collect(_check_terms, context)
+        if not problems.errors:
+            collect(_check_finished_caches, context)
+    for where, options in models.items():
+        collect(_check_weights, where, options, report)
+    problems.raise_all()
+    plan = MemoryPlan(context)
+    report.lines += estimate_lines(plan)
+    report.warnings += estimate_warnings(plan)
     folder = context.folder.path
-    for place in (folder / "train", *sorted(folder.glob("controls/*/train"))):
-        if not (place / "summary.json").is_file():
-            require_valid_checkpoint(place)
-    _check_distinct(context, report)
-    _check_datasets(context, report)
-    _check_suites(context, report)
-    _check_finished_caches(context)
-    _check_routing(context, report)
-    _check_terms(context)
-    for where, options in _models(context).items():
-        report.warnings += options.warnings(where)
-    report.lines += estimate_lines(context)
     disk = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(disk).free
     report.lines.append(f"disk: {free / 1e9:.1f} GB free at {recipe.output_dir}")
@@ -99,39 +116,57 @@ def _check_machine(recipe: Recipe, *, trains: bool) -> None:
     require_backend(recipe.objective.backend)
 
 
-def _models(context: RunContext) -> dict[str, StudentOptions | TeacherOptions]:
-    teachers = {f"teachers.{name}": one for name, one in context.recipe.teachers.items()}
-    return teachers | {"student": context.student}
+def _teachers(context: RunContext) -> Models:
+    return {f"teachers.{name}": one for name, one in context.recipe.teachers.items()}
 
 
-def _check_vocabularies(context: RunContext, report: CheckReport) -> None:
+def _models(context: RunContext) -> Models:
+    return {**_teachers(context), "student": context.student}
+
+
+def _check_tokenizer(context: RunContext, report: CheckReport) -> None:
     report.lines.append(f"vocabulary: {context.vocab_size:,} tokens")
-    for name, options in context.recipe.teachers.items():
-        where = f"teachers.{name}"
-        verdict = compare(
-            context.tokenizer,
-            options.load_tokenizer(where),
-            student_head_size=context.vocab_size,
-            teacher_head_size=options.head_rows(where),
-            where=where,
+
+
+def _check_vocabulary(
+    context: RunContext, report: CheckReport, where: str, options: TeacherOptions
+) -> None:
+    verdict = compare(
+        context.tokenizer,
+        options.load_tokenizer(where),
+        student_head_size=context.vocab_size,
+        teacher_head_size=options.head_rows(where),
+        where=where,
+    )
+    require_compatible(verdict)
+    report.lines.append(f"{where}: vocabulary {verdict.kind}; {verdict.message}")
+    context.reserved_ids.update(dict.fromkeys(verdict.reserved, where))
+
+
+def _check_windows(
+    context: RunContext, where: str, options: StudentOptions | TeacherOptions
+) -> None:
+    """Check that a model can score the windows: their length, and several documents."""
+    data, limit = context.recipe.data, options.max_length(where)
+    if limit is not None and data.max_length > limit:
+        raise RecipeError(
+            f"data.max_length: got {data.max_length}; must be at most {limit}, the "
+            f"max_position_embeddings of {where}; lower it"
         )
-        require_compatible(verdict)
-        report.lines.append(f"{where}: vocabulary {verdict.kind}; {verdict.message}")
-        context.reserved_ids.update(dict.fromkeys(verdict.reserved, where))
+    options.check_windows(where, packed=data.packing, max_length=data.max_length)
 
 
-def _check_windows(context: RunContext) -> None:
-    """Check that every model can score the windows: their length, and several documents."""
-    recipe = context.recipe
-    for where, options in _models(context).items():
-        limit = options.max_length(where)
-        if limit is not None and recipe.data.max_length > limit:
-            raise RecipeError(
-                f"data.max_length: got {recipe.data.max_length}; must be at most {limit}, the "
-                f"max_position_embeddings of {where}; lower it"
-            )
-        data = recipe.data
-        options.check_windows(where, packed=data.packing, max_length=data.max_length)
+def _check_weights(
+    where: str, options: StudentOptions | TeacherOptions, report: CheckReport
+) -> None:
+    report.warnings += options.warnings(where)
+
+
+def _check_checkpoints(context: RunContext) -> None:
+    folder = context.folder.path
+    for place in (folder / "train", *sorted(folder.glob("controls/*/train"))):
+        if not (place / "summary.json").is_file():
+            require_valid_checkpoint(place)
 
 
 def _check_precision(context: RunContext, report: CheckReport) -> None:
@@ -275,7 +310,7 @@ def _check_reserved(context: RunContext, ids: set[int], where: str) -> None:
         )
 
 
-def _check_suites(context: RunContext, report: CheckReport) -> None:
+def _check_suites(context: RunContext, report: CheckReport, models: Models) -> None:
     """Check the prompts of generation and tasks, and whether the fused target can be sampled."""
     recipe = context.recipe
     if recipe.evaluate.generation is None and not recipe.evaluate.tasks:
@@ -288,7 +323,7 @@ def _check_suites(context: RunContext, report: CheckReport) -> None:
         suite, where = load_suite(context, name), suite_key(name)
         _check_reserved(context, {i for item in suite.items for i in item.prompt.ids}, where)
         longest = max(item.num_tokens for item in suite.items)
-        for place, options in _models(context).items():
+        for place, options in models.items():
             try:
                 options.check_windows(place, packed=False, max_length=longest)
             except ModelError as error:
@@ -330,9 +365,14 @@ def _check_routing(context: RunContext, report: CheckReport) -> None:
         report.warnings += [f"{place}: {no_effect}" for place in columns]
 
 
-def _check_distinct(context: RunContext, report: CheckReport) -> None:
+def _stress(options: ModelOptions) -> tuple[object, ...]:
+    """Return the options that make another teacher of the same weights."""
+    return (getattr(options, "quantize", None), getattr(options, "logit_scale", 1.0))
+
+
+def _check_distinct(checked: Models, report: CheckReport) -> None:
     """Check that no two teachers are the same: one teacher would be counted twice."""
-    models = {w: one for w, one in _models(context).items() if isinstance(one, ModelOptions)}
+    models = {w: one for w, one in checked.items() if isinstance(one, ModelOptions)}
     layouts = {where: weights_layout(options.model) for where, options in models.items()}
     count = Counter(layouts.values())
     seen: dict[object, str] = {}
@@ -343,7 +383,7 @@ def _check_distinct(context: RunContext, report: CheckReport) -> None:
         revision = None if layouts[where] else options.revision
         adapter = options.adapter and adapter_identity(options.adapter, where=where)
         # With another scale it is another teacher, as in stress tests and studies of copies.
-        key = digest, revision, str(adapter), getattr(options, "logit_scale", 1.0)
+        key = (digest, revision, str(adapter), *_stress(options))
         other = seen.setdefault(key, where)
         if other != where and where == "student":
             effect = "its distillation loss to that teacher starts at 0"

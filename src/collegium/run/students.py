@@ -179,7 +179,9 @@ class Student(Artifact[Path]):
     def _check_saved(self, trained: Tensor) -> None:
         loaded = self.load().model
         logits = self._sampled_logits(loaded)
-        if not is_close(logits, trained, loaded.dtype, factor=8):
+        # Merging adapters rounds every weight of their layers.
+        factor = 8 if self.context.student.lora is None else 64
+        if not is_close(logits, trained, loaded.dtype, factor=factor):
             raise TrainingError(
                 f"{self.path}: the saved student gives other logits than the trained one (largest "
                 f"difference {float((logits - trained).abs().max()):.3g}); must give the same; "

@@ -15,8 +15,9 @@ from collegium.distributions import LIVE, Answer, Distribution, HiddenRows, Wrap
 from collegium.errors import ModelError, TrainingError, nearest
 from collegium.models.adapters import active_adapter, trained_adapters
 from collegium.models.forward import forward_rows, head_layer, probe
-from collegium.models.loading import count_parameters, load_base
+from collegium.models.loading import count_parameters, load_base, load_model
 from collegium.models.lora import attach_adapter
+from collegium.models.quantized import quantize_
 from collegium.options import plain
 from collegium.storage.files import fingerprint
 from collegium.types import Batch, Rows, map_tensors
@@ -90,10 +91,14 @@ class LocalTeacher:
     def load(cls, name: str, options: LocalOptions, *, vocab_size: int, where: str) -> LocalTeacher:
         """Load a teacher. Raises ModelError if its folder or its weights cannot be used.
 
-        Teachers with adapters of one base share the base in memory while one of them lives.
+        Teachers with adapters of one base share the base in memory while one of them lives. The
+        adapter of a teacher to quantize is merged before its weights are rounded.
         """
         adapter = None
-        if options.adapter is None:
+        if options.quantize is not None:
+            model = load_model(options, where=where)
+            quantize_(model, options.quantize, where=f"{where}.quantize")
+        elif options.adapter is None:
             model = load_base(options, where=where)
         else:
             model = _shared_base(options, where)
@@ -178,7 +183,7 @@ class LocalTeacher:
 
 def _shared_base(options: LocalOptions, where: str) -> PreTrainedModel:
     """Return the base of an adapter: that of a living teacher with these options, or a new one."""
-    own = ("adapter", "offload", "logit_scale")
+    own = ("adapter", "offload", "quantize", "logit_scale")
     key = fingerprint({k: value for k, value in plain(options).items() if k not in own})
     base = _bases.get(key)
     if base is None:

@@ -11,11 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from collegium.distributions import LIVE, Capabilities
+from collegium.errors import ModelError
+from collegium.models import folder
 from collegium.models.options import ModelOptions
-from collegium.options import option
+from collegium.models.quantized import (
+    Quantization,
+    no_layers_error,
+    quantized_bytes,
+    quantized_layers,
+    require_torchao,
+)
+from collegium.models.weights import quantization_of
+from collegium.options import option, torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from collegium.distributions import Teacher
     from collegium.models.options import ModelFacts
@@ -84,9 +94,34 @@ class LocalOptions(ModelOptions, TeacherOptions):
 
     offload: bool = False
     """Keep the teacher on the CPU between its turns: slower, but holds one on the GPU."""
+    quantize: Quantization | None = None
+    """Round the linear layers on load: `int8` or `int4`. Embeddings and head keep their type."""
     logit_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on its logits: makes a teacher more (above 1) or less confident than it is, for stress
     tests."""
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        if self.quantize is not None:
+            require_torchao(f"{where}.quantize")
+        path = folder.resolve_folder(self.model, where=where)
+        method = None if path is None else quantization_of(path, where=where)
+        given = {"quantize": self.quantize, "offload": self.offload}
+        for key, value in given.items() if method else ():
+            if value:
+                raise ModelError(
+                    f"{where}.{key}: got {str(value).lower()} with weights that are quantized by "
+                    f"{method}; must be omitted; use the original model, or remove `{key}`"
+                )
+
+    def check_model(self, model: PreTrainedModel, where: str) -> None:
+        if self.quantize is not None and not quantized_layers(model, self.quantize):
+            raise no_layers_error(model, self.quantize, where=f"{where}.quantize")
+
+    def num_bytes(self, model: PreTrainedModel, device: torch.device, where: str) -> int:
+        if self.quantize is not None:
+            return quantized_bytes(model, self.quantize, device)
+        return super().num_bytes(model, device, where)
 
     def load(self, name: str, *, vocab_size: int, where: str) -> Teacher:
         from collegium.teachers.local import LocalTeacher
