@@ -10,7 +10,7 @@ import torch
 from bad_input_bench import Bench
 from collegium.config.recipe import load_recipe
 from collegium.errors import RecipeError
-from collegium.run.checks import CheckReport, _check_distinct
+from collegium.run.checks import CheckReport, _check_distinct, _teachers
 from collegium.run.context import RunContext
 from refusals import refused
 
@@ -44,9 +44,9 @@ def test_26_the_same_hub_id_twice(bench: Bench) -> None:
     """Weights are compared only if they are local, names always."""
     twice = "teachers={a: {model: who/what}, b: {model: who/what}}"
     with refused(RecipeError, "teachers.a and teachers.b"):
-        _check_distinct(RunContext(load_recipe("run.yaml", [twice])), CheckReport())
+        _check_distinct(_teachers(RunContext(load_recipe("run.yaml", [twice]))), CheckReport())
     other = "teachers={a: {model: who/what}, b: {model: who/what, revision: v2}}"
-    _check_distinct(RunContext(load_recipe("run.yaml", [other])), CheckReport())
+    _check_distinct(_teachers(RunContext(load_recipe("run.yaml", [other]))), CheckReport())
 
 
 def test_27_the_student_is_a_teacher(bench: Bench) -> None:

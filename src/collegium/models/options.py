@@ -11,8 +11,16 @@ from pydantic import Field
 from collegium.errors import ModelError, first_line
 from collegium.models import folder, identity, loading, lora, notes
 from collegium.models.families import check_windows
+from collegium.models.gguf import is_gguf
 from collegium.models.loading import ModelFacts
-from collegium.models.weights import COMPACT, CONFIG, quantization_of, read_json, weight_files
+from collegium.models.weights import (
+    COMPACT,
+    CONFIG,
+    QUANTIZED_PACKAGES,
+    quantization_of,
+    read_json,
+    weight_files,
+)
 from collegium.options import option, plain, torch
 
 if TYPE_CHECKING:
@@ -193,6 +201,14 @@ class ModelOptions(ModelSource):
         if path is not None and method in COMPACT:
             return sum(file.stat().st_size for file in weight_files(path, where=where))
         return sum(parameter.nbytes for parameter in model.parameters())
+
+    def weight_form(self, where: str) -> str | None:
+        """Return how quantized weights are loaded and the packages for it, None for floats."""
+        path = folder.resolve_folder(self.model, where=where)
+        method = None if path is None else quantization_of(path, where=where)
+        if method is not None:
+            return f"quantized in its files, loaded by {' and '.join(QUANTIZED_PACKAGES[method])}"
+        return "converted from GGUF by gguf" if is_gguf(self.model) else None
 
     def head_rows(self, where: str) -> int:
         """Return the number of head rows that the config declares, without loading weights."""

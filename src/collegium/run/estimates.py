@@ -43,7 +43,7 @@ def estimate_lines(plan: MemoryPlan) -> list[str]:
     if scoring := (train - own) or cached:
         tokens = amount(_scored_tokens(context))
         text += f", {scoring:.1e} FLOP for the teachers on {tokens}"
-    return [*lines, text, *_memory_lines(plan), _time_line(context)]
+    return [*lines, text, *_weight_lines(plan), *_memory_lines(plan), _time_line(context)]
 
 
 def estimate_warnings(plan: MemoryPlan) -> list[str]:
@@ -114,6 +114,17 @@ def free_bytes(device: str) -> int | None:
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(torch.device(device))[0]
     return psutil.virtual_memory().available if device == "cpu" else None
+
+
+def _weight_lines(plan: MemoryPlan) -> list[str]:
+    """Return a line per teacher whose weights are not loaded as floats from its files."""
+    lines = []
+    for name, one in plan.teachers.items():
+        options, where = plan.context.recipe.teachers[name], f"teachers.{name}"
+        form = options.weight_form(where) if isinstance(options, ModelOptions) else None
+        if form is not None:
+            lines.append(f"{where}: {form}; {_gb(one.weights)} of weights on {one.device}")
+    return lines
 
 
 def _memory_lines(plan: MemoryPlan) -> list[str]:

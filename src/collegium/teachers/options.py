@@ -118,6 +118,11 @@ class LocalOptions(ModelOptions, TeacherOptions):
         if self.quantize is not None and not quantized_layers(model, self.quantize):
             raise no_layers_error(model, self.quantize, where=f"{where}.quantize")
 
+    def weight_form(self, where: str) -> str | None:
+        if self.quantize is not None:
+            return f"rounded to {self.quantize} by torchao"
+        return super().weight_form(where)
+
     def num_bytes(self, model: PreTrainedModel, device: torch.device, where: str) -> int:
         if self.quantize is not None:
             return quantized_bytes(model, self.quantize, device)
