@@ -89,7 +89,9 @@ def _savings(plan: MemoryPlan, stage: StageMemory) -> Iterator[tuple[str, int]]:
             moments = parts.get("optimizer", 0) + parts.get("checkpoint", 0)
             yield "train.optim: adafactor", int(0.9 * moments)
         if not recipe.cache.enabled and not objective.state_terms():
-            yield "cache.enabled: true", parts.get("teachers", 0)
+            # Blocks have no buffer for the teachers' logits then.
+            saved = parts.get("teachers", 0) + parts.get("blocks", 0) // 2
+            yield "cache.enabled: true", saved
         blocks = parts.get("blocks", 0)
         if blocks > 2**26:
             yield "objective.block_megabytes: 64", blocks - 2**26

@@ -18,6 +18,7 @@ import torch
 from collegium.distributions import Answer, HiddenRows
 from collegium.evaluate.scoring import BLOCK_ELEMENTS
 from collegium.fusion.fuse import Fusion, Target, TargetUse, fuse
+from collegium.fusion.weighting import SCALAR_BYTES
 from collegium.losses.engine import AUTOGRAD_BYTES, default_block_size
 from collegium.losses.pairing import feature_map
 from collegium.losses.terms import has_closed_form
@@ -25,7 +26,7 @@ from collegium.models.footprint import Pass, count_pass
 from collegium.models.loading import choose_device, empty_model, saved_dtype
 from collegium.models.lora import add_lora
 from collegium.models.options import ModelOptions
-from collegium.preflight.sweeps import MAX_CACHED_ELEMENTS
+from collegium.preflight.measure import logit_bytes
 from collegium.run.context import RunContext
 from collegium.storage.files import fingerprint
 from collegium.train.objective import Objective
@@ -151,7 +152,8 @@ class MemoryPlan:
             + self._teacher_states(options.per_device_train_batch_size)
         )
         # The optimizer step, with the square root of the moments of one tensor at a time.
-        yield common + Counter({(device, "gradients"): trained, (device, "optimizer"): head})
+        root = head if moments else 0
+        yield common + Counter({(device, "gradients"): trained, (device, "optimizer"): root})
         # A checkpoint, with clones of the moments. The gradients are freed before.
         yield common + Counter({("cpu", "checkpoint"): moments})
         # The saved student is loaded again: mapped files and weights exist at the same time.
@@ -250,9 +252,12 @@ class MemoryPlan:
     def _preflight(self) -> Iterator[Moment]:
         options = self._recipe.preflight
         yield from self._recordings(options.batch_size)
-        rows = min(options.max_tokens, options.batch_size * self._length)
-        elements = min(MAX_CACHED_ELEMENTS, len(self.teachers) * rows * self._vocab_size)
-        yield self._heads() + Counter({("cpu", "blocks"): 2 * FLOAT * elements})
+        number, memory = len(self.teachers), int(1e9 * options.memory)
+        sizes = {
+            ("cpu", "blocks"): logit_bytes(memory, number, options.max_tokens),
+            ("cpu", "measurements"): SCALAR_BYTES * number * options.max_tokens,
+        }
+        yield self._heads() + Counter(sizes)
 
     def _cache(self) -> Iterator[Moment]:
         cache = self._recipe.cache
