@@ -262,6 +262,8 @@ class LossSum:
     """(K, N) fusion weights, detached. None without teachers."""
     conflict: Mapping[str, Tensor] = field(default_factory=dict)
     """(N,) measurements of a conflict policy in [0, 1], by name. Empty without one."""
+    nll: Tensor | None = None
+    """Sum of -log softmax(z)_label, whatever the terms. None where gradients are computed."""
 
     @property
     def num_rows(self) -> int:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Subset
 
 from collegium.cache.keys import BatchKeys
 from collegium.console import say
 from collegium.data.pack import Collator
 from collegium.errors import TrainingError
+from collegium.evaluate.scoring import spread_windows
 from collegium.losses.states import StateLoss
 from collegium.models.forward import forward_rows, is_close
 from collegium.run.artifact import Artifact
@@ -130,12 +132,14 @@ class Student(Artifact[Path]):
 
     def _retire_other(self, trainer: DistillTrainer) -> None:
         """Set aside the student of checkpoints that this run cannot continue."""
+        from collegium.train.resume import is_finished
+
         source, _ = survey(self.output_dir)
         if source is None:
             return
         step, last = step_of(source), trainer.args.max_steps
         if not trainer.differences(source) and step <= last:
-            if step < last:
+            if not is_finished(trainer, source):
                 say(f"{self.name}: goes on from step {step:,} of {last:,}")
             return
         self.context.folder.retire(self.name, [self.path, self.output_dir])
@@ -151,12 +155,21 @@ class Student(Artifact[Path]):
             say(f"{self.path}: has no {MANIFEST}; set aside as {aside}")
             self.path.rename(self.path.with_name(aside))
         trainer.save_student(self.path)
-        steps, trained = trainer.state.global_step, self._sampled_logits(trainer.step.student)
+        log = read_log(self.log_file)
+        summary = TrainSummary(
+            steps=trainer.state.global_step,
+            train_tokens=log[-1].num_tokens if log else None,
+            max_steps=trainer.args.max_steps,
+            best_step=trainer.best_step,
+        )
+        if trainer.stopped_early:
+            say(f"{self.name}: stopped early at step {summary.steps:,} of {summary.max_steps:,}")
+        if summary.best_step is not None:
+            say(f"{self.name}: the student is that of step {summary.best_step:,}")
+        trained = self._sampled_logits(trainer.step.student)
         del trainer  # with the optimizer's state, before the student is loaded again
         self._check_saved(trained)
-        log = read_log(self.log_file)
-        tokens = log[-1].num_tokens if log else None
-        write_json(self.summary, TrainSummary(steps=steps, train_tokens=tokens).to_json())
+        write_json(self.summary, summary.to_json())
 
     def open(self) -> Path:
         return self.path
@@ -201,6 +214,7 @@ class Student(Artifact[Path]):
     def trainer(self, output_dir: Path) -> DistillTrainer:
         """Return the trainer, which writes to `output_dir`."""
         # Imported here: it takes longer than a whole check.
+        from collegium.train.selection import selection_callback
         from collegium.train.trainer import DistillTrainer
 
         context, variant, recipe = self.context, self.variant, self.context.recipe
@@ -221,6 +235,12 @@ class Student(Artifact[Path]):
         on_cpu = student.device.type == "cpu"
         max_steps = round(context.num_steps * variant.steps_factor)
         options = dataclasses.replace(recipe.train, max_steps=max_steps)
+        validation, callbacks = None, []
+        if options.eval_steps is not None:
+            validation = self._validation_windows()
+            callbacks.append(selection_callback(options))
+        if options.selects_checkpoint:
+            identity["selection"] = self._selection_identity()
         return DistillTrainer(
             model=student,
             teachers=teachers or live,
@@ -230,10 +250,30 @@ class Student(Artifact[Path]):
                 options, output_dir=output_dir, seed=recipe.seed, on_cpu=on_cpu
             ),
             train_dataset=context.datasets["train"],
+            eval_dataset=validation,
+            evaluates_labels_only=bool(opened),
+            callbacks=callbacks,
             objective=Objective(variant.objective, variant.fusion, states=self._states(tapped)),
             processing_class=context.tokenizer,
             identity=identity,
         )
+
+    def _validation_windows(self) -> Subset[Any]:
+        """Return the windows that evaluations during training read."""
+        split, options = self.context.datasets["validation"], self.context.recipe.train
+        return Subset(split, spread_windows(split, options.eval_max_tokens))
+
+    def _selection_identity(self) -> str:
+        """Return a digest of everything that the choice of a checkpoint depends on."""
+        options = self.context.recipe.train
+        own = (
+            options.loads_best,
+            options.early_stopping_patience,
+            options.early_stopping_threshold,
+            options.eval_steps,
+            options.eval_max_tokens,
+        )
+        return fingerprint([*own, self.context.datasets["validation"].fingerprint])
 
     def _states(self, teachers: Sequence[str]) -> list[StateLoss]:
         """Return the terms on inner states of teachers that have them at hand."""

@@ -111,15 +111,37 @@ class LossMeans(Record):
     conflict: ConflictEffect = ConflictEffect()
 
 
+class ValidationScore(Record):
+    """The student on a part of the validation split, in means per target token."""
+
+    nll: Number = None
+    bits_per_byte: Number = None
+    loss: Number = None
+    """That of the objective. None where its targets are cached, for the training text only."""
+    num_tokens: int | None = None
+    seconds: Number = None
+
+
 class LogStep(LossMeans, TrainerStep):
-    """One line of `log.jsonl`, one per logged step."""
+    """One logged step of `log.jsonl`. Its evaluation is a line of its own, with the same step."""
+
+    validation: ValidationScore | None = None
 
 
 class TrainSummary(Record):
-    """Cost of a finished training."""
+    """Length of a finished training, and the checkpoint that it chose."""
 
-    steps: int
-    train_tokens: int | None
+    steps: int | None = None
+    train_tokens: int | None = None
+    max_steps: int | None = None
+    """Steps of the recipe, more than `steps` where training stopped early."""
+    best_step: int | None = None
+    """Step of the checkpoint that the student is. None is the last one."""
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether training ended before its last step."""
+        return self.steps is not None and self.max_steps is not None and self.steps < self.max_steps
 
 
 class DomainScore(Record):
@@ -162,14 +184,12 @@ class EntropyBins(Record):
     count: Sequence[Number] = []
 
 
-class ModelInfo(Record):
+class ModelInfo(TrainSummary):
     """Facts about a scored model besides its scores."""
 
     name: str
     kind: Literal["untouched", "teacher", "fused", "student", "control"]
     num_parameters: int | None = None
-    steps: int | None = None
-    train_tokens: int | None = None
     train_seconds: Number = None
     note: str | None = None
 
@@ -499,8 +519,12 @@ def read_log(path: Path) -> tuple[LogStep, ...] | None:
     lines = (
         decode_record(line, LogStep, where=f"{path}:{n}") for n, line in numbered if line.strip()
     )
-    # A resumed run may log some steps twice; the weights come from the later line.
-    latest = {line.step: line for line in lines}
+    # A resumed run may log some steps twice; the weights come from the later line. An evaluation
+    # adds its fields to those of its step.
+    latest: dict[int, LogStep] = {}
+    for line in lines:
+        fields = {name: getattr(line, name) for name in line.model_fields_set}
+        latest[line.step] = latest.get(line.step, line).model_copy(update=fields)
     return tuple(latest[step] for step in sorted(latest))
 
 

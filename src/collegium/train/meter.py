@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ class StepMeter:
         for name, value_N in loss.conflict.items():
             self._add(f"conflict/{name}", value_N.sum())
             self._add_domains(f"conflict_domains/{name}", value_N[None], samples_N)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of an evaluation out of the speed of training."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._started += time.monotonic() - began
 
     def add_loss(self, value: Tensor) -> None:
         """Add a sum over the rows of the last micro-batch to its loss."""

@@ -36,6 +36,10 @@ Scheduler = Literal[
     "warmup_stable_decay",
 ]  # fmt: skip
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"]
+METRIC = "nll"
+"""Of an evaluation, in nats per token of the text. Unlike a loss it can be compared between
+objectives, and between the stages of one."""
+EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
 
 
 @option
@@ -78,6 +82,19 @@ class TrainOptions:
     """Steps between checkpoints. The last step always saves one."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints to keep, at least 2 so that a run survives a damaged one."""
+    eval_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations on the validation split, for its curve. The last step is evaluated
+    too. None evaluates after training only."""
+    eval_max_tokens: Annotated[int, Field(ge=1)] | None = 20_000
+    """Tokens of the validation split that such an evaluation reads, evenly spread. None reads
+    all."""
+    load_best_model_at_end: bool | None = None
+    """Deploy the student of the evaluation with the lowest NLL, not that of the last step. By
+    default only where `early_stopping_patience` is given."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many evaluations in a row that do not lower the NLL. None never stops."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """Nats by which an evaluation must lower the NLL to count as better."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     """Worker processes that collate batches. 0 collates in the training process."""
     torch_compile: bool = False
@@ -95,7 +112,31 @@ class TrainOptions:
                 f"warmup_steps: got {self.warmup_steps:g}; must be at most max_steps "
                 f"({self.max_steps}), or the peak learning rate is never reached"
             )
+        if self.eval_steps is None and self.selects_checkpoint:
+            name = "early_stopping_patience"
+            name = "load_best_model_at_end" if getattr(self, name) is None else name
+            raise ValueError(
+                f"{name}: got {getattr(self, name)} without eval_steps; must go with evaluations "
+                "during training; set eval_steps"
+            )
+        if self.early_stopping_patience is None and self.early_stopping_threshold > 0:
+            raise ValueError(
+                f"early_stopping_threshold: got {self.early_stopping_threshold:g} without "
+                "early_stopping_patience; must go with it; set both, or neither"
+            )
         return self
+
+    @property
+    def loads_best(self) -> bool:
+        """Whether the student is that of the best evaluation."""
+        if self.load_best_model_at_end is None:
+            return self.early_stopping_patience is not None
+        return self.load_best_model_at_end
+
+    @property
+    def selects_checkpoint(self) -> bool:
+        """Whether evaluations choose the student or the length of its training."""
+        return self.loads_best or self.early_stopping_patience is not None
 
 
 TERMS: dict[str, type[Term]] = {
@@ -270,7 +311,9 @@ def training_arguments(
     from collegium.train.arguments import adopt_arguments
 
     on_accelerator = torch.accelerator.is_available() if on_cpu is None else not on_cpu
-    named_alike = dataclasses.asdict(options)
+    # Early stopping is a callback, see `train.selection`.
+    elsewhere = ("eval_max_tokens", "load_best_model_at_end", *EARLY_STOPPING)
+    named_alike = {k: v for k, v in dataclasses.asdict(options).items() if k not in elsewhere}
     is_checkpointed = named_alike.pop("gradient_checkpointing")
     arguments = TrainingArguments(
         **named_alike,
@@ -282,7 +325,14 @@ def training_arguments(
         disable_tqdm=True,
         logging_strategy="steps",
         save_strategy="steps",
+        eval_strategy="no" if options.eval_steps is None else "steps",
+        metric_for_best_model=METRIC if options.selects_checkpoint else None,
+        greater_is_better=False if options.selects_checkpoint else None,
+        restore_callback_states_from_checkpoint=options.selects_checkpoint,
     )
+    # Set afterwards: transformers asks for save_steps in multiples of eval_steps, since it saves
+    # no other evaluation. Ours that are the best so far are saved at any step.
+    arguments.load_best_model_at_end = options.loads_best
     # Set afterwards: transformers 6 renames this argument, and both names are read here.
     arguments.gradient_checkpointing = arguments.activation_checkpointing = is_checkpointed
     adopt_arguments(arguments)

@@ -58,6 +58,9 @@ class TrainingProgress(TrainerCallback):
         if "loss" in kwargs["logs"]:
             self._text = _summary(kwargs["logs"])
             self._show(state)
+        elif "eval_nll" in kwargs["logs"]:
+            self._text += f"  validation NLL {kwargs['logs']['eval_nll']:.4f}"
+            self._show(state, is_due=True)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._work(state.global_step, state.max_steps)

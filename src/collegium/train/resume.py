@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput, align_special_tokens
 from collegium.errors import TrainingError
 from collegium.storage.files import differing_fields
 from collegium.train import checkpoint, state
+from collegium.train.selection import stopped_early
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,9 @@ class Checkpointer:
 
     def finished(self, trainer: Trainer, source: Path) -> TrainOutput | None:
         """Load a run that ended at `source`, else None: the base trainer would step once more."""
-        args, last_step = trainer.args, trainer.args.max_steps
-        if last_step <= 0:
-            num_batches = len(trainer.get_train_dataloader())
-            per_epoch = math.ceil(num_batches / args.gradient_accumulation_steps)
-            last_step = math.ceil(args.num_train_epochs * per_epoch)
-        if checkpoint.step_of(source) < last_step:
+        if not is_finished(trainer, source):
             return None
+        args = trainer.args
         if trainer.processing_class is not None:
             # As before the first step: a student saved again has the same config.
             align_special_tokens(trainer.model, trainer.processing_class)
@@ -99,6 +96,20 @@ class Checkpointer:
         if args.load_best_model_at_end and best_step(trainer.state) is not None:
             trainer._load_best_model()
         return TrainOutput(trainer.state.global_step, 0.0, {})
+
+
+def is_finished(trainer: Trainer, source: Path) -> bool:
+    """Return True if a run of this length ends at `source`: at its last step, or early."""
+    args, last_step = trainer.args, trainer.args.max_steps
+    if last_step <= 0:
+        num_batches = len(trainer.get_train_dataloader())
+        per_epoch = math.ceil(num_batches / args.gradient_accumulation_steps)
+        last_step = math.ceil(args.num_train_epochs * per_epoch)
+    if checkpoint.step_of(source) >= last_step:
+        return True
+    saved = _state_of(source)
+    # A longer run goes on, from what a shorter one has learned.
+    return stopped_early(saved) and saved.max_steps == last_step
 
 
 def differences(source: Path, identity: Mapping[str, Any]) -> list[str]:

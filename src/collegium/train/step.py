@@ -54,22 +54,23 @@ class DistillStep(nn.Module):
         self.targets = targets
 
     def forward(
-        self, inputs: Mapping[str, Tensor], *, measure: bool = False
+        self, inputs: Mapping[str, Tensor], *, measure: bool = False, labels_only: bool = False
     ) -> tuple[Tensor, LossSum]:
         """Sum the loss over the trained positions of a batch.
 
         `inputs` are the tensors of a collator, see `Batch.from_inputs`. `measure` also measures the
-        gradient norm of each term.
+        gradient norm of each term. `labels_only` asks no teacher, as for text that a cache does not
+        have: the loss is the cross-entropy where the objective reads a target.
 
         Returns:
             The sum as a tensor that hooks can see, and its record. Without rows the sum is zero
             with a graph, so that every process takes part in every collective.
         """
-        loss = self.outputs(inputs, measure=measure)[2]
+        loss = self.outputs(inputs, measure=measure, labels_only=labels_only)[2]
         return loss.total, loss
 
     def outputs(
-        self, inputs: Mapping[str, Tensor], *, measure: bool = False
+        self, inputs: Mapping[str, Tensor], *, measure: bool = False, labels_only: bool = False
     ) -> tuple[HiddenRows, list[Answer], LossSum]:
         """The student's hidden states, the answers of the teachers, and the loss of a batch."""
         objective, batch = self.objective, Batch.from_inputs(inputs)
@@ -79,11 +80,11 @@ class DistillStep(nn.Module):
         # Only the student's layers run under autocast; teachers and losses keep their own dtypes.
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             answers = []
-            if self.teachers and objective.needs_teachers:
+            if self.teachers and objective.needs_teachers and not labels_only:
                 tapped = {t.name: objective.teacher_taps(t.name) for t in self.teachers}
                 answers = score_teachers(self.teachers, batch, rows, objective.fusion, taps=tapped)
             target = None
-            if self.targets is not None and objective.reads_target:
+            if self.targets is not None and objective.reads_target and not labels_only:
                 target = self.targets.target(batch, rows)
             loss = row_losses(objective, student, answers, rows, target=target, measure=measure)
             if student.router_loss is not None:
@@ -119,14 +120,19 @@ def row_losses(
     sums = {name: zero.clone() for name in weights}
     square_norms = {n: zero.clone() for n in weights if measure and objective.has_rows(n, rows)}
     weights_Kn, conflicts = [], []
+    nll = None if torch.is_grad_enabled() else zero.clone()
     with torch.no_grad():
-        for block in engine if weights else ():
+        for block in engine if weights or nll is not None else ():
             target_n = None if target is None else target.block(block)
             losses = objective.losses(rows.part(block), target_n, kernels, is_trained=is_trained)
             for name in square_norms if is_trained else ():
                 _, gradient_nV = losses.terms_(engine.project(block), {name: weights[name]})
                 square_norms[name] += engine.square_norm(gradient_nV)
-            terms, gradient_nV = losses.terms_(engine.project(block), weights)
+            logits = engine.project(block)
+            if nll is not None:
+                logsumexp, (z_n, _) = kernels.read(logits)[0], logits.at_labels(rows.labels[block])
+                nll -= logsumexp.logp(z_n).sum(dtype=engine.dtype)
+            terms, gradient_nV = losses.terms_(logits, weights)
             engine.accumulate(block, gradient_nV)
             for name, value_n in terms.items():
                 sums[name] += value_n.sum(dtype=engine.dtype)
@@ -145,5 +151,6 @@ def row_losses(
         rows=rows,
         teacher_weights_KN=torch.cat(weights_Kn, dim=1) if weights_Kn else None,
         conflict=dict(zip(("disagreement", "applied"), applied, strict=False)),
+        nll=nll,
     )
     return objective.with_states(loss, student, answers, measure=measure)

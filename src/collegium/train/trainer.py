@@ -9,6 +9,7 @@ Shapes: B batch, T time, N rows, K teachers, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,8 +40,9 @@ from collegium.errors import DataError, Interrupted, TrainingError
 from collegium.fusion import requirements
 from collegium.fusion.fuse import Fusion, TargetSource
 from collegium.models.loading import model_facts
-from collegium.storage.records import LogStep
+from collegium.storage.records import LogStep, ValidationScore
 from collegium.teachers.local import LocalTeacher
+from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train import checkpoint, options, state
 from collegium.train.arguments import adopt_arguments, check_accelerator
 from collegium.train.identity import run_identity
@@ -58,6 +60,7 @@ from collegium.train.objective import InertTermCheck, Objective
 from collegium.train.options import TrainOptions, training_arguments
 from collegium.train.progress import StopCallback, TrainingProgress
 from collegium.train.resume import Checkpointer, best_step, callback_states, differences
+from collegium.train.selection import stopped_early
 from collegium.train.step import DistillStep
 from collegium.types import IGNORE, Batch, LossSum
 
@@ -95,6 +98,7 @@ class DistillTrainer(Trainer):
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         identity: Mapping[str, str] | None = None,
         tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None,
+        evaluates_labels_only: bool = False,
     ) -> None:
         """Combine the parts, as other trainers of Hugging Face do.
 
@@ -117,6 +121,8 @@ class DistillTrainer(Trainer):
             callbacks: more callbacks; a `TrainingProgress` replaces the default one.
             identity: digests that a resumed run must find unchanged.
             tokenizers: those of teachers by name, compared with `processing_class`.
+            evaluates_labels_only: evaluate on labels, without the teachers or targets, as where
+                they are cached for the training text only.
 
         The other arguments are those of `Trainer`.
 
@@ -188,6 +194,10 @@ class DistillTrainer(Trainer):
         names = train_dataset.sample_names if isinstance(train_dataset, PackedDataset) else ()
         self._guard = NanGuard(self.step, names)
         self._evaluated: list[tuple[Tensor, LossSum]] = []
+        self._num_bytes = 0
+        self._labels_only = evaluates_labels_only
+        self.best_step: int | None = None
+        """Step of the checkpoint that `load_best_model_at_end` has loaded."""
         self._step_loss: Tensor | None = None
         # Compiling the step would trace the losses, whose loop length depends on the batch.
         cast(TorchDynamoPlugin, self.accelerator.state.dynamo_plugin).backend = DynamoBackend.NO
@@ -274,7 +284,7 @@ class DistillTrainer(Trainer):
         self.step.objective.start_step(self.state.global_step, self.state.max_steps)
         if model is self.model or model is self.step.student:  # an evaluation, or a direct call
             with self.accelerator.autocast():
-                total, loss = self.step(inputs)
+                total, loss = self.step(inputs, labels_only=self._labels_only)
         else:
             step, every = self.state.global_step + 1, max(int(self.state.logging_steps), 1)
             is_due = step <= _MEASURED_STEPS or step % every == 0 or step >= self.state.max_steps
@@ -309,7 +319,27 @@ class DistillTrainer(Trainer):
             # The form that trackers expect: `{"terms/kd": 1}`.
             flat = flatten_dict(row.to_json(), delimiter="/")
             logs = logs | {k: value for k, value in flat.items() if k != "step" and value != {}}
+        elif "eval_nll" in logs and self.is_in_train and self.is_world_process_zero():
+            values: dict[str, Any] = {
+                "nll": logs["eval_nll"],
+                "bits_per_byte": logs.get("eval_bits_per_byte"),
+                "loss": None if self._labels_only else logs["eval_loss"],
+                "num_tokens": logs["eval_num_tokens"],
+                "seconds": logs["eval_runtime"],
+            }
+            step, epoch = self.state.global_step, self.state.epoch
+            self._log.append(LogStep(step=step, epoch=epoch, validation=ValidationScore(**values)))
         super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return that of `Trainer`, which reads no cache: it has the training text only."""
+        collator = self.data_collator
+        if isinstance(collator, PrefetchingCollator):
+            self.data_collator = collator.collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     def evaluation_loop(
         self,
@@ -319,21 +349,30 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as `Trainer` does, with loss and terms per target token as in training."""
+        """Evaluate as `Trainer` does, with loss and terms per target token as in training.
+
+        It changes neither the random numbers nor the speed that training goes on with.
+        """
         self.step.eval()
-        self._evaluated = []
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        ours: Counter[str] = Counter()
+        self._evaluated, self._num_bytes = [], 0
+        generators = state.rng_state()
+        with self._meter.paused():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        state.load_rng_state(generators)
+        ours: Counter[str] = Counter(num_bytes=self._num_bytes)
         for total, loss in self._evaluated:
             values = {"loss": total, **loss.terms}
+            if loss.nll is not None:
+                values[options.METRIC] = loss.nll
             ours.update({name: value.item() for name, value in values.items()})
             ours["num_tokens"] += loss.num_rows
         sums: Counter[str] = Counter(loss=0, num_tokens=0)
         for part in gather_object([ours]):
             sums.update(part)
-        num_tokens, prefix = sums.pop("num_tokens"), metric_key_prefix
+        num_tokens, num_bytes = sums.pop("num_tokens"), sums.pop("num_bytes")
+        prefix = metric_key_prefix
         if num_tokens == 0:
             raise DataError(
                 f"{prefix}_dataset: got no target in {output.num_samples} rows (all labels are "
@@ -341,6 +380,8 @@ class DistillTrainer(Trainer):
             )
         means = {f"{prefix}_{name}": value / num_tokens for name, value in sums.items()}
         metrics = {**(output.metrics or {}), **means, f"{prefix}_num_tokens": num_tokens}
+        if num_bytes and options.METRIC in sums:
+            metrics[f"{prefix}_bits_per_byte"] = sums[options.METRIC] / math.log(2) / num_bytes
         return output._replace(metrics=metrics)
 
     def prediction_step(
@@ -357,6 +398,8 @@ class DistillTrainer(Trainer):
                 loss, self._step_loss = LossSum(mean * 0, {}, {}, {}, rows), mean * 0
             added = mean - cast(Tensor, self._step_loss)
             self._evaluated.append((loss.total + added * loss.num_rows, loss))
+            if "num_bytes" in inputs:
+                self._num_bytes += int(inputs["num_bytes"].flatten()[loss.rows.index + 1].sum())
             if prediction_loss_only:
                 return mean, None, None
             logits = self.step.student(
@@ -435,6 +478,11 @@ class DistillTrainer(Trainer):
             )
         return self._fingerprint
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping ended the run before its last step."""
+        return stopped_early(self.state)
+
     def differences(self, source: Path) -> list[str]:
         """Return the fields in which this run is not the one of a checkpoint."""
         return differences(source, self.fingerprint())
@@ -472,6 +520,7 @@ class DistillTrainer(Trainer):
             _log.warning("%s; the best model is not loaded, the student is the last one", error)
         else:
             state.load_weights(self.step.student, self.step.objective, folder)
+            self.best_step = best_step(self.state)
 
     def _write_checkpoint(self, folder: Path) -> None:
         self._write_student(folder / state.STUDENT)
