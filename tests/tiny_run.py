@@ -37,7 +37,7 @@ train:
   {{learning_rate: 1e-2, max_steps: 4, per_device_train_batch_size: 4, logging_steps: 2,
   save_steps: 2}}
 preflight: {{max_tokens: 200, batch_size: 4}}
-evaluate: {{controls: [ce_only], batch_size: 4}}
+evaluate: {{controls: [ce_only], batch_size: 4, samples: 0}}
 """
 
 

@@ -160,6 +160,11 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     folder = pipeline.run(loaded)
     _print_results(folder)
     _echo(f"report: {folder / 'report.html'}")
+    from collegium.report.next_steps import next_steps
+    from collegium.report.run_files import read_run
+
+    for line in next_steps(read_run(folder)):
+        _echo(line)
 
 
 @app.command()

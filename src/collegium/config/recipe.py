@@ -22,7 +22,7 @@ from collegium.cache.options import CacheOptions
 from collegium.config.yaml import YamlDocument, decode, read_text, read_yaml, yaml_writer
 from collegium.data.sources import DataOptions
 from collegium.errors import RecipeError, nearest
-from collegium.evaluate.options import GenerationOptions, TaskName
+from collegium.evaluate.options import MAX_SAMPLES, GenerationOptions, TaskName
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
 from collegium.fusion.weighting import SCALAR_BYTES
@@ -62,6 +62,9 @@ class EvaluateOptions:
     """Windows per forward pass."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens of the validation split to score. Defaults to all."""
+    samples: Annotated[int, Field(ge=0, le=MAX_SAMPLES)] = 3
+    """Prompts of the validation split that every model continues greedily, for the report. 0 for
+    none."""
     generation: GenerationOptions | None = None
     """Continuations of held-out documents. None for none."""
     tasks: dict[TaskName, Path] = field(default_factory=dict)

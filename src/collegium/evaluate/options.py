@@ -10,6 +10,9 @@ from collegium.options import option
 
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
+MAX_SAMPLES = 10
+"""Continuations of each model whose texts are kept."""
+
 
 @option
 class GenerationOptions:

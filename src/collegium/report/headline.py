@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
@@ -52,7 +53,7 @@ def headline_of(run: RunFiles) -> Headline:
     facts = tuple(_facts(run, reached))
     control, teacher = best(run.rows("control")), best(run.rows("teacher"))
     start = f"The distilled student reaches perplexity {perplexity(reached)}"
-    to_control = _change(reached, control)
+    to_control = change(reached, control)
     tone: Tone = "open"
     compared, rest = list[str](), list[str]()
     if control is not None and to_control is None:
@@ -72,26 +73,52 @@ def headline_of(run: RunFiles) -> Headline:
             rest.append(
                 f"{signed_percent(to_control)} is too small a difference to call with one seed."
             )
-    to_teacher = _change(reached, teacher)
+    to_teacher = change(reached, teacher)
     if teacher is not None and to_teacher is not None:
         size = _times_the_size(teacher, student)
         against = f"the best teacher, “{teacher.title}” ({perplexity(teacher.perplexity)}{size})"
         compared.append(f"{_direction(to_teacher)} {against}")
         if to_teacher > FAR:
             tone = "even" if tone == "good" else tone
-    to_start = _change(reached, best(run.rows("untouched")))
+    to_start = change(reached, best(run.rows("untouched")))
     if to_start is not None and to_start > -TIE:
         tone = "bad"
         rest.append("Training has not improved the untouched student.")
-    fall = loss_fall(run)
-    if fall is not None and fall > FALLING:
+    if (problem := _learning_problem(run, student)) is not None:
         tone = "even" if tone == "good" else tone
-        rest.append(
-            f"It is not ready: its training loss still fell by {percent(fall)} over the last fifth "
-            "of the steps."
-        )
+        rest.append(problem)
+    rest += _selection(student)
     sentence = ", ".join([start, " and ".join(compared)]) if compared else start
     return Headline(" ".join([f"{sentence}.", *rest]), facts, tone)
+
+
+def _learning_problem(run: RunFiles, student: ResultRow) -> str | None:
+    """Return the sentence about a training that is too short, or too long for its last step."""
+    rise = validation_rise(run)
+    if is_still_learning(run):
+        return (
+            f"It is not ready: its training loss still fell by {percent(loss_fall(run))} over the "
+            "last fifth of the steps."
+        )
+    if rise is None or rise <= TIE or student.best_step is not None:
+        return None
+    lowest = min(validation(run), key=lambda point: point[1])[0]
+    return (
+        f"It was better earlier: its validation perplexity rose by {percent(rise)} after step "
+        f"{whole(lowest)}."
+    )
+
+
+def _selection(student: ResultRow) -> list[str]:
+    """Return the sentence about an early stop, or about a chosen checkpoint."""
+    where = f"step {whole(student.steps)} of {whole(student.max_steps)}"
+    chosen = f"the student is that of step {whole(student.best_step)}"
+    if student.stopped_early:
+        rest = "" if student.best_step is None else f", and {chosen}"
+        return [f"Training stopped early at {where}{rest}."]
+    if student.best_step is not None and student.best_step != student.steps:
+        return [f"Of {whole(student.steps)} steps, {chosen}."]
+    return []
 
 
 def loss_fall(run: RunFiles) -> float | None:
@@ -108,7 +135,28 @@ def loss_fall(run: RunFiles) -> float | None:
     return 1 - last / first if first > 0 else None
 
 
-def _change(reached: float, row: ResultRow | None) -> float | None:
+def validation(run: RunFiles) -> list[tuple[int, float]]:
+    """Return step and NLL of each evaluation during the training of the student."""
+    scored = [(line.step, line.validation.nll) for line in run.log or () if line.validation]
+    return [(step, nll) for step, nll in scored if nll is not None]
+
+
+def validation_rise(run: RunFiles) -> float | None:
+    """Return the relative rise of the validation perplexity since its lowest, None without any."""
+    curve = [nll for _, nll in validation(run)]
+    return math.expm1(min(curve[-1] - min(curve), 700.0)) if curve else None
+
+
+def is_still_learning(run: RunFiles) -> bool:
+    """Return True if more steps would help: the loss falls, and the validation NLL not less."""
+    student, fall, rise = best(run.rows("student")), loss_fall(run), validation_rise(run)
+    if fall is None or fall <= FALLING or (student is not None and student.stopped_early):
+        return False
+    return rise is None or rise <= 0
+
+
+def change(reached: float, row: ResultRow | None) -> float | None:
+    """Return the relative difference of a perplexity to that of a row, None without one."""
     limit = 0.0 if row is None else row.perplexity or 0.0
     return reached / limit - 1 if reached > 0 and limit > 0 else None
 
@@ -150,6 +198,9 @@ def _facts(run: RunFiles, reached: float | None) -> Iterator[str]:
         ("Fused target", best(run.rows("fused"))),
         ("Student before training", best(run.rows("untouched"))),
     ]
+    student = best(run.rows("student"))
+    if student is not None and student.best_step is not None:
+        yield "Checkpoints were chosen on the text of this score, which is a little too good for it"
     for label, row in references:
         if row is None or row.perplexity is None:
             continue

@@ -12,8 +12,10 @@ from collegium.errors import CollegiumError
 from collegium.report import run_tables as tables
 from collegium.report.formats import amount, duration, fixed, percent, perplexity, ratio
 from collegium.report.headline import best, gap_closed, headline_of
+from collegium.report.next_steps import next_steps
 from collegium.report.plots import draw_all
 from collegium.report.run_files import RunFiles, read_run
+from collegium.report.samples import samples
 from collegium.report.task_tables import domain_score_table, harness_table, task_notes, task_table
 from collegium.storage.files import write_text
 
@@ -71,6 +73,10 @@ def render_run(run: RunFiles) -> str:
         calibration=tables.calibration_tables(run),
         costs=tables.cost_table(run),
         stages=tables.stage_table(run),
+        total_seconds=sum(stage.seconds or 0.0 for stage in (run.stages or {}).values()),
+        cost_note=tables.cost_note(run),
+        samples=samples(run),
+        next_steps=next_steps(run),
         environment=tables.environment_table(run),
         missing={file: rest for file, key, *rest in FILES if getattr(run, key) is None},
     )

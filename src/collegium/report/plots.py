@@ -26,6 +26,7 @@ def draw_all(run: RunFiles) -> dict[str, bytes]:
     plots: dict[str, Callable[[RunFiles], Figure | None]] = {
         "perplexity": perplexity_plot,
         "loss": loss_plot,
+        "validation": validation_plot,
         "weights": weights_plot,
         "conflict": conflict_plot,
         "trust": trust_plot,
@@ -93,6 +94,25 @@ def loss_plot(run: RunFiles) -> Figure | None:
     for axes in panels:
         axes.set_ylabel("nats per token")
     return figure if any(axes.lines for axes in panels) else None
+
+
+def validation_plot(run: RunFiles) -> Figure | None:
+    """Plot the NLL of the validation text during training, of the student and of all controls."""
+    figure, (axes,) = canvas.new_figure(3.3)
+    logs = {"student": run.log or (), **run.controls}
+    curves = {name: [line for line in log if line.validation] for name, log in logs.items()}
+    for i, (name, log) in enumerate(curves.items()):
+        color = colors.control_color(i - 1) if i else colors.STUDENT
+        dash = "--" if i else "-"
+        canvas.curve(
+            axes, log, lambda line: line.validation and line.validation.nll, name, color, dash
+        )
+    canvas.finish_curves(axes, [line.step for log in curves.values() for line in log])
+    student = next(iter(run.rows("student")), None)
+    if student is not None and student.best_step is not None:
+        axes.axvline(student.best_step, color=colors.MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    axes.set_ylabel("nats per token")
+    return figure if any(curves.values()) else None
 
 
 def _all_curves(axes: Axes, run: RunFiles, read: Callable[[LogStep], Number]) -> None:

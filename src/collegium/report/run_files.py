@@ -14,6 +14,7 @@ from collegium.storage.stages import STAGES, damage, read_stages
 
 LOG = "train/log.jsonl"
 HARNESS = "harness.json"
+SAMPLES = "samples.json"
 CONTINUATION = "continuation"
 """Name of the suite of held-out continuations."""
 
@@ -24,6 +25,8 @@ class RunFiles:
 
     name: str
     """Name of the run folder."""
+    folder: str = ""
+    """Path of the run folder, for commands."""
     recipe: str | None = None
     environment: records.Environment | None = None
     stages: Mapping[str, records.Stage] | None = None
@@ -34,6 +37,10 @@ class RunFiles:
     """Training log of each control that has one, by folder name."""
     suites: Mapping[str, records.TaskResults] = field(default_factory=dict)
     """Scores of generated text, by `continuation` and the names of the tasks of the recipe."""
+    samples: records.TaskResults | None = None
+    """Greedy continuations with their texts."""
+    num_samples: int = 0
+    """Prompts to show of them."""
     harness: records.HarnessResults | None = None
 
     @property
@@ -76,11 +83,16 @@ def read_run(run_folder: Path) -> RunFiles:
     controls = [n for n in order if n in names] if stages else sorted(names)
     logs = {name: f"controls/{name}/train/log.jsonl" for name in controls}
     read = records.read_record
-    suites = _suite_files(read(run_folder / "recipe.json", dict[str, Any]) or {})
-    files = ["preflight.json", "results.json", LOG, *logs.values(), *suites.values(), HARNESS]
+    recipe = read(run_folder / "recipe.json", dict[str, Any]) or {}
+    suites, options = _suite_files(recipe), recipe.get("evaluate") or {}
+    is_greedy = (options.get("generation") or {}).get("temperature") == 0
+    samples = suites[CONTINUATION] if is_greedy else SAMPLES
+    files = ["preflight.json", "results.json", LOG, *logs.values(), *suites.values()]
+    files += [samples, HARNESS]
     _require_intact(run_folder, stages, files)
     return RunFiles(
         name=run_folder.resolve().name,
+        folder=run_folder.as_posix(),
         recipe=_read_recipe(run_folder / "recipe.yaml"),
         environment=read(run_folder / "environment.json", records.Environment),
         stages=read(run_folder / STAGES, dict[str, records.Stage]),
@@ -95,6 +107,8 @@ def read_run(run_folder: Path) -> RunFiles:
             for name, file in suites.items()
             if (results := read(run_folder / file, records.TaskResults))
         },
+        samples=read(run_folder / samples, records.TaskResults),
+        num_samples=options.get("samples", 0),
         harness=_current(read(run_folder / HARNESS, records.HarnessResults), stages),
     )
 

@@ -37,6 +37,20 @@ METRICS: tuple[Column[records.ResultRow], ...] = (
     Column("Agreement", "agreement_fused", form.percent, neg, short="agree"),
 )
 
+OTHER_COST = "evaluation"
+COST_PARTS = {
+    "preflight": "preflight",
+    "cache": "teacher cache",
+    "train": "student",
+    "control": "controls",
+    "evaluate": OTHER_COST,
+    "generation": "generated text",
+    "samples": "generated text",
+    "task": "generated text",
+}
+"""First word of a stage -> part of the cost. Live teachers are part of student and controls."""
+VALIDATION_COST = "of which evaluations during training"
+
 
 def _calibration(fusion: records.CandidateFusion) -> str | None:
     ends = ", ".join(fusion.grid_ends)
@@ -288,6 +302,24 @@ def cost_table(run: RunFiles) -> Table[Any]:
         Column("Time vs. student", slowdown, form.signed_percent),
     ]
     return Table("Size and training", "Model", columns, lines)
+
+
+def cost_parts(run: RunFiles) -> dict[str, float]:
+    """Return the seconds of each part of a run: all that was paid for the student."""
+    parts = dict.fromkeys(COST_PARTS.values(), 0.0)
+    for name, stage in (run.stages or {}).items():
+        parts[COST_PARTS.get(name.partition(" ")[0], OTHER_COST)] += stage.seconds or 0.0
+    logs = (run.log or (), *run.controls.values())
+    scores = [line.validation for log in logs for line in log if line.validation]
+    seconds = {name: value for name, value in parts.items() if value > 0}
+    if scores:
+        seconds[VALIDATION_COST] = sum(score.seconds or 0.0 for score in scores)
+    return seconds
+
+
+def cost_note(run: RunFiles) -> str:
+    """Return the parts as a sentence: `preflight 61 s, student 2 min 35 s`."""
+    return ", ".join(f"{name} {form.duration(value)}" for name, value in cost_parts(run).items())
 
 
 def stage_table(run: RunFiles) -> Table[records.Stage]:

@@ -7,6 +7,7 @@
     controls/NAME/     the same of each control
     results.json       evaluation of all models on the validation split
     documents.parquet  the NLL of each model by document
+    samples.json       a few continuations by each model, for the report
     generation.json    their continuations of held-out documents (`collegium.run.tasks`)
     tasks/NAME.json    their answers to the prompts of a task
     report.html        one page about all of these
@@ -30,13 +31,13 @@ from collegium.run.caches import FusedCache, HiddenCache, Split, TeacherCache
 from collegium.run.choice import Preflight, Recorder, reading, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.students import Student, controls, students
-from collegium.run.tasks import TaskScores, suite_names
+from collegium.run.tasks import TaskScores, sample_suite, suite_names
 from collegium.storage.files import write_bytes, write_json
 from collegium.storage.records import FileDigest, ModelInfo, ResultRow, open_record
 from collegium.storage.stages import digests_of
 from collegium.teachers.local import LocalTeacher
 
-SEPARATE = ("generation", "tasks")
+SEPARATE = ("samples", "generation", "tasks")
 """Options of `evaluate` that do not concern results.json."""
 UNTOUCHED = "student (untouched)"
 """Name of the student before training."""
@@ -155,8 +156,9 @@ def caches(context: RunContext) -> list[Artifact[Any]]:
 def evaluations(context: RunContext) -> list[Artifact[Any]]:
     """Return the scores on the validation split, then those of generated text and tasks."""
     trained = (*students(context), *controls(context))
-    tasks = [TaskScores(context, name, trained) for name in suite_names(context.recipe.evaluate)]
-    return [Results(context, trained), *tasks]
+    options = context.recipe.evaluate
+    names = [*suite_names(options), *sample_suite(options)]
+    return [Results(context, trained), *(TaskScores(context, name, trained) for name in names)]
 
 
 ARTIFACTS: Mapping[str, Callable[[RunContext], Sequence[Artifact[Any]]]] = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from collegium.evaluate.generation import (
     TextSource,
     unsampled_reason,
 )
+from collegium.evaluate.options import MAX_SAMPLES, GenerationOptions
 from collegium.evaluate.scoring import FUSED
 from collegium.evaluate.tasks import (
     CONTINUATION_METRICS,
     Suite,
+    SuiteItem,
     answer_suite,
     continuations,
     read_task,
@@ -36,10 +38,16 @@ from collegium.run.choice import resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.students import Student
 from collegium.storage.files import sha256_of, write_json
-from collegium.storage.records import TaskResults, TaskRow, open_record
+from collegium.storage.records import SamplePrompt, TaskResults, TaskRow, open_record
 
 GENERATION = "generation"
 """Name of the suite of held-out continuations. Tasks are named `task NAME`."""
+SAMPLES = "samples"
+"""Name of the few continuations that the report shows, where there are no other ones."""
+SAMPLE_PROMPT, SAMPLE_LENGTH = 32, 40
+"""Tokens of the prompt of a sample, and of its continuation, at most."""
+SMALL_TEACHERS = 2**31
+"""Bytes of all teachers up to which they are loaded together for samples, whatever the recipe."""
 UNREAD = ("name", "output_dir", "evaluate", "preflight", "fusion")
 """Sections without effect on generated text, once the fusion is resolved."""
 
@@ -49,7 +57,7 @@ class TaskScores(Artifact[TaskResults]):
     """Scores of the teachers, the fused target, the controls and the student on one suite."""
 
     suite: str
-    """`generation`, or `task` and its name."""
+    """`generation`, `samples`, or `task` and its name."""
     students: tuple[Student, ...]
 
     @property
@@ -59,8 +67,8 @@ class TaskScores(Artifact[TaskResults]):
     @property
     def path(self) -> Path:
         folder = self.context.folder.path
-        if self.suite == GENERATION:
-            return folder / "generation.json"
+        if self.suite in (GENERATION, SAMPLES):
+            return folder / f"{self.suite}.json"
         return folder / "tasks" / f"{_task_of(self.suite)}.json"
 
     def identity(self) -> Any:
@@ -70,7 +78,9 @@ class TaskScores(Artifact[TaskResults]):
         variants = [student.variant.identity() for student in self.students]
         options = context.recipe.evaluate
         own: Any = plain(options.generation)
-        if self.suite != GENERATION:
+        if self.suite == SAMPLES:
+            own = options.samples
+        elif self.suite != GENERATION:
             own = sha256_of(options.tasks[_task_of(self.suite)])
         resolved = None if fusion is None else plain(fusion)
         return [context.inputs(*sections), resolved, variants, own]
@@ -92,9 +102,13 @@ class TaskScores(Artifact[TaskResults]):
             stops=frozenset(context.datasets["train"].stops),
             batch_size=options.batch_size,
         )
-        rows = [self._score(row, load, suite, decoding) for row, load in self._models()]
+        is_task = self.suite not in (GENERATION, SAMPLES)
+        kept = [] if is_task or decoding.temperature > 0 else suite.items[:MAX_SAMPLES]
+        models = self._models() if suite.items else ()
+        rows = [self._score(row, load, suite, decoding, len(kept)) for row, load in models]
         results = TaskResults(
             num_prompts=len(suite.items),
+            prompts=[_sample_prompt(item, context.tokenizer) for item in kept],
             settings={**(plain(generation) or {}), "seed": decoding.seed},
             signatures=signatures(suite.metrics, suite.num_references),
             rows=rows,
@@ -102,14 +116,21 @@ class TaskScores(Artifact[TaskResults]):
         write_json(self.path, results.to_json())
 
     def _score(
-        self, row: TaskRow, load: Callable[[], TextSource], suite: Suite, decoding: Decoding
+        self,
+        row: TaskRow,
+        load: Callable[[], TextSource],
+        suite: Suite,
+        decoding: Decoding,
+        num_kept: int,
     ) -> TaskRow:
         if row.note is not None:
             return row
         with progress(f"{self.name}, {row.name}") as advance:
             samples = answer_suite(load(), suite, self.context.tokenizer, decoding, advance)
-        scores, domains = score_samples(suite, samples)
-        return row.model_copy(update={"scores": scores, "domains": domains})
+        update: dict[str, Any] = {"texts": [sample.text for sample in samples[:num_kept]]}
+        if suite.metrics:
+            update["scores"], update["domains"] = score_samples(suite, samples)
+        return row.model_copy(update=update)
 
     def _models(self) -> Iterator[tuple[TaskRow, Callable[[], TextSource]]]:
         """Yield a row without scores for each model, and its loader.
@@ -118,7 +139,7 @@ class TaskScores(Artifact[TaskResults]):
         """
         context, names = self.context, list(self.context.recipe.teachers)
         fusion = resolved_fusion(context)
-        reason = None if fusion is None else unsampled_reason(fusion)
+        reason = None if fusion is None else unsampled_reason(fusion) or self._memory_reason()
         kept = names if fusion is not None and reason is None else []
         for name in names:
             yield TaskRow(name=name, kind="teacher"), partial(self._load_teacher, name, kept)
@@ -131,6 +152,14 @@ class TaskScores(Artifact[TaskResults]):
             row = TaskRow(name=student.variant.label, kind=kind)
             yield row, partial(_load_student, student)
 
+    def _memory_reason(self) -> str | None:
+        """Return why the teachers of samples, which nobody asked for, are not loaded together."""
+        if self.suite != SAMPLES or not self.context.recipe.cache.enabled:
+            return None
+        size = 4 * sum(count or 0 for count in self.context.teacher_parameters.values())
+        reason = "it needs all teachers in memory, and the recipe caches them; ask for generation"
+        return reason if size > SMALL_TEACHERS else None
+
     def _load_teacher(self, name: str, kept: Sequence[str]) -> SingleSource:
         if not kept:
             return SingleSource(self.context.take_teacher(name))
@@ -142,6 +171,21 @@ class TaskScores(Artifact[TaskResults]):
 
 def _load_student(student: Student) -> SingleSource:
     return SingleSource(student.load())
+
+
+def _sample_prompt(item: SuiteItem, tokenizer: Any) -> SamplePrompt:
+    prompt = item.prompt
+    text = tokenizer.decode(list(prompt.ids))
+    return SamplePrompt(
+        document=item.place, domain=prompt.domain, text=text, reference=item.references[0]
+    )
+
+
+def sample_suite(options: EvaluateOptions) -> list[str]:
+    """Return the name of the suite of samples, unless greedy continuations have some."""
+    generation = options.generation
+    is_covered = generation is not None and generation.temperature == 0
+    return [SAMPLES] if options.samples and not is_covered else []
 
 
 def suite_names(options: EvaluateOptions) -> list[str]:
@@ -170,13 +214,34 @@ def load_suite(context: RunContext, name: str) -> Suite:
     models = {f"teachers.{name}": one for name, one in context.recipe.teachers.items()}
     limits = {w: one.max_length(w) for w, one in {**models, "student": context.student}.items()}
     bounded = {where: limit for where, limit in limits.items() if limit is not None}
+    if name == SAMPLES:
+        return _samples(context, min([data.max_length, *bounded.values()]))
     if name == GENERATION:
         assert options.generation is not None
         require_packages(CONTINUATION_METRICS, suite_key(name))
         split = context.datasets["validation"]
         max_tokens = min(bounded.values(), default=None)
         return continuations(split, context.tokenizer, options.generation, max_tokens)
-    task = _task_of(name)
+    return _task_suite(context, name, bounded)
+
+
+def _samples(context: RunContext, max_tokens: int) -> Suite:
+    """Return prompts that fit a window of the data, none where no document is long enough."""
+    prompt = min(SAMPLE_PROMPT, max(max_tokens // 2, 1))
+    options = GenerationOptions(
+        max_prompts=context.recipe.evaluate.samples,
+        prompt_tokens=prompt,
+        max_new_tokens=max(1, min(SAMPLE_LENGTH, max_tokens - prompt)),
+    )
+    split, tokenizer = context.datasets["validation"], context.tokenizer
+    try:
+        return replace(continuations(split, tokenizer, options, max_tokens), metrics=())
+    except DataError:
+        return Suite((), ())
+
+
+def _task_suite(context: RunContext, name: str, bounded: Mapping[str, int]) -> Suite:
+    options, data, task = context.recipe.evaluate, context.recipe.data, _task_of(name)
     encoder = Encoder(
         context.tokenizer,
         max_length=sys.maxsize,

@@ -8,6 +8,7 @@ in nats per target token, calibration errors and agreements are shares in [0, 1]
     results.json      [ResultRow]          train/summary.json TrainSummary
     MANIFEST.json     FolderManifest       (of each checkpoint and student)
     generation.json   TaskResults                tasks/NAME.json    TaskResults
+    samples.json      TaskResults
     harness.json      HarnessResults
     rows.json         [StudyRow]           study.json         StudyRun
 """
@@ -243,6 +244,8 @@ class TaskRow(Record):
     scores: Mapping[str, MetricScore] = {}
     domains: Mapping[str, Mapping[str, MetricScore]] = {}
     """Domain -> metric -> score, for held-out continuations of several domains."""
+    texts: Sequence[str] = []
+    """Its continuation of each of the `prompts`."""
     note: str | None = None
     """The reason why there are no scores."""
 
@@ -252,10 +255,21 @@ class TaskRow(Record):
         return self.name.removeprefix(f"{self.kind}: ")
 
 
+class SamplePrompt(Record):
+    """The start of a held-out document, and how it goes on."""
+
+    document: str
+    domain: str | None = None
+    text: str
+    reference: str
+
+
 class TaskResults(Record):
     """Scores of all models on held-out continuations, or on one task."""
 
     num_prompts: int
+    prompts: Sequence[SamplePrompt] = []
+    """The first few prompts of greedy continuations, of which the texts are kept."""
     settings: Mapping[str, int | float | str] = {}
     signatures: Mapping[str, str] = {}
     """Versions and settings of the metrics of other packages."""
