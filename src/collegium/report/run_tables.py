@@ -37,13 +37,13 @@ METRICS: tuple[Column[records.ResultRow], ...] = (
     Column("Agreement", "agreement_fused", form.percent, neg, short="agree"),
 )
 
-OTHER_COST = "evaluation"
+OTHER_COST = "preparation"
 COST_PARTS = {
     "preflight": "preflight",
     "cache": "teacher cache",
     "train": "student",
     "control": "controls",
-    "evaluate": OTHER_COST,
+    "evaluate": "evaluation",
     "generation": "generated text",
     "samples": "generated text",
     "task": "generated text",

@@ -37,7 +37,8 @@ def samples(run: RunFiles) -> list[Sample]:
 def _sample(run: RunFiles, number: int, prompt: SamplePrompt) -> Sample:
     start = printable(prompt.text)
     shown = start if len(start) <= MAX_PROMPT else f"… {start[-MAX_PROMPT:]}"
-    place = prompt.document if prompt.domain is None else f"{prompt.domain}, {prompt.document}"
+    # Without the folder, which is long and of one machine.
+    place = ", ".join(filter(None, [prompt.domain, prompt.document.rpartition("/")[2]]))
     lines = [Line("the document itself", prompt.reference)]
     colors = {row.name: row_color(row, run) for row in run.results or ()}
     for row in _rows(run):
