@@ -158,15 +158,16 @@ def test_every_command_of_the_next_steps_exists() -> None:
 
 
 def test_the_cost_has_all_stages() -> None:
-    names = ("preflight", "cache a train", "train", "control uniform", "evaluate", "task qa")
+    names = ["preflight", "cache a", "train", "control uniform", "evaluate", "task qa", "samples"]
     run = RunFiles(
         "run",
-        stages={name: Stage(seconds=float(i)) for i, name in enumerate([*names, "samples"], 1)},
+        stages={name: Stage(seconds=float(i)) for i, name in enumerate([*names, "text"], 1)},
         log=(LogStep(step=1, validation=ValidationScore(seconds=0.5)),),
     )
     parts = cost_parts(run)
     assert parts.pop("of which evaluations during training") == 0.5
     assert parts == {
+        "preparation": 8.0,
         "preflight": 1.0,
         "teacher cache": 2.0,
         "student": 3.0,

@@ -306,7 +306,7 @@ def cost_table(run: RunFiles) -> Table[Any]:
 
 def cost_parts(run: RunFiles) -> dict[str, float]:
     """Return the seconds of each part of a run: all that was paid for the student."""
-    parts = dict.fromkeys(COST_PARTS.values(), 0.0)
+    parts = dict.fromkeys([OTHER_COST, *COST_PARTS.values()], 0.0)
     for name, stage in (run.stages or {}).items():
         parts[COST_PARTS.get(name.partition(" ")[0], OTHER_COST)] += stage.seconds or 0.0
     logs = (run.log or (), *run.controls.values())
