@@ -153,7 +153,7 @@ def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
 
 @app.command()
 def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Run all stages: check, preflight, train, evaluate, report. Skips finished stages."""
+    """Run all stages: check, preflight, train, evaluate, export, report. Skips finished ones."""
     loaded = _load(recipe, overrides)
     from collegium.run import pipeline
 
@@ -356,6 +356,31 @@ def harness(
     names = [name for name in tasks.split(",") if name]
     results = run_harness(run_folder, names, include=include, limit=limit, batch_size=batch_size)
     _print(harness_table(RunFiles(run_folder.name, harness=results)))
+
+
+@app.command()
+def export(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run with a trained student, or its recipe.")
+    ],
+    to: Annotated[
+        str, typer.Option(help="Comma-separated formats. Defaults to those of the recipe.")
+    ] = "",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Only check the files of finished exports.")
+    ] = False,
+) -> None:
+    """Write the student in the formats of other tools, verified by loading it there."""
+    check_versions()
+    from collegium.export.build import summary
+    from collegium.run.exports import export_run, verify_exports
+    from collegium.run.status import recipe_of
+
+    recipe = recipe_of(run_folder)
+    names = [name for name in to.split(",") if name]
+    infos = verify_exports(recipe.output_dir) if verify else export_run(recipe, names)
+    for name, info in infos.items():
+        _echo(f"{recipe.output_dir / 'exports' / name}: {summary(info)}")
 
 
 @app.command()

@@ -44,6 +44,10 @@ class CacheError(CollegiumError):
     """A teacher cache is missing, damaged, or belongs to another run."""
 
 
+class ExportError(CollegiumError):
+    """An export is damaged, differs too much from the student, or cannot hold such a student."""
+
+
 class Interrupted(CollegiumError):
     """The user stopped the run by a signal, SIGINT by default. A checkpoint was saved."""
 

@@ -23,6 +23,7 @@ from collegium.config.yaml import YamlDocument, decode, read_text, read_yaml, ya
 from collegium.data.sources import DataOptions
 from collegium.errors import RecipeError, nearest
 from collegium.evaluate.options import MAX_SAMPLES, GenerationOptions, TaskName
+from collegium.export.options import ExportOptions
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.requirements import FIXED_PER_ROW, fusion_requirements, unmet
 from collegium.fusion.weighting import SCALAR_BYTES
@@ -99,6 +100,8 @@ class Recipe:
     """Teacher outputs computed once, before training."""
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     """Measurements after training."""
+    export: ExportOptions = field(default_factory=ExportOptions)
+    """The student in the formats of other tools."""
 
     def __post_init__(self) -> None:
         if self.output_dir == Path():
@@ -133,8 +136,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Return the SHA-256 (hex) of all options except for the name and folder of the run."""
-    kept = {k: v for k, v in plain(recipe).items() if k not in ("name", "output_dir")}
+    """Return the SHA-256 (hex) of all options that change a model or its scores."""
+    kept = {k: v for k, v in plain(recipe).items() if k not in ("name", "output_dir", "export")}
     return fingerprint(kept)
 
 

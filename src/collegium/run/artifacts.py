@@ -10,6 +10,7 @@
     samples.json       a few continuations by each model, for the report
     generation.json    their continuations of held-out documents (`collegium.run.tasks`)
     tasks/NAME.json    their answers to the prompts of a task
+    exports/NAME/      the student in another format (`collegium.run.exports`)
     report.html        one page about all of these
 
 A new export or evaluation is one class, and one entry in `ARTIFACTS`.
@@ -30,6 +31,7 @@ from collegium.run.artifact import Artifact
 from collegium.run.caches import FusedCache, HiddenCache, Split, TeacherCache
 from collegium.run.choice import Preflight, Recorder, reading, resolved_fusion
 from collegium.run.context import RunContext
+from collegium.run.exports import exports
 from collegium.run.students import Student, controls, students
 from collegium.run.tasks import TaskScores, sample_suite, suite_names
 from collegium.storage.files import write_bytes, write_json
@@ -54,7 +56,8 @@ class Results(Artifact[list[ResultRow]]):
     def identity(self) -> Any:
         variants = [student.variant.identity() for student in self.students]
         # A run folder may be renamed or moved.
-        sections = [name for name in self.context.values if name not in ("name", "output_dir")]
+        without_effect = ("name", "output_dir", "export")
+        sections = [name for name in self.context.values if name not in without_effect]
         inputs = self.context.inputs(*sections)
         # Tasks and generation are artifacts of their own.
         options, content = inputs["evaluate"]
@@ -166,6 +169,7 @@ ARTIFACTS: Mapping[str, Callable[[RunContext], Sequence[Artifact[Any]]]] = {
     "cache": caches,
     "train": students,
     "evaluate": evaluations,
+    "export": exports,
     "report": lambda context: [Report(context)],
 }
 """The artifacts of each stage, in the order of a run."""

@@ -37,6 +37,7 @@ from collegium.models.weights import weights_digest, weights_layout
 from collegium.run.caches import Cache, FusedCache
 from collegium.run.context import RunContext
 from collegium.run.estimates import estimate_lines, estimate_warnings
+from collegium.run.exports import check_exports
 from collegium.run.memory import MemoryPlan
 from collegium.run.problems import Problems
 from collegium.teachers.options import TeacherOptions
@@ -83,6 +84,8 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     collect(_check_distinct, models, report)
     if is_complete and has_student:
         collect(_check_states, context)
+    if has_student:
+        collect(check_exports, context)
     if has_student and has_files and collect(_check_datasets, context, report):
         collect(_check_suites, context, report, models)
         collect(_check_routing, context, report)

@@ -14,6 +14,7 @@ from typing import Any
 from collegium.errors import CollegiumError, RecipeError, nearest
 from collegium.models.loading import choose_device
 from collegium.run.folder import RunFolder
+from collegium.run.students import require_student
 from collegium.storage.files import fingerprint, sha256_of, write_json
 from collegium.storage.records import HarnessResults, MetricScore
 from collegium.storage.stages import digests_of
@@ -45,12 +46,8 @@ def run_harness(
         CollegiumError: there is no student, or lm-eval is missing or fails.
         RecipeError: a task does not exist.
     """
+    require_student(run_folder)
     manifest = run_folder / "student" / MANIFEST
-    if not manifest.is_file():
-        raise CollegiumError(
-            f"{run_folder}: has no trained student; must be a run folder with `student/`; run "
-            "`collegium train RECIPE`"
-        )
     if find_spec("lm_eval") is None:
         raise CollegiumError(
             "harness: needs the package lm-eval; must be installed; run "

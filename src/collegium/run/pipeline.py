@@ -1,6 +1,6 @@
 """The stages of a run as functions, one per command.
 
-    check ─▶ preflight ─▶ cache ─▶ train ─▶ evaluate (controls first) ─▶ report
+    check ─▶ preflight ─▶ cache ─▶ train ─▶ evaluate (controls first) ─▶ export ─▶ report
 
 Each stage reads and writes only the run folder, is skipped if its artifacts exist with the same
 inputs, and resumes from its last checkpoint after an interruption.
@@ -91,7 +91,7 @@ def run(recipe: Recipe) -> Path:
         # No stage reads the checkpoints and the cache of a finished training, and users do.
         for place in finished:
             set_aside_damaged(place)
-        _build(context, "train", "evaluate", "report")
+        _build(context, "train", "evaluate", "export", "report")
         if finished and recipe.cache.enabled and recipe.cache.url is None:
             for artifact in _caches(context):
                 artifact.restore()

@@ -82,7 +82,7 @@ def status_table(states: Iterable[ArtifactState], folder: Path) -> Table[Artifac
 def _artifacts(context: RunContext) -> Iterator[Artifact[Any]]:
     """Yield the artifacts of all stages but those that wait for an unfinished preflight."""
     recipe = context.recipe
-    stages = ["train", "evaluate"]
+    stages = ["train", "evaluate", "export"]
     if recipe.teachers and recipe.cache.enabled:
         stages.insert(0, "cache")
     if recipe.teachers:

@@ -48,7 +48,7 @@ SAMPLE_PROMPT, SAMPLE_LENGTH = 32, 40
 """Tokens of the prompt of a sample, and of its continuation, at most."""
 SMALL_TEACHERS = 2**31
 """Bytes of all teachers up to which they are loaded together for samples, whatever the recipe."""
-UNREAD = ("name", "output_dir", "evaluate", "preflight", "fusion")
+UNREAD = ("name", "output_dir", "evaluate", "preflight", "fusion", "export")
 """Sections without effect on generated text, once the fusion is resolved."""
 
 

@@ -290,6 +290,56 @@ class HarnessResults(Record):
     task_versions: Mapping[str, str] = {}
 
 
+class Verification(Record):
+    """Distance of an export to the student on held-out text, measured in the tool that loads it."""
+
+    num_tokens: int
+    max_logit_difference: Number
+    mean_logit_difference: Number
+    logit_spread: float
+    """Standard deviation of all logits of the student."""
+    kl: Number
+    """Mean KL(student || export) in nats per token."""
+    top1_agreement: float
+    perplexity: Number
+    """Of the export, as `bits_per_byte`."""
+    student_perplexity: Number
+    bits_per_byte: Number
+    """None for text without bytes, or if it is not finite."""
+    student_bits_per_byte: Number
+    num_prompts: int
+    differing_texts: float
+    """Share of the prompts whose greedy continuations differ."""
+    tie_gap: float
+    """Largest gap of the student's logits between both choices where a text differs first."""
+    differing_tokenizations: float | None
+    """Share of the texts that the tokenizer in the export splits into other tokens. None where its
+    splitting rule is one of llama.cpp that transformers does not have."""
+    same_chat_template: bool
+    same_eos: bool
+
+    @property
+    def bits_per_byte_change(self) -> float | None:
+        """The rise of the bits per byte by the export."""
+        before, after = self.student_bits_per_byte, self.bits_per_byte
+        return None if before is None or after is None else after - before
+
+
+class ExportInfo(Record):
+    """export.json of an export: its source, the tools that wrote it, and its verification."""
+
+    name: str
+    """Name of the format."""
+    student: str
+    """SHA-256 of the student's MANIFEST.json."""
+    source: Mapping[str, str]
+    """Loader, and the file that it opens where it is not the folder."""
+    versions: Mapping[str, str]
+    bytes: int
+    """Size of all files but this one and MANIFEST.json, which lists their SHA-256."""
+    verification: Verification
+
+
 class TeacherMeasure(Record):
     """Scores of one teacher on the calibration split."""
 

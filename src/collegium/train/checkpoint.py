@@ -23,7 +23,8 @@ FORMAT = 1
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 """Step, identity and scalars of a checkpoint."""
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$")
+WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$")
+"""Names of the weight files of a model folder."""
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _OLD = ".tmp-old-"
 _log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def move_files(temporary: Path, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     new = {p.relative_to(temporary): p for p in temporary.rglob("*") if p.is_file()}
-    for path in [path for path in folder.iterdir() if _WEIGHTS.match(path.name)]:
+    for path in [path for path in folder.iterdir() if WEIGHT_FILES.match(path.name)]:
         if Path(path.name) not in new:
             path.unlink()
     for name, path in new.items():
