@@ -62,7 +62,7 @@ def build_export(name: str, student: Path, target: Path, *, texts: Path, threads
             replace(temporary, aside)
             raise ExportError(
                 f"export {name}: {'; '.join(problems)}; must be within the bounds of the format; "
-                f"kept in {aside}, choose another format"
+                f"kept in {aside}; choose another format"
             )
         replace(temporary, target)
     except BaseException:
