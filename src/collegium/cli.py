@@ -384,6 +384,37 @@ def export(
 
 
 @app.command()
+def measure(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run with a trained student, or its recipe.")
+    ],
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each model, in turn.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each model. Defaults to those of torch.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompts.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after a prompt.")] = 32,
+) -> None:
+    """Measure size, memory and speed of the student, its exports and its teachers, here."""
+    check_versions()
+    from collegium.report.page import write_report
+    from collegium.report.run_files import read_run
+    from collegium.report.serving import serving_sentences, serving_table
+    from collegium.run.speeds import measure_run
+    from collegium.run.status import recipe_of
+
+    recipe = recipe_of(run_folder)
+    measure_run(
+        recipe, rounds=rounds, threads=threads, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+    )
+    files = read_run(recipe.output_dir)
+    _print(serving_table(files))
+    for sentence in serving_sentences(files):
+        _echo(sentence)
+    _echo(f"report: {write_report(recipe.output_dir)}")
+
+
+@app.command()
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Write the report of a run as one HTML file."""
     loaded = _load(recipe, overrides)

@@ -16,6 +16,7 @@ from collegium.report.next_steps import next_steps
 from collegium.report.plots import draw_all
 from collegium.report.run_files import RunFiles, read_run
 from collegium.report.samples import samples
+from collegium.report.serving import serving_sentences, serving_table
 from collegium.report.task_tables import domain_score_table, harness_table, task_notes, task_table
 from collegium.storage.files import write_text
 
@@ -72,6 +73,8 @@ def render_run(run: RunFiles) -> str:
         fitted=[t for c in run.measured.fusions if (t := tables.number_table(c.fusion)).lines],
         calibration=tables.calibration_tables(run),
         costs=tables.cost_table(run),
+        serving=serving_table(run),
+        serving_sentences=list(serving_sentences(run)),
         stages=tables.stage_table(run),
         total_seconds=sum(stage.seconds or 0.0 for stage in (run.stages or {}).values()),
         cost_note=tables.cost_note(run),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from collegium.report import canvas, colors
 from collegium.report.formats import perplexity
 from collegium.report.run_files import RunFiles
+from collegium.report.serving import pareto_plot
 from collegium.storage.records import LogStep, Number, Numbers, ResultRow
 
 TERM_COLORS = {"kd": colors.STUDENT, "ce": "#e0a030"}
@@ -25,6 +26,7 @@ def draw_all(run: RunFiles) -> dict[str, bytes]:
     """Return the SVG of each plot that the run has data for, in page order."""
     plots: dict[str, Callable[[RunFiles], Figure | None]] = {
         "perplexity": perplexity_plot,
+        "pareto": pareto_plot,
         "loss": loss_plot,
         "validation": validation_plot,
         "weights": weights_plot,

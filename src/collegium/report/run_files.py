@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from collegium.errors import CollegiumError
 from collegium.storage import records
@@ -15,8 +15,12 @@ from collegium.storage.stages import STAGES, damage, read_stages
 LOG = "train/log.jsonl"
 HARNESS = "harness.json"
 SAMPLES = "samples.json"
+MEASURE = "measure.json"
 CONTINUATION = "continuation"
 """Name of the suite of held-out continuations."""
+
+
+OfStudent = TypeVar("OfStudent", records.HarnessResults, records.Measurements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,12 @@ class RunFiles:
     num_samples: int = 0
     """Prompts to show of them."""
     harness: records.HarnessResults | None = None
+    measurements: records.Measurements | None = None
+
+    def measured_models(self, *kinds: str) -> tuple[records.MeasuredModel, ...]:
+        """Return the models that were measured for serving, kind by kind."""
+        models = self.measurements.models if self.measurements else ()
+        return tuple(model for kind in kinds for model in models if model.kind == kind)
 
     @property
     def measured(self) -> records.PreflightReport:
@@ -88,7 +98,7 @@ def read_run(run_folder: Path) -> RunFiles:
     is_greedy = (options.get("generation") or {}).get("temperature") == 0
     samples = suites[CONTINUATION] if is_greedy else SAMPLES
     files = ["preflight.json", "results.json", LOG, *logs.values(), *suites.values()]
-    files += [samples, HARNESS]
+    files += [samples, HARNESS, MEASURE]
     _require_intact(run_folder, stages, files)
     return RunFiles(
         name=run_folder.resolve().name,
@@ -110,16 +120,15 @@ def read_run(run_folder: Path) -> RunFiles:
         samples=read(run_folder / samples, records.TaskResults),
         num_samples=options.get("samples", 0),
         harness=_current(read(run_folder / HARNESS, records.HarnessResults), stages),
+        measurements=_current(read(run_folder / MEASURE, records.Measurements), stages),
     )
 
 
-def _current(
-    harness: records.HarnessResults | None, stages: Mapping[str, records.Stage]
-) -> records.HarnessResults | None:
-    """Drop the scores of an earlier student."""
+def _current(result: OfStudent | None, stages: Mapping[str, records.Stage]) -> OfStudent | None:
+    """Drop the scores and measurements of an earlier student."""
     trained = stages.get("train", records.Stage()).files or {}
     manifest = trained.get("student/MANIFEST.json")
-    return harness if harness and manifest and harness.student == manifest.sha256 else None
+    return result if result and manifest and result.student == manifest.sha256 else None
 
 
 def _suite_files(recipe: Mapping[str, Any]) -> dict[str, str]:

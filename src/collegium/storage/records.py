@@ -9,7 +9,8 @@ in nats per target token, calibration errors and agreements are shares in [0, 1]
     MANIFEST.json     FolderManifest       (of each checkpoint and student)
     generation.json   TaskResults                tasks/NAME.json    TaskResults
     samples.json      TaskResults
-    harness.json      HarnessResults
+    harness.json      HarnessResults           measure.json       Measurements
+    export.json       ExportInfo         (of each export)
     rows.json         [StudyRow]           study.json         StudyRun
 """
 
@@ -338,6 +339,46 @@ class ExportInfo(Record):
     bytes: int
     """Size of all files but this one and MANIFEST.json, which lists their SHA-256."""
     verification: Verification
+
+
+class Speed(Record):
+    """Throughput at one batch size, of all sequences together."""
+
+    prefill_tokens_per_s: Number = None
+    decode_tokens_per_s: Number = None
+
+
+class MeasuredModel(Record):
+    """Size, memory and speed of a model: medians over the rounds."""
+
+    name: str
+    kind: Literal["student", "export", "teacher"]
+    bytes: int | None = None
+    """Of the files with the weights."""
+    peak_bytes: int | None = None
+    """Largest resident memory of its process above that of the imported libraries."""
+    load_s: Number = None
+    first_token_s: Number = None
+    """At batch size 1."""
+    speeds: Mapping[str, Speed] = {}
+    """By batch size."""
+    bits_per_byte: Number = None
+    """Those of results.json. An export adds its change on the text of its verification."""
+    note: str | None = None
+    """The reason why there are no measurements."""
+
+
+class Measurements(Record):
+    """measure.json: models as they would be served on this machine."""
+
+    student: str
+    """SHA-256 of the student's MANIFEST.json."""
+    processor: str
+    threads: int
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    models: Sequence[MeasuredModel] = []
 
 
 class TeacherMeasure(Record):
