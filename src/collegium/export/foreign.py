@@ -24,13 +24,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-
 TOKENS_PER_BATCH = 1024
 """Tokens of a batch: about 200 MB of float32 logits for 50,000 of vocabulary."""
 
@@ -58,7 +57,6 @@ class TransformersModel:
             model = _read_gguf(folder, file)
         self._model = model.eval()
         self._torch = torch
-        self.config = model.config
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
 
     def logits(self, ids_BT: Array, state: Any = None) -> tuple[Array, Any]:
@@ -79,7 +77,7 @@ def _read_gguf(folder: str, file: str) -> Any:
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     config: Any = AutoConfig.from_pretrained(folder)
-    arch = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    arch = config.model_type.removesuffix("_text")
     if arch not in GGUF_CONFIG_MAPPING:
         return _dequantized(config, str(Path(folder) / file))
     described: Any = AutoConfig.from_pretrained(folder, gguf_file=file)
@@ -96,13 +94,12 @@ def _read_gguf(folder: str, file: str) -> Any:
 
 def _shape(config: Any) -> dict[str, Any]:
     """Return the settings of a config that its reader may miss: numbers, and lists of layers."""
-    values = {k: _rounded(v) for k, v in config.to_dict().items()}
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {k: v for k, v in values.items() if isinstance(v, (int, float, list)) and k not in ids}
+    kept = {k: v for k, v in config.to_dict().items() if not k.endswith("_token_id")}
+    return {k: _rounded(v) for k, v in kept.items() if isinstance(v, int | float | list)}
 
 
 def _rounded(value: Any) -> Any:
-    """Round a number as the file does, to float32."""
+    # As the file does, to float32.
     return float(np.float32(value)) if isinstance(value, float) else value
 
 
@@ -113,7 +110,7 @@ def _dequantized(config: Any, path: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     reader = gguf.GGUFReader(path)
-    arch = {"gpt_neox": "gptneox"}.get(config.model_type, config.model_type)
+    arch = config.model_type.replace("gpt_neox", "gptneox")
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     tensors = {one.name: gguf.dequantize(one.data, one.tensor_type) for one in reader.tensors}
@@ -136,14 +133,12 @@ class OnnxModel:
     """A graph under ONNX Runtime, whose key-value cache is an input and an output."""
 
     def __init__(self, path: str, *, threads: int) -> None:
-        import onnxruntime
+        import onnxruntime as ort
 
-        options = onnxruntime.SessionOptions()
+        options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         inputs = self._session.get_inputs()
         self._names = {one.name for one in inputs}
         self._past = [one for one in inputs if one.name.startswith("past_key_values.")]
@@ -163,7 +158,7 @@ class OnnxModel:
         }
         feeds = {name: value for name, value in inputs.items() if name in self._names}
         feeds |= {one.name: value for one, value in zip(self._past, state, strict=True)}
-        output, *present = self._session.run(None, feeds)
+        output, *present = cast(list[Any], self._session.run(None, feeds))
         return output, present
 
 
@@ -205,8 +200,7 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
 
 def _batches(texts: dict[str, Array]) -> Iterator[tuple[Array, Array, Array]]:
     """Yield ids (B, T), padded on the right, labels of the next tokens and bytes (B, T - 1)."""
-    starts = texts["starts"]
-    spans = [slice(a, b) for a, b in itertools.pairwise(starts)]
+    spans = [slice(a, b) for a, b in itertools.pairwise(texts["starts"])]
     spans.sort(key=lambda span: span.start - span.stop)
     while spans:
         longest = spans[0].stop - spans[0].start
@@ -223,7 +217,7 @@ def _batches(texts: dict[str, Array]) -> Iterator[tuple[Array, Array, Array]]:
 
 def _compared(student: Model, export: Model, texts: dict[str, Array]) -> dict[str, float]:
     names = ("max", "sum", "count", "logit_sum", "logit_squares", "kl", "same_top1")
-    sums = dict.fromkeys((*names, "nll", "export_nll", "tokens", "bytes"), 0.0)
+    sums: dict[str, float] = {n: 0.0 for n in (*names, "nll", "export_nll", "tokens", "bytes")}
     for ids_BT, labels_BT, bytes_BT in _batches(texts):
         chosen_BT = labels_BT >= 0
         if not chosen_BT.any():
@@ -262,18 +256,15 @@ def _continuations(
     `tie_gap` is the largest difference of the student's logits between its own choice and the
     choice of the export, where a text differs first: 0 if none differs.
     """
-    if not len(prompts_PT):
-        return {"num_prompts": 0, "differing_texts": 0.0, "tie_gap": 0.0}
     ours, theirs = (_greedy(model, prompts_PT, new_tokens) for model in (student, export))
     differs_PT = ours[0] != theirs[0]
     differing_P = differs_PT.any(1)
     gap = 0.0
     for prompt in np.flatnonzero(differing_P):
         step = differs_PT[prompt].argmax()
-        logits_V = ours[1][step][prompt]
-        # Up to this step both have read the same tokens.
-        other = logits_V[theirs[0][prompt, step]]
-        gap = max(gap, float(logits_V[ours[0][prompt, step]] - other))
+        logits_V = ours[1][step][prompt]  # after the same tokens as in the export
+        mine, other = (float(logits_V[tokens[0][prompt, step]]) for tokens in (ours, theirs))
+        gap = max(gap, mine - other)
     return {
         "num_prompts": len(prompts_PT),
         "differing_texts": float(differing_P.mean()),
@@ -302,52 +293,51 @@ def _tokenizer(request: dict[str, Any], texts: dict[str, Array]) -> dict[str, An
         theirs, is_known = _gguf_tokenizer(str(Path(source["folder"]) / source["file"]))
     else:
         theirs, is_known = AutoTokenizer.from_pretrained(source["folder"]), True
-    starts = texts["starts"]
-    parts = itertools.pairwise(starts)
-    written = [ours.decode(texts["ids"][start:stop]) for start, stop in parts]
+    written = [ours.decode(texts["ids"][a:b]) for a, b in itertools.pairwise(texts["starts"])]
     same = [
         ours(text, add_special_tokens=False)["input_ids"]
         == theirs(text, add_special_tokens=False)["input_ids"]
         and theirs.decode(ours(text)["input_ids"]) == ours.decode(ours(text)["input_ids"])
         for text in written
     ]
-    template = ours.chat_template == theirs.chat_template
     return {
         "differing_tokenizations": 1 - statistics.mean(same) if is_known else None,
-        "same_chat_template": template,
+        "same_chat_template": ours.chat_template == theirs.chat_template,
         "same_eos": ours.eos_token == theirs.eos_token,
     }
 
 
 def _gguf_tokenizer(path: str) -> tuple[Any, bool]:
-    """Build the tokenizer in a GGUF file, and return whether transformers knows its splitting rule.
-
-    For a rule of another name, transformers splits text as GPT-2 does.
-    """
+    """Build the tokenizer in a GGUF file. Also return whether its splitting rule is known there."""
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
 
-    arch, content, settings = get_gguf_tokenizer(path)
-    backend, _ = convert_gguf_tokenizer(arch, content)
+    arch, content, settings = mapping.get_gguf_tokenizer(path)
+    backend, _ = mapping.convert_gguf_tokenizer(arch, content)
     tokens = {name: settings.get(name) for name in ("bos_token", "eos_token", "unk_token")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
     tokenizer.chat_template = settings.get("chat_template")
-    is_known = content["pre_tokenizer_type"] in {"gpt-2", "default", *GGUF_PRE_TOKENIZER_SPLITS}
+    is_known = content["pre_tokenizer_type"] in {
+        "gpt-2",
+        "default",
+        *mapping.GGUF_PRE_TOKENIZER_SPLITS,
+    }
     return tokenizer, is_known
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Time one model: the first token, prefill and decoding, and its memory above the libraries."""
     threads, source = request["threads"], request["model"]
-    _import_libraries(source["loader"])
+    if source["loader"] == "onnxruntime":
+        import onnxruntime as onnxruntime  # so that memory counts the model only
+    else:
+        from transformers import AutoModelForCausalLM as AutoModelForCausalLM
     before = _reset_peak()
     start = time.perf_counter()
     model = load(source, threads)
     loaded = time.perf_counter()
     prompt_tokens, new_tokens = request["prompt_tokens"], request["new_tokens"]
-    generator = np.random.default_rng(0)
-    speeds, first = {}, math.nan
+    generator, speeds, first = np.random.default_rng(0), {}, math.nan
     for size in request["batch_sizes"]:
         ids_BT = generator.integers(0, request["vocab_size"], (size, prompt_tokens))
         _timed(model, ids_BT, 2)  # the first calls allocate and choose kernels
@@ -373,18 +363,6 @@ def _timed(model: Model, ids_BT: Array, new_tokens: int) -> tuple[float, float]:
         logits_BTV, state = model.logits(next_B1, state)
         next_B1 = logits_BTV[:, -1].argmax(1)[:, None].astype(np.int64)
     return first - start, time.perf_counter() - first
-
-
-def _import_libraries(loader: str) -> None:
-    """Import everything that loading imports, so that memory counts the model only."""
-    if loader == "onnxruntime":
-        import onnxruntime as onnxruntime
-
-        return
-    import torch
-    from transformers import AutoModelForCausalLM as AutoModelForCausalLM
-
-    torch.zeros(8, 8) @ torch.zeros(8, 8)
 
 
 def _reset_peak() -> int:
