@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from collegium.console import OnProgress
 from collegium.errors import ExportError
 from collegium.export.process import run_foreign
 from collegium.storage.records import MeasuredModel, Speed
@@ -43,7 +44,7 @@ def measure_models(
     workload: Workload,
     *,
     rounds: int,
-    advance: Callable[[int, int], None] | None = None,
+    advance: OnProgress = lambda done, total: None,
 ) -> list[MeasuredModel]:
     """Time every model `rounds` times, in turn, and return medians over the rounds.
 
@@ -52,6 +53,7 @@ def measure_models(
     """
     answers: dict[str, list[dict[str, Any]]] = {model.name: [] for model in models}
     notes: dict[str, str] = {}
+    advance(0, rounds * len(models))
     for number in range(rounds):
         for index, model in enumerate(models):
             if model.name not in notes:
@@ -59,8 +61,7 @@ def measure_models(
                     answers[model.name].append(_measure(model, workload))
                 except ExportError as error:
                     notes[model.name] = str(error)
-            if advance is not None:
-                advance(number * len(models) + index + 1, rounds * len(models))
+            advance(number * len(models) + index + 1, rounds * len(models))
     return [_record(model, answers[model.name], notes.get(model.name)) for model in models]
 
 
