@@ -524,9 +524,13 @@ def init(
     student_from: Annotated[
         str | None, typer.Option(help="A teacher of which the student gets every other layer.")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--from", help="Recipe file to change, or a shipped one by name, e.g. demo."),
+    ] = None,
 ) -> None:
-    """Write a recipe to start from: a commented example, or one for given models and text."""
-    if teacher or data or student or student_from:
+    """Write a recipe to start from: an example, or one for given models, text or another recipe."""
+    if teacher or data or student or student_from or base:
         check_versions()
         from collegium.config.starter import starter_recipe
 
@@ -536,6 +540,7 @@ def init(
             data=data or [],
             student=student,
             student_from=student_from,
+            base=base,
         )
     else:
         from importlib.resources import files

@@ -114,8 +114,13 @@ _OPTIONAL = {f.name for f in fields(Recipe) if f.default_factory is not MISSING}
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, changed by overrides such as `train.max_steps=10`."""
     file = Path(path)
-    document = read_yaml(read_text(file), file.name, overrides)
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", file.stem)
+    return decode_recipe(read_text(file), file.name, overrides)
+
+
+def decode_recipe(text: str, file_name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Build a recipe from the text of a file, whose name it has unless it names itself."""
+    document = read_yaml(text, file_name, overrides)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", Path(file_name).stem)
     # A section without keys has its defaults.
     items = document.data.items()
     given = {key: value for key, value in items if value is not None or key not in _OPTIONAL}
