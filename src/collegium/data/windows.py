@@ -7,6 +7,7 @@ the last token of the previous piece as context, never as a target, so packing, 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,15 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
             (np.concatenate([ids[s] for s in of]), np.concatenate([is_target[s] for s in of]))
             for of in spans
         ]
+
+    def renumbered(self, new_ids_V: np.ndarray) -> PackedDataset:
+        """Return the same windows with the new id of each token, (V,) by old id."""
+        changed = copy.copy(self)
+        ids = new_ids_V[self._columns["input_ids"]].astype(np.int32)
+        changed._columns = {**self._columns, "input_ids": ids}
+        changed.stops = sorted(new_ids_V[self.stops].tolist())
+        changed.fingerprint = changed._hash()
+        return changed
 
     def token_ids(self) -> set[int]:
         """Return the ids that occur in documents."""

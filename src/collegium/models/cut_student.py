@@ -22,6 +22,7 @@ from collegium.models.student import (
     StudentKind,
     StudentOptions,
     TrainedDType,
+    Vocabulary,
     check_rows,
     require_floats,
     with_eos,
@@ -131,6 +132,8 @@ class CutStudent(StudentKind):
     """`auto` is `sdpa` if the model supports it, else `eager`."""
     lora: LoraOptions | None = None
     """Train low-rank adapters only."""
+    vocabulary: Vocabulary = "all"
+    """`used` cuts the tokens that the corpus never uses out of embedding, head and tokenizer."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass to save memory."""
 

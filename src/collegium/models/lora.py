@@ -83,12 +83,16 @@ def attach_adapter(model: PreTrainedModel, path: str, *, name: str, where: str) 
         raise ModelError(f"{where}: {folder / ADAPTER} cannot be read ({error})") from error
     config.inference_mode = True
     _inject(model, config, name, where)
-    expected = peft.get_peft_model_state_dict(model, adapter_name=name)
     file = folder / ADAPTER_WEIGHTS
     shapes = {
         key.removeprefix(PREFIX): entry.shape
         for key, entry in read_header(file, where=where).items()
     }
+    # By itself PEFT expects whole embeddings wherever the vocabulary is not that of the base.
+    embeddings = False if all("lora_" in key for key in shapes) else "auto"
+    expected = peft.get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=embeddings
+    )
     wrong = {
         key for key in shapes.keys() | expected.keys() if key not in shapes or key not in expected
     }

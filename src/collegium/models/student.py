@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collegium.types import Batch
 
 TrainedDType = Literal["float32", "bfloat16", "float16"]
-
+Vocabulary = Literal["all", "used"]
 
 Calibration = Callable[[], "Iterable[Batch]"]
 """Opens batches of the calibration split, on which importances are measured."""
@@ -33,6 +33,8 @@ Calibration = Callable[[], "Iterable[Batch]"]
 
 class StudentKind(ABC):
     """One kind of student in a recipe, by its options."""
+
+    vocabulary: Vocabulary
 
     def problems(self, teachers: Mapping[str, object]) -> Iterator[str]:
         """Yield `key: problem` for options that do not fit the teachers of the recipe."""
@@ -53,6 +55,7 @@ class StudentOptions(ModelSource, StudentKind):
     device: str
     attention: Attention
     gradient_checkpointing: bool
+    vocabulary: Vocabulary = "all"
 
     @property
     def lora(self) -> LoraOptions | None:
@@ -111,6 +114,8 @@ class PretrainedStudent(ModelOptions, StudentOptions):
     """Data type of the trained weights."""
     lora: LoraOptions | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
     """Train low-rank adapters only."""
+    vocabulary: Vocabulary = "all"
+    """`used` cuts the tokens that the corpus never uses out of embedding, head and tokenizer."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass to save memory."""
 
@@ -153,6 +158,8 @@ class FreshStudent(StudentOptions):
     """`auto` is the first CUDA device, else MPS, else the CPU."""
     attention: Attention = "auto"
     """`auto` is `sdpa` if the model supports it, else `eager`."""
+    vocabulary: Vocabulary = "all"
+    """`used` cuts the tokens that the corpus never uses out of embedding, head and tokenizer."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass to save memory."""
 

@@ -135,6 +135,8 @@ def teacher_tables(run: RunFiles) -> list[Table[str]]:
         Column("Weight", chosen.weights.get, form.percent, short=None),
         Column("ΔNLL without", chosen.leave_one_out.get, form.signed, short=None),
     ]
+    if any(score.cut_mass is not None for score in teachers.values()):
+        columns.append(Column("Cut mass", of("cut_mass"), partial(form.percent, digits=2)))
     domains = dict.fromkeys(name for score in teachers.values() for name in score.domains)
     by_domain: list[Column[str]] = [
         Column(d, lambda name, d=d: teachers[name].domains.get(d), form.fixed, pos) for d in domains

@@ -30,10 +30,13 @@ from collegium.losses.pairing import (
 )
 from collegium.losses.row_terms import RouterTerm, RowTerm
 from collegium.losses.schedule import first_idle_step
+from collegium.models.loading import vocab_size_of
 from collegium.models.lora import adapter_identity
 from collegium.models.options import ModelOptions
 from collegium.models.student import StudentOptions
+from collegium.models.used_vocabulary import UsedVocabulary
 from collegium.models.weights import weights_digest, weights_layout
+from collegium.report.formats import amount
 from collegium.run.caches import Cache, FusedCache
 from collegium.run.context import RunContext
 from collegium.run.estimates import estimate_lines, estimate_warnings
@@ -80,8 +83,11 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
         if has_student and isinstance(options, TeacherOptions):
             collect(_check_vocabulary, context, report, where, options)
         collect(_check_windows, context, where, options)
+    if has_student and recipe.student.vocabulary != "all":  # the tokens of the text
+        has_student = has_files and collect(_check_used, context, report, models)
     collect(_check_checkpoints, context)
-    collect(_check_distinct, models, report)
+    whole = {"student": context.whole_student} if "student" in models else {}
+    collect(_check_distinct, {**models, **whole}, report)
     if is_complete and has_student:
         collect(_check_states, context)
     if has_student:
@@ -128,22 +134,42 @@ def _models(context: RunContext) -> Models:
 
 
 def _check_tokenizer(context: RunContext, report: CheckReport) -> None:
-    report.lines.append(f"vocabulary: {context.vocab_size:,} tokens")
+    size = vocab_size_of(context.whole_tokenizer)
+    report.lines.append(f"vocabulary: {size:,} tokens")
 
 
 def _check_vocabulary(
     context: RunContext, report: CheckReport, where: str, options: TeacherOptions
 ) -> None:
     verdict = compare(
-        context.tokenizer,
+        context.whole_tokenizer,
         options.load_tokenizer(where),
-        student_head_size=context.vocab_size,
+        student_head_size=vocab_size_of(context.whole_tokenizer),
         teacher_head_size=options.head_rows(where),
         where=where,
     )
     require_compatible(verdict)
     report.lines.append(f"{where}: vocabulary {verdict.kind}; {verdict.message}")
     context.reserved_ids.update(dict.fromkeys(verdict.reserved, where))
+
+
+def _check_used(context: RunContext, report: CheckReport, models: Models) -> None:
+    """Check that the teachers can answer for the kept tokens, and count the others."""
+    used = context.used
+    if used is None:
+        return
+    places, reserved = used.new_ids(), dict(context.reserved_ids)
+    context.reserved_ids.clear()
+    context.reserved_ids.update({int(places[i]): where for i, where in reserved.items()})
+    for where, options in models.items():
+        if isinstance(options, TeacherOptions):
+            options.check_used(used.kept_U, where)
+    line = f"student.vocabulary: {len(used.kept_U):,} tokens kept"
+    if not context.student.needs_loading:
+        whole = context.whole_student.facts("student").num_parameters
+        saved = whole - context.student_facts.num_parameters
+        line += f", which saves {amount(saved)} of {amount(whole)} parameters"
+    report.lines.append(f"{line}; preflight measures the mass of the others in each teacher")
 
 
 def _check_windows(

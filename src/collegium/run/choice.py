@@ -24,6 +24,7 @@ from collegium.preflight.search import FULL_TOKENS
 from collegium.run.artifact import Artifact
 from collegium.run.caches import TeacherCache, building
 from collegium.run.context import RunContext
+from collegium.run.cut_mass import with_cut_mass
 from collegium.storage.files import fingerprint, write_json
 from collegium.storage.records import BestTeacher, PreflightReport, open_record
 from collegium.teachers.cached import CachedTeacher
@@ -75,7 +76,7 @@ class Preflight(Artifact[PreflightReport]):
                 memory=round(options.memory * 1e9),
                 begin=work.part,
             )
-        write_json(self.path, result.to_json())
+        write_json(self.path, with_cut_mass(result, context).to_json())
 
     def _costs(self, splits: Sequence[PackedDataset]) -> dict[str, float]:
         """Relative costs of the bodies, from their FLOP, and of the steps of `run_preflight`."""

@@ -21,10 +21,12 @@ from collegium.models.forward import probe
 from collegium.models.loading import vocab_size_of
 from collegium.models.options import ModelFacts
 from collegium.models.student import StudentOptions
+from collegium.models.used_vocabulary import UsedStudent, UsedVocabulary
 from collegium.options import plain
 from collegium.run.folder import RunFolder
 from collegium.teachers.local import LocalTeacher
 from collegium.types import Batch
+from collegium.vocabulary.used import check_can_be_cut, cut_tokenizer, kept_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,17 +83,46 @@ class RunContext:
     @cached_property
     def student(self) -> StudentOptions:
         """The student of the recipe, which may start from one of the teachers."""
+        whole = self.whole_student
+        return whole if self.recipe.student.vocabulary == "all" else self.with_used(whole)
+
+    @cached_property
+    def whole_student(self) -> StudentOptions:
+        """The student with all tokens of its tokenizer."""
         return self.recipe.student.bind(self.recipe.teachers, self._calibration)
 
+    def with_used(self, student: StudentOptions) -> StudentOptions:
+        """Return a student with the tokens that the corpus uses."""
+        return UsedStudent(student, lambda: self._used)
+
     def _calibration(self) -> Iterator[Batch]:
-        split, size = self.datasets["calibration"], self.recipe.preflight.batch_size
+        # With all tokens, as the teacher that the student is cut out of.
+        split, size = self.whole_datasets["calibration"], self.recipe.preflight.batch_size
         for batch, _, _ in Windows.spread(split, size, IMPORTANCE_TOKENS).batches():
             yield batch
 
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the student."""
-        return self.student.load_tokenizer("student")
+        return self.whole_tokenizer if self.used is None else self.used.tokenizer
+
+    @cached_property
+    def whole_tokenizer(self) -> Any:
+        """Tokenizer of the student with all tokens, whose ids its teachers have."""
+        return self.whole_student.load_tokenizer("student")
+
+    @property
+    def used(self) -> UsedVocabulary | None:
+        """The tokens that the student keeps, None for all."""
+        return None if self.recipe.student.vocabulary == "all" else self._used
+
+    @cached_property
+    def _used(self) -> UsedVocabulary:
+        tokenizer, where = self.whole_tokenizer, "student.vocabulary"
+        check_can_be_cut(tokenizer, where=where)
+        splits = self.whole_datasets.values()
+        kept_U = kept_ids(tokenizer, {i for one in splits for i in (*one.token_ids(), *one.stops)})
+        return UsedVocabulary(kept_U, cut_tokenizer(tokenizer, kept_U, where=where))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -101,9 +132,17 @@ class RunContext:
     @cached_property
     def datasets(self) -> dict[str, PackedDataset]:
         """`train`, `calibration` and `validation`, disjoint by document."""
+        if self.used is None:
+            return self.whole_datasets
+        new_ids_V = self.used.new_ids()
+        return {part: one.renumbered(new_ids_V) for part, one in self.whole_datasets.items()}
+
+    @cached_property
+    def whole_datasets(self) -> dict[str, PackedDataset]:
+        """The same with the ids of the whole vocabulary."""
         data, names = self.recipe.data, list(self.recipe.teachers)
         return build_datasets(
-            data, self.tokenizer, where="data", teachers=names, summaries=self.sources
+            data, self.whole_tokenizer, where="data", teachers=names, summaries=self.sources
         )
 
     def teachers(self, names: Sequence[str]) -> list[Teacher]:
@@ -118,8 +157,10 @@ class RunContext:
 
     def load_teacher(self, name: str) -> Teacher:
         """Load a teacher, probed on windows as those of the data."""
-        where = f"teachers.{name}"
-        teacher = self.recipe.teachers[name].load(name, vocab_size=self.vocab_size, where=where)
+        where, size = f"teachers.{name}", self.vocab_size
+        kept_U = None if self.used is None else self.used.kept_U
+        options = self.recipe.teachers[name]
+        teacher = options.load(name, vocab_size=size, kept_U=kept_U, where=where)
         if isinstance(teacher, LocalTeacher):
             data = self.recipe.data
             teacher.probe(where, packed=data.packing, max_length=data.max_length)

@@ -38,6 +38,8 @@ class StudentSize:
     hidden_size: int
     ffn: int | None
     heads: int
+    vocab_size: int
+    """Rows of the embedding: those of the teacher, or as many as the corpus uses."""
     num_parameters: int
     tokens_per_second: float
     """Of a forward pass over one window on the device of the student."""
@@ -45,6 +47,8 @@ class StudentSize:
 
 def student_sizes(context: RunContext, max_parameters: int | None) -> Table[StudentSize]:
     """List students of at most `max_parameters`, the largest of each teacher first.
+
+    They have the tokens that the corpus uses if the recipe has `student.vocabulary: used`.
 
     Raises ModelError if no teacher can be cut, or none to such a size.
     """
@@ -61,6 +65,7 @@ def student_sizes(context: RunContext, max_parameters: int | None) -> Table[Stud
         )
     columns: list[Column[StudentSize]] = [
         *(Column(key, key, str) for key in ("layers", "hidden_size", "ffn", "heads")),
+        Column("Tokens", "vocab_size", form.whole),
         Column("Parameters", "num_parameters", form.amount, short="params"),
         *(
             Column(f"{dtype} bytes", lambda size, b=width: size.num_parameters * b, form.amount)
@@ -78,6 +83,8 @@ def _sizes(
     config = teacher.load_config(f"teachers.{name}").get_text_config()
     for options in candidates(name, config):
         student = options.bind(context.recipe.teachers, lambda: ())
+        if context.used is not None:
+            student = context.with_used(student)
         try:
             student.check("student")
         except ModelError:
@@ -94,6 +101,7 @@ def _sizes(
             hidden_size=part.hidden_size,
             ffn=getattr(part, "intermediate_size", None),
             heads=part.num_attention_heads,
+            vocab_size=part.vocab_size,
             num_parameters=parameters,
             tokens_per_second=_speed(smaller, length, student.device),
         )

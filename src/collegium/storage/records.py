@@ -398,6 +398,8 @@ class TeacherMeasure(Record):
     top1: Number = None
     domains: Numbers = {}
     """NLL by domain."""
+    cut_mass: Number = None
+    """Mean probability of the tokens that the student's vocabulary leaves out. None for all."""
 
 
 class Disagreement(Record):

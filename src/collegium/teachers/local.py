@@ -18,11 +18,13 @@ from collegium.models.forward import forward_rows, head_layer, probe
 from collegium.models.loading import count_parameters, load_base, load_model
 from collegium.models.lora import attach_adapter
 from collegium.models.quantized import quantize_
+from collegium.models.used_vocabulary import cut_vocabulary
 from collegium.options import plain
 from collegium.storage.files import fingerprint
 from collegium.types import Batch, Rows, map_tensors
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel
 
     from collegium.teachers.options import LocalOptions
@@ -88,20 +90,29 @@ class LocalTeacher:
             nn.Module.to(model, "cpu")
 
     @classmethod
-    def load(cls, name: str, options: LocalOptions, *, vocab_size: int, where: str) -> LocalTeacher:
+    def load(
+        cls,
+        name: str,
+        options: LocalOptions,
+        *,
+        vocab_size: int,
+        kept_U: np.ndarray | None = None,
+        where: str,
+    ) -> LocalTeacher:
         """Load a teacher. Raises ModelError if its folder or its weights cannot be used.
 
         Teachers with adapters of one base share the base in memory while one of them lives. The
-        adapter of a teacher to quantize is merged before its weights are rounded.
+        adapter of a teacher to quantize is merged before its weights are rounded. Rows of other
+        tokens than `kept_U` are cut, so that it reads and predicts the ids of the student.
         """
         adapter = None
         if options.quantize is not None:
-            model = load_model(options, where=where)
+            model = _cut(load_model(options, where=where), kept_U, where)
             quantize_(model, options.quantize, where=f"{where}.quantize")
         elif options.adapter is None:
-            model = load_base(options, where=where)
+            model = _cut(load_base(options, where=where), kept_U, where)
         else:
-            model = _shared_base(options, where)
+            model = _shared_base(options, kept_U, where)
             adapter = name.replace(".", "_")  # PEFT separates the parts of names by dots
             if adapter in getattr(model, "peft_config", {}):  # of a teacher that was released
                 model.delete_adapter(adapter)
@@ -181,13 +192,20 @@ class LocalTeacher:
             )
 
 
-def _shared_base(options: LocalOptions, where: str) -> PreTrainedModel:
+def _cut(model: PreTrainedModel, kept_U: np.ndarray | None, where: str) -> PreTrainedModel:
+    if kept_U is not None:
+        cut_vocabulary(model, kept_U, where=where)
+    return model
+
+
+def _shared_base(options: LocalOptions, kept_U: np.ndarray | None, where: str) -> PreTrainedModel:
     """Return the base of an adapter: that of a living teacher with these options, or a new one."""
     own = ("adapter", "offload", "quantize", "logit_scale")
-    key = fingerprint({k: value for k, value in plain(options).items() if k not in own})
+    shared = {k: value for k, value in plain(options).items() if k not in own}
+    key = fingerprint([shared, None if kept_U is None else kept_U.tolist()])
     base = _bases.get(key)
     if base is None:
-        base = _bases[key] = load_base(options, where=where)
+        base = _bases[key] = _cut(load_base(options, where=where), kept_U, where)
     return base
 
 

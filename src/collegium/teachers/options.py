@@ -21,10 +21,12 @@ from collegium.models.quantized import (
     quantized_layers,
     require_torchao,
 )
+from collegium.models.used_vocabulary import check_adapter
 from collegium.models.weights import quantization_of
 from collegium.options import option, torch
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from collegium.distributions import Teacher
@@ -74,6 +76,10 @@ class TeacherOptions(ABC):
         """
         del where, packed, max_length
 
+    def check_used(self, kept_U: np.ndarray, where: str) -> None:
+        """Raise ModelError if it cannot answer for some of its tokens only, of ids (U,)."""
+        del kept_U, where
+
     @property
     def needs_loading(self) -> bool:
         """Whether `facts` loads the weights."""
@@ -84,8 +90,14 @@ class TeacherOptions(ABC):
         return None
 
     @abstractmethod
-    def load(self, name: str, *, vocab_size: int, where: str) -> Teacher:
-        """Load the teacher. Raises ModelError if it cannot be loaded, or answers wrongly."""
+    def load(
+        self, name: str, *, vocab_size: int, kept_U: np.ndarray | None = None, where: str
+    ) -> Teacher:
+        """Load the teacher. Raises ModelError if it cannot be loaded, or answers wrongly.
+
+        `vocab_size` is that of the student. `kept_U` are the ids of its tokens in the vocabulary of
+        the teacher, (U,), None if the student has all tokens.
+        """
 
 
 @option
@@ -128,7 +140,12 @@ class LocalOptions(ModelOptions, TeacherOptions):
             return quantized_bytes(model, self.quantize, device)
         return super().num_bytes(model, device, where)
 
-    def load(self, name: str, *, vocab_size: int, where: str) -> Teacher:
+    def check_used(self, kept_U: np.ndarray, where: str) -> None:
+        check_adapter(self, kept_U, where=f"{where}.adapter")
+
+    def load(
+        self, name: str, *, vocab_size: int, kept_U: np.ndarray | None = None, where: str
+    ) -> Teacher:
         from collegium.teachers.local import LocalTeacher
 
-        return LocalTeacher.load(name, self, vocab_size=vocab_size, where=where)
+        return LocalTeacher.load(name, self, vocab_size=vocab_size, kept_U=kept_U, where=where)
