@@ -18,7 +18,7 @@ from collegium.distributions import LIVE, Answer, DenseRows, NamedRows
 from collegium.errors import DataError, Interrupted, RecipeError, TrainingError
 from collegium.fusion.conflict import TargetCorrection, TruthFallback
 from collegium.fusion.fuse import FinishedTarget, Fusion
-from collegium.fusion.requirements import check
+from collegium.fusion.requirements import check, check_teachers
 from collegium.losses.divergences import DIVERGENCES, ReverseKL, SkewedForwardKL
 from collegium.losses.pairing import FeatureOptions
 from collegium.losses.row_terms import CrossEntropyTerm, DivergenceTerm, RouterTerm
@@ -465,3 +465,11 @@ def test_wrong_values_in_python():
         DivergenceTerm(temperature=-1.0)
     with pytest.raises(pydantic.ValidationError):
         Linear(initial=1.0, final=0.0, start=1.0, end=0.5)
+
+
+def test_only_the_teachers_that_a_term_reads_need_hidden_states() -> None:
+    options = ObjectiveOptions(features=FeatureOptions(teachers=["a"]))
+    without = capabilities_of("per_teacher", Samples(), ())
+    check_teachers(options.requirements(), {"a": LIVE, "b": without})
+    with refused(RecipeError, "objective.features: "):
+        check_teachers(options.requirements(), {"a": without, "b": LIVE})

@@ -6,7 +6,7 @@ target has its weights built in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from collegium.distributions import Capabilities, Capability, nearest_temperature
@@ -27,6 +27,8 @@ class Requirement:
     capability: Capability | None = None
     temperature: float | None = None
     """A temperature of one teacher that the source must store."""
+    teachers: Collection[str] | None = None
+    """The teachers that must meet it, None for every source."""
 
 
 FIXED_PER_ROW = Capabilities(
@@ -82,8 +84,27 @@ def check(requirements: Sequence[Requirement], sources: Sequence[Capabilities]) 
     Raises:
         RecipeError: with one line per option.
     """
-    if lines := [line for source in sources for line in unmet(requirements, source)]:
-        raise RecipeError("\n".join(dict.fromkeys(lines)))
+    _refuse([line for source in sources for line in unmet(requirements, source)])
+
+
+def check_teachers(
+    requirements: Sequence[Requirement], teachers: Mapping[str, Capabilities]
+) -> None:
+    """Refuse options that a teacher does not support, though they concern it. Raises as `check`."""
+    _refuse(
+        line
+        for name, source in teachers.items()
+        for line in unmet([one for one in requirements if _concerns(one, name)], source)
+    )
+
+
+def _concerns(requirement: Requirement, teacher: str) -> bool:
+    return requirement.teachers is None or teacher in requirement.teachers
+
+
+def _refuse(lines: Iterable[str]) -> None:
+    if text := "\n".join(dict.fromkeys(lines)):
+        raise RecipeError(text)
 
 
 def _problem(requirement: Requirement, source: Capabilities) -> str | None:

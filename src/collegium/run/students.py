@@ -253,7 +253,9 @@ class Student(Artifact[Path]):
             eval_dataset=validation,
             evaluates_labels_only=bool(opened),
             callbacks=callbacks,
-            objective=Objective(variant.objective, variant.fusion, states=self._states(tapped)),
+            objective=Objective(
+                variant.objective.limited_to(tapped), variant.fusion, states=self._states(tapped)
+            ),
             processing_class=context.tokenizer,
             identity=identity,
         )

@@ -266,7 +266,8 @@ class ObjectiveOptions:
             if isinstance(term, StateTerm):
                 is_hidden = isinstance(term, FeatureOptions | EmbeddingOptions)
                 capability = Capability.FEATURES if is_hidden else Capability.ATTENTION
-                needs.append(Requirement(key, f"{term.log_name} terms", "omitted", capability))
+                value, teachers = f"{term.log_name} terms", term.teachers
+                needs.append(Requirement(key, value, "omitted", capability, teachers=teachers))
             elif isinstance(term, DivergenceTerm):
                 value, softness = type(term.divergence).__name__, f"{term.temperature:g}"
                 if not term.divergence.allows_draws:

@@ -177,9 +177,11 @@ class DistillTrainer(Trainer):
             widths = {name: facts.tap_widths for name, facts in live.items()}
             objective.build_states(model_facts(student).tap_widths, widths, seed=args.seed)
         objective = objective.to(args.device)
-        # The fusion of a finished target is built in.
-        part, sources = (objective, named) if targets is None else (objective.options, [targets])
-        requirements.check(part.requirements(), [source.capabilities for source in sources])
+        if targets is None:
+            supported = {teacher.name: teacher.capabilities for teacher in named}
+            requirements.check_teachers(objective.requirements(), supported)
+        else:  # its fusion is built in
+            requirements.check(objective.options.requirements(), [targets.capabilities])
         self.step = DistillStep(
             student, objective, vocab_size=vocab_size, teachers=named, targets=targets
         )
