@@ -25,7 +25,9 @@ calibration: raw}`. Any other option of the weighting narrows the selection."""
 RANK = "rank"
 """Level key that keeps some teachers by their NLL in preflight, such as `{order: best, number: 3}`
 with the orders `best`, `worst` (first), or the seed of a random one."""
-ZooName = Literal["specialists", "generalists", "contradicting", "scaling", "generations", "tasks"]
+ZooName = Literal[
+    "specialists", "generalists", "contradicting", "scaling", "generations", "tasks", "smollm2"
+]
 Level = dict[str, Any]
 
 
@@ -67,7 +69,7 @@ class StudyOptions:
     seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0])
     """Each seed runs all settings. `{seed}` in the base can select teachers per seed."""
     zoo: list[ZooName] = field(default_factory=list)
-    """Sets of teachers in runs/zoo to train first if they are missing."""
+    """Sets of teachers in runs/zoo, or in runs/smollm2, to train first if they are missing."""
     students: bool = True
     """Train students. If false, the rows are the fusions in the preflight of each setting."""
     measures: Annotated[list[str], Field(min_length=1)] = field(

@@ -35,6 +35,7 @@ from collegium.demo.run import (
     write_recipe,
     write_teacher_recipe,
 )
+from collegium.demo.smollm2 import prepare_smollm2
 from collegium.models.loading import load_tokenizer
 from collegium.run import pipeline
 from collegium.run.artifacts import Student
@@ -62,6 +63,9 @@ def prepare_zoo(zoo: ZooName, seed: int, *, root: Path = ROOT, plan: Plan = FULL
     Raises:
         CollegiumError: the text cannot be downloaded, or the folder is unusable.
     """
+    if zoo == "smollm2":
+        prepare_smollm2()  # the same for all seeds
+        return
     run = RunFolder(root)
     run.make()
     with run.lock():
