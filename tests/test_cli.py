@@ -32,7 +32,7 @@ from collegium.storage.records import (
 from recipes_for_tests import MINIMAL
 from refusals import check_message
 
-COMMANDS = ("run", "check", "preflight", "train", "evaluate", "report", "demo", "init")
+COMMANDS = ("run", "check", "preflight", "train", "evaluate", "report", "demo", "init", "generate")
 
 
 @pytest.fixture

@@ -333,9 +333,12 @@ def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
     _print_results(loaded.output_dir)
 
 
+TrainedRun = Annotated[Path, typer.Argument(metavar="RUN", help="Run with a trained student.")]
+
+
 @app.command()
 def harness(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run with a trained student.")],
+    run_folder: TrainedRun,
     tasks: Annotated[
         str, typer.Option(help="Comma-separated names of tasks, or a folder of task files (YAML).")
     ],
@@ -421,6 +424,66 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from collegium.run import pipeline
 
     _echo(f"report: {pipeline.report(loaded)}")
+
+
+@app.command()
+def generate(  # noqa: PLR0913  (the options of a command)
+    run_folder: TrainedRun,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts; - reads one of stdin.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="student (default), a teacher, fused, a control or an export; repeat it."
+        ),
+    ] = None,
+    all_models: Annotated[
+        bool, typer.Option("--all", help="Every model of the run, side by side.")
+    ] = False,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="A prompt per line, or JSONL rows with `prompt` or `messages`."),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Limit of a text. Defaults to 256, or to the room.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Probability of the tokens to draw from.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Random seed of the draws.")] = 0,
+) -> None:
+    """Continue prompts with models of a finished run, from its folder only."""
+    if temperature == 0 and (top_p < 1 or seed):
+        raise RecipeError(
+            "--temperature: got 0, which draws nothing; must be above 0 with --top-p and --seed"
+        )
+    if all_models and model:
+        raise RecipeError("--model: got --all as well; must be one of the two; omit one")
+    check_versions()
+    import sys
+
+    from collegium.evaluate.generation import Decoding
+    from collegium.run.texts import generate_texts, read_prompts, text_tables
+
+    given = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or ()]
+    texts = [*given, *(read_prompts(file) if file else ())]
+    results = generate_texts(
+        run_folder,
+        texts,
+        models=[] if all_models else model or ["student"],
+        is_raw=raw,
+        max_new_tokens=max_new_tokens,
+        decoding=Decoding(temperature=temperature, top_p=top_p, seed=seed),
+    )
+    if len(texts) == len(results) == 1 and results[0].texts:
+        _echo(results[0].texts[0])
+    else:
+        _print(*text_tables(texts, results))
 
 
 @app.command()

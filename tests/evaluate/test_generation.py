@@ -249,3 +249,30 @@ def test_label_probabilities_of_the_fused_target() -> None:
         assert float(logp_N[place]) == pytest.approx(expected, abs=1e-5)
     single = SingleSource(teachers[0]).label_logp(batch, batch.rows())
     assert float(single[1]) == pytest.approx(math.log(float(probs[0][1, 30])), abs=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_a_nucleus_is_the_smallest_set_of_at_least_top_p(top_p: float) -> None:
+    """Against every token in descending order until the sum is reached, in float64."""
+    prob_BV = (3 * torch.randn(5, V, dtype=torch.float64)).softmax(-1)
+    kept_BV = generation._nucleus(prob_BV, top_p)
+    for prob_V, kept_V in zip(prob_BV.tolist(), kept_BV.tolist(), strict=True):
+        total, expected = 0.0, [0.0] * V
+        for token in sorted(range(V), key=lambda v: -prob_V[v]):
+            expected[token] = prob_V[token]
+            total += prob_V[token]
+            if total >= top_p:
+                break
+        assert kept_V == expected
+
+
+def test_draws_of_a_nucleus_are_inside_it() -> None:
+    one, prompt = teacher(), Prompt((9, 12, 30), 1)
+    logits = one.model(torch.tensor([prompt.ids])).logits[0, -1]
+    inside = generation._nucleus(logits.double().softmax(-1)[None], 0.6)[0] > 0
+    draws = set()
+    for seed in range(300):
+        choose = generation._chooser([prompt], Decoding(temperature=1.0, top_p=0.6, seed=seed))
+        draws.add(int(choose(logits[None], 0)))
+    assert 1 < int(inside.sum()) < V
+    assert draws <= set(inside.nonzero().flatten().tolist())

@@ -74,22 +74,8 @@ class ChatEncoder:
                 turn cannot be found, or a turn ends without a stop token.
         """
         place = f"{self.where}: {document.id}"
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                f"{place}: got `messages` but the tokenizer has no chat template; must have one; "
-                "use another tokenizer, or rows of `prompt` and `completion`"
-            )
-        messages = [dict(message) for message in document.messages or ()]
-        rendered = self._render(messages, document, place)
+        messages, rendered, places = self._locate(document, place)
         text = rendered.text
-        try:
-            places = locate(messages, text, lambda m: self._render(m, document, place).text)
-        except UnstableTemplateError:
-            raise DataError(
-                f"{place}: the chat template renders marked content differently; must keep the "
-                "content of messages, so that turns can be found; use another template"
-            ) from None
-        self._check_words(document, messages, places, text, place)
         ids, offsets = self._tokenize(document, places, text)
         turns = self._trained_turns(document, messages, places)
         has_blocks = bool(_GENERATION.search(self._template(document, place)))
@@ -114,6 +100,41 @@ class ChatEncoder:
         num_bytes = bytes_of_tokens(text, offsets[:, 1])
         num_bytes[np.isin(ids, [*self._special, *self.stops])] = 0
         return Encoded(ids, is_target, num_bytes, can_split=False)
+
+    def prompt_ids(self, document: Document) -> list[int]:
+        """Encode a chat up to the answer of the assistant, with the generation prompt.
+
+        Raises:
+            DataError: the tokenizer has no template, or the template fails or leaves out words.
+        """
+        place = f"{self.where}: {document.id}"
+        _, rendered, places = self._locate(document, place, is_prompt=True)
+        return self._tokenize(document, places, rendered.text)[0].tolist()
+
+    def _locate(
+        self, document: Document, place: str, *, is_prompt: bool = False
+    ) -> tuple[list[dict[str, Any]], Rendered, list[Located]]:
+        """Return the messages, their rendering, and the position of each in it."""
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"{place}: got `messages` but the tokenizer has no chat template; must have one; "
+                "use another tokenizer, or rows of `prompt` and `completion`"
+            )
+        messages = [dict(message) for message in document.messages or ()]
+
+        def render(marked: Sequence[Message]) -> Rendered:
+            return self._render(marked, document, place, is_prompt=is_prompt)
+
+        rendered = render(messages)
+        try:
+            places = locate(messages, rendered.text, lambda marked: render(marked).text)
+        except UnstableTemplateError:
+            raise DataError(
+                f"{place}: the chat template renders marked content differently; must keep the "
+                "content of messages, so that turns can be found; use another template"
+            ) from None
+        self._check_words(document, messages, places, rendered.text, place)
+        return messages, rendered, places
 
     def _template(self, document: Document, place: str) -> str:
         """Return the template of a chat: a tokenizer may have one of its own for tools."""

@@ -96,6 +96,24 @@ class Encoder:
                 chunk, num_characters = [], 0
         yield from self._encode_chunk(chunk)
 
+    def prompt_ids(self, document: Document) -> list[int]:
+        """Encode a prompt, or a chat that ends with the user, as in training.
+
+        Raises:
+            DataError: the chat template cannot render it, or it has no tokens.
+        """
+        if document.messages is not None:
+            return self.chats.prompt_ids(document)
+        quote = self.special_tokens == "text"
+        ((ids, _),) = tokenize([document.prompt or ""], self.tokenizer, quote=quote)
+        has_bos = ids[:1].tolist() == self._bos
+        framed = [*([] if has_bos else self._bos), *ids.tolist()]
+        if not framed:
+            raise DataError(
+                f"{self.where}: {document.id}: got no tokens; must have at least one to continue"
+            )
+        return framed
+
     def check(self) -> list[str]:
         """Check the documents encoded so far, and return warnings about those not used in full.
 

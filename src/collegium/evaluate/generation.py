@@ -27,6 +27,7 @@ from collegium.fusion.pools import TeacherReader
 from collegium.fusion.rules import Entropy
 from collegium.fusion.weighting import RowStats, Weighting
 from collegium.models.loading import choose_device
+from collegium.models.saving import stop_ids
 from collegium.options import option, plain
 from collegium.storage.files import fingerprint
 from collegium.teachers.local import LocalTeacher
@@ -52,6 +53,8 @@ class Decoding:
 
     temperature: float = 0.0
     """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Draw from the smallest set of the most likely tokens with at least this probability."""
     seed: int = 0
     stops: frozenset[int] = frozenset()
     """Ids that end a text, besides those of the model."""
@@ -315,12 +318,24 @@ def _chooser(prompts: Sequence[Prompt], decoding: Decoding) -> Callable[[Tensor,
     def draw(logits_BV: Tensor, step: int) -> Tensor:
         # By the inverse of the distribution function, in float64 on the CPU: MPS has none.
         prob_BV = (logits_BV.cpu().double() / decoding.temperature).softmax(-1)
+        if decoding.top_p < 1:
+            prob_BV = _nucleus(prob_BV, decoding.top_p)
         total_BV = prob_BV.cumsum(-1)
         point_B1 = uniform_BT[:, step, None] * total_BV[:, -1:]
         token_B = torch.searchsorted(total_BV, point_B1, right=True)[:, 0]
         return token_B.clamp(max=logits_BV.shape[1] - 1).to(logits_BV.device)
 
     return draw
+
+
+def _nucleus(prob_BV: Tensor, top_p: float) -> Tensor:
+    """Set all but the smallest set of the most likely tokens that sums to `top_p` to 0.
+
+    Source: Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.1.
+    """
+    sorted_BV, token_BV = prob_BV.sort(descending=True, stable=True)
+    is_kept_BV = sorted_BV.cumsum(-1) - sorted_BV < top_p
+    return torch.zeros_like(prob_BV).scatter(1, token_BV, sorted_BV * is_kept_BV)
 
 
 def _uniform(prompt: Prompt, seed: int) -> Tensor:
@@ -345,6 +360,4 @@ def _label_logp(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
 
 def _stops_of(teacher: Teacher) -> frozenset[int]:
     """Return the ids at which the model stops by its generation config."""
-    config = teacher.model.generation_config if isinstance(teacher, LocalTeacher) else None
-    eos = None if config is None else config.eos_token_id
-    return frozenset([eos] if isinstance(eos, int) else eos or ())
+    return stop_ids(teacher.model.generation_config if isinstance(teacher, LocalTeacher) else None)

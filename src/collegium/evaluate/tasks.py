@@ -182,7 +182,7 @@ class _Line:
         for key in row:
             if key not in _KEYS:
                 raise DataError(f"{place}: unknown key `{key}`{nearest(key, _KEYS)}")
-        prompt = _prompt(row, place)
+        prompt = prompt_of(row, place)
         metrics = _strings(row, "metric", place)
         for name in metrics:
             if name not in TASK_METRICS:
@@ -216,8 +216,8 @@ class _Line:
             yield from parse_rows([(None, row)], self.name, options, domain="", where=where)
 
 
-def _prompt(row: Mapping[str, Any], place: str) -> str | list[Any]:
-    """Return the text or the chat to continue."""
+def prompt_of(row: Mapping[str, Any], place: str) -> str | list[Any]:
+    """Return the text or the chat to continue, or raise DataError."""
     if ("prompt" in row) == ("messages" in row):
         both = "both" if "prompt" in row else "neither"
         raise DataError(f"{place}: got {both} of `prompt` and `messages`; must have one")

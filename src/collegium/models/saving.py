@@ -83,6 +83,21 @@ def generation_notes(options: ModelOptions, *, where: str) -> list[str]:
     return [f"{place} has {', '.join(names)} but no do_sample; the student is saved {change}"]
 
 
+def load_generation(folder: Path) -> GenerationConfig | None:
+    """Load the generation config of a saved model, None if it has none."""
+    from transformers import GenerationConfig
+
+    if not (folder / GENERATION_CONFIG).is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def stop_ids(config: GenerationConfig | None) -> frozenset[int]:
+    """Return the ids at which generation stops by a generation config."""
+    eos: Any = None if config is None else config.eos_token_id
+    return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+
 def check_saving(model: PreTrainedModel, *, where: str) -> None:
     """Save and load the configs of a student, which has no values yet.
 

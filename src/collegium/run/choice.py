@@ -11,11 +11,11 @@ from typing import Any
 
 from collegium.cache.keys import BatchKeys
 from collegium.cache.processes import Ranks
-from collegium.config.recipe import EvaluateOptions, PreflightOptions, decode_fusion
+from collegium.config.recipe import EvaluateOptions, PreflightOptions, Recipe, decode_fusion
 from collegium.console import OnProgress, progress
 from collegium.data.pack import PackedDataset
 from collegium.distributions import Teacher
-from collegium.errors import RecipeError
+from collegium.errors import CollegiumError, RecipeError
 from collegium.evaluate.scoring import Windows, score_models
 from collegium.fusion.fuse import Fusion
 from collegium.models.forward import forward_bytes
@@ -115,6 +115,19 @@ def resolved_fusion(context: RunContext) -> Fusion | None:
             "build a cache together; run `collegium preflight` before, or name a fusion"
         )
     return decode_fusion(preflight.ensure().chosen.fusion)
+
+
+def recorded_fusion(recipe: Recipe) -> Fusion:
+    """Return the fusion of a run from its folder, without measuring anything.
+
+    Raises CollegiumError without teachers, or for `auto` without a preflight.
+    """
+    if not recipe.teachers:
+        raise CollegiumError("fused: the run has no teachers; must have some to fuse")
+    if isinstance(recipe.fusion, Fusion):
+        return recipe.fusion
+    path = recipe.output_dir / Preflight.file
+    return decode_fusion(open_record(path, PreflightReport).chosen.fusion)
 
 
 class TeacherRanking(Artifact[BestTeacher]):

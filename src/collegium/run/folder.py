@@ -19,6 +19,7 @@ from collegium.errors import CollegiumError, Interrupted, RecipeError
 from collegium.storage.files import LOCK, differing_fields, lock_folder, write_json, write_text
 from collegium.storage.records import Environment, FileDigest, Stage, read_record
 from collegium.storage.stages import STAGES, damage, read_stages, sealed
+from collegium.train.checkpoint import MANIFEST
 
 REMEDY = "wait for it, or choose another output_dir"
 RUN_FILES = ("recipe.json", STAGES)
@@ -236,6 +237,17 @@ class RunFolder:
             f"output_dir: {self.path} was deleted or moved during the run; must stay in place; "
             "run the same command again"
         )
+
+
+def student_manifest(run_folder: Path) -> Path:
+    """Return the manifest of the trained student of a run, or raise CollegiumError."""
+    manifest = run_folder / "student" / MANIFEST
+    if not manifest.is_file():
+        raise CollegiumError(
+            f"{run_folder}: has no trained student; must be a run folder with `student/`; run "
+            "`collegium train RECIPE`"
+        )
+    return manifest
 
 
 def environment() -> Environment:
