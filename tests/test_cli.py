@@ -32,7 +32,10 @@ from collegium.storage.records import (
 from recipes_for_tests import MINIMAL
 from refusals import check_message
 
-COMMANDS = ("run", "check", "preflight", "train", "evaluate", "report", "demo", "init", "generate")
+COMMANDS = (
+    *("run", "check", "preflight", "train", "evaluate", "report", "demo", "init"),
+    *("generate", "push"),
+)
 
 
 @pytest.fixture

@@ -418,6 +418,30 @@ def measure(
 
 
 @app.command()
+def push(
+    run_folder: TrainedRun,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub.")],
+    export: Annotated[
+        list[str] | None, typer.Option(help="Export to upload as well; repeat it for each.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create a public repository, or write to one.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files and their bytes, and end.")
+    ] = False,
+) -> None:
+    """Upload a finished student with its model card and exports to the hub. Private by default."""
+    check_versions()
+    from collegium.run import push as uploading
+
+    uploads = uploading.plan_push(run_folder, repo, export or [])
+    _print(uploading.upload_table(uploads, repo))
+    if not dry_run:
+        _echo(f"uploaded: {uploading.push(repo, uploads, is_public=public)}")
+
+
+@app.command()
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Write the report of a run as one HTML file."""
     loaded = _load(recipe, overrides)
@@ -495,7 +519,8 @@ def status(
 ) -> None:
     """Show what is finished, what takes space, and what a changed recipe would make again."""
     check_versions()
-    from collegium.run.status import recipe_of, run_status, status_table
+    from collegium.run.folder import recipe_of
+    from collegium.run.status import run_status, status_table
 
     recipe = recipe_of(run_folder, overrides or [])
     _print(status_table(run_status(recipe), recipe.output_dir))

@@ -19,6 +19,7 @@ from collegium.evaluate.generation import Decoding
 from collegium.run import texts
 from collegium.run.inference import RunModels
 from collegium.run.texts import generate_texts, read_prompts, text_tables
+from collegium.train import checkpoint
 from finished_run import write_finished
 from refusals import check_message, refused
 from tiny_run import recipe_text
@@ -135,7 +136,7 @@ def test_bad_calls_are_refused_before_a_model_is_loaded(
         generate_texts(run, ["a", "a b" * 40], models=["code"], max_new_tokens=100)
     with refused(RecipeError, "TMP/none: "):
         generate_texts(tmp_path / "none", [PROMPT])
-    (run / "exports" / "onnx").mkdir(parents=True)
+    checkpoint.write(run / "exports" / "onnx", lambda _: None)
     with refused(CollegiumError, "TMP/moved/exports/onnx: "):
         generate_texts(run, [PROMPT], models=["onnx"])
     weights = run / "student" / "model.safetensors"
@@ -189,7 +190,7 @@ def test_a_teacher_with_an_adapter(zoo: Path, run: Path, tmp_path: Path) -> None
 
 
 def test_names_that_occur_twice_are_written_in_full(run: Path) -> None:
-    (run / "exports" / "code").mkdir(parents=True)
+    checkpoint.write(run / "exports" / "code", lambda _: None)
     models = RunModels(run)
     assert list(models.names) == [
         *("student", "scripture", "teachers/code", "fused", "ce_only", "exports/code")

@@ -12,6 +12,7 @@
     tasks/NAME.json    their answers to the prompts of a task
     exports/NAME/      the student in another format (`collegium.run.exports`)
     report.html        one page about all of these
+    student/README.md  the model card (`collegium.run.card`)
 
 A new export or evaluation is one class, and one entry in `ARTIFACTS`.
 """
@@ -29,6 +30,7 @@ from collegium.evaluate.documents import DOCUMENTS, documents_file
 from collegium.evaluate.scoring import Windows, results_rows, score_models
 from collegium.run.artifact import Artifact
 from collegium.run.caches import FusedCache, HiddenCache, Split, TeacherCache
+from collegium.run.card import CARD, write_card
 from collegium.run.choice import Preflight, Recorder, reading, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.exports import exports
@@ -115,22 +117,29 @@ class Results(Artifact[list[ResultRow]]):
         return open_record(self.path, list[ResultRow])
 
 
-class Report(Artifact[Path]):
-    """The report page, written from the run folder and no other file."""
-
-    stage = "report"
-    file = "report.html"
+class Page(Artifact[Path]):
+    """A page written from the run folder and no other file."""
 
     def identity(self) -> Any:
         return None
 
     def is_done(self) -> bool:
-        """Return False: the page is cheap, and shows files that change without a stage."""
+        """Return False: a page is cheap, and shows files that change without a stage."""
         return False
 
     def log(self) -> nullcontext[None]:
         """Record nothing: the page itself shows the record of the stages."""
         return nullcontext()
+
+    def open(self) -> Path:
+        return self.path
+
+
+class Report(Page):
+    """The report of a run."""
+
+    stage = "report"
+    file = "report.html"
 
     def build(self) -> None:
         # Imported here: drawing takes longer to load than a whole check.
@@ -138,8 +147,15 @@ class Report(Artifact[Path]):
 
         write_report(self.context.folder.path)
 
-    def open(self) -> Path:
-        return self.path
+
+class Card(Page):
+    """The model card of the student. A file beside those of its manifest: no digest covers it."""
+
+    stage = "card"
+    file = f"student/{CARD}"
+
+    def build(self) -> None:
+        write_card(self.context.folder.path)
 
 
 def caches(context: RunContext) -> list[Artifact[Any]]:
@@ -170,6 +186,6 @@ ARTIFACTS: Mapping[str, Callable[[RunContext], Sequence[Artifact[Any]]]] = {
     "train": students,
     "evaluate": evaluations,
     "export": exports,
-    "report": lambda context: [Report(context)],
+    "report": lambda context: [Report(context), Card(context)],
 }
 """The artifacts of each stage, in the order of a run."""

@@ -13,9 +13,9 @@ from collegium.export.build import EXPORTS, build_export, finished_exports, open
 from collegium.export.formats import FORMATS
 from collegium.export.options import ExportOptions, FormatName
 from collegium.export.texts import save_texts
-from collegium.run.folder import student_manifest
 from collegium.run.artifact import Artifact
 from collegium.run.context import RunContext
+from collegium.run.students import require_student
 from collegium.storage.files import sha256_of
 from collegium.storage.records import ExportInfo
 from collegium.train.checkpoint import MANIFEST
@@ -90,7 +90,7 @@ def export_run(recipe: Recipe, formats: Sequence[str] = ()) -> dict[str, ExportI
     if not recipe.export.to:
         raise ExportError(f"--to: got none; must name formats; known: {', '.join(FORMATS)}")
     context = RunContext(recipe)
-    student_manifest(context.folder.path)
+    require_student(context.folder.path)
     check_exports(context)
     with context.folder.lock():
         return {artifact.form: artifact.ensure() for artifact in exports(context)}

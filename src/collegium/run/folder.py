@@ -14,12 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from collegium.config.recipe import Recipe, load_recipe
 from collegium.console import say
 from collegium.errors import CollegiumError, Interrupted, RecipeError
 from collegium.storage.files import LOCK, differing_fields, lock_folder, write_json, write_text
 from collegium.storage.records import Environment, FileDigest, Stage, read_record
 from collegium.storage.stages import STAGES, damage, read_stages, sealed
-from collegium.train.checkpoint import MANIFEST
 
 REMEDY = "wait for it, or choose another output_dir"
 RUN_FILES = ("recipe.json", STAGES)
@@ -239,15 +239,18 @@ class RunFolder:
         )
 
 
-def student_manifest(run_folder: Path) -> Path:
-    """Return the manifest of the trained student of a run, or raise CollegiumError."""
-    manifest = run_folder / "student" / MANIFEST
-    if not manifest.is_file():
-        raise CollegiumError(
-            f"{run_folder}: has no trained student; must be a run folder with `student/`; run "
-            "`collegium train RECIPE`"
-        )
-    return manifest
+def recipe_of(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Return the recipe of a run folder, or of a recipe file, with `key=value` overrides.
+
+    Raises:
+        RecipeError: the path is neither, or the recipe is not valid.
+    """
+    if not path.is_dir():
+        return load_recipe(path, list(overrides))
+    if not any((path / name).is_file() for name in RUN_FILES):
+        raise RecipeError(f"{path}: has no {' or '.join(RUN_FILES)}; must be a run folder")
+    # A run folder may have been moved.
+    return load_recipe(path / "recipe.yaml", [f"output_dir={path.as_posix()}", *overrides])
 
 
 def environment() -> Environment:

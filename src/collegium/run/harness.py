@@ -13,10 +13,12 @@ from typing import Any
 
 from collegium.errors import CollegiumError, RecipeError, nearest
 from collegium.models.loading import choose_device
-from collegium.run.folder import RunFolder, student_manifest
+from collegium.run.folder import RunFolder
+from collegium.run.students import require_student
 from collegium.storage.files import fingerprint, sha256_of, write_json
 from collegium.storage.records import HarnessResults, MetricScore
 from collegium.storage.stages import digests_of
+from collegium.train.checkpoint import MANIFEST
 
 STAGE = "harness"
 NUM_BOOTSTRAP = 1000
@@ -44,7 +46,8 @@ def run_harness(
         CollegiumError: there is no student, or lm-eval is missing or fails.
         RecipeError: a task does not exist.
     """
-    manifest = student_manifest(run_folder)
+    require_student(run_folder)
+    manifest = run_folder / "student" / MANIFEST
     if find_spec("lm_eval") is None:
         raise CollegiumError(
             "harness: needs the package lm-eval; must be installed; run "

@@ -20,8 +20,8 @@ from collegium.models.loading import load_tokenizer, vocab_size_of
 from collegium.models.weights import CONFIG
 from collegium.run.choice import recorded_fusion
 from collegium.run.context import RunContext
-from collegium.run.folder import student_manifest
-from collegium.run.status import recipe_of
+from collegium.run.folder import recipe_of
+from collegium.run.students import require_student
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions, TeacherOptions
 from collegium.train.checkpoint import MANIFEST
@@ -37,7 +37,8 @@ class RunModels:
         quiet_libraries()
         self.recipe = recipe_of(run_folder)
         self.folder = self.recipe.output_dir
-        self.student = student_manifest(self.folder).parent
+        require_student(self.folder)
+        self.student = self.folder / "student"
         self._context = RunContext(self.recipe)
 
     @cached_property
@@ -66,9 +67,8 @@ class RunModels:
             yield FUSED_NAME
         for path in sorted(self.folder.glob(f"controls/*/student/{MANIFEST}")):
             yield f"controls/{path.parts[-3]}"
-        for path in sorted(self.folder.glob("exports/*/")):
-            if not path.name.startswith("."):
-                yield f"exports/{path.name}"
+        for path in sorted(self.folder.glob(f"exports/*/{MANIFEST}")):
+            yield f"exports/{path.parent.name}"
 
     def resolve(self, name: str) -> str:
         """Return the full name of a model. Raises CollegiumError with all names."""

@@ -17,7 +17,7 @@ from typing import Any
 from collegium.cache.processes import Ranks
 from collegium.config.recipe import Recipe, decode_fusion, load_recipe, write_fusion
 from collegium.errors import CollegiumError, RecipeError
-from collegium.run.artifacts import ARTIFACTS, Report
+from collegium.run.artifacts import ARTIFACTS
 from collegium.run.caches import Cache, building
 from collegium.run.checks import CheckReport, check_run
 from collegium.run.context import RunContext
@@ -75,8 +75,12 @@ def evaluate(recipe: Recipe) -> list[ResultRow]:
 
 
 def report(recipe: Recipe) -> Path:
-    """Write report.html from the run folder, whether or not its models still exist."""
-    return Report(RunContext(recipe)).ensure()
+    """Write report.html and the model card from the run folder, whether or not models exist.
+
+    Return the path of the report.
+    """
+    page, _ = (artifact.ensure() for artifact in ARTIFACTS["report"](RunContext(recipe)))
+    return page
 
 
 def run(recipe: Recipe) -> Path:

@@ -13,7 +13,8 @@ from collegium.export.formats import FORMATS
 from collegium.export.measure import Served, Workload, measure_models
 from collegium.models.folder import resolve_folder
 from collegium.run.exports import threads_here
-from collegium.run.folder import RunFolder, environment, student_manifest
+from collegium.run.folder import RunFolder, environment
+from collegium.run.students import require_student
 from collegium.storage.files import fingerprint, sha256_of, write_json
 from collegium.storage.records import MeasuredModel, Measurements, ResultRow, read_record
 from collegium.storage.stages import digests_of
@@ -48,7 +49,7 @@ def measure_run(
         CollegiumError: there is no trained student, or an export is damaged.
     """
     folder = RunFolder(recipe.output_dir)
-    student_manifest(folder.path)
+    require_student(folder.path)
     manifest = folder.path / "student" / MANIFEST
     student, threads = sha256_of(manifest), threads or threads_here()
     served = [*_own(folder.path, student)]

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collegium.config.recipe import Recipe, load_recipe
-from collegium.errors import CacheError, RecipeError
+from collegium.config.recipe import Recipe
+from collegium.errors import CacheError
 from collegium.report.formats import amount, duration
 from collegium.report.tables import Column, Line, Table
 from collegium.run.artifact import Artifact
 from collegium.run.artifacts import ARTIFACTS
 from collegium.run.choice import Preflight, best_teacher_source
 from collegium.run.context import RunContext
-from collegium.run.folder import PREVIOUS, RUN_FILES
+from collegium.run.folder import PREVIOUS
 from collegium.storage.records import Stage
 
 
@@ -27,20 +27,6 @@ class ArtifactState:
     state: str
     num_bytes: int
     seconds: float | None = None
-
-
-def recipe_of(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Return the recipe of a run folder, or of a recipe file, with `key=value` overrides.
-
-    Raises:
-        RecipeError: the path is neither, or the recipe is not valid.
-    """
-    if not path.is_dir():
-        return load_recipe(path, list(overrides))
-    if not any((path / name).is_file() for name in RUN_FILES):
-        raise RecipeError(f"{path}: has no {' or '.join(RUN_FILES)}; must be a run folder")
-    # A run folder may have been moved.
-    return load_recipe(path / "recipe.yaml", [f"output_dir={path.as_posix()}", *overrides])
 
 
 def run_status(recipe: Recipe) -> list[ArtifactState]:

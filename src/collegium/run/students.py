@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from collegium.cache.keys import BatchKeys
 from collegium.console import say
 from collegium.data.pack import Collator
-from collegium.errors import TrainingError
+from collegium.errors import CollegiumError, TrainingError
 from collegium.evaluate.scoring import spread_windows
 from collegium.losses.states import StateLoss
 from collegium.models.forward import forward_rows, is_close
@@ -286,6 +286,15 @@ class Student(Artifact[Path]):
         seed = context.recipe.seed
         ours, origins = context.student_facts.tap_widths, context.student.origins()
         return state_losses(options, ours, widths, seed=seed, origins=origins)
+
+
+def require_student(run_folder: Path) -> None:
+    """Raise CollegiumError without a trained student."""
+    if not (run_folder / "student" / MANIFEST).is_file():
+        raise CollegiumError(
+            f"{run_folder}: has no trained student; must be a run folder with `student/`; run "
+            "`collegium train RECIPE`"
+        )
 
 
 def students(context: RunContext) -> list[Student]:
