@@ -246,6 +246,11 @@ def _row(
         "kl_to_fused": None if kind == "fused" else max(0.0, nll - 4.3),
         "agreement_fused": None if kind == "fused" else max(0.05, 0.62 - 0.1 * (nll - 4.5)),
         "agreement": {t: 0.3 + 0.2 * rng.random() for t in teachers} if kind != "teacher" else {},
+        "acceptance": {
+            t: {"value": 0.6 - 0.05 * i, "interval": [0.59 - 0.05 * i, 0.61 - 0.05 * i]}
+            for i, t in enumerate(teachers)
+            if kind not in ("teacher", "fused")
+        },
         "num_tokens": 20_480,
         "num_bytes": 61_234,
         "steps": 900 if is_trained else None,

@@ -57,6 +57,7 @@ def naive_ece(confidence: list[float], correct: list[bool]) -> float:
 def naive_figures(student: LocalTeacher, teachers: list[LocalTeacher]) -> dict[str, float]:
     """Compute all metrics with loops over documents, for uniform weights and a linear pool."""
     sums = {"nll": 0.0, "entropy": 0.0, "kl": 0.0, "fused": 0, "first": 0, "top1": 0, "bytes": 0}
+    sums["acceptance"] = 0.0
     confidence, correct = [], []
     for texts in TEXTS.values():
         for text in texts:
@@ -72,6 +73,9 @@ def naive_figures(student: LocalTeacher, teachers: list[LocalTeacher]) -> dict[s
                 sums["entropy"] -= sum(x * math.log(x) for x in q[t])
                 sums["kl"] += sum(a * math.log(a / b) for a, b in zip(p, q[t], strict=True))
                 sums["fused"] += int(p.argmax() == q[t].argmax())
+                # Naively: each token v is drafted with Q_v, and kept with min(1, P_v / Q_v).
+                pairs = zip(outputs[0][t], q[t], strict=True)
+                sums["acceptance"] += sum(b * min(1.0, a / b) for a, b in pairs)
                 sums["first"] += int(outputs[0][t].argmax() == q[t].argmax())
                 correct.append(bool(q[t].argmax() == label))
                 confidence.append(float(q[t].max()))
@@ -89,6 +93,7 @@ def naive_figures(student: LocalTeacher, teachers: list[LocalTeacher]) -> dict[s
         "agreement_fused": sums["fused"] / size,
         # Agreement with the first teacher.
         "agreement": sums["first"] / size,
+        "acceptance": sums["acceptance"] / size,
         "num_tokens": size,
     }
 
@@ -100,8 +105,30 @@ def test_figures_equal_naive_loops() -> None:
     scored = score_models([student], teachers, fusion, Windows.spread(data, 2))["student"]
     figures = scored.scores().to_json()
     figures["agreement"] = figures["agreement"]["a"]  # type: ignore[index]
+    acceptance: Any = figures["acceptance"]
+    assert list(acceptance) == ["a", "b"]
+    low, high = acceptance["a"]["interval"]
+    figures["acceptance"] = acceptance["a"]["value"]
+    assert low < figures["acceptance"] < high
     for key, value in expected.items():
         assert figures[key] == pytest.approx(value, rel=2e-5, abs=1e-6), key
+
+
+def test_acceptance_of_one_model_by_itself_and_by_a_disjoint_one() -> None:
+    """A model accepts all of its own drafts, and none outside its support. Both are symmetric."""
+    logp_nV = (3 * torch.randn(6, 10)).log_softmax(1)
+    other_nV = (3 * torch.randn(6, 10)).log_softmax(1)
+    torch.testing.assert_close(scoring.acceptance(logp_nV, logp_nV), torch.ones(6))
+    total_n = (logp_nV.exp() - other_nV.exp()).abs().sum(1) / 2
+    torch.testing.assert_close(scoring.acceptance(logp_nV, other_nV), 1 - total_n)
+    halves = torch.zeros(2, 10).index_fill(1, torch.arange(5), -torch.inf).log_softmax(1)
+    assert scoring.acceptance(halves, halves.flip(1)).tolist() == [0.0, 0.0]
+
+
+def test_only_models_that_are_no_teachers_are_drafts() -> None:
+    teachers = [local("a", 1), local("b", 2)]
+    scored = score_models(teachers, teachers, Fusion(), Windows.spread(text_dataset(), 2))
+    assert not any(one.scores().acceptance for one in scored.values())
 
 
 def test_the_calibration_error_has_fifteen_bins_of_equal_mass() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collegium.errors import DataError
+from collegium.evaluate.intervals import document_interval
 from collegium.fusion.calibration import calibration_error, entropy_bins, reliability_bins
 from collegium.storage import records
 
@@ -84,6 +85,8 @@ class Metrics:
     """Whether the most likely token agrees with the fused target."""
     agrees_N: Mapping[str, Bools] = field(default_factory=dict)
     """Teacher -> whether the most likely token agrees with that teacher."""
+    acceptance_N: Mapping[str, Floats] = field(default_factory=dict)
+    """Teacher -> sum_v min(P, Q) of its distribution P and that of the model, Q."""
 
     @property
     def nll(self) -> float:
@@ -127,6 +130,15 @@ class Metrics:
             num_tokens=len(nll_n),
         )
 
+    def _mean_of(self, values_N: Floats) -> records.Acceptance:
+        """Return the mean over all tokens, and its interval over documents."""
+        _, document_N, count_D = np.unique(
+            self.targets.samples_N, return_inverse=True, return_counts=True
+        )
+        total_D = np.bincount(document_N, values_N)
+        interval = document_interval([(total_D, count_D)])
+        return records.Acceptance(value=_mean(values_N), interval=interval)
+
     def scores(self) -> records.ModelScores:
         """Return the part of a row of results.json that is measured."""
         figures = {"nll", "perplexity", "bits_per_byte", "entropy", "overconfidence", "num_tokens"}
@@ -138,6 +150,7 @@ class Metrics:
             kl_to_fused=None if kl_N is None else _mean(kl_N),
             agreement_fused=None if agrees_N is None else _mean(agrees_N),
             agreement={name: _mean(agrees_N) for name, agrees_N in self.agrees_N.items()},
+            acceptance={name: self._mean_of(rows_N) for name, rows_N in self.acceptance_N.items()},
             num_bytes=int(self.targets.num_bytes_N.sum()),
             domains=self.by_domain(),
             reliability=records.Reliability(

@@ -153,7 +153,7 @@ def score_models(
             members = [by_name[name] for name in teacher_names]
             fused = None if fusion is None else fuse(fusion, members, rows)
             for block in strips_of(slice(0, len(rows)), vocab_size, rows.labels.device):
-                _measure_block(columns, answers, fused, rows, block)
+                _measure_block(columns, answers, fused, rows, block, teacher_names)
             tokens.append(batch_tokens)
     targets = ScoredTokens.cat(tokens)
     values = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
@@ -225,8 +225,24 @@ def row_measures(
     return measures
 
 
+def acceptance(target_logp_nV: Tensor, draft_logp_nV: Tensor) -> Tensor:
+    """Return the probability that the target keeps a token drawn from the draft model, (n,).
+
+    sum_v min(P_v, Q_v) for target P and draft Q: speculative sampling keeps token v with
+    probability min(1, P_v / Q_v).
+
+    Source: Leviathan et al. 2023, arXiv 2211.17192, theorem 3.5 and corollary 3.6.
+    """
+    return torch.minimum(target_logp_nV, draft_logp_nV).exp().sum(1)
+
+
 def _measure_block(
-    columns: Columns, answers: Sequence[Answer], fused: Target | None, rows: Rows, block: slice
+    columns: Columns,
+    answers: Sequence[Answer],
+    fused: Target | None,
+    rows: Rows,
+    block: slice,
+    teachers: Sequence[str],
 ) -> None:
     """Append the measures of all models on one block of rows to `columns`."""
     labels_n = rows.labels[block]
@@ -241,8 +257,18 @@ def _measure_block(
     if target_nV is not None:
         append(FUSED, target_nV)
     # A teacher that was fused has its logits in a buffer.
-    for answer in answers:
-        append(answer.name, answer.distribution.logits(block).to(labels_n.device).log_softmax(1))
+    # Drafts come after the teachers, whose blocks stay in memory for them.
+    has_drafts = any(answer.name not in teachers for answer in answers)
+    targets: dict[str, Tensor] = {}
+    for answer in sorted(answers, key=lambda answer: answer.name not in teachers):
+        logp_nV = answer.distribution.logits(block).to(labels_n.device).log_softmax(1)
+        append(answer.name, logp_nV)
+        if answer.name not in teachers:
+            for name, target_logp_nV in targets.items():
+                rate_n = acceptance(target_logp_nV, logp_nV)
+                columns[answer.name, f"acceptance/{name}"].append(rate_n.float().cpu())
+        elif has_drafts:
+            targets[answer.name] = logp_nV
 
 
 def _metrics(
@@ -266,4 +292,9 @@ def _metrics(
         kl_to_fused_N=values.get((name, "kl")),
         agrees_fused_N=None if fused_N is None else top1_N == fused_N,
         agrees_N={other: top1_N == values[other, "top1"] for other in teachers},
+        acceptance_N={
+            other: values[name, key]
+            for other in teachers
+            if (name, key := f"acceptance/{other}") in values
+        },
     )

@@ -24,6 +24,7 @@ from collegium.fusion.options import to_recipe
 from collegium.models.folder import resolve_folder
 from collegium.models.weights import ADAPTER, CONFIG, read_json
 from collegium.options import plain
+from collegium.report.draft_tables import acceptance_table
 from collegium.report.formats import MISSING, amount
 from collegium.report.headline import best
 from collegium.report.run_files import RunFiles, read_run
@@ -122,7 +123,9 @@ def card_text(
         sources=list(_source_cells(recipe)),
         tables=[
             {"title": table.title, "text": table.markdown()}
-            for table in (evaluation_table(run), domain_table(run), task_table(run))
+            for table in (
+                *(evaluation_table(run), domain_table(run), acceptance_table(run), task_table(run)),
+            )
             if table.lines and table.columns
         ],
         max_length=config.get("max_position_embeddings"),

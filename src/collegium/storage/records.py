@@ -196,6 +196,14 @@ class ModelInfo(TrainSummary):
     note: str | None = None
 
 
+class Acceptance(Record):
+    """Share of drafted tokens that a target keeps: the mean of sum_v min(P_v, Q_v)."""
+
+    value: Number = None
+    interval: Sequence[Number] | None = None
+    """95 % interval, by a bootstrap over documents."""
+
+
 class ModelScores(Record):
     """Scores of a model on the validation split."""
 
@@ -211,6 +219,8 @@ class ModelScores(Record):
     """Share of tokens with the same top-1 token as the fused target."""
     agreement: Numbers = {}
     """The same with each teacher."""
+    acceptance: Mapping[str, Acceptance] = {}
+    """Expected acceptance as a draft model at temperature 1, by the teacher that is the target."""
     num_tokens: int | None = None
     num_bytes: int | None = None
     domains: Mapping[str, DomainScore] = {}
