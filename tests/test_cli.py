@@ -34,7 +34,7 @@ from refusals import check_message
 
 COMMANDS = (
     *("run", "check", "preflight", "train", "evaluate", "report", "demo", "init"),
-    *("generate", "push"),
+    *("generate", "push", "draft"),
 )
 
 

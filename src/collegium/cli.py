@@ -418,6 +418,32 @@ def measure(
 
 
 @app.command()
+def draft(
+    run_folder: TrainedRun,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Teacher to draft for; repeat it. Defaults to all.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Limit of a text.")] = 64,
+    drafted: Annotated[int, typer.Option(min=1, help="Drafted tokens per pass.")] = 4,
+) -> None:
+    """Measure the student as a draft model for its teachers. Writes draft.json."""
+    check_versions()
+    from collegium.report.draft_tables import draft_table
+    from collegium.report.run_files import RunFiles
+    from collegium.run.drafts import run_draft
+
+    results = run_draft(
+        run_folder,
+        teachers=teacher or [],
+        max_prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        num_drafted=drafted,
+    )
+    _print(draft_table(RunFiles(run_folder.name, draft=results)))
+
+
+@app.command()
 def push(
     run_folder: TrainedRun,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub.")],

@@ -8,7 +8,7 @@ from collegium.report import formats as form
 from collegium.report.colors import teacher_color
 from collegium.report.run_files import RunFiles
 from collegium.report.tables import Column, Line, Table
-from collegium.storage.records import Acceptance
+from collegium.storage.records import Acceptance, DraftRow
 
 NUM_DRAFTED = 4
 """Drafted tokens per pass of the teacher, for the tokens that a pass yields."""
@@ -35,6 +35,42 @@ def acceptance_table(run: RunFiles) -> Table[str]:
     lines = [Line(name, name, teacher_color(name, run.teachers())) for name in names]
     title = "Expected acceptance as a draft model, 95 % intervals"
     return Table(title, "Teacher as target", columns, lines)
+
+
+def draft_table(run: RunFiles) -> Table[DraftRow]:
+    """Return the measured acceptance and speed-up of the student as a draft for each teacher."""
+    draft = run.draft
+    lines = [
+        Line(row.teacher, row, teacher_color(row.teacher, run.teachers()))
+        for row in (draft.rows if draft else ())
+    ]
+    size = draft.num_prompts if draft else 0
+
+    def identical(row: DraftRow) -> str:
+        return form.MISSING if row.num_identical is None else f"{row.num_identical} of {size}"
+
+    columns: list[Column[DraftRow]] = [
+        Column("Identical texts", identical, str, short="same\ntexts"),
+        Column("Accepted, 95 % CI", _accepted, _rate, short="accepted"),
+        Column("Tokens per pass", "tokens_per_pass", form.fixed, short="tokens/\npass"),
+        Column("Teacher, tokens/s", "teacher_tokens_per_s", form.amount, short="teacher\ntok/s"),
+        Column("With drafts, tokens/s", "tokens_per_s", form.amount, short="drafted\ntok/s"),
+        Column("Speed-up", "speedup", form.ratio),
+        Column("Speed-up, 95 % CI", "speedup_interval", form.interval, short=None),
+    ]
+    if any(row.row.note for row in lines):
+        columns.append(Column("Note", "note", form.text, is_text=True))
+    settings = ""
+    if draft is not None:
+        settings = (
+            f": greedy, {draft.num_drafted} tokens per pass, {size} held-out prompts, "
+            f"{draft.threads} threads, transformers {draft.version}"
+        )
+    return Table(f"Student as draft model{settings}", "Teacher as target", columns, lines)
+
+
+def _accepted(row: DraftRow) -> Acceptance:
+    return Acceptance(value=row.accepted_share, interval=row.accepted_interval)
 
 
 def _rate(acceptance: Acceptance | None) -> str:

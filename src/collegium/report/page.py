@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from collegium.errors import CollegiumError
 from collegium.report import run_tables as tables
-from collegium.report.draft_tables import acceptance_table
+from collegium.report.draft_tables import acceptance_table, draft_table
 from collegium.report.formats import amount, duration, fixed, percent, perplexity, ratio
 from collegium.report.headline import best, gap_closed, headline_of
 from collegium.report.next_steps import next_steps
@@ -65,6 +65,7 @@ def render_run(run: RunFiles) -> str:
         domains=tables.domain_table(run),
         agreement=tables.agreement_table(run),
         acceptance=acceptance_table(run),
+        draft=draft_table(run),
         tasks=task_table(run),
         domain_scores=domain_score_table(run),
         task_notes=list(task_notes(run)),

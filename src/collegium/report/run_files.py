@@ -16,11 +16,14 @@ LOG = "train/log.jsonl"
 HARNESS = "harness.json"
 SAMPLES = "samples.json"
 MEASURE = "measure.json"
+DRAFT = "draft.json"
 CONTINUATION = "continuation"
 """Name of the suite of held-out continuations."""
 
 
-OfStudent = TypeVar("OfStudent", records.HarnessResults, records.Measurements)
+OfStudent = TypeVar(
+    "OfStudent", records.HarnessResults, records.DraftResults, records.Measurements
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class RunFiles:
     num_samples: int = 0
     """Prompts to show of them."""
     harness: records.HarnessResults | None = None
+    draft: records.DraftResults | None = None
     measurements: records.Measurements | None = None
 
     def measured_models(self, *kinds: str) -> tuple[records.MeasuredModel, ...]:
@@ -98,7 +102,7 @@ def read_run(run_folder: Path) -> RunFiles:
     is_greedy = (options.get("generation") or {}).get("temperature") == 0
     samples = suites[CONTINUATION] if is_greedy else SAMPLES
     files = ["preflight.json", "results.json", LOG, *logs.values(), *suites.values()]
-    files += [samples, HARNESS, MEASURE]
+    files += [samples, HARNESS, DRAFT, MEASURE]
     _require_intact(run_folder, stages, files)
     return RunFiles(
         name=run_folder.resolve().name,
@@ -120,6 +124,7 @@ def read_run(run_folder: Path) -> RunFiles:
         samples=read(run_folder / samples, records.TaskResults),
         num_samples=options.get("samples", 0),
         harness=_current(read(run_folder / HARNESS, records.HarnessResults), stages),
+        draft=_current(read(run_folder / DRAFT, records.DraftResults), stages),
         measurements=_current(read(run_folder / MEASURE, records.Measurements), stages),
     )
 

@@ -8,9 +8,9 @@ in nats per target token, calibration errors and agreements are shares in [0, 1]
     results.json      [ResultRow]          train/summary.json TrainSummary
     MANIFEST.json     FolderManifest       (of each checkpoint and student)
     generation.json   TaskResults                tasks/NAME.json    TaskResults
-    samples.json      TaskResults
-    harness.json      HarnessResults           measure.json       Measurements
-    export.json       ExportInfo         (of each export)
+    samples.json      TaskResults                export.json        ExportInfo
+    harness.json      HarnessResults             draft.json         DraftResults
+    measure.json      Measurements
     rows.json         [StudyRow]           study.json         StudyRun
 """
 
@@ -389,6 +389,44 @@ class Measurements(Record):
     prompt_tokens: int
     new_tokens: int
     models: Sequence[MeasuredModel] = []
+
+
+class DraftRow(Record):
+    """The student as a draft model for one teacher, in greedy assisted generation."""
+
+    teacher: str
+    num_identical: int | None = None
+    """Texts equal to those of the teacher by itself."""
+    drafted: int | None = None
+    accepted: int | None = None
+    accepted_share: Number = None
+    accepted_interval: Sequence[Number] | None = None
+    """95 % interval, by a bootstrap over prompts."""
+    tokens_per_pass: Number = None
+    """New tokens per forward pass of the teacher."""
+    teacher_tokens_per_s: Number = None
+    """Of the teacher by itself."""
+    tokens_per_s: Number = None
+    speedup: Number = None
+    speedup_interval: Sequence[Number] | None = None
+    note: str | None = None
+    """The reason why nothing was measured."""
+
+
+class DraftResults(Record):
+    """The student as a draft model for the teachers, on held-out prompts."""
+
+    version: str
+    """Of transformers."""
+    student: str
+    """SHA-256 of the student's MANIFEST.json."""
+    threads: int
+    """Threads of torch on the CPU."""
+    num_prompts: int
+    max_new_tokens: int
+    num_drafted: int
+    """Tokens that are drafted per pass of a teacher."""
+    rows: Sequence[DraftRow] = []
 
 
 class TeacherMeasure(Record):
