@@ -17,6 +17,7 @@ import tiny
 from collegium.data.windows import PackedDataset
 from collegium.distributions import Answer
 from collegium.errors import CollegiumError, DataError, ModelError
+from collegium.evaluate import scoring
 from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.evaluate.scoring import FUSED, Windows, score_models
 from collegium.fusion import buffered

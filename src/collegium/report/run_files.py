@@ -21,9 +21,7 @@ CONTINUATION = "continuation"
 """Name of the suite of held-out continuations."""
 
 
-OfStudent = TypeVar(
-    "OfStudent", records.HarnessResults, records.DraftResults, records.Measurements
-)
+OfStudent = TypeVar("OfStudent", records.HarnessResults, records.DraftResults, records.Measurements)
 
 
 @dataclass(frozen=True, slots=True)

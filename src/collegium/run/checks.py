@@ -34,7 +34,6 @@ from collegium.models.loading import vocab_size_of
 from collegium.models.lora import adapter_identity
 from collegium.models.options import ModelOptions
 from collegium.models.student import StudentOptions
-from collegium.models.used_vocabulary import UsedVocabulary
 from collegium.models.weights import weights_digest, weights_layout
 from collegium.report.formats import amount
 from collegium.run.caches import Cache, FusedCache
