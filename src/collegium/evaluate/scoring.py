@@ -21,7 +21,7 @@ from collegium.errors import CollegiumError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.fusion.buffered import buffer_rows, buffered, strips_of, vocab_size_of
 from collegium.fusion.fuse import Fusion, Target, fuse
-from collegium.kernels.rows import floor_, top_tokens
+from collegium.kernels.rows import Workspace, floor_, top_tokens
 from collegium.models.loading import choose_device
 from collegium.storage.records import ModelInfo, ResultRow
 from collegium.types import Batch, Rows
@@ -143,6 +143,7 @@ def score_models(
         )
     teacher_names = [teacher.name for teacher in teachers]
     columns: Columns = defaultdict(list)
+    workspace = Workspace()
     # All that is kept of a batch: keeping batches would hold the dataset in GPU memory.
     tokens: list[ScoredTokens] = []
     with torch.no_grad():
@@ -153,7 +154,9 @@ def score_models(
             members = [by_name[name] for name in teacher_names]
             fused = None if fusion is None else fuse(fusion, members, rows)
             for block in strips_of(slice(0, len(rows)), vocab_size, rows.labels.device):
-                _measure_block(columns, answers, fused, rows, block, teacher_names)
+                _measure_block(
+                    columns, answers, fused, rows.labels, block, teacher_names, workspace
+                )
             tokens.append(batch_tokens)
     targets = ScoredTokens.cat(tokens)
     values = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
@@ -200,20 +203,25 @@ def blocks_of(rows: Rows, scores: Distribution, block_size: int | None = None) -
 
 
 def row_measures(
-    logp_nV: Tensor, labels_n: Tensor, target: tuple[Tensor, Tensor] | None = None
+    logp_nV: Tensor,
+    labels_n: Tensor,
+    workspace: Workspace,
+    target: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Measure (n, V) log-probabilities against the labels and those of a fused target.
 
-    `target` has its (n, V) finite log-probabilities, and its probabilities.
+    Those of -inf are overwritten. `target` has its (n, V) finite log-probabilities, and its
+    probabilities.
 
     Returns: NLL, entropy, confidence and top-1 token, and KL with a target, each (n,).
     """
-    top1_n = top_tokens(logp_nV)
-    # Finite, so that 0 log 0 = 0.
-    finite_nV = floor_(logp_nV.clone())
+    # Buffers: fresh ones, between the columns that are kept, would fragment the heap to gigabytes.
+    scratch_nV = workspace.matrix("measure", logp_nV.shape, logp_nV)
+    nll_n, top1_n = -logp_nV.gather(1, labels_n[:, None]).squeeze(1), top_tokens(logp_nV)
+    floor_(logp_nV)  # so that 0 log 0 = 0
     measures = {
-        "nll": -logp_nV.gather(1, labels_n[:, None]).squeeze(1),
-        "entropy": -logp_nV.exp().mul_(finite_nV).sum(1),
+        "nll": nll_n,
+        "entropy": -torch.exp(logp_nV, out=scratch_nV).mul_(logp_nV).sum(1),
         "confidence": logp_nV.gather(1, top1_n[:, None]).squeeze(1).exp(),
         "top1": top1_n,
         "is_correct": top1_n == labels_n,
@@ -221,7 +229,8 @@ def row_measures(
     if target is not None:
         # KL(target || model) = sum_v P (log P - log Q).
         target_nV, prob_nV = target
-        measures["kl"] = torch.sub(target_nV, finite_nV, out=finite_nV).mul_(prob_nV).sum(1)
+        difference_nV = torch.sub(target_nV, logp_nV, out=scratch_nV)
+        measures["kl"] = difference_nV.mul_(prob_nV).sum(1)
     return measures
 
 
@@ -240,35 +249,41 @@ def _measure_block(
     columns: Columns,
     answers: Sequence[Answer],
     fused: Target | None,
-    rows: Rows,
+    labels_N: Tensor,
     block: slice,
     teachers: Sequence[str],
+    workspace: Workspace,
 ) -> None:
     """Append the measures of all models on one block of rows to `columns`."""
-    labels_n = rows.labels[block]
-    target_nV = None if fused is None else fused.block(block).logp()
-    target = None if target_nV is None else (target_nV, target_nV.exp())
+    labels_n, target = labels_N[block], None
+    if fused is not None:
+        logp_nV = fused.block(block).logp()
+        prob_nV = workspace.matrix("target", logp_nV.shape, logp_nV)
+        target = logp_nV, torch.exp(logp_nV, out=prob_nV)
 
     def append(name: str, logp_nV: Tensor) -> None:
-        for key, values_n in row_measures(logp_nV, labels_n, target).items():
+        for key, values_n in row_measures(logp_nV, labels_n, workspace, target).items():
             kept_n = values_n.float() if values_n.is_floating_point() else values_n
             columns[name, key].append(kept_n.cpu())
 
-    if target_nV is not None:
-        append(FUSED, target_nV)
+    if target is not None:
+        append(FUSED, target[0])
     # A teacher that was fused has its logits in a buffer.
     # Drafts come after the teachers, whose blocks stay in memory for them.
     has_drafts = any(answer.name not in teachers for answer in answers)
     targets: dict[str, Tensor] = {}
     for answer in sorted(answers, key=lambda answer: answer.name not in teachers):
-        logp_nV = answer.distribution.logits(block).to(labels_n.device).log_softmax(1)
-        append(answer.name, logp_nV)
-        if answer.name not in teachers:
+        is_kept = has_drafts and answer.name in teachers
+        logits_nV = answer.distribution.logits(block).to(labels_n.device)
+        buffer = f"logp/{answer.name}" if is_kept else "logp"
+        logp_nV = workspace.matrix(buffer, logits_nV.shape, logits_nV)
+        append(answer.name, torch.log_softmax(logits_nV, 1, out=logp_nV))
+        if is_kept:
+            targets[answer.name] = logp_nV
+        elif answer.name not in teachers:
             for name, target_logp_nV in targets.items():
                 rate_n = acceptance(target_logp_nV, logp_nV)
                 columns[answer.name, f"acceptance/{name}"].append(rate_n.float().cpu())
-        elif has_drafts:
-            targets[answer.name] = logp_nV
 
 
 def _metrics(

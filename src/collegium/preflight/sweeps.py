@@ -177,6 +177,7 @@ class _SharedKernels(TorchKernels):
         self._buffers: frozenset[int] = frozenset()
         self._read_rows: dict[Any, tuple[LogSumExp, Tensor]] = {}
         self._members: dict[Any, Tensor] = {}
+        self._memory = Workspace()
 
     def attend(self, rows: Iterable[RawRows]) -> None:
         """Share what is computed of these rows from now on, and forget all others."""
@@ -206,7 +207,9 @@ class _SharedKernels(TorchKernels):
             return super().add_(mean, rows, logsumexp, share_n)
         key = *key, mean.is_log, mean.values_nV.dtype
         if key not in self._members:
-            member_nV = torch.empty_like(mean.values_nV)
+            # The same memory in every strip, or the heap would fragment.
+            place = f"member {len(self._members)}"
+            member_nV = self._memory.matrix(place, mean.values_nV.shape, mean.values_nV)
             super().add_(RunningMean(member_nV, is_log=mean.is_log), rows, logsumexp, None)
             self._members[key] = member_nV
         mean_nV, member_nV = mean.values_nV, self._members[key]
@@ -240,12 +243,12 @@ class _PooledReader:
             for strip, target in self._shared(strips, members, targets):
                 if isinstance(target, StreamedTarget):
                     target.read_ahead(strip)
-        columns = [
-            self._nll(target.block(strip).logp(), rows.labels[strip])
-            for strip, target in self._shared(strips, members, targets)
-        ]
-        nll_SFGs = [columns[at : at + len(fusions)] for at in range(0, len(columns), len(fusions))]
-        return torch.cat([torch.stack(nll_FGs) for nll_FGs in nll_SFGs], dim=-1)
+        nll_NFG = torch.empty(len(rows), len(fusions), len(self._temperatures), dtype=torch.float64)
+        for number, (strip, target) in enumerate(self._shared(strips, members, targets)):
+            nll_NFG[strip, number % len(fusions)] = self._nll(
+                target.block(strip).logp(), rows.labels[strip]
+            ).T
+        return nll_NFG.permute(1, 2, 0)
 
     def _shared(
         self, strips: Sequence[slice], members: Sequence[Answer], targets: Sequence[Target]
