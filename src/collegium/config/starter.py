@@ -118,13 +118,9 @@ def _read_base(base: str) -> dict[str, Any]:
 
 def shipped_recipes() -> dict[str, str]:
     """Return the text of each recipe in the package by name."""
-    folder = files("collegium.demo")
-    entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
-    return {
-        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
-        for entry in entries
-        if entry.name.endswith(".yaml")
-    }
+    entries = (one for one in files("collegium.demo").iterdir() if one.name.endswith(".yaml"))
+    texts = {one.name.removesuffix(".yaml"): one.read_text(encoding="utf-8") for one in entries}
+    return dict(sorted(texts.items()))
 
 
 def _set_models(
