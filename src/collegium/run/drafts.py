@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from collegium.console import progress
+from collegium.console import OnProgress, progress
 from collegium.errors import CollegiumError, ModelError
 from collegium.evaluate.generation import Prompt
 from collegium.evaluate.intervals import document_interval
 from collegium.evaluate.options import GenerationOptions
-from collegium.evaluate.scoring import OnProgress
 from collegium.evaluate.tasks import continuations
 from collegium.models.assisted import DraftedModel, DraftedText
 from collegium.models.saving import stop_ids
