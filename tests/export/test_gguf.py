@@ -34,12 +34,11 @@ TEXT = "To be 12 café,\n naïve 数 <|user|>hi<|end|>"
 
 
 def saved_student(folder: Path, model_type: str) -> Path:
-    """Save a tiny model whose norms and biases are not the initial ones and zeros."""
+    """Save a tiny model whose attention is far from uniform, so that every layout matters."""
     model = tiny.tiny_model(model_type=model_type, **CONFIGS[model_type])
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.normal_(0.3, 0.2)
+            parameter.normal_(0.3 * (parameter.dim() == 1), 0.2)
     model.save_pretrained(folder)
     tiny.tiny_tokenizer(400, True).save_pretrained(folder)
     return folder
@@ -62,7 +61,7 @@ def test_transformers_reads_every_family_as_the_student(model_type: str, tmp_pat
     ids = np.random.default_rng(0).integers(5, 390, (2, 40))
     expected = logits_of({"loader": "transformers", "folder": str(student)}, ids)
     # Rows of 32 are one block of 8 bits, with an error of 1/254 of its largest value.
-    for name, share in (("gguf-f16", 0.005), ("gguf-q8_0", 0.1)):
+    for name, share in (("gguf-f16", 0.005), ("gguf-q8_0", 0.2)):
         (target / name).mkdir(parents=True)
         form(name).write(student, target / name)
         logits = logits_of(form(name).source(target / name), ids)

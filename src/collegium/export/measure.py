@@ -82,7 +82,7 @@ def _record(model: Served, answers: Sequence[dict[str, Any]], note: str | None) 
     values["bytes"] = bytes_of(model.source)
     values["bits_per_byte"] = model.bits_per_byte
     if answers and note is None:
-        for key in ("peak_bytes", "first_token_s", "load_s"):
+        for key in ("peak_bytes", "first_token_s"):
             values[key] = statistics.median(answer[key] for answer in answers)
         values["peak_bytes"] = round(values["peak_bytes"])
         values["speeds"] = {

@@ -367,7 +367,6 @@ class MeasuredModel(Record):
     """Of the files with the weights."""
     peak_bytes: int | None = None
     """Largest resident memory of its process above that of the imported libraries."""
-    load_s: Number = None
     first_token_s: Number = None
     """At batch size 1."""
     speeds: Mapping[str, Speed] = {}
