@@ -59,10 +59,11 @@ class CheckReport:
     warnings: list[str] = field(default_factory=list)
 
 
-def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
+def check_run(context: RunContext, *, trains: bool = True, with_plan: bool = True) -> CheckReport:
     """Check a run. Raises CollegiumError with all problems and remedies if it could not work.
 
-    A check that reads what another one found to be damaged is skipped.
+    A check that reads what another one found to be damaged is skipped. The plan of memory and time
+    counts a training step of every student, which no stage reads.
     """
     report, problems = CheckReport(), Problems()
     recipe, collect = context.recipe, problems.collect
@@ -100,9 +101,10 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     for where, options in models.items():
         collect(_check_weights, where, options, report)
     problems.raise_all()
-    plan = MemoryPlan(context)
-    report.lines += estimate_lines(plan)
-    report.warnings += estimate_warnings(plan)
+    if with_plan:
+        plan = MemoryPlan(context)
+        report.lines += estimate_lines(plan)
+        report.warnings += estimate_warnings(plan)
     folder = context.folder.path
     disk = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(disk).free

@@ -58,7 +58,7 @@ def cache(recipe: Recipe) -> list[Path]:
         with opened(recipe) as context:
             return _build_caches(context)
     context = RunContext(recipe)
-    check_run(context, trains=False)
+    check_run(context, trains=False, with_plan=False)
     if ranks.rank == 0:
         context.claim_folder()
     return _build_caches(context)
@@ -119,7 +119,7 @@ def opened(recipe: Recipe) -> Iterator[RunContext]:
     """Check a run and lock its folder, or raise CollegiumError. A failed check writes nothing."""
     context = RunContext(recipe)
     context.folder.check_free()
-    check_run(context)
+    check_run(context, with_plan=False)
     with context.folder.lock():
         context.claim_folder()
         yield context
