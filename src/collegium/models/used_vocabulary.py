@@ -182,9 +182,9 @@ class UsedStudent(StudentOptions):
         return model
 
 
-@torch.no_grad()
 def _logits(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
-    return model.eval()(input_ids=ids_T[None], use_cache=False).logits
+    with torch.no_grad():  # not a decorator: importing the module must not load torch
+        return model.eval()(input_ids=ids_T[None], use_cache=False).logits
 
 
 def _rows(parameter: Tensor, rows_U: Tensor) -> Any:
