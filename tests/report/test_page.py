@@ -150,6 +150,7 @@ def test_has_every_section_and_every_plot(report: str) -> None:
         "cost",
         "recipe",
         "environment",
+        "next",
     ]
     assert report.count("<figure>") == 7
     assert "is missing" not in report
@@ -234,7 +235,7 @@ def test_any_file_may_be_missing(
     text = page.write_report(folder).read_text(encoding="utf-8")
     for name in FILES[:-1]:
         assert (f"<code>{name}</code> is missing" in text) == (name in absent)
-    assert ("collegium evaluate" in text) == ("results.json" in absent)
+    assert ("collegium evaluate RECIPE" in text) == ("results.json" in absent)
 
 
 @pytest.mark.parametrize("absent", [*((name,) for name in FILES), FILES])
