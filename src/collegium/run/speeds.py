@@ -106,20 +106,19 @@ def _teachers(recipe: Recipe, run_folder: Path, served: list[Served]) -> Iterato
     """Append the teachers that can be served to `served`, and yield the others with a reason."""
     scores = _scores(run_folder)
     for name, options in recipe.teachers.items():
-        note = None
+        bits, note, path = scores.get(("teacher", name)), None, None
         if not isinstance(options, LocalOptions):
             note = "is no model of this machine"
-        elif options.adapter is not None or options.trust_remote_code:
-            note = "has an adapter, or code of its own"
+        elif options.adapter is not None or options.quantize or options.trust_remote_code:
+            note = "has an adapter, code of its own, or is quantized on load"
         else:
             try:
                 path = resolve_folder(options.model, where=f"teachers.{name}")
                 note = None if path is not None else "is a model of the hub"
             except ModelError:
                 note = "its folder is gone"
-        bits = scores.get(("teacher", name))
         if note is None and isinstance(options, LocalOptions):
-            source = {"loader": "transformers", "folder": options.model, "dtype": options.dtype}
+            source = {"loader": "transformers", "folder": str(path), "dtype": options.dtype}
             served.append(Served(name, "teacher", source, bits))
         else:
             yield MeasuredModel(name=name, kind="teacher", bits_per_byte=bits, note=note)
