@@ -139,6 +139,16 @@ def test_feature_terms_and_a_control_with_fewer_teachers(zoo: Path, tmp_path: Pa
     assert set(row["terms"]) == {"kd", "ce", "feature/scripture", "feature/code"}
     assert sum(row["grad_shares"].values()) == pytest.approx(1)
     assert not any("adapter" in name for name in _weights(tmp_path / "run"))
+    # With a named fusion, only the best teacher had to be found.
+    assert not (tmp_path / "run" / "preflight.json").exists()
+    best = json.loads((tmp_path / "run" / "best_teacher.json").read_text())
+    measured = pipeline.preflight(recipe).best_single
+    assert (measured.teacher, measured.nll) == (best["teacher"], pytest.approx(best["nll"]))
+
+
+def test_too_little_memory_for_a_preflight_is_refused(zoo: Path, tmp_path: Path) -> None:
+    with refused(RecipeError, "override `preflight.memory=0.01`: preflight.memory: "):
+        _recipe(zoo, tmp_path, "preflight.memory=0.01", "preflight.max_tokens=5000")
 
 
 def test_preflight_of_live_teachers_compares_whole_distributions_on_fewer_windows(

@@ -190,7 +190,7 @@ def _memory_problems(recipe: Recipe) -> Iterator[str]:
     needed = SCALAR_BYTES * options.max_tokens * number / 1e9
     if needed > options.memory:
         yield (
-            f"preflight.memory: got {options.memory:g} GB; must be at least {needed:.1f} for the "
+            f"preflight.memory: got {options.memory:g} GB; must be at least {needed:.2g} for the "
             f"measurements of {options.max_tokens:,} tokens with {number} teachers; raise it, or "
             "lower preflight.max_tokens"
         )

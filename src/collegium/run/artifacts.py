@@ -78,8 +78,8 @@ class Results(Artifact[list[ResultRow]]):
         context, options = self.context, self.context.recipe.evaluate
         split = context.datasets["validation"]
         parameters = {
-            UNTOUCHED: context.student_facts.num_parameters,
             **context.teacher_parameters,
+            UNTOUCHED: context.student_facts.num_parameters,
             **{one.variant.label: context.student_facts.num_parameters for one in self.students},
         }
         costs = {reading(name): float(count or 1) for name, count in parameters.items()}
@@ -87,9 +87,9 @@ class Results(Artifact[list[ResultRow]]):
         costs[self.name] = 0.5 * sum(costs.values())
         with context.scratch() as scratch, progress(self.name, costs):
             recorder = Recorder(scratch, [split], options)
-            untouched = recorder(UNTOUCHED, self._load_untouched)
+            # First, to release those that are loaded.
             teachers = recorder.teachers(context)
-            models = [untouched, *teachers]
+            models = [recorder(UNTOUCHED, self._load_untouched), *teachers]
             models += [recorder(one.variant.label, one.load) for one in self.students]
             with progress(self.name) as advance:
                 windows = Windows.spread(split, options.batch_size, options.max_tokens, advance)

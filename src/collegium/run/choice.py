@@ -141,20 +141,21 @@ class TeacherRanking(Artifact[BestTeacher]):
         return [inputs, self.context.recipe.preflight.max_tokens]
 
     def build(self) -> None:
-        context, options = self.context, self.context.recipe.preflight
-        split, names = context.datasets["calibration"], list(context.recipe.teachers)
-        costs = {reading(name): float(context.teacher_parameters[name] or 1) for name in names}
-        nll: dict[str, float] = {}
+        parameters = self.context.teacher_parameters
+        costs = {reading(name): float(count or 1) for name, count in parameters.items()}
         with progress(self.name, costs):
-            # One after the other, so that one body is in memory.
-            for name in names:
-                teacher = context.take_teacher(name)
-                size = batch_size_within(options, teacher, split)
-                with progress(reading(name)) as advance:
-                    windows = Windows.spread(split, size, options.max_tokens, advance)
-                    nll[name] = score_models([teacher], [], None, windows)[name].nll
+            # One after the other: each is released before the next one is loaded.
+            nll = {name: self._nll(name) for name in self.context.recipe.teachers}
         best = min(nll, key=lambda name: nll[name])
         write_json(self.path, BestTeacher(teacher=best, nll=nll[best]).to_json())
+
+    def _nll(self, name: str) -> float:
+        options, split = self.context.recipe.preflight, self.context.datasets["calibration"]
+        teacher = self.context.take_teacher(name)
+        size = batch_size_within(options, teacher, split)
+        with progress(reading(name)) as advance:
+            windows = Windows.spread(split, size, options.max_tokens, advance)
+            return score_models([teacher], [], None, windows)[name].nll
 
     def open(self) -> BestTeacher:
         return open_record(self.path, BestTeacher)
