@@ -18,8 +18,7 @@ from collegium.models.cut_student import CutStudent, LayerCut
 from collegium.models.loading import empty_model, load_model
 from collegium.models.quantized import model_bytes, quantized_bytes
 from collegium.models.student import PretrainedStudent
-from collegium.run.checks import check_run
-from collegium.run.context import RunContext
+from collegium.run import pipeline
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions
 from refusals import refused
@@ -113,7 +112,7 @@ def test_a_run_may_have_a_teacher_and_its_rounded_copy(tmp_path: Path) -> None:
     text = recipe_text(root).replace("/code}\n", "/scripture, quantize: int8}\n")
     (root / "r.yaml").write_text(text)
     recipe = load_recipe(root / "r.yaml")
-    lines = check_run(RunContext(recipe)).lines
+    lines = pipeline.check(recipe).lines
     assert any("torchao" in line for line in lines)
 
 

@@ -59,11 +59,10 @@ class CheckReport:
     warnings: list[str] = field(default_factory=list)
 
 
-def check_run(context: RunContext, *, trains: bool = True, with_plan: bool = True) -> CheckReport:
+def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     """Check a run. Raises CollegiumError with all problems and remedies if it could not work.
 
-    A check that reads what another one found to be damaged is skipped. The plan of memory and time
-    counts a training step of every student, which no stage reads.
+    A check that reads what another one found to be damaged is skipped.
     """
     report, problems = CheckReport(), Problems()
     recipe, collect = context.recipe, problems.collect
@@ -101,15 +100,17 @@ def check_run(context: RunContext, *, trains: bool = True, with_plan: bool = Tru
     for where, options in models.items():
         collect(_check_weights, where, options, report)
     problems.raise_all()
-    if with_plan:
-        plan = MemoryPlan(context)
-        report.lines += estimate_lines(plan)
-        report.warnings += estimate_warnings(plan)
     folder = context.folder.path
     disk = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(disk).free
     report.lines.append(f"disk: {free / 1e9:.1f} GB free at {recipe.output_dir}")
     return report
+
+
+def plan_run(context: RunContext) -> CheckReport:
+    """Plan memory and time of a checked run, which takes about as long as its check."""
+    plan = MemoryPlan(context)
+    return CheckReport(estimate_lines(plan), estimate_warnings(plan))
 
 
 def _check_machine(recipe: Recipe, *, trains: bool) -> None:

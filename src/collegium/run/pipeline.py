@@ -19,7 +19,7 @@ from collegium.config.recipe import Recipe, decode_fusion, load_recipe, write_fu
 from collegium.errors import CollegiumError, RecipeError
 from collegium.run.artifacts import ARTIFACTS
 from collegium.run.caches import Cache, building
-from collegium.run.checks import CheckReport, check_run
+from collegium.run.checks import CheckReport, check_run, plan_run
 from collegium.run.context import RunContext
 from collegium.storage.records import PreflightReport, ResultRow
 from collegium.train.checkpoint import set_aside_damaged
@@ -27,7 +27,9 @@ from collegium.train.checkpoint import set_aside_damaged
 
 def check(recipe: Recipe) -> CheckReport:
     """Check a run without writing anything. Raises CollegiumError if it could not work."""
-    return check_run(RunContext(recipe))
+    context = RunContext(recipe)
+    report, plan = check_run(context), plan_run(context)
+    return CheckReport(report.lines + plan.lines, report.warnings + plan.warnings)
 
 
 def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> PreflightReport:
@@ -58,7 +60,7 @@ def cache(recipe: Recipe) -> list[Path]:
         with opened(recipe) as context:
             return _build_caches(context)
     context = RunContext(recipe)
-    check_run(context, trains=False, with_plan=False)
+    check_run(context, trains=False)
     if ranks.rank == 0:
         context.claim_folder()
     return _build_caches(context)
@@ -119,7 +121,7 @@ def opened(recipe: Recipe) -> Iterator[RunContext]:
     """Check a run and lock its folder, or raise CollegiumError. A failed check writes nothing."""
     context = RunContext(recipe)
     context.folder.check_free()
-    check_run(context, with_plan=False)
+    check_run(context)
     with context.folder.lock():
         context.claim_folder()
         yield context
