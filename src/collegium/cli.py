@@ -377,7 +377,7 @@ def export(
     check_versions()
     from collegium.export.build import summary
     from collegium.run.exports import export_run, verify_exports
-    from collegium.run.status import recipe_of
+    from collegium.run.folder import recipe_of
 
     recipe = recipe_of(run_folder)
     names = [name for name in to.split(",") if name]
@@ -404,7 +404,7 @@ def measure(
     from collegium.report.run_files import read_run
     from collegium.report.serving import serving_sentences, serving_table
     from collegium.run.speeds import measure_run
-    from collegium.run.status import recipe_of
+    from collegium.run.folder import recipe_of
 
     recipe = recipe_of(run_folder)
     measure_run(

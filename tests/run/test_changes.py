@@ -17,7 +17,8 @@ from collegium.cli import app
 from collegium.config.recipe import Recipe, load_recipe
 from collegium.errors import RecipeError
 from collegium.run import pipeline
-from collegium.run.status import ArtifactState, recipe_of, run_status
+from collegium.run.folder import recipe_of
+from collegium.run.status import ArtifactState, run_status
 from collegium.storage.files import lock_folder, write_json
 from collegium.storage.records import Stage
 from collegium.storage.stages import sealed
