@@ -403,8 +403,8 @@ def measure(
     from collegium.report.page import write_report
     from collegium.report.run_files import read_run
     from collegium.report.serving import serving_sentences, serving_table
-    from collegium.run.speeds import measure_run
     from collegium.run.folder import recipe_of
+    from collegium.run.speeds import measure_run
 
     recipe = recipe_of(run_folder)
     measure_run(
