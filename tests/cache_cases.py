@@ -94,6 +94,9 @@ class Encoder:
     def shard_targets(self) -> list[int]:
         return [sum(LENGTHS) - len(LENGTHS)] * self.num_shards
 
+    def load(self) -> None:
+        pass
+
     def encode(self, shard: int, codec: TargetCodec) -> Iterator[EncodedPiece]:
         if shard == self.stop_at:
             raise Stop

@@ -156,6 +156,9 @@ class Encoder:
 
     shard_targets = [sum(LENGTHS)] * SHARDS
 
+    def load(self) -> None:
+        pass
+
     def fit(self) -> bytes:
         projections = {
             tap: Projection.fit(hidden(200, width), 8, seed=0) for tap, width in TAPS.items()
