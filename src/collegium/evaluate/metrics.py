@@ -135,7 +135,7 @@ class Metrics:
         _, document_N, count_D = np.unique(
             self.targets.samples_N, return_inverse=True, return_counts=True
         )
-        total_D = np.bincount(document_N, values_N)
+        total_D = np.bincount(document_N, values_N).astype(np.float64)
         interval = document_interval([(total_D, count_D)])
         return records.Acceptance(value=_mean(values_N), interval=interval)
 

@@ -334,7 +334,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         # transformers imports the code of models when the first is built.
-        sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
+        sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
         LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
     before = _reset_peak()
     model = load(source, threads)

@@ -89,11 +89,12 @@ class DraftedModel:
             lengths.append(inputs["input_ids"].shape[1])
 
         ids_1T = torch.tensor([prompt], device=input_layer(self.target).weight.device)
-        hook = self.target.register_forward_pre_hook(count, with_kwargs=True)
+        target: Any = self.target  # `generate` of a PreTrainedModel has no type
+        hook = target.register_forward_pre_hook(count, with_kwargs=True)
         options: dict[str, Any] = {"assistant_model": self.draft} if is_drafted else {}
         try:
             started = time.perf_counter()
-            output: Any = self.target.generate(
+            output = target.generate(
                 ids_1T,
                 attention_mask=torch.ones_like(ids_1T),
                 generation_config=self._config,

@@ -8,7 +8,7 @@ would reach every logit.
 from __future__ import annotations
 
 from importlib import metadata
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from collegium.errors import ModelError
 from collegium.models.weights import QUANTIZED_PACKAGES
@@ -88,7 +88,7 @@ def no_layers_error(model: PreTrainedModel, kind: Quantization, *, where: str) -
     )
 
 
-def _config(kind: Quantization, model: PreTrainedModel) -> object:
+def _config(kind: Quantization, model: PreTrainedModel) -> Any:
     from torchao.quantization import (
         Int4WeightOnlyConfig,
         Int8WeightOnlyConfig,
@@ -99,8 +99,10 @@ def _config(kind: Quantization, model: PreTrainedModel) -> object:
     if kind == "int8":
         return Int8WeightOnlyConfig()
     if is_packed(kind, model.device, model.dtype):
-        return Int4WeightOnlyConfig(GROUP, int4_packing_format="tile_packed_to_4d")
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+        packing: Any = "tile_packed_to_4d"
+        return Int4WeightOnlyConfig(GROUP, int4_packing_format=packing)
+    int4 = torch.int4  # pyright: ignore[reportAttributeAccessIssue]  (not in the stubs)
+    return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(GROUP))
 
 
 def is_packed(kind: Quantization, device: torch.device, dtype: torch.dtype) -> bool:

@@ -23,6 +23,7 @@ from collegium.losses.engine import AUTOGRAD_BYTES, default_block_size
 from collegium.losses.pairing import feature_map
 from collegium.losses.terms import has_closed_form
 from collegium.models.footprint import Pass, count_pass
+from collegium.models.forward import head_layer
 from collegium.models.loading import choose_device, empty_model, saved_dtype
 from collegium.models.lora import add_lora
 from collegium.models.options import ModelOptions
@@ -119,7 +120,7 @@ class MemoryPlan:
         model = empty_model(student.load_config("student"), "student")
         size = getattr(torch, getattr(student, "dtype", "float32")).itemsize
         weights = sum(p.numel() for p in model.parameters()) * size
-        head = model.get_output_embeddings().weight
+        head = head_layer(model).weight
         if student.lora is None:
             return weights, weights, head.numel() * size
         add_lora(model, student.lora, seed=0, where="student")
@@ -313,7 +314,7 @@ def _frozen(options: ModelOptions, where: str) -> ModelMemory:
     kind = getattr(torch, dtype.removeprefix("torch."))
     device = choose_device(options.device)
     model = empty_model(config, where).to(kind)
-    head = model.get_output_embeddings().weight
+    head = head_layer(model).weight
     # Teachers with adapters of one base share it, unless each is rounded after merging.
     is_shared = options.adapter is not None and getattr(options, "quantize", None) is None
     base = fingerprint([options.model, options.revision, dtype, str(device)])
