@@ -114,7 +114,7 @@ def test_unknown_keys_are_ignored(form: type[Record], tmp_path: Path) -> None:
     samples = {"step": 1, "name": "a", "kind": "teacher", "levels": {}, "seed": 0, "key": ""}
     samples |= {"folder": "", "values": {}, "rows": [], "steps": 1}
     samples |= {"train_tokens": 1, "train_seconds": 1.0, "num_prompts": 1}
-    samples |= {"version": "1", "student": "0" * 64}
+    samples |= {"version": "1", "student": "0" * 64, "document": "", "text": "", "reference": ""}
     samples |= {"bytes": 1, "sha256": "0" * 64, "format": 1, "files": []}
     content = {key: samples[key] for key in required}
     write_json(tmp_path / "a.json", {**content, "of a newer version": [1]})

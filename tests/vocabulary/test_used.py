@@ -81,7 +81,7 @@ def _cut(
 
 
 @pytest.mark.parametrize("kind", range(3))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(numbers=st.sets(st.integers(0, 60), min_size=1, max_size=4), part=st.integers(1, 40))
 def test_the_corpus_has_the_same_tokens(kind: int, numbers: set[int], part: int) -> None:
     tokenizer = KINDS[kind]()
