@@ -184,7 +184,7 @@ def test_80_a_run_that_is_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(trainer.DistillTrainer, "training_step", stop_in_the_first)
         result = lab.invoke("train", "run.yaml")
-    assert result.exit_code == 130, result.stderr
+    assert result.exit_code == 128 + number, result.stderr
     check_message("\n".join(result.stderr.splitlines()[-2:]), f"{number.name}: ")
     assert json.loads((OUT / "stages.json").read_text())["train"]["status"] == "interrupted"
     again = lab.invoke("train", "run.yaml")
