@@ -14,11 +14,14 @@ from typer.testing import CliRunner
 
 import tiny
 from collegium.cli import app
-from collegium.errors import CollegiumError, DataError, ModelError, RecipeError
+from collegium.errors import CollegiumError, DataError, ExportError, ModelError, RecipeError
 from collegium.evaluate.generation import Decoding
+from collegium.export.formats import FORMATS
 from collegium.run import texts
 from collegium.run.inference import RunModels
 from collegium.run.texts import generate_texts, read_prompts, text_tables
+from collegium.storage.files import sha256_of
+from collegium.storage.records import Verification
 from collegium.train import checkpoint
 from finished_run import write_finished
 from refusals import check_message, refused
@@ -137,7 +140,7 @@ def test_bad_calls_are_refused_before_a_model_is_loaded(
     with refused(RecipeError, "TMP/none: "):
         generate_texts(tmp_path / "none", [PROMPT])
     checkpoint.write(run / "exports" / "onnx", lambda _: None)
-    with refused(CollegiumError, "TMP/moved/exports/onnx: "):
+    with refused(ExportError, "TMP/moved/exports/onnx: "):
         generate_texts(run, [PROMPT], models=["onnx"])
     weights = run / "student" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -146,6 +149,31 @@ def test_bad_calls_are_refused_before_a_model_is_loaded(
     (run / "student" / "MANIFEST.json").unlink()
     with refused(CollegiumError, "TMP/moved: "):
         generate_texts(run, [PROMPT])
+
+
+def add_export(run: Path, name: str, student: str) -> None:
+    """An export as `collegium export` leaves it, unverified."""
+    measures = Verification.model_fields
+    verification = {key: 0 for key in measures} | {key: True for key in measures if "same" in key}
+    source = {k: v for k, v in FORMATS[name].source(run).items() if k != "folder"}
+    info = {"name": name, "student": student, "source": source, "versions": {}, "bytes": 1}
+
+    def fill(folder: Path) -> None:
+        FORMATS[name].write(run / "student", folder)
+        (folder / "export.json").write_text(json.dumps({**info, "verification": verification}))
+
+    checkpoint.write(run / "exports" / name, fill)
+
+
+def test_an_export_answers_as_the_student(run: Path) -> None:
+    digest = sha256_of(run / "student" / "MANIFEST.json")
+    add_export(run, "hf", digest)
+    prompts = [PROMPT, "def", "To be, or not to be, that is"]  # of several lengths
+    student, export = generate_texts(run, prompts, models=["student", "hf"], max_new_tokens=8)
+    assert export.texts == student.texts
+    add_export(run, "hf", "0" * 64)
+    with refused(ExportError, "TMP/moved/exports/hf: "):
+        generate_texts(run, prompts, models=["hf"])
 
 
 def test_deleted_teachers_are_named_and_the_others_still_answer(zoo: Path, tmp_path: Path) -> None:

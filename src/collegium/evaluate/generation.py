@@ -66,7 +66,7 @@ ReadNext = Callable[[Tensor, Tensor], Tensor]
 """Appends (B, t) ids and bool, False for padding, and returns the logits (B, V) after the last."""
 
 
-class TextSource(Protocol):
+class TokenSource(Protocol):
     """A distribution over the next token that texts are generated from."""
 
     @property
@@ -80,6 +80,10 @@ class TextSource(Protocol):
     def reader(self, prompts: Sequence[Prompt]) -> ReadNext:
         """Return a reader for a batch of prompts that has read nothing."""
         ...
+
+
+class TextSource(TokenSource, Protocol):
+    """A source that scores given texts as well."""
 
     def label_logp(self, batch: Batch, rows: Rows) -> Tensor:
         """Return the log-probability of the label of each row, (N,)."""
@@ -254,7 +258,7 @@ class _GivenScores(Weighting):
 
 @torch.no_grad()
 def generate(
-    source: TextSource,
+    source: TokenSource,
     prompts: Sequence[Prompt],
     decoding: Decoding,
     progress: OnProgress | None = None,
@@ -279,7 +283,7 @@ def generate(
 
 
 def _generate_batch(
-    source: TextSource, prompts: Sequence[Prompt], decoding: Decoding
+    source: TokenSource, prompts: Sequence[Prompt], decoding: Decoding
 ) -> list[list[int]]:
     stops = decoding.stops | source.stops
     limits = [prompt.max_new_tokens for prompt in prompts]

@@ -3,30 +3,67 @@
 student           the trained student
 NAME, fused       a teacher, and the fused target of all teachers
 controls/NAME     a control; NAME by itself, if no teacher has it
-exports/NAME      an export that PyTorch can load
+exports/NAME      an export, in the tool that it was made for
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from collegium.console import quiet_libraries
-from collegium.errors import CollegiumError
-from collegium.evaluate.generation import FusedSource, SingleSource, TextSource, unsampled_reason
+from collegium.errors import CollegiumError, ExportError, first_line
+from collegium.evaluate.generation import (
+    FusedSource,
+    Prompt,
+    ReadNext,
+    SingleSource,
+    TokenSource,
+    unsampled_reason,
+)
+from collegium.export.build import open_export
+from collegium.export.foreign import Model, load
 from collegium.models.loading import load_tokenizer, vocab_size_of
-from collegium.models.weights import CONFIG
 from collegium.run.choice import recorded_fusion
 from collegium.run.context import RunContext
 from collegium.run.folder import recipe_of
 from collegium.run.students import require_student
+from collegium.storage.files import sha256_of
+from collegium.storage.records import ExportInfo
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions, TeacherOptions
 from collegium.train.checkpoint import MANIFEST
 
 STUDENT, FUSED_NAME = "student", "fused"
+EXPORT = "exports/"
+
+
+class ExportSource:
+    """An export under its own tool, for one prompt at a time."""
+
+    stops: frozenset[int] = frozenset()
+
+    def __init__(self, name: str, model: Model, vocab_size: int) -> None:
+        self.name = name
+        self._model = model
+        self._vocab_size = vocab_size
+
+    def reader(self, prompts: Sequence[Prompt]) -> ReadNext:
+        assert len(prompts) == 1  # an export reads no padding
+        state: Any = None
+
+        def read(ids_Bt: Tensor, is_token_Bt: Tensor) -> Tensor:
+            nonlocal state
+            logits_BtV, state = self._model.logits(ids_Bt.cpu().numpy(), state)
+            last_BV = torch.from_numpy(logits_BtV[:, -1, : self._vocab_size])
+            return last_BV.to(ids_Bt.device)
+
+        return read
 
 
 class RunModels:
@@ -85,6 +122,9 @@ class RunModels:
         Raises:
             CollegiumError: its files are missing or damaged, or its fusion samples no text.
         """
+        if full.startswith(EXPORT):
+            self._export_info(full)
+            return
         is_fused = full == FUSED_NAME
         if is_fused and (reason := unsampled_reason(recorded_fusion(self.recipe))):
             raise CollegiumError(f"{full}: generates no text, since {reason}")
@@ -93,11 +133,15 @@ class RunModels:
 
     def max_length(self, full: str) -> int | None:
         """Return the largest number of positions of a model, None without a limit."""
-        limits = [options.max_length(where) for where, options in self._members(full).items()]
+        # An export has the positions of the student.
+        members = self._members(STUDENT if full.startswith(EXPORT) else full)
+        limits = [options.max_length(where) for where, options in members.items()]
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def load(self, full: str) -> TextSource:
+    def load(self, full: str) -> TokenSource:
         """Load a model, or raise CollegiumError if it cannot be used."""
+        if full.startswith(EXPORT):
+            return self._load_export(full)
         members = self._members(full)
         models = [
             options.load(where.rpartition(".")[2], vocab_size=self.vocab_size, where=where)
@@ -113,6 +157,28 @@ class RunModels:
         where = str(self.student)
         return LocalTeacher.load(STUDENT, options, vocab_size=self.vocab_size, where=where)
 
+    def _load_export(self, full: str) -> ExportSource:
+        source = {**self._export_info(full).source, "folder": str(self.folder / full)}
+        try:
+            model = load(source, torch.get_num_threads())
+        # A missing package, or files that its version cannot read.
+        except Exception as error:
+            raise ExportError(
+                f"{self.folder / full}: cannot be loaded ({first_line(error)}); must be read by "
+                "the tool that it was made for; run `pip install 'collegium[export]'`"
+            ) from error
+        return ExportSource(full, model, self.vocab_size)
+
+    def _export_info(self, full: str) -> ExportInfo:
+        """Return the record of an undamaged export of this student, or raise ExportError."""
+        info = open_export(self.folder / full)
+        if info.student != sha256_of(self.student / MANIFEST):
+            raise ExportError(
+                f"{self.folder / full}: was made from another student; must be made from this one; "
+                "export it again"
+            )
+        return info
+
     def _members(self, full: str) -> dict[str, TeacherOptions]:
         """Return the models behind a name by their place: several only for the fused target."""
         kind, _, name = full.rpartition("/")
@@ -120,13 +186,7 @@ class RunModels:
             return {f"teachers.{key}": one for key, one in self.recipe.teachers.items()}
         if kind == "teachers":
             return {f"teachers.{name}": self.recipe.teachers[name]}
-        folder = {STUDENT: self.student, f"controls/{name}": self.folder / full / "student"}
-        path = folder.get(full, self.folder / full)
-        if not (path / CONFIG).is_file():
-            raise CollegiumError(
-                f"{path}: has no {CONFIG}; must be a Hugging Face folder to generate text here; "
-                "use the tool that it was exported for"
-            )
+        path = self.student if full == STUDENT else self.folder / full / "student"
         return {str(path): self._local_options(path)}
 
     def _local_options(self, path: Path) -> LocalOptions:

@@ -17,7 +17,7 @@ from collegium.evaluate.generation import Decoding, Prompt, generate
 from collegium.evaluate.tasks import prompt_of
 from collegium.models.saving import load_generation, stop_ids
 from collegium.report.tables import Column, Line, Table
-from collegium.run.inference import STUDENT, RunModels
+from collegium.run.inference import EXPORT, STUDENT, RunModels
 
 Message = dict[str, Any]
 WHERE = "prompts"
@@ -119,6 +119,8 @@ def _generate(
     run: RunModels, full: str, shown: str, prompts: Sequence[Prompt], decoding: Decoding
 ) -> ModelTexts:
     with progress(f"generate, {shown}") as advance:
+        if full.startswith(EXPORT):
+            decoding = replace(decoding, batch_size=1)
         texts = generate(run.load(full), prompts, decoding, advance)
     decoded = [run.tokenizer.decode(ids, skip_special_tokens=True) for ids in texts]
     return ModelTexts(shown, decoded, [len(ids) for ids in texts])
