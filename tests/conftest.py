@@ -19,7 +19,7 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
-SAMPLE = 40
+SAMPLE = 24
 """Cases of one parametrized test that run without `--all`."""
 
 

@@ -77,7 +77,7 @@ class Witness:
 
     recipe: Recipe
     context: RunContext
-    preflight_data: str
+    ranking_data: str
     evaluate_data: str
     trainers: dict[str, dict[str, Any]]
     scored: dict[str, dict[str, torch.Tensor]]
@@ -92,12 +92,12 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
     """Observe a complete run with three controls."""
     recipe = make_zoo(tmp_path_factory.mktemp("fair"))
     observed: dict[str, Any] = {"trainers": {}, "scored": {}}
-    real_preflight, real_score = choice.run_preflight, artifacts.score_models
+    real_rank, real_score = choice.score_models, artifacts.score_models
     real_record, real_trainer = choice.record, Student.trainer
 
-    def run_preflight(teachers: Any, dataset: Any, **named: Any) -> Any:
-        observed["preflight_data"] = dataset.fingerprint
-        return real_preflight(teachers, dataset, **named)
+    def rank(models: Any, teachers: Any, fusion: Any, windows: Any) -> Any:
+        observed["ranking_data"] = windows.dataset.fingerprint
+        return real_rank(models, teachers, fusion, windows)
 
     def score_models(models: Any, teachers: Any, fusion: Any, windows: Any) -> Any:
         observed["evaluate_data"] = windows.dataset.fingerprint
@@ -119,7 +119,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "run_preflight", run_preflight)
+        patch.setattr(choice, "score_models", rank)
         patch.setattr(artifacts, "score_models", score_models)
         patch.setattr(choice, "record", record)
         patch.setattr(Student, "trainer", trainer)
@@ -128,10 +128,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
 
 
 def test_each_split_is_used_for_its_purpose(seen: Witness) -> None:
-    """Fusions are chosen on calibration, students trained on train, results from validation."""
+    """Teachers are ranked on calibration, students trained on train, results from validation."""
     data = seen.context.datasets
     assert len({dataset.fingerprint for dataset in data.values()}) == 3
-    assert seen.preflight_data == data["calibration"].fingerprint
+    assert seen.ranking_data == data["calibration"].fingerprint
     assert seen.evaluate_data == data["validation"].fingerprint
     for made in seen.trainers.values():
         assert made["data"] == data["train"].fingerprint

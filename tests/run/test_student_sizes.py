@@ -74,7 +74,7 @@ def test_a_budget_limits_the_table(recipe: Path) -> None:
     assert result.exit_code == 0
     lines = [line.split() for line in result.output.splitlines() if "scripture" in line]
     assert lines
-    assert all(float(line[5]) <= 20 for line in lines)
-    assert all(line[6] == "k" for line in lines)
+    assert all(float(line[6]) <= 20 for line in lines)
+    assert all(line[7] == "k" for line in lines)
     with refused(ModelError, "teachers: "):
         student_sizes(RunContext(load_recipe(recipe)), 10)

@@ -13,6 +13,7 @@ from collegium.models.weights import (
     CONFIG,
     local_folder,
     quantization_of,
+    read_headers,
     read_json,
     refuse_adapter,
 )
@@ -42,6 +43,7 @@ def check_model_folder(options: ModelOptions, *, where: str) -> None:
                 f"{where}: {folder} requires custom Python code ({files}); refused; "
                 f"review it, then set `trust_remote_code: true`"
             )
+        read_headers(folder, where=where)
         require_packages(quantization_of(folder, where=where), where=f"{where}: {folder}")
     if folder is not None or options.tokenizer is not None:
         check_tokenizer_folder(options.tokenizer_path, where=where)
