@@ -10,8 +10,9 @@ import torch
 from bad_input_bench import Bench
 from collegium.config.recipe import load_recipe
 from collegium.errors import RecipeError
-from collegium.run.checks import CheckReport, _check_distinct, _teachers
+from collegium.run.checks import _check_distinct, _teachers
 from collegium.run.context import RunContext
+from collegium.run.problems import CheckReport
 from refusals import refused
 
 HERE = "teachers.code"

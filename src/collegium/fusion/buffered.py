@@ -10,7 +10,7 @@ Shapes: N rows, n rows of one block, m rows of a selection, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from collegium.distributions import Answer, Distribution, WrappedRows
@@ -28,29 +28,24 @@ CPU_STRIP_BYTES = 2**20
 
 
 @dataclass(eq=False)
-class BufferedRows(Distribution):
+class _Held:
+    """The raw values of consecutive rows."""
+
+    first: int = 0
+    raw: RawRows | None = None
+    workspace: Workspace = field(default_factory=Workspace)
+
+
+@dataclass(frozen=True, eq=False)
+class BufferedRows(WrappedRows):
     """A distribution whose raw values are kept for the rows that were read last.
 
     Reading rows outside of the buffer fills it from the first of them on.
     """
 
-    inner: Distribution
     num_rows: int
     """Rows of the buffer. A longer block is read as a whole."""
-    _workspace: Workspace = field(default_factory=Workspace, init=False)
-    _first: int = field(default=0, init=False)
-    _held: RawRows | None = field(default=None, init=False)
-
-    @property
-    def is_sampled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.is_sampled
-
-    @property
-    def temperatures(self) -> Collection[float] | None:
-        return self.inner.temperatures
-
-    def __len__(self) -> int:
-        return len(self.inner)
+    _held: _Held = field(default_factory=_Held, init=False)
 
     def logits(self, block: slice) -> Tensor:
         """(n, V) logits. They belong to the buffer, and are valid until other rows are read."""
@@ -68,29 +63,20 @@ class BufferedRows(Distribution):
     def rows(self, block: slice) -> RawRows:
         """The raw values of a block, without a copy."""
         start, stop, step = block.indices(len(self))
-        held = self._held
-        if held is None or start < self._first or stop > self._first + len(held.values_nV):
+        held, raw = self._held, self._held.raw
+        if raw is None or start < held.first or stop > held.first + len(raw.values_nV):
             end = min(max(stop, start + self.num_rows), len(self))
-            held, _ = self.inner.raw(slice(start, end), self._workspace, "logits")
-            self._held, self._first = held, start
-        inside = slice(start - self._first, stop - self._first, step)
-        return replace(held, values_nV=held.values_nV[inside])
+            raw, _ = self.inner.raw(slice(start, end), held.workspace, "logits")
+            held.raw, held.first = raw, start
+        inside = slice(start - held.first, stop - held.first, step)
+        return replace(raw, values_nV=raw.values_nV[inside])
 
 
 @dataclass(frozen=True)
-class _Selection(Distribution):
+class _Selection(WrappedRows):
     """Ascending rows of a buffer, read through it."""
 
-    buffer: BufferedRows
     rows_m: Tensor
-
-    @property
-    def is_sampled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.buffer.is_sampled
-
-    @property
-    def temperatures(self) -> Collection[float] | None:
-        return self.buffer.temperatures
 
     def __len__(self) -> int:
         return len(self.rows_m)
@@ -98,7 +84,7 @@ class _Selection(Distribution):
     def logits(self, block: slice) -> Tensor:
         rows_n = self.rows_m[block]
         first, last = int(rows_n[0]), int(rows_n[-1])
-        logits_nV = self.buffer.logits(slice(first, last + 1))
+        logits_nV = self.inner.logits(slice(first, last + 1))
         return logits_nV[(rows_n - first).to(logits_nV.device)]
 
     def take(self, rows_m: Tensor) -> Distribution:

@@ -21,8 +21,8 @@ def next_steps(run: RunFiles) -> tuple[str, str]:
             f"What is missing: `collegium status {shlex.quote(run.folder)}`.",
         )
     use = (
-        f"The student is a plain Hugging Face folder, `{run.folder}/student`. Score it on your own "
-        f"prompts: `collegium evaluate {recipe} 'evaluate.tasks={{NAME: FILE.jsonl}}'`."
+        f"The student is a plain Hugging Face folder, `{run.folder}/student`. Export it for other "
+        f"tools: `collegium export {shlex.quote(run.folder)} --to onnx-int8,gguf-q8_0`."
     )
     return _improvement(run, recipe), use
 

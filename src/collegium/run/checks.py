@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 
@@ -17,8 +15,7 @@ from collegium.cache.manifest import read_manifest, require_identity
 from collegium.cache.options import TopK
 from collegium.config.recipe import Recipe, check_recipe
 from collegium.data.sources import check_sources
-from collegium.errors import ModelError, RecipeError, VocabularyError, nearest
-from collegium.fusion.fitted import Route
+from collegium.errors import RecipeError, nearest
 from collegium.fusion.fuse import Fusion
 from collegium.kernels.backends import require_backend
 from collegium.losses.pairing import (
@@ -38,25 +35,15 @@ from collegium.models.weights import weights_digest, weights_layout
 from collegium.report.formats import amount
 from collegium.run.caches import Cache, FusedCache
 from collegium.run.context import RunContext
+from collegium.run.data_checks import Models, check_datasets, check_routing, check_suites
 from collegium.run.estimates import estimate_lines, estimate_warnings
 from collegium.run.exports import check_exports
 from collegium.run.memory import MemoryPlan
-from collegium.run.problems import Problems
+from collegium.run.problems import CheckReport, Problems
 from collegium.teachers.options import TeacherOptions
 from collegium.train.arguments import BFLOAT16_RATE, bfloat16_warning
 from collegium.train.checkpoint import require_valid_checkpoint
 from collegium.vocabulary.verdict import compare, require_compatible
-
-Models = Mapping[str, StudentOptions | TeacherOptions]
-"""Path in the recipe -> options of a model."""
-
-
-@dataclass
-class CheckReport:
-    """Facts and warnings about a run that can work."""
-
-    lines: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
@@ -91,9 +78,9 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
         collect(_check_states, context)
     if has_student:
         collect(check_exports, context)
-    if has_student and has_files and collect(_check_datasets, context, report):
-        collect(_check_suites, context, report, models)
-        collect(_check_routing, context, report)
+    if has_student and has_files and collect(check_datasets, context, report):
+        collect(check_suites, context, report, models)
+        collect(check_routing, context, report)
         collect(_check_terms, context)
         if not problems.errors:
             collect(_check_finished_caches, context)
@@ -304,96 +291,6 @@ def _check_finished_caches(context: RunContext) -> None:
             pair = (manifest.identity, cache.identity())
             old, new = ({k: v for k, v in one.items() if k not in unknown} for one in pair)
             require_identity(cache.location, old, new)
-
-
-def _check_datasets(context: RunContext, report: CheckReport) -> None:
-    options = context.recipe.train
-    for part, dataset in context.datasets.items():
-        report.lines.append(
-            f"data.{part}: {len(dataset.sample_names):,} documents, {len(dataset):,} windows, "
-            f"{dataset.num_target_tokens:,} target tokens"
-        )
-        _check_reserved(context, dataset.token_ids(), f"data.{part}")
-    for source in context.sources:
-        report.lines += source.lines()
-    stops = context.tokenizer.convert_ids_to_tokens(context.datasets["train"].stops)
-    report.lines.append(f"student: generation stops at {', '.join(stops)}")
-    windows = len(context.datasets["train"])
-    needed = options.per_device_train_batch_size * options.gradient_accumulation_steps
-    if windows < needed:
-        report.warnings.append(
-            f"data.train: {windows} windows, one optimizer step takes {needed}; every step sees "
-            "all of them; give more text, or lower train.per_device_train_batch_size"
-        )
-    steps, epochs = context.num_steps, context.num_steps * needed / windows
-    report.lines.append(f"train: {steps:,} steps of {needed} windows, {epochs:.1f} epochs")
-
-
-def _check_reserved(context: RunContext, ids: set[int], where: str) -> None:
-    """Check that no token of a text means another one in a teacher."""
-    used = sorted(ids & {*context.reserved_ids})
-    if used:
-        name = context.tokenizer.convert_ids_to_tokens(used[0])
-        raise VocabularyError(
-            f"{where}: contains `{name}` (id {used[0]}), which has another name in the "
-            f"tokenizer of {context.reserved_ids[used[0]]}; must be the same token; remove it "
-            "from the texts, or set `data.special_tokens: text`"
-        )
-
-
-def _check_suites(context: RunContext, report: CheckReport, models: Models) -> None:
-    """Check the prompts of generation and tasks, and whether the fused target can be sampled."""
-    recipe = context.recipe
-    if recipe.evaluate.generation is None and not recipe.evaluate.tasks:
-        return
-    # Imported here: it takes longer than a whole check.
-    from collegium.evaluate.generation import unsampled_reason
-    from collegium.run.tasks import load_suite, suite_key, suite_names
-
-    for name in suite_names(recipe.evaluate):
-        suite, where = load_suite(context, name), suite_key(name)
-        _check_reserved(context, {i for item in suite.items for i in item.prompt.ids}, where)
-        longest = max(item.num_tokens for item in suite.items)
-        for place, options in models.items():
-            try:
-                options.check_windows(place, packed=False, max_length=longest)
-            except ModelError as error:
-                raise ModelError(f"{where}: texts of {longest} tokens: {error}") from error
-        metrics = ", ".join(suite.metrics)
-        report.lines.append(f"{where}: {len(suite.items):,} prompts; {metrics}")
-    if recipe.teachers and isinstance(recipe.fusion, Fusion):
-        reason = unsampled_reason(recipe.fusion)
-        if reason is not None:
-            report.warnings.append(f"evaluate: no text of the fused target: {reason}")
-
-
-def _check_routing(context: RunContext, report: CheckReport) -> None:
-    """Check the domains of a weighting against the data, and that teacher columns are read."""
-    recipe = context.recipe
-    weighting = recipe.fusion.weighting if isinstance(recipe.fusion, Fusion) else None
-    domains = {name for part in context.datasets.values() for name in part.domains}
-    listed = {} if weighting is None else weighting.domain_names()
-    for path, names in listed.items():
-        for name in [name for name in names if name not in domains]:
-            raise RecipeError(
-                f"fusion.weighting.{'.'.join(path)}: got `{name}`; "
-                f"must be a domain of the data{nearest(name, domains)}"
-            )
-    columns = [
-        f"data.{part}[{number}].teacher_column"
-        for part, sources in recipe.data.sources.items()
-        for number, source in enumerate(sources)
-        if source.teacher_column is not None
-    ]
-    if isinstance(weighting, Route):
-        if not weighting.domains and not columns:
-            report.warnings.append(
-                "fusion.weighting: route without `domains` and without a `teacher_column` sends "
-                f"every row to `{weighting.default}`"
-            )
-    elif weighting is not None:
-        no_effect = "has no effect; only the weighting `route` reads it"
-        report.warnings += [f"{place}: {no_effect}" for place in columns]
 
 
 def _stress(options: ModelOptions) -> tuple[object, ...]:

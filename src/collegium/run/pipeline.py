@@ -19,8 +19,9 @@ from collegium.config.recipe import Recipe, decode_fusion, load_recipe, write_fu
 from collegium.errors import CollegiumError, RecipeError
 from collegium.run.artifacts import ARTIFACTS
 from collegium.run.caches import Cache, building
-from collegium.run.checks import CheckReport, check_run, plan_run
+from collegium.run.checks import check_run, plan_run
 from collegium.run.context import RunContext
+from collegium.run.problems import CheckReport
 from collegium.storage.records import PreflightReport, ResultRow
 from collegium.train.checkpoint import set_aside_damaged
 

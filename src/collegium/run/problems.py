@@ -1,11 +1,20 @@
-"""Problems of independent checks, reported in one error."""
+"""Results of independent checks: facts and warnings, and their problems in one error."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from collegium.errors import CollegiumError
+
+
+@dataclass
+class CheckReport:
+    """Facts and warnings about a run that can work."""
+
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Problems:
