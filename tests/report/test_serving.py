@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -96,7 +97,25 @@ def test_a_plot_needs_two_measured_models() -> None:
     figure = pareto_plot(RUN)
     assert figure is not None
     assert render_svg(figure)
+    for axes in figure.axes:
+        ticks = [label.get_text() for label in axes.get_xticklabels()]
+        assert ticks
+        assert not any("$" in text for text in ticks)
     assert pareto_plot(RunFiles("run")) is None
+
+
+def test_models_at_one_place_have_one_label() -> None:
+    assert RUN.measurements is not None
+    twin = RUN.measurements.models[0].model_copy(update={"name": "twin", "kind": "export"})
+    models = [*RUN.measurements.models, twin]
+    figure = pareto_plot(
+        replace(RUN, measurements=RUN.measurements.model_copy(update={"models": models}))
+    )
+    assert figure is not None
+    for axes in figure.axes:
+        texts = [text.get_text() for text in axes.texts]
+        assert sum("twin" in text.splitlines() for text in texts) == 1
+        assert "twin" not in texts
 
 
 numbers = st.integers(1, 6).map(float)

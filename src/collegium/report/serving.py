@@ -8,6 +8,7 @@ from operator import neg, pos
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from collegium.report import canvas, colors
 from collegium.report import formats as form
@@ -16,6 +17,8 @@ from collegium.report.tables import Column, Line, Table
 from collegium.storage.records import MeasuredModel, Number
 
 GROUPS = {"student": "Student", "export": "Exports", "teacher": "Teachers"}
+NEAR_ACROSS, NEAR_UP = 0.2, 0.05
+"""Share of a panel within which two labels overlap."""
 
 
 def decode_speed(model: MeasuredModel, batch: int = 1) -> Number:
@@ -145,12 +148,35 @@ def _scatter(
     for x, y, model in points:
         marker = {"student": "D", "export": "o", "teacher": "s"}[model.kind]
         axes.scatter([x], [y], color=_color(run, model), marker=marker, s=36, zorder=3)
-        axes.annotate(
-            canvas.label(model.name), (x, y), (5, 4), textcoords="offset points", fontsize=8
-        )
     axes.set_xscale("log")
     axes.margins(x=0.15, y=0.12)
+    # Models at one place, as exports of one student are, have one label with a line each.
+    for (x, y), names in _places(axes, points).items():
+        text = "\n".join(map(canvas.label, names))
+        axes.annotate(text, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    # The text of a tick of a logarithmic axis is a formula by default, which the page shows raw.
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form.amount(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("bits per byte")
+
+
+def _places(
+    axes: Axes, points: Sequence[tuple[float, float, MeasuredModel]]
+) -> dict[tuple[float, float], list[str]]:
+    """Return the names at each point, together where their labels would overlap."""
+    places: dict[tuple[float, float], list[str]] = {}
+    to_axes = (axes.transData - axes.transAxes).transform
+    for x, y, model in points:
+        across, up = to_axes((x, y))
+        for place, names in places.items():
+            other_across, other_up = to_axes(place)
+            if abs(across - other_across) < NEAR_ACROSS and abs(up - other_up) < NEAR_UP:
+                names.append(model.name)
+                break
+        else:
+            places[x, y] = [model.name]
+    return places
 
 
 def pareto_front(
