@@ -169,7 +169,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Check recipe, models, vocabularies, data and disk. Loads no model and writes nothing."""
+    """Check recipe, models, vocabularies, data and disk, loading no weights. Writes no run."""
     loaded = _load(recipe, overrides)
     from collegium.run import pipeline
 

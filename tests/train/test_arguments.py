@@ -174,6 +174,7 @@ def observed(made: Any) -> dict[str, Any]:
 
 
 def assert_same(ours: Any, theirs: Any, rel: float = 5e-4) -> None:
+    # Sums in another order move the norm of a gradient by 1.7e-4 after three steps.
     left, right = observed(ours), observed(theirs)
     assert len(left["history"]) == len(right["history"])
     for a, b in zip(left.pop("history"), right.pop("history"), strict=True):

@@ -1,4 +1,4 @@
-"""Checks before anything expensive: files, models, vocabularies, data, disk. Nothing is written.
+"""Checks before anything expensive: files, models, vocabularies, data, disk. No run is written.
 
 The cheapest come first. Models are built on the meta device only, and weight files are read last.
 """
