@@ -369,6 +369,40 @@ def test_float64_sums_of_half_products_use_two_operations(wide_products):
     assert torch.equal(sums, torch.full((3, 2), 5.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("shape", [(3, 40, 5), (3, 5, 40), (3, 1, 1), (3, 0, 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta", [0, 1])
+def test_half_products_in_pieces_are_those_of_the_whole(monkeypatch, shape, dtype, beta):
+    monkeypatch.setattr("collegium.kernels.rows.CAST_ELEMENTS", 16)
+    rows, length, columns = shape
+    left, right = torch.randn(rows, length).to(dtype), torch.randn(length, columns).to(dtype)
+    sums = torch.randn(rows, columns) if beta else torch.full((rows, columns), torch.nan)
+    exact = left.double() @ right.double() + (sums.double() if beta else 0.0)
+    add_product_(sums, left, right, beta=beta)
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_native_products_leave_the_precision_of_others(monkeypatch):
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    seen = []
+    addmm = torch.addmm
+    monkeypatch.setattr(
+        "collegium.kernels.rows.torch.addmm",
+        lambda *a, **k: seen.append(settings.fp32_precision) or addmm(*a, **k),
+    )
+    left, right = torch.randn(3, 4).bfloat16(), torch.randn(4, 2).bfloat16()
+    add_product_(torch.zeros(3, 2), left, right)
+    assert seen == ["bf16"]
+    assert settings.fp32_precision == before
+    with pytest.raises(RuntimeError):
+        add_product_(torch.zeros(3, 2), left, right[:3])
+    assert settings.fp32_precision == before
+    add_product_(torch.zeros(3, 2), left.half(), right.half())  # not exact in bfloat16
+    add_product_(torch.zeros(3, 2), left.float(), right.float())
+    assert seen[2:] == [before] * 2
+
+
 @pytest.mark.parametrize("has_wide_products", [False, True])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("std", [1.0, 4.0])

@@ -6,7 +6,8 @@ Shapes: n rows of one block, V vocabulary, D width, E (row, token) entries.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -22,8 +23,11 @@ LOGP_FLOOR_FACTOR = 1e-8
 The result is finite and leaves room to divide by a temperature.
 """
 
-CAST_ELEMENTS = 2**22
-"""Elements of a half-precision matrix that are cast at once, where products need one dtype."""
+CAST_ELEMENTS = 2**20
+"""Elements of a half-precision matrix that are cast at once, where products need one dtype.
+
+4 MiB in float32: the copy is still in the cache of the CPU when it is multiplied.
+"""
 
 ROW_BYTES = 128
 """Row alignment of buffers on a GPU."""
@@ -274,7 +278,8 @@ def logits_dtype(head: Head) -> torch.dtype:
 def add_product_(sum_RC: Tensor, left_Rn: Tensor, right_nC: Tensor, *, beta: int = 1) -> None:
     """sum <- beta sum + left right in the dtype of the sum, without a temporary if possible.
 
-    The sum may be uninitialized for `beta` 0. A float32 left is rounded where the right is half.
+    The sum may be uninitialized for `beta` 0. A float32 left is rounded where the right is half:
+    always on CUDA, and for bfloat16 on a CPU with native products.
     """
     if left_Rn.dtype == right_nC.dtype == sum_RC.dtype:
         torch.addmm(sum_RC, left_Rn, right_nC, beta=beta, out=sum_RC)
@@ -282,11 +287,8 @@ def add_product_(sum_RC: Tensor, left_Rn: Tensor, right_nC: Tensor, *, beta: int
         left_Rn = left_Rn.to(right_nC.dtype)
         torch.addmm(sum_RC, left_Rn, right_nC, beta=beta, out_dtype=torch.float32, out=sum_RC)
     else:
-        left_Rn = left_Rn.to(sum_RC.dtype)
-        for start in range(0, right_nC.shape[1], step := _piece(right_nC)):
-            part = slice(start, start + step)
-            piece_nC = right_nC[:, part].to(sum_RC.dtype)
-            torch.addmm(sum_RC[:, part], left_Rn, piece_nC, beta=beta, out=sum_RC[:, part])
+        with _native_products(right_nC):
+            _add_cast_product_(sum_RC, left_Rn.to(sum_RC.dtype), right_nC, beta)
 
 
 def multiplies_half(device: torch.device) -> bool:
@@ -294,9 +296,45 @@ def multiplies_half(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def _piece(matrix_nC: Tensor) -> int:
-    """Columns whose copy in float32 is small."""
-    return max(1, CAST_ELEMENTS // max(1, matrix_nC.shape[0]))
+def _add_cast_product_(sum_RC: Tensor, left_Rn: Tensor, right_nC: Tensor, beta: int) -> None:
+    """Multiply by a copy of the right in the dtype of the sum, piece by piece of its longer side.
+
+    Pieces of the shorter side would read all of the left once for each.
+    """
+    length, num_columns = right_nC.shape
+    if length > num_columns:
+        step = max(1, CAST_ELEMENTS // max(1, num_columns))
+        for start in range(0, length, step):
+            part = slice(start, start + step)
+            piece_nC = right_nC[part].to(sum_RC.dtype)
+            torch.addmm(
+                sum_RC, left_Rn[:, part], piece_nC, beta=beta if start == 0 else 1, out=sum_RC
+            )
+        return
+    step = max(1, CAST_ELEMENTS // max(1, length))
+    for start in range(0, num_columns, step):
+        part = slice(start, start + step)
+        piece_nC = right_nC[:, part].to(sum_RC.dtype)
+        torch.addmm(sum_RC[:, part], left_Rn, piece_nC, beta=beta, out=sum_RC[:, part])
+
+
+@contextmanager
+def _native_products(matrix: Tensor) -> Iterator[None]:
+    """Multiply float32 copies of bfloat16 matrices by bfloat16 instructions of the CPU, if any.
+
+    oneDNN then rounds its float32 operands to bfloat16, which is exact for such copies, and adds
+    and returns float32. PyTorch has no product of bfloat16 matrices into float32 on a CPU. The
+    setting is global: float32 products of other threads are rounded too while it holds.
+    """
+    if matrix.device.type != "cpu" or matrix.dtype != torch.bfloat16:
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def row_alignment(like: Tensor) -> int:
