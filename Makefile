@@ -8,7 +8,7 @@ PROSE := $(wildcard src docs recipes benchmarks README.md)
 # Two test workers with two threads each would wait for each other on two cores.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all gpu check format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ test: $(STAMP)
 # All cases of all sweeps: `make test` runs a fixed sample of the longest ones.
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --all
+
+# All tests and benchmarks that need a GPU, into runs/gpu. Toy sizes on the CPU: make gpu ARGS=--dry-run
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

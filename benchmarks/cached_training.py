@@ -1,12 +1,14 @@
 """Training speed and memory with labels only, a cached fused target, and live teachers.
 
     python benchmarks/cached_training.py --save docs/results/cache.md
+    python benchmarks/cached_training.py --device cuda --bf16 --vocab 49152 --width 1024
 
 All three modes train the same student on the same batches. Models are untrained and windows are
 random, because speed does not depend on the content. Teacher logits are scaled until a target has
 as many unique draws as on real text (printed). Batches come through the data loader and collator
 of training, in another order than the cache was built in. Speeds are medians over rounds. Peak
-memory is measured in a separate process per mode. Nothing else should run at the same time.
+memory is measured in a separate process per mode: that of the process, or of the GPU. Nothing else
+should run at the same time.
 """
 
 from __future__ import annotations
@@ -67,6 +69,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--bf16", action="store_true", help="teachers in bfloat16, the student under autocast"
+    )
     parser.add_argument(
         "--save", type=Path, help="Markdown file in which to replace the section `Speed`"
     )
@@ -122,7 +128,11 @@ def make_teachers(options: argparse.Namespace) -> list[Teacher]:
     torch.manual_seed(1)
     width, vocab_size = 2 * options.width, options.vocab
     models = [make_model(vocab_size, width, sharpness=SHARPNESS) for _ in range(options.teachers)]
-    return [LocalTeacher(f"t{i}", m, vocab_size=vocab_size) for i, m in enumerate(models)]
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    return [
+        LocalTeacher(f"t{i}", m.to(options.device, dtype), vocab_size=vocab_size)
+        for i, m in enumerate(models)
+    ]
 
 
 def make_dataset(options: argparse.Namespace) -> PackedDataset:
@@ -170,7 +180,7 @@ def make_step(
 ) -> Callable[[], int]:
     """Return a function that runs one training step and returns its number of rows."""
     torch.manual_seed(0)
-    student = make_model(options.vocab, options.width)
+    student = make_model(options.vocab, options.width).to(options.device)
     objective = Objective(ObjectiveOptions(), Fusion() if teachers or targets else None)
     module = DistillStep(
         student, objective, vocab_size=options.vocab, teachers=teachers, targets=targets
@@ -179,10 +189,14 @@ def make_step(
     batches = prefetch_batches(dataset, targets, options)
 
     def step() -> int:
-        total, loss = module(next(batches))
+        inputs = {name: x.to(options.device) for name, x in next(batches).items()}
+        with torch.autocast(torch.device(options.device).type, torch.bfloat16, options.bf16):
+            total, loss = module(inputs)
         (total / loss.num_rows).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if options.device != "cpu":
+            torch.accelerator.synchronize()
         return loss.num_rows
 
     return step
@@ -230,7 +244,8 @@ def run_mode(mode: str, folder: Path, options: argparse.Namespace) -> None:
     step = make_step(teachers, targets, dataset, options)
     for _ in range(3):
         step()
-    print(peak_megabytes())
+    is_cpu = options.device == "cpu"
+    print(peak_megabytes() if is_cpu else torch.cuda.max_memory_allocated() / 2**20)
 
 
 def peak_megabytes() -> float:
@@ -271,11 +286,16 @@ def origin(entries: float, options: argparse.Namespace, seconds: float) -> str:
         f"{options.width}, 4 layers each, V = {options.vocab:,}, batches of {options.batch} "
         f"windows of {options.length} tokens, 50 draws ({entries:.1f} unique), medians of "
         f"{options.rounds} rounds.\n\n"
-        f"{date.today()}, {environment().processor}, {torch.get_num_threads()} threads, "
-        f"{versions}, {seconds:.0f} s:\n"
-        f"`python benchmarks/cached_training.py --teachers {options.teachers} "
-        f"--rounds {options.rounds}`\n"
+        f"{date.today()}, {machine(options.device)}, {versions}, {seconds:.0f} s:\n"
+        f"`python {' '.join(sys.argv)}`\n"
     )
+
+
+def machine(device: str) -> str:
+    """Name the processor or the GPU."""
+    if device == "cpu":
+        return f"{environment().processor}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name()
 
 
 if __name__ == "__main__":
