@@ -208,7 +208,7 @@ class _StateColumn(ProgressColumn):
 @contextmanager
 def _lines(work: Work) -> Iterator[None]:
     """Print the state as soon as the last line is `SECONDS_PER_LINE` old."""
-    printed, stopped = work.clock(), Event()
+    printed = work.clock()
 
     def show() -> None:
         nonlocal printed
@@ -217,13 +217,24 @@ def _lines(work: Work) -> Iterator[None]:
                 printed = work.clock()
                 say(work.line())
 
-    def watch() -> None:
-        while not stopped.wait(max(0.1, printed + SECONDS_PER_LINE - work.clock())):
-            show()
-
-    # A thread, since one batch may take minutes.
     lock, work.on_report = Lock(), show
-    thread = Thread(target=watch, name=f"progress of {work.line()}", daemon=True)
+    with heartbeat(show, lambda: printed + SECONDS_PER_LINE - work.clock()):
+        yield
+
+
+@contextmanager
+def heartbeat(beat: Callable[[], None], due_in: Callable[[], float]) -> Iterator[None]:
+    """Call `beat` whenever it is due, in `due_in()` seconds, on a thread of its own.
+
+    A batch or a step may take minutes, in which the thread that runs it prints nothing.
+    """
+    stopped = Event()
+
+    def watch() -> None:
+        while not stopped.wait(max(0.1, due_in())):
+            beat()
+
+    thread = Thread(target=watch, name="progress", daemon=True)
     thread.start()
     try:
         yield

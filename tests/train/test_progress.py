@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import signal
 import threading
+import time
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from transformers import TrainerState
 
@@ -45,9 +47,25 @@ def test_a_slow_run_prints_a_line_at_least_every_30_seconds_with_the_time_left()
         now += 12.0
         state.global_step += 1
         progress.on_step_end(None, state, None)
+    progress.close()
     assert isinstance(console.file, io.StringIO)
     lines = [line.strip() for line in console.file.getvalue().splitlines()]
     assert lines == ["step 403/1000  about 2.0 h left", "step 406/1000  about 2.0 h left"]
+
+
+def test_a_line_is_printed_in_the_middle_of_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collegium.train.progress.SECONDS_PER_LINE", 0.15)
+    console = Console(file=io.StringIO(), width=200)
+    progress = TrainingProgress(console=console)
+    progress.on_train_begin(None, TrainerState(max_steps=1000, global_step=3), None)
+    time.sleep(0.5)
+    progress.close()
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert 1 <= len(lines) <= 3
+    assert set(lines) == {"step 3/1000"}
+    time.sleep(0.2)
+    assert len(console.file.getvalue().splitlines()) == len(lines)  # the thread has ended
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from threading import RLock
 from typing import Any
 
 from rich.console import Console
@@ -14,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from transformers import TrainerCallback, TrainerState
 
-from collegium.console import SECONDS_PER_LINE, Work
+from collegium.console import SECONDS_PER_LINE, Work, heartbeat
 
 
 class TrainingProgress(TrainerCallback):
-    """A progress bar on a terminal, else a line per 10 % of the steps, and one every 30 s.
+    """A progress bar on a terminal, else a line per 10 % of the steps, and at least every 30 s.
 
-    Silent if `quiet`. A step that takes longer than 30 s is followed by a line.
+    Silent if `quiet`.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class TrainingProgress(TrainerCallback):
         self._bar: RichProgress | None = None
         self._last_tenth = 0
         self._text = ""
+        self._lock = RLock()
+        self._heartbeat = ExitStack()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # A resumed run does not repeat the line of the tenth it resumes in.
@@ -46,7 +49,11 @@ class TrainingProgress(TrainerCallback):
         self._printed = self._clock()
         self._work = Work("training", {"training": 1.0}, self._clock)
         self._work(state.global_step, state.max_steps)
-        if self._quiet or not self._console.is_terminal:
+        if self._quiet:
+            return
+        if not self._console.is_terminal:
+            beat = heartbeat(lambda: self._beat(state), self._due_in)
+            self._heartbeat.enter_context(beat)
             return
         columns = (BarColumn(), MofNCompleteColumn())
         text = TextColumn("{task.fields[text]}")
@@ -64,11 +71,22 @@ class TrainingProgress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._work(state.global_step, state.max_steps)
-        if self._bar is not None or self._clock() - self._printed >= SECONDS_PER_LINE:
-            self._show(state, is_due=True)
+        if self._bar is not None:
+            self._show(state)
+        else:
+            self._beat(state)
+
+    def _beat(self, state: TrainerState) -> None:
+        with self._lock:  # of the thread of the heartbeat, and of the one that trains
+            if self._due_in() <= 0:
+                self._show(state, is_due=True)
+
+    def _due_in(self) -> float:
+        return self._printed + SECONDS_PER_LINE - self._clock()
 
     def close(self) -> None:
-        """Remove the bar, also after an error."""
+        """Stop the thread, and remove the bar, also after an error."""
+        self._heartbeat.close()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -78,9 +96,10 @@ class TrainingProgress(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=state.global_step, text=text)
         elif not self._quiet and (is_due or _tenth(state) > self._last_tenth):
-            self._last_tenth, self._printed = _tenth(state), self._clock()
-            line = f"step {state.global_step}/{state.max_steps}  {text}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            with self._lock:
+                self._last_tenth, self._printed = _tenth(state), self._clock()
+                line = f"step {state.global_step}/{state.max_steps}  {text}"
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _tenth(state: TrainerState) -> int:
