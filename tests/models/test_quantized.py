@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(gguf.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv("COLLEGIUM_CACHE", str(tmp_path / "cache"))
     gguf._converted.cache_clear()
 
 

