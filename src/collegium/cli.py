@@ -215,11 +215,14 @@ def _print(*tables: Any) -> None:
 def _print_results(folder: Path) -> None:
     from collegium.report.run_files import read_run
     from collegium.report.run_tables import evaluation_table
+    from collegium.report.serving import serving_sentences, serving_table
     from collegium.report.task_tables import task_notes, task_table
 
     files = read_run(folder)
     _print(evaluation_table(files), *([task_table(files)] if files.suites else []))
-    for note in task_notes(files):
+    if files.measurements is not None:
+        _print(serving_table(files))
+    for note in (*task_notes(files), *serving_sentences(files)):
         _echo(note)
 
 

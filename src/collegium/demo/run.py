@@ -18,9 +18,12 @@ from ruamel.yaml import YAML
 
 from collegium.config.recipe import Recipe, load_recipe
 from collegium.config.yaml import read_text, read_yaml
+from collegium.console import say
 from collegium.demo.corpora import CORPORA, write_corpus
 from collegium.demo.tokenizer import train_tokenizer
 from collegium.errors import RecipeError, nearest
+from collegium.export.format import INSTALL
+from collegium.export.formats import FORMATS
 from collegium.run import pipeline
 from collegium.run.controls import CONTROLS
 from collegium.run.folder import RunFolder
@@ -128,8 +131,19 @@ def run_demo(
     values |= {"output_dir": str(folder), "seed": seed}
     if controls is not None:
         values["evaluate"]["controls"] = list(controls)
+    if "export" in values:
+        values["export"]["to"] = installed_formats(values["export"]["to"])
     pipeline.run(write_recipe(folder / "recipes" / "student.yaml", values))
     return folder
+
+
+def installed_formats(names: Sequence[str]) -> list[str]:
+    """Return the formats whose packages are installed, and print a line for each other one."""
+    missing = {name: FORMATS[name].missing_packages() for name in names}
+    for name, packages in missing.items():
+        if packages:
+            say(f"export {name}: skipped, since {packages[0]} is not installed; run `{INSTALL}`")
+    return [name for name in names if not missing[name]]
 
 
 def ensure(

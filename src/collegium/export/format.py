@@ -20,6 +20,8 @@ from collegium.train.checkpoint import WEIGHT_FILES, read_manifest
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+INSTALL = "pip install 'collegium[export]'"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
@@ -81,12 +83,14 @@ class Format(ABC):
     ) -> None:
         """Raise ExportError if a package is missing, or the format cannot hold such a student."""
         del config, tokenizer
-        missing = [name for name in self.packages if not _is_installed(name)]
-        if missing:
+        if missing := self.missing_packages():
             raise ExportError(
-                f"{where}: needs the package {missing[0]}; must be installed; run "
-                "`pip install 'collegium[export]'`"
+                f"{where}: needs the package {missing[0]}; must be installed; run `{INSTALL}`"
             )
+
+    def missing_packages(self) -> list[str]:
+        """Return the packages that it needs and that are not installed."""
+        return [name for name in self.packages if not _is_installed(name)]
 
     @abstractmethod
     def write(self, student: Path, target: Path) -> None:

@@ -23,3 +23,5 @@ class ExportOptions:
     """Formats to write after the evaluation, each into `exports/NAME`."""
     max_tokens: Annotated[int, Field(ge=1)] = 20_000
     """Tokens of the validation split on which an export is compared with the student."""
+    measure: bool = False
+    """Measure size, memory and speed of the student, the exports and the teachers afterwards."""

@@ -11,6 +11,7 @@
     generation.json    their continuations of held-out documents (`collegium.run.tasks`)
     tasks/NAME.json    their answers to the prompts of a task
     exports/NAME/      the student in another format (`collegium.run.exports`)
+    measure.json       size and speed of the models (`collegium.run.speeds`)
     report.html        one page about all of these
     student/README.md  the model card (`collegium.run.card`)
 
@@ -34,6 +35,7 @@ from collegium.run.card import CARD, write_card
 from collegium.run.choice import Preflight, Recorder, reading, resolved_fusion
 from collegium.run.context import RunContext
 from collegium.run.exports import exports
+from collegium.run.speeds import speeds
 from collegium.run.students import Student, controls, students
 from collegium.run.tasks import TaskScores, sample_suite, suite_names
 from collegium.storage.files import write_bytes, write_json
@@ -185,7 +187,7 @@ ARTIFACTS: Mapping[str, Callable[[RunContext], Sequence[Artifact[Any]]]] = {
     "cache": caches,
     "train": students,
     "evaluate": evaluations,
-    "export": exports,
+    "export": lambda context: [*exports(context), *speeds(context)],
     "report": lambda context: [Report(context), Card(context)],
 }
 """The artifacts of each stage, in the order of a run."""

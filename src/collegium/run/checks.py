@@ -40,6 +40,7 @@ from collegium.run.estimates import estimate_lines, estimate_warnings
 from collegium.run.exports import check_exports
 from collegium.run.memory import MemoryPlan
 from collegium.run.problems import CheckReport, Problems
+from collegium.run.speeds import check_speeds
 from collegium.teachers.options import TeacherOptions
 from collegium.train.arguments import BFLOAT16_RATE, bfloat16_warning
 from collegium.train.checkpoint import require_valid_checkpoint
@@ -78,6 +79,7 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
         collect(_check_states, context)
     if has_student:
         collect(check_exports, context)
+        collect(check_speeds, context)
     if has_student and has_files and collect(check_datasets, context, report):
         collect(check_suites, context, report, models)
         collect(check_routing, context, report)

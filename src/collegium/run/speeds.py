@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from collegium.config.recipe import Recipe
 from collegium.console import progress
@@ -12,17 +14,96 @@ from collegium.export.build import finished_exports, open_export
 from collegium.export.formats import FORMATS
 from collegium.export.measure import Served, Workload, measure_models
 from collegium.models.folder import resolve_folder
+from collegium.run.artifact import Artifact
+from collegium.run.context import RunContext
 from collegium.run.exports import threads_here
-from collegium.run.folder import RunFolder, environment
+from collegium.run.folder import environment
 from collegium.run.students import require_student
-from collegium.storage.files import fingerprint, sha256_of, write_json
-from collegium.storage.records import MeasuredModel, Measurements, ResultRow, read_record
-from collegium.storage.stages import digests_of
+from collegium.storage.files import sha256_of, write_json
+from collegium.storage.records import (
+    MeasuredModel,
+    Measurements,
+    ResultRow,
+    open_record,
+    read_record,
+)
 from collegium.teachers.options import LocalOptions
 from collegium.train.checkpoint import MANIFEST
 
-STAGE = "measure"
-FILE = "measure.json"
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Speeds(Artifact[Measurements]):
+    """Size, memory and speed of the student, its finished exports and its teachers, here.
+
+    Teachers whose folder is gone, or that are no local models, are listed with the reason. Data
+    and caches are not read.
+    """
+
+    stage = "measure"
+    file = "measure.json"
+    rounds: int = 3
+    """Measurements of each model, one after the other in turn."""
+    threads: int | None = None
+    """Threads of each process. None for as many as torch would use here."""
+    prompt_tokens: int = 64
+    new_tokens: int = 32
+
+    def identity(self) -> Any:
+        # Not the rounds or threads: a run keeps what `collegium measure` measured with others.
+        folder, recipe = self.context.folder.path, self.context.recipe
+        exports = {name: _digest(path) for name, path in finished_exports(folder).items()}
+        return [_digest(folder / "student"), exports, list(recipe.teachers)]
+
+    def build(self) -> None:
+        folder = self.context.folder.path
+        student, threads = sha256_of(folder / "student" / MANIFEST), self.threads or threads_here()
+        served = [*_own(folder, student)]
+        skipped = [*_teachers(self.context.recipe, folder, served)]
+        workload = Workload(
+            vocab_size=_config(folder).get_text_config().vocab_size,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            threads=threads,
+        )
+        with progress(self.stage) as advance:
+            models = measure_models(served, workload, rounds=self.rounds, advance=advance)
+        measurements = Measurements(
+            student=student,
+            processor=environment().processor or "unknown",
+            threads=threads,
+            rounds=self.rounds,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            models=[*models, *skipped],
+        )
+        write_json(self.path, measurements.to_json())
+
+    def open(self) -> Measurements:
+        return open_record(self.path, Measurements)
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Raise ExportError if the student has too few positions for the texts."""
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and self.prompt_tokens + self.new_tokens > longest:
+            raise ExportError(
+                f"measure: got {self.prompt_tokens} + {self.new_tokens} tokens; must be at most "
+                f"{longest}, the positions of the student; run `collegium measure` with a lower "
+                "--prompt-tokens or --new-tokens"
+            )
+
+
+def speeds(context: RunContext) -> list[Speeds]:
+    """Return the measurements if the recipe asks for them."""
+    return [Speeds(context)] if context.recipe.export.measure else []
+
+
+def check_speeds(context: RunContext) -> None:
+    """Raise ExportError if the recipe asks for measurements that its student has no room for."""
+    for one in speeds(context):
+        one.check(context.student.load_config("student"))
 
 
 def measure_run(
@@ -33,52 +114,37 @@ def measure_run(
     prompt_tokens: int = 64,
     new_tokens: int = 32,
 ) -> Measurements:
-    """Measure the student, its exports and its teachers on this machine, and write measure.json.
+    """Measure the models of a run on this machine, and write measure.json.
 
-    Teachers whose folder is gone, or that are no local models, are listed with the reason. Data
-    and caches are not read.
-
-    Args:
-        recipe: the recipe of the run.
-        rounds: measurements of each model, one after the other in turn.
-        threads: threads of each process. None for as many as torch would use here.
-        prompt_tokens: length of the prompts.
-        new_tokens: tokens generated after each prompt.
+    The options are the fields of `Speeds`.
 
     Raises:
         CollegiumError: there is no trained student, or an export is damaged.
     """
-    folder = RunFolder(recipe.output_dir)
-    require_student(folder.path)
-    manifest = folder.path / "student" / MANIFEST
-    student, threads = sha256_of(manifest), threads or threads_here()
-    served = [*_own(folder.path, student)]
-    skipped = [*_teachers(recipe, folder.path, served)]
-    vocab_size, longest = _limits(folder.path / "student")
-    if longest is not None and prompt_tokens + new_tokens > longest:
-        raise ExportError(
-            f"measure: got {prompt_tokens} + {new_tokens} tokens; must be at most {longest}, the "
-            "positions of the student; lower --prompt-tokens or --new-tokens"
-        )
-    workload = Workload(
-        vocab_size=vocab_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads
+    artifact = Speeds(
+        RunContext(recipe),
+        rounds=rounds,
+        threads=threads,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
     )
-    path = folder.path / FILE
-    key = fingerprint([student, [model.name for model in served], rounds, threads])
-    with folder.lock(), folder.stage(STAGE, key, lambda: digests_of(folder.path, [path])):
-        with progress(STAGE) as advance:
-            models = measure_models(served, workload, rounds=rounds, advance=advance)
-        measurements = Measurements(
-            student=student,
-            processor=environment().processor or "unknown",
-            threads=threads,
-            rounds=rounds,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            models=[*models, *skipped],
-        )
-        write_json(path, measurements.to_json())
-    return measurements
+    folder = artifact.context.folder
+    require_student(folder.path)
+    artifact.check(_config(folder.path))
+    with folder.lock(), artifact.log():
+        artifact.build()
+    return artifact.open()
+
+
+def _config(run_folder: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(run_folder / "student")
+
+
+def _digest(folder: Path) -> str | None:
+    manifest = folder / MANIFEST
+    return sha256_of(manifest) if manifest.is_file() else None
 
 
 def _scores(run_folder: Path) -> dict[tuple[str, str], float | None]:
@@ -122,11 +188,3 @@ def _teachers(recipe: Recipe, run_folder: Path, served: list[Served]) -> Iterato
             served.append(Served(name, "teacher", source, bits))
         else:
             yield MeasuredModel(name=name, kind="teacher", bits_per_byte=bits, note=note)
-
-
-def _limits(student: Path) -> tuple[int, int | None]:
-    """Return the number of ids of the student, and its largest number of positions."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(student).get_text_config()
-    return config.vocab_size, getattr(config, "max_position_embeddings", None)
