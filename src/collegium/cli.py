@@ -373,21 +373,29 @@ def export(
     to: Annotated[
         str, typer.Option(help="Comma-separated formats. Defaults to those of the recipe.")
     ] = "",
+    recover: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of training where a quantized format is beyond its bound."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Only check the files of finished exports.")
     ] = False,
 ) -> None:
     """Write the student in the formats of other tools, verified by loading it there."""
     check_versions()
-    from collegium.export.build import summary
+    from collegium.export.build import summary_lines
     from collegium.run.exports import export_run, verify_exports
     from collegium.run.folder import recipe_of
 
     recipe = recipe_of(run_folder)
     names = [name for name in to.split(",") if name]
-    infos = verify_exports(recipe.output_dir) if verify else export_run(recipe, names)
+    if verify:
+        infos = verify_exports(recipe.output_dir)
+    else:
+        infos = export_run(recipe, names, recover=recover)
     for name, info in infos.items():
-        _echo(f"{recipe.output_dir / 'exports' / name}: {summary(info)}")
+        for line in summary_lines(info):
+            _echo(f"{recipe.output_dir / 'exports' / name}: {line}")
 
 
 @app.command()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -18,13 +20,15 @@ from collegium.config.recipe import Recipe, load_recipe, recipe_hash
 from collegium.errors import CollegiumError, DataError, ExportError
 from collegium.export import build, foreign, process
 from collegium.export.build import build_export, open_export
+from collegium.export.fake_quantization import WeightGrid
 from collegium.export.format import Bounds, HuggingFace
-from collegium.export.formats import FORMATS
-from collegium.export.options import FormatName
+from collegium.export.formats import FORMATS, INT8
+from collegium.export.options import FormatName, RecoverOptions
 from collegium.export.texts import save_texts
 from collegium.run import exports
 from collegium.run.context import RunContext
 from collegium.run.exports import Export, export_run, verify_exports
+from collegium.storage.files import sha256_of
 from collegium.storage.records import Verification
 from collegium.train.checkpoint import replace
 from evaluation_cases import id_dataset, text_dataset
@@ -301,3 +305,72 @@ def test_the_command_prints_a_line_per_export(recipe: Recipe, tmp_path: Path) ->
     assert "bits per byte +0.0000" in result.output
     result = CliRunner().invoke(app, ["export", str(tmp_path / "recipe.yaml"), "--verify"])
     assert result.exit_code == 0, result.output
+
+
+@dataclass
+class Trained:
+    """Stands for training: another student, and the calls for it."""
+
+    folder: Path
+    options: RecoverOptions
+    learning_rate: float = 0.5
+    calls: list[tuple[WeightGrid, str]] = field(default_factory=list)
+
+    def train(self, grid: WeightGrid, name: str) -> Path:
+        self.calls.append((grid, name))
+        return self.folder
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "bound", "is_trained", "is_kept"),
+    [
+        (1.03, 1.01, None, True, True),
+        (1.03, 0.5, None, True, True),  # further training may make a better student
+        (1.03, 1.04, None, True, False),
+        (1.015, 1.00, None, False, False),  # within the bound of the format
+        (1.015, 1.00, 0.01, True, True),
+        (0.985, 0.98, 0.0, False, False),  # a rounded student that is better by chance
+        (None, None, 0.0, False, False),  # text without bytes
+    ],
+)
+def test_an_export_beyond_its_bound_is_trained_and_the_better_one_kept(
+    before: float | None,
+    after: float | None,
+    bound: float | None,
+    is_trained: bool,
+    is_kept: bool,
+    student: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grid = WeightGrid(bits=8)
+    monkeypatch.setattr(HuggingFace, "grid", property(lambda _: grid))
+    monkeypatch.setitem(cast(dict[str, Any], FORMATS), "hf", HuggingFace(bounds=INT8))
+    results = iter([EQUAL.model_copy(update={"bits_per_byte": bits}) for bits in (before, after)])
+    monkeypatch.setattr(build, "compare", lambda *_, **__: next(results))
+    replace(tiny.save_tiny(tmp_path / "new2", seed=3), tmp_path / "trained")
+    trained = Trained(tmp_path / "trained", RecoverOptions(steps=7, bits_per_byte=bound))
+    target = tmp_path / "exports" / "hf"
+    is_beyond = not is_kept and is_trained
+    with refused(ExportError, "export hf") if is_beyond else nullcontext():
+        build_export("hf", student, target, texts=texts, threads=1, recoverer=trained)
+    assert trained.calls == [(grid, "hf")] * is_trained
+    place = target.parent / "rejected" / "hf" if is_beyond else target
+    source = trained.folder if is_kept else student
+    assert (place / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    info = open_export(place)
+    assert info.verification.bits_per_byte == (after if is_kept else before)
+    assert info.student == sha256_of(student / "MANIFEST.json")
+    if is_trained:
+        assert info.recovery is not None
+        steps, is_recorded = info.recovery.steps, info.recovery.is_kept
+        assert (steps, is_recorded, info.recovery.learning_rate) == (7, is_kept, 0.5)
+        bits = info.recovery.before.bits_per_byte, info.recovery.after.bits_per_byte
+        assert bits == (before, after)
+        assert info.recovery.bits_per_byte == (0.02 if bound is None else bound)
+        assert f"{7} steps of recovery" in build.summary_lines(info)[1]
+    else:
+        assert info.recovery is None
+        assert len(build.summary_lines(info)) == 1
+    assert {path.name for path in target.parent.iterdir()} <= {"hf", "rejected"}

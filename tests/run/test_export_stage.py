@@ -11,6 +11,8 @@ from collegium.config.recipe import load_recipe
 from collegium.errors import ExportError
 from collegium.export import build, foreign, measure
 from collegium.export.build import open_export
+from collegium.report.run_files import read_run
+from collegium.report.serving import pareto_plot
 from collegium.run import pipeline
 from collegium.run.folder import RunFolder
 from collegium.storage.files import sha256_of
@@ -41,11 +43,12 @@ def test_a_run_ends_with_its_exports_and_their_measurement(
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe_text(write_zoo(tmp_path)), encoding="utf-8")
     room = "student.config.max_position_embeddings=96"
+    short = ("evaluate.controls=[]", "fusion={weighting: {name: uniform}}")
     exports = "export={to: [hf, gguf-f16], max_tokens: 300, measure: true}"
 
     def run(*overrides: str) -> list[str]:
         tools.clear()
-        pipeline.run(load_recipe(tmp_path / "recipe.yaml", [room, exports, *overrides]))
+        pipeline.run(load_recipe(tmp_path / "recipe.yaml", [*short, room, exports, *overrides]))
         return sorted(set(tools))
 
     folder = tmp_path / "run"
@@ -62,16 +65,19 @@ def test_a_run_ends_with_its_exports_and_their_measurement(
     assert measured.student == student
     assert {one.name for one in measured.models if one.speeds} == {*models}
     report = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Exports against the student" in report
     assert "Served on this machine" in report
-    assert "Quality and speed" in report
+    assert pareto_plot(read_run(folder)) is not None
     assert run() == []
     # Another student, and everything made of it again.
     assert run("train.max_steps=6") == expected
     newer = sha256_of(folder / "student" / "MANIFEST.json")
     assert newer != student
-    assert {open_export(folder / "exports" / name).student for name in ("hf", "gguf-f16")} == {newer}
+    assert {open_export(folder / "exports" / name).student for name in ("hf", "gguf-f16")} == {
+        newer
+    }
     assert open_record(folder / "measure.json", Measurements).student == newer
     kept = open_record(folder / "previous" / "1" / "measure.json", Measurements)
     assert kept == measured
     (folder / "exports" / "hf" / "config.json").write_text("{}")
-    assert run() == ["compare export hf"]
+    assert run("train.max_steps=6") == ["compare export hf"]

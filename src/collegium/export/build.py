@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from collegium.console import say
 from collegium.errors import CollegiumError, ExportError
+from collegium.export.fake_quantization import WeightGrid
 from collegium.export.format import Format
 from collegium.export.formats import FORMATS
+from collegium.export.options import RecoverOptions
 from collegium.export.process import run_foreign
 from collegium.export.texts import NEW_TOKENS
 from collegium.storage.files import sha256_of, write_json
-from collegium.storage.records import ExportInfo, Verification, open_record
+from collegium.storage.records import ExportInfo, Recovery, Verification, open_record
 from collegium.train.checkpoint import MANIFEST, recover, replace, temporary_folder, verify
 
 INFO = "export.json"
@@ -23,7 +26,26 @@ REJECTED = "rejected"
 """Folder beside the exports for those beyond a bound."""
 
 
-def build_export(name: str, student: Path, target: Path, *, texts: Path, threads: int) -> None:
+class Recoverer(Protocol):
+    """Trains the student for a grid of weights."""
+
+    options: RecoverOptions
+    learning_rate: float
+
+    def train(self, grid: WeightGrid, name: str) -> Path:
+        """Return the folder of a float student whose weights lose less by rounding to a grid."""
+        ...
+
+
+def build_export(
+    name: str,
+    student: Path,
+    target: Path,
+    *,
+    texts: Path,
+    threads: int,
+    recoverer: Recoverer | None = None,
+) -> None:
     """Write a student in the format `name` into `target`, which it replaces once it is verified.
 
     Args:
@@ -32,47 +54,108 @@ def build_export(name: str, student: Path, target: Path, *, texts: Path, threads
         target: folder of the export.
         texts: held-out text, by `save_texts`.
         threads: threads of the process that verifies.
+        recoverer: trains a quantized student beyond its bound. None for no training.
 
     Raises:
         ExportError: the format cannot hold the student, or its tool gives other results beyond a
             bound. Such an export is kept in the folder `rejected`, with its `export.json`.
         TrainingError: the student is damaged.
+        Interrupted: training was stopped. Nothing is kept.
     """
     form = FORMATS[name]
     verify(student)
     recover(target)
-    temporary = temporary_folder(target.parent, target.name)
+    draft = _Draft(form, student, target, texts, threads)
     try:
-        form.write(student, temporary)
-        size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-        measured = compare(form, student, temporary, texts=texts, threads=threads)
+        folder, measured = draft.write(student)
+        recovery = None
+        if recoverer is not None:
+            recovery = _recover(draft, recoverer, measured)
+        if recovery is not None and recovery.is_kept:
+            folder, measured = draft.folders[-1], recovery.after
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         info = ExportInfo(
             name=name,
             student=sha256_of(student / MANIFEST),
-            source={k: v for k, v in form.source(temporary).items() if k != "folder"},
+            source={k: v for k, v in form.source(folder).items() if k != "folder"},
             versions=form.versions(),
             bytes=size,
             verification=measured,
+            recovery=recovery,
         )
-        problems = list(form.bounds.problems(measured))
-        write_json(temporary / INFO, info.to_json())
+        is_trained = recovery is not None and recovery.is_kept
+        problems = list(form.bounds.problems(measured, is_trained=is_trained))
+        write_json(folder / INFO, info.to_json())
         if problems:
             aside = target.with_name(REJECTED) / target.name
             aside.parent.mkdir(exist_ok=True)
-            replace(temporary, aside)
+            replace(folder, aside)
             raise ExportError(
                 f"export {name}: {'; '.join(problems)}; must be within the bounds of the format; "
-                f"kept in {aside}; choose another format"
+                f"kept in {aside}; {_remedy(form, recovery)}"
             )
-        replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    say(f"export {name}: {summary(info)}")
+        replace(folder, target)
+    finally:
+        for folder in draft.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    for line in summary_lines(info):
+        say(f"export {name}: {line}")
+
+
+@dataclass
+class _Draft:
+    """Temporary folders of an export beside its target."""
+
+    form: Format
+    student: Path
+    target: Path
+    texts: Path
+    threads: int
+    folders: list[Path] = field(default_factory=list)
+
+    def write(self, source: Path) -> tuple[Path, Verification]:
+        """Write a float student in the format, and compare it with the student of the run."""
+        folder = temporary_folder(self.target.parent, self.target.name)
+        self.folders.append(folder)
+        self.form.write(source, folder)
+        where = f"export {self.target.name}"
+        measured = compare(
+            self.form, self.student, folder, texts=self.texts, threads=self.threads, where=where
+        )
+        return folder, measured
+
+
+def _recover(draft: _Draft, recoverer: Recoverer, before: Verification) -> Recovery | None:
+    """Train the student if the export costs more than a bound, and write it again."""
+    form, options, cost = draft.form, recoverer.options, before.bits_per_byte_change
+    bound = form.bounds.bits_per_byte if options.bits_per_byte is None else options.bits_per_byte
+    if form.grid is None or cost is None or cost <= bound:
+        return None
+    say(
+        f"export {draft.target.name}: bits per byte {cost:+.4f} (bound {bound:g}), so the student "
+        f"is trained for {options.steps} steps with rounded weights"
+    )
+    _, after = draft.write(recoverer.train(form.grid, draft.target.name))
+    trained = after.bits_per_byte_change
+    return Recovery(
+        steps=options.steps,
+        learning_rate=recoverer.learning_rate,
+        bits_per_byte=bound,
+        before=before,
+        after=after,
+        is_kept=trained is not None and trained < cost,
+    )
+
+
+def _remedy(form: Format, recovery: Recovery | None) -> str:
+    if form.grid is None:
+        return "choose another format"
+    more = "set" if recovery is None else "raise"
+    return f"{more} `export.recover.steps`, or choose another format"
 
 
 def compare(
-    form: Format, student: Path, export: Path, *, texts: Path, threads: int
+    form: Format, student: Path, export: Path, *, texts: Path, threads: int, where: str
 ) -> Verification:
     """Compare an export with the student in a process without this package.
 
@@ -86,9 +169,9 @@ def compare(
         "texts": str(texts),
         "new_tokens": NEW_TOKENS,
     }
-    answer = run_foreign(request, where=f"export {export.name}", threads=threads)
+    answer = run_foreign(request, where=where, threads=threads)
     if "problem" in answer:
-        raise ExportError(f"export {export.name}: {answer['problem']}")
+        raise ExportError(f"{where}: {answer['problem']}")
     return Verification.model_validate(answer, strict=False)
 
 
@@ -114,14 +197,27 @@ def finished_exports(run_folder: Path) -> dict[str, Path]:
     return {name: folder for name, folder in folders.items() if (folder / MANIFEST).is_file()}
 
 
-def summary(info: ExportInfo) -> str:
-    """Describe the size of an export and its distance to the student."""
-    measured = info.verification
+def summary_lines(info: ExportInfo) -> list[str]:
+    """Describe the size of an export and its distance to the student, and its recovery, if any."""
+    lines, recovery = [f"{info.bytes:,} bytes, {_distance(info.verification)}"], info.recovery
+    if recovery is not None:
+        lines.append(
+            f"before {recovery.steps} steps of recovery: {_distance(recovery.before)}"
+            if recovery.is_kept
+            else f"{recovery.steps} steps of recovery are no gain: {_distance(recovery.after)}"
+        )
+    return lines
+
+
+def _distance(measured: Verification) -> str:
     change = measured.bits_per_byte_change
+    largest, kl = (
+        "–" if value is None else f"{value:.2g}"
+        for value in (measured.max_logit_difference, measured.kl)
+    )
     parts = [
-        f"{info.bytes:,} bytes",
-        f"largest logit difference {measured.max_logit_difference:.2g}",
-        f"KL {measured.kl:.2g}",
+        f"largest logit difference {largest}",
+        f"KL {kl}",
         f"bits per byte {'–' if change is None else f'{change:+.4f}'}",
         f"top-1 agreement {measured.top1_agreement:.1%}",
         f"{measured.differing_texts:.0%} of {measured.num_prompts} greedy texts differ",

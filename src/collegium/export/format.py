@@ -20,6 +20,8 @@ from collegium.train.checkpoint import WEIGHT_FILES, read_manifest
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+    from collegium.export.fake_quantization import WeightGrid
+
 INSTALL = "pip install 'collegium[export]'"
 
 
@@ -32,17 +34,18 @@ class Bounds:
     logits: float | None = None
     """Largest difference of a logit over max(1, standard deviation of all logits)."""
 
-    def problems(self, measured: Verification) -> Iterator[str]:
+    def problems(self, measured: Verification, *, is_trained: bool = False) -> Iterator[str]:
         """Yield a phrase with the measured number for each bound that is exceeded.
 
         With a bound on logits, greedy continuations must be equal, up to ties closer than twice
-        that bound.
+        that bound. An export that `is_trained` further may have any number of bits per byte less.
         """
         if measured.kl is None or measured.max_logit_difference is None:
             yield "the logits are not finite"
             return
         change = measured.bits_per_byte_change
-        if change is not None and not abs(change) <= self.bits_per_byte:
+        size = None if change is None else change if is_trained else abs(change)
+        if size is not None and not size <= self.bits_per_byte:
             yield f"bits per byte change by {change:+.4f} (bound {self.bits_per_byte:g})"
         limit = None if self.logits is None else self.logits * max(1.0, measured.logit_spread)
         if limit is not None and measured.max_logit_difference > limit:
@@ -78,6 +81,14 @@ class Format(ABC):
     file: ClassVar[str | None] = None
     """The file that the loader opens, None for the folder."""
 
+    @property
+    def grid(self) -> WeightGrid | None:
+        """The integers that it rounds weights to, None for floats.
+
+        Training can simulate them, up to rounding of embedding, head and activations.
+        """
+        return None
+
     def check(
         self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, where: str
     ) -> None:
@@ -90,7 +101,7 @@ class Format(ABC):
 
     def missing_packages(self) -> list[str]:
         """Return the packages that it needs and that are not installed."""
-        return [name for name in self.packages if not _is_installed(name)]
+        return [name for name in self.packages if not is_installed(name)]
 
     @abstractmethod
     def write(self, student: Path, target: Path) -> None:
@@ -106,7 +117,8 @@ class Format(ABC):
         return {name: version(name) for name in ("torch", "transformers", *self.packages)}
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Return whether a package is installed, by its name for pip."""
     try:
         version(package)
     except PackageNotFoundError:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from collegium.errors import ExportError
+from collegium.export.fake_quantization import WeightGrid
 from collegium.export.format import Format
 from collegium.export.gguf_tokenizer import add_tokenizer, tokenizer_kind
 from collegium.models.loading import load_model, load_tokenizer
@@ -99,6 +100,10 @@ class Gguf(Format):
     file = FILE
     weights: Literal["F16", "Q8_0"]
     """Type of the matrices. Q8_0 needs rows of a multiple of 32, and keeps others in float16."""
+
+    @property
+    def grid(self) -> WeightGrid | None:
+        return WeightGrid(bits=8, group_size=32) if self.weights == "Q8_0" else None
 
     def check(
         self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, where: str

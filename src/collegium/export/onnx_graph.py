@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from collegium.errors import ExportError, first_line
+from collegium.export.fake_quantization import WeightGrid
 from collegium.export.format import Format, copy_files, quiet
 from collegium.models.forward import takes_positions
 from collegium.models.loading import load_model
@@ -78,6 +79,10 @@ class Onnx(Format):
 @dataclass(frozen=True, kw_only=True)
 class OnnxInt8(Onnx):
     """A graph with int8 weights by output channel, and int8 activations by tensor and call."""
+
+    @property
+    def grid(self) -> WeightGrid:
+        return WeightGrid(bits=8)
 
     def transform(self, graph: Path) -> None:
         import onnx

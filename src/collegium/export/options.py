@@ -16,6 +16,18 @@ FormatName = Literal[
 
 
 @option
+class RecoverOptions:
+    """Training of the student on the weights of a quantized format, where that costs too much."""
+
+    steps: Annotated[int, Field(ge=1)]
+    """Optimizer steps, from the cache and with the objective of the run."""
+    bits_per_byte: Annotated[float, Field(ge=0)] | None = None
+    """Train where an export costs more than this. By default more than the bound of its format."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Peak learning rate. A tenth of that of the training by default."""
+
+
+@option
 class ExportOptions:
     """The student in the formats of other tools, verified in those tools."""
 
@@ -23,5 +35,7 @@ class ExportOptions:
     """Formats to write after the evaluation, each into `exports/NAME`."""
     max_tokens: Annotated[int, Field(ge=1)] = 20_000
     """Tokens of the validation split on which an export is compared with the student."""
+    recover: RecoverOptions | None = None
+    """Train quantized exports beyond a bound; null for none."""
     measure: bool = False
     """Measure size, memory and speed of the student, the exports and the teachers afterwards."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from collegium.errors import ExportError, first_line
+from collegium.export.fake_quantization import WeightGrid
 from collegium.export.format import Format, copy_files, quiet
 from collegium.options import torch
 
@@ -27,6 +28,10 @@ class TorchAo(Format):
 
     packages = ("torchao",)
     bits: Literal[4, 8]
+
+    @property
+    def grid(self) -> WeightGrid:
+        return WeightGrid(bits=self.bits, group_size=GROUP_SIZE if self.bits == 4 else None)
 
     def write(self, student: Path, target: Path) -> None:
         from transformers import AutoModelForCausalLM, TorchAoConfig

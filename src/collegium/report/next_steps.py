@@ -20,6 +20,13 @@ def next_steps(run: RunFiles) -> tuple[str, str]:
             f"Finish the run: `collegium run {recipe}`.",
             f"What is missing: `collegium status {shlex.quote(run.folder)}`.",
         )
+    if run.exports:
+        name = run.exports[0].name
+        return _improvement(run, recipe), (
+            f"The student is a plain Hugging Face folder, `{run.folder}/student`, and its exports "
+            f"are in `{run.folder}/exports`. Try one: `collegium generate "
+            f'{shlex.quote(run.folder)} "It was" --model exports/{name}`.'
+        )
     use = (
         f"The student is a plain Hugging Face folder, `{run.folder}/student`. Export it for other "
         f"tools: `collegium export {shlex.quote(run.folder)} --to onnx-int8,gguf-q8_0`."

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from collegium.errors import CollegiumError
 from collegium.report import run_tables as tables
 from collegium.report.draft_tables import acceptance_table, draft_table
+from collegium.report.export_tables import export_notes, export_table
 from collegium.report.formats import amount, duration, fixed, percent, perplexity, ratio
 from collegium.report.headline import best, gap_closed, headline_of
 from collegium.report.next_steps import next_steps
@@ -76,6 +77,8 @@ def render_run(run: RunFiles) -> str:
         fitted=[t for c in run.measured.fusions if (t := tables.number_table(c.fusion)).lines],
         calibration=tables.calibration_tables(run),
         costs=tables.cost_table(run),
+        exports=export_table(run),
+        export_notes=list(export_notes(run)),
         serving=serving_table(run),
         serving_sentences=list(serving_sentences(run)),
         stages=tables.stage_table(run),

@@ -21,7 +21,13 @@ CONTINUATION = "continuation"
 """Name of the suite of held-out continuations."""
 
 
-OfStudent = TypeVar("OfStudent", records.HarnessResults, records.DraftResults, records.Measurements)
+OfStudent = TypeVar(
+    "OfStudent",
+    records.HarnessResults,
+    records.DraftResults,
+    records.Measurements,
+    records.ExportInfo,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,8 @@ class RunFiles:
     harness: records.HarnessResults | None = None
     draft: records.DraftResults | None = None
     measurements: records.Measurements | None = None
+    exports: tuple[records.ExportInfo, ...] = ()
+    """Those of the current student, by name."""
 
     def measured_models(self, *kinds: str) -> tuple[records.MeasuredModel, ...]:
         """Return the models that were measured for serving, kind by kind."""
@@ -124,6 +132,11 @@ def read_run(run_folder: Path) -> RunFiles:
         harness=_current(read(run_folder / HARNESS, records.HarnessResults), stages),
         draft=_current(read(run_folder / DRAFT, records.DraftResults), stages),
         measurements=_current(read(run_folder / MEASURE, records.Measurements), stages),
+        exports=tuple(
+            info
+            for path in sorted(run_folder.glob("exports/*/export.json"))
+            if (info := _current(read(path, records.ExportInfo), stages))
+        ),
     )
 
 

@@ -177,9 +177,9 @@ class RunContext:
         return student
 
     @contextmanager
-    def scratch(self) -> Iterator[Path]:
+    def scratch(self, name: str = SCRATCH) -> Iterator[Path]:
         """Yield a temporary folder inside the run folder, deleted afterwards."""
-        path = self.folder.path / SCRATCH
+        path = self.folder.path / name
         shutil.rmtree(path, ignore_errors=True)  # of a killed process
         path.mkdir(parents=True)
         try:

@@ -10,11 +10,14 @@ from typing import Any
 from collegium.config.recipe import Recipe
 from collegium.errors import ExportError, nearest
 from collegium.export.build import EXPORTS, build_export, finished_exports, open_export
+from collegium.export.format import INSTALL, is_installed
 from collegium.export.formats import FORMATS
 from collegium.export.options import ExportOptions, FormatName
 from collegium.export.texts import save_texts
+from collegium.options import plain
 from collegium.run.artifact import Artifact
-from collegium.run.context import RunContext
+from collegium.run.context import SCRATCH, RunContext
+from collegium.run.recovery import StudentRecoverer
 from collegium.run.students import require_student
 from collegium.storage.files import sha256_of
 from collegium.storage.records import ExportInfo
@@ -47,14 +50,25 @@ class Export(Artifact[ExportInfo]):
         student = sha256_of(manifest) if manifest.is_file() else None
         options = self.context.recipe.export
         text = self.context.datasets["validation"].fingerprint
-        return [student, self.form, options.max_tokens, text]
+        inputs = [student, self.form, options.max_tokens, text]
+        has_grid = FORMATS[self.form].grid is not None
+        return [*inputs, plain(options.recover)] if options.recover and has_grid else inputs
 
     def build(self) -> None:
         validation, options = self.context.datasets["validation"], self.context.recipe.export
-        with self.context.scratch() as scratch:
+        # A recovery may build a cache again, with the scratch folder of that.
+        with self.context.scratch(f"{SCRATCH}-export") as scratch:
             texts = scratch / "texts.npz"
             save_texts(validation, options.max_tokens, texts)
-            build_export(self.form, self.student, self.path, texts=texts, threads=threads_here())
+            recoverer = options.recover and StudentRecoverer(self.context, options.recover, scratch)
+            build_export(
+                self.form,
+                self.student,
+                self.path,
+                texts=texts,
+                threads=threads_here(),
+                recoverer=recoverer,
+            )
 
     def open(self) -> ExportInfo:
         return open_export(self.path)
@@ -67,26 +81,51 @@ def exports(context: RunContext) -> list[Export]:
 
 def check_exports(context: RunContext) -> None:
     """Raise ExportError if a format cannot hold the student, or a package is missing."""
-    for name in context.recipe.export.to:
+    options = context.recipe.export
+    for name in options.to:
         where = f"export.to: {name}"
         FORMATS[name].check(context.student.load_config("student"), context.tokenizer, where)
+    if options.recover is None:
+        return
+    quantized = [name for name, form in FORMATS.items() if form.grid is not None]
+    if not {*options.to} & {*quantized}:
+        raise ExportError(
+            f"export.recover: got no quantized format to train for; must be with one of "
+            f"{', '.join(quantized)}; add it to `export.to`, or remove `export.recover`"
+        )
+    if not is_installed("torchao"):
+        raise ExportError(
+            f"export.recover: needs the package torchao; must be installed; run `{INSTALL}`"
+        )
 
 
-def export_run(recipe: Recipe, formats: Sequence[str] = ()) -> dict[str, ExportInfo]:
+def export_run(
+    recipe: Recipe, formats: Sequence[str] = (), *, recover: int | None = None
+) -> dict[str, ExportInfo]:
     """Export the trained student of a run in these formats, by default those of its recipe.
 
-    Finished exports of the same student are kept. Neither teachers nor caches are read.
+    Finished exports of the same student are kept. Neither teachers nor caches are read, unless a
+    quantized format is trained.
+
+    Args:
+        recipe: the recipe of the run.
+        formats: keys of `FORMATS`.
+        recover: steps of `export.recover`, with the other options of the recipe.
 
     Raises:
         ExportError: an unknown format, or one that cannot hold the student.
         CollegiumError: there is no trained student, or its held-out text is missing.
+        Interrupted: the training of a quantized format was stopped.
     """
     for name in formats:
         if name not in FORMATS:
             raise ExportError(f"--to: got `{name}`; must be a format{nearest(name, FORMATS)}")
+    options = plain(recipe.export)
     if formats:
-        options = {"to": list(dict.fromkeys(formats)), "max_tokens": recipe.export.max_tokens}
-        recipe = replace(recipe, export=ExportOptions(**options))
+        options["to"] = list(dict.fromkeys(formats))
+    if recover is not None:
+        options["recover"] = {**(options["recover"] or {}), "steps": recover}
+    recipe = replace(recipe, export=ExportOptions(**options))
     if not recipe.export.to:
         raise ExportError(f"--to: got none; must name formats; known: {', '.join(FORMATS)}")
     context = RunContext(recipe)

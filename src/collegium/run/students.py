@@ -41,7 +41,7 @@ from collegium.teachers.options import LocalOptions
 from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train.checkpoint import MANIFEST, checkpoints, read_manifest, step_of, survey
 from collegium.train.objective import Objective, state_losses
-from collegium.train.options import training_arguments
+from collegium.train.options import TrainOptions, training_arguments
 from collegium.types import Batch
 
 if TYPE_CHECKING:
@@ -211,8 +211,17 @@ class Student(Artifact[Path]):
             **dict(open_record(self.summary, TrainSummary)),
         )
 
-    def trainer(self, output_dir: Path) -> DistillTrainer:
-        """Return the trainer, which writes to `output_dir`."""
+    def trainer(
+        self,
+        output_dir: Path,
+        *,
+        student: PreTrainedModel | None = None,
+        options: TrainOptions | None = None,
+    ) -> DistillTrainer:
+        """Return the trainer, which writes to `output_dir`.
+
+        Further training has a trained `student` and `options` with its own `max_steps`.
+        """
         # Imported here: it takes longer than a whole check.
         from collegium.train.selection import selection_callback
         from collegium.train.trainer import DistillTrainer
@@ -231,10 +240,11 @@ class Student(Artifact[Path]):
         for name in variant.teachers:
             identity[f"teacher {name}"] = fingerprint(context.teacher_identity(name))
         identity |= {cache.name: content.manifest.sha256 for cache, content in opened.items()}
-        student = context.new_student()
+        student = student or context.new_student()
         on_cpu = student.device.type == "cpu"
-        max_steps = round(context.num_steps * variant.steps_factor)
-        options = dataclasses.replace(recipe.train, max_steps=max_steps)
+        if options is None:
+            max_steps = round(context.num_steps * variant.steps_factor)
+            options = dataclasses.replace(recipe.train, max_steps=max_steps)
         validation, callbacks = None, []
         if options.eval_steps is not None:
             validation = self._validation_windows()

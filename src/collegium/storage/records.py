@@ -336,6 +336,19 @@ class Verification(Record):
         return None if before is None or after is None else after - before
 
 
+class Recovery(Record):
+    """Training of the student with the rounded weights of an export."""
+
+    steps: int
+    learning_rate: float
+    bits_per_byte: float
+    """The bound on their rise that the export without it exceeds."""
+    before: Verification
+    after: Verification
+    is_kept: bool
+    """Whether the export has the trained weights: if they cost fewer bits per byte."""
+
+
 class ExportInfo(Record):
     """export.json of an export: its source, the tools that wrote it, and its verification."""
 
@@ -349,6 +362,8 @@ class ExportInfo(Record):
     bytes: int
     """Size of all files but this one and MANIFEST.json, which lists their SHA-256."""
     verification: Verification
+    """Of these files against the student, which a recovery does not change."""
+    recovery: Recovery | None = None
 
 
 class Speed(Record):

@@ -250,6 +250,23 @@ class ObjectiveOptions:
         """Return cross-entropy on the labels, in blocks of the same size."""
         return dataclasses.replace(self, kd_ratio=0.0, features=None, terms=None)
 
+    def continued(self, num_steps: int) -> ObjectiveOptions:
+        """Return the objective for further training after `num_steps`, with constant weights.
+
+        Those of the last step, without the terms on inner states: their adapters are not kept.
+        """
+        if self.terms is None:
+            return dataclasses.replace(self, features=None)
+        last = num_steps - 1, num_steps
+        terms = [
+            dataclasses.replace(term, weight=term.weight_at(*last), schedule=None)
+            for term in self.terms
+            if not isinstance(term, StateTerm) and term.weight_at(*last) > 0
+        ]
+        if not any(isinstance(term, CrossEntropyTerm | DivergenceTerm) for term in terms):
+            return self.labels_only()
+        return dataclasses.replace(self, terms=terms)
+
     def limited_to(self, teachers: Collection[str]) -> ObjectiveOptions:
         """Return the options without those of other teachers."""
         features = self.features and self.features.limited_to(teachers)
