@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $(STAMP)
 
-# Four specialists and one student on real text; ends with runs/demo/report.html.
+# Four specialists, one student on real text and its exports; ends with runs/demo/report.html.
 demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
 demo: $(STAMP)
 	$(BIN)/collegium demo

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from collegium.config.recipe import load_recipe
-from collegium.demo.run import FULL, HERE, QUICK
+from collegium.demo import run
+from collegium.demo.run import FULL, HERE, QUICK, installed_formats, run_demo
+from collegium.export.formats import FORMATS
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +72,23 @@ def test_teachers_differ_and_the_recipe_names_them(plan) -> None:
         for c in plan.specialists.values()
     }
     assert len(shapes) == len(plan.specialists)
+
+
+def test_an_export_without_its_package_is_skipped_with_the_extra_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = load_recipe(HERE / "demo.yaml").export.to
+    assert names == ["onnx-int8", "gguf-q8_0"]
+    assert installed_formats(names) == names
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(type(FORMATS["onnx-int8"]), "packages", ("no-onnx", "onnxruntime"))
+    recipes = []
+    monkeypatch.setattr(run, "prepare_text", lambda *_: None)
+    monkeypatch.setattr(run, "ensure", lambda *_: None)
+    monkeypatch.setattr(run.pipeline, "run", recipes.append)
+    run_demo(output_dir=tmp_path / "demo")
+    assert capsys.readouterr().err == (
+        "export onnx-int8: skipped, since no-onnx is not installed; run "
+        "`pip install 'collegium[export]'`\n"
+    )
+    assert (recipes[0].export.to, recipes[0].export.measure) == (["gguf-q8_0"], True)

@@ -159,6 +159,7 @@ def test_every_command_of_the_next_steps_exists() -> None:
 
 def test_the_cost_has_all_stages() -> None:
     names = ["preflight", "cache a", "train", "control uniform", "evaluate", "task qa", "samples"]
+    names += ["export hf", "measure", "draft"]
     run = RunFiles(
         "run",
         stages={name: Stage(seconds=float(i)) for i, name in enumerate([*names, "text"], 1)},
@@ -167,13 +168,15 @@ def test_the_cost_has_all_stages() -> None:
     parts = cost_parts(run)
     assert parts.pop("of which evaluations during training") == 0.5
     assert parts == {
-        "preparation": 8.0,
+        "preparation": 11.0,
         "preflight": 1.0,
         "teacher cache": 2.0,
         "student": 3.0,
         "controls": 4.0,
         "evaluation": 5.0,
         "generated text": 13.0,
+        "exports": 8.0,
+        "measurements on this machine": 19.0,
     }
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
+from benchmark_modules import load_benchmark
 from collegium.config.recipe import Recipe, load_recipe
 from collegium.errors import ExportError, Interrupted, RecipeError
 from collegium.export import build, foreign
@@ -24,7 +24,6 @@ from collegium.run.context import RunContext
 from collegium.run.exports import export_run
 from collegium.run.recovery import StudentRecoverer
 from collegium.storage.records import ExportInfo, LogStep, open_record, read_log
-from collegium.train.checkpoint import replace
 from collegium.train.options import ObjectiveOptions
 from collegium.train.trainer import DistillTrainer
 from refusals import refused
@@ -45,25 +44,11 @@ RECOVER = "export.recover={steps: 24, learning_rate: 2e-3}"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose student has the logits of the trained one, and weights that 4 bits damage.
-
-    One column of the projections behind a norm is 100 times as large as before, and its weight of
-    the norm is as much smaller.
-    """
+    """A run whose student has the logits of the trained one, and weights that 4 bits damage."""
     root = write_zoo(tmp_path_factory.mktemp("recovery"))
     (root / "recipe.yaml").write_text(recipe_text(root), encoding="utf-8")
     pipeline.train(load_recipe(root / "recipe.yaml", OVERRIDES))
-    student = root / "run" / "student"
-    weights = load_file(student / "model.safetensors")
-    for name, tensor in weights.items():
-        if name.endswith("layernorm.weight"):
-            tensor[3] /= 100
-        elif any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
-            tensor[:, 3] *= 100
-    shutil.copytree(student, root / "damaged")
-    (root / "damaged" / "MANIFEST.json").unlink()
-    save_file(weights, root / "damaged" / "model.safetensors", {"format": "pt"})
-    replace(root / "damaged", student)
+    load_benchmark("recovery").damage(root / "run" / "student", 100.0)
     return root
 
 

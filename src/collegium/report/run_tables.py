@@ -47,6 +47,10 @@ COST_PARTS = {
     "generation": "generated text",
     "samples": "generated text",
     "task": "generated text",
+    "harness": "evaluation",
+    "export": "exports",
+    "measure": "measurements on this machine",
+    "draft": "measurements on this machine",
 }
 """First word of a stage -> part of the cost. Live teachers are part of student and controls."""
 VALIDATION_COST = "of which evaluations during training"

@@ -78,6 +78,7 @@ class StudentRecoverer:
                 early_stopping_patience=None,
                 early_stopping_threshold=0.0,
                 save_steps=steps,
+                torch_compile=False,  # takes longer than a few steps
             ),
         )
         try:
