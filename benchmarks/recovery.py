@@ -2,8 +2,8 @@
 
     python benchmarks/recovery.py runs/demo --out runs/recovery --factor 100 --steps 100
 
-One column of every projection behind a norm is `factor` times as large, and its weight of the norm
-is as much smaller: the float student computes the same, and each group of 32 weights with such an
+One column in 32 of the projections behind a norm is `factor` times as large, and its weight of it
+as much smaller. The float student computes the same, while a group of 32 weights with such an
 outlier has no levels left for the others. Works for students with the layer names of Llama.
 """
 
@@ -21,7 +21,8 @@ from collegium.storage.records import Verification
 from collegium.train.checkpoint import MANIFEST, replace
 
 BEHIND_NORM = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-UNUSED = ("teachers", "text", "controls", "previous", "exports", ".*")
+NEEDED = ("cache", "student", "train")
+"""Folders of the run. Text and teachers stay where its recipe names them."""
 
 
 def main() -> None:
@@ -32,7 +33,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=None)
     options = parser.parse_args()
-    shutil.copytree(options.run, options.out, ignore=shutil.ignore_patterns(*UNUSED))
+    options.out.mkdir(parents=True)
+    for path in options.run.iterdir():
+        if path.name in NEEDED:
+            shutil.copytree(path, options.out / path.name)
+        elif path.is_file():
+            shutil.copyfile(path, options.out / path.name)
     damage(options.out / "student", options.factor)
     overrides = [f"output_dir={options.out}"]
     if options.learning_rate is not None:
@@ -56,9 +62,9 @@ def damage(student: Path, factor: float) -> None:
     weights = load_file(student / "model.safetensors")
     for name, tensor in weights.items():
         if name.endswith("layernorm.weight"):
-            tensor[3] /= factor
+            tensor[3::32] /= factor
         elif any(part in name for part in BEHIND_NORM):
-            tensor[:, 3] *= factor
+            tensor[:, 3::32] *= factor
     save_file(weights, copied / "model.safetensors", {"format": "pt"})
     replace(copied, student)
 

@@ -24,7 +24,7 @@ class RecoverOptions:
     bits_per_byte: Annotated[float, Field(ge=0)] | None = None
     """Train where an export costs more than this. By default more than the bound of its format."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate. A tenth of that of the training by default."""
+    """Peak learning rate. A quarter of that of the training by default."""
 
 
 @option

@@ -19,8 +19,9 @@ from collegium.models.options import ModelOptions
 from collegium.run.context import RunContext
 from collegium.run.students import Student, students
 
-LEARNING_RATE_FACTOR = 0.1
-"""Default peak learning rate over that of the training."""
+LEARNING_RATE_FACTOR = 0.25
+"""Default peak learning rate over that of the training: of 0.1 and 0.25 the better one on the demo,
+for a damaged student (+0.104 and +0.064 bits per byte after 100 steps) and a sound one."""
 WARMUP_FRACTION = 0.1
 
 
