@@ -29,8 +29,15 @@ REJECTED = "rejected"
 class Recoverer(Protocol):
     """Trains the student for a grid of weights."""
 
-    options: RecoverOptions
-    learning_rate: float
+    @property
+    def options(self) -> RecoverOptions:
+        """Steps, and the bound beyond which they are run."""
+        ...
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate."""
+        ...
 
     def train(self, grid: WeightGrid, name: str) -> Path:
         """Return the folder of a float student whose weights lose less by rounding to a grid."""
@@ -65,14 +72,14 @@ def build_export(
     form = FORMATS[name]
     verify(student)
     recover(target)
-    draft = _Draft(form, student, target, texts, threads)
+    attempts = _Attempts(form, student, target, texts, threads)
     try:
-        folder, measured = draft.write(student)
+        folder, measured = attempts.write(student)
         recovery = None
         if recoverer is not None:
-            recovery = _recover(draft, recoverer, measured)
+            recovery = _recover(attempts, recoverer, measured)
         if recovery is not None and recovery.is_kept:
-            folder, measured = draft.folders[-1], recovery.after
+            folder, measured = attempts.folders[-1], recovery.after
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         info = ExportInfo(
             name=name,
@@ -96,14 +103,14 @@ def build_export(
             )
         replace(folder, target)
     finally:
-        for folder in draft.folders:
+        for folder in attempts.folders:
             shutil.rmtree(folder, ignore_errors=True)
     for line in summary_lines(info):
         say(f"export {name}: {line}")
 
 
 @dataclass
-class _Draft:
+class _Attempts:
     """Temporary folders of an export beside its target."""
 
     form: Format
@@ -125,17 +132,17 @@ class _Draft:
         return folder, measured
 
 
-def _recover(draft: _Draft, recoverer: Recoverer, before: Verification) -> Recovery | None:
+def _recover(attempts: _Attempts, recoverer: Recoverer, before: Verification) -> Recovery | None:
     """Train the student if the export costs more than a bound, and write it again."""
-    form, options, cost = draft.form, recoverer.options, before.bits_per_byte_change
+    form, options, cost = attempts.form, recoverer.options, before.bits_per_byte_change
     bound = form.bounds.bits_per_byte if options.bits_per_byte is None else options.bits_per_byte
     if form.grid is None or cost is None or cost <= bound:
         return None
     say(
-        f"export {draft.target.name}: bits per byte {cost:+.4f} (bound {bound:g}), so the student "
-        f"is trained for {options.steps} steps with rounded weights"
+        f"export {attempts.target.name}: bits per byte {cost:+.4f} (bound {bound:g}), so the "
+        f"student is trained for {options.steps} steps with rounded weights"
     )
-    _, after = draft.write(recoverer.train(form.grid, draft.target.name))
+    _, after = attempts.write(recoverer.train(form.grid, attempts.target.name))
     trained = after.bits_per_byte_change
     return Recovery(
         steps=options.steps,

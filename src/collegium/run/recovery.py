@@ -73,7 +73,7 @@ class StudentRecoverer:
                 self.context.recipe.train,
                 learning_rate=self.learning_rate,
                 max_steps=steps,
-                warmup_steps=min(round(WARMUP_FRACTION * steps), steps),
+                warmup_steps=round(WARMUP_FRACTION * steps),
                 eval_steps=None,
                 load_best_model_at_end=None,
                 early_stopping_patience=None,
