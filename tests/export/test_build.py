@@ -32,27 +32,9 @@ from collegium.storage.files import sha256_of
 from collegium.storage.records import Verification
 from collegium.train.checkpoint import replace
 from evaluation_cases import id_dataset, text_dataset
+from export_cases import EQUAL
 from refusals import refused
 from tiny_run import recipe_text, write_zoo
-
-EQUAL = Verification(
-    num_tokens=9,
-    max_logit_difference=0.0,
-    mean_logit_difference=0.0,
-    logit_spread=2.0,
-    kl=0.0,
-    top1_agreement=1.0,
-    perplexity=8.0,
-    student_perplexity=8.0,
-    bits_per_byte=1.0,
-    student_bits_per_byte=1.0,
-    num_prompts=2,
-    differing_texts=0.0,
-    tie_gap=0.0,
-    differing_tokenizations=0.0,
-    same_chat_template=True,
-    same_eos=True,
-)
 
 
 class Bigram:

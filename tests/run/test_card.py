@@ -22,8 +22,10 @@ from collegium.run.card import card_text, write_card
 from collegium.run.context import RunContext
 from collegium.run.push import plan_push, push
 from collegium.storage.files import sha256_of
+from collegium.storage.records import ExportInfo
 from collegium.storage.stages import STAGES, damage, read_stages, sealed
 from collegium.train import checkpoint
+from export_cases import EQUAL
 from finished_run import write_finished
 from refusals import refused
 
@@ -72,11 +74,18 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def add_export(run: Path, name: str, student: str | None = None) -> Path:
     """An export as `collegium export` leaves it: sealed, with the digest of its student."""
     digest = student or sha256_of(run / "student" / "MANIFEST.json")
-    record = {"name": name, "student": digest, "bytes": 5, "source": {"file": "model.onnx"}}
+    info = ExportInfo(
+        name=name,
+        student=digest,
+        source={"file": "model.onnx"},
+        versions={},
+        bytes=5,
+        verification=EQUAL,
+    )
 
     def fill(folder: Path) -> None:
         (folder / "model.onnx").write_bytes(b"graph")
-        (folder / "export.json").write_text(json.dumps(record))
+        (folder / "export.json").write_text(json.dumps(info.to_json()))
 
     checkpoint.write(run / "exports" / name, fill)
     return run / "exports" / name
