@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -143,7 +144,8 @@ def gradient_error(std: float) -> float:
     rows = Rows(number, number, number, number)
     objective = Objective(ObjectiveOptions(kd_ratio=1.0), Fusion())
     row_losses(objective, HiddenRows(ours[0], Head(ours[1])), [answer], rows).total.backward()
-    errors = [(x.grad - y.grad).norm() / y.grad.norm() for x, y in zip(ours, exact, strict=True)]
+    pairs: Any = zip(ours, exact, strict=True)
+    errors = [(x.grad - y.grad).norm() / y.grad.norm() for x, y in pairs]
     return float(max(errors))
 
 

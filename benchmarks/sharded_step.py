@@ -75,7 +75,8 @@ def report(options: argparse.Namespace) -> str:
     teachers = make_teachers(options)
     plain, sharded = (build(teachers, options) for _ in range(2))
     mesh = init_device_mesh(torch.device(options.device).type, (dist.get_world_size(),))
-    for block in sharded.student.base_model.layers:
+    body: Any = sharded.student.base_model
+    for block in body.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     losses = [float(step(module, inputs, options)) for module in (plain, sharded)]

@@ -41,7 +41,7 @@ class PieceIndex:
     @classmethod
     def from_keys(cls, shards: Iterable[tuple[np.ndarray, np.ndarray]]) -> PieceIndex:
         """Sort the keys of all shards, given per shard as from `read_keys`."""
-        parts = [np.zeros((3, 0), np.uint64)]
+        parts: list[np.ndarray] = [np.zeros((3, 0), np.uint64)]
         for shard, (documents, windows) in enumerate(shards):
             places = np.arange(len(documents), dtype=np.uint64) | np.uint64(shard << _SHARD_BITS)
             parts.append(np.stack([windows[:, 0] ^ documents, windows[:, 1], places]))

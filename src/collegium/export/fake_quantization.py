@@ -38,7 +38,7 @@ def fake_quantize(model: PreTrainedModel, grid: WeightGrid) -> None:
         ValueError: a layer is not divisible into groups.
     """
     from torchao.quantization import PerAxis, PerGroup, quantize_
-    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig, QATStep
 
     head = model.get_output_embeddings()
 
@@ -49,4 +49,5 @@ def fake_quantize(model: PreTrainedModel, grid: WeightGrid) -> None:
     # By its weights and not by the config of the export: torchao derives a fake-quantizer from
     # `IntxWeightOnlyConfig`, and not from `Int8WeightOnlyConfig`.
     weights = IntxFakeQuantizeConfig(getattr(torch, f"int{grid.bits}"), granularity=granularity)
-    quantize_(model, QATConfig(weight_config=weights, step="prepare"), filter_fn=is_quantized)
+    preparation = QATConfig(weight_config=weights, step=QATStep.PREPARE)
+    quantize_(model, preparation, filter_fn=is_quantized)

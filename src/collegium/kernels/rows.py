@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from collegium.options import torch
 from collegium.types import Head
@@ -329,7 +329,7 @@ def _native_products(matrix: Tensor) -> Iterator[None]:
     if matrix.device.type != "cpu" or matrix.dtype != torch.bfloat16:
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
         yield
