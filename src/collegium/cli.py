@@ -179,6 +179,15 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def corpus(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Read the sources once and write their tokens to disk. Resumes an interrupted build."""
+    loaded = _load(recipe, overrides)
+    from collegium.run import pipeline
+
+    _echo(f"corpus: {pipeline.corpus(loaded)}")
+
+
+@app.command()
 def preflight(
     recipe: RecipeFile,
     overrides: Overrides = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby, pairwise
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ class Encoded:
     """(L,) int64: UTF-8 bytes of the document's text per token, 0 for added tokens."""
     can_split: bool
     """Whether the document may span several windows. Prompts and chats may not."""
+    stops: frozenset[int] = frozenset()
+    """Ids of the tokens that end the turns of a chat."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -33,7 +35,9 @@ class Encoded:
         """Return some of the tokens. The first one has no context to be predicted from."""
         is_target = self.is_target[span].copy()
         is_target[:1] = False
-        return Encoded(self.ids[span], is_target, self.num_bytes[span], self.can_split)
+        return replace(
+            self, ids=self.ids[span], is_target=is_target, num_bytes=self.num_bytes[span]
+        )
 
 
 Tokens = tuple[np.ndarray, np.ndarray]

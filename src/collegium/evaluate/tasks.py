@@ -26,7 +26,8 @@ from collegium.data.documents import Document, parse_rows
 from collegium.data.encode import Encoder
 from collegium.data.readers import SourceOptions, read_rows, show
 from collegium.data.sources import raise_refused
-from collegium.data.windows import Collator, PackedDataset
+from collegium.data.collate import Collator
+from collegium.data.windows import PackedDataset
 from collegium.errors import DataError, nearest
 from collegium.evaluate.generation import Decoding, Prompt, TextSource, generate
 from collegium.evaluate.options import GenerationOptions
@@ -104,8 +105,7 @@ def continuations(
         if not reference.strip():
             continue
         domain = dataset.domains[dataset.sample_domains[number]]
-        teacher = dataset.sample_teachers[number] if dataset.sample_teachers else None
-        prompt = Prompt(tuple(ids[:start].tolist()), limit, domain, teacher)
+        prompt = Prompt(tuple(ids[:start].tolist()), limit, domain, dataset.teacher_of(number))
         by_domain[domain].append(SuiteItem(dataset.sample_names[number], prompt, (reference,)))
     in_turn = chain.from_iterable(zip_longest(*by_domain.values()))
     items = [item for item in in_turn if item is not None][: options.max_prompts]

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from collegium.config.recipe import Recipe, dump_recipe
 from collegium.console import quiet_libraries
-from collegium.data.pack import PackedDataset, build_datasets
+from collegium.data.corpus import CorpusStore
+from collegium.data.pack import lay_out
 from collegium.data.sources import SourceSummary
+from collegium.data.windows import PackedDataset
 from collegium.distributions import Teacher
 from collegium.evaluate.scoring import Windows
 from collegium.losses.pairing import feature_map
@@ -49,7 +51,7 @@ class RunContext:
         self._loaded: dict[str, Teacher] = {}
         self.reserved_ids: dict[int, str] = {}
         """Ids that mean another token in a teacher, which no text may contain, with its path."""
-        self.sources: list[SourceSummary] = []
+        self.sources: Sequence[SourceSummary] = ()
         """What was read from each source, once `datasets` was used."""
 
     def claim_folder(self) -> None:
@@ -140,10 +142,16 @@ class RunContext:
     @cached_property
     def whole_datasets(self) -> dict[str, PackedDataset]:
         """The same with the ids of the whole vocabulary."""
+        data, names, corpus = self.recipe.data, list(self.recipe.teachers), self.corpus.open()
+        self.sources = corpus.sources
+        return lay_out(corpus, data, self.whole_tokenizer, where="data", teachers=names)
+
+    @cached_property
+    def corpus(self) -> CorpusStore:
+        """The tokens of all sources, on disk once they are encoded."""
         data, names = self.recipe.data, list(self.recipe.teachers)
-        return build_datasets(
-            data, self.whole_tokenizer, where="data", teachers=names, summaries=self.sources
-        )
+        root = data.corpus or self.folder.path / "corpus"
+        return CorpusStore(data, self.whole_tokenizer, root, where="data", teachers=names)
 
     def teachers(self, names: Sequence[str]) -> list[Teacher]:
         """Load these teachers, keep those loaded before, and release all others."""

@@ -68,6 +68,9 @@ def status_table(states: Iterable[ArtifactState], folder: Path) -> Table[Artifac
 def _artifacts(context: RunContext) -> Iterator[Artifact[Any]]:
     """Yield the artifacts of all stages but those that wait for an unfinished preflight."""
     recipe = context.recipe
+    yield from ARTIFACTS["corpus"](context)
+    if not context.corpus.is_readable():
+        return  # the identity of all others depends on the text
     stages = ["train", "evaluate", "export"]
     if recipe.teachers and recipe.cache.enabled:
         stages.insert(0, "cache")
