@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 from collegium.cache.build import build_cache
 from collegium.cache.encode import FusedEncoder
 from collegium.cache.store import open_cache
-from collegium.data.encode import Encoded
 from collegium.data.collate import Collator
+from collegium.data.encode import Encoded
 from collegium.data.windows import PackedDataset
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import tiny
-from collegium.data.encode import Encoded
 from collegium.data.collate import Collator
+from collegium.data.encode import Encoded
 from collegium.data.windows import PackedDataset
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import PrefixLikelihood

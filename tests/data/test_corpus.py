@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tiny
 from collegium.data import pack, pool, shards
-from collegium.data.corpus import CorpusStore
+from collegium.data.corpus_folder import CorpusFolder
 from collegium.data.pack import build_datasets, lay_out
 from collegium.data.sources import DataOptions, SourceOptions
 from collegium.storage import arrays
@@ -58,8 +58,8 @@ def tokenizer():
     return tiny.tiny_tokenizer(400, chat=True)
 
 
-def store(options: DataOptions, root: Path) -> CorpusStore:
-    return CorpusStore(options, tokenizer(), root, where="data", teachers=TEACHERS)
+def store(options: DataOptions, root: Path) -> CorpusFolder:
+    return CorpusFolder(options, tokenizer(), root, where="data", teachers=TEACHERS)
 
 
 def stored_datasets(options: DataOptions, root: Path, processes: int = 1):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import tiny
-from collegium.data.encode import Encoded
 from collegium.data.collate import Collator
+from collegium.data.encode import Encoded
 from collegium.data.pack import build_datasets
-from collegium.data.windows import PackedDataset
 from collegium.data.sources import DataOptions, SourceOptions
+from collegium.data.windows import PackedDataset
 from collegium.errors import DataError
 from collegium.types import IGNORE, Batch, domain_number
 from refusals import refused

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import tiny
 import training_runs
-from collegium.data.encode import Encoded
 from collegium.data.collate import Collator
+from collegium.data.encode import Encoded
 from collegium.data.windows import PackedDataset
 from collegium.distributions import Answer, HiddenRows
 from collegium.fusion.fitted import Route

@@ -15,7 +15,6 @@ import numpy as np
 
 from collegium.types import Batch, is_row
 
-
 MAX_HASHES = 2**16
 """Hashes of documents that are kept."""
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from collegium.data.corpus import Corpus, DocumentNames
+from collegium.data.corpus import DocumentNames, TokenCorpus
 from collegium.data.encode import EncodingReport, Note
 from collegium.data.order import OrderedDocuments
 from collegium.storage.arrays import take
@@ -30,7 +30,7 @@ class Choice:
 
 
 def choose(
-    ordered: OrderedDocuments, corpus: Corpus, max_tokens: int | None, report: EncodingReport
+    ordered: OrderedDocuments, corpus: TokenCorpus, max_tokens: int | None, report: EncodingReport
 ) -> Choice:
     """Choose the documents with targets, balanced over domains up to `max_tokens`.
 

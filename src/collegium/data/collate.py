@@ -18,7 +18,7 @@ _COLUMNS = ("input_ids", "labels", "position_ids", "sample_ids", "attention_mask
 class Collator:
     """Collator of windows, or of ordinary Hugging Face items, into (B, T) tensors.
 
-    Rows are padded on the right to the longest. Padding, added here or marked by an
+    RecordArray are padded on the right to the longest. Padding, added here or marked by an
     `attention_mask` of 0, has label `IGNORE`, sample -1 and positions that restart at 0, so it
     counts as one more document.
     """

@@ -53,7 +53,7 @@ class Outcome:
 
     encoded: Encoded | None
     """None if it is dropped or refused."""
-    notes: Note = Note(0)
+    notes: Note
     length: int = 0
     """Tokens before it was truncated."""
     error: str = ""

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from collegium.data.corpus import Corpus, DocumentNames, source_parts
+from collegium.data.corpus import DocumentNames, TokenCorpus, source_parts
 from collegium.data.sources import DataOptions
 from collegium.errors import DataError
 
@@ -72,7 +72,7 @@ class OrderedDocuments:
 
 
 def order_documents(
-    corpus: Corpus, options: DataOptions, *, where: str
+    corpus: TokenCorpus, options: DataOptions, *, where: str
 ) -> dict[Part, OrderedDocuments]:
     """Split the documents of a corpus, and order each part.
 
@@ -93,7 +93,9 @@ def order_documents(
     return ordered
 
 
-def _keys(corpus: Corpus, options: DataOptions, domains: dict[str, int]) -> dict[Part, bytearray]:
+def _keys(
+    corpus: TokenCorpus, options: DataOptions, domains: dict[str, int]
+) -> dict[Part, bytearray]:
     keys: dict[Part, bytearray] = {part: bytearray() for part in PARTS}
     parts, seed = source_parts(options), options.split_seed
     calibration = 0.0 if options.calibration else options.calibration_fraction
@@ -126,7 +128,7 @@ def _check_not_empty(counts: Mapping[Part, int], where: str) -> None:
             )
 
 
-def _break_ties(ordered: OrderedDocuments, corpus: Corpus) -> None:
+def _break_ties(ordered: OrderedDocuments, corpus: TokenCorpus) -> None:
     """Order documents of equal content by their id and domain."""
     names, keys = DocumentNames(corpus), ordered.keys
     hashes = ordered.hashes()
@@ -143,7 +145,9 @@ def _break_ties(ordered: OrderedDocuments, corpus: Corpus) -> None:
         keys[span] = keys[span][sorted(range(stop - start), key=by_name.__getitem__)]
 
 
-def _check_disjoint(ordered: Mapping[Part, OrderedDocuments], corpus: Corpus, where: str) -> None:
+def _check_disjoint(
+    ordered: Mapping[Part, OrderedDocuments], corpus: TokenCorpus, where: str
+) -> None:
     """Check that parts with sources of their own share no content with another part."""
     for earlier, later in combinations(PARTS, 2):
         hashes = ordered[later].hashes()

@@ -17,30 +17,30 @@ import numpy as np
 
 from collegium.data.budgets import Choice, choose
 from collegium.data.corpus import (
-    Corpus,
     DocumentNames,
+    TokenCorpus,
     check_teacher,
     encode_corpus,
     flat_sources,
     source_parts,
 )
 from collegium.data.encode import EncodingReport
-from collegium.data.order import PARTS, OrderedDocuments, Part, order_documents
-from collegium.data.sources import DataOptions, SourceSummary
-from collegium.data.tokens import Encoded, marked
-from collegium.data.windows import (
+from collegium.data.layout import (
     DOCUMENT,
     WINDOW,
     DatasetFacts,
     Layout,
-    PackedDataset,
     chunks_of,
     window_order,
     window_starts,
 )
+from collegium.data.order import PARTS, OrderedDocuments, Part, order_documents
+from collegium.data.sources import DataOptions, SourceSummary
+from collegium.data.tokens import Encoded, marked
+from collegium.data.windows import PackedDataset
 from collegium.errors import DataError
 from collegium.options import plain
-from collegium.storage.arrays import ArrayWriter, Rows, stored, take
+from collegium.storage.arrays import ArrayWriter, RecordArray, stored, take
 from collegium.storage.files import fingerprint, write_json
 from collegium.storage.records import Record, read_record
 
@@ -97,7 +97,7 @@ def build_datasets(
 
 
 def lay_out(
-    corpus: Corpus,
+    corpus: TokenCorpus,
     options: DataOptions,
     tokenizer: Tokenizer,
     *,
@@ -125,7 +125,7 @@ def _pad_id(tokenizer: Tokenizer) -> int:
 class _Layouts:
     """The datasets of a corpus under some options."""
 
-    corpus: Corpus
+    corpus: TokenCorpus
     options: DataOptions
     tokenizer: Tokenizer
     where: str
@@ -235,7 +235,7 @@ class _Layouts:
 
     def _layout(
         self,
-        arrays: Mapping[str, Rows],
+        arrays: Mapping[str, RecordArray],
         domains: Sequence[str],
         teachers: Sequence[str],
         stops: Sequence[int],

@@ -8,7 +8,7 @@ shard-00000.json           strings, counts, and the SHA-256 of both files; writt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -62,7 +62,7 @@ class ShardStrings(Record):
     teachers: Sequence[str] = ()
     stops: Sequence[Sequence[int]] = ()
     """Sets of stop tokens."""
-    errors: dict[str, str] = {}
+    errors: Mapping[str, str] = {}
     """Reason by document, for those that are refused."""
 
 

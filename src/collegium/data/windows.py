@@ -12,16 +12,24 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from collegium.data.layout import (
+    DOCUMENT,
+    WINDOW,
+    DatasetFacts,
+    Layout,
+    chunks_of,
+    window_order,
+    window_starts,
+)
 from collegium.data.shards import TOKEN, token_records
 from collegium.data.tokens import Encoded
-from collegium.storage.arrays import ArrayWriter, Rows
+from collegium.storage.arrays import ArrayWriter, RecordArray
 from collegium.storage.files import write_text
 from collegium.types import IGNORE, domain_number, teacher_number
 
@@ -38,14 +46,6 @@ _OF_TOKENS = ("input_ids", "is_target", "num_bytes")
 _BLOCK_TOKENS = 2**20
 """Tokens whose columns are in memory at once while a dataset is measured."""
 
-DOCUMENT = np.dtype(
-    [("document", "<u8"), ("offset", "<u8"), ("size", "<u4"), ("domain", "<u2"), ("teacher", "<u2")]
-)
-"""A document of a dataset: its number in the corpus, the place of its tokens, and the numbers of
-its domain and of its teacher, 0 for none."""
-WINDOW = np.dtype([("document", "<u8"), ("start", "<u4")])
-"""First piece of a window: a document of the dataset and a token in it."""
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -54,46 +54,6 @@ class Piece:
     document: int
     start: int
     stop: int
-
-
-@dataclass(frozen=True)
-class DatasetFacts:
-    """Facts about all windows, which would take a pass over them to measure."""
-
-    fingerprint: str
-    """SHA-256 hex digest of everything that a model sees."""
-    num_tokens: int
-    """Document tokens, without padding and repeated context."""
-    num_target_tokens: int
-    longest: int
-    """Tokens of the longest window."""
-    names_digest: str
-    """SHA-256 hex digest of the ids of the documents."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The documents of a dataset and the starts of its windows, in memory or on disk."""
-
-    tokens: Rows
-    """Records with the fields of `TOKEN`."""
-    documents: Rows
-    """(documents,) records of `DOCUMENT`."""
-    windows: Rows
-    """(windows + 1,) records of `WINDOW`, in the order of the documents. The last is the end."""
-    order: Rows
-    """(windows,) place of each window of the dataset among `windows`."""
-    names: Sequence[str]
-    """Id of each document."""
-    domains: Sequence[str]
-    teachers: Sequence[str]
-    """Names of teachers from number 1. Empty if no document names one."""
-    stops: Sequence[int]
-    max_length: int
-    packing: bool
-    pad_token_id: int
-    folder: Path | None = None
-    """Folder on disk, in which fingerprints of renumbered tokens are kept."""
 
 
 class PackedDataset(Dataset[dict[str, torch.Tensor]]):
@@ -157,7 +117,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         cls,
         layout: Layout,
         facts: DatasetFacts | None = None,
-        columns: tuple[Rows, Rows] | None = None,
+        columns: tuple[RecordArray, RecordArray] | None = None,
     ) -> PackedDataset:
         """Open a layout, with its facts and measured columns if they were measured before."""
         dataset = cls.__new__(cls)
@@ -168,7 +128,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         self,
         layout: Layout,
         facts: DatasetFacts | None = None,
-        columns: tuple[Rows, Rows] | None = None,
+        columns: tuple[RecordArray, RecordArray] | None = None,
     ) -> None:
         self.layout = layout
         self.domains = list(layout.domains)
@@ -405,48 +365,6 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def window_starts(
-    lengths: Iterable[tuple[int, bool]], max_length: int, *, packing: bool
-) -> Iterator[tuple[int, int]]:
-    """Yield the first piece of each window, (document, token), and at the end (documents, 0).
-
-    `lengths` has the tokens of each document, and whether it may be split. Raises ValueError if
-    one that may not is longer than `max_length`.
-    """
-    if max_length < 2:
-        raise ValueError(f"max_length: got {max_length}; must be at least 2")
-    room, number = 0, -1
-    for number, (size, can_split) in enumerate(lengths):
-        if not can_split and size > max_length:
-            raise ValueError(
-                f"document {number}: got {size} tokens; must be at most max_length = {max_length}, "
-                "because it may not be split"
-            )
-        start, stop = 0, 0
-        while stop < size:
-            # A piece of one token has no target: its first token is context only.
-            if room < (min(2, size) if can_split else size):
-                yield number, start
-                room = max_length
-            stop = min(size, start + room)
-            room = room - (stop - start) if packing else 0
-            start = stop - 1
-    yield number + 1, 0
-
-
-def window_order(count: int, seed: int | None) -> np.ndarray:
-    """Return the order of the windows, (windows,) int64: shuffled with a seed, as laid without."""
-    if seed is None:
-        return np.arange(count)
-    return np.argsort(_splitmix64(count, seed))
-
-
-def chunks_of(rows: Rows, size: int = 2**16) -> Iterator[np.ndarray]:
-    """Yield all rows of an array, some at a time."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
 def _marked(used_V: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Return which ids occur, (V,) bool, V the largest id so far + 1."""
     missing = int(ids.max(initial=-1)) + 1 - len(used_V)
@@ -454,20 +372,3 @@ def _marked(used_V: np.ndarray, ids: np.ndarray) -> np.ndarray:
         used_V = np.append(used_V, np.zeros(missing, bool))
     used_V[ids] = True
     return used_V
-
-
-def _splitmix64(count: int, seed: int) -> np.ndarray:
-    """Return (count,) pseudo-random uint64, the same on every machine and version.
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014
-    (SplitMix64).
-    """
-    # NumPy's generators may change their streams: https://numpy.org/neps/nep-0019-rng-policy.html
-    # Overflow is intended: the arithmetic is modulo 2^64.
-    with np.errstate(over="ignore"):
-        z = np.arange(1, count + 1, dtype=np.uint64)
-        z += np.uint64(seed % 2**64) * np.uint64(count + 1)
-        z = z * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from collegium.console import OnProgress
+from collegium.data.collate import Collator
 from collegium.data.documents import Document, parse_rows
 from collegium.data.encode import Encoder
 from collegium.data.readers import SourceOptions, read_rows, show
 from collegium.data.sources import raise_refused
-from collegium.data.collate import Collator
 from collegium.data.windows import PackedDataset
 from collegium.errors import DataError, nearest
 from collegium.evaluate.generation import Decoding, Prompt, TextSource, generate

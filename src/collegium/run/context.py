@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from collegium.config.recipe import Recipe, dump_recipe
 from collegium.console import quiet_libraries
-from collegium.data.corpus import CorpusStore
+from collegium.data.corpus_folder import CorpusFolder
 from collegium.data.pack import lay_out
 from collegium.data.sources import SourceSummary
 from collegium.data.windows import PackedDataset
@@ -147,11 +147,11 @@ class RunContext:
         return lay_out(corpus, data, self.whole_tokenizer, where="data", teachers=names)
 
     @cached_property
-    def corpus(self) -> CorpusStore:
+    def corpus(self) -> CorpusFolder:
         """The tokens of all sources, on disk once they are encoded."""
         data, names = self.recipe.data, list(self.recipe.teachers)
         root = data.corpus or self.folder.path / "corpus"
-        return CorpusStore(data, self.whole_tokenizer, root, where="data", teachers=names)
+        return CorpusFolder(data, self.whole_tokenizer, root, where="data", teachers=names)
 
     def teachers(self, names: Sequence[str]) -> list[Teacher]:
         """Load these teachers, keep those loaded before, and release all others."""

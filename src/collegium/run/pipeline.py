@@ -131,7 +131,7 @@ def distill(recipe: Recipe | str | Path, *overrides: str) -> Path:
 def opened(recipe: Recipe) -> Iterator[RunContext]:
     """Check a run, lock its folder and encode its corpus, or raise CollegiumError.
 
-    A failed check writes nothing, but for the checks of text that only a large corpus on disk allows.
+    A failed check writes nothing. The text of a large corpus is checked once it is encoded.
     """
     context = RunContext(recipe)
     context.folder.check_free()

@@ -37,7 +37,10 @@ def run_status(recipe: Recipe) -> list[ArtifactState]:
     """
     context = RunContext(recipe)
     stages = context.folder.stages()
-    named = {artifact.name: artifact for artifact in _artifacts(context)}
+    artifacts = [*ARTIFACTS["corpus"](context)]
+    if context.corpus.is_readable():  # the identity of all others depends on the text
+        artifacts += _artifacts(context)
+    named = {artifact.name: artifact for artifact in artifacts}
     states = [_state(artifact, stages) for artifact in named.values()]
     for name, stage in stages.items():
         if name not in named:
@@ -68,9 +71,6 @@ def status_table(states: Iterable[ArtifactState], folder: Path) -> Table[Artifac
 def _artifacts(context: RunContext) -> Iterator[Artifact[Any]]:
     """Yield the artifacts of all stages but those that wait for an unfinished preflight."""
     recipe = context.recipe
-    yield from ARTIFACTS["corpus"](context)
-    if not context.corpus.is_readable():
-        return  # the identity of all others depends on the text
     stages = ["train", "evaluate", "export"]
     if recipe.teachers and recipe.cache.enabled:
         stages.insert(0, "cache")

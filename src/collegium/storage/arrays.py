@@ -25,7 +25,7 @@ MAX_OPEN_FILES = 64
 """Open files of one array: far below the 1,024 descriptors that a process may have."""
 
 
-class Rows(Protocol):
+class RecordArray(Protocol):
     """A one-dimensional array in memory or on disk."""
 
     def __len__(self) -> int: ...
@@ -42,7 +42,7 @@ class StoredArray:
         dtypes: Sequence[np.dtype[Any]],
         dtype: np.dtype[Any],
     ) -> None:
-        """Take the rows and the dtype of each file. Rows are read as `dtype`."""
+        """Take the rows and the dtype of each file. RecordArray are read as `dtype`."""
         self.dtype = dtype
         self._files = list(files)
         self._dtypes = list(dtypes)
@@ -108,7 +108,7 @@ class _File:
         os.close(self._descriptor)
 
 
-def take(array: Rows, indices: Iterable[int]) -> np.ndarray:
+def take(array: RecordArray, indices: Iterable[int]) -> np.ndarray:
     """Return the rows of some indices."""
     if isinstance(array, np.ndarray):
         return array[np.asarray(indices, np.int64)]
@@ -141,7 +141,7 @@ class ArrayWriter:
         while self._folder is not None and self._num_pending >= ROWS_PER_FILE:
             self._write(ROWS_PER_FILE)
 
-    def finish(self) -> Rows:
+    def finish(self) -> RecordArray:
         """Return all rows."""
         if self._folder is None:
             return self._joined()
