@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
 from collegium.data.documents import Document
 from collegium.data.encode import Encoder, EncodingReport
 from collegium.data.order import seeded_hash, split_of
-from collegium.data.tokens import bytes_of_tokens
+from collegium.data.tokens import TextTokenizer, bytes_of_tokens, token_bytes, tokenize
 from collegium.errors import DataError
 from refusals import refused
 
@@ -337,3 +337,40 @@ def test_split_and_order_of_documents_are_independent():
         split_of(d.content_hash(), seed=3, calibration=0.0, validation=0.5) for d in order[:200]
     ]
     assert 70 < first.count("validation") < 130
+
+
+def byte_level(normalizer=None, **options):
+    backend = Tokenizer.from_str(tiny.tiny_tokenizer(400, chat=True).backend_tokenizer.to_str())
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False, **options)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["a", "  \n", "é", "e\u0301", "数字", "🎈", "<|end|>", "the the", "\u0301"])
+    ),
+    st.booleans(),
+    st.booleans(),
+)
+def test_bytes_by_lengths_of_tokens_equal_those_by_offsets(words, is_nfc, quote):
+    tokenizer = byte_level(normalizers.NFC() if is_nfc else None)
+    text = "".join(words)
+    ((ids, offsets),) = tokenize([text], tokenizer, quote=quote)
+    counter = TextTokenizer(tokenizer)
+    assert token_bytes(tokenizer) is not None
+    ((counted_ids, num_bytes),) = counter([text], quote=quote)
+    assert counted_ids.tolist() == ids.tolist()
+    assert num_bytes.tolist() == bytes_of_tokens(text, offsets[:, 1]).tolist()
+
+
+def test_lengths_of_tokens_are_not_used_where_they_differ_from_offsets():
+    trimming = byte_level()
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    spacing = byte_level()
+    spacing.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    lowering = byte_level(normalizers.Lowercase())
+    for tokenizer in (trimming, spacing, lowering, sentencepiece()):
+        assert token_bytes(tokenizer) is None

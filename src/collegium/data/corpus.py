@@ -147,8 +147,19 @@ class SourceEncoders:
     def __init__(self, options: DataOptions, tokenizer: Tokenizer, where: str) -> None:
         self._options, self._tokenizer, self._where = options, tokenizer, where
         self._parts = source_parts(options)
+        self._encoders: dict[str, Encoder] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each process makes encoders of its own: they hold the worker that renders templates.
+        return {**self.__dict__, "_encoders": {}}
 
     def __call__(self, source: int) -> Encoder:
+        part = self._parts[source]
+        if part not in self._encoders:
+            self._encoders[part] = self._new(part)
+        return self._encoders[part]
+
+    def _new(self, part: str) -> Encoder:
         options = self._options
         return Encoder(
             self._tokenizer,
@@ -156,7 +167,7 @@ class SourceEncoders:
             truncate=options.truncate,
             special_tokens=options.special_tokens,
             date=options.date,
-            where=f"{self._where}.{self._parts[source]}",
+            where=f"{self._where}.{part}",
         )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from collegium.data.chat import ChatEncoder
 from collegium.data.documents import Document
 from collegium.data.sources import SpecialTokens, Truncate, raise_refused
-from collegium.data.tokens import Encoded, bytes_of_tokens, tokenize, tokenize_after
+from collegium.data.tokens import Encoded, TextTokenizer, bytes_of_tokens, tokenize, tokenize_after
 from collegium.errors import DataError
 
 if TYPE_CHECKING:
@@ -193,7 +193,10 @@ class Encoder:
         self._bos = first if isinstance(bos, int) and first == [bos] else []
         self._eos = [eos]
         added = tokenizer.added_tokens_decoder.items()
-        self._special = [number for number, token in added if token.special]
+        special = [number for number, token in added if token.special]
+        self._is_special_V = np.zeros(max(tokenizer.get_vocab().values()) + 1, bool)
+        self._is_special_V[special] = True
+        self._tokenize = TextTokenizer(tokenizer)
 
     def encode(self, documents: Iterable[Document]) -> Iterator[Outcome]:
         """Encode documents lazily.
@@ -232,19 +235,23 @@ class Encoder:
     def _encode_chunk(self, documents: Sequence[Document]) -> Iterator[Outcome]:
         quote = self.special_tokens == "text"
         begins = [d.prompt if d.text is None else d.text for d in documents if d.messages is None]
-        first = iter(tokenize([text or "" for text in begins], self.tokenizer, quote=quote))
+        first = iter(self._tokenize([text or "" for text in begins], quote=quote))
         later = [d.completion for d in documents if d.completion is not None]
-        second = iter(tokenize_after(later, self.tokenizer, quote=quote))
+        second = (
+            (ids, bytes_of_tokens(text, offsets[:, 1]))
+            for text, (ids, offsets) in zip(
+                later, tokenize_after(later, self.tokenizer, quote=quote), strict=True
+            )
+        )
         for document in documents:
             if document.messages is not None:
                 yield self._encode_chat(document)
                 continue
             if document.text is not None:
-                pieces = [(document.text, True, *next(first))]
+                pieces = [(True, *next(first))]
             else:
-                pieces = [(document.prompt or "", False, *next(first))]
-                pieces.append((document.completion or "", True, *next(second)))
-            yield self._finish(*self._frame(document, pieces))
+                pieces = [(False, *next(first)), (True, *next(second))]
+            yield self._finish(*self._frame(pieces, can_split=document.text is not None))
 
     def _encode_chat(self, document: Document) -> Outcome:
         lists = {
@@ -252,35 +259,31 @@ class Encoder:
             Note.EMPTY: self.chats.empty,
             Note.QUOTING: self.chats.quoting,
         }
-        counts = {note: len(ids) for note, ids in lists.items()}
+        for ids in lists.values():
+            ids.clear()
         try:
             encoded = self.chats.encode(document)
         except DataError as error:
             return Outcome(None, Note.REFUSED, error=str(error))
         notes = Note(0)
         for note, ids in lists.items():
-            if len(ids) > counts[note]:
+            if ids:
                 notes |= note
         return self._finish(encoded, notes)
 
     def _frame(
-        self, document: Document, pieces: Sequence[tuple[str, bool, np.ndarray, np.ndarray]]
+        self, pieces: Sequence[tuple[bool, np.ndarray, np.ndarray]], *, can_split: bool
     ) -> tuple[Encoded, Note]:
-        """Join pieces of (text, whether it is a target, ids, offsets) between bos and eos."""
-        columns = [
-            (ids, np.full(len(ids), is_target), bytes_of_tokens(text, offsets[:, 1]))
-            for text, is_target, ids, offsets in pieces
-        ]
+        """Join pieces of (whether it is a target, ids, bytes) between bos and eos."""
+        columns = [(ids, np.full(len(ids), is_target), count) for is_target, ids, count in pieces]
         all_ids = np.concatenate([ids for ids, _, _ in columns])
         has_eos = all_ids[-1:].tolist() == self._eos
-        inner = all_ids[1 : len(all_ids) - has_eos]
-        is_parsed = np.isin(inner, self._special).any()
+        is_parsed = self._is_special_V[all_ids[1 : len(all_ids) - has_eos]].any()
         if all_ids[:1].tolist() != self._bos:
             columns.insert(0, _added(self._bos, is_target=False))
         if not has_eos:
             columns.append(_added(self._eos, is_target=True))
         ids, is_target, num_bytes = map(np.concatenate, zip(*columns, strict=True))
-        can_split = document.text is not None
         notes = Note.PARSED if is_parsed else Note(0)
         return Encoded(ids, is_target, num_bytes, can_split), notes
 
