@@ -85,7 +85,7 @@ def test_every_assistant_turn_is_one_run_of_its_words_and_its_stop_token(
         with pytest.raises(DataError, match="unknown role"):
             encode(family, messages)
         return
-    encoded, encoder = encode(family, messages)
+    encoded, _ = encode(family, messages)
     expected = []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
