@@ -11,6 +11,7 @@ import numpy as np
 from collegium.data.corpus import DocumentNames, TokenCorpus
 from collegium.data.encode import EncodingReport, Note
 from collegium.data.order import OrderedDocuments
+from collegium.data.shards import ROW
 from collegium.storage.arrays import take
 
 _CHUNK = 2**14
@@ -42,7 +43,7 @@ def choose(
         for start in range(0, count, _CHUNK):
             places = numbers_of(slice(start, start + _CHUNK))
             numbers = ordered.numbers(places)
-            rows = take(corpus.rows, numbers)
+            rows = take(corpus.rows, numbers, ROW)
             columns = [rows[name].tolist() for name in ("notes", "length", "size", "can_split")]
             for place, number, notes, length, size, can_split in zip(
                 places.tolist(), numbers.tolist(), *columns, strict=True

@@ -35,6 +35,7 @@ from collegium.data.layout import (
     window_starts,
 )
 from collegium.data.order import PARTS, OrderedDocuments, Part, order_documents
+from collegium.data.shards import ROW
 from collegium.data.sources import DataOptions, SourceSummary
 from collegium.data.tokens import Encoded, marked
 from collegium.data.windows import PackedDataset
@@ -284,7 +285,7 @@ class _Placement:
         truncated = self._choice.truncated
         for chunk in chunks_of(places, _CHUNK):
             numbers = self._ordered.numbers(chunk)
-            rows = take(self._corpus.rows, numbers)
+            rows = take(self._corpus.rows, numbers, ROW)
             shards = np.searchsorted(self._starts[0], numbers, side="right") - 1
             records = np.zeros(len(chunk), DOCUMENT)
             records["document"] = numbers

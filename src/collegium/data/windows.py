@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,7 @@ from collegium.data.layout import (
 )
 from collegium.data.shards import TOKEN, token_records
 from collegium.data.tokens import Encoded
-from collegium.storage.arrays import ArrayWriter, RecordArray
+from collegium.storage.arrays import ArrayWriter, RecordArray, gather
 from collegium.storage.files import write_text
 from collegium.types import IGNORE, domain_number, teacher_number
 
@@ -54,6 +54,21 @@ class Piece:
     document: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """The pieces of some windows, in order."""
+
+    numbers: np.ndarray
+    """(pieces,) number of the document in the dataset."""
+    documents: np.ndarray
+    """(pieces,) records of `DOCUMENT`."""
+    starts: np.ndarray
+    stops: np.ndarray
+    """(pieces,) tokens of the documents."""
+    ends: np.ndarray
+    """(windows,) number of pieces up to the end of each window."""
 
 
 class PackedDataset(Dataset[dict[str, torch.Tensor]]):
@@ -152,7 +167,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         return len(self.layout.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        column = self._columns(range(len(self))[index])
+        column, _ = self._columns([range(len(self))[index]])
         names = ("input_ids", "position_ids", "sample_ids", "num_bytes", "domain_ids")
         arrays = {name: column[name] for name in names}
         arrays["labels"] = np.where(column["is_target"], column["input_ids"], IGNORE)
@@ -218,11 +233,9 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
 
     def pieces(self, index: int) -> list[Piece]:
         """Return the document pieces of a window in order, without padding."""
-        first, documents, starts, stops = self._pieces(index)
-        spans = zip(
-            range(first, first + len(documents)), starts.tolist(), stops.tolist(), strict=True
-        )
-        return [Piece(*span) for span in spans]
+        pieces = self._pieces([index])
+        columns = (pieces.numbers, pieces.starts, pieces.stops)
+        return [Piece(*span) for span in zip(*(c.tolist() for c in columns), strict=True)]
 
     def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the ids and the mask of the targets of each document, in order."""
@@ -298,64 +311,80 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         self, per_block: int, names: Iterable[str]
     ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
         """Yield columns of consecutive windows, and the length of each window."""
-        names = [*names, "sample_ids"]
+        names = [*names]
         for start in range(0, len(self), per_block):
-            numbers = range(start, min(start + per_block, len(self)))
-            parts = [self._columns(number, names) for number in numbers]
-            sizes = np.array([len(part["sample_ids"]) for part in parts], np.int64)
-            yield {name: np.concatenate([part[name] for part in parts]) for name in names}, sizes
+            yield self._columns(range(start, min(start + per_block, len(self))), names)
 
-    def _pieces(self, index: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-        """Return the first document of a window, records of all, and the span of each in it."""
+    def _pieces(self, indices: Sequence[int]) -> _Pieces:
         layout = self.layout
-        place = int(layout.order[index : index + 1][0])
-        (first, start), (last, stop) = layout.windows[place : place + 2].tolist()
-        # The next window repeats the last token of a document that it continues.
-        documents = layout.documents[first : last + (stop > 0)]
+        spans, parts = list[tuple[int, int, int]](), list[tuple[int, int]]()
+        for index in indices:
+            place = int(layout.order[index : index + 1][0])
+            (first, start), (last, stop) = layout.windows[place : place + 2].tolist()
+            spans.append((first, start, stop))
+            # The next window repeats the last token of a document that it continues.
+            parts.append((first, last + (stop > 0)))
+        documents = gather(layout.documents, parts, DOCUMENT)
+        firsts, first_starts, last_stops = np.array(spans, np.int64).T
+        counts = np.array([stop - start for start, stop in parts], np.int64)
+        ends = np.cumsum(counts)
         starts = np.zeros(len(documents), np.int64)
         stops = documents["size"].astype(np.int64)
-        starts[0] = start
-        if stop:
-            stops[-1] = stop + 1
-        return first, documents, starts, stops
+        starts[ends - counts] = first_starts
+        is_cut = last_stops > 0
+        stops[ends[is_cut] - 1] = last_stops[is_cut] + 1
+        numbers = np.arange(len(documents)) + np.repeat(firsts - (ends - counts), counts)
+        return _Pieces(numbers, documents, starts, stops, ends)
 
-    def _columns(self, index: int, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Return the columns of a window. Tokens are only read for the columns that need them."""
-        first, documents, starts, stops = self._pieces(index)
-        total = int((stops - starts).sum())
-        length = self.layout.max_length if self.layout.packing else total
-        ends = np.cumsum(stops - starts)
-        begins = ends - (stops - starts)
-        # The padding is one more piece.
-        sizes = np.append(stops - starts, length - total)
-        is_repeat = np.zeros(length, bool)
-        is_repeat[begins[starts > 0]] = True
-        numbers = np.append(np.arange(first, first + len(documents)), -1)
-        domains = np.append(documents["domain"].astype(np.int64), -1)
+    def _columns(
+        self, indices: Sequence[int], names: Sequence[str] | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return columns of some windows, one after the other, and the length of each window.
+
+        Tokens are only read for the columns that need them.
+        """
+        pieces = self._pieces(indices)
+        sizes = pieces.stops - pieces.starts
+        totals = np.diff(np.cumsum(sizes)[pieces.ends - 1], prepend=0)
+        packing, length = self.layout.packing, self.layout.max_length
+        lengths = np.full(len(totals), length) if packing else totals
+        # The padding of a window is one more piece.
+        sizes = np.insert(sizes, pieces.ends, lengths - totals)
+        begins = np.cumsum(sizes) - sizes
+        is_later = np.insert(pieces.starts > 0, pieces.ends, False)
+        is_repeat = np.zeros(int(lengths.sum()), bool)
+        is_repeat[begins[is_later]] = True
+        samples = np.repeat(np.insert(pieces.numbers, pieces.ends, -1), sizes)
+        domains = np.insert(pieces.documents["domain"].astype(np.int64), pieces.ends, -1)
         columns = {
-            "position_ids": np.arange(length) - np.repeat(np.append(begins, total), sizes),
-            "sample_ids": np.repeat(numbers, sizes),
+            "position_ids": np.arange(len(samples)) - np.repeat(begins, sizes),
+            "sample_ids": samples,
             "is_repeat": is_repeat,
             "domain_ids": np.repeat(self._domain_numbers[domains], sizes),
         }
         if self.layout.teachers:
-            teachers = np.append(documents["teacher"], 0)
+            teachers = np.insert(pieces.documents["teacher"].astype(np.int64), pieces.ends, 0)
             columns["teacher_ids"] = np.repeat(self._teacher_numbers[teachers], sizes)
         if names is None or not {*_OF_TOKENS}.isdisjoint(names):
-            offsets = documents["offset"].astype(np.int64)
-            spans = zip((offsets + starts).tolist(), (offsets + stops).tolist(), strict=True)
-            tokens = np.concatenate([self.layout.tokens[start:stop] for start, stop in spans])
-            ids = np.full(length, self.layout.pad_token_id, np.int32)
-            num_bytes, is_target = np.zeros(length, np.int32), np.zeros(length, bool)
-            ids[:total], num_bytes[:total] = tokens["id"], tokens["num_bytes"]
-            is_target[:total] = tokens["is_target"]
-            # The first token of a piece has no context, and the bytes of a repeated token were
-            # counted in the previous piece.
-            is_target[begins] = False
-            num_bytes[is_repeat] = 0
-            columns |= {"num_bytes": num_bytes, "is_target": is_target}
-            columns["input_ids"] = self._renumber(ids)
-        return columns
+            columns |= self._token_columns(pieces, columns)
+        return columns, lengths
+
+    def _token_columns(
+        self, pieces: _Pieces, columns: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        offsets = pieces.documents["offset"].astype(np.int64)
+        starts, stops = (offsets + pieces.starts).tolist(), (offsets + pieces.stops).tolist()
+        tokens = gather(self.layout.tokens, [*zip(starts, stops, strict=True)], TOKEN)
+        is_token = columns["sample_ids"] >= 0
+        ids = np.full(len(is_token), self.layout.pad_token_id, np.int32)
+        num_bytes, is_target = np.zeros(len(ids), np.int32), np.zeros(len(ids), bool)
+        ids[is_token], num_bytes[is_token] = tokens["id"], tokens["num_bytes"]
+        is_target[is_token] = tokens["is_target"]
+        # The first token of a piece has no context, and the bytes of a repeated token were counted
+        # in the previous piece.
+        is_target[columns["position_ids"] == 0] = False
+        num_bytes[columns["is_repeat"]] = 0
+        return {"input_ids": self._renumber(ids), "num_bytes": num_bytes, "is_target": is_target}
 
     def _renumber(self, ids: np.ndarray) -> np.ndarray:
         return ids if self._new_ids_V is None else self._new_ids_V[ids].astype(np.int32)

@@ -10,7 +10,7 @@ import io
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,33 +53,37 @@ class StoredArray:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, span: slice) -> np.ndarray:
-        """Read the rows of a span with step 1. Raises DataError if a file ends early."""
+        """Read the rows of a span with step 1, in the dtype of their file.
+
+        Raises DataError if a file ends early.
+        """
         start, stop, _ = span.indices(len(self))
-        parts = []
-        while start < stop:
-            number = bisect_right(self._ends, start)
-            begin = self._ends[number - 1] if number else 0
-            end = min(stop, self._ends[number])
-            parts.append(self._read(number, start - begin, end - start))
-            start = end
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([np.zeros(0, self.dtype), *parts])
+        number = bisect_right(self._ends, start)
+        if start < stop <= self._ends[number]:
+            return self._read(number, start, stop)
+        rows = np.empty(max(0, stop - start), self.dtype)
+        for at in range(number, len(self._ends)):
+            end = min(stop, self._ends[at])
+            if start < end:
+                rows[len(rows) - (stop - start) :][: end - start] = self._read(at, start, end)
+                start = end
+        return rows
 
     def __getstate__(self) -> dict[str, Any]:
         # Descriptors are of one process.
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def _read(self, number: int, start: int, count: int) -> np.ndarray:
+    def _read(self, number: int, start: int, stop: int) -> np.ndarray:
         dtype, file = self._dtypes[number], self._open.get(number)
+        begin = self._ends[number - 1] if number else 0
         if file is None:
-            num_rows = self._ends[number] - (self._ends[number - 1] if number else 0)
+            num_rows = self._ends[number] - begin
             file = _File(self._files[number], num_rows * dtype.itemsize)
             self._open[number] = file
             if len(self._open) > MAX_OPEN_FILES:
                 self._open.popitem(last=False)
-        data = file.read(start * dtype.itemsize, count * dtype.itemsize)
-        return np.frombuffer(data, dtype).astype(self.dtype, copy=False)
+        size = dtype.itemsize
+        return np.frombuffer(file.read((start - begin) * size, (stop - start) * size), dtype)
 
 
 class _File:
@@ -108,12 +112,22 @@ class _File:
         os.close(self._descriptor)
 
 
-def take(array: RecordArray, indices: Iterable[int]) -> np.ndarray:
+def gather(array: RecordArray, spans: Sequence[tuple[int, int]], dtype: Any) -> np.ndarray:
+    """Return the rows of spans [start, stop), one after the other."""
+    # Not `concatenate`, which takes 20 us to compare the fields of records.
+    rows = np.empty(sum(stop - start for start, stop in spans), dtype)
+    at = 0
+    for start, stop in spans:
+        rows[at : at + stop - start] = array[start:stop]
+        at += stop - start
+    return rows
+
+
+def take(array: RecordArray, indices: np.ndarray, dtype: Any) -> np.ndarray:
     """Return the rows of some indices."""
     if isinstance(array, np.ndarray):
-        return array[np.asarray(indices, np.int64)]
-    rows = [array[index : index + 1] for index in indices]
-    return np.concatenate([array[0:0], *rows])
+        return array[indices]
+    return gather(array, [(index, index + 1) for index in indices.tolist()], dtype)
 
 
 def npy_bytes(rows: np.ndarray) -> bytes:
