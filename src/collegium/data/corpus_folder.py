@@ -69,7 +69,7 @@ LAYOUT_ONLY = frozenset(
     }
 )
 """Data options that the tokens of a document do not depend on."""
-SMALL_BYTES = 32_000_000
+SMALL_BYTES = 16_000_000
 """Sources up to this size are encoded in memory where nothing may be written."""
 EXPANSION = {".gz": 5, ".zst": 5, ".parquet": 4}
 """Size of text relative to a compressed file, roughly."""

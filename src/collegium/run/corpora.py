@@ -90,6 +90,12 @@ def check_sample(context: RunContext, report: CheckReport) -> None:
         f"{duration(time_left)} to encode, by the first documents of each source; the other "
         "checks of the text follow then"
     )
+    limit = recipe.data.max_train_tokens
+    if limit is not None and 10 * limit < num_tokens:
+        report.warnings.append(
+            f"data.max_train_tokens: {limit:,} of roughly {amount(num_tokens)} tokens, all of "
+            "which are encoded first; give the sources a `limit`"
+        )
     disk = next(p for p in (store.root, *store.root.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(disk).free
     if size > free:
