@@ -59,9 +59,10 @@ def test_the_command_encodes_once_and_runs_share_the_corpus(zoo: Path, tmp_path:
 
 
 def test_a_large_corpus_is_sampled_before_and_checked_after(
-    zoo: Path, tmp_path: Path, large: None
+    zoo: Path, tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = recipe(zoo, tmp_path / "run", "data.max_train_tokens=100")
+    limit = "data.max_train_tokens=100"
+    options = recipe(zoo, tmp_path / "run", limit)
     text = "\n".join([*(report := pipeline.check(options)).lines, *report.warnings])
     assert "corpus: roughly" in text
     assert "data.max_train_tokens: 100 of roughly" in text
@@ -75,8 +76,9 @@ def test_a_large_corpus_is_sampled_before_and_checked_after(
     assert states["corpus"].state == "done"
     assert states["corpus"].num_bytes > 10_000
     assert "preflight" in states
-    small = RunContext(recipe(zoo, tmp_path / "small")).datasets
-    for part, dataset in RunContext(recipe(zoo, tmp_path / "run")).datasets.items():
+    monkeypatch.undo()
+    small = RunContext(recipe(zoo, tmp_path / "small", limit)).datasets
+    for part, dataset in RunContext(options).datasets.items():
         assert dataset.fingerprint == small[part].fingerprint
 
 
