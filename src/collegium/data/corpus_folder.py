@@ -10,10 +10,9 @@ docs/design/corpus.md explains the format.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +26,7 @@ from collegium.data.corpus import (
     flat_sources,
     read_sources,
 )
+from collegium.data.corpus_identity import changed_files, corpus_identity
 from collegium.data.pool import encoded_shards
 from collegium.data.shards import (
     ROW,
@@ -41,11 +41,11 @@ from collegium.data.shards import (
     write_shard,
 )
 from collegium.data.sources import DataOptions, SourceSummary, source_files
-from collegium.errors import DataError
-from collegium.options import plain
+from collegium.errors import CollegiumError, DataError
 from collegium.storage.arrays import StoredArray
 from collegium.storage.files import fingerprint, lock_folder, sha256_of, write_json
-from collegium.storage.records import FileDigest, Record, read_record
+from collegium.storage.records import FileDigest, Record, open_record, read_record
+from collegium.storage.seals import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -56,19 +56,6 @@ MANIFEST = "manifest.json"
 STAMPS = "verified.json"
 """Size and modification time of each file when its digest was last verified."""
 DIGESTS = "sources.json"
-LAYOUT_ONLY = frozenset(
-    {
-        "corpus",
-        "split_seed",
-        "calibration_fraction",
-        "validation_fraction",
-        "packing",
-        "max_train_tokens",
-        "max_calibration_tokens",
-        "max_validation_tokens",
-    }
-)
-"""Data options that the tokens of a document do not depend on."""
 SMALL_BYTES = 16_000_000
 """Sources up to this size are encoded in memory where nothing may be written."""
 EXPANSION = {".gz": 5, ".zst": 5, ".parquet": 4}
@@ -77,19 +64,21 @@ MEMO_BYTES = 1_000_000
 """Smaller files are hashed every time."""
 
 
-class CorpusManifest(Record):
-    """Content of a corpus."""
+class CorpusVersion(Record):
+    """Version of a manifest."""
 
     format: int
+
+
+class CorpusManifest(CorpusVersion):
+    """Content of a corpus."""
+
     identity: dict[str, Any]
     shards: Sequence[ShardInfo]
     sources: Sequence[dict[str, Any]]
     """`SourceSummary` of each source."""
-
-    @property
-    def files(self) -> dict[str, FileDigest]:
-        """All files but the strings, which hold these digests."""
-        return {name: file for shard in self.shards for name, file in shard.files.items()}
+    files: dict[str, FileDigest]
+    """All files of the shards."""
 
 
 class CorpusFolder:
@@ -148,21 +137,23 @@ class CorpusFolder:
         return self._manifest
 
     def _read_manifest(self) -> CorpusManifest | None:
-        manifest = read_record(self.folder / MANIFEST, dict[str, Any])
-        if manifest is None:
-            return None
-        if manifest.get("format") != FORMAT:
+        path = self.folder / MANIFEST
+        version = None
+        with suppress(CollegiumError):  # a damaged file is named below
+            version = read_record(path, CorpusVersion) if path.is_file() else None
+        if version is not None and version.format != FORMAT:
             raise DataError(
-                f"{self.folder / MANIFEST}: got format {manifest.get('format')}; must be {FORMAT}: "
-                "another version of collegium wrote it; use that version, or delete the folder"
+                f"{path}: got format {version.format}; must be {FORMAT}: another version of "
+                "collegium wrote it; use that version, or delete the folder"
             )
-        content = read_record(self.folder / MANIFEST, CorpusManifest)
-        assert content is not None
-        return None if self._damaged(content) else content
+        manifest = read_sealed(path, CorpusManifest)
+        return None if manifest is None or self._is_damaged(manifest) else manifest
 
-    def _damaged(self, manifest: CorpusManifest) -> bool:
+    def _is_damaged(self, manifest: CorpusManifest) -> bool:
         """Verify the files that changed since they were last verified, and name a damaged one."""
-        stamps = read_record(self.folder / STAMPS, dict[str, list[int]]) or {}
+        stamps: Mapping[str, Sequence[int]] = {}
+        with suppress(CollegiumError):  # without them, all files are verified
+            stamps = read_record(self.folder / STAMPS, dict[str, list[int]]) or {}
         verified = dict[str, list[int]]()
         for name, file in manifest.files.items():
             path = self.folder / name
@@ -226,7 +217,7 @@ class CorpusFolder:
                 manifest = self._write(processes, on_progress)
                 stamps = {name: [*_stamp(folder / name)] for name in manifest.files}
                 write_json(folder / STAMPS, stamps)
-                write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+                write_sealed(folder / MANIFEST, manifest)
             except OSError as error:
                 raise DataError(
                     f"{folder}: cannot be written ({error.strerror or error}); must have room for "
@@ -254,6 +245,7 @@ class CorpusFolder:
             identity=self.identity(),
             shards=infos,
             sources=[_plain_summary(summary) for summary in summaries],
+            files=_files(self.folder, infos),
         )
 
     def line(self) -> str:
@@ -271,7 +263,7 @@ class CorpusFolder:
         """Name a source file whose content differs from that of an earlier corpus, or None."""
         for file in sorted(self.root.glob(f"*/{MANIFEST}")):
             if file.parent != self.folder and (old := read_record(file, dict[str, Any])):
-                names = _changed_files(old.get("identity", {}), self.identity())
+                names = changed_files(old.get("identity", {}), self.identity())
                 if names:
                     more = f" and {len(names) - 1:,} more files" if len(names) > 1 else ""
                     return f"{names[0]}{more} changed since {file.parent} was built"
@@ -282,9 +274,11 @@ class CorpusFolder:
         size, modified = self._stats[str(path)] = _stamp(path)
         if size < MEMO_BYTES:
             return FileDigest(bytes=size, sha256=sha256_of(path))
-        memo = read_record(self.root / DIGESTS, dict[str, list[Any]]) or {}
+        memo: Mapping[str, Sequence[Any]] = {}
+        with suppress(CollegiumError):  # without it, the file is read
+            memo = read_record(self.root / DIGESTS, dict[str, list[Any]]) or {}
         key = str(path.absolute())
-        if memo.get(key, [])[:2] == [size, modified]:
+        if [*memo.get(key, ())[:2]] == [size, modified]:
             return FileDigest(bytes=size, sha256=memo[key][2])
         sha256 = sha256_of(path)
         # Where nothing is built yet, a check must not write.
@@ -308,13 +302,7 @@ def open_corpus(folder: Path, manifest: CorpusManifest) -> TokenCorpus:
 
     @lru_cache(maxsize=8)
     def strings(number: int) -> ShardStrings:
-        content = read_record(folder / f"{names[number]}.json", ShardFile)
-        if content is None:
-            raise DataError(
-                f"{folder / names[number]}.json: not found; must be there; delete the folder, and "
-                "run the same command again"
-            )
-        return content.strings
+        return open_record(folder / f"{names[number]}.json", ShardFile).strings
 
     documents = [shard.documents for shard in shards]
     return TokenCorpus(
@@ -340,6 +328,15 @@ def open_corpus(folder: Path, manifest: CorpusManifest) -> TokenCorpus:
     )
 
 
+def _files(folder: Path, shards: Sequence[ShardInfo]) -> dict[str, FileDigest]:
+    """Return the digests of all files of the shards."""
+    files = {name: file for shard in shards for name, file in shard.files.items()}
+    for number in range(len(shards)):
+        path = folder / f"{shard_name(number)}.json"
+        files[path.name] = FileDigest(bytes=path.stat().st_size, sha256=sha256_of(path))
+    return files
+
+
 def _write_memory(folder: Path, corpus: TokenCorpus) -> Iterator[ShardInfo]:
     documents, tokens = corpus.starts
     for number in range(len(corpus.shards)):
@@ -347,43 +344,6 @@ def _write_memory(folder: Path, corpus: TokenCorpus) -> Iterator[ShardInfo]:
         span = slice(tokens[number], tokens[number + 1])
         shard = Shard(corpus.tokens[span], rows, corpus.strings(number))
         yield write_shard(folder, number, shard, "")
-
-
-def corpus_identity(
-    options: DataOptions, tokenizer: Tokenizer, where: str, digest_of: Callable[[Path], FileDigest]
-) -> dict[str, Any]:
-    """Return everything that the tokens of the documents depend on, as plain data."""
-    values: Mapping[str, Any] = plain(options)
-    without = LAYOUT_ONLY.union(options.sources)
-    sources = []
-    for place, source in flat_sources(options, where):
-        files = source_files(source, place)
-        # A hub dataset is what was read first: pin its `revision` to name the content.
-        content = None if files is None else [[str(f), digest_of(f).sha256] for f in files]
-        sources.append({"place": place, "options": plain(source), "files": content})
-    return {
-        "format": FORMAT,
-        "options": {name: value for name, value in values.items() if name not in without},
-        "sources": sources,
-        "tokenizer": _tokenizer_digest(tokenizer),
-    }
-
-
-def _tokenizer_digest(tokenizer: Tokenizer) -> str:
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Both change with each call, and neither is used here.
-    backend |= {"truncation": None, "padding": None}
-    settings = [backend, tokenizer.chat_template, dict(tokenizer.special_tokens_map)]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the source files whose content differs between two identities."""
-    old, new = (
-        {name: sha for source in one.get("sources", ()) for name, sha in source["files"] or ()}
-        for one in (before, now)
-    )
-    return sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
 
 
 def _stamp(path: Path) -> tuple[int, int]:

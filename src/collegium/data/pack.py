@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from collegium.console import say
 from collegium.data.budgets import Choice, choose
 from collegium.data.corpus import (
     DocumentNames,
@@ -35,15 +36,16 @@ from collegium.data.layout import (
     window_starts,
 )
 from collegium.data.order import PARTS, OrderedDocuments, Part, order_documents
-from collegium.data.shards import ROW
+from collegium.data.shards import ROW, is_intact
 from collegium.data.sources import DataOptions, SourceSummary
 from collegium.data.tokens import Encoded, marked
 from collegium.data.windows import PackedDataset
 from collegium.errors import DataError
 from collegium.options import plain
-from collegium.storage.arrays import ArrayWriter, RecordArray, stored, take
-from collegium.storage.files import fingerprint, write_json
-from collegium.storage.records import Record, read_record
+from collegium.storage.arrays import ArrayFile, ArrayWriter, RecordArray, stored, take
+from collegium.storage.files import fingerprint
+from collegium.storage.records import Record
+from collegium.storage.seals import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -71,11 +73,17 @@ class DatasetRecord(Record):
     stops: Sequence[int]
     domains: Sequence[str]
     teachers: Sequence[str]
-    files: dict[str, Sequence[tuple[str, int]]]
-    """Names and rows of the files of each array."""
+    files: dict[str, Sequence[ArrayFile]]
+    """Files of each array."""
     warnings: Sequence[str]
     samples: dict[str, str]
     """A decoded document of each source, by its number."""
+
+
+class LayoutRecord(Record):
+    """Content of a layout on disk."""
+
+    datasets: dict[Part, DatasetRecord]
 
 
 def build_datasets(
@@ -137,14 +145,14 @@ class _Layouts:
         folder = self._folder()
         if folder is None:
             return {part: dataset for part, dataset, _ in self._built(None)}
-        records = read_record(folder / LAYOUT, dict[Part, DatasetRecord]) or {}
-        if not records or any({*one.teachers} - {*self.teachers} for one in records.values()):
+        kept = read_sealed(folder / LAYOUT, LayoutRecord)
+        records = {} if kept is None else kept.datasets
+        if not records or not all(self._can_use(one, folder) for one in records.values()):
             temporary = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
             temporary.mkdir()
             records = {part: record for part, _, record in self._built(temporary)}
-            plain_records = {p: one.model_dump(mode="json") for p, one in records.items()}
-            write_json(temporary / LAYOUT, plain_records)
+            write_sealed(temporary / LAYOUT, LayoutRecord(datasets=records))
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
         return {part: self._kept(record, folder) for part, record in records.items()}
@@ -158,6 +166,14 @@ class _Layouts:
         values = {name: one for name, one in plain(self.options).items() if name not in without}
         key = fingerprint([values, _pad_id(self.tokenizer)])[:16]
         return self.corpus.folder / f"layout-{key}"
+
+    def _can_use(self, record: DatasetRecord, folder: Path) -> bool:
+        """Return whether all files are intact, and all teachers are of the run."""
+        for file in (file for files in record.files.values() for file in files):
+            if not is_intact(folder, {file.name: file}):
+                say(f"{folder / file.name}: is damaged; made again")
+                return False
+        return {*record.teachers} <= {*self.teachers}
 
     def _kept(self, record: DatasetRecord, folder: Path) -> PackedDataset:
         for line in record.warnings:

@@ -25,8 +25,7 @@ from collegium.data.shards import (
     shard_name,
     write_shard,
 )
-from collegium.errors import CollegiumError
-from collegium.storage.records import read_record
+from collegium.storage.seals import read_sealed
 
 SERIAL_SHARDS = 4
 """Shards that are encoded before worker processes are started, which takes seconds."""
@@ -84,10 +83,7 @@ def _same(info: ShardInfo) -> ShardInfo:
 
 def _finished_shard(folder: Path, number: int, documents: Documents) -> ShardInfo | None:
     """Return a shard that an earlier build has finished of the same documents, or None."""
-    try:
-        content = read_record(folder / f"{shard_name(number)}.json", ShardFile)
-    except CollegiumError:
-        return None
+    content = read_sealed(folder / f"{shard_name(number)}.json", ShardFile)
     if content is None or content.info.key != shard_key(documents):
         return None
     return content.info if is_intact(folder, content.info.files) else None

@@ -19,8 +19,9 @@ from collegium.data.documents import Document
 from collegium.data.encode import Encoder, Outcome
 from collegium.data.tokens import Encoded
 from collegium.storage.arrays import npy_bytes
-from collegium.storage.files import sha256_of, write_bytes, write_json
+from collegium.storage.files import sha256_of, write_bytes
 from collegium.storage.records import FileDigest, Record
+from collegium.storage.seals import write_sealed
 
 SHARD_CHARACTERS = 8_000_000
 """Text of a shard, or a document more: what an interrupted build may lose per process."""
@@ -238,8 +239,7 @@ def write_shard(folder: Path, number: int, shard: Shard, key: str) -> ShardInfo:
         key=key,
         files=files,
     )
-    content = ShardFile(info=info, strings=shard.strings)
-    write_json(folder / f"{name}.json", content.model_dump(mode="json"))
+    write_sealed(folder / f"{name}.json", ShardFile(info=info, strings=shard.strings))
     return info
 
 

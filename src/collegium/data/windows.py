@@ -160,7 +160,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
             counts, ids = ArrayWriter(np.int64), ArrayWriter(np.int64)
             facts = self.measure(counts, ids)
             columns = counts.finish(), ids.finish()
-        self._facts = facts
+        self.facts = facts
         self._counts, self._ids = columns
 
     def __len__(self) -> int:
@@ -181,30 +181,25 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         return self._ids[:]
 
     @property
-    def facts(self) -> DatasetFacts:
-        """Facts about all windows."""
-        return self._facts
-
-    @property
     def num_tokens(self) -> int:
         """Document tokens, without padding and repeated context."""
-        return self._facts.num_tokens
+        return self.facts.num_tokens
 
     @property
     def num_target_tokens(self) -> int:
         """Targets of all windows."""
-        return self._facts.num_target_tokens
+        return self.facts.num_target_tokens
 
     @property
     def longest(self) -> int:
         """Tokens of the longest window."""
-        return self._facts.longest
+        return self.facts.longest
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 hex digest of everything that a model sees."""
         if self._new_ids_V is None:
-            return self._facts.fingerprint
+            return self.facts.fingerprint
         # Of renumbered tokens: measured once, and kept beside the layout.
         key = hashlib.sha256(self._new_ids_V.astype(np.int64).tobytes()).hexdigest()[:16]
         folder = self.layout.folder
@@ -224,7 +219,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
     @property
     def names_digest(self) -> str:
         """SHA-256 hex digest of the ids of the documents."""
-        return self._facts.names_digest
+        return self.facts.names_digest
 
     def teacher_of(self, document: int) -> str | None:
         """Return the teacher that a document names, or None."""

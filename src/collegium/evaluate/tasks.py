@@ -292,8 +292,10 @@ def _encode(lines: Sequence[_Line], encoder: Encoder) -> list[SuiteItem]:
     errors = [str(one) for one in chain.from_iterable(documents) if isinstance(one, DataError)]
     raise_refused(errors, len(lines), where=encoder.where)
     flat = [one for one in chain.from_iterable(documents) if isinstance(one, Document)]
-    encoded = iter(list(encoder.encode(flat)))
-    raise_refused(encoder.refused, encoder.num_seen, where=encoder.where)
+    outcomes = list(encoder.encode(flat))
+    refused = [one.error for one in outcomes if one.error]
+    raise_refused(refused, len(outcomes), where=encoder.where)
+    encoded = (one.encoded for one in outcomes)
     items = []
     for line, of_line in zip(lines, documents, strict=True):
         parts = [one for one in islice(encoded, len(of_line)) if one is not None]

@@ -6,6 +6,7 @@ file that shrinks under a map kills the process with SIGBUS, where a short read 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from bisect import bisect_right
@@ -19,6 +20,7 @@ import numpy as np
 
 from collegium.errors import DataError
 from collegium.storage.files import write_bytes
+from collegium.storage.records import FileDigest
 
 ROWS_PER_FILE = 2**18
 MAX_OPEN_FILES = 64
@@ -30,6 +32,13 @@ class RecordArray(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, span: slice) -> np.ndarray: ...
+
+
+class ArrayFile(FileDigest):
+    """A file with rows of an array."""
+
+    name: str
+    rows: int
 
 
 class StoredArray:
@@ -145,8 +154,8 @@ class ArrayWriter:
         self._folder, self._name = folder, name
         self._pending: list[np.ndarray] = []
         self._num_pending = 0
-        self.files: list[tuple[str, int]] = []
-        """Name and rows of each file."""
+        self.files: list[ArrayFile] = []
+        """The files that were written."""
 
     def append(self, rows: np.ndarray) -> None:
         """Add rows."""
@@ -170,13 +179,15 @@ class ArrayWriter:
         assert self._folder is not None
         rows = self._joined()
         name = f"{self._name}-{len(self.files):05}.npy"
-        write_bytes(self._folder / name, npy_bytes(rows[:count]))
-        self.files.append((name, count))
+        data = npy_bytes(rows[:count])
+        write_bytes(self._folder / name, data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.files.append(ArrayFile(name=name, rows=count, bytes=len(data), sha256=sha256))
         self._pending, self._num_pending = [rows[count:]], len(rows) - count
 
 
-def stored(folder: Path, files: Sequence[tuple[str, int]], dtype: Any) -> StoredArray:
+def stored(folder: Path, files: Sequence[ArrayFile], dtype: Any) -> StoredArray:
     """Open the files that a writer has written."""
-    paths = [folder / name for name, _ in files]
     dtype = np.dtype(dtype)
-    return StoredArray(paths, [count for _, count in files], [dtype] * len(files), dtype)
+    paths, counts = [folder / file.name for file in files], [file.rows for file in files]
+    return StoredArray(paths, counts, [dtype] * len(files), dtype)
