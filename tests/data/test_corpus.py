@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 import tiny
 from collegium.data import corpus_folder, pack, pool, shards
+from collegium.data.collate import Collator
 from collegium.data.corpus_folder import CorpusFolder
 from collegium.data.pack import build_datasets, lay_out
 from collegium.data.sources import DataOptions, SourceOptions
@@ -302,3 +305,42 @@ def test_a_renumbered_dataset_keeps_its_fingerprint_on_disk(options, small_files
     file.write_text("from disk\n")
     assert dataset.renumbered(new_ids).fingerprint == "from disk"
     assert dataset.renumbered(np.arange(size)).fingerprint == dataset.fingerprint
+
+
+def test_a_damaged_layout_is_named_and_made_again(options, small_files, tmp_path, capsys):
+    expected = [one.fingerprint for one in stored_datasets(options, tmp_path).values()]
+    (folder,) = store(options, tmp_path).folder.glob("layout-*")
+    before = contents(folder)
+    files = [folder / "layout.json", *sorted(folder.glob("train-*.npy"))]
+    for file in (files[0], files[1], files[-1]):
+        flipped(file)
+        opened = lay_out(
+            store(options, tmp_path).open(), options, tokenizer(), where="data", teachers=TEACHERS
+        )
+        assert [one.fingerprint for one in opened.values()] == expected
+        assert str(file) in capsys.readouterr().err.replace("\n", "")
+        assert contents(folder) == before
+
+
+def test_a_teacher_that_the_run_lacks_is_refused_before_and_after(options, small_files, tmp_path):
+    stored_datasets(options, tmp_path)
+    corpus = store(options, tmp_path).open()
+    for _ in range(2):
+        with refused(DataError, "data.train[0]: TMP/texts.jsonl:"):
+            lay_out(corpus, options, tokenizer(), where="data", teachers=["law"])
+    with refused(DataError, "data.train[0]: TMP/texts.jsonl:"):
+        build_datasets(options, tokenizer(), where="data", teachers=["law"])
+
+
+def test_workers_of_a_data_loader_read_the_same_windows(options, small_files, tmp_path):
+    dataset = stored_datasets(options, tmp_path)["train"]
+    dataset[0]  # opens files before the workers are forked
+
+    def batches(num_workers):
+        loader = DataLoader(dataset, 4, collate_fn=Collator(), num_workers=num_workers)
+        return [{name: t.tolist() for name, t in batch.items()} for batch in loader]
+
+    assert batches(2) == batches(0)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy[1]["labels"].tolist() == dataset[1]["labels"].tolist()
+    assert list(copy.sample_names) == list(dataset.sample_names)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -33,6 +33,12 @@ SAMPLE_DOCUMENTS = 200
 """Documents of each source that are encoded to check a corpus that is not built yet."""
 
 
+class ShardTexts(Protocol):
+    """Strings of shards, in memory or on disk."""
+
+    def __getitem__(self, number: int, /) -> ShardStrings: ...
+
+
 @dataclass(frozen=True, eq=False)
 class TokenCorpus:
     """All encoded documents in stored order."""
@@ -42,8 +48,8 @@ class TokenCorpus:
     """(documents,) records of `ROW`."""
     shards: Sequence[tuple[int, int]]
     """Documents and tokens of each shard."""
-    strings: Callable[[int], ShardStrings]
-    """Returns the strings of a shard."""
+    strings: ShardTexts
+    """Strings of each shard."""
     sources: Sequence[SourceSummary]
     folder: Path | None = None
 
@@ -60,7 +66,7 @@ class TokenCorpus:
     def errors(self) -> list[str]:
         """Return the reasons of all refused documents."""
         return [
-            e for number in range(len(self.shards)) for e in self.strings(number).errors.values()
+            e for number in range(len(self.shards)) for e in self.strings[number].errors.values()
         ]
 
     def bytes_per_token(self) -> float:
@@ -72,7 +78,7 @@ class TokenCorpus:
     def error_of(self, number: int) -> str:
         """Return the reason why a document is refused, or nothing."""
         shard = self.shard_of(number)
-        return self.strings(shard).errors.get(str(number - self.starts[0][shard]), "")
+        return self.strings[shard].errors.get(str(number - self.starts[0][shard]), "")
 
 
 class DocumentNames(Sequence[str]):
@@ -92,7 +98,7 @@ class DocumentNames(Sequence[str]):
         if self._documents is not None:
             number = int(self._documents[number : number + 1]["document"][0])
         row = self._corpus.rows[number : number + 1][0]
-        strings = self._corpus.strings(self._corpus.shard_of(number))
+        strings = self._corpus.strings[self._corpus.shard_of(number)]
         return join_id(strings.paths[int(row["path"])], int(row["number"]))
 
 
@@ -191,6 +197,6 @@ def encode_corpus(
         np.concatenate([np.zeros(0, TOKEN), *(shard.tokens for shard in shards)]),
         np.concatenate([np.zeros(0, ROW), *(shard.rows for shard in shards)]),
         [(len(shard.rows), len(shard.tokens)) for shard in shards],
-        [shard.strings for shard in shards].__getitem__,
+        [shard.strings for shard in shards],
         summaries,
     )

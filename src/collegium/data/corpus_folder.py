@@ -14,7 +14,6 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -296,13 +295,26 @@ class CorpusFolder:
                 )
 
 
+class StoredStrings:
+    """The strings of the shards in a folder, read when they are asked for, and kept.
+
+    Documents come in random order, so all shards are asked for, again and again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._kept: dict[int, ShardStrings] = {}
+
+    def __getitem__(self, number: int, /) -> ShardStrings:
+        if number not in self._kept:
+            path = self._folder / f"{shard_name(number)}.json"
+            self._kept[number] = open_record(path, ShardFile).strings
+        return self._kept[number]
+
+
 def open_corpus(folder: Path, manifest: CorpusManifest) -> TokenCorpus:
     """Open the files of a manifest."""
     shards, names = manifest.shards, [shard_name(i) for i in range(len(manifest.shards))]
-
-    @lru_cache(maxsize=8)
-    def strings(number: int) -> ShardStrings:
-        return open_record(folder / f"{names[number]}.json", ShardFile).strings
 
     documents = [shard.documents for shard in shards]
     return TokenCorpus(
@@ -319,7 +331,7 @@ def open_corpus(folder: Path, manifest: CorpusManifest) -> TokenCorpus:
             ROW,
         ),
         [(shard.documents, shard.tokens) for shard in shards],
-        strings,
+        StoredStrings(folder),
         [
             SourceSummary(**{**summary, "unread_columns": {*summary["unread_columns"]}})
             for summary in manifest.sources
@@ -342,7 +354,7 @@ def _write_memory(folder: Path, corpus: TokenCorpus) -> Iterator[ShardInfo]:
     for number in range(len(corpus.shards)):
         rows = corpus.rows[documents[number] : documents[number + 1]]
         span = slice(tokens[number], tokens[number + 1])
-        shard = Shard(corpus.tokens[span], rows, corpus.strings(number))
+        shard = Shard(corpus.tokens[span], rows, corpus.strings[number])
         yield write_shard(folder, number, shard, "")
 
 

@@ -103,7 +103,7 @@ def _keys(
     starts, _ = corpus.starts
     for shard, first in enumerate(starts[:-1]):
         rows = corpus.rows[first : starts[shard + 1]]
-        names = corpus.strings(shard).domains
+        names = corpus.strings[shard].domains
         numbers = [domains.setdefault(name, len(domains)).to_bytes(2, "big") for name in names]
         contents = rows["content"].tobytes().hex()
         places = zip(rows["source"].tolist(), rows["domain"].tolist(), strict=True)

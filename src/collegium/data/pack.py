@@ -320,14 +320,14 @@ class _Placement:
 
     def _add_stops(self, shards: np.ndarray, rows: np.ndarray) -> None:
         for shard, number in {*zip(shards.tolist(), rows["stops"].tolist(), strict=True)}:
-            self.stops |= {*self._corpus.strings(shard).stops[number]}
+            self.stops |= {*self._corpus.strings[shard].stops[number]}
 
     def _teachers(self, shards: np.ndarray, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Return the numbers of the teachers that documents name, 0 for none."""
         new = np.zeros(len(rows), np.int64)
         for index in np.flatnonzero(rows["teacher"]).tolist():
             shard, number = int(shards[index]), int(rows["teacher"][index])
-            name = self._corpus.strings(shard).teachers[number - 1]
+            name = self._corpus.strings[shard].teachers[number - 1]
             if name not in self.teachers:
                 document = DocumentNames(self._corpus)[int(numbers[index])]
                 self._layouts.check_teacher(name, int(rows["source"][index]), document)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collegium.config.recipe import Recipe, dump_recipe
+from collegium.config.recipe import Recipe, data_values, dump_recipe
 from collegium.console import quiet_libraries
 from collegium.data.corpus_folder import CorpusFolder
 from collegium.data.pack import lay_out
@@ -67,7 +67,8 @@ class RunContext:
 
         An artifact made from other weights, or other text under the same path, is not up to date.
         """
-        return {name: [self.values[name], self._content(name)] for name in sections}
+        values = {**self.values, "data": data_values(self.values["data"])}
+        return {name: [values[name], self._content(name)] for name in sections}
 
     def _content(self, section: str) -> dict[str, Any]:
         if section == "data":
