@@ -218,6 +218,7 @@ def test_a_changed_source_makes_another_corpus(tmp_path):
     options = DataOptions(train=[SourceOptions(path=str(source))], max_length=32)
     first = store(options, tmp_path / "corpora")
     first.build()
+    assert first.manifest() is not None
     assert store(options, tmp_path / "corpora").manifest() is not None
     write(source, [{"text": f"Number {i}!"} for i in range(80)])
     second = store(options, tmp_path / "corpora")
@@ -344,3 +345,14 @@ def test_workers_of_a_data_loader_read_the_same_windows(options, small_files, tm
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy[1]["labels"].tolist() == dataset[1]["labels"].tolist()
     assert list(copy.sample_names) == list(dataset.sample_names)
+
+
+def test_digests_of_large_sources_are_remembered(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_folder, "MEMO_BYTES", 0)
+    store(options, tmp_path).build()
+    identity = store(options, tmp_path).identity()
+    monkeypatch.setattr(corpus_folder, "sha256_of", lambda path: pytest.fail(f"{path} is read"))
+    assert store(options, tmp_path).identity() == identity
+    (tmp_path / "sources.json").write_text("{")
+    monkeypatch.undo()
+    assert store(options, tmp_path).identity() == identity

@@ -14,6 +14,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,7 @@ class CorpusFolder:
         self.root = root
         self._identity: dict[str, Any] | None = None
         self._manifest: CorpusManifest | None = None
+        self._is_read = False
         self._stats: dict[str, tuple[int, int]] = {}
         self._in_memory: TokenCorpus | None = None
 
@@ -106,9 +108,15 @@ class CorpusFolder:
         Raises DataError if a source has no files.
         """
         if self._identity is None:
-            self._identity = corpus_identity(
-                self._options, self._tokenizer, self._where, self._digest
-            )
+            memo: dict[str, Sequence[Any]] = {}
+            with suppress(CollegiumError):  # without it, all files are read
+                memo |= read_record(self.root / DIGESTS, dict[str, list[Any]]) or {}
+            before = dict(memo)
+            digest = partial(self._digest, memo)
+            self._identity = corpus_identity(self._options, self._tokenizer, self._where, digest)
+            # Where nothing is built yet, a check must not write.
+            if memo != before and self.root.is_dir() and os.access(self.root, os.W_OK):
+                write_json(self.root / DIGESTS, memo)
         return self._identity
 
     @property
@@ -131,8 +139,8 @@ class CorpusFolder:
 
         A damaged file is named. Raises DataError if it was written by another version.
         """
-        if self._manifest is None:
-            self._manifest = self._read_manifest()
+        if not self._is_read:
+            self._manifest, self._is_read = self._read_manifest(), True
         return self._manifest
 
     def _read_manifest(self) -> CorpusManifest | None:
@@ -210,13 +218,15 @@ class CorpusFolder:
         """
         folder = self.folder
         with lock_folder(folder, "wait for it", wait=True):
+            self._is_read = False  # another process may have finished it
             if self.manifest() is not None:
-                return  # of another process
+                return
             try:
                 manifest = self._write(processes, on_progress)
                 stamps = {name: [*_stamp(folder / name)] for name in manifest.files}
                 write_json(folder / STAMPS, stamps)
                 write_sealed(folder / MANIFEST, manifest)
+                self._manifest = manifest
             except OSError as error:
                 raise DataError(
                     f"{folder}: cannot be written ({error.strerror or error}); must have room for "
@@ -260,30 +270,25 @@ class CorpusFolder:
 
     def changed_sources(self) -> str | None:
         """Name a source file whose content differs from that of an earlier corpus, or None."""
-        for file in sorted(self.root.glob(f"*/{MANIFEST}")):
-            if file.parent != self.folder and (old := read_record(file, dict[str, Any])):
-                names = changed_files(old.get("identity", {}), self.identity())
-                if names:
-                    more = f" and {len(names) - 1:,} more files" if len(names) > 1 else ""
-                    return f"{names[0]}{more} changed since {file.parent} was built"
+        others = (f for f in self.root.glob(f"*/{MANIFEST}") if f.parent != self.folder)
+        for file in sorted(others):
+            old: Mapping[str, Any] = {}
+            with suppress(CollegiumError):  # it is damaged, and of another recipe
+                old = read_record(file, dict[str, Any]) or {}
+            if names := changed_files(old.get("identity", {}), self.identity()):
+                more = f" and {len(names) - 1:,} more files" if len(names) > 1 else ""
+                return f"{names[0]}{more} changed since {file.parent} was built"
         return None
 
-    def _digest(self, path: Path) -> FileDigest:
-        """Return the digest of a source file, remembered by its size and modification time."""
+    def _digest(self, memo: dict[str, Sequence[Any]], path: Path) -> str:
+        """Return the SHA-256 of a source file, remembered by its size and modification time."""
         size, modified = self._stats[str(path)] = _stamp(path)
         if size < MEMO_BYTES:
-            return FileDigest(bytes=size, sha256=sha256_of(path))
-        memo: Mapping[str, Sequence[Any]] = {}
-        with suppress(CollegiumError):  # without it, the file is read
-            memo = read_record(self.root / DIGESTS, dict[str, list[Any]]) or {}
+            return sha256_of(path)
         key = str(path.absolute())
-        if [*memo.get(key, ())[:2]] == [size, modified]:
-            return FileDigest(bytes=size, sha256=memo[key][2])
-        sha256 = sha256_of(path)
-        # Where nothing is built yet, a check must not write.
-        if self.root.is_dir() and os.access(self.root, os.W_OK):
-            write_json(self.root / DIGESTS, {**memo, key: [size, modified, sha256]})
-        return FileDigest(bytes=size, sha256=sha256)
+        if [*memo.get(key, ())[:2]] != [size, modified]:
+            memo[key] = [size, modified, sha256_of(path)]
+        return memo[key][2]
 
     def _check_unchanged(self) -> None:
         for name, stamp in self._stats.items():
@@ -315,7 +320,6 @@ class StoredStrings:
 def open_corpus(folder: Path, manifest: CorpusManifest) -> TokenCorpus:
     """Open the files of a manifest."""
     shards, names = manifest.shards, [shard_name(i) for i in range(len(manifest.shards))]
-
     documents = [shard.documents for shard in shards]
     return TokenCorpus(
         StoredArray(

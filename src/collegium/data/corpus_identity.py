@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from collegium.data.corpus import flat_sources
 from collegium.data.sources import DataOptions, source_files
 from collegium.options import plain
-from collegium.storage.records import FileDigest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -32,7 +31,7 @@ LAYOUT_ONLY = frozenset(
 
 
 def corpus_identity(
-    options: DataOptions, tokenizer: Tokenizer, where: str, digest_of: Callable[[Path], FileDigest]
+    options: DataOptions, tokenizer: Tokenizer, where: str, digest_of: Callable[[Path], str]
 ) -> dict[str, Any]:
     """Return everything that the tokens of the documents depend on, as plain data."""
     values: Mapping[str, Any] = plain(options)
@@ -41,7 +40,7 @@ def corpus_identity(
     for place, source in flat_sources(options, where):
         files = source_files(source, place)
         # A hub dataset is what was read first: pin its `revision` to name the content.
-        content = None if files is None else [[str(f), digest_of(f).sha256] for f in files]
+        content = None if files is None else [[str(f), digest_of(f)] for f in files]
         sources.append({"place": place, "options": plain(source), "files": content})
     return {
         "options": {name: value for name, value in values.items() if name not in without},
