@@ -82,7 +82,7 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several shards, several files of each array, and layouts on disk, of a small corpus."""
     monkeypatch.setattr(shards, "SHARD_DOCUMENTS", 37)
     monkeypatch.setattr(arrays, "ROWS_PER_FILE", 50)
-    monkeypatch.setattr(pack, "KEPT_DOCUMENTS", 0)
+    monkeypatch.setattr(pack, "KEPT_TOKENS", 0)
     monkeypatch.setattr(pool, "SERIAL_SHARDS", 0)
 
 

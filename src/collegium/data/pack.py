@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _LOG = logging.getLogger(__name__)
-KEPT_DOCUMENTS = 2**16
-"""A corpus on disk with more documents keeps its layouts. Smaller ones are laid out in moments."""
+KEPT_TOKENS = 2**20
+"""A corpus on disk with more tokens keeps its layouts. A smaller one is laid out in 0.2 s."""
 LAYOUT = "layout.json"
 _DTYPES = {
     "documents": DOCUMENT,
@@ -159,7 +159,7 @@ class _Layouts:
 
     def _folder(self) -> Path | None:
         """Return the folder of the layout of a large corpus on disk, else None."""
-        if self.corpus.folder is None or len(self.corpus.rows) <= KEPT_DOCUMENTS:
+        if self.corpus.folder is None or len(self.corpus.tokens) <= KEPT_TOKENS:
             return None
         # The sources are in the digest of the corpus.
         without = (*self.options.sources, "corpus")
