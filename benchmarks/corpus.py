@@ -227,7 +227,8 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"| {row['tokens']:,} | {max(row['peak_mb'], row['open_peak_mb']):.0f} "
         f"| {row['worker_mb']:.0f} | {row['open_s']:.2f} | {row['tokens_per_s']:,.0f} "
-        f"| {row['ratio']:.2f} | {row['cpu_ratio']:.2f} | {row['bytes_per_token']:.2f} | {row['windows_per_s']:,.0f} |\n"
+        f"| {row['ratio']:.2f} | {row['cpu_ratio']:.2f} | {row['bytes_per_token']:.2f} "
+        f"| {row['windows_per_s']:,.0f} |\n"
     )
 
 

@@ -153,7 +153,7 @@ def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
 
 @app.command()
 def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Run all stages: check, preflight, train, evaluate, export, report. Skips finished ones."""
+    """Run all stages, from check and corpus to report. Skips finished ones."""
     loaded = _load(recipe, overrides)
     from collegium.run import pipeline
 
