@@ -22,7 +22,7 @@ from collegium.data.shards import (
     encode_shard,
     join_id,
 )
-from collegium.data.sources import DataOptions, SourceOptions, SourceSummary, read_documents
+from collegium.data.sources import DataOptions, Part, SourceOptions, SourceSummary, read_documents
 from collegium.errors import DataError, nearest
 from collegium.storage.arrays import RecordArray
 
@@ -142,7 +142,7 @@ def flat_sources(options: DataOptions, where: str) -> list[tuple[str, SourceOpti
     ]
 
 
-def source_parts(options: DataOptions) -> list[str]:
+def source_parts(options: DataOptions) -> list[Part]:
     """Return the part of each source."""
     return [part for part, sources in options.sources.items() for _ in sources]
 

@@ -6,15 +6,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
 
 import numpy as np
 
 from collegium.data.corpus import DocumentNames, TokenCorpus, source_parts
-from collegium.data.sources import DataOptions
+from collegium.data.sources import DataOptions, Part
 from collegium.errors import DataError
 
-Part = Literal["train", "calibration", "validation"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "validation")
 _KEY = np.dtype("S14")
 _CHUNK = 2**16

@@ -35,9 +35,9 @@ from collegium.data.layout import (
     window_order,
     window_starts,
 )
-from collegium.data.order import PARTS, OrderedDocuments, Part, order_documents
+from collegium.data.order import PARTS, OrderedDocuments, order_documents
 from collegium.data.shards import ROW, is_intact
-from collegium.data.sources import DataOptions, SourceSummary
+from collegium.data.sources import DataOptions, Part, SourceSummary
 from collegium.data.tokens import Encoded, marked
 from collegium.data.windows import PackedDataset
 from collegium.errors import DataError

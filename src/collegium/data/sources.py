@@ -21,6 +21,8 @@ from collegium.errors import DataError
 from collegium.options import option
 from collegium.storage.files import listing
 
+Part = Literal["train", "calibration", "validation"]
+"""Part of the documents that one dataset holds."""
 Truncate = Literal["right", "left", "drop", "error"]
 """Handling of a prompt or chat longer than a window."""
 SpecialTokens = Literal["auto", "parse", "text"]
@@ -85,7 +87,7 @@ class DataOptions:
         return self
 
     @property
-    def sources(self) -> dict[str, list[SourceOptions]]:
+    def sources(self) -> dict[Part, list[SourceOptions]]:
         """Sources of each part."""
         return {"train": self.train, "calibration": self.calibration, "validation": self.validation}
 
