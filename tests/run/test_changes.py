@@ -194,6 +194,7 @@ def test_status_before_preflight_lists_what_is_there(tmp_path: Path) -> None:
     (root / "tiny.yaml").write_text(recipe_text(root), encoding="utf-8")
     assert states(root) == {"corpus": "missing", "preflight": "missing"}
     assert set(states(root, "fusion={weighting: uniform}")) == {
+        "corpus",
         "preflight",
         "cache teachers/scripture/train",
         "cache teachers/scripture/calibration",
