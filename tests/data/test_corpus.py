@@ -28,7 +28,9 @@ from refusals import refused
 def write_sources(folder: Path) -> list[SourceOptions]:
     """Texts, pairs, chats and a folder of text files, with duplicates and teachers."""
     rows = [{"text": f"{tiny.TEXT[i % 4]} Number {i % 30}." * (1 + i % 3)} for i in range(50)]
-    rows += [{"text": "Twice."}] * 3
+    # Copies in rows 9 and 51 to 53: as strings, `51` comes before `9`.
+    rows.insert(8, {"text": "Twice."})
+    rows += [{"text": "Twice."} for _ in range(3)]
     for number, row in enumerate(rows):
         row["teacher"] = ["law", None, "code"][number % 3]
     write(folder / "texts.jsonl", rows)
