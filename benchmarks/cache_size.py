@@ -34,7 +34,7 @@ from collegium.cache.options import Samples, TopK
 from collegium.cache.shards import EncodedPiece, ShardMetadata, shard_bytes
 from collegium.console import quiet_libraries
 from collegium.data.encode import Encoded
-from collegium.data.pack import PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.demo.corpora import Wheel, fetch_wheel, read_encyclopedia, read_reference
 from collegium.distributions import LIVE, Answer
 from collegium.fusion.fuse import Fusion

@@ -38,8 +38,9 @@ from collegium.cache.build import build_cache
 from collegium.cache.encode import FusedEncoder
 from collegium.cache.keys import BatchKeys
 from collegium.cache.store import open_cache
+from collegium.data.collate import Collator
 from collegium.data.encode import Encoded
-from collegium.data.pack import Collator, PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.distributions import Teacher
 from collegium.fusion.fuse import Fusion
 from collegium.run.folder import environment

@@ -30,7 +30,7 @@ import collegium.preflight.search as search_module
 from cache_size import replace_section
 from collegium.config.recipe import PreflightOptions
 from collegium.data.encode import Encoded
-from collegium.data.pack import PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.evaluate.scoring import Windows, score_models
 from collegium.preflight.measure import run_preflight
 from collegium.run.choice import Recorder

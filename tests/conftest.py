@@ -19,7 +19,7 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
-SAMPLE = 24
+SAMPLE = 12
 """Cases of one parametrized test that run without `--all`."""
 
 

@@ -19,8 +19,9 @@ from transformers import TrainerCallback
 from collegium.cache.build import build_cache
 from collegium.cache.encode import FusedEncoder
 from collegium.cache.store import open_cache
+from collegium.data.collate import Collator
 from collegium.data.encode import Encoded
-from collegium.data.pack import Collator, PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss
 from collegium.losses.pairing import AttentionOptions, FeatureOptions, RelationOptions

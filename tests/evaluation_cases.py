@@ -30,7 +30,7 @@ def text_dataset(*, packing: bool = True, max_length: int = 48) -> PackedDataset
     ]
     encoder = Encoder(tiny.tiny_tokenizer(), max_length=max_length, where="texts")
     return PackedDataset(
-        [encoded for encoded in encoder.encode(documents) if encoded is not None],
+        [one.encoded for one in encoder.encode(documents) if one.encoded is not None],
         max_length=max_length,
         packing=packing,
         domains=[document.domain for document in documents],

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import tiny
+from collegium.data.collate import Collator
 from collegium.data.encode import Encoded
-from collegium.data.pack import Collator, PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import PrefixLikelihood
 from collegium.models.forward import forward_rows

@@ -153,7 +153,7 @@ def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
 
 @app.command()
 def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Run all stages: check, preflight, train, evaluate, export, report. Skips finished ones."""
+    """Run all stages, from check and corpus to report. Skips finished ones."""
     loaded = _load(recipe, overrides)
     from collegium.run import pipeline
 
@@ -176,6 +176,15 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     result = pipeline.check(loaded)
     for line in (*result.lines, *(f"warning: {text}" for text in result.warnings)):
         _echo(line)
+
+
+@app.command()
+def corpus(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Read the sources once and write their tokens to disk. Resumes an interrupted build."""
+    loaded = _load(recipe, overrides)
+    from collegium.run import pipeline
+
+    _echo(f"corpus: {pipeline.corpus(loaded)}")
 
 
 @app.command()

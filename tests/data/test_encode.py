@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
 from collegium.data.documents import Document
-from collegium.data.encode import Encoder
-from collegium.data.pack import _seeded_hash, split_of
-from collegium.data.tokens import bytes_of_tokens
+from collegium.data.encode import Encoder, EncodingReport
+from collegium.data.order import seeded_hash, split_of
+from collegium.data.tokens import TextTokenizer, bytes_of_tokens, token_bytes, tokenize
 from collegium.errors import DataError
 from refusals import refused
 
@@ -39,10 +39,24 @@ def document(**content):
 
 
 def encode(document, tokenizer, **options):
-    encoder = Encoder(tokenizer, where="data", **options)
-    (encoded,) = encoder.encode([document])
-    encoder.check()
+    (encoded,), report = encode_all([document], tokenizer, **options)
+    report.check()
     return encoded
+
+
+def encode_all(documents, tokenizer, **options):
+    encoder = Encoder(tokenizer, where="data", **options)
+    outcomes = list(encoder.encode(documents))
+    reported = {"truncate": "right", "special_tokens": "auto", **options}
+    report = EncodingReport(where="data", **reported)
+    for item, outcome in zip(documents, outcomes, strict=True):
+        report.add(
+            lambda name=item.id: name,
+            outcome.notes,
+            outcome.length,
+            lambda error=outcome.error: error,
+        )
+    return [outcome.encoded for outcome in outcomes], report
 
 
 def with_template(template):
@@ -181,12 +195,12 @@ def test_samples_without_targets():
         encode(silent, tokenizer, max_length=99)
     with refused(DataError, "data: samples"):
         encode(document(prompt="abc", completion="x"), tokenizer, max_length=3)
-    encoder = Encoder(tokenizer, max_length=99, where="data")
-    first, second = encoder.encode([silent, document(text="ab")])
-    assert encoder.check() == [
+    both = [silent, document(text="ab")]
+    (first, second), report = encode_all(both, tokenizer, max_length=99)
+    assert report.check() == [
         "data: samples without a target token: 1 of 2 (first: id 17); skipped"
     ]
-    assert (first, encoder.untrained) == (None, ["17"])
+    assert first is None
     assert second is not None
 
 
@@ -198,7 +212,7 @@ def test_batches_equal_single_documents():
         document(prompt="a", completion="b"),
         document(text="x"),
     ]
-    together = Encoder(tokenizer, max_length=64, where="data").encode(documents)
+    together, _ = encode_all(documents, tokenizer, max_length=64)
     for item, encoded in zip(documents, together, strict=True):
         single = encode(item, tokenizer, max_length=64)
         for name in ("ids", "is_target", "num_bytes"):
@@ -225,12 +239,10 @@ TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size
 @given(TEXTS, TEXTS, st.booleans())
 def test_bytes_sum_to_the_text(text, other, is_piece):
     tokenizer = sentencepiece() if is_piece else tiny.tiny_tokenizer()
-    (encoded,) = Encoder(tokenizer, max_length=999, where="data").encode([document(text=text)])
+    encoded = encode(document(text=text), tokenizer, max_length=999)
     assert encoded.num_bytes.sum() == len(text.encode())
     assert (encoded.num_bytes >= 0).all()
-    (encoded,) = Encoder(tokenizer, max_length=999, where="data").encode(
-        [document(prompt=text, completion=other)]
-    )
+    encoded = encode(document(prompt=text, completion=other), tokenizer, max_length=999)
     assert encoded.num_bytes[encoded.is_target].sum() == len(other.encode())
 
 
@@ -251,11 +263,10 @@ def llama():
 
 
 @settings(max_examples=150, deadline=None)
-@given(TEXTS, TEXTS)
+@given(TEXTS.filter(lambda text: not text.startswith(" ")), TEXTS)
 def test_a_completion_gets_no_space_before_it(prompt, completion):
     pair = document(prompt=prompt, completion=completion)
-    encoder = Encoder(llama(), max_length=999, special_tokens="text", where="data")
-    (encoded,) = encoder.encode([pair])
+    encoded = encode(pair, llama(), max_length=999, special_tokens="text")
     # The decoder strips the space before the prompt.
     assert llama().decode(encoded.ids[:-1]) == prompt + completion
 
@@ -279,10 +290,9 @@ def test_text_that_was_rendered_before_is_framed_once():
 def test_special_tokens_in_a_text_are_counted_or_plain():
     tokenizer = tiny.tiny_tokenizer(400, chat=True)
     quoting = document(text="say <|end|> to stop")
-    encoder = Encoder(tokenizer, max_length=99, where="data")
-    (encoded,) = encoder.encode([quoting])
+    (encoded,), report = encode_all([quoting], tokenizer, max_length=99)
     assert (encoded.ids == EOS).sum() == 2
-    (warning,) = encoder.check()
+    (warning,) = report.check()
     assert "texts with special tokens inside: 1 of 1 (first: id 17)" in warning
     plain = encode(quoting, tokenizer, max_length=99, special_tokens="text")
     assert (plain.ids == EOS).sum() == 1
@@ -301,25 +311,66 @@ def test_bytes_of_shared_skipped_and_trailing_characters():
 def test_split_is_a_function_of_content_and_seed(text, seed):
     def part(name, domain):
         copy_of_text = Document(id=name, domain=domain, text=text)
-        return split_of(copy_of_text, seed=seed, calibration=0.3, validation=0.3)
+        return split_of(copy_of_text.content_hash(), seed=seed, calibration=0.3, validation=0.3)
 
     assert part("a", "d") == part("b", "e")
 
 
 def test_split_fractions_hold_and_follow_the_seed():
     documents = [document(text=f"text {i}") for i in range(2000)]
-    parts = [split_of(d, seed=3, calibration=0.1, validation=0.2) for d in documents]
+    parts = [split_of(d.content_hash(), seed=3, calibration=0.1, validation=0.2) for d in documents]
     # Tolerances of about 3.4 standard deviations of the binomial.
     assert parts.count("calibration") == pytest.approx(200, abs=45)
     assert parts.count("validation") == pytest.approx(400, abs=60)
-    assert parts != [split_of(d, seed=4, calibration=0.1, validation=0.2) for d in documents]
+    assert parts != [
+        split_of(d.content_hash(), seed=4, calibration=0.1, validation=0.2) for d in documents
+    ]
     # The validation split does not depend on the calibration fraction.
-    wider = [split_of(d, seed=3, calibration=0.0, validation=0.2) for d in documents]
+    wider = [split_of(d.content_hash(), seed=3, calibration=0.0, validation=0.2) for d in documents]
     assert [p == "validation" for p in wider] == [p == "validation" for p in parts]
 
 
 def test_split_and_order_of_documents_are_independent():
     documents = [document(text=f"text {number}") for number in range(400)]
-    order = sorted(documents, key=lambda d: _seeded_hash(d, 3, "order"))
-    first = [split_of(d, seed=3, calibration=0.0, validation=0.5) for d in order[:200]]
+    order = sorted(documents, key=lambda d: seeded_hash(d.content_hash(), 3, "order"))
+    first = [
+        split_of(d.content_hash(), seed=3, calibration=0.0, validation=0.5) for d in order[:200]
+    ]
     assert 70 < first.count("validation") < 130
+
+
+def byte_level(normalizer=None, **options):
+    backend = Tokenizer.from_str(tiny.tiny_tokenizer(400, chat=True).backend_tokenizer.to_str())
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False, **options)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["a", "  \n", "é", "e\u0301", "数字", "🎈", "<|end|>", "the the", "\u0301"])
+    ),
+    st.booleans(),
+    st.booleans(),
+)
+def test_bytes_by_lengths_of_tokens_equal_those_by_offsets(words, is_nfc, quote):
+    tokenizer = byte_level(normalizers.NFC() if is_nfc else None)
+    text = "".join(words)
+    ((ids, offsets),) = tokenize([text], tokenizer, quote=quote)
+    counter = TextTokenizer(tokenizer)
+    assert token_bytes(tokenizer) is not None
+    ((counted_ids, num_bytes),) = counter([text], quote=quote)
+    assert counted_ids.tolist() == ids.tolist()
+    assert num_bytes.tolist() == bytes_of_tokens(text, offsets[:, 1]).tolist()
+
+
+def test_lengths_of_tokens_are_not_used_where_they_differ_from_offsets():
+    trimming = byte_level()
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    spacing = byte_level()
+    spacing.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    lowering = byte_level(normalizers.Lowercase())
+    for tokenizer in (trimming, spacing, lowering, sentencepiece()):
+        assert token_bytes(tokenizer) is None

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import tiny
+from collegium.data.collate import Collator
 from collegium.data.encode import Encoded
-from collegium.data.pack import Collator, PackedDataset, build_datasets
+from collegium.data.pack import build_datasets
 from collegium.data.sources import DataOptions, SourceOptions
+from collegium.data.windows import PackedDataset
 from collegium.errors import DataError
 from collegium.types import IGNORE, Batch, domain_number
 from refusals import refused
@@ -251,7 +253,7 @@ def test_sources_of_a_part_must_not_occur_in_train(tmp_path):
         build_datasets(options, tiny.tiny_tokenizer(), where="data")
     options = DataOptions(train=train, validation=[held_out], max_length=32)
     parts = build_datasets(options, tiny.tiny_tokenizer(), where="data")
-    assert parts["validation"].sample_names == [f"{tmp_path / 'fresh.jsonl'}:1"]
+    assert list(parts["validation"].sample_names) == [f"{tmp_path / 'fresh.jsonl'}:1"]
 
 
 def test_an_empty_part_is_refused_with_a_remedy(tmp_path):

@@ -85,7 +85,7 @@ def test_every_assistant_turn_is_one_run_of_its_words_and_its_stop_token(
         with pytest.raises(DataError, match="unknown role"):
             encode(family, messages)
         return
-    encoded, encoder = encode(family, messages)
+    encoded, _ = encode(family, messages)
     expected = []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -94,7 +94,7 @@ def test_every_assistant_turn_is_one_run_of_its_words_and_its_stop_token(
     tokenizer = family.tokenizer()
     found = runs(encoded, tokenizer)
     if chat != "two in a row":
-        assert encoder.stops == {tokenizer(run)["input_ids"][-1] for run in found}
+        assert encoded.stops == {tokenizer(run)["input_ids"][-1] for run in found}
     if not family.prompt:
         # The template writes a space before the content, which shares a token with it.
         found = [run.removeprefix(" ") for run in found]

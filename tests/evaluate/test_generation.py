@@ -236,7 +236,7 @@ def test_a_text_costs_one_forward_pass_per_token_and_teacher(
 
 
 def test_label_probabilities_of_the_fused_target() -> None:
-    from collegium.data.windows import Collator
+    from collegium.data.collate import Collator
     from collegium.types import Batch
 
     teachers = [teacher("a"), teacher("b", seed=1)]

@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from collegium.data.encode import Encoded
-from collegium.data.pack import PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.errors import ModelError
 from collegium.models.forward import forward_rows, model_head, probe
 from collegium.train.objective import Objective

@@ -16,7 +16,7 @@ from collegium.cache.options import FeatureCacheOptions
 from collegium.cache.store import open_cache
 from collegium.cli import app
 from collegium.config.recipe import Recipe, dump_recipe, load_recipe
-from collegium.data.pack import Collator
+from collegium.data.collate import Collator
 from collegium.distributions import Answer
 from collegium.errors import CacheError, RecipeError
 from collegium.run import pipeline

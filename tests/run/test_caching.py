@@ -20,7 +20,7 @@ from collegium.cache.options import Samples, TopK
 from collegium.cache.shards import split_runs
 from collegium.cli import app
 from collegium.config.recipe import Recipe, dump_recipe, load_recipe
-from collegium.data.pack import Collator
+from collegium.data.collate import Collator
 from collegium.errors import CacheError, RecipeError
 from collegium.fusion.conflict import TruthFallback
 from collegium.fusion.fuse import Fusion, fuse

@@ -192,8 +192,9 @@ def test_status_of_a_killed_control_that_waits_for_preflight(tmp_path: Path) -> 
 def test_status_before_preflight_lists_what_is_there(tmp_path: Path) -> None:
     root = write_zoo(tmp_path)
     (root / "tiny.yaml").write_text(recipe_text(root), encoding="utf-8")
-    assert states(root) == {"preflight": "missing"}
+    assert states(root) == {"corpus": "missing", "preflight": "missing"}
     assert set(states(root, "fusion={weighting: uniform}")) == {
+        "corpus",
         "preflight",
         "cache teachers/scripture/train",
         "cache teachers/scripture/calibration",

@@ -15,7 +15,7 @@ from collegium.cache.keys import BatchKeys
 from collegium.cache.options import Samples
 from collegium.cli import app
 from collegium.config.recipe import Recipe, decode_fusion, dump_recipe, load_recipe
-from collegium.data.pack import Collator
+from collegium.data.collate import Collator
 from collegium.distributions import Answer, DenseRows, NamedRows
 from collegium.errors import CacheError, RecipeError
 from collegium.fusion.fuse import Fusion, fuse

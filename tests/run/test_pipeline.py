@@ -71,7 +71,7 @@ def test_a_run_writes_the_documented_files(finished: Path) -> None:
     assert rows[-1]["train_tokens"] == rows[-2]["train_tokens"] > 0
     stages = json.loads((finished / "stages.json").read_text())
     assert {state["status"] for state in stages.values()} == {"done"}
-    assert set(stages) == {"preflight", "train", "control ce_only", "evaluate"}
+    assert set(stages) == {"corpus", "preflight", "train", "control ce_only", "evaluate"}
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(finished / "student")

@@ -68,7 +68,7 @@ def _recipe(zoo: Path, tmp_path: Path, kind: str, *overrides: str, tied: bool = 
 
 
 def _batch(context: RunContext, *, whole: bool = False) -> Batch:
-    from collegium.data.pack import Collator
+    from collegium.data.collate import Collator
 
     datasets = context.whole_datasets if whole else context.datasets
     return Batch.from_inputs(Collator()([datasets["validation"][0]]))

@@ -259,7 +259,7 @@ def test_invalid_study_is_refused_before_any_run(
 def test_setting_with_an_unknown_key_names_it(tiny_study: Path) -> None:
     text = tiny_study.read_text().replace("objective.kd_ratio", "objective.kd_raito")
     tiny_study.write_text(text, encoding="utf-8")
-    with refused(RecipeError, "uniform_0.9_seed0.yaml:17: objective.kd_raito"):
+    with refused(RecipeError, "uniform_0.9_seed0.yaml:19: objective.kd_raito"):
         sweep.run_study(tiny_study)
 
 

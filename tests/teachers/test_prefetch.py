@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from collegium.data.pack import Collator
+from collegium.data.collate import Collator
 from collegium.errors import CacheError
 from collegium.teachers.prefetch import MAX_PENDING, Prefetcher, PrefetchingCollator
 from collegium.types import Batch

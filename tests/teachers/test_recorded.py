@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from collegium.data.windows import Collator
+from collegium.data.collate import Collator
 from collegium.errors import DataError, ModelError
 from collegium.teachers.local import LocalTeacher
 from collegium.teachers.options import LocalOptions

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import tiny
 import training_runs
+from collegium.data.collate import Collator
 from collegium.data.encode import Encoded
-from collegium.data.pack import Collator, PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.distributions import Answer, HiddenRows
 from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion, fuse

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import tiny
-from collegium.data.pack import Collator
+from collegium.data.collate import Collator
 from collegium.distributions import Teacher
 from collegium.errors import DataError, ModelError, TrainingError, VocabularyError
 from collegium.storage.records import read_log

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from collegium.data.pack import Collator
+from collegium.data.collate import Collator
 from collegium.errors import ModelError
 from collegium.models.forward import forward_rows, router_weight
 from collegium.types import Batch

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from transformers import TrainerCallback
 
 import collegium
+from collegium.data.collate import Collator
 from collegium.data.encode import Encoded
-from collegium.data.pack import Collator, PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.distributions import Answer
 from collegium.errors import ModelError, TrainingError
 from collegium.kernels.plain import TorchKernels

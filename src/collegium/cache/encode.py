@@ -17,10 +17,11 @@ from torch import Tensor
 
 from collegium.cache.codecs.hidden import HiddenCodec, Projection
 from collegium.cache.codecs.targets import TargetCodec, entropy_name, log_z_name, row_keys
-from collegium.cache.keys import PieceKey, document_hash, pieces_of
+from collegium.cache.keys import DocumentHashes, PieceKey, pieces_of
 from collegium.cache.options import FeatureCacheOptions
 from collegium.cache.shards import Columns, EncodedPiece, join_columns, split_columns, split_runs
-from collegium.data.pack import Collator, PackedDataset
+from collegium.data.collate import Collator
+from collegium.data.windows import PackedDataset
 from collegium.distributions import Teacher
 from collegium.fusion.fuse import Fusion, fuse
 from collegium.fusion.pools import RowReader
@@ -49,7 +50,7 @@ class CorpusEncoder(ABC):
         self._windows = range(len(self.dataset)) if self.windows is None else self.windows
         self._counts = self.dataset.targets_per_window()[np.asarray(self._windows, np.int64)]
         self._shards = split_runs(self._counts.tolist(), SHARD_TARGETS)
-        self._hashes = [document_hash(name) for name in self.dataset.sample_names]
+        self._hashes = DocumentHashes(self.dataset.sample_names)
         self._device = choose_device("auto")
 
     @property

@@ -8,10 +8,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from collegium.types import Batch, is_row
+
+MAX_HASHES = 2**16
+"""Hashes of documents that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,20 @@ class PieceKey:
 def document_hash(name: str) -> int:
     """Return a 64-bit hash of a document's id."""
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+class DocumentHashes(Sequence[int]):
+    """`document_hash` of each id, computed when it is asked for, since a corpus holds millions."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._hash = lru_cache(MAX_HASHES)(lambda number: document_hash(names[number]))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._hash(number)
 
 
 def window_hash(ids: np.ndarray, is_target: np.ndarray) -> bytes:
@@ -75,8 +94,8 @@ class BatchKeys:
     """The keys of a batch's pieces, computed once for all teachers of a batch."""
 
     def __init__(self, documents: Sequence[str]) -> None:
-        """Hash the ids of the documents, in the order of the sample numbers of a batch."""
-        self._hashes = [document_hash(document) for document in documents]
+        """Take the ids of the documents, in the order of the sample numbers of a batch."""
+        self._hashes = DocumentHashes(documents)
         self._last: tuple[Batch, list[PieceKey]] | None = None
 
     def __call__(self, batch: Batch) -> list[PieceKey]:

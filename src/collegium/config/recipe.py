@@ -142,8 +142,14 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def recipe_hash(recipe: Recipe) -> str:
     """Return the SHA-256 (hex) of all options that change a model or its scores."""
-    kept = {k: v for k, v in plain(recipe).items() if k not in ("name", "output_dir", "export")}
-    return fingerprint(kept)
+    without_effect = ("name", "output_dir", "export")
+    values = {k: v for k, v in plain(recipe).items() if k not in without_effect}
+    return fingerprint({**values, "data": data_values(values["data"])})
+
+
+def data_values(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the data without the place of the corpus, which changes no window."""
+    return {name: value for name, value in data.items() if name != "corpus"}
 
 
 def decode_fusion(snippet: Any, where: str = "fusion") -> Fusion:

@@ -46,8 +46,6 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.where = where
         self.quote = quote
-        self.stops: set[int] = set()
-        """Ids of the stop tokens that end the assistant's turns."""
         self.shortened: list[str] = []
         """Ids of the chats whose earlier assistant turns the template shortens."""
         self.empty: list[str] = []
@@ -89,17 +87,17 @@ class ChatEncoder:
             blocks = np.zeros(len(ids), bool)
             for start, end in rendered.spans:
                 blocks |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-        is_target = np.zeros(len(ids), bool)
+        is_target, stops = np.zeros(len(ids), bool), set[int]()
         for number in turns:
             limits = [p.end if p.start is None else p.start for p in places[number + 1 :]]
             limit = min((p for p in limits if p is not None), default=len(text))
             chat = _Chat(text, ids, offsets, blocks)
             first, last = self._run(places[number], chat, limit, f"{place}: messages[{number}]")
             is_target[first : last + 1] = True
-            self.stops.add(int(ids[last]))
+            stops.add(int(ids[last]))
         num_bytes = bytes_of_tokens(text, offsets[:, 1])
-        num_bytes[np.isin(ids, [*self._special, *self.stops])] = 0
-        return Encoded(ids, is_target, num_bytes, can_split=False)
+        num_bytes[np.isin(ids, [*self._special, *stops])] = 0
+        return Encoded(ids, is_target, num_bytes, can_split=False, stops=frozenset(stops))
 
     def prompt_ids(self, document: Document) -> list[int]:
         """Encode a chat up to the answer of the assistant, with the generation prompt.

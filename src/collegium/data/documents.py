@@ -62,6 +62,13 @@ class Document:
     template: Mapping[str, Any] = field(default_factory=dict)
     """Further variables of the chat template, such as `tools`."""
 
+    @property
+    def num_characters(self) -> int:
+        """Length of its texts, about that of what is encoded."""
+        if self.messages is None:
+            return sum(len(text or "") for text in (self.text, self.prompt, self.completion))
+        return sum(len(str(value)) for message in self.messages for value in message.values())
+
     def content_hash(self) -> str:
         """Return the SHA-256 hex digest of the content, regardless of id, domain and teacher."""
         # The prefix keeps a text from colliding with a row that serializes to it.

@@ -21,6 +21,8 @@ from collegium.errors import DataError
 from collegium.options import option
 from collegium.storage.files import listing
 
+Part = Literal["train", "calibration", "validation"]
+"""Part of the documents that one dataset holds."""
 Truncate = Literal["right", "left", "drop", "error"]
 """Handling of a prompt or chat longer than a window."""
 SpecialTokens = Literal["auto", "parse", "text"]
@@ -75,6 +77,8 @@ class DataOptions:
     """Calibrate on at most this many tokens, balanced over the domains."""
     max_validation_tokens: Annotated[int, Field(ge=2)] | None = None
     """Evaluate on at most this many tokens, balanced over the domains."""
+    corpus: Path | None = None
+    """Folder of encoded corpora, shared between runs. Defaults to `corpus` in the run folder."""
 
     @model_validator(mode="after")
     def _check_fractions(self) -> DataOptions:
@@ -83,7 +87,7 @@ class DataOptions:
         return self
 
     @property
-    def sources(self) -> dict[str, list[SourceOptions]]:
+    def sources(self) -> dict[Part, list[SourceOptions]]:
         """Sources of each part."""
         return {"train": self.train, "calibration": self.calibration, "validation": self.validation}
 
@@ -95,7 +99,7 @@ class SourceSummary:
     where: str
     origin: str = ""
     """Path or name of the data set."""
-    files: list[str] = field(default_factory=list)
+    num_files: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     """Reason by file of a folder that is not read."""
     num_rows: int = 0
@@ -110,7 +114,7 @@ class SourceSummary:
     def lines(self) -> list[str]:
         """Describe the source, one line per fact."""
         rows = (
-            f"{self.where}: {self.origin}: files: {len(self.files):,} read, "
+            f"{self.where}: {self.origin}: files: {self.num_files:,} read, "
             f"{len(self.skipped):,} skipped; rows: {self.num_rows:,} read, "
             f"{self.num_documents:,} used, {self.num_blank:,} blank, {len(self.refused):,} refused"
         )
@@ -198,7 +202,7 @@ def _read_source(
     else:
         files, domain = _find_files(options, where, summary)
         rows_of = {str(file): readers.read_rows(file, options, where=where) for file in files}
-    summary.files = list(rows_of)
+    summary.num_files = len(rows_of)
     columns = columns_read(options)
     for name, rows in rows_of.items():
         yield parse_rows(
@@ -208,6 +212,19 @@ def _read_source(
             domain=options.domain or domain,
             where=where,
         )
+
+
+def source_files(options: SourceOptions, where: str) -> list[Path] | None:
+    """Return the files that a source reads, None for a dataset of the hub.
+
+    Raises DataError if there are none.
+    """
+    if options.hub is not None:
+        return None
+    folder = Path(os.path.expanduser(str(options.path)))
+    if _is_saved(folder):
+        return sorted(file for file in folder.rglob("*") if file.is_file())
+    return _find_files(options, where, SourceSummary(where))[0]
 
 
 def _note_columns(

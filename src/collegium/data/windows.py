@@ -1,4 +1,4 @@
-"""Windows of `max_length` tokens, packed or padded, and their collator.
+"""Windows of `max_length` tokens, packed or padded, read by index.
 
 A text that does not fit the rest of a window continues in the next one. The continuation repeats
 the last token of the previous piece as context, never as a target, so packing, padding and any
@@ -9,19 +9,42 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from collegium.data.layout import (
+    DOCUMENT,
+    WINDOW,
+    DatasetFacts,
+    Layout,
+    chunks_of,
+    window_order,
+    window_starts,
+)
+from collegium.data.shards import TOKEN, token_records
 from collegium.data.tokens import Encoded
-from collegium.errors import DataError
-from collegium.types import IGNORE, Batch, domain_number, teacher_number
+from collegium.storage.arrays import ArrayWriter, RecordArray, gather
+from collegium.storage.files import write_text
+from collegium.types import IGNORE, domain_number, teacher_number
 
-_COLUMNS = ("input_ids", "labels", "position_ids", "sample_ids", "attention_mask", "num_bytes")
+_HASHED = {
+    "input_ids": np.int32,
+    "is_repeat": np.bool_,
+    "is_target": np.bool_,
+    "num_bytes": np.int32,
+    "position_ids": np.int32,
+    "sample_ids": np.int32,
+}
+"""Columns of the fingerprint, in its order."""
+_OF_TOKENS = ("input_ids", "is_target", "num_bytes")
+_BLOCK_TOKENS = 2**20
+"""Tokens whose columns are in memory at once while a dataset is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +56,23 @@ class Piece:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """The pieces of some windows, in order."""
+
+    numbers: np.ndarray
+    """(pieces,) number of the document in the dataset."""
+    documents: np.ndarray
+    """(pieces,) records of `DOCUMENT`."""
+    starts: np.ndarray
+    stops: np.ndarray
+    """(pieces,) tokens of the documents."""
+    ends: np.ndarray
+    """(windows,) number of pieces up to the end of each window."""
+
+
 class PackedDataset(Dataset[dict[str, torch.Tensor]]):
-    """Windows of tokens, each a dict of 1-D int64 tensors.
+    """Windows of tokens, each a dict of 1-D int64 tensors, read when they are asked for.
 
     - `input_ids`
     - `position_ids`: restart at 0 in every piece of a document and in the padding
@@ -65,240 +103,296 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         Raises ValueError if an unsplittable document is longer than `max_length`.
         """
         domains = ["default"] * len(encoded) if domains is None else domains
-        windows = _pack(encoded, max_length, packing=packing)
-        if order_seed is not None:
-            windows = [windows[i] for i in np.argsort(_splitmix64(len(windows), order_seed))]
-        lengths = [
-            max_length if packing else sum(p.stop - p.start for p in window) for window in windows
-        ]
-        self._starts = np.cumsum([0, *lengths])
-        self._columns = _build_columns(encoded, windows, self._starts, pad_token_id)
-        pieces = [(p.document, p.start, p.stop) for window in windows for p in window]
-        self._pieces = np.array(pieces, np.int64)
-        self._piece_starts = np.cumsum([0, *map(len, windows)])
-        self.domains = sorted(set(domains))
+        used = [*dict.fromkeys(name for name in teachers if name is not None)]
+        documents = np.zeros(len(encoded), DOCUMENT)
+        sizes = [len(one) for one in encoded]
+        documents["document"] = np.arange(len(encoded))
+        documents["offset"] = np.cumsum([0, *sizes])[:-1]
+        documents["size"] = sizes
+        places = {name: number for number, name in enumerate(sorted(set(domains)))}
+        documents["domain"] = [places[name] for name in domains]
+        if used:
+            documents["teacher"] = [
+                0 if name is None else used.index(name) + 1 for name in teachers
+            ]
+        lengths = ((len(one), one.can_split) for one in encoded)
+        starts = np.array([*window_starts(lengths, max_length, packing=packing)], WINDOW)
+        order = window_order(len(starts) - 1, order_seed)
+        self._use(
+            Layout(
+                np.concatenate([np.zeros(0, TOKEN), *map(token_records, encoded)]),
+                documents, starts, order,
+                [str(i) for i in range(len(encoded))] if names is None else list(names),
+                sorted(set(domains)), used, sorted(stops), max_length, packing, pad_token_id,
+            )
+        )  # fmt: skip
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        facts: DatasetFacts | None = None,
+        columns: tuple[RecordArray, RecordArray] | None = None,
+    ) -> PackedDataset:
+        """Open a layout, with its facts and measured columns if they were measured before."""
+        dataset = cls.__new__(cls)
+        dataset._use(layout, facts, columns)
+        return dataset
+
+    def _use(
+        self,
+        layout: Layout,
+        facts: DatasetFacts | None = None,
+        columns: tuple[RecordArray, RecordArray] | None = None,
+    ) -> None:
+        self.layout = layout
+        self.domains = list(layout.domains)
         """Domain names."""
-        index = {name: number for number, name in enumerate(self.domains)}
-        self.sample_domains = np.array([index[name] for name in domains], np.int64)
-        """(documents,) index into `domains`."""
-        # An extra last entry, so that index -1 (padding) reads 0.
-        self._domain_numbers = np.array([*map(domain_number, domains), 0], np.int64)
-        self.sample_names = [str(i) for i in range(len(encoded))] if names is None else list(names)
+        self.sample_names = layout.names
         """Id of each document."""
-        self.sample_teachers = list(teachers) if any(name is not None for name in teachers) else []
-        """Teacher named by each document or None. Empty if no document names one."""
-        named = [0 if name is None else teacher_number(name) for name in self.sample_teachers]
-        self._teacher_numbers = np.array([*named, 0], np.int64)
-        is_document = self._columns["sample_ids"] >= 0
-        self.num_tokens = int((is_document & ~self._columns["is_repeat"]).sum())
-        """Document tokens, without padding and repeated context."""
-        self.stops = sorted(stops)
+        self.stops = sorted(layout.stops)
         """Ids of the tokens that end documents and turns."""
-        self.num_target_tokens = int(self._columns["is_target"].sum())
-        self.fingerprint = self._hash()
-        """SHA-256 hex digest of everything that a model sees."""
+        self._new_ids_V: np.ndarray | None = None
+        # An extra last entry, so that padding reads 0.
+        self._domain_numbers = np.array([*map(domain_number, layout.domains), 0], np.int64)
+        self._teacher_numbers = np.array([0, *map(teacher_number, layout.teachers)], np.int64)
+        if facts is None or columns is None:
+            counts, ids = ArrayWriter(np.int64), ArrayWriter(np.int64)
+            facts = self.measure(counts, ids)
+            columns = counts.finish(), ids.finish()
+        self.facts = facts
+        self._counts, self._ids = columns
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self.layout.order)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        column, _ = self._columns([range(len(self))[index]])
+        names = ("input_ids", "position_ids", "sample_ids", "num_bytes", "domain_ids")
+        arrays = {name: column[name] for name in names}
+        arrays["labels"] = np.where(column["is_target"], column["input_ids"], IGNORE)
+        if self.layout.teachers:
+            arrays["teacher_ids"] = column["teacher_ids"]
+        return {name: torch.from_numpy(a.astype(np.int64)) for name, a in arrays.items()}
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(U,) the ids that occur in documents, in increasing order."""
+        return self._ids[:]
+
+    @property
+    def num_tokens(self) -> int:
+        """Document tokens, without padding and repeated context."""
+        return self.facts.num_tokens
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Targets of all windows."""
+        return self.facts.num_target_tokens
 
     @property
     def longest(self) -> int:
         """Tokens of the longest window."""
-        return int(np.diff(self._starts).max(initial=0))
+        return self.facts.longest
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        index = range(len(self))[index]
-        window = slice(self._starts[index], self._starts[index + 1])
-        column = {name: values[window] for name, values in self._columns.items()}
-        names = ("input_ids", "position_ids", "sample_ids", "num_bytes")
-        arrays = {name: column[name] for name in names}
-        arrays["labels"] = np.where(column["is_target"], column["input_ids"], IGNORE)
-        arrays["domain_ids"] = self._domain_numbers[column["sample_ids"]]
-        if self.sample_teachers:
-            arrays["teacher_ids"] = self._teacher_numbers[column["sample_ids"]]
-        return {name: torch.from_numpy(a.astype(np.int64)) for name, a in arrays.items()}
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 hex digest of everything that a model sees."""
+        if self._new_ids_V is None:
+            return self.facts.fingerprint
+        # Of renumbered tokens: measured once, and kept beside the layout.
+        key = hashlib.sha256(self._new_ids_V.astype(np.int64).tobytes()).hexdigest()[:16]
+        folder = self.layout.folder
+        file = None if folder is None else folder / f"fingerprint-{key}.txt"
+        if file is not None and file.is_file():
+            return file.read_text(encoding="utf-8").strip()
+        digest = self.measure(ArrayWriter(np.int64), ArrayWriter(np.int64)).fingerprint
+        if file is not None:
+            write_text(file, digest + "\n")
+        return digest
+
+    @cached_property
+    def sample_domains(self) -> np.ndarray:
+        """(documents,) int64 index into `domains`."""
+        return self._document_column("domain")
+
+    @property
+    def names_digest(self) -> str:
+        """SHA-256 hex digest of the ids of the documents."""
+        return self.facts.names_digest
+
+    def teacher_of(self, document: int) -> str | None:
+        """Return the teacher that a document names, or None."""
+        number = int(self.layout.documents[document : document + 1]["teacher"][0])
+        return self.layout.teachers[number - 1] if number else None
 
     def pieces(self, index: int) -> list[Piece]:
         """Return the document pieces of a window in order, without padding."""
-        span = slice(self._piece_starts[index], self._piece_starts[index + 1])
-        return [Piece(*row) for row in self._pieces[span].tolist()]
+        pieces = self._pieces([index])
+        columns = (pieces.numbers, pieces.starts, pieces.stops)
+        return [Piece(*span) for span in zip(*(c.tolist() for c in columns), strict=True)]
 
-    def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the ids and the mask of the targets of each document, in order."""
-        parts: list[tuple[int, int, slice]] = []
-        for window, offset in enumerate(self._starts[:-1].tolist()):
-            for piece in self.pieces(window):
-                # The first token of a later piece repeats the last one of the piece before.
-                skipped, size = int(piece.start > 0), piece.stop - piece.start
-                span = slice(offset + skipped, offset + size)
-                parts.append((piece.document, piece.start, span))
-                offset += size
-        spans: list[list[slice]] = [[] for _ in self.sample_names]
-        for document, _, span in sorted(parts, key=lambda part: part[:2]):
-            spans[document].append(span)
-        ids, is_target = self._columns["input_ids"], self._columns["is_target"]
-        return [
-            (np.concatenate([ids[s] for s in of]), np.concatenate([is_target[s] for s in of]))
-            for of in spans
-        ]
+    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the ids and the mask of the targets of each document, in order."""
+        for number in range(len(self.layout.documents)):
+            row = self.layout.documents[number : number + 1][0]
+            tokens = self.layout.tokens[int(row["offset"]) : int(row["offset"] + row["size"])]
+            yield self._renumber(tokens["id"].astype(np.int32)), tokens["is_target"]
 
     def renumbered(self, new_ids_V: np.ndarray) -> PackedDataset:
         """Return the same windows with the new id of each token, (V,) by old id."""
         changed = copy.copy(self)
-        ids = new_ids_V[self._columns["input_ids"]].astype(np.int32)
-        changed._columns = {**self._columns, "input_ids": ids}
+        changed.__dict__.pop("fingerprint", None)
+        changed._new_ids_V = new_ids_V
+        changed._ids = np.unique(new_ids_V[self._ids[:]])
         changed.stops = sorted(new_ids_V[self.stops].tolist())
-        changed.fingerprint = changed._hash()
         return changed
 
     def token_ids(self) -> set[int]:
         """Return the ids that occur in documents."""
-        is_document = self._columns["sample_ids"] >= 0
-        return {*np.unique(self._columns["input_ids"][is_document]).tolist()}
+        return {*self._ids[:].tolist()}
 
     def targets_per_window(self) -> np.ndarray:
         """Return the number of target tokens per window, (windows,)."""
-        return np.add.reduceat(self._columns["is_target"].astype(np.int64), self._starts[:-1])
+        return self._counts[:].astype(np.int64)
 
-    def _hash(self) -> str:
+    def measure(self, counts: ArrayWriter, ids: ArrayWriter) -> DatasetFacts:
+        """Measure all windows. Writes the targets of each window into `counts`, and the used ids.
+
+        The fingerprint is the digest of one column of all windows after the other.
+        """
         digest = hashlib.sha256()
-        for name in sorted(self._columns):
+        used_V = np.zeros(0, bool)
+        per_block = max(1, _BLOCK_TOKENS // self.layout.max_length)
+        # A small dataset is read once, a large one in a pass for each column.
+        whole = [*self._blocks(per_block, _HASHED)] if len(self) <= per_block else None
+        num_targets, lengths = 0, list[np.ndarray]()
+        for name, dtype in _HASHED.items():
             digest.update(name.encode())
-            digest.update(self._columns[name].tobytes())
-        digest.update(self._starts.astype(np.int64).tobytes())
-        digest.update(self.sample_domains.tobytes())
+            for columns, sizes in whole or self._blocks(per_block, [name]):
+                digest.update(columns[name].astype(dtype).tobytes())
+                if name == "input_ids":
+                    lengths.append(sizes)
+                    used_V = _marked(used_V, columns[name][columns["sample_ids"] >= 0])
+                elif name == "is_target":
+                    starts = np.cumsum([0, *sizes[:-1]])
+                    counts.append(np.add.reduceat(columns[name].astype(np.int64), starts))
+                    num_targets += int(columns[name].sum())
+        ids.append(np.flatnonzero(used_V))
+        sizes = np.concatenate([np.zeros(0, np.int64), *lengths])
+        digest.update(np.cumsum([0, *sizes]).astype(np.int64).tobytes())
+        num_tokens = self._hash_documents(digest)
+        longest = int(sizes.max(initial=0))
+        names = hashlib.sha256()
+        for number, name in enumerate(self.sample_names):
+            names.update(("\0" * (number > 0) + name).encode("utf-8"))
+        return DatasetFacts(digest.hexdigest(), num_tokens, num_targets, longest, names.hexdigest())
+
+    def _hash_documents(self, digest: Any) -> int:
+        """Add domains and teachers to the fingerprint, and return the tokens of all documents."""
+        num_tokens = 0
+        for rows in chunks_of(self.layout.documents):
+            digest.update(rows["domain"].astype(np.int64).tobytes())
+            num_tokens += int(rows["size"].sum(dtype=np.int64))
         digest.update("\0".join(self.domains).encode())
         # Only if used, so that data without teachers keeps its fingerprint and its caches.
-        if self.sample_teachers:
-            digest.update(self._teacher_numbers.tobytes())
-        return digest.hexdigest()
+        if self.layout.teachers:
+            for rows in chunks_of(self.layout.documents):
+                digest.update(self._teacher_numbers[rows["teacher"]].tobytes())
+            digest.update(np.zeros(1, np.int64).tobytes())
+        return num_tokens
 
+    def _blocks(
+        self, per_block: int, names: Iterable[str]
+    ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """Yield columns of consecutive windows, and the length of each window."""
+        names = [*names]
+        for start in range(0, len(self), per_block):
+            yield self._columns(range(start, min(start + per_block, len(self))), names)
 
-@dataclass(frozen=True, slots=True)
-class Collator:
-    """Collator of windows, or of ordinary Hugging Face items, into (B, T) tensors.
+    def _pieces(self, indices: Sequence[int]) -> _Pieces:
+        layout = self.layout
+        spans, parts = list[tuple[int, int, int]](), list[tuple[int, int]]()
+        for index in indices:
+            place = int(layout.order[index : index + 1][0])
+            (first, start), (last, stop) = layout.windows[place : place + 2].tolist()
+            spans.append((first, start, stop))
+            # The next window repeats the last token of a document that it continues.
+            parts.append((first, last + (stop > 0)))
+        documents = gather(layout.documents, parts, DOCUMENT)
+        firsts, first_starts, last_stops = np.array(spans, np.int64).T
+        counts = np.array([stop - start for start, stop in parts], np.int64)
+        ends = np.cumsum(counts)
+        starts = np.zeros(len(documents), np.int64)
+        stops = documents["size"].astype(np.int64)
+        starts[ends - counts] = first_starts
+        is_cut = last_stops > 0
+        stops[ends[is_cut] - 1] = last_stops[is_cut] + 1
+        numbers = np.arange(len(documents)) + np.repeat(firsts - (ends - counts), counts)
+        return _Pieces(numbers, documents, starts, stops, ends)
 
-    Rows are padded on the right to the longest. Padding, added here or marked by an
-    `attention_mask` of 0, has label `IGNORE`, sample -1 and positions that restart at 0, so it
-    counts as one more document.
-    """
+    def _columns(
+        self, indices: Sequence[int], names: Sequence[str] | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return columns of some windows, one after the other, and the length of each window.
 
-    # No attention mask is returned: models of transformers 5 keep documents apart by the restarts
-    # of `position_ids` (checked when a model is loaded).
-
-    pad_token_id: int = 0
-
-    def __call__(self, items: Sequence[dict[str, object]]) -> dict[str, torch.Tensor]:
-        """Collate items of (T_i,) tensors or lists into (B, T) int64 tensors.
-
-        Raises:
-            DataError: an item has no `input_ids` or no `labels`, or columns of unequal length.
+        Tokens are only read for the columns that need them.
         """
-        rows = [_complete_item(item, number) for number, item in enumerate(items)]
-        fill = {"input_ids": self.pad_token_id, "labels": IGNORE, "sample_ids": -1}
+        pieces = self._pieces(indices)
+        sizes = pieces.stops - pieces.starts
+        totals = np.diff(np.cumsum(sizes)[pieces.ends - 1], prepend=0)
+        packing, length = self.layout.packing, self.layout.max_length
+        lengths = np.full(len(totals), length) if packing else totals
+        # The padding of a window is one more piece.
+        sizes = np.insert(sizes, pieces.ends, lengths - totals)
+        begins = np.cumsum(sizes) - sizes
+        is_later = np.insert(pieces.starts > 0, pieces.ends, False)
+        is_repeat = np.zeros(int(lengths.sum()), bool)
+        is_repeat[begins[is_later]] = True
+        samples = np.repeat(np.insert(pieces.numbers, pieces.ends, -1), sizes)
+        domains = np.insert(pieces.documents["domain"].astype(np.int64), pieces.ends, -1)
         columns = {
-            name: pad_sequence(
-                [row[name] for row in rows], batch_first=True, padding_value=fill.get(name, 0)
-            )
-            for name in rows[0]
-            if all(name in row for row in rows)
+            "position_ids": np.arange(len(samples)) - np.repeat(begins, sizes),
+            "sample_ids": samples,
+            "is_repeat": is_repeat,
+            "domain_ids": np.repeat(self._domain_numbers[domains], sizes),
         }
-        # Given a mask, the batch separates documents and padding by positions.
-        batch = Batch.from_inputs(columns)
-        del columns["attention_mask"]
-        separated = {"position_ids": batch.position_ids, "sample_ids": batch.sample_ids}
-        return {**columns, **separated, "labels": batch.labels}
+        if self.layout.teachers:
+            teachers = np.insert(pieces.documents["teacher"].astype(np.int64), pieces.ends, 0)
+            columns["teacher_ids"] = np.repeat(self._teacher_numbers[teachers], sizes)
+        if names is None or not {*_OF_TOKENS}.isdisjoint(names):
+            columns |= self._token_columns(pieces, columns)
+        return columns, lengths
+
+    def _token_columns(
+        self, pieces: _Pieces, columns: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        offsets = pieces.documents["offset"].astype(np.int64)
+        starts, stops = (offsets + pieces.starts).tolist(), (offsets + pieces.stops).tolist()
+        tokens = gather(self.layout.tokens, [*zip(starts, stops, strict=True)], TOKEN)
+        is_token = columns["sample_ids"] >= 0
+        ids = np.full(len(is_token), self.layout.pad_token_id, np.int32)
+        num_bytes, is_target = np.zeros(len(ids), np.int32), np.zeros(len(ids), bool)
+        ids[is_token], num_bytes[is_token] = tokens["id"], tokens["num_bytes"]
+        is_target[is_token] = tokens["is_target"]
+        # The first token of a piece has no context, and the bytes of a repeated token were counted
+        # in the previous piece.
+        is_target[columns["position_ids"] == 0] = False
+        num_bytes[columns["is_repeat"]] = 0
+        return {"input_ids": self._renumber(ids), "num_bytes": num_bytes, "is_target": is_target}
+
+    def _renumber(self, ids: np.ndarray) -> np.ndarray:
+        return ids if self._new_ids_V is None else self._new_ids_V[ids].astype(np.int32)
+
+    def _document_column(self, name: str) -> np.ndarray:
+        parts = [rows[name].astype(np.int64) for rows in chunks_of(self.layout.documents)]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def _complete_item(item: dict[str, object], number: int) -> dict[str, torch.Tensor]:
-    if missing := {"input_ids", "labels"} - {*item}:
-        raise DataError(
-            f"batch item {number}: `{min(missing)}` is missing (has: {', '.join(item)}); must "
-            "have `input_ids` and `labels`"
-        )
-    names = (*_COLUMNS, "domain_ids", "teacher_ids")
-    row = {n: torch.as_tensor(item[n], dtype=torch.int64) for n in names if n in item}
-    size = len(row["input_ids"])
-    row.setdefault("position_ids", torch.arange(size))
-    row.setdefault("sample_ids", torch.full((size,), number))
-    row.setdefault("attention_mask", torch.ones(size, dtype=torch.int64))
-    if ragged := [name for name, values in row.items() if values.shape != (size,)]:
-        raise DataError(
-            f"batch item {number}: `{ragged[0]}` has shape {tuple(row[ragged[0]].shape)}; "
-            f"must be ({size},) like `input_ids`"
-        )
-    row["attention_mask"] = row["attention_mask"].masked_fill(row["sample_ids"] < 0, 0)
-    return row
-
-
-def _pack(encoded: Sequence[Encoded], max_length: int, *, packing: bool) -> list[list[Piece]]:
-    if max_length < 2:
-        raise ValueError(f"max_length: got {max_length}; must be at least 2")
-    windows: list[list[Piece]] = []
-    room = 0
-    for number, document in enumerate(encoded):
-        size, start = len(document), 0
-        if not document.can_split and size > max_length:
-            raise ValueError(
-                f"document {number}: got {size} tokens; must be at most max_length = {max_length}, "
-                "because it may not be split"
-            )
-        while True:
-            # A piece of one token has no target: its first token is context only.
-            if room < (min(2, size) if document.can_split else size):
-                windows.append([])
-                room = max_length
-            stop = min(size, start + room)
-            windows[-1].append(Piece(number, start, stop))
-            room = room - (stop - start) if packing else 0
-            if stop == size:
-                break
-            start = stop - 1
-    return windows
-
-
-def _build_columns(
-    encoded: Sequence[Encoded], windows: Sequence[Sequence[Piece]], starts: np.ndarray, pad_id: int
-) -> dict[str, np.ndarray]:
-    total = starts[-1]
-    columns = {
-        "input_ids": np.full(total, pad_id, np.int32),
-        "position_ids": np.zeros(total, np.int32),
-        "sample_ids": np.full(total, -1, np.int32),
-        "num_bytes": np.zeros(total, np.int32),
-        "is_target": np.zeros(total, bool),
-        "is_repeat": np.zeros(total, bool),
-    }
-    for window, offset, end in zip(windows, starts[:-1], starts[1:], strict=True):
-        for piece in window:
-            document = encoded[piece.document].part(slice(piece.start, piece.stop))
-            to = slice(offset, offset + len(document))
-            columns["input_ids"][to] = document.ids
-            columns["position_ids"][to] = np.arange(len(document))
-            columns["sample_ids"][to] = piece.document
-            columns["num_bytes"][to] = document.num_bytes
-            columns["is_target"][to] = document.is_target
-            # The bytes of a repeated token were counted in the previous piece.
-            if piece.start:
-                columns["num_bytes"][offset] = 0
-                columns["is_repeat"][offset] = True
-            offset = to.stop
-        columns["position_ids"][offset:end] = np.arange(end - offset)
-    return columns
-
-
-def _splitmix64(count: int, seed: int) -> np.ndarray:
-    """Return (count,) pseudo-random uint64, the same on every machine and version.
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014
-    (SplitMix64).
-    """
-    # NumPy's generators may change their streams: https://numpy.org/neps/nep-0019-rng-policy.html
-    # Overflow is intended: the arithmetic is modulo 2^64.
-    with np.errstate(over="ignore"):
-        z = np.arange(1, count + 1, dtype=np.uint64)
-        z += np.uint64(seed % 2**64) * np.uint64(count + 1)
-        z = z * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+def _marked(used_V: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return which ids occur, (V,) bool, V the largest id so far + 1."""
+    missing = int(ids.max(initial=-1)) + 1 - len(used_V)
+    if missing > 0:
+        used_V = np.append(used_V, np.zeros(missing, bool))
+    used_V[ids] = True
+    return used_V

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from collegium.console import OnProgress
-from collegium.data.pack import Collator, PackedDataset
+from collegium.data.collate import Collator
+from collegium.data.windows import PackedDataset
 from collegium.distributions import Answer, Distribution, Teacher
 from collegium.errors import CollegiumError, ModelError
 from collegium.evaluate.metrics import Metrics, ScoredTokens

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 
 from collegium.console import OnProgress
+from collegium.data.collate import Collator
 from collegium.data.documents import Document, parse_rows
 from collegium.data.encode import Encoder
 from collegium.data.readers import SourceOptions, read_rows, show
 from collegium.data.sources import raise_refused
-from collegium.data.windows import Collator, PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.errors import DataError, nearest
 from collegium.evaluate.generation import Decoding, Prompt, TextSource, generate
 from collegium.evaluate.options import GenerationOptions
@@ -104,8 +105,7 @@ def continuations(
         if not reference.strip():
             continue
         domain = dataset.domains[dataset.sample_domains[number]]
-        teacher = dataset.sample_teachers[number] if dataset.sample_teachers else None
-        prompt = Prompt(tuple(ids[:start].tolist()), limit, domain, teacher)
+        prompt = Prompt(tuple(ids[:start].tolist()), limit, domain, dataset.teacher_of(number))
         by_domain[domain].append(SuiteItem(dataset.sample_names[number], prompt, (reference,)))
     in_turn = chain.from_iterable(zip_longest(*by_domain.values()))
     items = [item for item in in_turn if item is not None][: options.max_prompts]
@@ -292,8 +292,10 @@ def _encode(lines: Sequence[_Line], encoder: Encoder) -> list[SuiteItem]:
     errors = [str(one) for one in chain.from_iterable(documents) if isinstance(one, DataError)]
     raise_refused(errors, len(lines), where=encoder.where)
     flat = [one for one in chain.from_iterable(documents) if isinstance(one, Document)]
-    encoded = iter(list(encoder.encode(flat)))
-    raise_refused(encoder.refused, encoder.num_seen, where=encoder.where)
+    outcomes = list(encoder.encode(flat))
+    refused = [one.error for one in outcomes if one.error]
+    raise_refused(refused, len(outcomes), where=encoder.where)
+    encoded = (one.encoded for one in outcomes)
     items = []
     for line, of_line in zip(lines, documents, strict=True):
         parts = [one for one in islice(encoded, len(of_line)) if one is not None]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from collegium.console import OnProgress
-from collegium.data.pack import PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.distributions import Teacher
 from collegium.errors import CollegiumError
 from collegium.evaluate.metrics import Metrics

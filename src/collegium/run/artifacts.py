@@ -1,5 +1,6 @@
 """All artifacts of a run, by stage.
 
+    corpus/DIGEST/     the tokens of the sources (`collegium.run.corpora`)
     preflight.json     measurements of teachers and fusions
     best_teacher.json  the best teacher, where a named fusion leaves nothing else to choose
     cache/             stored outputs of the teachers (`collegium.run.caches`)
@@ -34,6 +35,7 @@ from collegium.run.caches import FusedCache, HiddenCache, Split, TeacherCache
 from collegium.run.card import CARD, write_card
 from collegium.run.choice import Preflight, Recorder, reading, resolved_fusion
 from collegium.run.context import RunContext
+from collegium.run.corpora import EncodedCorpus
 from collegium.run.exports import exports
 from collegium.run.speeds import speeds
 from collegium.run.students import Student, controls, students
@@ -183,6 +185,7 @@ def evaluations(context: RunContext) -> list[Artifact[Any]]:
 
 
 ARTIFACTS: Mapping[str, Callable[[RunContext], Sequence[Artifact[Any]]]] = {
+    "corpus": lambda context: [EncodedCorpus(context)],
     "preflight": lambda context: [Preflight(context)],
     "cache": caches,
     "train": students,

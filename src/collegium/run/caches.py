@@ -273,7 +273,7 @@ def corpus_identity(context: RunContext, split: Split) -> dict[str, Any]:
         "tokenizer": _sha256(context.tokenizer.backend_tokenizer.to_str()),
         "data": {
             "windows": dataset.fingerprint,
-            "documents": _sha256("\0".join(dataset.sample_names)),
+            "documents": dataset.names_digest,
             "max_length": recipe.data.max_length,
             "packing": recipe.data.packing,
             **limit,

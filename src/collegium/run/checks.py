@@ -35,6 +35,7 @@ from collegium.models.weights import weights_digest, weights_layout
 from collegium.report.formats import amount
 from collegium.run.caches import Cache, FusedCache
 from collegium.run.context import RunContext
+from collegium.run.corpora import check_sample
 from collegium.run.data_checks import Models, check_datasets, check_routing, check_suites
 from collegium.run.estimates import estimate_lines, estimate_warnings
 from collegium.run.exports import check_exports
@@ -63,29 +64,29 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     models = _models(context) if is_consistent else _teachers(context)
     models = {where: one for where, one in models.items() if collect(one.check, where)}
     has_student, is_complete = "student" in models, len(models) == len(recipe.teachers) + 1
-    if has_student := has_student and collect(_check_tokenizer, context, report):
+    has_student = has_student and collect(_check_tokenizer, context, report)
+    has_text = has_student and has_files and context.corpus.is_readable()
+    if has_student and has_files and not has_text:
+        collect(check_sample, context, report)
+    if has_student:
         collect(_check_precision, context, report)
-        collect(_check_cache, context)
     for where, options in models.items():
         if has_student and isinstance(options, TeacherOptions):
             collect(_check_vocabulary, context, report, where, options)
         collect(_check_windows, context, where, options)
-    if has_student and recipe.student.vocabulary != "all":  # the tokens of the text
-        has_student = has_files and collect(_check_used, context, report, models)
+    if recipe.student.vocabulary != "all":  # the tokens of the text
+        has_student = has_text = has_text and collect(_check_used, context, report, models)
     collect(_check_checkpoints, context)
     whole = {"student": context.whole_student} if "student" in models else {}
     collect(_check_distinct, {**models, **whole}, report)
-    if is_complete and has_student:
-        collect(_check_states, context)
     if has_student:
+        collect(_check_cache, context)
         collect(check_exports, context)
         collect(check_speeds, context)
-    if has_student and has_files and collect(check_datasets, context, report):
-        collect(check_suites, context, report, models)
-        collect(check_routing, context, report)
-        collect(_check_terms, context)
-        if not problems.errors:
-            collect(_check_finished_caches, context)
+        if is_complete:
+            collect(_check_states, context)
+    if has_text:
+        _check_text(context, report, problems, models)
     for where, options in models.items():
         collect(_check_weights, where, options, report)
     problems.raise_all()
@@ -94,6 +95,18 @@ def check_run(context: RunContext, *, trains: bool = True) -> CheckReport:
     free = shutil.disk_usage(disk).free
     report.lines.append(f"disk: {free / 1e9:.1f} GB free at {recipe.output_dir}")
     return report
+
+
+def _check_text(
+    context: RunContext, report: CheckReport, problems: Problems, models: Models
+) -> None:
+    collect = problems.collect
+    if collect(check_datasets, context, report):
+        collect(check_suites, context, report, models)
+        collect(check_routing, context, report)
+        collect(_check_terms, context)
+        if not problems.errors:
+            collect(_check_finished_caches, context)
 
 
 def plan_run(context: RunContext) -> CheckReport:

@@ -13,7 +13,7 @@ from collegium.cache.keys import BatchKeys
 from collegium.cache.processes import Ranks
 from collegium.config.recipe import EvaluateOptions, PreflightOptions, Recipe, decode_fusion
 from collegium.console import OnProgress, progress
-from collegium.data.pack import PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.distributions import Teacher
 from collegium.errors import CollegiumError, RecipeError
 from collegium.evaluate.scoring import Windows, score_models

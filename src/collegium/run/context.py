@@ -10,10 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collegium.config.recipe import Recipe, dump_recipe
+from collegium.config.recipe import Recipe, data_values, dump_recipe
 from collegium.console import quiet_libraries
-from collegium.data.pack import PackedDataset, build_datasets
+from collegium.data.corpus_folder import CorpusFolder
+from collegium.data.pack import lay_out
 from collegium.data.sources import SourceSummary
+from collegium.data.windows import PackedDataset
 from collegium.distributions import Teacher
 from collegium.evaluate.scoring import Windows
 from collegium.losses.pairing import feature_map
@@ -49,7 +51,7 @@ class RunContext:
         self._loaded: dict[str, Teacher] = {}
         self.reserved_ids: dict[int, str] = {}
         """Ids that mean another token in a teacher, which no text may contain, with its path."""
-        self.sources: list[SourceSummary] = []
+        self.sources: Sequence[SourceSummary] = ()
         """What was read from each source, once `datasets` was used."""
 
     def claim_folder(self) -> None:
@@ -65,7 +67,8 @@ class RunContext:
 
         An artifact made from other weights, or other text under the same path, is not up to date.
         """
-        return {name: [self.values[name], self._content(name)] for name in sections}
+        values = {**self.values, "data": data_values(self.values["data"])}
+        return {name: [values[name], self._content(name)] for name in sections}
 
     def _content(self, section: str) -> dict[str, Any]:
         if section == "data":
@@ -140,10 +143,16 @@ class RunContext:
     @cached_property
     def whole_datasets(self) -> dict[str, PackedDataset]:
         """The same with the ids of the whole vocabulary."""
+        data, names, corpus = self.recipe.data, list(self.recipe.teachers), self.corpus.open()
+        self.sources = corpus.sources
+        return lay_out(corpus, data, self.whole_tokenizer, where="data", teachers=names)
+
+    @cached_property
+    def corpus(self) -> CorpusFolder:
+        """The tokens of all sources, on disk once they are encoded."""
         data, names = self.recipe.data, list(self.recipe.teachers)
-        return build_datasets(
-            data, self.whole_tokenizer, where="data", teachers=names, summaries=self.sources
-        )
+        root = data.corpus or self.folder.path / "corpus"
+        return CorpusFolder(data, self.whole_tokenizer, root, where="data", teachers=names)
 
     def teachers(self, names: Sequence[str]) -> list[Teacher]:
         """Load these teachers, keep those loaded before, and release all others."""

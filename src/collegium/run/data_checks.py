@@ -19,6 +19,7 @@ Models = Mapping[str, StudentOptions | TeacherOptions]
 def check_datasets(context: RunContext, report: CheckReport) -> None:
     """Check that no text has a reserved token, and describe splits, sources and steps."""
     options = context.recipe.train
+    report.lines.append(f"corpus: {context.corpus.line()}")
     for part, dataset in context.datasets.items():
         report.lines.append(
             f"data.{part}: {len(dataset.sample_names):,} documents, {len(dataset):,} windows, "

@@ -24,8 +24,8 @@ from collegium.storage.stages import STAGES, damage, read_stages, sealed
 REMEDY = "wait for it, or choose another output_dir"
 RUN_FILES = ("recipe.json", STAGES)
 """A folder with one of these files is a run folder."""
-# Several ranks build a cache while one of them claims the folder.
-EARLY_FOLDERS = ("cache",)
+# Several ranks build a corpus and a cache while one of them claims the folder.
+EARLY_FOLDERS = ("cache", "corpus")
 """Folders that may exist before the run folder is claimed."""
 PACKAGES = ("collegium", "torch", "transformers", "tokenizers", "datasets", "numpy")
 PREVIOUS = "previous"

@@ -1,6 +1,6 @@
 """The stages of a run as functions, one per command.
 
-    check ─▶ preflight ─▶ cache ─▶ train ─▶ evaluate (controls first) ─▶ export ─▶ report
+    check ─▶ corpus ─▶ preflight ─▶ cache ─▶ train ─▶ evaluate (controls first) ─▶ export ─▶ report
 
 Each stage reads and writes only the run folder, is skipped if its artifacts exist with the same
 inputs, and resumes from its last checkpoint after an interruption.
@@ -29,8 +29,17 @@ from collegium.train.checkpoint import set_aside_damaged
 def check(recipe: Recipe) -> CheckReport:
     """Check a run without writing anything. Raises CollegiumError if it could not work."""
     context = RunContext(recipe)
-    report, plan = check_run(context), plan_run(context)
+    report = check_run(context)
+    if not context.corpus.is_readable():
+        return report
+    plan = plan_run(context)
     return CheckReport(report.lines + plan.lines, report.warnings + plan.warnings)
+
+
+def corpus(recipe: Recipe) -> str:
+    """Read the sources, and write their tokens. Return a description of the corpus."""
+    with opened(recipe) as context:
+        return context.corpus.line()
 
 
 def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> PreflightReport:
@@ -64,6 +73,7 @@ def cache(recipe: Recipe) -> list[Path]:
     check_run(context, trains=False)
     if ranks.rank == 0:
         context.claim_folder()
+    _ensure_corpus(context, trains=False)
     return _build_caches(context)
 
 
@@ -119,13 +129,25 @@ def distill(recipe: Recipe | str | Path, *overrides: str) -> Path:
 
 @contextmanager
 def opened(recipe: Recipe) -> Iterator[RunContext]:
-    """Check a run and lock its folder, or raise CollegiumError. A failed check writes nothing."""
+    """Check a run, lock its folder and encode its corpus, or raise CollegiumError.
+
+    A failed check writes nothing. The text of a large corpus is checked once it is encoded.
+    """
     context = RunContext(recipe)
     context.folder.check_free()
     check_run(context)
     with context.folder.lock():
         context.claim_folder()
+        _ensure_corpus(context)
         yield context
+
+
+def _ensure_corpus(context: RunContext, *, trains: bool = True) -> None:
+    was_checked = context.corpus.is_readable()
+    for artifact in ARTIFACTS["corpus"](context):
+        artifact.ensure()
+    if not was_checked:
+        check_run(context, trains=trains)
 
 
 def _require_teachers(recipe: Recipe, reason: str) -> None:

@@ -37,7 +37,10 @@ def run_status(recipe: Recipe) -> list[ArtifactState]:
     """
     context = RunContext(recipe)
     stages = context.folder.stages()
-    named = {artifact.name: artifact for artifact in _artifacts(context)}
+    artifacts = [*ARTIFACTS["corpus"](context)]
+    if context.corpus.is_readable():  # the identity of all others depends on the text
+        artifacts += _artifacts(context)
+    named = {artifact.name: artifact for artifact in artifacts}
     states = [_state(artifact, stages) for artifact in named.values()]
     for name, stage in stages.items():
         if name not in named:

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from collegium.cache.keys import BatchKeys
 from collegium.console import say
-from collegium.data.pack import Collator
+from collegium.data.collate import Collator
 from collegium.errors import CollegiumError, TrainingError
 from collegium.evaluate.scoring import spread_windows
 from collegium.losses.states import StateLoss

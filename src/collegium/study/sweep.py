@@ -122,6 +122,8 @@ def _recipe(job: Job, base: Path, folder: Path) -> Recipe:
     ]
     values = read_values(base, SEED, str(job.seed), overrides)
     values |= {"name": job.folder.name, "seed": job.seed, "output_dir": job.folder.as_posix()}
+    # One corpus for all runs, unless the study names its place.
+    values["data"] = {"corpus": (folder / "corpus").as_posix(), **values["data"]}
     if RANK in job.changes:
         values["teachers"] = _ranked_teachers(job, values, folder)
     if PICK in job.changes:

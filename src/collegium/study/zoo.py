@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import Dataset
 
 from collegium.config.recipe import Recipe
-from collegium.data.pack import PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.demo.run import (
     FULL,
     HERE,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from collegium.data.pack import PackedDataset
+from collegium.data.windows import PackedDataset
 from collegium.distributions import Teacher
 from collegium.fusion.options import to_recipe
 from collegium.models.adapters import trained_adapters

@@ -35,7 +35,8 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils.generic import flatten_dict
 
-from collegium.data.pack import Collator, PackedDataset
+from collegium.data.collate import Collator
+from collegium.data.windows import PackedDataset
 from collegium.errors import DataError, Interrupted, TrainingError
 from collegium.fusion import requirements
 from collegium.fusion.fuse import Fusion, TargetSource
