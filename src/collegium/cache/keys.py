@@ -41,7 +41,12 @@ class DocumentHashes(Sequence[int]):
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self._hash = lru_cache(MAX_HASHES)(lambda number: document_hash(names[number]))
+
+        @lru_cache(MAX_HASHES)
+        def hash_of(number: int) -> int:
+            return document_hash(names[number])
+
+        self._hash = hash_of
 
     def __len__(self) -> int:
         return len(self._names)

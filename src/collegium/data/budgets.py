@@ -60,7 +60,7 @@ def choose(
     else:
         domains = ordered.domain_numbers()
         streams = {
-            ordered.domains[number]: candidates(places.__getitem__, len(places))
+            ordered.domains[int(number)]: candidates(places.__getitem__, len(places))
             for number in np.unique(domains).tolist()
             for places in [np.flatnonzero(domains == number)]
         }

@@ -146,7 +146,7 @@ class _Layouts:
         if folder is None:
             return {part: dataset for part, dataset, _ in self._built(None)}
         kept = read_sealed(folder / LAYOUT, LayoutRecord)
-        records = {} if kept is None else kept.datasets
+        records: dict[Part, DatasetRecord] = {} if kept is None else kept.datasets
         if not records or not all(self._can_use(one, folder) for one in records.values()):
             temporary = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
@@ -282,7 +282,7 @@ class _Placement:
     ) -> None:
         self._layouts, self._ordered, self._choice = layouts, ordered, choice
         self._corpus, self._starts = layouts.corpus, layouts.corpus.starts
-        used = np.unique(ordered.domain_numbers(choice.is_chosen)).tolist()
+        used: list[int] = np.unique(ordered.domain_numbers(choice.is_chosen)).tolist()
         self.domains = sorted(ordered.domains[number] for number in used)
         self._domain_numbers = np.zeros(len(ordered.domains), np.int64)
         self._domain_numbers[used] = [self.domains.index(ordered.domains[n]) for n in used]
@@ -306,9 +306,10 @@ class _Placement:
             records = np.zeros(len(chunk), DOCUMENT)
             records["document"] = numbers
             records["offset"] = rows["offset"] + np.array(self._starts[1], np.uint64)[shards]
+            wholes: list[int] = rows["size"].tolist()
             sizes = [
                 truncated.get(place, size)
-                for place, size in zip(chunk.tolist(), rows["size"].tolist(), strict=True)
+                for place, size in zip(chunk.tolist(), wholes, strict=True)
             ]
             records["size"] = sizes
             records["domain"] = self._domain_numbers[self._ordered.domain_numbers(chunk)]
