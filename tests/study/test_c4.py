@@ -74,6 +74,9 @@ def test_each_run_passes_its_check(
     recipe = small(recipes(hub)[level, student])
     assert len(recipe.teachers) == NUM_TEACHERS[level]
     assert isinstance(recipe.student, CutStudent) == (student != "0.5 B")
+    hub_line = "corpus: of unknown size (a dataset of the hub), encoded by the run"
+    assert hub_line in pipeline.check(recipe).lines
+    pipeline.corpus(recipe)
     report = pipeline.check(recipe)
     assert not report.warnings
     lines = report.lines
@@ -100,6 +103,7 @@ def test_all_runs_share_the_cache_of_a_teacher(hub: Path) -> None:
     found: dict[str, set[str]] = {}
     for (level, _), recipe in recipes(hub).items():
         if level != "CE only":
+            pipeline.corpus(small(recipe))
             for cache in caches(RunContext(small(recipe))):
                 found.setdefault(str(cache.path), set()).add(repr(cache.identity()))
     assert len(found) == 2 * 5  # training and calibration split
@@ -108,7 +112,9 @@ def test_all_runs_share_the_cache_of_a_teacher(hub: Path) -> None:
 
 def test_the_base_is_the_largest_run(hub: Path) -> None:
     base, largest = load_recipe(BASE), recipes(hub)["K = 5", "0.5 B"]
-    assert replace(base, name=largest.name, output_dir=largest.output_dir) == largest
+    shared = replace(base.data, corpus=largest.data.corpus)
+    output_dir = largest.output_dir
+    assert replace(base, name=largest.name, output_dir=output_dir, data=shared) == largest
     check_run(RunContext(small(base)))
 
 
