@@ -43,6 +43,8 @@ class PieceIndex:
         """Sort the keys of all shards, given per shard as from `read_keys`."""
         parts: list[np.ndarray] = [np.zeros((3, 0), np.uint64)]
         for shard, (documents, windows) in enumerate(shards):
+            # The window's hash has 128 bits already. The document is folded in without widening the
+            # record, and a reader compares both in full.
             places = np.arange(len(documents), dtype=np.uint64) | np.uint64(shard << _SHARD_BITS)
             parts.append(np.stack([windows[:, 0] ^ documents, windows[:, 1], places]))
         rows = np.concatenate(parts, 1)

@@ -45,11 +45,13 @@ class VerifiedFiles:
             verify_size(self.location, entry)
             return
         verify_file(self.location, entry)
+        # Compared again: a file that changed while it was hashed is not the one that was verified.
         if line is None or entry.bytes < REMEMBERED_BYTES or line != self._line(entry):
             return
         self._lines.add(line)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
+            # Appended in one write: processes that verify other shards share the file.
             with self.file.open("a", encoding="utf-8") as lines:
                 lines.write(f"{line}\n")
         except OSError as error:

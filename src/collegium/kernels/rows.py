@@ -302,6 +302,8 @@ def _add_cast_product_(sum_RC: Tensor, left_Rn: Tensor, right_nC: Tensor, beta: 
     Pieces of the shorter side would read all of the left once for each.
     """
     length, num_columns = right_nC.shape
+    # Measured at n = 512, V = 49,152, D = 576 on one core, gradient of the hidden states: 374 ms in
+    # pieces of the width, 170 ms in pieces of the vocabulary.
     if length > num_columns:
         step = max(1, CAST_ELEMENTS // max(1, num_columns))
         for start in range(0, length, step):

@@ -39,6 +39,7 @@ class TrainingProgress(TrainerCallback):
         self._bar: RichProgress | None = None
         self._last_tenth = 0
         self._text = ""
+        # Reentrant: `_beat` prints through `_show`, which the trainer also calls directly.
         self._lock = RLock()
         self._heartbeat = ExitStack()
 
