@@ -423,7 +423,7 @@ MUTATIONS = [
         ("square_norms[name] += engine.square_norm(gradient_nV)", "square_norms[name] = engine.square_norm(gradient_nV)"),
         ("sums[name] += value_n.sum(dtype=engine.dtype)", "sums[name] = value_n.sum(dtype=engine.dtype)"),
         ("router_weight(self.student)", "1.0"),
-        ("if self.teachers and objective.needs_teachers:", "if self.teachers:"),
+        ("if self.teachers and objective.needs_teachers and not labels_only:", "if self.teachers and not labels_only:"),
     ),
     *_of(
         "evaluate/metrics.py",
@@ -434,7 +434,7 @@ MUTATIONS = [
     *_of(
         "evaluate/scoring.py",
         "evaluate/test_scoring.py",
-        ("terms_nV = prob_nV * (target_nV - logp_nV)", "terms_nV = prob_nV * logp_nV"),
+        ("torch.sub(target_nV, logp_nV, out=scratch_nV)", "torch.sub(logp_nV, target_nV, out=scratch_nV)"),
         ("top1_n == labels_n", "top1_n != labels_n"),
         ("np.linspace(0, size, num_kept, endpoint=False)", "range(num_kept)"),
     ),
