@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from collegium.console import escape_warnings, printable
+from collegium.console import escape_warnings, is_silent, printable
 from collegium.errors import CollegiumError, Interrupted, RecipeError, Terminated, check_versions
 
 if TYPE_CHECKING:
@@ -25,7 +25,13 @@ USER_ERROR = 2
 TABLE_WIDTH = 130
 
 
+SEVERAL_PROCESSES = frozenset({"run", "corpus", "preflight", "cache", "train", "evaluate"})
+"""Commands that a launcher may start in several processes."""
+
+
 def _echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    if is_silent() and not err:
+        return
     typer.echo(printable(text), err=err, nl=nl)
 
 
@@ -36,6 +42,16 @@ class _Group(TyperGroup):
         # click takes a group's option only before the command; users append it to the line.
         debug = [arg for arg in args if arg == "--debug"]
         return super().parse_args(ctx, debug[:1] + [arg for arg in args if arg != "--debug"])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        size = os.environ.get("WORLD_SIZE", "1")
+        if size not in ("", "1") and name not in SEVERAL_PROCESSES:
+            raise CollegiumError(
+                f"WORLD_SIZE: got {size}; must be 1 for `collegium {name}`; start a single "
+                "process, without torchrun"
+            )
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         from collegium.storage.files import system_errors
@@ -213,10 +229,10 @@ def preflight(
 def _print(*tables: Any) -> None:
     from rich.console import Console
 
-    console = Console()
+    console = Console(quiet=is_silent())
     if not console.is_terminal:
         # rich assumes 80 columns without a terminal, which cuts tables in files and pipes.
-        console = Console(width=TABLE_WIDTH)
+        console = Console(width=TABLE_WIDTH, quiet=is_silent())
     for table in tables:
         console.print(table.rich())
 

@@ -22,6 +22,7 @@ _work: ContextVar[Work | None] = ContextVar("work", default=None)
 """The work in progress."""
 _bar_console: ContextVar[Console | None] = ContextVar("bar_console", default=None)
 """The console of its bar."""
+_is_silent = False
 CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 """Loggers that warn at import of what a user cannot change, or in each layer."""
 # C0 and C1 except for tab and newline, marks that reorder or break lines, and lone surrogates.
@@ -50,10 +51,26 @@ def escape_warnings() -> None:
     logging.lastResort.setFormatter(_PrintableFormatter())
 
 
+def silence() -> None:
+    """Print no more lines and no progress in this process, one of several that work together."""
+    global _is_silent
+    _is_silent = True
+
+
+def is_silent() -> bool:
+    """Whether `silence` was called."""
+    return _is_silent
+
+
+def error_console() -> Console:
+    """Return the console on standard error, which prints nothing in a silent process."""
+    return Console(stderr=True, quiet=_is_silent)
+
+
 def say(text: str) -> None:
     """Print a line to standard error, apart from the results on standard output."""
     # Above a bar, if there is one.
-    console = _bar_console.get() or Console(stderr=True)
+    console = _bar_console.get() or error_console()
     console.print(printable(text), soft_wrap=True, highlight=False, markup=False)
 
 
@@ -179,8 +196,8 @@ def progress(title: str, costs: Mapping[str, float] | None = None) -> Iterator[W
 
 @contextmanager
 def _shown(work: Work) -> Iterator[None]:
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    console = error_console()
+    if _is_silent or not console.is_terminal:
         with _lines(work):
             yield
         return

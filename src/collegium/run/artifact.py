@@ -23,6 +23,8 @@ class Artifact(ABC, Generic[T_co]):
 
     stage: ClassVar[str]
     file: ClassVar[str]
+    is_shared: ClassVar[bool] = False
+    """Whether all processes of a run build it together."""
     context: RunContext
 
     @property
@@ -50,6 +52,10 @@ class Artifact(ABC, Generic[T_co]):
     @abstractmethod
     def build(self) -> None:
         """Write it. An interrupted build resumes when called again."""
+
+    def join(self) -> None:
+        """Do the part of this process in a build of rank 0."""
+        raise NotImplementedError(f"{self.name} is built by one process")
 
     @abstractmethod
     def open(self) -> T_co:
@@ -83,9 +89,13 @@ class Artifact(ABC, Generic[T_co]):
                 for one in missing:
                     one.ensure()
             self.set_aside()
-            with self.log():
+            with self.log(), self.sharing():
                 self.build()
         return self.open()
+
+    def sharing(self) -> AbstractContextManager[None]:
+        """Let the other processes of the run join the build, if it is shared."""
+        return self.context.processes.sharing(self.name) if self.is_shared else nullcontext()
 
     def set_aside(self) -> None:
         """Move what another recipe has made here out of the way of a build. Nothing is deleted."""

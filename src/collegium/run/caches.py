@@ -56,6 +56,8 @@ CALIBRATION_K = 64
 class Cache(Artifact[CacheReader[T]]):
     """A folder of stored teacher outputs, or a URL of one that is only read."""
 
+    is_shared = True
+
     @property
     def folder(self) -> str:
         """Folder relative to the root of the cache, which is that of fused targets."""
@@ -118,7 +120,7 @@ class Cache(Artifact[CacheReader[T]]):
             verify_cache(self.path)
         except CacheError as error:
             _log.warning("%s", error)
-            with self.log():
+            with self.log(), self.sharing():
                 self.build()
 
     @abstractmethod
@@ -141,12 +143,15 @@ class Cache(Artifact[CacheReader[T]]):
         ranks = Ranks.from_environment()
         build_cache(self.path, self.identity(), self.encoder(), label=self.name, ranks=ranks)
 
+    def join(self) -> None:
+        self.build()
+
     def open(self) -> CacheReader[T]:
         return open_cache(self.location, self.identity())
 
     def log(self) -> AbstractContextManager[None]:
-        """Record the stage, unless several processes build together and share no log."""
-        return super().log() if Ranks.from_environment().is_single else nullcontext()
+        """Record the stage, unless processes that share no log build together."""
+        return nullcontext() if self.context.is_uncoordinated else super().log()
 
 
 @dataclass(frozen=True, eq=False)

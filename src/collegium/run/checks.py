@@ -5,7 +5,6 @@ The cheapest come first. Models are built on the meta device only, and weight fi
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 
@@ -13,6 +12,7 @@ import torch
 
 from collegium.cache.manifest import read_manifest, require_identity
 from collegium.cache.options import TopK
+from collegium.cache.processes import Ranks
 from collegium.config.recipe import Recipe, check_recipe
 from collegium.data.sources import check_sources
 from collegium.errors import RecipeError, nearest
@@ -116,11 +116,12 @@ def plan_run(context: RunContext) -> CheckReport:
 
 
 def _check_machine(recipe: Recipe, *, trains: bool) -> None:
-    processes = os.environ.get("WORLD_SIZE", "1")
-    # Several processes may share a cache build.
-    if trains and processes not in ("", "1"):
+    ranks = Ranks.from_environment()
+    if trains and not ranks.is_single and recipe.export.recover is not None:
         raise RecipeError(
-            f"WORLD_SIZE: got {processes}; must be 1; start a single process, without torchrun"
+            f"export.recover: got {recipe.export.recover.steps} steps in a run of "
+            f"{ranks.world_size} processes; must be trained by a single one; remove it, and run "
+            "`collegium export RUN --recover N` afterwards"
         )
     if recipe.train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise RecipeError(

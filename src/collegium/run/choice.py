@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from collegium.cache.keys import BatchKeys
-from collegium.cache.processes import Ranks
 from collegium.config.recipe import EvaluateOptions, PreflightOptions, Recipe, decode_fusion
 from collegium.console import OnProgress, progress
 from collegium.data.windows import PackedDataset
@@ -109,7 +108,7 @@ def resolved_fusion(context: RunContext) -> Fusion | None:
     if isinstance(context.recipe.fusion, Fusion):
         return context.recipe.fusion
     preflight = Preflight(context)
-    if not Ranks.from_environment().is_single and not preflight.is_done():
+    if context.is_uncoordinated and not preflight.is_done():
         raise RecipeError(
             "fusion: got auto, and preflight is not done; must be known to all processes that "
             "build a cache together; run `collegium preflight` before, or name a fusion"

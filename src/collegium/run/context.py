@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from collegium.cache.processes import Ranks
 from collegium.config.recipe import Recipe, data_values, dump_recipe
 from collegium.console import quiet_libraries
 from collegium.data.corpus_folder import CorpusFolder
@@ -26,6 +27,7 @@ from collegium.models.student import StudentOptions
 from collegium.models.used_vocabulary import UsedStudent, UsedVocabulary
 from collegium.options import plain
 from collegium.run.folder import RunFolder
+from collegium.run.processes import SINGLE, Processes
 from collegium.teachers.local import LocalTeacher
 from collegium.types import Batch
 from collegium.vocabulary.used import check_can_be_cut, cut_tokenizer, kept_ids
@@ -41,9 +43,10 @@ IMPORTANCE_TOKENS = 16_384
 class RunContext:
     """The parts of one run, and the owner of its teachers."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, processes: Processes = SINGLE) -> None:
         quiet_libraries()
         self.recipe = recipe
+        self.processes = processes
         self.folder = RunFolder(Path(recipe.output_dir))
         self.values: Mapping[str, Any] = plain(recipe)
         """The resolved recipe as plain data."""
@@ -53,6 +56,11 @@ class RunContext:
         """Ids that mean another token in a teacher, which no text may contain, with its path."""
         self.sources: Sequence[SourceSummary] = ()
         """What was read from each source, once `datasets` was used."""
+
+    @property
+    def is_uncoordinated(self) -> bool:
+        """Whether several processes build caches without a word between them."""
+        return self.processes.is_single and not Ranks.from_environment().is_single
 
     def claim_folder(self) -> None:
         """Record the resolved recipe and the environment in the run folder."""
@@ -203,6 +211,7 @@ class RunContext:
         if options.max_steps > 0:
             return options.max_steps
         batch = options.per_device_train_batch_size * options.gradient_accumulation_steps
+        batch *= self.processes.world_size
         per_epoch = max(1, math.ceil(len(self.datasets["train"]) / batch))
         return math.ceil(per_epoch * options.num_train_epochs)
 

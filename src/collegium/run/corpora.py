@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from collegium.cache.processes import Ranks
 from collegium.console import progress, say
 from collegium.data.corpus import SAMPLE_DOCUMENTS, encode_corpus
 from collegium.data.pool import num_cores
@@ -54,8 +53,8 @@ class EncodedCorpus(Artifact[Mapping[str, PackedDataset]]):
         """Keep corpora of earlier recipes where they are: their folders have other names."""
 
     def log(self) -> AbstractContextManager[None]:
-        """Record the stage, unless several processes share no log."""
-        return super().log() if Ranks.from_environment().is_single else nullcontext()
+        """Record the stage, unless processes that share no log build together."""
+        return nullcontext() if self.context.is_uncoordinated else super().log()
 
     def open(self) -> Mapping[str, PackedDataset]:
         return self.context.whole_datasets

@@ -8,22 +8,27 @@ inputs, and resumes from its last checkpoint after an interruption.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from collegium.cache.processes import Ranks
 from collegium.config.recipe import Recipe, decode_fusion, load_recipe, write_fusion
 from collegium.errors import CollegiumError, RecipeError
+from collegium.run.artifact import Artifact
 from collegium.run.artifacts import ARTIFACTS
 from collegium.run.caches import Cache, building
 from collegium.run.checks import check_run, plan_run
 from collegium.run.context import RunContext
 from collegium.run.problems import CheckReport
+from collegium.run.processes import Processes
+from collegium.run.students import controls, students
 from collegium.storage.records import PreflightReport, ResultRow
 from collegium.train.checkpoint import set_aside_damaged
+
+T = TypeVar("T")
 
 
 def check(recipe: Recipe) -> CheckReport:
@@ -38,8 +43,8 @@ def check(recipe: Recipe) -> CheckReport:
 
 def corpus(recipe: Recipe) -> str:
     """Read the sources, and write their tokens. Return a description of the corpus."""
-    with opened(recipe) as context:
-        return context.corpus.line()
+    line = _lead(recipe, lambda context: context.corpus.line())
+    return RunContext(recipe).corpus.line() if line is None else line
 
 
 def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> PreflightReport:
@@ -49,7 +54,7 @@ def preflight(recipe: Recipe, *, apply_to: Path | None = None) -> PreflightRepor
     """
     _require_teachers(recipe, "preflight compares them")
     (measured,) = _ensure(recipe, "preflight")
-    if apply_to is not None:
+    if apply_to is not None and Ranks.from_environment().rank == 0:
         write_fusion(apply_to, measured.chosen.fusion)
         # The same run, whose fusion has a name now.
         fusion = decode_fusion(measured.chosen.fusion)
@@ -67,7 +72,7 @@ def cache(recipe: Recipe) -> list[Path]:
     ranks = Ranks.from_environment()
     ranks.set_device()
     if ranks.is_single:
-        with opened(recipe) as context:
+        with opened(RunContext(recipe)) as context:
             return _build_caches(context)
     context = RunContext(recipe)
     check_run(context, trains=False)
@@ -98,21 +103,24 @@ def report(recipe: Recipe) -> Path:
 
 def run(recipe: Recipe) -> Path:
     """Run all stages in order. Return the run folder."""
-    with opened(recipe) as context:
-        folder = context.folder.path
-        finished = [
-            place
-            for place in (folder / "train", *folder.glob("controls/*/train"))
-            if (place / "summary.json").is_file()
-        ]
-        # No stage reads the checkpoints and the cache of a finished training, and users do.
-        for place in finished:
-            set_aside_damaged(place)
-        _build(context, "train", "evaluate", "export", "report")
-        if finished and recipe.cache.enabled and recipe.cache.url is None:
-            for artifact in _caches(context):
-                artifact.restore()
+    _lead(recipe, _run)
     return recipe.output_dir
+
+
+def _run(context: RunContext) -> None:
+    folder, options = context.folder.path, context.recipe.cache
+    finished = [
+        place
+        for place in (folder / "train", *folder.glob("controls/*/train"))
+        if (place / "summary.json").is_file()
+    ]
+    # No stage reads the checkpoints and the cache of a finished training, and users do.
+    for place in finished:
+        set_aside_damaged(place)
+    _build(context, "train", "evaluate", "export", "report")
+    if finished and options.enabled and options.url is None:
+        for artifact in _caches(context):
+            artifact.restore()
 
 
 def distill(recipe: Recipe | str | Path, *overrides: str) -> Path:
@@ -127,13 +135,36 @@ def distill(recipe: Recipe | str | Path, *overrides: str) -> Path:
     return run(recipe)
 
 
+def _lead(recipe: Recipe, work: Callable[[RunContext], T]) -> T | None:
+    """Do the work of a run in rank 0, and join its shared builds in the others, without a result.
+
+    Raises CollegiumError if the run cannot work, or another process ends.
+    """
+    processes = Processes.join(recipe)
+    context = RunContext(recipe, processes)
+    if processes.rank > 0:
+        for name in processes.shared_builds():
+            _shared(context, name).join()
+        return None
+    with opened(context):
+        result = work(context)
+    processes.end()
+    return result
+
+
+def _shared(context: RunContext, name: str) -> Artifact[Any]:
+    """Return a shared artifact by its name, when rank 0 has built what comes before it."""
+    stages = {"train": students, "control": controls, "cache": ARTIFACTS["cache"]}
+    artifacts = stages[name.split(" ")[0]](context)
+    return next(one for one in artifacts if one.name == name)
+
+
 @contextmanager
-def opened(recipe: Recipe) -> Iterator[RunContext]:
+def opened(context: RunContext) -> Iterator[RunContext]:
     """Check a run, lock its folder and encode its corpus, or raise CollegiumError.
 
     A failed check writes nothing. The text of a large corpus is checked once it is encoded.
     """
-    context = RunContext(recipe)
     context.folder.check_free()
     check_run(context)
     with context.folder.lock():
@@ -157,8 +188,9 @@ def _require_teachers(recipe: Recipe, reason: str) -> None:
 
 def _ensure(recipe: Recipe, *stages: str) -> Sequence[Any]:
     """Build the artifacts of stages. Return those of the last, opened."""
-    with opened(recipe) as context:
-        return _build(context, *stages)
+    built = _lead(recipe, lambda context: _build(context, *stages))
+    # Of the other processes, rank 0 has built them.
+    return [a.open() for a in ARTIFACTS[stages[-1]](RunContext(recipe))] if built is None else built
 
 
 def _build(context: RunContext, *stages: str) -> Sequence[Any]:

@@ -59,6 +59,7 @@ class Student(Artifact[Path]):
     """A trained student in Hugging Face format: the main one or a control."""
 
     variant: Variant
+    is_shared = True
 
     @property
     def name(self) -> str:
@@ -170,6 +171,12 @@ class Student(Artifact[Path]):
         del trainer  # with the optimizer's state, before the student is loaded again
         self._check_saved(trained)
         write_json(self.summary, summary.to_json())
+
+    def join(self) -> None:
+        trainer = self.trainer(self.output_dir)
+        # Rank 0 chooses the checkpoint, and saves.
+        trainer.train(resume_from_checkpoint=True)
+        trainer.save_student(self.path)
 
     def open(self) -> Path:
         return self.path

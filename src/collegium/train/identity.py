@@ -48,8 +48,9 @@ def run_identity(
         "teachers": [teacher.name for teacher in step.teachers],
         "weights": {teacher.name: teacher_identity(teacher) for teacher in unknown},
         "vocab_size": step.vocab_size,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "windows_per_step": args.per_device_train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size,
         **arguments_identity(args),
         "data": data_identity(dataset),
         **objective_identity(step.objective),

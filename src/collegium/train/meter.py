@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,14 +97,9 @@ class StepMeter:
 
     def row(self) -> LossMeans:
         """Return the means since the last row over all processes, and reset."""
-        parts = gather_object([(self.state(), self._timed_rows)])
-        totals: dict[str, Tensor] = {}
-        for state, _ in parts:
-            for name, value in state["sums"].items():
-                tensor = torch.tensor(value, dtype=torch.float32)
-                totals[name] = totals[name] + tensor if name in totals else tensor
-        sums: dict[str, Any] = {name: total.tolist() for name, total in totals.items()}
-        rows = max(sum(state["rows"] for state, _ in parts), 1)
+        states, timed_rows = zip(*gather_object([(self.state(), self._timed_rows)]), strict=True)
+        total = merged_state(states)
+        sums, rows = total["sums"], max(total["rows"], 1)
         norms = _named(sums, "grad_norms/")
         total_norm = sum(norms.values())
         seconds = max(time.monotonic() - self._started, 1e-9)
@@ -116,10 +111,10 @@ class StepMeter:
             conflict["domains"] = self._by_domain(sums, rates)
         row = LossMeans(
             loss=sums.get("loss", 0.0) / rows,
-            tokens_per_s=sum(timed for _, timed in parts) / seconds,
-            num_tokens=sum(state["num_tokens"] for state, _ in parts),
+            tokens_per_s=sum(timed_rows) / seconds,
+            num_tokens=total["num_tokens"],
             terms={name: value / rows for name, value in _named(sums, "terms/").items()},
-            term_weights=self._term_weights,
+            term_weights=total["term_weights"],
             grad_shares={n: x / total_norm for n, x in norms.items()} if total_norm > 0 else {},
             teacher_weights={name: value / rows for name, value in teachers},
             domain_weights=self._by_domain(sums, dict(columns)),
@@ -158,6 +153,21 @@ class StepMeter:
             name: torch.tensor(value, dtype=torch.float32, device=device)
             for name, value in state["sums"].items()
         }
+
+
+def merged_state(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sum of the states of all processes, which rank 0 resumes from."""
+    sums: dict[str, Tensor] = {}
+    num_tokens = rows = 0
+    weights: dict[str, float] = {}
+    for one in states:
+        num_tokens, rows = num_tokens + one["num_tokens"], rows + one["rows"]
+        weights = weights or one["term_weights"]
+        for name, value in one["sums"].items():
+            tensor = torch.tensor(value, dtype=torch.float32)
+            sums[name] = sums[name] + tensor if name in sums else tensor
+    plain = {name: total.tolist() for name, total in sums.items()}
+    return {"num_tokens": num_tokens, "rows": rows, "term_weights": weights, "sums": plain}
 
 
 def _named(sums: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -99,6 +99,8 @@ class TrainOptions:
     """Worker processes that collate batches. 0 collates in the training process."""
     torch_compile: bool = False
     """Compile the student's layers."""
+    ddp_timeout: Annotated[int, Field(ge=1)] = 1800
+    """Seconds that a process waits for the others in a step, with several processes."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -341,6 +343,7 @@ def training_arguments(
         dataloader_pin_memory=on_accelerator,
         report_to="none",
         disable_tqdm=True,
+        log_level_replica="passive",  # "warning" would undo `quiet_libraries`
         logging_strategy="steps",
         save_strategy="steps",
         eval_strategy="no" if options.eval_steps is None else "steps",

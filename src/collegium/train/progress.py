@@ -13,9 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
-from collegium.console import SECONDS_PER_LINE, Work, heartbeat
+from collegium.console import SECONDS_PER_LINE, Work, error_console, heartbeat
 
 
 class TrainingProgress(TrainerCallback):
@@ -35,7 +36,7 @@ class TrainingProgress(TrainerCallback):
         self._clock = clock
         self._printed = 0.0
         self._work = Work("training", {"training": 1.0}, clock)
-        self._console = console or Console(stderr=True)
+        self._console = console or error_console()
         self._bar: RichProgress | None = None
         self._last_tenth = 0
         self._text = ""
@@ -50,6 +51,8 @@ class TrainingProgress(TrainerCallback):
         self._printed = self._clock()
         self._work = Work("training", {"training": 1.0}, self._clock)
         self._work(state.global_step, state.max_steps)
+        # One log for all processes.
+        self._quiet = self._quiet or not state.is_world_process_zero
         if self._quiet:
             return
         if not self._console.is_terminal:
@@ -119,11 +122,13 @@ class StopCallback(TrainerCallback):
 
     received: str | None = None
     """Name of the signal."""
+    votes: Tensor | None = None
+    """Number of processes with a signal when the step began. None in a single process."""
 
     @contextmanager
     def catching(self) -> Iterator[None]:
         """Only record the first signal. A second one kills the process."""
-        self.received = None
+        self.received = self.votes = None
         # Python delivers signals to the main thread only, and only that thread may set handlers.
         is_main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
@@ -143,5 +148,13 @@ class StopCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
             control.should_log = True
-        if self.received is not None:
+        if self._is_stopping():
             control.should_save = control.should_training_stop = True
+
+    def _is_stopping(self) -> bool:
+        if self.votes is None:
+            return self.received is not None
+        # A signal after the vote counts in the next step: all processes stop after the same one.
+        if self.votes > 0:
+            self.received = self.received or signal.SIGTERM.name
+        return bool(self.votes > 0)

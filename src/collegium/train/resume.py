@@ -17,6 +17,8 @@ from collegium.storage.files import differing_fields
 from collegium.train import checkpoint, state
 from collegium.train.selection import stopped_early
 
+_FORMER_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
 
 @dataclass(frozen=True)
 class Checkpointer:
@@ -114,7 +116,11 @@ def is_finished(trainer: Trainer, source: Path) -> bool:
 
 def differences(source: Path, identity: Mapping[str, Any]) -> list[str]:
     """Return `field: old -> new` for all that a checkpoint and a run should share and do not."""
-    return differing_fields(state.read(source)["identity"], identity)
+    saved = dict(state.read(source)["identity"])
+    if "windows_per_step" not in saved:  # of an older version, which had a single process
+        parts = [saved.pop(name, 1) for name in _FORMER_SIZES]
+        saved["windows_per_step"] = math.prod(parts)
+    return differing_fields(saved, identity)
 
 
 def callback_states(callbacks: Iterable[Any]) -> dict[str, Any]:

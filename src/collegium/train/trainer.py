@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object
+from accelerate.utils import (
+    DynamoBackend,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -37,7 +43,7 @@ from transformers.utils.generic import flatten_dict
 
 from collegium.data.collate import Collator
 from collegium.data.windows import PackedDataset
-from collegium.errors import DataError, Interrupted, TrainingError
+from collegium.errors import CollegiumError, DataError, Interrupted, TrainingError
 from collegium.fusion import requirements
 from collegium.fusion.fuse import Fusion, TargetSource
 from collegium.models.loading import model_facts
@@ -55,7 +61,7 @@ from collegium.train.live import (
     named_teachers,
     vocabulary_size,
 )
-from collegium.train.meter import RunLog, StepMeter
+from collegium.train.meter import RunLog, StepMeter, merged_state
 from collegium.train.nan_diagnosis import NanGuard
 from collegium.train.objective import InertTermCheck, Objective
 from collegium.train.options import TrainOptions, training_arguments
@@ -198,6 +204,7 @@ class DistillTrainer(Trainer):
         self._guard = NanGuard(self.step, names)
         self._evaluated: list[tuple[Tensor, LossSum]] = []
         self._num_bytes = 0
+        self._gathered: list[Any] = []
         self._labels_only = evaluates_labels_only
         self.best_step: int | None = None
         """Step of the checkpoint that `load_best_model_at_end` has loaded."""
@@ -246,7 +253,11 @@ class DistillTrainer(Trainer):
             batch = Batch.from_inputs(inputs)
             self._check_batch(batch)
             num_rows += batch.num_rows().to(device)
-        num_rows = cast(Tensor, self.accelerator.reduce(num_rows))
+        if self.args.world_size > 1:
+            # One reduction for both, and no further one after the step.
+            is_stopping = num_rows.new_tensor(self._stop.received is not None)
+            sums = self.accelerator.reduce(torch.stack([num_rows, is_stopping]))
+            num_rows, self._stop.votes = cast(Tensor, sums).unbind()
         last = min(_MEASURED_STEPS, self.state.max_steps)
         self._check_batch.require_targets(num_rows, last)
         return samples, num_rows.clamp(min=1)
@@ -424,8 +435,7 @@ class DistillTrainer(Trainer):
             TrainingError: a step is not finite, or no checkpoint is valid.
             Interrupted: SIGINT or SIGTERM was received; a checkpoint was saved.
         """
-        source, step = self._checkpointer.start(resume_from_checkpoint, self.fingerprint())
-        self._log.restore(source, step)
+        source = self._start(resume_from_checkpoint)
         self._meter = self._new_meter()
         if source is not None and (done := self._checkpointer.finished(self, source)):
             return done
@@ -445,6 +455,22 @@ class DistillTrainer(Trainer):
                 signal.Signals[self._stop.received],
             )
         return result
+
+    def _start(self, resume: str | bool | None) -> Path | None:
+        """Choose the checkpoint in rank 0, which also tidies the folder. Return that of rank 0."""
+        chosen: list[Any] = [None]
+        if self.is_world_process_zero():
+            try:
+                source, step = self._checkpointer.start(resume, self.fingerprint())
+                self._log.restore(source, step)
+                chosen = [source]
+            except CollegiumError as error:
+                chosen = [error]
+        if self.args.world_size > 1:
+            broadcast_object_list(chosen)
+        if isinstance(chosen[0], CollegiumError):
+            raise chosen[0]
+        return chosen[0]
 
     def save_student(self, path: str | Path) -> None:
         """Write the student as a Hugging Face folder, atomically; an older one is replaced.
@@ -509,6 +535,7 @@ class DistillTrainer(Trainer):
             # An evaluation without a save has no checkpoint to load.
             if best == step or folder.is_dir():
                 self.state.best_model_checkpoint = str(folder)
+        self._gathered = gather_object([(state.rng_state(), self._meter.state())])
         if self.args.should_save:
             best = best_step(self.state)
             self._checkpointer.save(step, self._write_checkpoint, best=best)
@@ -531,14 +558,15 @@ class DistillTrainer(Trainer):
         self.state.stateful_callbacks = cast(Any, callback_states(callbacks))
         self.state.save_to_json(str(folder / state.TRAINER_STATE))
         self._log.copy_to(folder)
+        generators, meters = zip(*self._gathered, strict=True)
         optimizer, tensors = state.optimizer_state(cast(Optimizer, self.optimizer))
         record = {
             "step": self.state.global_step,
             "identity": self.fingerprint(),
             "optimizer": optimizer,
             "scheduler": cast(LRScheduler, self.lr_scheduler).state_dict(),
-            "rng": state.rng_state(),
-            "meter": self._meter.state(),
+            "rng": generators,
+            "meter": merged_state(meters),
         }
         # The adapters and running statistics of the terms, if any.
         objective = self.step.objective.state_dict()
@@ -552,7 +580,8 @@ class DistillTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         state.load_weights(self.step.student, self.step.objective, folder)
-        self._meter.load(state.read(folder)["meter"], self.args.device)
+        if self.is_world_process_zero():  # the sums of all processes
+            self._meter.load(state.read(folder)["meter"], self.args.device)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer, scheduler = cast(Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
@@ -560,5 +589,12 @@ class DistillTrainer(Trainer):
             state.load_optimizer(Path(checkpoint), optimizer, scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            state.load_rng_state(state.read(Path(checkpoint))["rng"])
+        if checkpoint is None:
+            return
+        saved, rank = state.read(Path(checkpoint))["rng"], self.args.process_index
+        # One state per process; a checkpoint of an older version has that of rank 0.
+        states = saved if isinstance(saved, list) else [saved]
+        if rank < len(states):
+            state.load_rng_state(states[rank])
+        else:  # a process more than before
+            set_seed(self.args.seed + self.state.global_step + rank)
