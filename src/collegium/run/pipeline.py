@@ -142,13 +142,14 @@ def _lead(recipe: Recipe, work: Callable[[RunContext], T]) -> T | None:
     """
     processes = Processes.join(recipe)
     context = RunContext(recipe, processes)
-    if processes.rank > 0:
-        for name in processes.shared_builds():
-            _shared(context, name).join()
-        return None
-    with opened(context):
-        result = work(context)
-    processes.end()
+    with processes.noticing_loss():
+        if processes.rank > 0:
+            for name in processes.shared_builds():
+                _shared(context, name).join()
+            return None
+        with opened(context):
+            result = work(context)
+        processes.end()
     return result
 
 

@@ -15,6 +15,7 @@ after `train.ddp_timeout` seconds in a step, and a launcher ends all processes o
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,29 +82,19 @@ class Processes:
 
     @contextmanager
     def sharing(self, name: str) -> Iterator[None]:
-        """Announce a build of rank 0 that the others join, and wait for their parts.
-
-        Raises:
-            TrainingError: another process ended, or exceeded its time limit.
-        """
+        """Announce a build of rank 0 that the others join, and wait for their parts."""
         if self.is_single:
             yield
             return
-        with self._noticing_loss():
-            self._broadcast(name)
-            yield
-            dist.barrier(self._group)
+        self._broadcast(name)
+        yield
+        dist.barrier(self._group)
 
     def shared_builds(self) -> Iterator[str]:
-        """Yield the name of each build that rank 0 announces, to join it, until the run ends.
-
-        Raises:
-            TrainingError: another process ended, or exceeded its time limit.
-        """
-        with self._noticing_loss():
-            while (name := self._broadcast(None)) is not None:
-                yield name
-                dist.barrier(self._group)
+        """Yield the name of each build that rank 0 announces, to join it, until the run ends."""
+        while (name := self._broadcast(None)) is not None:
+            yield name
+            dist.barrier(self._group)
         self._leave()
 
     def end(self) -> None:
@@ -141,16 +132,19 @@ class Processes:
                 )
 
     @contextmanager
-    def _noticing_loss(self) -> Iterator[None]:
+    def noticing_loss(self) -> Iterator[None]:
+        """Raise TrainingError where a collective fails: another process ended, or hangs."""
         try:
             yield
         except RuntimeError as error:
             if self.is_single or not _is_lost_connection(error):
                 raise
+            # Without the path of a source file before it, and advice to developers after it.
+            reason = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". This is")[0]
             raise TrainingError(
                 f"process {self.rank} of {self.world_size}: another process ended or exceeded its "
-                f"time limit ({first_line(error)}); its own message comes first; run the same "
-                "command again to resume"
+                f"time limit ({reason}); its own message comes first; run the same command again "
+                "to resume"
             ) from error
 
 
