@@ -263,7 +263,11 @@ def llama():
 
 
 @settings(max_examples=150, deadline=None)
-@given(TEXTS.filter(lambda text: not text.startswith(" ")), TEXTS)
+# The mark of a space in its vocabulary, U+2581, is decoded as one.
+@given(
+    TEXTS.filter(lambda text: not text.startswith(" ") and "▁" not in text),
+    TEXTS.filter(lambda text: "▁" not in text),
+)
 def test_a_completion_gets_no_space_before_it(prompt, completion):
     pair = document(prompt=prompt, completion=completion)
     encoded = encode(pair, llama(), max_length=999, special_tokens="text")
