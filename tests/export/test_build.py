@@ -64,6 +64,48 @@ def texts(tmp_path: Path) -> Path:
     return tmp_path / "texts.npz"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scaled(HuggingFace):
+    """A format in two forms, of which the second one has more scales."""
+
+    kl: float
+    next_kl: float | None = None
+
+    @property
+    def finer(self) -> Scaled | None:
+        return None if self.next_kl is None else Scaled(bounds=self.bounds, kl=self.next_kl)
+
+
+@pytest.mark.parametrize(
+    ("kl", "next_kl", "kept"),
+    [(0.1, 0.5, 0.1), (0.9, 0.1, 0.1), (0.9, 0.8, "rejected"), (0.8, 0.9, "rejected")],
+)
+def test_more_scales_are_tried_beyond_a_bound(
+    kl: float, next_kl: float, kept: Any, student: Path, tmp_path: Path, texts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    form = Scaled(bounds=Bounds(bits_per_byte=0.2), kl=kl, next_kl=next_kl)
+    monkeypatch.setitem(cast(Any, FORMATS), "onnx-int8", form)
+
+    def compare(form: Scaled, *_: Any, **__: Any) -> Verification:
+        changed = {"kl": form.kl, "bits_per_byte": 1 + form.kl}
+        return Verification.model_validate({**EQUAL.model_dump(), **changed}, strict=False)
+
+    monkeypatch.setattr(build, "compare", compare)
+    export = tmp_path / "exports" / "onnx-int8"
+    export.parent.mkdir()
+    write = lambda: build_export("onnx-int8", student, export, texts=texts, threads=1)  # noqa: E731
+    if kept == "rejected":
+        with refused(ExportError, "export onnx-int8: "):
+            write()
+        kept, export = min(kl, next_kl), export.parent / "rejected" / "onnx-int8"
+    else:
+        write()
+    info = open_export(export)
+    assert info.verification.kl == kept
+    assert info.has_more_scales == (kept != kl)
+
+
 def test_comparison_agrees_with_a_float64_reference(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     ours, theirs = (rng.normal(size=(7, 7)) for _ in range(2))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 from transformers import AutoConfig
 
@@ -56,6 +57,30 @@ def test_a_graph_holds_its_weights_once_and_no_debug_data(exported: Path) -> Non
     assert (exported / "onnx" / GRAPH).stat().st_size < weights + 40_000
     graph = onnx.load(str(exported / "onnx" / GRAPH)).graph
     assert not any(node.metadata_props for node in graph.node)
+
+
+def test_blocks_confine_an_activation_far_above_the_others(tmp_path: Path) -> None:
+    """One channel is large into, and small out of, a product: float logits do not change."""
+    model = tiny.tiny_model(400, seed=1, num_hidden_layers=1, intermediate_size=1024)
+    layer = model.model.layers[0].mlp
+    with torch.no_grad():
+        for weight in (layer.gate_proj.weight, layer.up_proj.weight, layer.down_proj.weight):
+            weight.mul_(20)  # so that this layer decides the logits
+        layer.up_proj.weight[3] *= 3000
+        layer.down_proj.weight[:, 3] /= 3000
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "new")
+    model.save_pretrained(tmp_path / "new")
+    replace(tmp_path / "new", tmp_path / "student")
+    ids = np.random.default_rng(0).integers(0, 400, (2, 20))
+    expected = foreign.TransformersModel(str(tmp_path / "student")).logits(ids)[0]
+    form, errors = FORMATS["onnx-int8"], []
+    for number, one in enumerate((form, form.finer)):
+        assert one is not None
+        (tmp_path / str(number)).mkdir()
+        one.write(tmp_path / "student", tmp_path / str(number))
+        errors.append(np.abs(loaded(tmp_path / str(number)).logits(ids)[0] - expected).max())
+    assert errors[1] < 0.3 * errors[0]
+    assert one.finer is None
 
 
 def test_int8_is_close_and_shares_the_table_of_a_tied_head(exported: Path, tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def build_export(
     attempts = _Attempts(form, student, target, texts, threads)
     try:
         folder, measured = attempts.write(student)
+        if (finer := _finer(attempts, measured)) is not None:
+            folder, measured = finer
         recovery = None
         if recoverer is not None:
             recovery = _recover(attempts, recoverer, measured)
@@ -87,6 +89,7 @@ def build_export(
             source={k: v for k, v in form.source(folder).items() if k != "folder"},
             versions=form.versions(),
             bytes=size,
+            has_more_scales=attempts.form is not form,
             verification=measured,
             recovery=recovery,
         )
@@ -130,6 +133,20 @@ class _Attempts:
             self.form, self.student, folder, texts=self.texts, threads=self.threads, where=where
         )
         return folder, measured
+
+
+def _finer(attempts: _Attempts, coarse: Verification) -> tuple[Path, Verification] | None:
+    """Write the student with more scales if the export is beyond a bound, and keep the nearer."""
+    form = attempts.form
+    if form.finer is None or not list(form.bounds.problems(coarse, is_trained=False)):
+        return None
+    say(f"export {attempts.target.name}: {_distance(coarse)}; written again with more scales")
+    attempts.form = form.finer
+    folder, measured = attempts.write(attempts.student)
+    if measured.kl is not None and (coarse.kl is None or measured.kl < coarse.kl):
+        return folder, measured
+    attempts.form = form
+    return None
 
 
 def _recover(attempts: _Attempts, recoverer: Recoverer, before: Verification) -> Recovery | None:
@@ -206,7 +223,9 @@ def finished_exports(run_folder: Path) -> dict[str, Path]:
 
 def summary_lines(info: ExportInfo) -> list[str]:
     """Describe the size of an export and its distance to the student, and its recovery, if any."""
-    lines, recovery = [f"{info.bytes:,} bytes, {_distance(info.verification)}"], info.recovery
+    scales = ", with more scales" if info.has_more_scales else ""
+    lines = [f"{info.bytes:,} bytes{scales}, {_distance(info.verification)}"]
+    recovery = info.recovery
     if recovery is not None:
         lines.append(
             f"before {recovery.steps} steps of recovery: {_distance(recovery.before)}"

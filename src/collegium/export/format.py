@@ -89,6 +89,11 @@ class Format(ABC):
         """
         return None
 
+    @property
+    def finer(self) -> Format | None:
+        """The format with more scales, written where this one is beyond a bound. None for none."""
+        return None
+
     def check(
         self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, where: str
     ) -> None:

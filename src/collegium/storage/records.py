@@ -361,6 +361,8 @@ class ExportInfo(Record):
     versions: Mapping[str, str]
     bytes: int
     """Size of all files but this one and MANIFEST.json, which lists their SHA-256."""
+    has_more_scales: bool = False
+    """Whether the usual scales were beyond a bound, see `Format.finer`."""
     verification: Verification
     """Of these files against the student, which a recovery does not change."""
     recovery: Recovery | None = None
