@@ -121,6 +121,14 @@ def test_two_processes_give_the_run_of_one(kind: str, zoo: Path, tmp_path: Path)
             assert (weights[name] - tensor).abs().max() < 1e-5, name
     expected = scores(tmp_path / "one")
     assert scores(tmp_path / "two") == pytest.approx(expected, rel=1e-6)
+    # Of models that were not trained, all numbers: each process has read half of the batches.
+    untrained = [name for name in expected if name in ("scripture", "code", "fused target")]
+    assert len(untrained) == 3
+    assert [scores(tmp_path / "two")[name] for name in untrained] == [
+        expected[name] for name in untrained
+    ]
+    measured = [json.loads((tmp_path / n / "preflight.json").read_text()) for n in ("one", "two")]
+    assert measured[0] | {"seconds": 0} == measured[1] | {"seconds": 0}
     logs = [read_log(tmp_path / name / "train" / "log.jsonl") or [] for name in ("one", "two")]
     assert [row.num_tokens for row in logs[0]] == [row.num_tokens for row in logs[1]]
     # A single process finds nothing to do.

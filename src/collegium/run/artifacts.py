@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from collegium.console import progress
+from collegium.distributions import Teacher
 from collegium.evaluate.documents import DOCUMENTS, documents_file
 from collegium.evaluate.scoring import Windows, results_rows, score_models
 from collegium.run.artifact import Artifact
@@ -90,11 +91,11 @@ class Results(Artifact[list[ResultRow]]):
         # Heads and measures of all models, against one body each.
         costs[self.name] = 0.5 * sum(costs.values())
         with context.scratch() as scratch, progress(self.name, costs):
-            recorder = Recorder(scratch, [split], options)
-            # First, to release those that are loaded.
-            teachers = recorder.teachers(context)
-            models = [recorder(UNTOUCHED, self._load_untouched), *teachers]
-            models += [recorder(one.variant.label, one.load) for one in self.students]
+            recorder = Recorder(scratch, [split], options, context.processes.ranks)
+            with context.processes.sharing(self.name):
+                teachers, others = self._record(recorder)
+            teachers, others = recorder.joined(teachers), recorder.joined(others)
+            models = [others[0], *teachers, *others[1:]]
             with progress(self.name) as advance:
                 windows = Windows.spread(split, options.batch_size, options.max_tokens, advance)
                 scored = score_models(models, teachers, resolved_fusion(context), windows)
@@ -105,6 +106,20 @@ class Results(Artifact[list[ResultRow]]):
         rows = results_rows(scored, [*infos, *(one.info() for one in self.students)])
         write_bytes(self._documents, documents_file(scored, split.sample_names))
         write_json(self.path, [row.to_json() for row in rows])
+
+    def _record(self, recorder: Recorder) -> tuple[list[Teacher], list[Teacher]]:
+        """Record the teachers, then the untouched student and the trained ones."""
+        # The teachers first, to release those that are loaded.
+        teachers = recorder.teachers(self.context)
+        others = [recorder(UNTOUCHED, self._load_untouched)]
+        others += [recorder(one.variant.label, one.load) for one in self.students]
+        return teachers, others
+
+    def join(self) -> None:
+        context = self.context
+        split, options = context.datasets["validation"], context.recipe.evaluate
+        folder = context.scratch_folder()
+        self._record(Recorder(folder, [split], options, context.processes.ranks))
 
     @property
     def _documents(self) -> Path:

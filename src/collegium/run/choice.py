@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from collegium.cache.keys import BatchKeys
+from collegium.cache.processes import Ranks
 from collegium.config.recipe import EvaluateOptions, PreflightOptions, Recipe, decode_fusion
 from collegium.console import OnProgress, progress
 from collegium.data.windows import PackedDataset
@@ -28,7 +29,7 @@ from collegium.storage.files import fingerprint, write_json
 from collegium.storage.records import BestTeacher, PreflightReport, open_record
 from collegium.teachers.cached import CachedTeacher
 from collegium.teachers.local import LocalTeacher
-from collegium.teachers.recorded import record
+from collegium.teachers.recorded import join_shares, record
 from collegium.types import Batch, Rows
 
 
@@ -63,10 +64,16 @@ class Preflight(Artifact[PreflightReport]):
         splits = [split] if caches else [split, held_out]
         with context.scratch() as scratch, progress(self.name, self._costs(splits)) as work:
             keys = BatchKeys(split.sample_names)
-            cached = [CachedTeacher(one.teacher, one.open(), keys) for one in caches]
-            recorder = Recorder(scratch, splits, options)
+            teachers: list[Teacher] = [
+                CachedTeacher(one.teacher, one.open(), keys) for one in caches
+            ]
+            if not caches:
+                recorder = Recorder(scratch, splits, options, context.processes.ranks)
+                with context.processes.sharing(self.name):
+                    teachers = recorder.teachers(context)
+                teachers = recorder.joined(teachers)
             result = run_preflight(
-                cached or recorder.teachers(context),
+                teachers,
                 split,
                 batch_size=options.batch_size,
                 max_tokens=options.max_tokens,
@@ -76,6 +83,12 @@ class Preflight(Artifact[PreflightReport]):
                 begin=work.part,
             )
         write_json(self.path, with_cut_mass(result, context).to_json())
+
+    def join(self) -> None:
+        context = self.context
+        splits = [context.datasets[part] for part in ("calibration", "validation")]
+        folder, options = context.scratch_folder(), context.recipe.preflight
+        Recorder(folder, splits, options, context.processes.ranks).teachers(context)
 
     def _costs(self, splits: Sequence[PackedDataset]) -> dict[str, float]:
         """Relative costs of the bodies, from their FLOP, and of the steps of `run_preflight`."""
@@ -202,13 +215,20 @@ class Recorder:
     folder: Path
     splits: Sequence[PackedDataset]
     options: PreflightOptions | EvaluateOptions
+    ranks: Ranks = field(default_factory=Ranks)
+    """Processes that record the same models in the same order, each its share of the batches."""
+    _folders: dict[str, Path] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, name: str, load: Callable[[], Teacher]) -> Teacher:
         """Load a model, record it and release it."""
-        folder = self.folder / str(len(list(self.folder.iterdir())))
+        folder = self._folders[name] = self.folder / str(len(self._folders))
         teacher = load()
         with progress(reading(name)) as advance:
-            return record(teacher, self._batches(teacher, advance), folder)
+            return record(teacher, self._batches(teacher, advance), folder, self.ranks)
+
+    def joined(self, teachers: Sequence[Teacher]) -> list[Teacher]:
+        """Return recorded models with the shares of all processes, once all have ended."""
+        return [join_shares(one, self._folders[one.name], self.ranks) for one in teachers]
 
     def teachers(self, context: RunContext) -> list[Teacher]:
         """Record the teachers of a run."""

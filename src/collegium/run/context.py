@@ -196,13 +196,17 @@ class RunContext:
     @contextmanager
     def scratch(self, name: str = SCRATCH) -> Iterator[Path]:
         """Yield a temporary folder inside the run folder, deleted afterwards."""
-        path = self.folder.path / name
+        path = self.scratch_folder(name)
         shutil.rmtree(path, ignore_errors=True)  # of a killed process
         path.mkdir(parents=True)
         try:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
+
+    def scratch_folder(self, name: str = SCRATCH) -> Path:
+        """Return the path of a temporary folder, which one process creates and deletes."""
+        return self.folder.path / name
 
     @cached_property
     def num_steps(self) -> int:

@@ -24,7 +24,7 @@ from collegium.run.checks import check_run, plan_run
 from collegium.run.context import RunContext
 from collegium.run.problems import CheckReport
 from collegium.run.processes import Processes
-from collegium.run.students import controls, students
+from collegium.run.students import controls
 from collegium.storage.records import PreflightReport, ResultRow
 from collegium.train.checkpoint import set_aside_damaged
 
@@ -155,8 +155,7 @@ def _lead(recipe: Recipe, work: Callable[[RunContext], T]) -> T | None:
 
 def _shared(context: RunContext, name: str) -> Artifact[Any]:
     """Return a shared artifact by its name, when rank 0 has built what comes before it."""
-    stages = {"train": students, "control": controls, "cache": ARTIFACTS["cache"]}
-    artifacts = stages[name.split(" ")[0]](context)
+    artifacts = (ARTIFACTS | {"control": controls})[name.split(" ")[0]](context)
     return next(one for one in artifacts if one.name == name)
 
 

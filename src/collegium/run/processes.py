@@ -80,6 +80,11 @@ class Processes:
         """True without other processes."""
         return self.world_size == 1
 
+    @property
+    def ranks(self) -> Ranks:
+        """Rank and number of the processes."""
+        return Ranks(self.rank, self.world_size)
+
     @contextmanager
     def sharing(self, name: str) -> Iterator[None]:
         """Announce a build of rank 0 that the others join, and wait for their parts."""

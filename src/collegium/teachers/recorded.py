@@ -13,17 +13,23 @@ import hashlib
 import itertools
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from collegium.cache.processes import Ranks
 from collegium.distributions import LIVE, Answer, HiddenRows, Teacher
 from collegium.errors import CollegiumError, DataError, ModelError
+from collegium.storage.files import write_json
+from collegium.storage.records import open_record
 from collegium.teachers.local import LocalTeacher, readable_from
 from collegium.types import Batch, Head, Rows
+
+SINGLE_PROCESS = Ranks()
 
 
 @dataclass(frozen=True)
@@ -64,18 +70,28 @@ class RecordedTeacher:
         return Answer(self.name, readable_from(batch.input_ids.device, hidden))
 
 
-def record(teacher: Teacher, batches: Iterable[tuple[Batch, Rows]], folder: Path) -> Teacher:
+def record(
+    teacher: Teacher,
+    batches: Iterable[tuple[Batch, Rows]],
+    folder: Path,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> Teacher:
     """Score batches once and write the final hidden states, (N, D) each, to `folder`.
 
     The result keeps the head of the model in memory, and nothing else of it. A teacher without a
-    model in this process is returned as it is. Raises CollegiumError for a full disk, DataError
-    without a batch, and TrainingError for non-finite hidden states.
+    model in this process is returned as it is. Of several processes with the same batches, each
+    scores its share; `join_shares` adds those of the others to a result.
+
+    Raises CollegiumError for a full disk, DataError without a batch, and TrainingError for
+    non-finite hidden states.
     """
     if not isinstance(teacher, LocalTeacher):
         return teacher
     folder.mkdir(parents=True, exist_ok=True)
     head, places = None, dict[bytes, Place]()
     for number, (batch, rows) in enumerate(batches):
+        if not ranks.owns(number):
+            continue
         hidden = teacher.hidden_rows(batch, rows)
         num_bytes, free = hidden.hidden.nbytes, shutil.disk_usage(folder).free
         if free < num_bytes:
@@ -92,12 +108,32 @@ def record(teacher: Teacher, batches: Iterable[tuple[Batch, Rows]], folder: Path
             places[digest] = Place(file, start, start + count)
             start += count
         head = hidden.head
+    if not ranks.is_single:
+        shares = {key.hex(): [p.file.name, p.start, p.stop] for key, p in places.items()}
+        write_json(_share(folder, ranks.rank), shares)
+    if head is None and ranks.rank > 0:  # fewer batches than processes
+        return teacher
     if head is None:
         raise DataError(
             f"teacher {teacher.name}: got no target token to score; must have at least one; use a "
             "larger split"
         )
     return RecordedTeacher(teacher.name, head, places)
+
+
+def join_shares(teacher: Teacher, folder: Path, ranks: Ranks) -> Teacher:
+    """Return a recorded teacher with the rows that all processes have written to `folder`."""
+    if ranks.is_single or not isinstance(teacher, RecordedTeacher):
+        return teacher
+    places = dict[bytes, Place]()
+    for rank in range(ranks.world_size):
+        for key, (name, *span) in open_record(_share(folder, rank), dict[str, list[Any]]).items():
+            places[bytes.fromhex(key)] = Place(folder / name, *span)
+    return replace(teacher, places=places)
+
+
+def _share(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.json"
 
 
 def _rows_per_window(batch: Batch, rows: Rows) -> list[int]:
