@@ -105,7 +105,7 @@ def train(folder: Path, cache: Path, steps: int, device: str) -> float:
     trainer.train()
     rows = read_log(folder / "log.jsonl") or []
     # The first row has the start, and the last one the checkpoint.
-    return statistics.median(row.tokens_per_s for row in rows[1:-1])
+    return statistics.median(float(row.tokens_per_s or 0) for row in rows[1:-1])
 
 
 def child(options: argparse.Namespace) -> None:

@@ -135,7 +135,7 @@ def _quantize_by_tensor(model: Any, path: Path, *, is_large: bool) -> None:
 def _quantize_by_block(model: Any, path: Path, size: int, *, is_large: bool) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    quantizer = MatMulNBitsQuantizer(
+    quantizer: Any = MatMulNBitsQuantizer(
         model, bits=8, block_size=size, is_symmetric=True, accuracy_level=INT8_ACTIVATIONS
     )
     quantizer.process()

@@ -34,6 +34,7 @@ Calibration = Callable[[], "Iterable[Batch]"]
 class StudentKind(ABC):
     """One kind of student in a recipe, by its options."""
 
+    device: str
     vocabulary: Vocabulary
 
     def problems(self, teachers: Mapping[str, object]) -> Iterator[str]:
@@ -52,7 +53,6 @@ class StudentKind(ABC):
 class StudentOptions(ModelSource, StudentKind):
     """A student: everything that a run asks of it."""
 
-    device: str
     attention: Attention
     gradient_checkpointing: bool
     vocabulary: Vocabulary = "all"

@@ -155,7 +155,8 @@ def _lead(recipe: Recipe, work: Callable[[RunContext], T]) -> T | None:
 
 def _shared(context: RunContext, name: str) -> Artifact[Any]:
     """Return a shared artifact by its name, when rank 0 has built what comes before it."""
-    artifacts = (ARTIFACTS | {"control": controls})[name.split(" ")[0]](context)
+    stages = {**ARTIFACTS, "control": controls}
+    artifacts = stages[name.split(" ")[0]](context)
     return next(one for one in artifacts if one.name == name)
 
 
