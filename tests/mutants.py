@@ -460,7 +460,7 @@ def main() -> int:
         shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
         # A test that fails anyway would kill everything.
         files = dict.fromkeys(test for _, m in numbered for test in m.tests.split())
-        unchanged = _outcome(list(files), source, math.inf)
+        unchanged = _outcome(list(files), source, math.inf, is_shown=True)
         if unchanged != "survived":
             print(f"without a mutation: {unchanged}; must pass")
             return 1
@@ -489,11 +489,13 @@ def _verdict(mutation: Mutation, source: Path) -> str:
         path.write_text(text, encoding="utf-8")
 
 
-def _outcome(tests: list[str], source: Path, seconds: float = TIMEOUT) -> str:
+def _outcome(
+    tests: list[str], source: Path, seconds: float = TIMEOUT, *, is_shown: bool = False
+) -> str:
     child = os.fork()
     if child == 0:
         os.setsid()
-        _run(tests, source)
+        _run(tests, source, is_shown=is_shown)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         finished, status = os.waitpid(child, os.WNOHANG)
@@ -507,16 +509,17 @@ def _outcome(tests: list[str], source: Path, seconds: float = TIMEOUT) -> str:
     return "timeout"
 
 
-def _run(tests: list[str], source: Path) -> None:
+def _run(tests: list[str], source: Path, *, is_shown: bool) -> None:
     import pytest
 
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    if not is_shown:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1), os.dup2(quiet, 2)
     os.chdir(ROOT)
     sys.path.insert(0, str(source))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(source), str(ROOT / "tests")])
     sys.dont_write_bytecode = True
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-m", "not gpu and not slow"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line", "-m", "not gpu and not slow"]
     # Plugins that the parent has imported are not rewritten, which is an error by our settings.
     options += ["-W", "ignore:Module already imported"]
     code = 1

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -249,3 +250,14 @@ def test_recovery_belongs_to_a_single_process(
     more = ["export={to: [torchao-int8], recover: {steps: 5}}", f"output_dir={tmp_path / 'run'}"]
     with refused(RecipeError, "export.recover: "):
         pipeline.check(load_recipe(zoo / "tiny.yaml", more))
+
+
+def test_more_processes_than_devices_are_refused(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collegium.run.processes.choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    variables = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    with refused(RecipeError, "LOCAL_WORLD_SIZE: "):
+        Processes.join(load_recipe(zoo / "tiny.yaml"), variables)

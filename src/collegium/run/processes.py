@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from collegium.cache.processes import Ranks
@@ -67,7 +68,7 @@ class Processes:
                     f"{', '.join(missing)}: not set, with WORLD_SIZE={ranks.world_size}; must "
                     "be the address of rank 0; start with torchrun or accelerate launch"
                 )
-            _init_default_group(recipe, ranks)
+            _init_default_group(recipe, ranks, variables)
         group = dist.new_group(backend="gloo", timeout=STAGE_LIMIT)
         processes = cls(ranks.rank, ranks.world_size, group, owns_default_group)
         processes._compare(recipe)
@@ -156,11 +157,19 @@ class Processes:
 SINGLE = Processes()
 
 
-def _init_default_group(recipe: Recipe, ranks: Ranks) -> None:
+def _init_default_group(recipe: Recipe, ranks: Ranks, variables: Mapping[str, str]) -> None:
     from accelerate import PartialState
 
-    ranks.set_device()
     on_cpu = choose_device(recipe.student.device).type == "cpu"
+    if not on_cpu:
+        # Two processes on one GPU fail in NCCL, long after the start.
+        here, count = int(variables.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+        if here > count:
+            raise RecipeError(
+                f"LOCAL_WORLD_SIZE: got {here} processes on a machine with {count} devices; must "
+                "be at most one per device; start fewer"
+            )
+    ranks.set_device()
     PartialState(cpu=on_cpu, timeout=timedelta(seconds=recipe.train.ddp_timeout))
 
 
