@@ -517,7 +517,9 @@ def _run(tests: list[str], source: Path, *, is_shown: bool) -> None:
         os.dup2(quiet, 1), os.dup2(quiet, 2)
     os.chdir(ROOT)
     sys.path.insert(0, str(source))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(source), str(ROOT / "tests")])
+    # Child processes import test modules by their full names.
+    sys.path.append(str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(source), str(ROOT / "tests"), str(ROOT)])
     sys.dont_write_bytecode = True
     options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line", "-m", "not gpu and not slow"]
     # Plugins that the parent has imported are not rewritten, which is an error by our settings.

@@ -12,7 +12,8 @@ import tiny
 from collegium.data.encode import Encoded
 from collegium.data.windows import PackedDataset
 from collegium.errors import ModelError
-from collegium.models.forward import forward_rows, model_head, probe
+from collegium.models.forward import forward_rows, model_head
+from collegium.models.probe import probe
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses

@@ -15,9 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from collegium.errors import ModelError
 from collegium.models.families import MIXING_TYPES, UNSUPPORTED_TYPES
 from collegium.models.folder import check_model_folder
-from collegium.models.forward import forward_rows, probe
+from collegium.models.forward import forward_rows
 from collegium.models.loading import check_weights, load_model
 from collegium.models.options import ModelOptions
+from collegium.models.probe import probe
 from collegium.models.saving import check_saving
 from collegium.types import Batch, Rows
 from families import NOT_TINY, TYPES, V, tiny_family

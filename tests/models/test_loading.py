@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from collegium.errors import ModelError
-from collegium.models.forward import probe
 from collegium.models.loading import (
     build_model,
     cast_model,
@@ -29,6 +28,7 @@ from collegium.models.loading import (
     vocab_size_of,
 )
 from collegium.models.options import ModelOptions
+from collegium.models.probe import probe
 from refusals import refused
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 

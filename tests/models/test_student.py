@@ -11,9 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from collegium.errors import ModelError
-from collegium.models.forward import probe
 from collegium.models.kinds import AnyStudent
 from collegium.models.loading import empty_model
+from collegium.models.probe import probe
 from collegium.models.saving import check_saving
 from collegium.models.student import FreshStudent, PretrainedStudent
 from refusals import check_message, refused

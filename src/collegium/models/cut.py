@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from collegium.errors import ModelError
 from collegium.models import loading
-from collegium.models.forward import block_list, is_close
+from collegium.models.forward import block_list
+from collegium.models.probe import is_close
 from collegium.options import torch
 
 if TYPE_CHECKING:

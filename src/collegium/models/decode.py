@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from collegium.models.forward import body_of, input_layer, is_close, model_head, takes_positions
+from collegium.models.forward import body_of, input_layer, model_head, takes_positions
+from collegium.models.probe import is_close
 from collegium.options import torch
 
 if TYPE_CHECKING:

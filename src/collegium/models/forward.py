@@ -6,8 +6,8 @@ Shapes: B batch, T time, N rows (the trained positions of a batch), D width, V v
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ from collegium.distributions import HiddenRows
 from collegium.errors import ModelError, nearest
 from collegium.models.adapters import base_layer, effective_weight
 from collegium.models.attention import ATTENTION, recorded_attention, to_states
-from collegium.models.families import check_windows, mixes_documents, mixing_error
+from collegium.models.families import mixes_documents
 from collegium.options import torch
-from collegium.types import IGNORE, Batch, Head, Rows
+from collegium.types import Batch, Head, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,8 +29,6 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 # Names of the factor of the load-balancing loss, and its arguments, in transformers.
 ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 ROUTER_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
-# Tokens of the two documents of each probe window, or of the two parts of its one document.
-_LENGTHS = [5, 7]
 
 
 def model_head(model: PreTrainedModel, vocab_size: int) -> Head:
@@ -114,7 +112,7 @@ def forward_rows(
         attention = hooks.enter_context(recorded_attention(model, blocks))
         # No attention mask: documents are separated by `position_ids`, which `probe` checks.
         body = body_of(model)
-        inputs = _inputs_of(body, input_ids=input_ids, position_ids=position_ids)
+        inputs = inputs_of(body, input_ids=input_ids, position_ids=position_ids)
         output = body(**inputs, use_cache=False)
     hidden_ND = _gather(output.last_hidden_state, rows)
     router_loss = None
@@ -192,130 +190,15 @@ def tap_width(model: PreTrainedModel, tap: str) -> int:
     return int(model.config.get_text_config().hidden_size)
 
 
-def probe(
-    model: PreTrainedModel,
-    *,
-    vocab_size: int,
-    where: str,
-    packed: bool = True,
-    max_length: int | None = None,
-) -> None:
-    """Raise ModelError if logits of random ids differ from the model's, or documents interact.
-
-    Args:
-        model: a causal language model on its device.
-        vocab_size: V, the number of ids in use.
-        where: path of the model, such as `teachers.a`.
-        packed: whether a window may hold several documents. If not, only later tokens must have no
-            effect on earlier ones.
-        max_length: length of the longest document, None if it is not known.
-    """
-    model_type = model.config.model_type
-    if packed and not takes_positions(body_of(model)):
-        raise mixing_error(model_type, where=where, reason=", since it takes no position_ids")
-    # The types of packed windows are measured below.
-    check_windows(model.config, packed=False, max_length=max_length, where=where)
-    device = head_layer(model).weight.device
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(vocab_size, (2, sum(_LENGTHS)), generator=generator).to(device)
-    changed_BT = ids_BT.clone()
-    changed_BT[:, : _LENGTHS[0]] = (ids_BT[:, : _LENGTHS[0]] + 1) % vocab_size
-    lengths = _LENGTHS if packed else [sum(_LENGTHS)]
-    with _eval_mode(model), torch.no_grad(), _run_errors(model_type, where):
-        batch, ours = _forward_packed(model, ids_BT, lengths, vocab_size)
-        logits_NV = ours.logits(slice(None))
-        positions = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        theirs_BTV = model(**_inputs_of(model, **positions), use_cache=False).logits
-        _, changed = _forward_packed(model, changed_BT, lengths, vocab_size)
-        unpacked = [
-            _forward_packed(model, document_BT, [document_BT.shape[1]], vocab_size)[1]
-            for document_BT in ids_BT.split(_LENGTHS, dim=1)
-        ]
-    expected_NV = theirs_BTV[..., :vocab_size].flatten(0, 1)
-    dtype = ours.hidden.dtype
-    # The two differ by the rounding of one linear map. In half precision 64 roundings would be half
-    # of the largest logit and hide a wrong factor.
-    factor = 64 if torch.finfo(dtype).bits >= 32 else 8
-    if not is_close(logits_NV, expected_NV, dtype, factor=factor):
-        raise ModelError(
-            f"{where}: {model_type} computes its logits in an unsupported way (largest difference "
-            f"{_gap(logits_NV, expected_NV):.3g}); use another model family"
-        )
-    hidden_BTD = ours.hidden.unflatten(0, ids_BT.shape)
-    changed_BTD = changed.hidden.unflatten(0, ids_BT.shape)
-    unpacked_BTD = torch.cat([states.hidden.unflatten(0, (2, -1)) for states in unpacked], dim=1)
-    first, second = slice(_LENGTHS[0]), slice(_LENGTHS[0], None)
-    if not packed:
-        if not is_close(hidden_BTD[:, first], unpacked_BTD[:, first], dtype, factor=64):
-            raise ModelError(
-                f"{where}: {model_type} lets tokens attend to later ones; must be a causal "
-                "language model; use another model family"
-            )
-        return
-    leaks = not is_close(hidden_BTD[:, second], changed_BTD[:, second], dtype, factor=8)
-    differs = not is_close(hidden_BTD, unpacked_BTD, dtype, factor=64)
-    if leaks or differs:
-        effect = "change with the previous document" if leaks else "differ from unpacked ones"
-        raise mixing_error(model_type, where=where, reason=f" (hidden states {effect})")
-
-
-@contextmanager
-def _run_errors(model_type: str, where: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    # Models that need more than token ids raise errors of many types.
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split("\n\n")[0].split())
-        raise ModelError(
-            f"{where}: {model_type} cannot be run on token ids ({type(error).__name__}: {reason}); "
-            "must be a causal language model of text; use another model family"
-        ) from error
-
-
 def takes_positions(module: nn.Module) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters
 
 
-def _inputs_of(module: nn.Module, **inputs: Tensor) -> dict[str, Tensor]:
+def inputs_of(module: nn.Module, **inputs: Tensor) -> dict[str, Tensor]:
     """Return the inputs without positions, if a module counts them from the start of a window."""
     if not takes_positions(module):
         del inputs["position_ids"]
     return inputs
-
-
-def _forward_packed(
-    model: PreTrainedModel, ids_BT: Tensor, lengths: Sequence[int], vocab_size: int
-) -> tuple[Batch, HiddenRows]:
-    """Run windows of documents of these lengths, without targets, at all positions."""
-    ids_BT, ignored_BT = ids_BT.contiguous(), torch.full_like(ids_BT, IGNORE)
-    position_T = torch.cat([torch.arange(length) for length in lengths]).to(ids_BT.device)
-    batch = Batch(ids_BT, position_T.expand_as(ids_BT).contiguous(), ignored_BT, ignored_BT)
-    index = torch.arange(ids_BT.numel(), device=ids_BT.device)
-    rows = Rows(index=index, labels=index, documents=index, samples=index)
-    return batch, forward_rows(model, batch, rows, vocab_size=vocab_size)
-
-
-def _gap(left: Tensor, right: Tensor) -> float:
-    return float((left.float() - right.float()).abs().max())
-
-
-def is_close(left: Tensor, right: Tensor, dtype: torch.dtype, *, factor: float) -> bool:
-    """Compare two tensors to within `factor` roundings of the largest value. NaN is never close."""
-    largest = max(1.0, float(right.float().abs().max()))
-    return _gap(left, right) <= factor * torch.finfo(dtype).eps * largest
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _select_modules(model: PreTrainedModel, taps: Sequence[str]) -> dict[str, nn.Module]:

@@ -15,9 +15,10 @@ import numpy as np
 from collegium.errors import ModelError
 from collegium.models import loading, lora
 from collegium.models.folder import resolve_folder
-from collegium.models.forward import head_layer, input_layer, is_close
+from collegium.models.forward import head_layer, input_layer
 from collegium.models.lora import LoraOptions
 from collegium.models.options import Attention, ModelFacts, ModelOptions
+from collegium.models.probe import is_close
 from collegium.models.student import StudentOptions
 from collegium.options import torch
 

@@ -20,9 +20,9 @@ from collegium.data.windows import PackedDataset
 from collegium.distributions import Teacher
 from collegium.evaluate.scoring import Windows
 from collegium.losses.pairing import feature_map
-from collegium.models.forward import probe
 from collegium.models.loading import vocab_size_of
 from collegium.models.options import ModelFacts
+from collegium.models.probe import probe
 from collegium.models.student import StudentOptions
 from collegium.models.used_vocabulary import UsedStudent, UsedVocabulary
 from collegium.options import plain

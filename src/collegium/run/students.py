@@ -19,7 +19,8 @@ from collegium.data.collate import Collator
 from collegium.errors import CollegiumError, TrainingError
 from collegium.evaluate.scoring import spread_windows
 from collegium.losses.states import StateLoss
-from collegium.models.forward import forward_rows, is_close
+from collegium.models.forward import forward_rows
+from collegium.models.probe import is_close
 from collegium.run.artifact import Artifact
 from collegium.run.caches import Cache, FusedCache, HiddenCache, TeacherCache, building
 from collegium.run.choice import best_teacher, resolved_fusion

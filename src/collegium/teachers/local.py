@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from collegium.distributions import LIVE, Answer, Distribution, HiddenRows, WrappedRows
 from collegium.errors import ModelError, TrainingError, nearest
 from collegium.models.adapters import active_adapter, trained_adapters
-from collegium.models.forward import forward_rows, head_layer, probe
+from collegium.models.forward import forward_rows, head_layer
 from collegium.models.loading import count_parameters, load_base, load_model
 from collegium.models.lora import attach_adapter
+from collegium.models.probe import probe
 from collegium.models.quantized import quantize_
 from collegium.models.used_vocabulary import cut_vocabulary
 from collegium.options import plain

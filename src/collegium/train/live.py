@@ -19,7 +19,8 @@ from collegium.distributions import Teacher
 from collegium.errors import DataError, ModelError, TrainingError, VocabularyError
 from collegium.models.adapters import unwrapped
 from collegium.models.families import rope_limit
-from collegium.models.forward import head_layer, probe, router_weight
+from collegium.models.forward import head_layer, router_weight
+from collegium.models.probe import probe
 from collegium.teachers.local import LocalTeacher
 from collegium.train.arguments import BFLOAT16_RATE, bfloat16_warning
 from collegium.types import IGNORE, Batch
