@@ -310,6 +310,16 @@ def test_a_renumbered_dataset_keeps_its_fingerprint_on_disk(options, small_files
     assert dataset.renumbered(np.arange(size)).fingerprint == dataset.fingerprint
 
 
+def test_renumbered_splits_keep_fingerprints_apart(options, small_files, tmp_path):
+    """They share a folder, and come in any order."""
+    splits = stored_datasets(options, tmp_path)
+    new_ids = np.arange(1 + max(max(one.token_ids()) for one in splits.values()))[::-1].copy()
+    first = {part: one.renumbered(new_ids).fingerprint for part, one in splits.items()}
+    again = {part: splits[part].renumbered(new_ids).fingerprint for part in reversed(splits)}
+    assert len({*first.values()}) == len(splits) == 3
+    assert again == first
+
+
 def test_a_damaged_layout_is_named_and_made_again(options, small_files, tmp_path, capsys):
     expected = [one.fingerprint for one in stored_datasets(options, tmp_path).values()]
     (folder,) = store(options, tmp_path).folder.glob("layout-*")

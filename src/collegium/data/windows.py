@@ -200,8 +200,9 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         """SHA-256 hex digest of everything that a model sees."""
         if self._new_ids_V is None:
             return self.facts.fingerprint
-        # Of renumbered tokens: measured once, and kept beside the layout.
-        key = hashlib.sha256(self._new_ids_V.astype(np.int64).tobytes()).hexdigest()[:16]
+        # Of renumbered tokens: measured once, and kept beside the layout, which all splits share.
+        parts = self.facts.fingerprint.encode() + self._new_ids_V.astype(np.int64).tobytes()
+        key = hashlib.sha256(parts).hexdigest()[:16]
         folder = self.layout.folder
         file = None if folder is None else folder / f"fingerprint-{key}.txt"
         if file is not None and file.is_file():
