@@ -44,8 +44,8 @@ STEPS = (
     Step(
         "tests",
         "Tests of the GPU kernels",
-        "-m pytest -q -p no:cacheprovider tests/kernels tests/losses tests/teachers",
-        "-m pytest -q -p no:cacheprovider tests/kernels/test_gpu.py",
+        "-m pytest -p no:cacheprovider tests/kernels tests/losses tests/teachers",
+        "-m pytest -p no:cacheprovider tests/kernels/test_gpu.py",
         6,
         saves=False,
     ),
