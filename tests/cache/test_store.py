@@ -19,7 +19,7 @@ from collegium.cache.codecs.targets import SCALARS, TargetCodec
 from collegium.cache.keys import PieceKey, window_hash
 from collegium.cache.options import Samples, Targets, TopK
 from collegium.cache.shards import ShardMetadata, shard_bytes
-from collegium.cache.store import open_cache
+from collegium.cache.store import open_cache, verify_cache
 from collegium.cli import app
 from collegium.errors import CacheError
 from refusals import refused
@@ -331,3 +331,16 @@ def test_damage_after_opening_fails_a_page_checksum(tmp_path: Path) -> None:
             assert _same(rows, expected)
     assert len(messages) > 100
     assert all(path.name in text for text in messages)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_verification_reads_every_shard(tmp_path: Path, number: int) -> None:
+    """Also those that nothing has opened."""
+    cache_cases.build(tmp_path)
+    verify_cache(tmp_path)
+    (file,) = tmp_path.glob(f"shard-0000{number}-*")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with refused(CacheError, "TMP/"):
+        verify_cache(tmp_path)

@@ -73,10 +73,11 @@ def test_confidence_aware_drops_a_teacher_that_is_certainly_wrong():
 
 
 def test_min_ce_selects_the_best_of_each_document_and_shares_ties():
-    stats = _cross_entropies([1.0, 9.0, 1.0, 1.0], [4.0, 4.0, 5.0, 5.0], [4.0, 4.0, 1.0, 1.0])
-    rows = make_rows(torch.zeros(4), [0, 0, 1, 1])
-    weights = MinCE().log_scores(stats, rows, NAMES).softmax(0)
-    assert weights.T.tolist() == [[0.0, 0.5, 0.5]] * 2 + [[0.5, 0.0, 0.5]] * 2
+    columns = [1.0, 9.0, 1.0, 1.0, 3.0], [4.0, 4.0, 5.0, 5.0, 2.0], [4.0, 4.0, 1.0, 1.0, 1.0]
+    rows = make_rows(torch.zeros(5), [0, 0, 1, 1, 2])
+    weights = MinCE().log_scores(_cross_entropies(*columns), rows, NAMES).softmax(0)
+    shared = [[0.0, 0.5, 0.5]] * 2 + [[0.5, 0.0, 0.5]] * 2
+    assert weights.T.tolist() == [*shared, [0.0, 0.0, 1.0]]
 
 
 def test_avg_ce_of_fusellm_is_close_to_uniform_and_tau_sharpens_it():

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from collegium.fusion.calibration import TemperatureTables
 from collegium.fusion.fitted import WEIGHTINGS, Fixed, Route
 from collegium.fusion.fuse import Fusion
+from collegium.fusion.pools import RowReader
 from collegium.fusion.rules import BestSingle, Entropy, MinCE, PrefixLikelihood, Uniform
 from collegium.fusion.weighting import Carry, RowStats
 from collegium.types import Rows
@@ -316,3 +317,24 @@ def test_weights_of_nearly_certain_teachers_do_not_depend_on_the_dtype(form, gap
     }.items():
         weights = weighting.log_scores(stats, rows, NAMES[:2]).softmax(0)
         torch.testing.assert_close(weights, exact.double(), rtol=1e-4, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("gap", [0.5, 9.0, 14.0, 25.0])
+def test_statistics_of_nearly_certain_rows_are_those_of_float64(gap: float) -> None:
+    """Entropy -sum P log P: at a gap of 25 the top token has log P = 0 in float32."""
+    generator = torch.Generator().manual_seed(3)
+    logits_nV = torch.randn(5, 40, generator=generator)
+    logits_nV[:, 7] = logits_nV.amax(1) + gap
+    labels_n = torch.arange(5)
+    stats, logp_nV = RowReader().read(logits_nV.clone(), labels_n, temperature=0.8)
+    exact_nV = (logits_nV.double() / 0.8).log_softmax(1)
+    rest_nV = exact_nV.clone()
+    rest_nV[:, 7] = 0.0
+    others_nV = exact_nV.exp().index_fill(1, torch.tensor([7]), 0.0)
+    rest_n = others_nV.sum(1)
+    expected_n = -(others_nV * rest_nV).sum(1) - (1 - rest_n) * torch.log1p(-rest_n)
+    assert stats.entropy_KN.tolist() == pytest.approx(expected_n.tolist(), rel=2e-5)
+    assert logp_nV.double().sub(exact_nV).abs().max() < 2e-5
+    assert stats.label_logp_KN.tolist() == pytest.approx(
+        exact_nV[range(5), range(5)].tolist(), rel=1e-5
+    )

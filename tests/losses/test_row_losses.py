@@ -17,7 +17,10 @@ from collegium.fusion.fuse import Fusion
 from collegium.fusion.options import to_recipe
 from collegium.fusion.rules import Entropy, PrefixLikelihood
 from collegium.kernels.compiled import find_compiler
+from collegium.kernels.plain import TorchKernels
+from collegium.kernels.rows import RawRows
 from collegium.losses.divergences import DIVERGENCES
+from collegium.losses.terms import BlockLosses
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
 from collegium.train.step import row_losses
@@ -329,3 +332,17 @@ def test_block_buffers_do_not_depend_on_the_number_of_teachers():
         row_losses(objective, problem.student(), teachers, problem.rows())
         sizes = {k: b.numel() for k, b in objective.workspace._buffers.items()}
         assert sizes == {"pool": 4 * 5 * V, "logits": 4 * 5 * V}
+
+
+def test_each_term_has_its_own_factor_per_row() -> None:
+    """f_n CE_n, in value and gradient: of rows that a term leaves out, nothing is left."""
+    generator = torch.Generator().manual_seed(0)
+    logits_nV = torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    labels_n, factor_n = torch.tensor([1, 5, 0, 8]), torch.tensor([0.0, 1.0, 0.25, 0.0])
+    losses = BlockLosses(labels_n, None, TorchKernels(), {}, {"ce": factor_n.double()})
+    z_nV = logits_nV.clone().requires_grad_()
+    loss_n = torch.nn.functional.cross_entropy(z_nV, labels_n, reduction="none")
+    (0.7 * factor_n * loss_n).sum().backward()
+    terms, gradient_nV = losses.terms_(RawRows(logits_nV.clone()), {"ce": 0.7})
+    assert torch.allclose(terms["ce"], factor_n * loss_n.detach())
+    assert torch.allclose(gradient_nV, z_nV.grad)
