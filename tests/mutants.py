@@ -384,7 +384,7 @@ MUTATIONS = [
     ),
     *_of(
         "train/trainer.py",
-        "train/test_trainer.py train/test_resume.py train/test_parts.py",
+        "train/test_trainer.py train/test_resume.py train/test_parts.py train/test_arguments.py",
         ("mean = total * (self.args.world_size if model.training else 1) / num_tokens", "mean = total / max(loss.num_rows, 1)"),
         ("num_rows += batch.num_rows().to(device)", "num_rows = batch.num_rows().to(device)"),
         ("self.step.objective.end_step()", "pass"),
@@ -398,7 +398,7 @@ MUTATIONS = [
     ),
     *_of(
         "train/state.py",
-        "train/test_resume.py train/test_checkpoint.py train/test_wrapped_models.py",
+        "train/test_parts.py train/test_resume.py train/test_checkpoint.py train/test_wrapped_models.py",
         ("scheduler.load_state_dict(record[\"scheduler\"])", "pass"),
         ("plain.config.use_cache = training_value", "pass"),
         ("scheduler._last_lr = rates", "pass"),

@@ -291,3 +291,21 @@ def test_a_run_with_only_damaged_checkpoints_is_refused_and_unchanged(tmp_path: 
     manifest.write_text(json.dumps({"format": 99, "files": []}))
     with refused(checkpoint.NewerFormat, "checkpoint-16"):
         checkpoint.require_valid_checkpoint(tmp_path)
+
+
+def test_moved_files_replace_all_weight_files_of_an_older_model(tmp_path: Path) -> None:
+    """Loading would mix the shards of two models; other files stay."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, names in {
+        old: ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt"],
+        new: ["model.safetensors", "config.json"],
+    }.items():
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(folder.name)
+    checkpoint.move_files(new, old)
+    assert {path.name: path.read_text() for path in old.iterdir()} == {
+        "model.safetensors": "new",
+        "config.json": "new",
+        "notes.txt": "old",
+    }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainingArguments
 
 from collegium.losses.features import FeatureLoss
@@ -13,6 +14,7 @@ from collegium.losses.pairing import FeatureOptions
 from collegium.models.forward import tap_names, tap_width
 from collegium.storage.records import read_log
 from collegium.teachers.local import LocalTeacher
+from collegium.train import state
 from collegium.train.arguments import adopt_arguments
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
@@ -111,3 +113,42 @@ def test_the_data_order_has_a_separate_seed(tmp_path: Path) -> None:
     assert args.data_seed is None
     adopt_arguments(args)
     assert args.data_seed == 7
+
+
+def test_clipping_measures_the_student_only(tmp_path: Path) -> None:
+    """Gradients of adapters are on another scale, and keep it."""
+    made = trainer(tmp_path, objective=featured(), options={"max_grad_norm": 1.0})
+    student = made.step.student
+    own, others = list(student.parameters()), [*made.step.objective.parameters()]
+    assert others
+    for parameter in (*own, *others):
+        parameter.grad = torch.full_like(parameter, 3.0)
+    norm = 3 * sum(p.numel() for p in own) ** 0.5
+    assert float(made._clip_grad_norm(made.step)) == pytest.approx(norm, rel=1e-5)
+    clipped = sum(float(p.grad.square().sum()) for p in own if p.grad is not None) ** 0.5
+    assert clipped == pytest.approx(1.0, rel=1e-4)
+    assert all(bool((p.grad == 3.0).all()) for p in others if p.grad is not None)
+
+
+def test_saving_a_student_keeps_its_cache_off_in_training(tmp_path: Path) -> None:
+    student = small_model()
+    student.config.use_cache = False
+    state.save_student(tmp_path, student, None, use_cache=True)
+    assert student.config.use_cache is False
+    assert type(student).from_pretrained(tmp_path).config.use_cache is True
+
+
+def test_a_longer_run_reports_the_rate_that_it_takes(tmp_path: Path) -> None:
+    def schedule(length: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+        return optimizer, LambdaLR(optimizer, lambda step: 1 - step / length)
+
+    optimizer, scheduler = schedule(4)
+    optimizer.step()
+    scheduler.step()
+    scalars, tensors = state.optimizer_state(optimizer)
+    record = {"optimizer": scalars, "scheduler": scheduler.state_dict()}
+    state.save(tmp_path, record, {state.OPTIMIZER: tensors})
+    optimizer, scheduler = schedule(10)
+    state.load_optimizer(tmp_path, optimizer, scheduler)
+    assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]] == [0.5 * 0.9]

@@ -24,7 +24,7 @@ from collegium.run.checks import check_run, plan_run
 from collegium.run.context import RunContext
 from collegium.run.problems import CheckReport
 from collegium.run.processes import Processes
-from collegium.run.students import controls
+from collegium.run.students import STUDENT_MANIFEST, controls
 from collegium.storage.records import PreflightReport, ResultRow
 from collegium.train.checkpoint import set_aside_damaged
 
@@ -196,6 +196,9 @@ def _ensure(recipe: Recipe, *stages: str) -> Sequence[Any]:
 
 def _build(context: RunContext, *stages: str) -> Sequence[Any]:
     contents: list[Any] = []
+    if "train" in stages and not (context.folder.path / STUDENT_MANIFEST).is_file():
+        # A student that cannot be trained is refused before any teacher is read for it.
+        context.new_student()
     for stage in stages:
         contents = [artifact.ensure() for artifact in ARTIFACTS[stage](context)]
     return contents

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
     from collegium.train.trainer import DistillTrainer
 
+STUDENT_MANIFEST = f"student/{MANIFEST}"
+"""File of a run folder that marks a trained student."""
 SAMPLED_ROWS = 16
 """Rows on which a saved student is compared with the trained one."""
 
@@ -308,7 +310,7 @@ class Student(Artifact[Path]):
 
 def require_student(run_folder: Path) -> None:
     """Raise CollegiumError without a trained student."""
-    if not (run_folder / "student" / MANIFEST).is_file():
+    if not (run_folder / STUDENT_MANIFEST).is_file():
         raise CollegiumError(
             f"{run_folder}: has no trained student; must be a run folder with `student/`; run "
             "`collegium train RECIPE`"
