@@ -103,9 +103,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Witness:
         observed["evaluate_data"] = windows.dataset.fingerprint
         return real_score(models, teachers, fusion, windows)
 
-    def record(teacher: Any, batches: Any, folder: Path) -> Any:
+    def record(teacher: Any, *arguments: Any) -> Any:
         observed["scored"][teacher.name] = state(teacher.model)
-        return real_record(teacher, batches, folder)
+        return real_record(teacher, *arguments)
 
     def trainer(self: Student, output_dir: Path) -> Any:
         made = real_trainer(self, output_dir)

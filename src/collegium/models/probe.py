@@ -106,7 +106,7 @@ def _equals_parts(
         return True
     if hidden_BTD.dtype != torch.float32 or not gap <= AMPLIFIED_ROUNDINGS * rounding:
         return False
-    exact, ids_BT = copy.deepcopy(model).to("cpu", torch.float64), ids_BT.cpu()
+    exact, ids_BT = copy.deepcopy(model).cpu().double(), ids_BT.cpu()
     lengths = _LENGTHS if packed else [sum(_LENGTHS)]
     _, together = _forward_packed(exact, ids_BT, lengths, vocab_size)
     hidden_BTD = together.hidden.unflatten(0, ids_BT.shape)
