@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import tiny
 
-WARM: dict[str, Any] = {"layers": 2, "width": 32, "vocab": 400, "cache": {"enabled": True}}
+WARM: dict[str, Any] = {"layers": 2, "width": 32, "vocab": 400}
 """A recipe without memory of its own."""
 CASES: dict[str, dict[str, Any]] = {
     "live": {"layers": 4, "width": 256},

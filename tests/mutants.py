@@ -391,7 +391,7 @@ MUTATIONS = [
         ('optimizer.add_param_group({"params": adapters, "weight_decay": 0.0})', 'optimizer.add_param_group({"params": adapters, "weight_decay": 0.5})'),
         ("self._inert(loss)", "pass"),
         ("self._meter.load(state.read(folder)", "len(state.read(folder)"),
-        ("state.load_rng_state(state.read(Path(checkpoint))", "len(state.read(Path(checkpoint))"),
+        ("state.load_rng_state(states[rank])", "len(states)"),
         ("parameters = list(self.step.student.parameters())", "parameters = list(self.step.parameters())"),
         ("added = (loss - self._step_loss) * num_items_in_batch / self.args.world_size", "added = (loss - self._step_loss)"),
         ("means = {f\"{prefix}_{name}\": value / num_tokens", "means = {f\"{prefix}_{name}\": value"),

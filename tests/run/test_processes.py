@@ -182,6 +182,17 @@ def test_a_lost_rank_ends_the_others_with_a_sentence(
 
 
 @pytest.mark.slow
+def test_a_process_that_never_starts_ends_the_others(zoo: Path, tmp_path: Path) -> None:
+    limit = "train.ddp_timeout=4"
+    with running(start(zoo, "train", f"output_dir={tmp_path / 'run'}", limit)) as processes:
+        processes[1].kill()
+        _, errors = processes[0].communicate(timeout=120)
+    assert processes[0].returncode == 2
+    assert "process 0 of 2: another process ended or exceeded its time limit" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
 def test_processes_with_other_recipes_are_refused(zoo: Path, tmp_path: Path) -> None:
     rates = ("train.learning_rate=1e-2", "train.learning_rate=2e-2")
     for code, _, errors in ended(start(zoo, "train", f"output_dir={tmp_path / 'run'}", rates)):

@@ -155,8 +155,11 @@ class MemoryPlan:
         # The optimizer step, with the square root of the moments of one tensor at a time.
         root = head if moments else 0
         yield common + Counter({(device, "gradients"): trained, (device, "optimizer"): root})
-        # A checkpoint, with clones of the moments. The gradients are freed before.
+        # A checkpoint, with clones of the moments, or a copy of the student with merged adapters
+        # before. The gradients are freed by then.
         yield common + Counter({("cpu", "checkpoint"): moments})
+        if self.context.student.lora is not None:
+            yield common + Counter({(device, "checkpoint"): weights})
         # The saved student is loaded again: mapped files and weights exist at the same time.
         yield Counter({(device, "weights"): 2 * weights})
 

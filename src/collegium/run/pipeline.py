@@ -23,7 +23,7 @@ from collegium.run.caches import Cache, building
 from collegium.run.checks import check_run, plan_run
 from collegium.run.context import RunContext
 from collegium.run.problems import CheckReport
-from collegium.run.processes import Processes
+from collegium.run.processes import Processes, noticing_loss
 from collegium.run.students import STUDENT_MANIFEST, controls
 from collegium.storage.records import PreflightReport, ResultRow
 from collegium.train.checkpoint import set_aside_damaged
@@ -142,7 +142,7 @@ def _lead(recipe: Recipe, work: Callable[[RunContext], T]) -> T | None:
     """
     processes = Processes.join(recipe)
     context = RunContext(recipe, processes)
-    with processes.noticing_loss():
+    with noticing_loss(processes.ranks):
         if processes.rank > 0:
             for name in processes.shared_builds():
                 _shared(context, name).join()

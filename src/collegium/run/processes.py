@@ -56,22 +56,25 @@ class Processes:
         Raises:
             RecipeError: a variable of the launcher is missing, or the processes run other recipes
                 or versions.
+            TrainingError: one of them does not start within `train.ddp_timeout`.
         """
         ranks = Ranks.from_environment(variables)
         if ranks.is_single:
             return cls()
         quiet_libraries()
         owns_default_group = not dist.is_initialized()
-        if owns_default_group:
-            if missing := [name for name in LAUNCHER_VARIABLES if not variables.get(name)]:
-                raise RecipeError(
-                    f"{', '.join(missing)}: not set, with WORLD_SIZE={ranks.world_size}; must "
-                    "be the address of rank 0; start with torchrun or accelerate launch"
-                )
-            _init_default_group(recipe, ranks, variables)
-        group = dist.new_group(backend="gloo", timeout=STAGE_LIMIT)
-        processes = cls(ranks.rank, ranks.world_size, group, owns_default_group)
-        processes._compare(recipe)
+        missing = [name for name in LAUNCHER_VARIABLES if not variables.get(name)]
+        if owns_default_group and missing:
+            raise RecipeError(
+                f"{', '.join(missing)}: not set, with WORLD_SIZE={ranks.world_size}; must be the "
+                "address of rank 0; start with torchrun or accelerate launch"
+            )
+        with noticing_loss(ranks):
+            if owns_default_group:
+                _init_default_group(recipe, ranks, variables)
+            group = dist.new_group(backend="gloo", timeout=STAGE_LIMIT)
+            processes = cls(ranks.rank, ranks.world_size, group, owns_default_group)
+            processes._compare(recipe)
         if processes.rank > 0:
             silence()
         return processes
@@ -137,22 +140,6 @@ class Processes:
                     "the same everywhere; start all processes with one recipe and environment"
                 )
 
-    @contextmanager
-    def noticing_loss(self) -> Iterator[None]:
-        """Raise TrainingError where a collective fails: another process ended, or hangs."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.is_single or not _is_lost_connection(error):
-                raise
-            # Without the path of a source file before it, and advice to developers after it.
-            reason = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". This is")[0]
-            raise TrainingError(
-                f"process {self.rank} of {self.world_size}: another process ended or exceeded its "
-                f"time limit ({reason}); its own message comes first; run the same command again "
-                "to resume"
-            ) from error
-
 
 SINGLE = Processes()
 
@@ -173,8 +160,26 @@ def _init_default_group(recipe: Recipe, ranks: Ranks, variables: Mapping[str, st
     PartialState(cpu=on_cpu, timeout=timedelta(seconds=recipe.train.ddp_timeout))
 
 
+@contextmanager
+def noticing_loss(ranks: Ranks) -> Iterator[None]:
+    """Raise TrainingError where a collective fails: another process ended, hangs or is missing."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.is_single or not _is_lost_connection(error):
+            raise
+        # Without the path of a source file before it, and advice to developers after it.
+        reason = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". This is")[0]
+        raise TrainingError(
+            f"process {ranks.rank} of {ranks.world_size}: another process ended or exceeded its "
+            f"time limit ({reason}); its own message comes first; run the same command again to "
+            "resume"
+        ) from error
+
+
 def _is_lost_connection(error: RuntimeError) -> bool:
     """Return whether an error is one of a collective. Those of gloo have no class of their own."""
     return isinstance(error, dist.DistError) or any(
-        text in str(error) for text in ("gloo", "Connection closed", "timeout caused pair closure")
+        text in str(error)
+        for text in ("gloo", "Gloo", "Connection closed", "timeout caused pair closure")
     )
