@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import BestSingle, Entropy, Uniform
 from collegium.preflight import search
 from collegium.run import artifacts, choice, pipeline
+from collegium.run.context import RunContext
 from collegium.run.controls import CONTROLS, control_variants, main_variant
 from collegium.run.students import Student
 from collegium.train.trainer import DistillTrainer
@@ -355,3 +358,18 @@ def test_distill_takes_overrides_only_with_a_file(zoo: Path, tmp_path: Path) -> 
     assert "max_steps: 4" in dump_recipe(recipe)
     with refused(CollegiumError):
         collegium.distill(recipe, "seed=1")
+
+
+@pytest.mark.parametrize("stage", [pipeline.run, pipeline.train, pipeline.evaluate])
+def test_a_student_that_cannot_be_trained_is_refused_before_its_teachers_are_read(
+    stage: Callable[[Recipe], Any], zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ModelError("student: mixes documents")
+
+    monkeypatch.setattr(RunContext, "new_student", refuse)
+    recipe = _recipe(zoo, tmp_path, "cache={enabled: true, kind: per_teacher}")
+    with pytest.raises(ModelError, match="mixes documents"):
+        stage(recipe)
+    made = {path.name for path in recipe.output_dir.iterdir()}
+    assert not made & {"cache", "preflight.json", "train"}

@@ -30,7 +30,7 @@ from collegium.cache.manifest import (
     read_manifest,
     require_identity,
 )
-from collegium.cache.processes import REMEDY, Ranks
+from collegium.cache.processes import REMEDY, SINGLE_PROCESS, Ranks
 from collegium.cache.shards import Codec, ShardMetadata, read_metadata, shard_bytes
 from collegium.cache.store import SIDE_FILES, load_codec
 from collegium.console import progress, say
@@ -38,7 +38,6 @@ from collegium.errors import CacheError
 from collegium.storage.files import lock_folder, sha256_of, write_bytes, write_json
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-SINGLE_PROCESS = Ranks()
 SPACE_MARGIN = 1.05
 """Required free space, as a multiple of the estimate."""
 

@@ -64,3 +64,6 @@ class Ranks:
             if not self.is_single:
                 held.enter_context(lock_folder(path, REMEDY, name=f".lock-{self.rank}"))
             yield
+
+
+SINGLE_PROCESS = Ranks()

@@ -59,7 +59,7 @@ class RunContext:
 
     @property
     def is_uncoordinated(self) -> bool:
-        """Whether several processes build caches without a word between them."""
+        """Whether several processes build caches without communication."""
         return self.processes.is_single and not Ranks.from_environment().is_single
 
     def claim_folder(self) -> None:

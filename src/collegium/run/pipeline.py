@@ -196,7 +196,8 @@ def _ensure(recipe: Recipe, *stages: str) -> Sequence[Any]:
 
 def _build(context: RunContext, *stages: str) -> Sequence[Any]:
     contents: list[Any] = []
-    if "train" in stages and not (context.folder.path / STUDENT_MANIFEST).is_file():
+    is_trained = (context.folder.path / STUDENT_MANIFEST).is_file()
+    if not is_trained and {"train", "evaluate"} & {*stages}:
         # A student that cannot be trained is refused before any teacher is read for it.
         context.new_student()
     for stage in stages:

@@ -21,15 +21,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from collegium.cache.processes import Ranks
+from collegium.cache.processes import SINGLE_PROCESS, Ranks
 from collegium.distributions import LIVE, Answer, HiddenRows, Teacher
 from collegium.errors import CollegiumError, DataError, ModelError
 from collegium.storage.files import write_json
 from collegium.storage.records import open_record
 from collegium.teachers.local import LocalTeacher, readable_from
 from collegium.types import Batch, Head, Rows
-
-SINGLE_PROCESS = Ranks()
 
 
 @dataclass(frozen=True)
