@@ -373,3 +373,12 @@ def test_a_student_that_cannot_be_trained_is_refused_before_its_teachers_are_rea
         stage(recipe)
     made = {path.name for path in recipe.output_dir.iterdir()}
     assert not made & {"cache", "preflight.json", "train"}
+
+
+def test_a_time_limit_shapes_no_artifact(zoo: Path, tmp_path: Path) -> None:
+    """A run that was ended by it goes on with a longer one."""
+    first, second, other = (
+        RunContext(_recipe(zoo, tmp_path, *change)).inputs("train")
+        for change in ((), ("train.ddp_timeout=7",), ("train.learning_rate=0.5",))
+    )
+    assert first == second != other

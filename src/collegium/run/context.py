@@ -76,6 +76,8 @@ class RunContext:
         An artifact made from other weights, or other text under the same path, is not up to date.
         """
         values = {**self.values, "data": data_values(self.values["data"])}
+        # A limit of waiting shapes no artifact.
+        values["train"] = {k: v for k, v in values["train"].items() if k != "ddp_timeout"}
         return {name: [values[name], self._content(name)] for name in sections}
 
     def _content(self, section: str) -> dict[str, Any]:
