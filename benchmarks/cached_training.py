@@ -37,6 +37,7 @@ from cache_size import replace_section
 from collegium.cache.build import build_cache
 from collegium.cache.encode import FusedEncoder
 from collegium.cache.keys import BatchKeys
+from collegium.cache.sources import LocalShards
 from collegium.cache.store import open_cache
 from collegium.data.collate import Collator
 from collegium.data.encode import Encoded
@@ -157,7 +158,7 @@ def make_cache(
         "vocab_size": options.vocab,
     }
     started = time.perf_counter()
-    manifest = build_cache(folder, identity, encoder)
+    manifest = build_cache(folder, identity, LocalShards(encoder))
     assert manifest is not None
     speed = manifest.num_targets / (time.perf_counter() - started)
     cache = open_cache(folder)

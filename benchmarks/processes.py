@@ -62,6 +62,7 @@ def build_cache(folder: Path) -> None:
     """Top-16 targets of a small random teacher."""
     from collegium.cache import build
     from collegium.cache.encode import FusedEncoder
+    from collegium.cache.sources import LocalShards
     from collegium.fusion.fuse import Fusion
     from collegium.teachers.local import LocalTeacher
 
@@ -73,7 +74,7 @@ def build_cache(folder: Path) -> None:
         fusion=Fusion(),
     )
     identity = {"kind": "fused", "targets": {"name": "top_k", "k": 16}, "vocab_size": V}
-    build.build_cache(folder, identity, encoder)
+    build.build_cache(folder, identity, LocalShards(encoder))
 
 
 def train(folder: Path, cache: Path, steps: int, device: str) -> float:

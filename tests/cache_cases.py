@@ -18,6 +18,7 @@ from collegium.cache.manifest import Manifest, manifest_digest
 from collegium.cache.options import Samples, Targets, TopK
 from collegium.cache.processes import Ranks
 from collegium.cache.shards import EncodedPiece
+from collegium.cache.sources import LocalShards
 
 VOCAB = 300
 LENGTHS = [9, 2, 17, 5, 30, 12, 3]
@@ -120,7 +121,9 @@ def build(
     """Build a cache, or the shards of a rank."""
     targets = targets or Samples(draws=20)
     encoder = encoder or Encoder(targets, num_shards)
-    return build_cache(path, identity(targets, **changed), encoder, ranks=ranks or Ranks())
+    return build_cache(
+        path, identity(targets, **changed), LocalShards(encoder), ranks=ranks or Ranks()
+    )
 
 
 def entries_of(path: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from collegium.cache.build import build_cache
 from collegium.cache.encode import FusedEncoder
+from collegium.cache.sources import LocalShards
 from collegium.cache.store import open_cache
 from collegium.data.collate import Collator
 from collegium.data.encode import Encoded
@@ -145,7 +146,7 @@ def build_fused_cache(folder: Path) -> None:
         dataset=make_windows(), batch_size=8, seed=0, teachers=make_teachers, fusion=Fusion()
     )
     identity = {"kind": "fused", "targets": {"name": "top_k", "k": 8}, "vocab_size": VOCAB}
-    build_cache(folder, identity, encoder)
+    build_cache(folder, identity, LocalShards(encoder))
 
 
 class Gradients(TrainerCallback):

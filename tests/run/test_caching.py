@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -458,3 +460,31 @@ def test_nothing_to_cache_is_an_error(zoo: Path, tmp_path: Path) -> None:
     )
     with refused(RecipeError, "teachers: "):
         pipeline.cache(plain)
+
+
+@pytest.mark.slow
+def test_actors_of_ray_build_the_same_files(zoo: Path, tmp_path: Path) -> None:
+    """Outputs and hidden states of a teacher, through the command line, and a run that reads."""
+    pytest.importorskip("ray")
+    _recipe(zoo, tmp_path)
+    common = [
+        f"teachers={{code: {{model: {zoo / 'code'}}}}}",
+        "objective.features={weight: 0.1}",
+        "cache={enabled: true, kind: per_teacher, features: {fit_rows: 64}}",
+    ]
+    folders = [tmp_path / "local", tmp_path / "actors"]
+    for folder, more in zip(
+        folders, ([], ["cache.ray={teachers: {code: {actors: 2}}}"]), strict=True
+    ):
+        command = ["cache", str(tmp_path / "recipe.yaml"), f"output_dir={folder}", *common, *more]
+        subprocess.run([sys.executable, "-m", "collegium", *command], check=True)
+    local, actors = (
+        {
+            path.relative_to(folder): path.read_bytes()
+            for path in (folder / "cache").rglob("*")
+            if path.is_file() and not path.name.startswith(".lock")
+        }
+        for folder in folders
+    )
+    assert local == actors
+    assert len(local) == 2 + 2 + 3

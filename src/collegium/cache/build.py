@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from collegium.cache.encode import CorpusEncoder
 from collegium.cache.manifest import (
     FOLDERS,
     FORMAT,
@@ -31,7 +30,8 @@ from collegium.cache.manifest import (
     require_identity,
 )
 from collegium.cache.processes import REMEDY, SINGLE_PROCESS, Ranks
-from collegium.cache.shards import Codec, ShardMetadata, read_metadata, shard_bytes
+from collegium.cache.shards import Codec, ShardMetadata, read_metadata
+from collegium.cache.sources import ShardSource
 from collegium.cache.store import SIDE_FILES, load_codec
 from collegium.console import progress, say
 from collegium.errors import CacheError
@@ -45,7 +45,7 @@ SPACE_MARGIN = 1.05
 def build_cache(
     path: Path,
     identity: Mapping[str, Any],
-    encoder: CorpusEncoder,
+    source: ShardSource,
     *,
     label: str = "cache",
     ranks: Ranks = SINGLE_PROCESS,
@@ -69,8 +69,8 @@ def build_cache(
         if manifest is not None:
             require_identity(path, manifest.identity, identity)
         # Verifies every finished shard, so a damaged one is built again even under a manifest.
-        build = _Build(path, identity, encoder, ranks)
-        if manifest is None or len(build.shards) < len(encoder.shard_targets):
+        build = _Build(path, identity, source, ranks)
+        if manifest is None or len(build.shards) < len(source.shard_targets):
             build.require_space(label)
             build.write_shards(label)
             manifest = build.finish()
@@ -84,11 +84,11 @@ def build_cache(
 class _Build:
     path: Path
     identity: Mapping[str, Any]
-    encoder: CorpusEncoder
+    source: ShardSource
     ranks: Ranks
 
     def __post_init__(self) -> None:
-        self._targets = self.encoder.shard_targets
+        self._targets = self.source.shard_targets
         self.shards: dict[int, FileEntry] = {}
         self._side = self._side_file()
         side = self._side and (self.path / self._side.name).read_bytes()
@@ -114,20 +114,17 @@ class _Build:
         total = sum(self._targets[number] for number in numbers)
         done = total - sum(self._targets[number] for number in missing)
         if missing:
-            self.encoder.load()
-        with progress(label) as advance:
-            advance(done, total)
-            for number in missing:
-                pieces = []
-                for piece in self.encoder.encode(number, self._codec):
-                    pieces.append(piece)
-                    done += self._codec.num_targets(piece.columns)
-                    advance(done, total)
-                num_targets = sum(self._codec.num_targets(piece.columns) for piece in pieces)
-                if num_targets != self._targets[number]:
-                    expected = self._targets[number]
-                    raise ValueError(f"shard {number}: {num_targets} targets instead of {expected}")
-                data = shard_bytes(pieces, self._codec, self._metadata(number))
+            self.source.load()
+        with progress(label) as report:
+            report(done, total)
+
+            def advance(num_targets: int) -> None:
+                nonlocal done
+                done += num_targets
+                report(done, total)
+
+            metadata = {number: self._metadata(number) for number in missing}
+            for number, data in self.source.shards(metadata, self._codec, advance):
                 self.shards[number] = self._write(f"shard-{number:05d}", "parquet", data)
 
     def finish(self) -> Manifest | None:
@@ -164,8 +161,7 @@ class _Build:
         if done := sum(self._targets[number] for number in self.shards):
             per_target = sum(entry.bytes for entry in self.shards.values()) / done
         else:
-            sample = [piece.columns for piece in self.encoder.sample(self._codec)]
-            per_target = self._codec.bytes_per_target(sample, max(self._targets))
+            per_target = self.source.bytes_per_target(self._codec)
         return round((sum(self._targets) - done) * per_target)
 
     def _side_file(self) -> FileEntry | None:
@@ -175,7 +171,7 @@ class _Build:
             return None
         with self._exclusive():
             entry = finished_files(self.path, SIDE_NAME, lambda _: True).get(stem)
-            return entry or self._write(stem, "safetensors", self.encoder.fit())
+            return entry or self._write(stem, "safetensors", self.source.fit())
 
     def _exclusive(self) -> AbstractContextManager[None]:
         """Wait until no other rank writes a file that all ranks share."""

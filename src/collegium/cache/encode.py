@@ -70,7 +70,7 @@ class CorpusEncoder(ABC):
         """Load the models that it reads, before the time of the first batch is measured."""
 
     def sample(self, codec: Any) -> list[EncodedPiece]:
-        """Encode one batch of windows, spread over the data set, for the size estimate."""
+        """Encode one batch of windows, spread over the data set, for an estimate of their size."""
         places = np.linspace(0, len(self._windows) - 1, min(self.batch_size, len(self._windows)))
         return list(self._encode([self._windows[int(place)] for place in places], codec))
 

@@ -55,6 +55,34 @@ class FeatureCacheOptions:
     """Rows, from the first windows, that the projection is fitted on."""
 
 
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@option
+class ActorOptions:
+    """A pool of Ray actors, each with the models of one cache in its memory."""
+
+    actors: Annotated[int, Field(ge=1)] = 1
+    """Actors that build one cache, each a shard at a time."""
+    num_cpus: Amount = 1
+    """CPU cores of each actor, and its threads."""
+    num_gpus: Amount = 0
+    """GPUs of each actor. 0.5 puts two actors on one GPU, 0 none on any."""
+    resources: dict[str, Amount] = field(default_factory=dict)
+    """Custom resources of each actor, as in `ray start --resources`."""
+
+
+@option
+class RayOptions(ActorOptions):
+    """Caches built by the actors of a Ray cluster. Only this process writes files."""
+
+    address: str | None = None
+    """Address of the cluster: `auto`, `HOST:6379` or `ray://HOST:10001`. Defaults to the variable
+    RAY_ADDRESS, and without it to Ray on this machine for the time of the build."""
+    teachers: dict[str, ActorOptions] = field(default_factory=dict)
+    """Other pools for the per-teacher caches of some teachers, such as `{big: {num_gpus: 4}}`."""
+
+
 _TARGETS = Samples()
 # Measured: 35.2 bytes per target at V = 49,152, of a budget of 36 (docs/results/cache.md).
 _TEACHER_DRAWS = 24
@@ -94,6 +122,8 @@ class CacheOptions:
     Without them, those terms are skipped."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Windows per teacher batch."""
+    ray: RayOptions | None = None
+    """Build caches on a Ray cluster. Has no effect on their content."""
 
     @model_validator(mode="after")
     def _agrees(self) -> CacheOptions:
@@ -116,6 +146,11 @@ class CacheOptions:
                 "features: got some with kind `fused`; must be empty unless the kind is "
                 "`per_teacher`, because hidden states belong to single teachers; leave it out, or "
                 "set cache.kind: per_teacher"
+            )
+        if self.ray is not None and self.ray.teachers and self.kind == "fused":
+            raise ValueError(
+                "ray.teachers: got some with kind `fused`; must be empty unless the kind is "
+                "`per_teacher`, because its actors hold all teachers; leave it out"
             )
         return self
 

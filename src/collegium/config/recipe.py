@@ -209,6 +209,10 @@ def _cache_problems(recipe: Recipe) -> Iterator[str]:
         yield f"cache.enabled: needs {needs}; set it to false"
     if cache.features is not None and not recipe.objective.state_terms():
         yield "cache.features: got some without objective.features; must go with them; omit it"
+    for name in cache.ray.teachers if cache.ray else ():
+        if name not in recipe.teachers:
+            hint = nearest(name, recipe.teachers)
+            yield f"cache.ray.teachers: got `{name}`; must be a teacher{hint}"
     yield from unmet(recipe.objective.requirements(), cache.capabilities)
     if isinstance(recipe.fusion, Fusion):
         # A fused cache is built from live teachers, and may use any fusion that is fixed per row.

@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from collegium.cache.build import build_cache
+from collegium.cache.cluster import RayShards, connected
 from collegium.cache.encode import (
     SHARD_TARGETS,
     CorpusEncoder,
@@ -31,7 +32,9 @@ from collegium.cache.encode import (
 )
 from collegium.cache.keys import document_hash
 from collegium.cache.manifest import read_manifest, require_identity
+from collegium.cache.options import ActorOptions, RayOptions
 from collegium.cache.processes import Ranks
+from collegium.cache.sources import LocalShards, ShardSource
 from collegium.cache.store import CacheReader, open_cache, verify_cache
 from collegium.config.recipe import plain
 from collegium.console import progress
@@ -141,7 +144,21 @@ class Cache(Artifact[CacheReader[T]]):
     def build(self) -> None:
         """Build the shards of this process. Raises CacheError if the folder cannot be used."""
         ranks = Ranks.from_environment()
-        build_cache(self.path, self.identity(), self.encoder(), label=self.name, ranks=ranks)
+        with self._source() as source:
+            build_cache(self.path, self.identity(), source, label=self.name, ranks=ranks)
+
+    @contextmanager
+    def _source(self) -> Iterator[ShardSource]:
+        local, options = LocalShards(self.encoder()), self.context.recipe.cache.ray
+        if options is None:
+            yield local
+            return
+        pool, targets = self._pool(options), local.shard_targets
+        with connected(options), closing(RayShards(self, targets, pool, name=self.name)) as actors:
+            yield actors
+
+    def _pool(self, options: RayOptions) -> ActorOptions:
+        return options
 
     def join(self) -> None:
         self.build()
@@ -212,6 +229,9 @@ class TeacherCache(Cache[NamedRows]):
             "teachers": {self.teacher: context.teacher_identity(self.teacher)},
         }
 
+    def _pool(self, options: RayOptions) -> ActorOptions:
+        return options.teachers.get(self.teacher, options)
+
     def encoder(self) -> TeacherEncoder:
         context, recipe = self.context, self.context.recipe
         dataset, max_tokens = context.datasets[self.split], recipe.preflight.max_tokens
@@ -248,6 +268,9 @@ class HiddenCache(Cache[dict[str, Tensor]]):
             "teachers": {self.teacher: context.teacher_identity(self.teacher)},
         }
 
+    def _pool(self, options: RayOptions) -> ActorOptions:
+        return options.teachers.get(self.teacher, options)
+
     def encoder(self) -> HiddenEncoder:
         context, recipe = self.context, self.context.recipe
         options = recipe.cache.features
@@ -262,10 +285,16 @@ class HiddenCache(Cache[dict[str, Tensor]]):
         )
 
 
-def building(caches: Iterable[Artifact[Any]]) -> AbstractContextManager[Any]:
-    """Show the builds of several caches as one piece of work."""
-    costs = {cache.name: cache.cost() for cache in caches if isinstance(cache, Cache)}
-    return progress("cache", costs) if costs else nullcontext()
+@contextmanager
+def building(caches: Iterable[Artifact[Any]]) -> Iterator[None]:
+    """Show the builds of several caches as one piece of work, on one connection to a cluster."""
+    missing = [cache for cache in caches if isinstance(cache, Cache)]
+    with ExitStack() as held:
+        if missing:
+            held.enter_context(progress("cache", {one.name: one.cost() for one in missing}))
+            if (options := missing[0].context.recipe.cache.ray) is not None:
+                held.enter_context(connected(options))
+        yield
 
 
 def corpus_identity(context: RunContext, split: Split) -> dict[str, Any]:

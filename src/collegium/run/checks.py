@@ -10,6 +10,7 @@ from collections import Counter
 
 import torch
 
+from collegium.cache.cluster import require_ray
 from collegium.cache.manifest import read_manifest, require_identity
 from collegium.cache.options import TopK
 from collegium.cache.processes import Ranks
@@ -128,6 +129,8 @@ def _check_machine(recipe: Recipe, *, trains: bool) -> None:
             "train.bf16: got true; must be false on a CUDA device without bfloat16; remove it"
         )
     require_backend(recipe.objective.backend)
+    if recipe.cache.ray is not None:
+        require_ray()
 
 
 def _teachers(context: RunContext) -> Models:

@@ -57,6 +57,10 @@ class RunContext:
         self.sources: Sequence[SourceSummary] = ()
         """What was read from each source, once `datasets` was used."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the recipe only: another process makes its own parts from it."""
+        return RunContext, (self.recipe,)
+
     @property
     def is_uncoordinated(self) -> bool:
         """Whether several processes build caches without communication."""
@@ -76,8 +80,9 @@ class RunContext:
         An artifact made from other weights, or other text under the same path, is not up to date.
         """
         values = {**self.values, "data": data_values(self.values["data"])}
-        # A limit of waiting shapes no artifact.
+        # A limit of waiting and a place of work shape no artifact.
         values["train"] = {k: v for k, v in values["train"].items() if k != "ddp_timeout"}
+        values["cache"] = {k: v for k, v in values["cache"].items() if k != "ray"}
         return {name: [values[name], self._content(name)] for name in sections}
 
     def _content(self, section: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from collegium.cache.keys import PieceKey
 from collegium.cache.manifest import MANIFEST, Manifest
 from collegium.cache.processes import Ranks
 from collegium.cache.shards import EncodedPiece
+from collegium.cache.sources import LocalShards
 from collegium.cache.store import CacheReader, open_cache
 from collegium.cli import app
 from collegium.errors import CacheError
@@ -175,7 +176,9 @@ class Encoder:
 
 
 def build(path: Path, ranks: Ranks = SINGLE_PROCESS, **changed: Any) -> Manifest | None:
-    return build_cache(path, IDENTITY | changed, Encoder(), label="hidden", ranks=ranks)
+    return build_cache(
+        path, IDENTITY | changed, LocalShards(Encoder()), label="hidden", ranks=ranks
+    )
 
 
 @pytest.fixture
