@@ -98,6 +98,11 @@ def test_sums_by_document_are_paired_by_id(tmp_path: Path) -> None:
     total_D, count_D = difference_sums(one, "x", other, "y")
     assert dict(zip(count_D.tolist(), total_D.tolist(), strict=False)) == {1: 1.0, 2: 2.0}
     assert sorted(zip(total_D.tolist(), count_D.tolist(), strict=True)) == [(1, 1), (2, 2), (3, 1)]
+    # Documents 1 and 3 are of the domain `odd`.
+    odd = difference_sums(one, "x", one, "x", ["odd"])
+    assert odd[1].tolist() == [1, 2]
+    with refused(CollegiumError, "TMP/one: "):
+        difference_sums(one, "x", one, "x", ["prime"])
 
 
 def test_other_documents_are_refused(tmp_path: Path) -> None:

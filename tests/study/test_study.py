@@ -156,6 +156,30 @@ def test_settings_are_compared_with_the_baseline(tiny_study: Path) -> None:
     assert "NLL minus that of EM · 0.9" in (page.parent / "table.md").read_text()
 
 
+def test_contrasts_are_differences_of_any_two_settings_by_domain(tiny_study: Path) -> None:
+    """A factor without a level has that of the baseline."""
+    asked = (
+        "baseline: {weighting: EM, share: '0.9'}\n"
+        "contrasts:\n"
+        "  - {of: {weighting: uniform}, minus: {share: '0.5'}}\n"
+        "  - {of: {weighting: uniform}, minus: {share: '0.5'}, domains: [code]}\n"
+    )
+    text = tiny_study.read_text().replace("measures:", f"{asked}measures:")
+    tiny_study.write_text(text, encoding="utf-8")
+    page, tables = sweep.run_study(tiny_study)
+    names = ["uniform · 0.9 − EM · 0.5", "uniform · 0.9 − EM · 0.5, on code"]
+    assert [line.name for line in tables[-1].lines] == names
+    rows = json.loads((page.parent / "rows.json").read_text())
+    for line, measure in zip(tables[-1].lines, ("student_nll", "student_nll@code"), strict=True):
+        nll = {
+            (" · ".join(row["levels"].values()), row["seed"]): row["values"][measure]
+            for row in rows
+        }
+        expected = {s: nll["uniform · 0.9", s] - nll["EM · 0.5", s] for s in (0, 1)}
+        assert line.row.differences == pytest.approx(expected, abs=1e-6)
+    assert names[1] in (page.parent / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -227,6 +251,16 @@ def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
             "students: false\nbaseline: {weighting: EM}\nmeasures:",
             "tiny.yaml:14: baseline",
         ),
+        (
+            "measures:",
+            "contrasts: [{of: {weighting: EM}, minus: {weighting: EM, share: '0.9'}}]\nmeasures:",
+            "tiny.yaml:13: contrasts.0.of",
+        ),
+        (
+            "measures:",
+            "students: false\ncontrasts: [{of: {}, minus: {}}]\nmeasures:",
+            "tiny.yaml:14: contrasts",
+        ),
     ],
     ids=[
         "measure",
@@ -241,6 +275,8 @@ def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
         "question",
         "baseline",
         "baseline without students",
+        "contrast",
+        "contrast without students",
     ],
 )
 def test_invalid_study_is_refused_before_any_run(

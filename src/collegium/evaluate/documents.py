@@ -9,7 +9,7 @@ Shapes: N rows (target tokens), D documents.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +43,20 @@ def documents_file(metrics: Mapping[str, Metrics], names: Sequence[str]) -> byte
     return buffer.getvalue()
 
 
-def difference_sums(file: Path, model: str, other_file: Path, other: str) -> Sums:
-    """Sum NLL(model) - NLL(other) over each document that both files have, and its tokens.
+def difference_sums(
+    file: Path, model: str, other_file: Path, other: str, domains: Collection[str] = ()
+) -> Sums:
+    """Sum NLL(model) - NLL(other) over each document of some domains or of all, and its tokens.
 
     Raises:
-        CollegiumError: a file cannot be read, has no such model, or has other documents or tokens.
+        CollegiumError: a file cannot be read, has no such model or domain, or has other documents
+            or tokens.
     """
-    left, right = _sums(file, model), _sums(other_file, other)
+    left, right = _sums(file, model, domains), _sums(other_file, other, domains)
+    if not left:
+        raise CollegiumError(
+            f"{file}: has no document of {', '.join(domains)}; must have some; name other domains"
+        )
     if left.keys() != right.keys() or any(left[key][1] != right[key][1] for key in left):
         raise CollegiumError(
             f"{file}: got other documents than {other_file}; must be the same text, tokenizer and "
@@ -59,9 +66,9 @@ def difference_sums(file: Path, model: str, other_file: Path, other: str) -> Sum
     return totals, np.array([count for _, count in left.values()], np.int64)
 
 
-def _sums(file: Path, model: str) -> dict[str, tuple[float, int]]:
+def _sums(file: Path, model: str, domains: Collection[str]) -> dict[str, tuple[float, int]]:
     try:
-        table = pq.read_table(file, columns=["document", "num_tokens", f"nll/{model}"])
+        table = pq.read_table(file, columns=["document", "num_tokens", f"nll/{model}", "domain"])
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         problem = str(error).partition("\n")[0]
         raise CollegiumError(
@@ -69,4 +76,8 @@ def _sums(file: Path, model: str) -> dict[str, tuple[float, int]]:
             "evaluate the run again"
         ) from error
     columns = (column.to_pylist() for column in table.columns)
-    return {name: (nll, count) for name, count, nll in zip(*columns, strict=True)}
+    return {
+        name: (nll, count)
+        for name, count, nll, domain in zip(*columns, strict=True)
+        if not domains or domain in domains
+    }

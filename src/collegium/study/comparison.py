@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from collegium.report.formats import interval, signed
 from collegium.report.tables import Column, Line, Table
 from collegium.storage import records
 from collegium.study.measurements import by_setting
+from collegium.study.options import ContrastOptions
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,16 @@ class Comparison:
         return "worse" if min(edges) > 0 else "undecided"
 
 
-def compare(rows: Sequence[records.StudyRow], others: Sequence[records.StudyRow]) -> Comparison:
-    """Compare the students of two settings, seed by seed.
+def compare(
+    rows: Sequence[records.StudyRow],
+    others: Sequence[records.StudyRow],
+    domains: Collection[str] = (),
+) -> Comparison:
+    """Compare the students of two settings, seed by seed, on some domains or on all.
 
     Raises:
-        CollegiumError: the runs of a seed were evaluated on different documents.
+        CollegiumError: the runs of a seed were evaluated on different documents, or on none of
+            these domains.
     """
     folder_of = {row.seed: Path(row.folder) for row in others}
     strata = {}
@@ -53,7 +59,7 @@ def compare(rows: Sequence[records.StudyRow], others: Sequence[records.StudyRow]
             one = Path(row.folder)
             names = _student(one), _student(other)
             strata[row.seed] = difference_sums(
-                one / DOCUMENTS, names[0], other / DOCUMENTS, names[1]
+                one / DOCUMENTS, names[0], other / DOCUMENTS, names[1], domains
             )
     means = {seed: float(total.sum() / count.sum()) for seed, (total, count) in strata.items()}
     over_seeds = seed_interval([*means.values()])
@@ -71,14 +77,39 @@ def comparison_table(
         for other, group in settings.items()
         if other != name
     ]
-    columns: list[Column[Comparison]] = [
+    return Table(f"NLL minus that of {name}", " · ".join(factors), _columns(), lines)
+
+
+def contrast_table(
+    rows: Sequence[records.StudyRow],
+    factors: Sequence[str],
+    contrasts: Sequence[ContrastOptions],
+    baseline: Mapping[str, str],
+) -> Table[Comparison]:
+    """Return the differences that the study asks for, of settings that have runs."""
+    settings = {
+        frozenset(group[0].levels.items()): (name, group)
+        for name, group in by_setting(rows, factors).items()
+    }
+    lines = []
+    for contrast in contrasts:
+        pair = [{**baseline, **levels} for levels in (contrast.of, contrast.minus)]
+        found = [settings.get(frozenset(levels.items())) for levels in pair]
+        if None not in found:
+            (name, group), (other, others) = (one for one in found if one)
+            where = f", on {', '.join(contrast.domains)}" if contrast.domains else ""
+            lines.append(Line(f"{name} − {other}{where}", compare(group, others, contrast.domains)))
+    return Table("Differences of two settings", "difference", _columns(), lines)
+
+
+def _columns() -> list[Column[Comparison]]:
+    return [
         Column("ΔNLL", lambda row: row.mean, signed),
         Column("by seed", lambda row: ", ".join(map(signed, row.differences.values())), str),
         Column("95 %, documents", lambda row: row.over_documents, _interval),
         Column("95 %, seeds", lambda row: row.over_seeds, _interval),
         Column("", lambda row: row.verdict, str, is_text=True),
     ]
-    return Table(f"NLL minus that of {name}", " · ".join(factors), columns, lines)
 
 
 def _interval(edges: Interval | None) -> str:

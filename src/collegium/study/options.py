@@ -52,6 +52,18 @@ class FigureOptions:
 
 
 @option
+class ContrastOptions:
+    """A difference of two settings, with its intervals over documents and over seeds."""
+
+    of: dict[str, str]
+    """Factor -> level. A factor that is left out has its level in the baseline."""
+    minus: dict[str, str]
+    """The same of the other setting."""
+    domains: list[str] = field(default_factory=list)
+    """Domains whose documents count. All if empty."""
+
+
+@option
 class StudyOptions:
     """A study: all combinations of factor levels, each with every seed."""
 
@@ -78,6 +90,8 @@ class StudyOptions:
     """Columns of the table."""
     baseline: dict[str, str] = field(default_factory=dict)
     """Factor -> level of the setting that all others are compared with, by document and by seed."""
+    contrasts: list[ContrastOptions] = field(default_factory=list)
+    """More differences of two settings."""
     figures: list[FigureOptions] = field(default_factory=list)
     """Plots on the page."""
 
@@ -113,6 +127,7 @@ def _problems(study: StudyOptions) -> Iterator[str]:
         if has_lines and not figure.x:
             yield "figures: got `lines` without x; must name a factor; add `x`"
     yield from _baseline_problems(study)
+    yield from _contrast_problems(study)
     for factor, levels in study.factors.items():
         yield from _level_problems(f"factors.{factor}", levels)
 
@@ -137,6 +152,21 @@ def _baseline_problems(study: StudyOptions) -> Iterator[str]:
     elif study.baseline and all(levels != study.baseline for levels, _ in study.settings()):
         factors = ", ".join(study.factors)
         yield f"baseline: got {shown(study.baseline)}; must name a level of each factor ({factors})"
+
+
+def _contrast_problems(study: StudyOptions) -> Iterator[str]:
+    if study.contrasts and not study.students:
+        yield "contrasts: got some without students; must be empty; leave it out"
+        return
+    known = [levels for levels, _ in study.settings()]
+    factors = ", ".join(study.factors)
+    for number, contrast in enumerate(study.contrasts):
+        for key, levels in (("of", contrast.of), ("minus", contrast.minus)):
+            if {**study.baseline, **levels} not in known:
+                yield (
+                    f"contrasts.{number}.{key}: got {shown(levels)}; must name a level of each "
+                    f"factor that has none in the baseline ({factors})"
+                )
 
 
 def _measure_problems(key: str, names: Sequence[str]) -> Iterator[str]:

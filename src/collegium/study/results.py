@@ -14,7 +14,7 @@ from collegium.report.tables import Column, Line, Table
 from collegium.run.folder import environment
 from collegium.storage.files import write_text
 from collegium.storage.records import StudyRow
-from collegium.study.comparison import comparison_table
+from collegium.study.comparison import comparison_table, contrast_table
 from collegium.study.figures import correlation, draw_figures
 from collegium.study.measurements import (
     TASK_MODELS,
@@ -74,7 +74,7 @@ def factor_names(study: StudyOptions, rows: Sequence[StudyRow]) -> list[str]:
 
 
 def study_tables(study: StudyOptions, rows: Sequence[StudyRow]) -> list[Table[Any]]:
-    """Return a table of all settings, and of their comparisons with the baseline if there is one.
+    """Return a table of all settings, of their comparisons with a baseline, and of its contrasts.
 
     For two factors, one pivot table per measure precedes it.
     """
@@ -89,6 +89,8 @@ def study_tables(study: StudyOptions, rows: Sequence[StudyRow]) -> list[Table[An
         tables.append(task_table(rows, factors))
     if study.baseline:
         tables.append(comparison_table(rows, factors, study.baseline))
+    if study.contrasts:
+        tables.append(contrast_table(rows, factors, study.contrasts, study.baseline))
     return tables
 
 
