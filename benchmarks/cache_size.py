@@ -184,7 +184,7 @@ def spread(pieces: Sequence[EncodedPiece]) -> list[EncodedPiece]:
     for piece in pieces:
         ids = piece.columns["ids"].astype(np.uint32) * 3
         ids += rng.integers(3, size=len(ids), dtype=np.uint32)
-        moved.append(EncodedPiece(piece.key, {**piece.columns, "ids": ids}))
+        moved.append(dataclasses.replace(piece, columns={**piece.columns, "ids": ids}))
     return moved
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from collegium.cache.codecs.targets import TargetCodec
 from collegium.cache.encode import SHARD_TARGETS
 from collegium.storage.records import MAX_BYTES
 
@@ -184,13 +183,6 @@ def limits() -> Iterator[tuple[str, str, str]]:
         "index sorted in memory by the first process that opens a cache",
         _count(64e9 / (SORTING * INDEX_BYTES) * DOCUMENT),
         f"64 GB for {_count(64e9 / (SORTING * INDEX_BYTES))} pieces; the others map the file",
-    )
-    group = TargetCodec.group_targets
-    yield (
-        "row groups under a global shuffle",
-        "any, once it exceeds the groups kept in memory",
-        f"a piece of {DOCUMENT:,} targets decodes its group of {group:,}: "
-        f"{group / DOCUMENT:.1f} times what it uses",
     )
     machine = Plan(1e12, 512).reading
     yield (

@@ -72,7 +72,7 @@ def pieces_of(shard: int, targets: Targets, lengths: Sequence[int] = LENGTHS) ->
         key, logp = key_of(shard, piece, length), logp_of(shard, piece, length)
         keys = row_keys(3, np.full(length - 1, key.document, np.uint64), np.arange(length - 1))
         scalars = {name: logp[:, i] for i, name in enumerate(SCALARS)}
-        pieces.append(EncodedPiece(key, codec_of(targets).encode(logp, keys, scalars)))
+        pieces.append(EncodedPiece(key, codec_of(targets).encode(logp, keys, scalars), piece))
     return pieces
 
 

@@ -343,9 +343,26 @@ MUTATIONS = [
         ("require_identity(where, manifest.identity, expected)", "pass"),
     ),
     *_of(
-        "cache/store.py",
+        "cache/shards.py",
         "cache/test_index.py",
         ("return int(self.documents[n]) == key.document and self.windows[n].tobytes() == key.window", "return True"),
+    ),
+    *_of(
+        "cache/shards.py",
+        "cache/test_store.py",
+        ("if n == 0 or one != windows[n - 1]]", "]"),
+    ),
+    *_of(
+        "cache/cluster.py",
+        "cache/test_cluster.py",
+        ("waiting.appendleft(task)", "pass"),
+        ("if changes := differing_fields(self._identity, identity):", "if changes := []:"),
+        ("if self._losses > MAX_LOSSES * self._pool.actors:", "if False:"),
+        ("if amount > available.get(name, 0):", "if False:"),
+    ),
+    *_of(
+        "cache/store.py",
+        "cache/test_index.py",
         ("if place is None and self._index.is_stored:", "if False:"),
         ("                self._verified.verify(entry)\n", ""),
         ("verified=not is_stored(self.manifest)", "verified=True"),

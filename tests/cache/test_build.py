@@ -182,7 +182,7 @@ def test_the_estimate_includes_the_vocabulary_of_a_small_shard() -> None:
         noise = torch.randn(256, vocab_size, generator=generator)
         keys = row_keys(0, np.full(256, document, np.uint64), np.arange(256))
         columns = codec.encode((base + noise).log_softmax(-1), keys, scalars)
-        pieces.append(EncodedPiece(PieceKey(document, 0, bytes(16)), columns))
+        pieces.append(EncodedPiece(PieceKey(document, 0, bytes(16)), columns, document))
     for number in (1, 8):
         part = pieces[:number]
         sizes = codec.pack([piece.columns for piece in part])["vocabulary"].values.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -134,15 +135,19 @@ def test_the_documented_reader_needs_no_collegium(tmp_path: Path, targets: Targe
                         assert value == pytest.approx(row[token].item(), abs=1 / 128 + 1e-6)
 
 
-def test_row_groups_end_at_the_target_limit(tmp_path: Path) -> None:
+def test_row_groups_are_whole_windows(tmp_path: Path) -> None:
+    """At least `group_targets` of them, so that reading one window decodes little else."""
     targets = TopK(k=1)
     pieces = cache_cases.pieces_of(0, targets, [1500] * 7)
+    pieces = [
+        dataclasses.replace(one, window=(0, 0, 1, 1, 2, 3, 4)[n]) for n, one in enumerate(pieces)
+    ]
     path = tmp_path / "x.parquet"
     metadata = ShardMetadata(format=2, shard=0, num_targets=7 * 1499, num_shards=1)
     path.write_bytes(shard_bytes(pieces, cache_cases.codec_of(targets), metadata))
     stored = pq.ParquetFile(path).metadata
-    assert [stored.row_group(i).num_rows for i in range(stored.num_row_groups)] == [3, 3, 1]
-    assert TargetCodec.group_targets == 4096
+    assert [stored.row_group(i).num_rows for i in range(stored.num_row_groups)] == [2, 2, 1, 1, 1]
+    assert TargetCodec.group_targets == 1000
 
 
 def test_another_context_or_mask_is_another_key(tmp_path: Path) -> None:

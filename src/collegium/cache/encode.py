@@ -92,7 +92,9 @@ class CorpusEncoder(ABC):
             counts = [piece.num_targets for piece in pieces]
             key_N = [key for key, count in zip(keys, counts, strict=True) for _ in range(count)]
             columns = self._encode_rows(batch, batch.rows(), key_N, codec)
-            yield from map(EncodedPiece, keys, split_columns(columns, counts, codec.entries))
+            windows = [numbers[piece.window] for piece in pieces]
+            parts = split_columns(columns, counts, codec.entries)
+            yield from map(EncodedPiece, keys, parts, windows)
 
     def _batches(self, windows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         """Yield the windows in batches, except for batches without a row."""

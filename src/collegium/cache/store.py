@@ -6,7 +6,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -31,11 +30,11 @@ from collegium.cache.manifest import (
     verify_size,
 )
 from collegium.cache.shards import (
-    KEYS,
     Codec,
     Columns,
-    ListColumn,
+    RowGroup,
     join_columns,
+    list_names,
     read_group,
     read_keys,
     starts_of,
@@ -45,7 +44,7 @@ from collegium.errors import CacheError
 from collegium.storage.location import Location
 
 MAX_GROUPS = 256
-"""Row groups kept in memory: about 0.5 MB each for targets, 0.3 MB per tap for hidden states."""
+"""Row groups kept in memory: about 0.1 MB each for targets, 0.3 MB per tap for hidden states."""
 SIDE_FILES = {"features": "projection"}
 """Kinds of caches with a file beside the shards, and the stem of its name."""
 _log = logging.getLogger(__name__)
@@ -61,11 +60,12 @@ class CacheReader(Generic[Decoded]):
         self.manifest = manifest
         self.codec = codec
         self._files: dict[int, pq.ParquetFile] = {}
-        # Per shard: the first row of each row group.
+        # Per shard: the columns to read, and the first row of each row group.
+        self._names: dict[int, list[str]] = {}
         self._starts: dict[int, np.ndarray] = {}
         self._shared: dict[int, np.ndarray] = {}
         # Least recently used first; bounded by `MAX_GROUPS`.
-        self._groups: OrderedDict[tuple[int, int], _Group] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
         self._verified = VerifiedFiles.of(location, manifest.sha256)
         self._index = index_of(manifest, self._read_all_keys)
 
@@ -124,13 +124,12 @@ class CacheReader(Generic[Decoded]):
         n = row - int(starts[group])
         return (shard, group, n) if self._group(shard, group).has(n, key) else None
 
-    def _group(self, shard: int, group: int) -> _Group:
+    def _group(self, shard: int, group: int) -> RowGroup:
         """Return a row group, read if it is not in memory."""
         with self._reading(shard) as file:
             content = self._groups.pop((shard, group), None)
             if content is None:
-                names = [n for n in file.schema_arrow.names if n not in (*KEYS, self.codec.shared)]
-                content = _Group(read_group(file, group, names), *read_keys(file, [group]))
+                content = read_group(file, group, self._names[shard])
             self._groups[shard, group] = content
             if len(self._groups) > MAX_GROUPS:
                 self._groups.popitem(last=False)
@@ -141,7 +140,7 @@ class CacheReader(Generic[Decoded]):
         lists = self._group(shard, group).lists
         with self._reading(shard) as file:
             if shard not in self._shared and self.codec.shared:
-                column = read_group(file, 0, [self.codec.shared])[self.codec.shared]
+                column = read_group(file, 0, [self.codec.shared]).lists[self.codec.shared]
                 self._shared[shard] = column.values[: column.starts[1]]
             spans = {n: slice(c.starts[start], c.starts[stop]) for n, c in lists.items()}
             columns = {n: column.values[spans[n]] for n, column in lists.items()}
@@ -166,25 +165,17 @@ class CacheReader(Generic[Decoded]):
                 return
             if shard not in self._files:
                 self._verified.verify(entry)
-                file = self._files[shard] = self.location.parquet(entry.name)
+                file = self.location.parquet(entry.name)
+                names, codec = list_names(file), self.codec
+                if missing := codec.unread - {*names}:
+                    raise ValueError(f"no column `{min(missing)}`")
+                self._names[shard] = [n for n in names if n not in {codec.shared, *codec.unread}]
+                self._files[shard] = file
                 rows = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
                 self._starts[shard] = starts_of(rows)
             yield self._files[shard]
         except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
             raise damaged(self.location, entry.name, f"cannot be read ({error})") from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """A row group in memory."""
-
-    lists: Mapping[str, ListColumn]
-    documents: np.ndarray
-    windows: np.ndarray
-
-    def has(self, n: int, key: PieceKey) -> bool:
-        """Whether piece n has this document and window."""
-        return int(self.documents[n]) == key.document and self.windows[n].tobytes() == key.window
 
 
 def open_cache(where: Path | str, expected: Mapping[str, Any] | None = None) -> CacheReader[Any]:

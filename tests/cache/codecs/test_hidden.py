@@ -169,7 +169,7 @@ class Encoder:
     def encode(self, shard: int, codec: HiddenCodec) -> Iterator[EncodedPiece]:
         for piece in range(len(LENGTHS)):
             states = {tap: states_of(shard, piece, tap) for tap in TAPS}
-            yield EncodedPiece(key_of(shard, piece), codec.encode(states))
+            yield EncodedPiece(key_of(shard, piece), codec.encode(states), piece)
 
     def sample(self, codec: HiddenCodec) -> list[EncodedPiece]:
         return list(self.encode(0, codec))

@@ -86,9 +86,13 @@ class HiddenCodec:
 
     shared: ClassVar[str] = ""
     entries: ClassVar[frozenset[str]] = frozenset()
-    group_targets: ClassVar[int] = 1024
+    group_targets: ClassVar[int] = 1000
 
     projections: Mapping[str, Projection]
+
+    @property
+    def unread(self) -> frozenset[str]:
+        return frozenset()
 
     @classmethod
     def load(cls, data: bytes) -> HiddenCodec:

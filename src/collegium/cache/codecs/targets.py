@@ -63,7 +63,8 @@ class TargetCodec:
 
     shared: ClassVar[str] = "vocabulary"
     entries: ClassVar[frozenset[str]] = frozenset({"ids", "counts", "levels", "gaps", "heights"})
-    group_targets: ClassVar[int] = 4096
+    # One or two windows from 512 tokens on. Groups of 4,000 take 3 % less, and four times the time.
+    group_targets: ClassVar[int] = 1000
 
     kind: TargetKind
     targets: Annotated[Targets, OneOf(TARGETS)]
@@ -78,6 +79,11 @@ class TargetCodec:
             return SCALARS
         names = [name(value) for value in self.temperatures for name in (log_z_name, entropy_name)]
         return ("entropy", "label_logp", "max_logp", *names)
+
+    @property
+    def unread(self) -> frozenset[str]:
+        # Those of a fused target are for other readers of the files.
+        return frozenset(SCALARS if self.kind == "fused" else ())
 
     def encode(
         self, logp_nV: Tensor, keys_n: np.ndarray, scalars: Mapping[str, Tensor]
@@ -142,7 +148,7 @@ class TargetCodec:
             totals = _row_sums(rows["counts"].astype(np.int64), sizes)
             if (rows["counts"] == 0).any() or (totals != self.targets.draws).any():
                 raise ValueError(f"counts of a row do not add up to {self.targets.draws}")
-        if missing := set(self.scalars) - columns.keys():
+        if missing := set(self.scalars) - self.unread - columns.keys():
             raise ValueError(f"no column `{min(missing)}`")
         return rows
 
