@@ -292,6 +292,23 @@ def test_invalid_study_is_refused_before_any_run(
         load_study(tiny_study)
 
 
+@pytest.mark.parametrize(
+    "pick", ["{weighting: gate}", "{weighting: consensus}", "{weighting: fixed, pool: log_linear}"]
+)
+def test_a_pick_that_the_cache_cannot_have_is_refused_before_any_teacher_is_trained(
+    tiny_study: Path, monkeypatch: pytest.MonkeyPatch, pick: str
+) -> None:
+    cached = f"{{pick: {pick}, cache: {{enabled: true, kind: per_teacher}}}}"
+    text = tiny_study.read_text().replace("{pick: {weighting: fixed}}", cached)
+    text = text.replace("base: base.yaml", "base: base.yaml\nzoo: [specialists]")
+    tiny_study.write_text(text, encoding="utf-8")
+    trained = list[str]()
+    monkeypatch.setattr(sweep, "prepare_zoo", lambda *_: trained.append("zoo"))
+    with refused(RecipeError, "EM, 0.5 (seed 0): fusion."):
+        sweep.run_study(tiny_study)
+    assert not trained
+
+
 def test_setting_with_an_unknown_key_names_it(tiny_study: Path) -> None:
     text = tiny_study.read_text().replace("objective.kd_ratio", "objective.kd_raito")
     tiny_study.write_text(text, encoding="utf-8")

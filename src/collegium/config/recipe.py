@@ -21,6 +21,7 @@ from ruamel.yaml.error import YAMLError
 from collegium.cache.options import CacheOptions
 from collegium.config.yaml import YamlDocument, decode, read_text, read_yaml, yaml_writer
 from collegium.data.sources import DataOptions
+from collegium.distributions import Capabilities
 from collegium.errors import RecipeError, nearest
 from collegium.evaluate.options import MAX_SAMPLES, GenerationOptions, TaskName
 from collegium.export.options import ExportOptions
@@ -215,9 +216,13 @@ def _cache_problems(recipe: Recipe) -> Iterator[str]:
             yield f"cache.ray.teachers: got `{name}`; must be a teacher{hint}"
     yield from unmet(recipe.objective.requirements(), cache.capabilities)
     if isinstance(recipe.fusion, Fusion):
-        # A fused cache is built from live teachers, and may use any fusion that is fixed per row.
-        source = FIXED_PER_ROW if cache.kind == "fused" else cache.capabilities
-        yield from unmet(fusion_requirements(recipe.fusion), source)
+        yield from unmet(fusion_requirements(recipe.fusion), cache_source(cache))
+
+
+def cache_source(cache: CacheOptions) -> Capabilities:
+    """Return the operations that a fusion may use with this cache."""
+    # A fused cache is built from live teachers, and may use any fusion that is fixed per row.
+    return FIXED_PER_ROW if cache.kind == "fused" else cache.capabilities
 
 
 def _folder_problems(recipe: Recipe) -> Iterator[str]:

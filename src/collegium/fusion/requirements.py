@@ -13,6 +13,7 @@ from collegium.distributions import Capabilities, Capability, nearest_temperatur
 from collegium.errors import RecipeError
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import Entropy
+from collegium.fusion.weighting import Weighting
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +50,53 @@ REMEDIES = {
 def fusion_requirements(fusion: Fusion) -> list[Requirement]:
     """The requirements of a fusion."""
     weighting, conflict = fusion.weighting, fusion.conflict
-    rule, policy = type(weighting).__name__, type(conflict).__name__
+    policy = type(conflict).__name__
     is_by_batch = isinstance(weighting, Entropy) and weighting.granularity == "batch"
-    separate = "a rule that reads each teacher by itself"
     logs, per_batch = Capability.LOGARITHMS, Capability.PER_BATCH
     softening, pooled = Capability.ANY_TEMPERATURE, fusion.pooled_temperature
     options = [
-        (fusion.pool != "linear", "pool", fusion.pool, "linear", logs),
         (pooled != 1.0, "pooled_temperature", f"{pooled:g}", "1", softening),
         (conflict.is_active, "conflict", policy, "omitted", logs),
         (conflict.yields_to_labels, "conflict", policy, "omitted", per_batch),
-        (weighting.needs_consensus, "weighting", rule, separate, logs),
         (is_by_batch, "weighting.granularity", "batch", "token or sequence", per_batch),
     ]
+    rule, needs_consensus = type(weighting), weighting.needs_consensus
     return [
-        Requirement(f"fusion.{key}", value, allowed, capability)
-        for is_set, key, value, allowed, capability in options
+        *rule_requirements(rule, fusion.pool, needs_consensus=needs_consensus),
+        *(
+            Requirement(f"fusion.{key}", value, allowed, capability)
+            for is_set, key, value, allowed, capability in options
+            if is_set
+        ),
+        *(
+            Requirement(f"fusion.temperatures.{name}", f"{value:g}", "", temperature=value)
+            for name, value in fusion.temperatures.items()
+        ),
+    ]
+
+
+def rule_requirements(
+    rule: type[Weighting], pool: str, *, needs_consensus: bool | None = None
+) -> list[Requirement]:
+    """The requirements of a rule in a pool.
+
+    Args:
+        rule: class of the weighting.
+        pool: `linear` or `log_linear`.
+        needs_consensus: as of the fitted rule. None before it is fitted: as some rule of its class.
+    """
+    if needs_consensus is None:
+        # A property where it depends on the fit, as that of a gate.
+        needs_consensus = rule.needs_consensus is not False
+    separate, logs = "a rule that reads each teacher by itself", Capability.LOGARITHMS
+    options = [
+        (pool != "linear", "pool", pool, "linear"),
+        (needs_consensus, "weighting", rule.__name__, separate),
+    ]
+    return [
+        Requirement(f"fusion.{key}", value, allowed, logs)
+        for is_set, key, value, allowed in options
         if is_set
-    ] + [
-        Requirement(f"fusion.temperatures.{name}", f"{value:g}", "", temperature=value)
-        for name, value in fusion.temperatures.items()
     ]
 
 

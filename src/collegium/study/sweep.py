@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collegium.config.recipe import Recipe, recipe_hash
+from collegium.config.recipe import Recipe, cache_source, recipe_hash
 from collegium.console import say
 from collegium.demo.run import read_values, write_recipe
 from collegium.errors import RecipeError
+from collegium.fusion.fitted import WEIGHTINGS
+from collegium.fusion.requirements import rule_requirements, unmet
 from collegium.report.tables import Table
 from collegium.run import pipeline
 from collegium.storage.files import fingerprint, lock_folder, write_json
@@ -56,6 +58,7 @@ def run_study(path: Path) -> tuple[Path, list[Table[Any]]]:
         folder = Path("runs") / "study" / study.name
     # Two processes in one study folder would execute the same runs.
     with lock_folder(folder, "wait for it, or choose another output_dir"):
+        _check_settings(study, path.parent / study.base, folder)
         for zoo in study.zoo:
             for seed in study.seeds:
                 prepare_zoo(zoo, seed)
@@ -70,6 +73,22 @@ def jobs_of(study: StudyOptions, folder: Path) -> list[Job]:
         name = "_".join(map(slug, levels.values()))
         jobs.append(Job(levels, seed, changes, folder / "runs" / f"{name}_seed{seed}"))
     return jobs
+
+
+def _check_settings(study: StudyOptions, base: Path, folder: Path) -> None:
+    """Refuse settings whose recipes cannot work, before the first teacher is trained.
+
+    A picked fusion is not known yet. Its rule is, and whether a cache can have it.
+    """
+    for job in jobs_of(study, folder):
+        values = _values(job, base, folder)
+        pick = job.changes.get(PICK)
+        recipe = write_recipe(folder / "recipes" / f"{job.folder.name}.yaml", values)
+        if pick is not None and recipe.cache.enabled:
+            wanted = rule_requirements(WEIGHTINGS[pick["weighting"]], pick.get("pool", "linear"))
+            source = cache_source(recipe.cache)
+            if problems := unmet(wanted, source):
+                raise RecipeError("\n".join(f"{job.title}: {one}" for one in problems))
 
 
 def run_jobs(study: StudyOptions, base: Path, folder: Path) -> list[StudyRow]:
@@ -114,6 +133,16 @@ def _run(study: StudyOptions, job: Job, base: Path, folder: Path) -> list[StudyR
 
 def _recipe(job: Job, base: Path, folder: Path) -> Recipe:
     """Write and load the recipe of a run, with the fitted fusion if the setting picks one."""
+    values = _values(job, base, folder)
+    if RANK in job.changes:
+        values["teachers"] = _ranked_teachers(job, values, folder)
+    if PICK in job.changes:
+        values["fusion"] = _fitted_fusion(job, values, folder)
+    return write_recipe(folder / "recipes" / f"{job.folder.name}.yaml", values)
+
+
+def _values(job: Job, base: Path, folder: Path) -> dict[str, Any]:
+    """Return the recipe of a run as far as it is known before any preflight."""
     changes = {key: value for key, value in job.changes.items() if key not in (PICK, RANK)}
     overrides = [
         # As JSON, so that `{seed}` is replaced at any depth.
@@ -123,12 +152,7 @@ def _recipe(job: Job, base: Path, folder: Path) -> Recipe:
     values = read_values(base, SEED, str(job.seed), overrides)
     values |= {"name": job.folder.name, "seed": job.seed, "output_dir": job.folder.as_posix()}
     # One corpus for all runs, unless the study names its place.
-    values["data"] = {"corpus": (folder / "corpus").as_posix(), **values["data"]}
-    if RANK in job.changes:
-        values["teachers"] = _ranked_teachers(job, values, folder)
-    if PICK in job.changes:
-        values["fusion"] = _fitted_fusion(job, values, folder)
-    return write_recipe(folder / "recipes" / f"{job.folder.name}.yaml", values)
+    return values | {"data": {"corpus": (folder / "corpus").as_posix(), **values["data"]}}
 
 
 def _fitted_fusion(job: Job, values: Mapping[str, Any], folder: Path) -> Any:
