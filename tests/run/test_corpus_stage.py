@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,3 +122,54 @@ def test_a_changed_source_is_named(
         pipeline.corpus(options)
     assert f"corpus: {source} changed since" in capsys.readouterr().err
     assert len([*(tmp_path / "run" / "corpus").iterdir()]) == 2
+
+
+SMALL_SHARDS = """
+import sys, time
+from collegium.data import corpus_folder, pool, shards
+
+corpus_folder.SMALL_BYTES, shards.SHARD_DOCUMENTS = 0, 4
+write = shards.write_shard
+
+def write_slowly(*arguments):
+    time.sleep(0.2)
+    return write(*arguments)
+
+pool.write_shard = write_slowly
+from collegium.cli import main
+main()
+"""
+
+
+def start_encoding(zoo: Path, folder: Path) -> subprocess.Popen[bytes]:
+    """Start `collegium corpus` with 30 shards, the first of which take 0.2 s each."""
+    command = [sys.executable, "-c", SMALL_SHARDS, "corpus", str(zoo / "tiny.yaml")]
+    return subprocess.Popen([*command, f"output_dir={folder}"], start_new_session=True)
+
+
+@pytest.mark.slow
+def test_a_killed_build_keeps_its_finished_shards(zoo: Path, tmp_path: Path) -> None:
+    """SIGKILL of all its processes, twice: with and without workers."""
+    assert start_encoding(zoo, tmp_path / "whole").wait(120) == 0
+    finished = dict[str, int]()
+    for number in (2, 12):
+        process = start_encoding(zoo, tmp_path / "cut")
+        for _ in range(1200):
+            if len(list((tmp_path / "cut").glob("corpus/*/shard-*.json"))) >= number:
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
+        now = files(tmp_path / "cut" / "corpus")
+        assert finished.items() <= now.items()
+        ended = [name for name in now if name.endswith(".json") and "shard" in name]
+        assert number <= len(ended) < 30
+        names = {name.removesuffix(".json") for name in ended}
+        finished = {n: at for n, at in now.items() if any(n.startswith(one) for one in names)}
+    assert start_encoding(zoo, tmp_path / "cut").wait(120) == 0
+    whole, cut = (tmp_path / name / "corpus" for name in ("whole", "cut"))
+    assert finished.items() <= files(cut).items()
+    # Nothing is left over, and every byte is that of a build at one go.
+    shards = {file.relative_to(whole) for file in whole.rglob("*shard-*")}
+    assert {file.relative_to(cut) for file in cut.rglob("*shard-*")} == shards
+    assert all((whole / file).read_bytes() == (cut / file).read_bytes() for file in shards)
