@@ -33,7 +33,7 @@ def read(path, **options):
 
 def test_exactly_one_of_path_and_hub():
     for wrong in ({}, {"path": "a", "hub": "b"}):
-        with pytest.raises(ValidationError, match="exactly one of `path` and `hub`"):
+        with pytest.raises(ValidationError, match="exactly one of `path`, `url` and `hub`"):
             SourceOptions(**wrong)
 
 

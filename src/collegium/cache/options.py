@@ -7,11 +7,11 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from collegium.distributions import Capabilities, Capability
 from collegium.options import OneOf, option
-from collegium.storage.credentials import holds_secret
+from collegium.storage.credentials import URL
 
 MAX_DRAWS = 2**16 - 1
 
@@ -86,16 +86,6 @@ class RayOptions(ActorOptions):
 _TARGETS = Samples()
 # Measured: 35.2 bytes per target at V = 49,152, of a budget of 36 (docs/results/cache.md).
 _TEACHER_DRAWS = 24
-
-
-def _without_secret(url: str) -> str:
-    if holds_secret(url):
-        raise ValueError("holds a secret; keep it in the environment; value not shown")
-    return url
-
-
-URL = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://"), AfterValidator(_without_secret)]
-"""An fsspec URL. Its credentials come from the environment or the configuration of fsspec."""
 
 
 @option

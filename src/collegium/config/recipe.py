@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from collegium.cache.options import CacheOptions
 from collegium.config.yaml import YamlDocument, decode, read_text, read_yaml, yaml_writer
-from collegium.data.sources import DataOptions
+from collegium.data.sources import PARTS, DataOptions, source_values
 from collegium.distributions import Capabilities
 from collegium.errors import RecipeError, nearest
 from collegium.evaluate.options import MAX_SAMPLES, GenerationOptions, TaskName
@@ -150,7 +150,8 @@ def recipe_hash(recipe: Recipe) -> str:
 
 def data_values(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of the data without the place of the corpus, which changes no window."""
-    return {name: value for name, value in data.items() if name != "corpus"}
+    values = {name: value for name, value in data.items() if name != "corpus"}
+    return values | {part: [source_values(one) for one in data.get(part, ())] for part in PARTS}
 
 
 def decode_fusion(snippet: Any, where: str = "fusion") -> Fusion:

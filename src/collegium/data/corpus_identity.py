@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collegium.data.corpus import flat_sources
-from collegium.data.sources import DataOptions, source_files
+from collegium.data.remote import copy_of
+from collegium.data.sources import DataOptions, source_files, source_values
 from collegium.options import plain
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ def corpus_identity(
     for place, source in flat_sources(options, where):
         files = source_files(source, place)
         # A hub dataset is what was read first: pin its `revision` to name the content.
-        content = None if files is None else [[str(f), digest_of(f)] for f in files]
-        sources.append({"place": place, "options": plain(source), "files": content})
+        remote = source.url and copy_of(source.url, place)
+        name_of = remote.name_of if remote else str
+        content = None if files is None else [[name_of(f), digest_of(f)] for f in files]
+        sources.append({"place": place, "options": source_values(plain(source)), "files": content})
     return {
         "options": {name: value for name, value in values.items() if name not in without},
         "sources": sources,

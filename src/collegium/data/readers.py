@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 
 from collegium.errors import DataError
 from collegium.options import option
+from collegium.storage.credentials import URL
 
 Row = tuple[int | None, object]
 """Line or row number, counted from 1, or None for a whole file, and the value of the row."""
@@ -54,10 +55,12 @@ _MAX_COUNTED_BYTES = 100_000_000
 
 @option
 class SourceOptions:
-    """A source of documents: exactly one of `path` and `hub`."""
+    """A source of documents: exactly one of `path`, `url` and `hub`."""
 
     path: str | None = None
     """A file, a glob such as `data/*.txt`, a folder of files, or a saved `datasets` folder."""
+    url: URL | None = None
+    """The same at a URL of fsspec, such as `s3://bucket/data/*.jsonl`. Copied before it is read."""
     hub: str | None = None
     """A dataset of the Hugging Face hub, loaded with `datasets.load_dataset`."""
     name: str | None = None
@@ -86,8 +89,8 @@ class SourceOptions:
 
     @model_validator(mode="after")
     def _check_origin(self) -> SourceOptions:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give exactly one of `path` and `hub`")
+        if [self.path, self.url, self.hub].count(None) != 2:
+            raise ValueError("give exactly one of `path`, `url` and `hub`")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import glob
 import os
@@ -17,12 +18,14 @@ from pydantic import AfterValidator, Field, model_validator
 from collegium.data import readers
 from collegium.data.documents import Document, columns_read, parse_rows
 from collegium.data.readers import SourceOptions
+from collegium.data.remote import copy_of
 from collegium.errors import DataError
 from collegium.options import option
 from collegium.storage.files import listing
 
 Part = Literal["train", "calibration", "validation"]
 """Part of the documents that one dataset holds."""
+PARTS: tuple[Part, ...] = ("train", "calibration", "validation")
 Truncate = Literal["right", "left", "drop", "error"]
 """Handling of a prompt or chat longer than a window."""
 SpecialTokens = Literal["auto", "parse", "text"]
@@ -157,7 +160,7 @@ def read_documents(
             if summary.num_documents == options.limit:
                 break
     raise_refused(summary.refused, summary.num_rows, where=where)
-    place = f"{where}: {options.path or options.hub}"
+    place = f"{where}: {options.path or options.url or options.hub}"
     if summary.num_rows == 0:
         raise DataError(f"{place}: got no rows; must have at least one document")
     if summary.num_documents == 0:
@@ -192,6 +195,8 @@ def _read_source(
     options: SourceOptions, where: str, summary: SourceSummary
 ) -> Iterator[Iterator[Document | DataError | None]]:
     """Yield the documents of each file, None for a blank row, an error for a refused one."""
+    remote = options.url and copy_of(options.url, where)
+    options = _local(options, where)
     summary.origin = str(options.path or options.hub)
     saved = Path(os.path.expanduser(summary.origin))
     is_saved = _is_saved(saved)
@@ -202,6 +207,9 @@ def _read_source(
     else:
         files, domain = _find_files(options, where, summary)
         rows_of = {str(file): readers.read_rows(file, options, where=where) for file in files}
+    if remote:
+        summary.origin = remote.url
+        rows_of = {remote.name_of(Path(name)): rows for name, rows in rows_of.items()}
     summary.num_files = len(rows_of)
     columns = columns_read(options)
     for name, rows in rows_of.items():
@@ -215,16 +223,30 @@ def _read_source(
 
 
 def source_files(options: SourceOptions, where: str) -> list[Path] | None:
-    """Return the files that a source reads, None for a dataset of the hub.
+    """Return the files that a source reads, copies of those at a URL. None for a hub dataset.
 
     Raises DataError if there are none.
     """
     if options.hub is not None:
         return None
+    options = _local(options, where)
     folder = Path(os.path.expanduser(str(options.path)))
     if _is_saved(folder):
         return sorted(file for file in folder.rglob("*") if file.is_file())
     return _find_files(options, where, SourceSummary(where))[0]
+
+
+def _local(options: SourceOptions, where: str) -> SourceOptions:
+    """Return a source of copies in the place of one at a URL."""
+    if options.url is None:
+        return options
+    return dataclasses.replace(options, path=str(copy_of(options.url, where).path), url=None)
+
+
+def source_values(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a source, as plain data, that shape its documents."""
+    # Without a URL they are those of a version that had none, so that its runs stay up to date.
+    return {name: value for name, value in source.items() if (name, value) != ("url", None)}
 
 
 def _note_columns(

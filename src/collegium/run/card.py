@@ -245,7 +245,7 @@ def _source_cells(recipe: Recipe) -> Iterator[dict[str, str]]:
 
 def _source(source: SourceOptions) -> str:
     if source.hub is None:
-        return _code(_public(source.path))
+        return _code(source.url or _public(source.path))
     details = [source.name, f"split {source.split}", source.revision]
     return ", ".join([_code(source.hub), *(_code(text) for text in details if text)])
 

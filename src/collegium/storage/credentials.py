@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 _KEY = r"(?:\w*_)?(?:api_?key|password|passwd|secret|hf_token|access_token|auth_token)"
 SECRET_KEY = re.compile(rf"{_KEY}|token", re.I)
@@ -28,3 +31,13 @@ def holds_secret(text: str) -> bool:
 def assigns_secret(text: str) -> bool:
     """Return True if YAML or Python text holds a secret, or a value under the key of one."""
     return holds_secret(text) or _ASSIGNED.search(text) is not None
+
+
+def _without_secret(url: str) -> str:
+    if holds_secret(url):
+        raise ValueError("holds a secret; keep it in the environment; value not shown")
+    return url
+
+
+URL = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://"), AfterValidator(_without_secret)]
+"""An fsspec URL. Its credentials come from the environment or the configuration of fsspec."""
