@@ -357,7 +357,6 @@ MUTATIONS = [
         "cache/test_cluster.py",
         ("waiting.appendleft(task)", "pass"),
         ("if changes := differing_fields(self._identity, identity):", "if changes := []:"),
-        ("if self._losses > MAX_LOSSES * self._pool.actors:", "if False:"),
         ("if amount > available.get(name, 0):", "if False:"),
     ),
     *_of(

@@ -23,7 +23,6 @@ from refusals import refused
 
 ray = pytest.importorskip("ray")
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(180),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
@@ -115,6 +114,7 @@ def test_an_actor_that_dies_costs_its_shard(
     assert "cache: lost an actor" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_node_and_an_actor_die_in_mid_build(
     cluster: Any, nodes: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +151,7 @@ def _wait_for_shards(folder: Path, number: int) -> None:
     raise AssertionError(f"{folder}: has fewer than {number} shards")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nodes")
 def test_a_shard_that_kills_every_actor_ends_the_build(tmp_path: Path) -> None:
     asked = source(tmp_path / "calls", dies_always_at=2)
