@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -26,11 +26,10 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cache_size import replace_section
-from cached_training import machine
+from cached_training import machine, prefetch_batches
 from collegium.cache import store
 from collegium.cache.build import build_cache
 from collegium.cache.codecs.targets import TargetCodec
@@ -39,12 +38,10 @@ from collegium.cache.keys import PieceKey
 from collegium.cache.shards import Columns
 from collegium.cache.sources import LocalShards
 from collegium.config.recipe import load_recipe
-from collegium.data.collate import Collator
 from collegium.data.encode import Encoded
 from collegium.data.windows import PackedDataset
 from collegium.fusion.fuse import Fusion
 from collegium.teachers.cached import CachedTargets
-from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
 from collegium.train.step import DistillStep
@@ -140,7 +137,7 @@ def make_step(dataset: PackedDataset, folder: Path | None, options: argparse.Nam
     objective = Objective(ObjectiveOptions(), Fusion() if targets else None)
     module = DistillStep(student, objective, vocab_size=VOCAB, targets=targets)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    batches = shuffled(dataset, targets, options.batch)
+    batches = prefetch_batches(dataset, targets, options)
 
     def step() -> int:
         total, loss = module(next(batches))
@@ -150,25 +147,6 @@ def make_step(dataset: PackedDataset, folder: Path | None, options: argparse.Nam
         return loss.num_rows
 
     return step
-
-
-def shuffled(
-    dataset: PackedDataset, targets: CachedTargets | None, batch_size: int
-) -> Iterator[Mapping[str, torch.Tensor]]:
-    """Yield batches of a global shuffle, prefetching one like the data loader of training."""
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(0),
-        collate_fn=PrefetchingCollator(Collator(), [targets.prefetch] if targets else []),
-    )
-    batches = iter(loader)
-    current = next(batches)
-    for following in batches:
-        yield current
-        current = following
-    yield current
 
 
 def measure(folder: Path, dataset: PackedDataset, options: argparse.Namespace) -> str:
