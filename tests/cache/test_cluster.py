@@ -23,6 +23,7 @@ from refusals import refused
 
 ray = pytest.importorskip("ray")
 pytestmark = [
+    pytest.mark.skipif("RAY_TESTS" not in os.environ, reason="on demand: RAY_TESTS=1"),
     pytest.mark.timeout(180),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
