@@ -23,7 +23,6 @@ from refusals import refused
 
 ray = pytest.importorskip("ray")
 pytestmark = [
-    pytest.mark.skipif("RAY_TESTS" not in os.environ, reason="on demand: RAY_TESTS=1"),
     pytest.mark.timeout(180),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
@@ -31,9 +30,18 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_signals() -> Iterator[None]:
+    """Leave the handlers of later tests as they were: nodes that are started here replace them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head without cores, and two nodes of one each, so that every actor is on its own node."""
+    """A head without cores, to which tests add nodes of one core, so that each holds one actor."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
@@ -42,7 +50,10 @@ def cluster() -> Iterator[Any]:
         patch.setenv("PYTHONPATH", os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]))
         arguments = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=arguments)
+        before = signal.getsignal(signal.SIGTERM)
         with connected(RayOptions(address=cluster.address)):
+            # A build is stopped by SIGTERM as any other stage.
+            assert signal.getsignal(signal.SIGTERM) is before
             yield cluster
         cluster.shutdown()
 
