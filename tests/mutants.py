@@ -356,7 +356,7 @@ MUTATIONS = [
         "cache/cluster.py",
         "cache/test_cluster.py",
         ("waiting.appendleft(task)", "pass"),
-        ("if changes := differing_fields(self._identity, identity):", "if changes := []:"),
+        ("if changes := differing_fields(identity, source.identity()):", "if changes := []:"),
         ("if amount > available.get(name, 0):", "if False:"),
     ),
     *_of(

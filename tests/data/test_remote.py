@@ -81,6 +81,12 @@ def test_only_what_changed_is_copied_again(
     assert after.keys() == {"a.jsonl", "b.jsonl", "c.jsonl"}
     assert after["b.jsonl"] == before["b.jsonl"]
     assert after["a.jsonl"] != before["a.jsonl"]
+    copied = next(one for one in source_files(source, "data") or () if one.name == "c.jsonl")
+    copied.write_text("")  # cut short
+    remote.copy_of.cache_clear()
+    assert {one.name: one.stat().st_size for one in source_files(source, "data") or ()}[
+        "c.jsonl"
+    ] == len('{"text": "four"}\n')
     (bucket / "law" / "deep" / "b.jsonl").unlink()
     remote.copy_of.cache_clear()
     assert [one[0] for one in read(url=f"file://{bucket}/law")] == ["other", "four"]

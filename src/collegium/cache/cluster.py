@@ -102,9 +102,8 @@ class RayShards:
         self._pool = pool
         self._name = name
         self._targets = list(num_targets)
-        self._identity = source.identity()
         # Stored once: each new actor reads it.
-        self._source = self._ray.put((source, os.getcwd()))
+        self._opening = self._ray.put((name, source, source.identity(), os.getcwd()))
         self._idle: list[Any] = []
         self._running: dict[Any, tuple[Any, int | None]] = {}
         """Each call in progress: its actor, and its task. None: it loads its models."""
@@ -166,9 +165,7 @@ class RayShards:
                 continue
             self._idle.append(actor)
             self._losses = 0 if task is not None else self._losses
-            if task is None:
-                self._compare(*result)
-            else:
+            if task is not None:
                 yield task, result
 
     def _fill(self, num_tasks: int) -> None:
@@ -190,7 +187,7 @@ class RayShards:
             )
             .remote()
         )
-        self._running[actor.open.remote(self._source)] = actor, None
+        self._running[actor.open.remote(self._opening)] = actor, None
 
     def _replace(self, actor: Any, error: Exception) -> None:
         """Start another actor for one that was lost, unless too many are lost in a row."""
@@ -201,17 +198,10 @@ class RayShards:
                 f"{_reason(error)}; must finish a shard between; give them more memory, or "
                 "lower cache.batch_size; finished shards are kept"
             )
-        say(f"{self._name}: lost an actor ({_reason(error)}); its shard goes to another")
+        say(f"{self._name}: lost an actor ({_reason(error)}); starts another")
         # An actor that cannot be reached may be computing still.
         self._ray.kill(actor)
         self._start()
-
-    def _compare(self, identity: Mapping[str, Any], node: str) -> None:
-        if changes := differing_fields(self._identity, identity):
-            raise CacheError(
-                f"{self._name}: node {node} has other inputs ({'; '.join(changes[:5])}); must have "
-                "the files of this machine under the same paths; use a shared file system"
-            )
 
     def _notice_waiting(self) -> None:
         """Report a cluster without room for a single actor, once every `PATIENCE` seconds."""
@@ -237,17 +227,22 @@ class RayShards:
 class _Worker:
     """An actor: the models of a cache in a process of their own."""
 
-    def open(self, stored: tuple[CacheSource, str]) -> tuple[dict[str, Any], str]:
-        """Load the models. Return the identity of the cache as this node has it, and the node."""
-        source, folder = stored
+    def open(self, opening: tuple[str, CacheSource, Mapping[str, Any], str]) -> None:
+        """Load the models of a cache. Raises CacheError if this node has other inputs."""
+        name, source, identity, folder = opening
         with contextlib.suppress(OSError):  # paths of the recipe are relative to it
             os.chdir(folder)
         quiet_libraries()
+        if changes := differing_fields(identity, source.identity()):
+            raise CacheError(
+                f"{name}: node {_ray().util.get_node_ip_address()} has other inputs "
+                f"({'; '.join(changes[:5])}); must have the files of this machine under the same "
+                "paths; use a shared file system"
+            )
         # Ray sets it too late for a library that is loaded already.
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self._shards = LocalShards(source.encoder())
         self._shards.load()
-        return source.identity(), _ray().util.get_node_ip_address()
 
     def load(self) -> None:
         """Return when the models are loaded."""

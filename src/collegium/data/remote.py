@@ -96,7 +96,12 @@ def _copy(files: Any, found: Mapping[str, str], top: Path, record: Path, url: st
     states = {name: str(files.ukey(path)) for name, path in found.items()}
     for name in old.keys() - states.keys():
         (top / name).unlink(missing_ok=True)
-    missing = [n for n in states if old.get(n) != states[n] or not (top / n).is_file()]
+    # With the size: a truncated copy would silently be other text.
+    missing = [
+        name
+        for name, path in found.items()
+        if old.get(name) != states[name] or not _is_whole(top / name, files.size(path))
+    ]
     kept = {name: state for name, state in states.items() if name not in missing}
     if not missing:
         return
@@ -111,3 +116,8 @@ def _copy(files: Any, found: Mapping[str, str], top: Path, record: Path, url: st
             # After each file: an interrupted copy goes on with the next one.
             kept[name] = states[name]
             write_json(record, kept)
+
+
+def _is_whole(file: Path, size: int | None) -> bool:
+    """Return whether a copy has the size of the file at the URL, where that is known."""
+    return file.is_file() and size in (None, file.stat().st_size)

@@ -83,6 +83,8 @@ def _check_settings(study: StudyOptions, base: Path, folder: Path) -> None:
     for job in jobs_of(study, folder):
         values = _values(job, base, folder)
         pick = job.changes.get(PICK)
+        if pick is not None:
+            values["fusion"] = "auto"
         recipe = write_recipe(folder / "recipes" / f"{job.folder.name}.yaml", values)
         if pick is not None and recipe.cache.enabled:
             wanted = rule_requirements(WEIGHTINGS[pick["weighting"]], pick.get("pool", "linear"))
