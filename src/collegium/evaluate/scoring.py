@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -35,9 +35,6 @@ KINDS = ("untouched", "teacher", "fused", "control", "student")
 
 BLOCK_ELEMENTS = 2**23
 """Elements of one (n, V) buffer if no block size is given: 32 MiB in float32."""
-
-Columns = defaultdict[tuple[str, str], list[Tensor]]
-"""(model, measure) -> values per row, one tensor (n,) per block, on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +113,12 @@ def results_rows(metrics: Mapping[str, Metrics], about: Sequence[ModelInfo]) -> 
 
 
 def score_models(
-    models: Sequence[Teacher], teachers: Sequence[Teacher], fusion: Fusion | None, windows: Windows
+    models: Sequence[Teacher],
+    teachers: Sequence[Teacher],
+    fusion: Fusion | None,
+    windows: Windows,
+    *,
+    with_acceptance: bool = True,
 ) -> dict[str, Metrics]:
     """Score every model and the fused target of the teachers in one pass.
 
@@ -128,6 +130,8 @@ def score_models(
         teachers: members of the fusion. Agreement is measured with each of them.
         fusion: how the teachers are fused. None skips the fused target and all distances to it.
         windows: the text to score.
+        with_acceptance: whether to measure the acceptance of each other model as draft of each
+            teacher, which takes one more exponential per token of the vocabulary and pair.
 
     Returns:
         Metrics by model name, and with a fusion also those of `fused target`, last.
@@ -143,8 +147,8 @@ def score_models(
             "score_models: got a fusion without teachers; must have at least one; pass fusion=None"
         )
     teacher_names = [teacher.name for teacher in teachers]
-    columns: Columns = defaultdict(list)
-    workspace = Workspace()
+    values: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    workspace, pooled = Workspace(), Workspace()
     # All that is kept of a batch: keeping batches would hold the dataset in GPU memory.
     tokens: list[ScoredTokens] = []
     with torch.no_grad():
@@ -153,16 +157,19 @@ def score_models(
             answers = buffered(answers, buffer_rows(vocab_size))
             by_name = {answer.name: answer for answer in answers}
             members = [by_name[name] for name in teacher_names]
-            fused = None if fusion is None else fuse(fusion, members, rows)
+            fused = None if fusion is None else fuse(fusion, members, rows, workspace=pooled)
+            measures = _BatchMeasures(
+                answers, teacher_names, fused, rows.labels, workspace, with_acceptance
+            )
             for block in strips_of(slice(0, len(rows)), vocab_size, rows.labels.device):
-                _measure_block(
-                    columns, answers, fused, rows.labels, block, teacher_names, workspace
-                )
+                measures.read(block)
             tokens.append(batch_tokens)
+            for key, value_N in measures.columns.items():
+                values[key].append(value_N)
     targets = ScoredTokens.cat(tokens)
-    values = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
+    arrays = {key: torch.cat(parts).numpy() for key, parts in values.items()}
     names = [model.name for model in models] + ([FUSED] if fusion is not None else [])
-    return {name: _metrics(name, values, teacher_names, targets) for name in names}
+    return {name: _metrics(name, arrays, teacher_names, targets) for name in names}
 
 
 def unique_scorers(models: Sequence[Teacher], teachers: Sequence[Teacher]) -> list[Teacher]:
@@ -246,45 +253,60 @@ def acceptance(target_logp_nV: Tensor, draft_logp_nV: Tensor) -> Tensor:
     return torch.minimum(target_logp_nV, draft_logp_nV).exp().sum(1)
 
 
-def _measure_block(
-    columns: Columns,
-    answers: Sequence[Answer],
-    fused: Target | None,
-    labels_N: Tensor,
-    block: slice,
-    teachers: Sequence[str],
-    workspace: Workspace,
-) -> None:
-    """Append the measures of all models on one block of rows to `columns`."""
-    labels_n, target = labels_N[block], None
-    if fused is not None:
-        logp_nV = fused.block(block).logp()
-        prob_nV = workspace.matrix("target", logp_nV.shape, logp_nV)
-        target = logp_nV, torch.exp(logp_nV, out=prob_nV)
+@dataclass(eq=False)
+class _BatchMeasures:
+    """Measures of all models at the rows of one batch, written block by block."""
 
-    def append(name: str, logp_nV: Tensor) -> None:
-        for key, values_n in row_measures(logp_nV, labels_n, workspace, target).items():
-            kept_n = values_n.float() if values_n.is_floating_point() else values_n
-            columns[name, key].append(kept_n.cpu())
+    answers: Sequence[Answer]
+    teachers: Sequence[str]
+    fused: Target | None
+    labels_N: Tensor
+    workspace: Workspace
+    with_acceptance: bool
+    columns: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    """(model, measure) -> (N,) values, on the CPU."""
 
-    if target is not None:
-        append(FUSED, target[0])
-    # A teacher that was fused has its logits in a buffer.
-    # Drafts come after the teachers, whose blocks stay in memory for them.
-    has_drafts = any(answer.name not in teachers for answer in answers)
-    targets: dict[str, Tensor] = {}
-    for answer in sorted(answers, key=lambda answer: answer.name not in teachers):
-        is_kept = has_drafts and answer.name in teachers
-        logits_nV = answer.distribution.logits(block).to(labels_n.device)
-        buffer = f"logp/{answer.name}" if is_kept else "logp"
-        logp_nV = workspace.matrix(buffer, logits_nV.shape, logits_nV)
-        append(answer.name, torch.log_softmax(logits_nV, 1, out=logp_nV))
-        if is_kept:
-            targets[answer.name] = logp_nV
-        elif answer.name not in teachers:
+    def read(self, block: slice) -> None:
+        """Measure all models on one block of rows."""
+        target, teachers = None, self.teachers
+        if self.fused is not None:
+            logp_nV = self.fused.block(block).logp()
+            prob_nV = self.workspace.matrix("target", logp_nV.shape, logp_nV)
+            target = logp_nV, torch.exp(logp_nV, out=prob_nV)
+            self._measure(FUSED, block, logp_nV, target)
+        # A teacher that was fused has its logits in a buffer.
+        # Drafts come after the teachers, whose blocks stay in memory for them.
+        has_drafts = self.with_acceptance and any(a.name not in teachers for a in self.answers)
+        targets: dict[str, Tensor] = {}
+        for answer in sorted(self.answers, key=lambda answer: answer.name not in teachers):
+            is_kept = has_drafts and answer.name in teachers
+            logits_nV = answer.distribution.logits(block).to(self.labels_N.device)
+            buffer = f"logp/{answer.name}" if is_kept else "logp"
+            logp_nV = self.workspace.matrix(buffer, logits_nV.shape, logits_nV)
+            torch.log_softmax(logits_nV, 1, out=logp_nV)
+            self._measure(answer.name, block, logp_nV, target)
+            if is_kept:
+                targets[answer.name] = logp_nV
+                continue
             for name, target_logp_nV in targets.items():
                 rate_n = acceptance(target_logp_nV, logp_nV)
-                columns[answer.name, f"acceptance/{name}"].append(rate_n.float().cpu())
+                self._write(answer.name, f"acceptance/{name}", block, rate_n)
+
+    def _measure(
+        self, name: str, block: slice, logp_nV: Tensor, target: tuple[Tensor, Tensor] | None
+    ) -> None:
+        measures = row_measures(logp_nV, self.labels_N[block], self.workspace, target)
+        for measure, value_n in measures.items():
+            self._write(name, measure, block, value_n)
+
+    def _write(self, name: str, measure: str, block: slice, value_n: Tensor) -> None:
+        # One column per batch. Small tensors that are kept of each block split the free memory
+        # between the large ones: 3 GB in a preflight of 1,000 tokens at V = 49,152.
+        key = name, measure
+        if key not in self.columns:
+            dtype = torch.float32 if value_n.is_floating_point() else value_n.dtype
+            self.columns[key] = torch.empty(len(self.labels_N), dtype=dtype)
+        self.columns[key][block] = value_n.to(self.columns[key])
 
 
 def _metrics(

@@ -38,7 +38,8 @@ def held_out_report(
         _ScaledTeacher(teacher.name + suffix, teacher, temperatures[teacher.name] or 1.0)
         for teacher in raw
     ]
-    scored = score_models([*raw, *calibrated], raw, fusion, windows)
+    models = [*raw, *calibrated]
+    scored = score_models(models, raw, fusion, windows, with_acceptance=False)
     return HeldOut(
         num_tokens=len(scored[FUSED].targets),
         teachers={
