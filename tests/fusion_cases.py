@@ -13,6 +13,7 @@ from torch import Tensor
 from collegium.cache.codecs.targets import encode_draws, row_keys
 from collegium.cache.options import Samples, TopK
 from collegium.distributions import Answer, DenseRows, Distribution, NamedRows, StoredScalars
+from collegium.fusion.calibration import TEMPERATURES, GridReader, TemperatureTables
 from collegium.fusion.conflict import ConflictBlock
 from collegium.fusion.fitted import CalibratedEntropy, DomainWeights, Fixed, Route
 from collegium.fusion.fuse import Fusion, StreamedTarget, TargetBlock, fuse
@@ -217,3 +218,19 @@ def _concatenated(parts: Sequence[ConflictBlock]) -> ConflictBlock:
         torch.cat([part.applied_n for part in parts]),
         torch.cat(factors) if factors else None,
     )
+
+
+@torch.no_grad()
+def temperature_tables(
+    answers: Sequence[Answer],
+    rows: Rows,
+    *,
+    grid: Sequence[float] = TEMPERATURES,
+    consensus_kl_KN: Tensor | None = None,
+) -> TemperatureTables:
+    """Read the answers of one batch at every temperature of the grid."""
+    reader, block = GridReader(grid), slice(0, len(rows))
+    tables = {
+        answer.name: reader.read(answer.distribution, rows.labels, block) for answer in answers
+    }
+    return TemperatureTables(grid, tables, rows, consensus_kl_KN)

@@ -10,7 +10,6 @@ import torch
 
 import reference
 from collegium.distributions import Answer
-from collegium.fusion import calibration
 from collegium.fusion.calibration import (
     TEMPERATURES,
     TemperatureTables,
@@ -25,7 +24,16 @@ from collegium.fusion.calibration import (
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.rules import Entropy, PrefixLikelihood
 from collegium.types import Rows, map_tensors
-from fusion_cases import NAMES, SCALAR_CASES, CountedRows, fused, make_rows, make_teachers, stats_of
+from fusion_cases import (
+    NAMES,
+    SCALAR_CASES,
+    CountedRows,
+    fused,
+    make_rows,
+    make_teachers,
+    stats_of,
+    temperature_tables,
+)
 
 K, V = 3, 8
 
@@ -106,12 +114,11 @@ def test_entropy_bins_average_each_column():
     }
 
 
-def test_table_equals_the_scalars_of_tempered_logits(monkeypatch):
-    monkeypatch.setattr(calibration, "BLOCK_ROWS", 4)
+def test_table_equals_the_scalars_of_tempered_logits():
     logits_NV, rows = _sampled(9)
     counted = CountedRows(logits_NV)
-    table = TemperatureTables.of([Answer("law", counted)], rows, grid=(0.5, 1.7)).tables["law"]
-    assert counted.blocks == [(0, 4), (4, 8), (8, 9)]
+    table = temperature_tables([Answer("law", counted)], rows, grid=(0.5, 1.7)).tables["law"]
+    assert counted.blocks == [(0, 9)]
     for g, temperature in enumerate((0.5, 1.7)):
         for t in range(9):
             logp = reference.log_softmax(logits_NV[t].tolist(), temperature)
@@ -125,7 +132,7 @@ def test_table_equals_the_scalars_of_tempered_logits(monkeypatch):
 )
 def test_temperature_undoes_overconfidence(sharpness):
     logits_NV, rows = _sampled(4000, sharpness)
-    tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows)
+    tables = temperature_tables(make_teachers(logits_NV[None]), rows)
     fitted = fit_temperature(tables, "law")
     fine = np.linspace(0.9 * sharpness, 1.1 * sharpness, 101)
     gather = rows.labels[:, None]
@@ -137,7 +144,7 @@ def test_temperature_undoes_overconfidence(sharpness):
 @pytest.mark.parametrize(("sharpness", "edge"), [(100.0, 32.0), (0.02, 1 / 16)])
 def test_temperature_beyond_the_grid_is_marked(sharpness, edge):
     logits_NV, rows = _sampled(300, sharpness)
-    tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows)
+    tables = temperature_tables(make_teachers(logits_NV[None]), rows)
     assert fit_temperature(tables, "law") == edge
     assert grid_end(tables.grid, edge) == ("highest" if edge > 1 else "lowest")
     assert grid_end(tables.grid, 0.99 * edge + 0.01) is None
@@ -145,7 +152,7 @@ def test_temperature_beyond_the_grid_is_marked(sharpness, edge):
 
 def test_nothing_is_fitted_on_a_single_temperature():
     logits_NV, rows = _sampled(300, 2.0)
-    tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows, grid=[1.0])
+    tables = temperature_tables(make_teachers(logits_NV[None]), rows, grid=[1.0])
     assert fit_temperature(tables, "law") is None
     assert grid_end(tables.grid, None) is None
 
@@ -153,7 +160,7 @@ def test_nothing_is_fitted_on_a_single_temperature():
 def test_stored_temperatures_are_interpolated_and_their_ends_marked():
     for sharpness, expected, end in ((1.6, 1.6, None), (9.0, 3.0, "highest"), (0.3, 1.0, "lowest")):
         logits_NV, rows = _sampled(4000, sharpness)
-        tables = TemperatureTables.of(make_teachers(logits_NV[None]), rows, grid=[1.0, 3.0])
+        tables = temperature_tables(make_teachers(logits_NV[None]), rows, grid=[1.0, 3.0])
         fitted = fit_temperature(tables, "law")
         assert fitted == pytest.approx(expected, rel=0.1)
         assert grid_end(tables.grid, fitted) == end
@@ -161,20 +168,20 @@ def test_stored_temperatures_are_interpolated_and_their_ends_marked():
 
 def test_flat_teacher_keeps_its_temperature():
     rows = make_rows(torch.zeros(5, dtype=torch.long), [0] * 5)
-    tables = TemperatureTables.of(make_teachers(torch.zeros(1, 5, V)), rows)
+    tables = temperature_tables(make_teachers(torch.zeros(1, 5, V)), rows)
     assert fit_temperature(tables, "law") == 1.0
 
 
 def test_batches_add_up_and_documents_stay_apart():
     teachers, rows, logits_KNV = _noisy(30)
     kl_KN = stats_of(teachers, rows).consensus_kl()
-    whole = TemperatureTables.of(teachers, rows, consensus_kl_KN=kl_KN)
+    whole = temperature_tables(teachers, rows, consensus_kl_KN=kl_KN)
     batches = []
     for part in (slice(0, 20), slice(20, 30)):
         documents = (rows.documents[part] - rows.documents[part][0]) * 3
         here = make_rows(rows.labels[part], documents.tolist())
         members = make_teachers(logits_KNV[:, part])
-        batches.append(TemperatureTables.of(members, here, consensus_kl_KN=kl_KN[:, part]))
+        batches.append(temperature_tables(members, here, consensus_kl_KN=kl_KN[:, part]))
     parts = TemperatureTables.cat(batches)
     assert parts.teachers == NAMES
     changes = parts.rows.documents.diff() != 0
@@ -193,7 +200,7 @@ def test_batches_add_up_and_documents_stay_apart():
 def test_part_and_subset_of_the_teachers():
     teachers, rows, _ = _noisy(30)
     kl_KN = stats_of(teachers, rows).consensus_kl()
-    tables = TemperatureTables.of(teachers, rows, consensus_kl_KN=kl_KN)
+    tables = temperature_tables(teachers, rows, consensus_kl_KN=kl_KN)
     is_kept_N = rows.documents != 1
     stats = tables.part(is_kept_N).stats({"medicine": 1.0}, ["prose", "law"])
     expected = map_tensors(tables.stats({}), lambda column_KN: column_KN[[2, 0]][:, is_kept_N])
@@ -214,7 +221,7 @@ def test_pool_nll_from_scalars_equals_that_of_the_fused_target(weighting):
 def test_joint_temperatures_are_a_minimum_along_each_axis(weighting):
     teachers, rows, _ = _noisy(200)
     grid = (0.5, 0.8, 1.0, 1.3, 2.0, 3.0)
-    tables = TemperatureTables.of(teachers, rows, grid=grid)
+    tables = temperature_tables(teachers, rows, grid=grid)
     fitted = fit_joint_temperatures(tables, weighting, num_rounds=10)
 
     def nll(temperatures: dict[str, float]) -> float:
@@ -233,7 +240,7 @@ def test_joint_temperatures_are_a_minimum_along_each_axis(weighting):
 
 def test_joint_fit_cools_the_overconfident_teacher():
     teachers, rows, _ = _noisy(600)
-    tables = TemperatureTables.of(teachers, rows)
+    tables = temperature_tables(teachers, rows)
     fitted = fit_joint_temperatures(tables, Entropy())
     assert fitted["law"] > 1.5 * max(fitted["medicine"], fitted["prose"])
 

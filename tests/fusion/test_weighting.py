@@ -10,14 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from collegium.fusion.calibration import TemperatureTables
 from collegium.fusion.fitted import WEIGHTINGS, Fixed, Route
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.pools import RowReader
 from collegium.fusion.rules import BestSingle, Entropy, MinCE, PrefixLikelihood, Uniform
 from collegium.fusion.weighting import Carry, RowStats
 from collegium.types import Rows
-from fusion_cases import NAMES, WEIGHTING_CASES, fused, make_rows, make_teachers, stats_of
+from fusion_cases import (
+    NAMES,
+    WEIGHTING_CASES,
+    fused,
+    make_rows,
+    make_teachers,
+    stats_of,
+    temperature_tables,
+)
 from refusals import check_message
 
 V, K = 6, 3
@@ -313,7 +320,7 @@ def test_weights_of_nearly_certain_teachers_do_not_depend_on_the_dtype(form, gap
     exact = fused(Fusion(weighting=weighting), make_teachers(logits_KNV), rows).weights_Kn
     for name, stats in {
         "pooled": stats_of(make_teachers(logits_KNV.float()), rows),
-        "calibrated": TemperatureTables.of(make_teachers(logits_KNV.float()), rows).stats({}),
+        "calibrated": temperature_tables(make_teachers(logits_KNV.float()), rows).stats({}),
     }.items():
         weights = weighting.log_scores(stats, rows, NAMES[:2]).softmax(0)
         torch.testing.assert_close(weights, exact.double(), rtol=1e-4, atol=0, msg=name)

@@ -19,7 +19,7 @@ from collegium.fusion.fitted import DomainWeights, Fixed, Route
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.gate import Gate
 from collegium.fusion.options import describe
-from collegium.fusion.rules import BestSingle, PrefixLikelihood, Uniform
+from collegium.fusion.rules import BestSingle, Consensus, PrefixLikelihood, Uniform
 from collegium.fusion.weighting import Weighting
 from collegium.preflight import search as search_module
 from collegium.preflight import sweeps
@@ -192,11 +192,13 @@ def search_of_two() -> tuple[list[BigramTeacher], Search, list[Candidate]]:
 
 
 def test_every_nll_is_that_of_its_fused_target() -> None:
-    """Scalars, sweeps and the evaluation agree for every pool and calibration, fold by fold."""
+    """Scalars, sweeps and the evaluation agree for every rule, pool and calibration, by fold."""
     teachers, search, ranked = search_of_two()
-    by_setting = {(c.fusion.pool, c.calibration): c for c in ranked}
-    assert len(by_setting) == 12
-    for tried in by_setting.values():
+    assert len({(c.fusion.pool, c.calibration) for c in ranked}) == 12
+    by_rule = {(type(c.fusion.weighting), c.fusion.pool, c.calibration): c for c in ranked}
+    # A gate and the consensus read distributions at temperatures that no table has.
+    assert {(rule, "power_mean", "temperatures") for rule in (Gate, Consensus)} <= set(by_rule)
+    for tried in by_rule.values():
         parts = [
             torch.from_numpy(
                 score_models([], teachers, fusion, Windows.spread(two_domains(), 5))[FUSED].nll_N

@@ -210,10 +210,10 @@ class RayShards:
             self._waits_since = now
         elif now - self._waits_since > PATIENCE:
             self._waits_since = now
-            wanted, free = _wanted(self._pool), self._ray.available_resources()
+            required, free = _wanted(self._pool), self._ray.available_resources()
             say(
-                f"{self._name}: waits for an actor with {_amounts(wanted)}; the cluster has free "
-                f"{_amounts({name: free.get(name, 0) for name in wanted})}"
+                f"{self._name}: waits for an actor with {_amounts(required)}; the cluster has free "
+                f"{_amounts({name: free.get(name, 0) for name in required})}"
             )
 
     def _failure(self, cause: Any) -> CollegiumError:

@@ -47,14 +47,14 @@ def copy_of(url: str, where: str) -> RemoteFiles:
     folder = user_cache() / "data" / hashlib.sha256(url.encode()).hexdigest()[:16]
     try:
         files, root = url_to_fs(url)
-        found = _listed(files, str(root))
-        if not found:
+        names = _listed(files, str(root))
+        if not names:
             raise FileNotFoundError("no such file")
         # A folder is named after that of the URL, which is the default domain of its files.
         is_file = not has_magic(root) and files.isfile(root)
         top = folder if is_file else folder / (PurePosixPath(_fixed_part(str(root))).name or "data")
         with lock_folder(folder, "wait for it", wait=True):
-            _copy(files, found, top, folder / STATES, url)
+            _copy(files, names, top, folder / STATES, url)
     # Wide on purpose: the errors of the file systems of fsspec have no common base class.
     except Exception as error:
         raise DataError(
@@ -63,7 +63,7 @@ def copy_of(url: str, where: str) -> RemoteFiles:
             f"space in {folder}"
         ) from error
     if is_file:
-        return RemoteFiles(url, top / next(iter(found)), top)
+        return RemoteFiles(url, top / next(iter(names)), top)
     pattern = str(root)[len(_fixed_part(str(root))) :].lstrip("/")
     return RemoteFiles(url, top / pattern, top)
 
@@ -74,14 +74,14 @@ def _listed(files: Any, root: str) -> dict[str, str]:
     above = _fixed_part(root)
     if not has_magic(root) and paths == [root]:
         above = str(PurePosixPath(root).parent)
-    found = {}
+    names = {}
     for path in sorted(paths):
         inside = PurePosixPath(path).relative_to(above) if above else PurePosixPath(path)
         if ".." in inside.parts or inside.is_absolute():
             raise ValueError(f"a file is named {path}")
         if not has_magic(root) or files.isfile(path):
-            found[inside.as_posix()] = path
-    return found
+            names[inside.as_posix()] = path
+    return names
 
 
 def _fixed_part(url: str) -> str:
@@ -91,15 +91,15 @@ def _fixed_part(url: str) -> str:
     return "/".join(parts[:first]).rstrip("/")
 
 
-def _copy(files: Any, found: Mapping[str, str], top: Path, record: Path, url: str) -> None:
+def _copy(files: Any, names: Mapping[str, str], top: Path, record: Path, url: str) -> None:
     old = read_record(record, dict[str, str]) or {}
-    states = {name: str(files.ukey(path)) for name, path in found.items()}
+    states = {name: str(files.ukey(path)) for name, path in names.items()}
     for name in old.keys() - states.keys():
         (top / name).unlink(missing_ok=True)
     # With the size: a truncated copy would silently be other text.
     missing = [
         name
-        for name, path in found.items()
+        for name, path in names.items()
         if old.get(name) != states[name] or not _is_whole(top / name, files.size(path))
     ]
     kept = {name: state for name, state in states.items() if name not in missing}
@@ -111,7 +111,7 @@ def _copy(files: Any, found: Mapping[str, str], top: Path, record: Path, url: st
             target = top / name
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_name(f".{target.name}.part")
-            files.get_file(found[name], str(part))
+            files.get_file(names[name], str(part))
             os.replace(part, target)
             # After each file: an interrupted copy goes on with the next one.
             kept[name] = states[name]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collegium.distributions import Answer, Distribution
+from collegium.distributions import Distribution
 from collegium.fusion.weighting import RowStats, Weighting
 from collegium.kernels.plain import MIN_LOGIT, strips
 from collegium.kernels.rows import RawRows, Workspace, logp_floor, to_logits, top_tokens
@@ -33,9 +33,7 @@ FINE_STEP = 2.0**0.25
 """Largest ratio of neighbors for a parabola through three of them."""
 # On a CPU, exp below -87 takes a path that is a hundred times slower.
 NEGLIGIBLE = -80.0
-"""Log of a probability, relative to the top token, that counts as e^-80."""
-BLOCK_ROWS = 256
-"""Rows whose logits are read at once."""
+"""Log of a probability, relative to the top token or to 1, that counts as e^-80."""
 MIN_GAIN = 1e-7
 """Minimum gain in nats per token for a temperature to replace the current one."""
 
@@ -115,24 +113,6 @@ class TemperatureTables:
     None for teachers read from a cache, which have no whole distributions."""
 
     @classmethod
-    @torch.no_grad()
-    def of(
-        cls,
-        answers: Sequence[Answer],
-        rows: Rows,
-        *,
-        grid: Sequence[float] = TEMPERATURES,
-        consensus_kl_KN: Tensor | None = None,
-    ) -> TemperatureTables:
-        """Read the answers of one batch at every temperature of the grid.
-
-        A per-teacher cache is read as stored, so the grid must be among its temperatures.
-        """
-        tables = {answer.name: _table(answer.distribution, rows, grid) for answer in answers}
-        tables = {name: map_tensors(table, Tensor.cpu) for name, table in tables.items()}
-        return cls(grid, tables, rows.to(torch.device("cpu")), consensus_kl_KN)
-
-    @classmethod
     def cat(cls, batches: Sequence[TemperatureTables]) -> TemperatureTables:
         """Concatenate batches of the same teachers, and renumber their documents."""
         rows, next_document = [], 0
@@ -189,6 +169,12 @@ class TemperatureTables:
         """Return the weights, (K, N) float64. Each column sums to 1."""
         return weighting.log_scores(self.stats(temperatures), self.rows, self.teachers).softmax(0)
 
+    def determine(self, weighting: Weighting, temperatures: Mapping[str, float]) -> bool:
+        """Whether they determine the weights of a rule for teachers at these temperatures."""
+        if weighting.needs_consensus:
+            return not temperatures and self.consensus_kl_KN is not None
+        return all(value in self.grid for value in temperatures.values())
+
     def _at(self, teacher: str, temperature: float) -> RowStats:
         column = self.column(temperature)
         return map_tensors(self.tables[teacher], lambda column_GN: column_GN[column])
@@ -196,14 +182,6 @@ class TemperatureTables:
     def column(self, temperature: float) -> int:
         """Return the index of the nearest grid temperature."""
         return min(range(len(self.grid)), key=lambda g: abs(self.grid[g] - temperature))
-
-
-def _table(distribution: Distribution, rows: Rows, grid: Sequence[float]) -> RowStats:
-    """Statistics (G, N) of one teacher."""
-    starts = range(0, len(rows), BLOCK_ROWS)
-    blocks = [slice(start, min(start + BLOCK_ROWS, len(rows))) for start in starts]
-    reader = GridReader(grid)
-    return RowStats.cat([reader.read(distribution, rows.labels[b], b) for b in blocks])
 
 
 class GridReader:
@@ -242,10 +220,15 @@ class GridReader:
         torch.sub(logits_sV, logits_sV.gather(1, top_s1), out=shifted_sV)
         label_s = shifted_sV.gather(1, labels_s[:, None])[:, 0]
         # Finite, or exp(-inf) * -inf would be NaN.
-        shifted_sV.scatter_(1, top_s1, MIN_LOGIT).clamp_(min=MIN_LOGIT)
+        shifted_sV.clamp_(min=MIN_LOGIT)
+        # Reading the values of a GPU would synchronize with it.
+        lowest = float(shifted_sV.amin()) if shifted_sV.device.type == "cpu" else MIN_LOGIT
         rest_Gs, dot_Gs = like.new_empty(2, len(self._grid), shape[0])
         for g, temperature in enumerate(self._grid):
-            torch.mul(shifted_sV, 1.0 / temperature, out=scaled_sV).clamp_(min=NEGLIGIBLE)
+            torch.mul(shifted_sV, 1.0 / temperature, out=scaled_sV)
+            if lowest / temperature < NEGLIGIBLE:
+                scaled_sV.clamp_(min=NEGLIGIBLE)
+            scaled_sV.scatter_(1, top_s1, NEGLIGIBLE)
             torch.sum(torch.exp(scaled_sV, out=exp_sV), -1, out=rest_Gs[g])
             torch.sum(exp_sV.mul_(scaled_sV), -1, out=dot_Gs[g])
         log_sum_Gs = rest_Gs.log1p()

@@ -129,13 +129,15 @@ def em_weights(
     num_teachers, num_rows = logp_KN.shape
     prior_K = logp_KN.new_zeros(num_teachers) if prior_K is None else prior_K.to(logp_KN)
     weight_K = logp_KN.new_full((num_teachers,), 1.0 / num_teachers)
+    # Relative to the best teacher of a row: a step is then two products and no exponential.
+    prob_KN = (logp_KN - logp_KN.amax(0)).exp()
     previous = -torch.inf
     for _ in range(num_iterations):
-        joint_KN = weight_K.log()[:, None] + logp_KN
-        total_N = joint_KN.logsumexp(0)
-        explained_K = (joint_KN - total_N).exp().sum(1)
+        # 0 where a teacher without weight is the only one that explains a row.
+        total_N = (weight_K @ prob_KN).clamp(min=torch.finfo(logp_KN.dtype).tiny)
+        explained_K = weight_K * (prob_KN @ total_N.reciprocal())
         # `xlogy` is 0 for a weight of 0 without a prior, where the plain product is NaN.
-        value = torch.xlogy(prior_K, weight_K).sum() + total_N.sum()
+        value = torch.xlogy(prior_K, weight_K).sum() + total_N.log().sum()
         weight_K = (explained_K + prior_K) / (num_rows + prior_K.sum())
         if value - previous < tolerance * num_rows:
             break

@@ -101,14 +101,21 @@ class TeacherReader:
                 distribution = _Expanded(distribution, answer.rows.cpu(), len(rows))
             self._distributions.append(distribution)
 
+    def raw(self, number: int, block: slice, *, buffer: str = "logits") -> tuple[RawRows, bool]:
+        """One teacher's raw values at its temperature, and whether they may be overwritten."""
+        distribution = self._distributions[number]
+        raw, is_scratch = distribution.raw(block, self._workspace, buffer)
+        # The logits of named rows are log-probabilities at their temperature already.
+        if distribution.is_full:
+            raw = raw.tempered(self._temperatures[number])
+        return raw, is_scratch
+
     def member(self, number: int, block: slice, *, buffer: str = "logits") -> Member:
         """Apply one teacher's head to n rows, into a workspace buffer, and read its statistics."""
         distribution, temperature = self._distributions[number], self._temperatures[number]
-        raw, is_scratch = distribution.raw(block, self._workspace, buffer)
+        raw, is_scratch = self.raw(number, block, buffer=buffer)
         labels_n = self._rows.labels[block]
         scalars = distribution.scalars(block, temperature)
-        if distribution.is_full:
-            raw = raw.tempered(temperature)
         # The logits of named rows are log-probabilities already.
         zero_n = torch.zeros_like(raw.values_nV[:, 0], dtype=raw.dtype)
         logsumexp = LogSumExp(zero_n, zero_n)
@@ -133,21 +140,22 @@ class TeacherReader:
         numbers = range(len(self._distributions))
         if not consensus:
             return RowStats.stack([self.member(number, block).stats for number in numbers])
-        pool = Pool("linear", len(self._distributions), self.kernels)
-        all_stats, entropies = [], []
+        pool = Pool("linear", len(self._distributions), self.kernels, workspace=self._workspace)
+        members, entropies = [], []
         for number in numbers:
             member = self.member(number, block)
             score_n = torch.zeros_like(member.stats.entropy_KN, dtype=torch.float64)
             pool.add(member, masked_scores(score_n, member.stats).clamp(min=MIN_SCORE))
-            all_stats.append(member.stats)
+            members.append(member)
             entropies.append(self.entropy(number, member))
-        stats = RowStats.stack(all_stats)
+        stats = RowStats.stack([member.stats for member in members])
         mean_logp_nV = pool.result()[0].logp_()
         cross = []
-        for number in numbers:
-            rows = self.member(number, block).rows
-            prob_nV = to_logits(rows, torch.empty_like(rows.values_nV))
-            prob_nV = floor_(torch.log_softmax(prob_nV, -1)).exp_()
+        for number, member in enumerate(members):
+            rows, _ = self.raw(number, block)
+            prob_nV = self._workspace.matrix("cross", mean_logp_nV.shape, mean_logp_nV)
+            prob_nV = to_logits(rows, prob_nV).sub_(member.logsumexp.max_n[:, None])
+            prob_nV.sub_(member.logsumexp.log_sum_n[:, None]).exp_()
             cross.append(-prob_nV.mul_(mean_logp_nV).sum(-1))
         kl_Kn = (torch.stack(cross) - torch.stack(entropies)).clamp(min=0.0)
         return replace(stats, consensus_kl_KN=kl_Kn)

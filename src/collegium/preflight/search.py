@@ -22,7 +22,8 @@ from collegium.fusion.pools import PoolKind
 from collegium.fusion.rules import BestSingle
 from collegium.fusion.weighting import Conditions, Fit, Weighting
 from collegium.preflight.folds import Fits, balanced_folds
-from collegium.preflight.sweeps import NUM_BYTES, Scalars, sweep_fusions
+from collegium.preflight.pooling import SweptFusion, sweep_fusions
+from collegium.preflight.sweeps import NUM_BYTES, Scalars
 
 # Products and pooled temperatures need whole distributions: at V = 49,152, sixty fusions of three
 # teachers take 40 ms per token on a CPU.
@@ -170,6 +171,15 @@ class Search:
         """Return (K, N) float64 weights at the shared rows, of the fusion that scores each row."""
         return self._by_fold(self.scalars.tables.weights, candidate.fusions)[:, self.is_shared_N]
 
+    def _known_weights(self, fusions: FoldedFusion) -> Tensor | None:
+        """(K, N) float64 weights at the shared rows. None if scalars do not determine them."""
+        tables = self.scalars.tables
+        if not all(
+            tables.determine(f.weighting, f.temperatures) for f in (fusions.first, fusions.second)
+        ):
+            return None
+        return self._by_fold(tables.weights, fusions)[:, self.is_shared_N]
+
     def _full_candidates(
         self, rules: Sequence[tuple[Fit, bool]], linear: Sequence[Candidate]
     ) -> list[Candidate]:
@@ -183,11 +193,11 @@ class Search:
         ]
         # Temperatures that all stayed at 1 give the same fusion twice.
         settings = list({repr(fusions.final): fusions for fusions in reversed(tried)}.values())
-        pairs = [(fusions.first, fusions.second) for fusions in settings]
+        swept = [SweptFusion(one.first, one.second, self._known_weights(one)) for one in settings]
         is_second_N = self.is_second_N[self.is_shared_N]
         # One pass over the teachers for all fusions, folds and pooled temperatures.
         nll_FGN = sweep_fusions(
-            self.teachers, self._full, pairs, is_second_N, POOLED_GRID, num_bytes=self._num_bytes
+            self.teachers, self._full, swept, is_second_N, POOLED_GRID, num_bytes=self._num_bytes
         )
         candidates = []
         for fusions, nll_GN in zip(settings, nll_FGN, strict=True):

@@ -1,14 +1,12 @@
-"""Sweeps of a preflight over the teachers: scalars, disagreement, and the NLL of fused targets.
+"""Sweep of a preflight over the teachers: scalars at every temperature, and their disagreement.
 
-Shapes: N rows of the calibration split, n block of rows, V vocabulary, K teachers, G temperatures,
-F fusions.
+Shapes: N rows of the calibration split, n block of rows, V vocabulary, K teachers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,21 +14,13 @@ from torch import Tensor
 from collegium.distributions import Answer, Teacher
 from collegium.evaluate.metrics import Metrics, ScoredTokens
 from collegium.evaluate.scoring import Windows
-from collegium.fusion.buffered import (
-    BufferedRows,
-    buffer_rows,
-    buffered,
-    split_rows,
-    strips_of,
-    vocab_size_of,
-)
-from collegium.fusion.calibration import NEGLIGIBLE, TEMPERATURES, GridReader, TemperatureTables
-from collegium.fusion.fuse import Fusion, StreamedTarget, Target, fuse
+from collegium.fusion.buffered import buffer_rows, buffered, split_rows, strips_of, vocab_size_of
+from collegium.fusion.calibration import TEMPERATURES, GridReader, TemperatureTables
 from collegium.fusion.pools import TeacherReader
 from collegium.fusion.weighting import RowStats
-from collegium.kernels.plain import TorchKernels, strips
-from collegium.kernels.rows import LogSumExp, RawRows, RunningMean, Workspace, top_tokens
-from collegium.types import Rows, map_tensors
+from collegium.kernels.plain import strips
+from collegium.kernels.rows import RawRows, top_tokens
+from collegium.types import map_tensors
 
 NUM_BYTES = 2**28
 """Memory for logits by default."""
@@ -98,7 +88,7 @@ def sweep_teachers(
     step = max(1, int(split.counts().sum()) // JSD_ROWS)
     has_consensus = with_consensus and stored_at is None
     for answers, rows, batch_tokens in split.answers(teachers):
-        vocab_size, size = _sizes(answers, num_bytes)
+        vocab_size, size = buffer_sizes(answers, num_bytes)
         answers = buffered(answers, size)
         columns: dict[str, list[RowStats]] = {answer.name: [] for answer in answers}
         kl = []
@@ -127,168 +117,8 @@ def sweep_teachers(
     )
 
 
-@torch.no_grad()
-def sweep_fusions(
-    teachers: Sequence[Teacher],
-    split: Windows,
-    fusions: Sequence[tuple[Fusion, Fusion]],
-    is_second_N: Tensor,
-    temperatures: Sequence[float],
-    *,
-    num_bytes: int = NUM_BYTES,
-) -> Tensor:
-    """Return the NLL of each fused target per pooled temperature and row, (F, G, N) float64.
-
-    The teachers are read once, and each head is applied once per row, or twice where a rule reads
-    all rows of a batch first, whatever the number of fusions.
-
-    Args:
-        teachers: the frozen models.
-        split: the windows to read.
-        fusions: per candidate, the fusions that score the rows of the first and the second fold.
-        is_second_N: (N,) whether each row belongs to the second fold, by whole pieces of documents.
-        temperatures: pooled temperatures at which to score each fusion.
-        num_bytes: memory for logits.
-    """
-    parts: list[Tensor] = []
-    start = 0
-    reader = _PooledReader(temperatures, num_bytes)
-    for answers, rows, _ in split.answers(teachers):
-        is_second_n = is_second_N[start : start + len(rows)]
-        start += len(rows)
-        nll_FGn = torch.zeros(len(fusions), len(temperatures), len(rows), dtype=torch.float64)
-        for fold, in_fold_n in enumerate((~is_second_n, is_second_n)):
-            if in_fold_n.any():
-                fold_answers, fold_rows = _select_rows(answers, rows, in_fold_n)
-                members = [pair[fold] for pair in fusions]
-                nll_FGn[..., in_fold_n] = reader.read(members, fold_answers, fold_rows)
-        parts.append(nll_FGn)
-    return torch.cat(parts, -1)
-
-
-class _SharedKernels(TorchKernels):
-    """Kernels that compute each distribution in a buffer once, for all fusions that pool it.
-
-    Without them, reading and exponentiating the members is four fifths of the time of a sweep.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._buffers: frozenset[int] = frozenset()
-        self._read_rows: dict[Any, tuple[LogSumExp, Tensor]] = {}
-        self._members: dict[Any, Tensor] = {}
-        self._memory = Workspace()
-
-    def attend(self, rows: Iterable[RawRows]) -> None:
-        """Share what is computed of these rows from now on, and forget all others."""
-        self._buffers = frozenset(one.values_nV.untyped_storage().data_ptr() for one in rows)
-        self._read_rows.clear()
-        self._members.clear()
-
-    def _key(self, rows: RawRows) -> Any:
-        values_nV = rows.values_nV
-        is_shared = values_nV.untyped_storage().data_ptr() in self._buffers
-        place = values_nV.data_ptr(), values_nV.shape[0], rows.scale, rows.softcap
-        return place if is_shared else None
-
-    def read(self, rows: RawRows) -> tuple[LogSumExp, Tensor]:
-        key = self._key(rows)
-        if key is None:
-            return super().read(rows)
-        if key not in self._read_rows:
-            self._read_rows[key] = super().read(rows)
-        return self._read_rows[key]
-
-    def add_(
-        self, mean: RunningMean, rows: RawRows, logsumexp: LogSumExp, share_n: Tensor | None
-    ) -> None:
-        key = self._key(rows)
-        if key is None:
-            return super().add_(mean, rows, logsumexp, share_n)
-        key = *key, mean.is_log, mean.values_nV.dtype
-        if key not in self._members:
-            # The same memory in every strip, or the heap would fragment.
-            place = f"member {len(self._members)}"
-            member_nV = self._memory.matrix(place, mean.values_nV.shape, mean.values_nV)
-            super().add_(RunningMean(member_nV, is_log=mean.is_log), rows, logsumexp, None)
-            self._members[key] = member_nV
-        mean_nV, member_nV = mean.values_nV, self._members[key]
-        if share_n is None:
-            mean_nV.copy_(member_nV)
-        elif mean.is_log:
-            mean_nV.lerp_(member_nV, share_n[:, None])
-        else:
-            mean_nV.mul_((1.0 - share_n)[:, None]).addcmul_(member_nV, share_n[:, None])
-
-
-class _PooledReader:
-    """Reads many fusions of the same answers, strip by strip."""
-
-    def __init__(self, temperatures: Sequence[float], num_bytes: int) -> None:
-        self._temperatures = temperatures
-        self._num_bytes = num_bytes
-        # One target at a time is in use, so all of them share the memory.
-        self._kernels, self._workspace = _SharedKernels(), Workspace()
-
-    def read(self, fusions: Sequence[Fusion], answers: Sequence[Answer], rows: Rows) -> Tensor:
-        """Return (F, G, n) NLL of p^(1/T) / Z at the labels, after at most two products per row."""
-        vocab_size, size = _sizes(answers, self._num_bytes)
-        members = buffered(answers, size)
-        targets = [
-            fuse(fusion, members, rows, kernels=self._kernels, workspace=self._workspace)
-            for fusion in fusions
-        ]
-        strips = strips_of(slice(0, len(rows)), vocab_size, rows.labels.device)
-        if not all(fusion.weighting.streams for fusion in fusions):
-            for strip, target in self._shared(strips, members, targets):
-                if isinstance(target, StreamedTarget):
-                    target.read_ahead(strip)
-        nll_NFG = torch.empty(len(rows), len(fusions), len(self._temperatures), dtype=torch.float64)
-        for number, (strip, target) in enumerate(self._shared(strips, members, targets)):
-            nll_NFG[strip, number % len(fusions)] = self._nll(
-                target.block(strip).logp(), rows.labels[strip]
-            ).T
-        return nll_NFG.permute(1, 2, 0)
-
-    def _shared(
-        self, strips: Sequence[slice], members: Sequence[Answer], targets: Sequence[Target]
-    ) -> Iterator[tuple[slice, Target]]:
-        """Yield every target with every strip, all targets of one strip after the other."""
-        held = [a.distribution for a in members if isinstance(a.distribution, BufferedRows)]
-        for strip in strips:
-            self._kernels.attend([distribution.rows(strip) for distribution in held])
-            yield from ((strip, target) for target in targets)
-
-    def _nll(self, logp_nV: Tensor, labels_n: Tensor) -> Tensor:
-        """(G, n) float64 on the CPU."""
-        label_logp_n = logp_nV.gather(1, labels_n[:, None])[:, 0]
-        scaled_nV = self._workspace.matrix("pooled", logp_nV.shape, logp_nV)
-        # Below exp(-87), exp is slow. log P is at least -log V at the top token.
-        has_tiny = bool(logp_nV.amin() / min(self._temperatures) < NEGLIGIBLE)
-        columns = []
-        for temperature in self._temperatures:
-            if temperature == 1.0:
-                columns.append(-label_logp_n)
-                continue
-            torch.mul(logp_nV, 1.0 / temperature, out=scaled_nV)
-            if has_tiny:
-                scaled_nV.clamp_(min=NEGLIGIBLE)
-            columns.append(scaled_nV.exp_().sum(-1).log() - label_logp_n / temperature)
-        return torch.stack(columns).double().cpu()
-
-
-def _select_rows(
-    answers: Sequence[Answer], rows: Rows, is_kept_n: Tensor
-) -> tuple[list[Answer], Rows]:
-    if is_kept_n.all():
-        return list(answers), rows
-    kept_n = is_kept_n.nonzero()[:, 0]
-    picked = [replace(answer, distribution=answer.distribution.take(kept_n)) for answer in answers]
-    return picked, rows.part(kept_n.to(rows.labels.device))
-
-
-def _sizes(answers: Sequence[Answer], num_bytes: int) -> tuple[int, int]:
-    """V, and the rows of each buffer of logits."""
+def buffer_sizes(answers: Sequence[Answer], num_bytes: int = NUM_BYTES) -> tuple[int, int]:
+    """Return V, and the rows of each buffer of logits."""
     vocab_size = vocab_size_of(answers[0].distribution)
     return vocab_size, buffer_rows(vocab_size, num_bytes // (len(answers) + MAX_BUFFERS))
 

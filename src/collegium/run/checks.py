@@ -298,10 +298,10 @@ def _check_finished_caches(context: RunContext) -> None:
     if recipe.cache.features is not None and context.student.needs_importance:
         return  # which hidden states are cached follows from a measurement
     if recipe.cache.kind == "fused" and not isinstance(recipe.fusion, Fusion):
-        found, unknown = [FusedCache(context, Fusion())], {"fusion"}
+        built, unknown = [FusedCache(context, Fusion())], {"fusion"}
     else:
-        found, unknown = caches(context), set[str]()
-    for cache in found:
+        built, unknown = caches(context), set[str]()
+    for cache in built:
         assert isinstance(cache, Cache)
         if cache.is_own:
             continue  # set aside, and built again
