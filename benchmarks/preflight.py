@@ -1,6 +1,6 @@
 """Time and memory of a preflight at a real vocabulary, next to scoring its tokens once.
 
-    python benchmarks/preflight.py --save docs/results/preflight.md
+    python benchmarks/preflight.py
 
 Teachers have the shape of SmolLM2-135M (30 layers, V = 49,152) and random weights, and tokens are
 random: time and memory do not depend on the content. Heads are scaled until the entropy is that of
@@ -27,7 +27,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import collegium.preflight.search as search_module
-from cache_size import replace_section
 from collegium.config.recipe import PreflightOptions
 from collegium.data.encode import Encoded
 from collegium.data.windows import PackedDataset
@@ -53,8 +52,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=PreflightOptions().batch_size)
-    parser.add_argument("--section", default="After", help="section of the page to replace")
-    parser.add_argument("--save", type=Path, help="Markdown page with that section")
     options = parser.parse_args()
     share = options.tokens / PreflightOptions().max_tokens
     search_module.FULL_TOKENS = round(search_module.FULL_TOKENS * share)
@@ -78,8 +75,6 @@ def main() -> None:
         score_models(teachers, [], None, halves[1])
     text = table(seconds, peaks, report, options)
     print(text)
-    if options.save:
-        replace_section(options.save, options.section, text)
 
 
 def preflight(
