@@ -1,4 +1,4 @@
-"""One of two processes: a wrapped step against a single process, or a run of the trainer.
+"""One of several processes: a wrapped step against a single process, or a run of the trainer.
 
 Run by tests/train/test_distributed.py.
 """
@@ -23,6 +23,7 @@ from collegium.cache.store import open_cache
 from collegium.data.collate import Collator
 from collegium.data.encode import Encoded
 from collegium.data.windows import PackedDataset
+from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss
 from collegium.losses.pairing import AttentionOptions, FeatureOptions, RelationOptions
@@ -41,7 +42,8 @@ from training_runs import VOCAB, small_model, trainer
 
 V, LENGTH = 60, 12
 TIED = {"tie_word_embeddings": True}
-SOURCES = ("live", "features", "cache", "stages")
+SOURCES = ("live", "features", "cache", "stages", "route")
+WINDOWS_PER_STEP = 4
 
 
 def make_step(teachers: list[LocalTeacher]) -> DistillStep:
@@ -111,12 +113,13 @@ def compare_step(name: str, folder: Path) -> None:
 def make_windows() -> PackedDataset:
     """Eleven windows of one document each; every fourth one has no trained token."""
     generator = np.random.default_rng(0)
-    documents = []
+    documents, domains = [], []
     for number, length in enumerate(generator.integers(4, 13, 11)):
         is_target = (np.arange(length) > 0) & (number % 4 > 0)
         ids = generator.integers(2, VOCAB, length)
         documents.append(Encoded(ids, is_target, np.ones(length, np.int64), False))
-    return PackedDataset(documents, max_length=12, packing=False)
+        domains.append(("law", "news", "code")[number % 3])
+    return PackedDataset(documents, max_length=12, packing=False, domains=domains)
 
 
 def make_teachers() -> list[LocalTeacher]:
@@ -162,7 +165,9 @@ class Gradients(TrainerCallback):
                 self.tensors[f"gradient {state.global_step}/{name}"] = parameter.grad.clone()
 
 
-def train(source: str, folder: Path, cache: Path, *, batch_size: int) -> dict[str, torch.Tensor]:
+def train(
+    source: str, folder: Path, cache: Path, *, batch_size: int = 1, accumulated: int = 1
+) -> dict[str, torch.Tensor]:
     """Train two epochs of three steps in float64; return gradients, weights and scales."""
     student, kept = small_model().double(), Gradients()
     objective, targets = Objective(ObjectiveOptions(kd_ratio=0.6), Fusion()), None
@@ -173,6 +178,9 @@ def train(source: str, folder: Path, cache: Path, *, batch_size: int) -> dict[st
         objective = Objective(ObjectiveOptions(features=options), Fusion(), states=[features])
     elif source == "stages":
         objective = staged()
+    elif source == "route":
+        weighting = Route(default="t0", domains={"law": "t1", "code": "t0"})
+        objective = Objective(ObjectiveOptions(kd_ratio=0.6), Fusion(weighting=weighting))
     elif source == "cache":
         targets = CachedTargets(open_cache(cache), make_windows().sample_names)
     made = trainer(
@@ -190,7 +198,7 @@ def train(source: str, folder: Path, cache: Path, *, batch_size: int) -> dict[st
             "num_train_epochs": 2,
             "per_device_train_batch_size": batch_size,
             "per_device_eval_batch_size": batch_size,
-            "gradient_accumulation_steps": 2,
+            "gradient_accumulation_steps": accumulated,
             "logging_steps": 1,
             "save_steps": 100,
             "gradient_checkpointing": source == "stages",
@@ -213,10 +221,12 @@ def train(source: str, folder: Path, cache: Path, *, batch_size: int) -> dict[st
 
 def run_trainer(source: str, folder: Path) -> None:
     """This rank's part of a run; rank 0 writes its result."""
-    result = train(source, folder / "two", folder / "cache", batch_size=1)
-    assert dist.get_world_size() == 2
+    world_size = int(os.environ["WORLD_SIZE"])
+    accumulated = WINDOWS_PER_STEP // world_size
+    result = train(source, folder / "many", folder / "cache", accumulated=accumulated)
+    assert dist.get_world_size() == world_size
     if dist.get_rank() == 0:
-        save_file(result, folder / "two.safetensors")
+        save_file(result, folder / "many.safetensors")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Two gloo processes give the loss, gradients and weights of a single one."""
+"""Several gloo processes give the loss, gradients and weights of a single one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import distributed_case
 CASE = Path(distributed_case.__file__)
 
 
-def run_two(name: str, folder: Path) -> None:
-    """Run both processes of a case."""
+def run_processes(name: str, folder: Path, count: int = 2) -> None:
+    """Run all processes of a case."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
@@ -37,7 +37,7 @@ def run_two(name: str, folder: Path) -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -52,18 +52,23 @@ def run_two(name: str, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_a_wrapped_step_gives_the_gradients_of_one_process(wrapper: str, tmp_path: Path) -> None:
-    run_two(wrapper, tmp_path)
+    run_processes(wrapper, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("source", distributed_case.SOURCES)
-def test_two_trainers_give_the_gradients_and_weights_of_one(source: str, tmp_path: Path) -> None:
+def test_several_trainers_give_the_gradients_and_weights_of_one(
+    source: str, count: int, tmp_path: Path
+) -> None:
     """Over two epochs, with ranks without rows and an uneven last batch."""
     if source == "cache":
         distributed_case.build_fused_cache(tmp_path / "cache")
-    expected = distributed_case.train(source, tmp_path / "one", tmp_path / "cache", batch_size=2)
-    run_two(source, tmp_path)
-    actual = load_file(tmp_path / "two.safetensors")
+    expected = distributed_case.train(
+        source, tmp_path / "one", tmp_path / "cache", batch_size=2, accumulated=2
+    )
+    run_processes(source, tmp_path, count)
+    actual = load_file(tmp_path / "many.safetensors")
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         scale = tensor.abs().max()
