@@ -19,7 +19,7 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
-SAMPLE = 12
+SAMPLE = 10
 """Cases of one parametrized test that run without `--all`."""
 
 

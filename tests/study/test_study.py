@@ -211,6 +211,7 @@ def test_teacher_passes_count_the_tokens_that_teachers_read(
     assert teacher_passes(load_recipe(path), 40, 2000) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_without_students_rows_are_preflight_fusions(tiny_study: Path) -> None:
     text = tiny_study.read_text()
     head = text[: text.index("measures")].replace("seeds: [0, 1]", "students: false")
@@ -316,6 +317,7 @@ def test_setting_with_an_unknown_key_names_it(tiny_study: Path) -> None:
         sweep.run_study(tiny_study)
 
 
+@pytest.mark.slow
 def test_rank_keeps_the_best_the_worst_or_random_teachers(tmp_path: Path) -> None:
     write_zoo(tmp_path, 4)
     base = recipe_text(tmp_path, 4).replace("controls: [ce_only]", "controls: []")
