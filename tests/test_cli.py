@@ -142,6 +142,15 @@ def test_train_and_report_print_the_path_of_the_result(
     assert invoke("report", recipe_file).stdout == "report: runs/run/report.html\n"
 
 
+def test_a_run_folder_is_as_good_as_its_recipe(tmp_path: Path, stages: dict[str, Any]) -> None:
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(MINIMAL)
+    (folder / "stages.json").write_text("{}")
+    stages["report"] = lambda recipe: recipe.output_dir / "report.html"
+    assert invoke("report", folder).stdout == f"report: {folder / 'report.html'}\n"
+
+
 def test_preflight_applies_its_choice(recipe_file: Path, stages: dict[str, Any]) -> None:
     fusion = {"weighting": {"name": "entropy", "tau": 0.5}, "pool": "linear"}
 
@@ -290,7 +299,12 @@ def test_our_own_bugs_keep_their_traceback(recipe_file: Path, stages: dict[str, 
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (OSError(28, "No space left on device", "out/x"), "out/x: No space left on device"),
+        (
+            OSError(28, "No space left on device", "out/x"),
+            "out/x: the disk is full (No space left on device); finished work is kept; free "
+            "space, then run the same command again",
+        ),
+        (OSError(13, "Permission denied", "out/x"), "out/x: Permission denied"),
         (OSError("odd"), "odd"),
     ],
 )

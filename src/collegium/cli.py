@@ -14,7 +14,14 @@ import typer
 from typer.core import TyperGroup
 
 from collegium.console import escape_warnings, is_silent, printable
-from collegium.errors import CollegiumError, Interrupted, RecipeError, Terminated, check_versions
+from collegium.errors import (
+    DISK_FULL,
+    CollegiumError,
+    Interrupted,
+    RecipeError,
+    Terminated,
+    check_versions,
+)
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -23,7 +30,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 TABLE_WIDTH = 130
-
+REMEDY = "free space, then run the same command again"
 
 SEVERAL_PROCESSES = frozenset({"run", "corpus", "preflight", "cache", "train", "evaluate"})
 """Commands that a launcher may start in several processes."""
@@ -72,7 +79,10 @@ class _Group(TyperGroup):
         except OSError as error:
             # I/O errors during a run, such as a full disk, cannot be checked up front.
             path = f"{error.filename}: " if error.filename else ""
-            _fail(ctx, f"{path}{error.strerror or error}", error)
+            text = error.strerror or str(error)
+            if error.errno in DISK_FULL:
+                text = f"the disk is full ({text}); finished work is kept; {REMEDY}"
+            _fail(ctx, f"{path}{text}", error)
         except ValueError as error:
             from pydantic import ValidationError
 
@@ -131,7 +141,9 @@ app = typer.Typer(
     help="Distill several frozen language models into one small student.",
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), or the folder of a run.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe keys, e.g. train.max_steps=10."),
@@ -162,9 +174,9 @@ def _options(
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
     # Before the import: it must not load a vulnerable torch or transformers.
     check_versions()
-    from collegium.config.recipe import load_recipe
+    from collegium.run.folder import recipe_of
 
-    return load_recipe(recipe, overrides or [])
+    return recipe_of(recipe, overrides or [])
 
 
 @app.command()

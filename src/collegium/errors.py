@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import signal
 from collections.abc import Iterable
@@ -14,6 +15,8 @@ FLOORS = {
     "jinja2": ("3.1.6", "CVE-2025-27516"),
 }
 """Packages that parse third-party files: minimum safe version, and the CVE it fixes."""
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Error numbers of a full disk, an exhausted quota and the size limit of a file."""
 
 
 class CollegiumError(Exception):

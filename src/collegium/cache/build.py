@@ -5,7 +5,6 @@ Processes without a shared file system build parts of a cache, each in a folder.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
@@ -34,10 +33,9 @@ from collegium.cache.shards import Codec, ShardMetadata, read_metadata
 from collegium.cache.sources import ShardSource
 from collegium.cache.store import SIDE_FILES, load_codec
 from collegium.console import progress, say
-from collegium.errors import CacheError
+from collegium.errors import DISK_FULL, CacheError
 from collegium.storage.files import lock_folder, sha256_of, write_bytes, write_json
 
-DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 SPACE_MARGIN = 1.05
 """Required free space, as a multiple of the estimate."""
 
