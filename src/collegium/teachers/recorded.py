@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from collegium.cache.processes import SINGLE_PROCESS, Ranks
 from collegium.distributions import LIVE, Answer, HiddenRows, Teacher
-from collegium.errors import CollegiumError, DataError, ModelError
+from collegium.errors import CollegiumError, DataError, ModelError, first_line
 from collegium.storage.files import write_json
 from collegium.storage.records import open_record
 from collegium.teachers.local import LocalTeacher, readable_from
@@ -91,14 +91,15 @@ def record(
         if not ranks.owns(number):
             continue
         hidden = teacher.hidden_rows(batch, rows)
-        num_bytes, free = hidden.hidden.nbytes, shutil.disk_usage(folder).free
-        if free < num_bytes:
+        num_bytes, file = hidden.hidden.nbytes, folder / f"{number}.safetensors"
+        try:
+            save_file({"hidden": hidden.hidden.contiguous()}, file)
+        except (OSError, SafetensorError) as error:
             raise CollegiumError(
-                f"{folder}: {free / 1e6:,.0f} MB free, and the next batch of {teacher.name} takes "
-                f"{num_bytes / 1e6:,.0f} MB; free some space, or lower max_tokens"
-            )
-        file = folder / f"{number}.safetensors"
-        save_file({"hidden": hidden.hidden.contiguous()}, file)
+                f"{folder}: {teacher.name}: cannot be written ({first_line(error)}); the next "
+                f"batch takes {num_bytes:,} bytes, {shutil.disk_usage(folder).free:,} are free; "
+                "free some space, or lower max_tokens"
+            ) from error
         start = 0
         for digest, count in zip(
             _window_digests(batch), _rows_per_window(batch, rows), strict=True
