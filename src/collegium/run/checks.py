@@ -32,7 +32,7 @@ from collegium.models.loading import vocab_size_of
 from collegium.models.lora import adapter_identity
 from collegium.models.options import ModelOptions
 from collegium.models.student import StudentOptions
-from collegium.models.weights import weights_digest, weights_layout
+from collegium.models.weights import weights_digest, weights_layout, weights_sample
 from collegium.report.formats import amount
 from collegium.run.caches import Cache, FusedCache
 from collegium.run.context import RunContext
@@ -322,10 +322,17 @@ def _check_distinct(checked: Models, report: CheckReport) -> None:
     models = {w: one for w, one in checked.items() if isinstance(one, ModelOptions)}
     layouts = {where: weights_layout(options.model) for where, options in models.items()}
     count = Counter(layouts.values())
+    # Whole files are read only of models that share names, types, shapes and some values.
+    samples = {
+        where: (layouts[where], weights_sample(options.model))
+        for where, options in models.items()
+        if count[layouts[where]] > 1
+    }
+    count = Counter(samples.values())
     seen: dict[object, str] = {}
     for where, options in models.items():
-        if count[layouts[where]] == 1:
-            continue  # other names, types or shapes mean other weights, so no file is read
+        if where not in samples or count[samples[where]] == 1:
+            continue
         digest = weights_digest(options.model)
         revision = None if layouts[where] else options.revision
         adapter = options.adapter and adapter_identity(options.adapter, where=where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
@@ -208,6 +209,8 @@ def _plain(token: str) -> bytes:
     return token.encode("utf-8", "surrogatepass")
 
 
+# The tokenizers of a run share most tokens, so each is converted once.
+@lru_cache(maxsize=2**18)
 def _byte_level(token: str) -> bytes:
     try:
         return token.translate(_ALPHABET).encode("latin-1")
@@ -215,6 +218,7 @@ def _byte_level(token: str) -> bytes:
         return _plain(token)
 
 
+@lru_cache(maxsize=2**18)
 def _piece(token: str) -> bytes:
     if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token):
         return bytes.fromhex(byte[1])
