@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 TABLE_WIDTH = 130
-REMEDY = "free space, then run the same command again"
+
 
 SEVERAL_PROCESSES = frozenset({"run", "corpus", "preflight", "cache", "train", "evaluate"})
 """Commands that a launcher may start in several processes."""
@@ -81,7 +81,8 @@ class _Group(TyperGroup):
             path = f"{error.filename}: " if error.filename else ""
             text = error.strerror or str(error)
             if error.errno in DISK_FULL:
-                text = f"the disk is full ({text}); finished work is kept; {REMEDY}"
+                remedy = "free space, then run the same command again"
+                text = f"the disk is full ({text}); finished work is kept; {remedy}"
             _fail(ctx, f"{path}{text}", error)
         except ValueError as error:
             from pydantic import ValidationError

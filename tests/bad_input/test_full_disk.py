@@ -14,6 +14,7 @@ from collegium.storage.records import ResultRow, open_record
 from tiny_run import recipe_text, write_zoo
 
 GROWTH = 1.1
+MAX_SIZES = 100
 CACHE_AND_EXPORT = "cache: {enabled: true, kind: per_teacher}\nexport: {to: [hf]}\n"
 
 
@@ -51,7 +52,7 @@ def test_a_run_goes_on_when_the_disk_grows(disk: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe_text(tmp_path) + CACHE_AND_EXPORT)
     places, kib = set(), 16
-    while True:
+    for _ in range(MAX_SIZES):
         result = CliRunner().invoke(app, ["run", str(recipe), f"output_dir={disk / 'run'}"])
         if result.exit_code == 0:
             break
@@ -65,6 +66,8 @@ def test_a_run_goes_on_when_the_disk_grows(disk: Path, tmp_path: Path) -> None:
         }
         kib = max(kib + 8, int(kib * GROWTH))
         assert resize(disk, kib)
+    else:
+        pytest.fail(f"the run needs more than {kib} KiB")
     assert {"corpus", "cache", "checkpoint"} <= places
     whole = CliRunner().invoke(app, ["run", str(recipe)])
     assert whole.exit_code == 0, whole.stderr

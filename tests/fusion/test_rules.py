@@ -9,13 +9,15 @@ import torch
 from pydantic import ValidationError
 
 import reference
+from collegium.distributions import Answer, HiddenRows
 from collegium.fusion.fitted import DomainWeights
 from collegium.fusion.fuse import Fusion
 from collegium.fusion.gate import Gate, gate_features
 from collegium.fusion.options import describe
+from collegium.fusion.pools import TeacherReader
 from collegium.fusion.rules import AvgCE, ConfidenceAware, Consensus, MinCE, Uniform
 from collegium.fusion.weighting import RowStats
-from collegium.types import Batch, Rows, domain_number
+from collegium.types import Batch, Head, Rows, domain_number
 from fusion_cases import NAMES, WEIGHTING_CASES, fused, make_rows, make_teachers, stats_of
 from refusals import check_message, refused
 
@@ -101,6 +103,18 @@ def test_outlier_loses_weight_and_no_divergence_exceeds_log_k():
     assert block.weights_Kn[0, 0] < 1e-2
     single_KN = stats_of(make_teachers(logits_KNV[:1]), rows).consensus_kl()
     assert single_KN.tolist() == [[0.0]]
+
+
+def test_a_single_head_has_no_divergence_from_itself():
+    """Its pool and its values, read twice, must not share a buffer."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VD = torch.randn(V, 4, generator=generator, dtype=torch.float64)
+    # Negative logits: a cross-entropy with them in place of log P would not be clamped to 0.
+    bias_V = torch.full((V,), -50.0, dtype=torch.float64)
+    answer = Answer("law", HiddenRows(3 * weight_VD[:5], Head(weight_VD, bias_V)))
+    reader = TeacherReader([answer], make_rows(torch.zeros(5, dtype=torch.long), [0] * 5), {})
+    kl_KN = reader.stats(slice(0, 5), consensus=True).consensus_kl()
+    assert float(kl_KN.max()) < 1e-12
 
 
 def test_equal_teachers_have_no_negative_divergence_from_their_mean():

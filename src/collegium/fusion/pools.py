@@ -140,7 +140,9 @@ class TeacherReader:
         numbers = range(len(self._distributions))
         if not consensus:
             return RowStats.stack([self.member(number, block).stats for number in numbers])
-        pool = Pool("linear", len(self._distributions), self.kernels, workspace=self._workspace)
+        # The pool of a single teacher would be in the buffer that its values are read into again.
+        workspace = self._workspace if len(self._distributions) > 1 else None
+        pool = Pool("linear", len(self._distributions), self.kernels, workspace=workspace)
         members, entropies = [], []
         for number in numbers:
             member = self.member(number, block)
