@@ -1,5 +1,6 @@
 """Run the blocks of docs/serving.md on the exports of a run, and write their outputs into the page.
 
+    pip install xllamacpp    # llama.cpp, for one block of the page
     python benchmarks/serving.py runs/demo
 
 A block of Python or shell code is run if a block of text follows, which its output replaces. Every
