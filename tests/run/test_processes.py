@@ -212,6 +212,29 @@ def test_a_failed_check_of_rank_0_ends_the_others(zoo: Path, tmp_path: Path) -> 
     assert "another process ended" in second[2]
 
 
+def test_a_failed_process_of_several_ends_before_its_interpreter_shuts_down() -> None:
+    """Threads of a lost collective may abort there: the handler of `atexit` is in their place."""
+    program = """
+import atexit, os, sys
+import torch.distributed as dist
+from collegium import cli
+
+def fail(prog_name):
+    print("reason")
+    sys.exit(2)
+
+cli.app = fail
+atexit.register(os.abort)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+cli.main()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stdout) == (2, "reason\n"), done.stderr
+
+
 @pytest.mark.slow
 def test_torchrun_starts_a_run(zoo: Path, tmp_path: Path) -> None:
     """With a fused cache, whose fusion rank 0 has chosen."""
