@@ -557,6 +557,9 @@ def generate(  # noqa: PLR0913  (the options of a command)
         float, typer.Option(min=0.001, max=1, help="Probability of the tokens to draw from.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Random seed of the draws.")] = 0,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the texts as training rows (JSONL), and print none.")
+    ] = None,
 ) -> None:
     """Continue prompts with models of a finished run, from its folder only."""
     if temperature == 0 and (top_p < 1 or seed):
@@ -566,11 +569,11 @@ def generate(  # noqa: PLR0913  (the options of a command)
     if all_models and model:
         raise RecipeError("--model: got --all as well; must be one of the two; omit one")
     check_versions()
-    import sys
-
     from collegium.evaluate.generation import Decoding
-    from collegium.run.texts import generate_texts, read_prompts, text_tables
+    from collegium.run.texts import check_new, generate_texts, read_prompts, save_texts, text_tables
 
+    if save is not None:
+        check_new(save)
     given = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or ()]
     texts = [*given, *(read_prompts(file) if file else ())]
     results = generate_texts(
@@ -581,7 +584,10 @@ def generate(  # noqa: PLR0913  (the options of a command)
         max_new_tokens=max_new_tokens,
         decoding=Decoding(temperature=temperature, top_p=top_p, seed=seed),
     )
-    if len(texts) == len(results) == 1 and results[0].texts:
+    if save is not None:
+        count = save_texts(save, run_folder, texts, results, is_raw=raw)
+        _echo(f"{save}: {count:,} texts of {len(texts):,} prompts")
+    elif len(texts) == len(results) == 1 and results[0].texts:
         _echo(results[0].texts[0])
     else:
         _print(*text_tables(texts, results))

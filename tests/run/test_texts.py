@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import tiny
 from collegium.cli import app
+from collegium.data.sources import SourceOptions, SourceSummary, read_documents
 from collegium.errors import CollegiumError, DataError, ExportError, ModelError, RecipeError
 from collegium.evaluate.generation import Decoding
 from collegium.export.formats import FORMATS
@@ -238,6 +239,48 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     data.write_text('{"text": "five"}\n')
     with refused(DataError, "--file: prompts.jsonl:1: "):
         read_prompts(data)
+
+
+def test_saved_texts_are_training_rows(run: Path, tmp_path: Path) -> None:
+    def rows(file: Path) -> list[Any]:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    prompts, models = [PROMPT, "def add(a"], ["student", "fused"]
+    file = tmp_path / "new" / "texts.jsonl"
+    options = [*("--max-new-tokens", "8"), *(f"--model={name}" for name in models)]
+    command = ["generate", str(run), *prompts, *options, "--save", str(file)]
+    result = CliRunner().invoke(app, command)
+    assert (result.exit_code, result.stdout) == (0, f"{file}: 4 texts of 2 prompts\n")
+    results = generate_texts(run, prompts, models=models, max_new_tokens=8)
+    assert rows(file) == [
+        {"prompt": prompt, "completion": text, "model": one.model}
+        for one in results
+        for prompt, text in zip(prompts, one.texts, strict=True)
+    ]
+    source = SourceOptions(path=str(file))
+    documents = list(read_documents(source, where="data", summary=SourceSummary("data")))
+    assert [d.completion for d in documents] == [text for one in results for text in one.texts]
+    # An existing file is not replaced, and nothing is generated first.
+    for wrong in (str(file), "texts.txt"):
+        refusal = CliRunner().invoke(app, [*command[:-1], wrong])
+        assert refusal.exit_code == 2
+        check_message(refusal.stderr.removesuffix("\n"), "error: --save: ")
+    # With a chat template, a prompt is a message of the user.
+    tiny.tiny_tokenizer(chat=True).save_pretrained(run / "student")
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    answers = [texts.ModelTexts("student", ["Yes", "No"], [1, 1]), texts.ModelTexts("x", note="-")]
+    given: list[Any] = ["Go", chat]
+    assert texts.save_texts(tmp_path / "chats.jsonl", run, given, answers) == 2
+    last = [{"role": "assistant", "content": text} for text in ("Yes", "No")]
+    assert [row["messages"] for row in rows(tmp_path / "chats.jsonl")] == [
+        [{"role": "user", "content": "Go"}, last[0]],
+        [*chat, last[1]],
+    ]
+    empty = [texts.ModelTexts("student", [" ", "Yes"], [1, 1])]
+    assert texts.save_texts(tmp_path / "raw.jsonl", run, ["a", "b"], empty, is_raw=True) == 1
+    assert rows(tmp_path / "raw.jsonl") == [
+        {"prompt": "b", "completion": "Yes", "model": "student"}
+    ]
 
 
 def test_the_command(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

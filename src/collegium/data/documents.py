@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -358,13 +359,22 @@ def _text(row: Mapping[str, object], name: str, place: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise DataError(f"{place}: `{name}` is {show(value)}; must be a string")
-    if match := _FORBIDDEN.search(value):
+    if match := _forbidden(value):
         character = f"lone surrogate U+{ord(match[0]):04X}" if ord(match[0]) else "NUL character"
         raise DataError(
             f"{place}: {character} at column {match.start() + 1} of `{name}`; must be valid "
             "Unicode; remove it"
         )
     return value
+
+
+def _forbidden(text: str) -> re.Match[str] | None:
+    # A sixth of the time of the pattern: only surrogates cannot be encoded.
+    with suppress(UnicodeEncodeError):
+        text.encode()
+        if "\0" not in text:
+            return None
+    return _FORBIDDEN.search(text)
 
 
 def _decoded(value: object) -> Any:

@@ -115,8 +115,12 @@ class TextTokenizer:
         if lengths.sum() != len(raw):
             return None
         # A token that ends inside of a character counts all of it.
-        ends = np.append(np.flatnonzero((raw & 0xC0) != 0x80), len(raw))
-        return np.diff(ends[np.searchsorted(ends, np.cumsum(lengths))], prepend=0)
+        token_ends = np.cumsum(lengths)
+        is_inside = (raw & 0xC0) == 0x80
+        if not is_inside.take(token_ends[:-1], mode="clip").any():
+            return lengths
+        ends = np.append(np.flatnonzero(~is_inside), len(raw))
+        return np.diff(ends[np.searchsorted(ends, token_ends)], prepend=0)
 
     def _by_offsets(self, texts: Sequence[str], quote: bool) -> list[tuple[np.ndarray, np.ndarray]]:
         tokens = tokenize(texts, self._tokenizer, quote=quote)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from collegium.evaluate.tasks import prompt_of
 from collegium.models.saving import load_generation, stop_ids
 from collegium.report.tables import Column, Line, Table
 from collegium.run.inference import EXPORT, STUDENT, RunModels
+from collegium.storage.files import write_text
 
 Message = dict[str, Any]
 WHERE = "prompts"
@@ -139,9 +141,13 @@ def _encode(
         date=data.date,
         where=WHERE,
     )
-    is_chat = bool(run.tokenizer.chat_template) and not is_raw
-    documents = _documents(prompts, is_chat)
+    documents = _documents(prompts, _is_chat(run, is_raw))
     return [Prompt(tuple(encoder.prompt_ids(one)), max_new_tokens or 1) for one in documents]
+
+
+def _is_chat(run: RunModels, is_raw: bool) -> bool:
+    """Return whether a prompt that is a string is a message of the user."""
+    return bool(run.tokenizer.chat_template) and not is_raw
 
 
 def _documents(prompts: Sequence[str | list[Message]], is_chat: bool) -> Iterator[Document]:
@@ -183,6 +189,43 @@ def _student_stops(run: RunModels) -> frozenset[int]:
     """Return the ids at which the student was taught to stop."""
     taught = stop_ids(load_generation(run.student))
     return taught | {run.tokenizer.eos_token_id}
+
+
+def save_texts(
+    file: Path,
+    run_folder: Path,
+    prompts: Sequence[str | list[Message]],
+    results: Sequence[ModelTexts],
+    *,
+    is_raw: bool = False,
+) -> int:
+    """Write the texts of `generate_texts` as training rows in JSON lines, and return their number.
+
+    A text is the `completion` of its `prompt`, or the last of the `messages` of a chat. `model`
+    names its model. Empty texts are left out, since nothing can be trained on them.
+    """
+    is_chat = _is_chat(RunModels(run_folder), is_raw)
+    rows = []
+    for one in results:
+        for prompt, text in zip(prompts, one.texts or [""] * len(prompts), strict=True):
+            if not text.strip():
+                continue
+            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            if isinstance(prompt, str) and not is_chat:
+                row: dict[str, Any] = {"prompt": prompt, "completion": text}
+            else:
+                row = {"messages": [*chat, {"role": "assistant", "content": text}]}
+            rows.append(json.dumps({**row, "model": one.model}, ensure_ascii=False) + "\n")
+    write_text(file, "".join(rows))
+    return len(rows)
+
+
+def check_new(file: Path) -> None:
+    """Raise CollegiumError unless a file of JSON lines can be written there."""
+    if file.suffix.lower() != ".jsonl":
+        raise CollegiumError(f"--save: got {file}; must end with .jsonl, the format of its rows")
+    if file.exists():
+        raise CollegiumError(f"--save: {file} already exists; must be new; delete it or rename it")
 
 
 def text_tables(
