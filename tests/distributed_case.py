@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.state import DistributedType, PartialState
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from collegium.cache.build import build_cache
 from collegium.cache.encode import FusedEncoder
@@ -23,6 +24,7 @@ from collegium.cache.store import open_cache
 from collegium.data.collate import Collator
 from collegium.data.encode import Encoded
 from collegium.data.windows import PackedDataset
+from collegium.errors import TrainingError
 from collegium.fusion.fitted import Route
 from collegium.fusion.fuse import Fusion
 from collegium.losses.features import FeatureLoss
@@ -33,9 +35,11 @@ from collegium.models.forward import tap_names, tap_width
 from collegium.storage.records import read_log
 from collegium.teachers.cached import CachedTargets
 from collegium.teachers.local import LocalTeacher
+from collegium.train.nan_diagnosis import NanGuard
 from collegium.train.objective import Objective
 from collegium.train.options import ObjectiveOptions
 from collegium.train.progress import TrainingProgress
+from collegium.train.sharded import gathered_root, whole
 from collegium.train.step import DistillStep
 from tiny import tiny_model
 from training_runs import VOCAB, small_model, trainer
@@ -44,6 +48,8 @@ V, LENGTH = 60, 12
 TIED = {"tie_word_embeddings": True}
 SOURCES = ("live", "features", "cache", "stages", "route")
 WINDOWS_PER_STEP = 4
+SHARDED = "sharded-"
+"""Prefix of a source whose student FSDP2 shards."""
 
 
 def make_step(teachers: list[LocalTeacher]) -> DistillStep:
@@ -108,6 +114,18 @@ def compare_step(name: str, folder: Path) -> None:
                 atol=1e-6,
                 msg=lambda m, p=path: f"{p}: {m}",
             )
+    step = getattr(module, "module", module)
+    with torch.no_grad(), gathered_root(step):
+        logits = step.student(input_ids=half["input_ids"]).logits
+        torch.testing.assert_close(logits, single.student(input_ids=half["input_ids"]).logits)
+    guard = NanGuard(step)
+    guard.add(half, torch.tensor(float("nan") if rank == 1 else 1.0))
+    try:
+        guard.check(1)
+    except TrainingError:
+        return
+    assert rank == 0, "a loss that is not finite must be refused"
+    assert name == "ddp", "all ranks must end together, or one would wait for the others"
 
 
 def make_windows() -> PackedDataset:
@@ -162,13 +180,41 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         for name, parameter in self.made.step.named_parameters():
             if parameter.grad is not None:  # a stage may leave some out
-                self.tensors[f"gradient {state.global_step}/{name}"] = parameter.grad.clone()
+                key = f"gradient {state.global_step}/{name}"
+                self.tensors |= whole({key: parameter.grad.clone()})
+
+
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+"""Variables that `accelerate launch --use_fsdp --fsdp_version 2` sets."""
+
+
+def allow_sharding_on_cpu() -> None:
+    """Let Accelerate, which has FSDP for accelerators only, shard over gloo as well."""
+    os.environ.update(LAUNCHED)
+    create = Trainer.create_accelerator_and_postprocess
+
+    def created(made: Trainer) -> None:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        create(made)
+
+    Trainer.create_accelerator_and_postprocess = created  # type: ignore[method-assign]
 
 
 def train(
     source: str, folder: Path, cache: Path, *, batch_size: int = 1, accumulated: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Train two epochs of three steps in float64; return gradients, weights and scales."""
+    """Train two epochs of three steps in float64; return gradients, weights and scales.
+
+    Goes on where the folder has checkpoints, which are saved every two steps.
+    """
+    is_sharded = source.startswith(SHARDED)
+    source = source.removeprefix(SHARDED)
+    if is_sharded:
+        allow_sharding_on_cpu()
     student, kept = small_model().double(), Gradients()
     objective, targets = Objective(ObjectiveOptions(kd_ratio=0.6), Fusion()), None
     if source == "features":
@@ -200,14 +246,15 @@ def train(
             "per_device_eval_batch_size": batch_size,
             "gradient_accumulation_steps": accumulated,
             "logging_steps": 1,
-            "save_steps": 100,
+            "save_steps": 2,
             "gradient_checkpointing": source == "stages",
         },
     )
     kept.made = made
     made.step.objective.double()
     metrics = made.evaluate()
-    made.train()
+    made.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    made.save_student(folder / "final")
     metrics |= {f"trained {name}": value for name, value in made.evaluate().items()}
     kept.tensors |= {
         name: torch.tensor(value, dtype=torch.float64)
@@ -215,7 +262,7 @@ def train(
         if name.endswith(("loss", "kd", "num_tokens"))
     }
     log = [row.loss for row in read_log(folder / "log.jsonl") or ()]
-    kept.tensors |= {f"weight/{name}": value for name, value in made.step.state_dict().items()}
+    kept.tensors |= whole({f"weight/{name}": v for name, v in made.step.state_dict().items()})
     return {**kept.tensors, "log": torch.tensor(log, dtype=torch.float64)}
 
 
@@ -231,7 +278,7 @@ def run_trainer(source: str, folder: Path) -> None:
 
 def main() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
-    if name in SOURCES:
+    if name.removeprefix(SHARDED) in SOURCES:
         run_trainer(name, folder)
     else:
         compare_step(name, folder)

@@ -6,15 +6,17 @@ import copy
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from collegium.errors import TrainingError
 from collegium.train import trainer as trainer_module
-from collegium.train.arguments import UNSUPPORTED, adopt_arguments
+from collegium.train.arguments import UNSUPPORTED, adopt_arguments, check_accelerator
 from collegium.train.progress import TrainingProgress
 from collegium.train.trainer import DistillTrainer
 from refusals import refused
@@ -34,7 +36,6 @@ REFUSED: dict[str, Any] = {
     "enable_jit_checkpoint": True,
     "push_to_hub": True,
     "label_names": ["start_positions"],
-    "fsdp": "full_shard",
     "deepspeed": {"zero_optimization": {"stage": 2}},
     "parallelism_config": object(),
 }
@@ -348,6 +349,35 @@ def test_the_precision_of_accelerate_is_that_of_the_layers(
     layer.register_forward_hook(lambda m, i, output: kinds.append(output.dtype))
     made.train()
     assert set(kinds) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("wrong", ["version", "offload", "single", "deepspeed"])
+def test_a_config_of_accelerate_that_cannot_work_is_refused(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    policy = CPUOffloadPolicy() if wrong == "offload" else OffloadPolicy()
+    plugin = SimpleNamespace(fsdp_version=1 if wrong == "version" else 2, cpu_offload=policy)
+    state = {"fsdp_plugin": None if wrong == "single" else plugin}
+    state |= {"deepspeed_plugin": object()} if wrong == "deepspeed" else {}
+    accelerator: Any = SimpleNamespace(mixed_precision="no", state=SimpleNamespace(**state))
+    kind = "deepspeed" if wrong == "deepspeed" else "fsdp"
+    with refused(TrainingError, f"{kind} of accelerate: "):
+        check_accelerator(accelerator)
+
+
+def test_sharding_leaves_the_precision_to_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    plugin = SimpleNamespace(
+        fsdp_version=2,
+        cpu_offload=OffloadPolicy(),
+        cpu_ram_efficient_loading=True,
+        mixed_precision_policy=policy,
+    )
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    check_accelerator(cast(Any, SimpleNamespace(mixed_precision="bf16", state=state)))
+    assert plugin.mixed_precision_policy is None
+    assert plugin.cpu_ram_efficient_loading is False
 
 
 def test_the_arguments_of_torch_compile_reach_the_compiler(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import distributed_case
+from collegium.storage.records import read_log
 
 CASE = Path(distributed_case.__file__)
 
@@ -57,17 +61,18 @@ def test_a_wrapped_step_gives_the_gradients_of_one_process(wrapper: str, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("prefix", ["", distributed_case.SHARDED])
 @pytest.mark.parametrize("source", distributed_case.SOURCES)
 def test_several_trainers_give_the_gradients_and_weights_of_one(
-    source: str, count: int, tmp_path: Path
+    source: str, prefix: str, count: int, tmp_path: Path
 ) -> None:
-    """Over two epochs, with ranks without rows and an uneven last batch."""
+    """Over two epochs, with ranks without rows and an uneven last batch, under DDP and FSDP2."""
     if source == "cache":
         distributed_case.build_fused_cache(tmp_path / "cache")
     expected = distributed_case.train(
         source, tmp_path / "one", tmp_path / "cache", batch_size=2, accumulated=2
     )
-    run_processes(source, tmp_path, count)
+    run_processes(prefix + source, tmp_path, count)
     actual = load_file(tmp_path / "many.safetensors")
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -76,3 +81,33 @@ def test_several_trainers_give_the_gradients_and_weights_of_one(
         # The meter of the log sums in float32.
         bound = 1e-6 if name == "log" else 1e-12
         assert (actual[name] - tensor).abs().max() <= bound * scale, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", ["", distributed_case.SHARDED])
+def test_a_run_resumes_with_one_process_and_with_four(prefix: str, tmp_path: Path) -> None:
+    """Before an uneven last batch. Checkpoints hold whole tensors, and each has a plain student."""
+    source = "features"
+    expected = distributed_case.train(
+        source, tmp_path / "one", tmp_path, batch_size=2, accumulated=2
+    )
+    run_processes(prefix + source, tmp_path, 2)
+    shutil.rmtree(tmp_path / "many" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "many" / "final")
+    for name in ("single", "four"):
+        shutil.copytree(tmp_path / "many", tmp_path / name / "many")
+    distributed_case.train(
+        source, tmp_path / "single" / "many", tmp_path, batch_size=2, accumulated=2
+    )
+    run_processes(prefix + source, tmp_path / "four", 4)
+    weights = {k.removeprefix("weight/"): v for k, v in expected.items() if "weight/" in k}
+    for name in ("single", "four"):
+        folder = tmp_path / name / "many"
+        final = AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
+        assert {f"student.{key}" for key in final} < weights.keys()
+        for key, tensor in final.items():
+            reference = weights[f"student.{key}"]
+            assert (tensor - reference).abs().max() <= 1e-12 * reference.abs().max(), key
+        assert [row.step for row in read_log(folder / "log.jsonl") or ()] == [*range(1, 7)]
+        student = folder / "checkpoint-4" / "student"
+        assert AutoModelForCausalLM.from_pretrained(student).dtype == torch.float64

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from collegium.errors import TrainingError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from transformers import TrainingArguments
 
 IDENTITY = (
@@ -37,9 +38,8 @@ def _drops_labels(value: Any) -> bool:
 
 UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "n_gpu": (lambda count: count > 1, "at most 1; set CUDA_VISIBLE_DEVICES to one device"),
-    "fsdp": (_is_set, "empty; wrap `DistillStep` in a loop of your own"),
-    "deepspeed": (_is_set, "None; use DDP"),
-    "parallelism_config": (_is_set, "None; use DDP"),
+    "deepspeed": (_is_set, "None; use DDP or FSDP2"),
+    "parallelism_config": (_is_set, "None; use DDP or FSDP2"),
     "fp16": (_is_set, "False; use bf16"),
     "fp16_full_eval": (_is_set, "False; evaluation has the precision of training"),
     "bf16_full_eval": (_is_set, "False; evaluation has the precision of training, so use bf16"),
@@ -109,9 +109,35 @@ def check_accelerator(accelerator: Accelerator) -> None:
     precision = accelerator.mixed_precision
     if precision not in ("no", "bf16"):
         raise TrainingError(f"mixed_precision of accelerate: got {precision}; must be no or bf16")
-    for kind in ("fsdp", "deepspeed"):
-        if getattr(accelerator.state, f"{kind}_plugin", None) is not None:
-            raise TrainingError(f"{kind} of accelerate: got a config; must be off; use DDP")
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        raise TrainingError("deepspeed of accelerate: got a config; must be off; use DDP or FSDP2")
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        _adopt_sharding(plugin)
+    elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise TrainingError(
+            "fsdp of accelerate: got a config that has no effect; must be off for a single process "
+            "and on the CPU; start several processes on accelerators, or disable it"
+        )
+
+
+def _adopt_sharding(plugin: FullyShardedDataParallelPlugin) -> None:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    if plugin.fsdp_version != 2:
+        raise TrainingError(
+            f"fsdp of accelerate: got version {plugin.fsdp_version}; must be 2; set `fsdp_version: "
+            "2`, or the `version` of `fsdp_config`"
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise TrainingError(
+            "fsdp of accelerate: got an offload to the CPU; must be off; disable it"
+        )
+    # Every process has the whole student at the start, and buffers are not distributed.
+    plugin.cpu_ram_efficient_loading = False
+    # Autocast chooses the precision, as in DDP, and gradients are reduced in that of the weights.
+    # Accelerate's policy would round the loss to bfloat16.
+    plugin.mixed_precision_policy = None
 
 
 def arguments_identity(args: TrainingArguments) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from collegium.distributions import Answer, Distribution, HiddenRows
 from collegium.errors import TrainingError
+from collegium.train.sharded import gathered_root, is_true_anywhere
 from collegium.train.step import DistillStep
 from collegium.types import LossSum
 
@@ -79,10 +81,13 @@ class NanGuard:
         self._micro_batches, self._losses = [], []
         grads = [p.grad for p in self._step.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        is_bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         # One synchronization per step, beside those of choosing rows and of the teachers' checks.
-        if bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        if not is_true_anywhere(is_bad, self._step):
             return
-        part, samples = self._diagnose(micro_batches)
+        with gathered_root(self._step):
+            part, samples = self._diagnose(micro_batches)
         numbers: list[int] = samples.unique().tolist()
         known = range(len(self._names))
         shown = [self._names[n] if n in known else str(n) for n in numbers]

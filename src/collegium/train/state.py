@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 from collegium.errors import TrainingError
 from collegium.models.adapters import adapter_layers, merged_copy
 from collegium.train.checkpoint import STATE
+from collegium.train.sharded import shard_of, shards_of, whole
 
 # transformers saves optimizer and random generators as pickles, which run code when loaded.
 OPTIMIZER = "optimizer.safetensors"
@@ -59,7 +60,7 @@ def save(folder: Path, record: Mapping[str, Any], files: Mapping[str, dict[str, 
 
 
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Split an optimizer's state into JSON and tensors named `INDEX.KEY`."""
+    """Split an optimizer's state into JSON and whole tensors named `INDEX.KEY`."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -72,16 +73,17 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Ten
         {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items()}
         for group in state["param_groups"]
     ]
-    return {"scalars": scalars, "groups": groups}, tensors
+    return {"scalars": scalars, "groups": groups}, whole(tensors)
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
     """Restore optimizer and scheduler from a checkpoint."""
     record = read(folder)
     state = {int(index): values for index, values in record["optimizer"]["scalars"].items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in load_file(folder / OPTIMIZER).items():
         index, key = name.split(".", 1)
-        state[int(index)][key] = tensor
+        state[int(index)][key] = shard_of(tensor, parameters[int(index)])
     # JSON turned tuples such as `betas` into lists.
     groups = [
         {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
@@ -122,17 +124,23 @@ def load_rng_state(record: Mapping[str, Any]) -> None:
 
 
 def save_student(
-    folder: Path, student: PreTrainedModel, tokenizer: Any, *, use_cache: bool
+    folder: Path,
+    student: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    use_cache: bool,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a student as a plain Hugging Face folder, with its adapters merged.
 
     `use_cache` is the value in the saved config. The trainer turns it off for training only.
+    `weights` are those of a student that is sharded.
     """
     plain = merged_copy(student) if adapter_layers(student) else student
     training_value, plain.config.use_cache = plain.config.use_cache, use_cache
     try:
         with no_shard_bars():
-            plain.save_pretrained(folder)
+            plain.save_pretrained(folder, state_dict=weights)
     finally:
         plain.config.use_cache = training_value
     if tokenizer is not None:
@@ -168,7 +176,7 @@ def load_weights(student: PreTrainedModel, objective: nn.Module, folder: Path) -
     others = "with other loss terms; must be the same; resume with the objective"
     for module, tensors, problem in ((student, weights, other), (objective, terms, others)):
         try:
-            module.load_state_dict(tensors)
+            module.load_state_dict(shards_of(tensors, module.state_dict()))
         except RuntimeError as error:
             message = f"{folder.name}: was saved {problem} of that run ({error})"
             raise TrainingError(message) from error

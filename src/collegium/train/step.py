@@ -52,6 +52,8 @@ class DistillStep(nn.Module):
         self.vocab_size = vocab_size
         self.teachers = list(teachers)
         self.targets = targets
+        # The layers that FSDP2 gathers one at a time, where Accelerate looks for them.
+        self._no_split_modules = getattr(student, "_no_split_modules", None)
 
     def forward(
         self, inputs: Mapping[str, Tensor], *, measure: bool = False, labels_only: bool = False

@@ -12,7 +12,8 @@ import logging
 import math
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -46,6 +47,7 @@ from collegium.data.windows import PackedDataset
 from collegium.errors import CollegiumError, DataError, Interrupted, TrainingError
 from collegium.fusion import requirements
 from collegium.fusion.fuse import Fusion, TargetSource
+from collegium.models.adapters import adapter_layers
 from collegium.models.loading import model_facts
 from collegium.storage.records import LogStep, ValidationScore
 from collegium.teachers.local import LocalTeacher
@@ -68,6 +70,7 @@ from collegium.train.options import TrainOptions, training_arguments
 from collegium.train.progress import StopCallback, TrainingProgress
 from collegium.train.resume import Checkpointer, best_step, callback_states, differences
 from collegium.train.selection import stopped_early
+from collegium.train.sharded import gathered_root, is_sharded, whole
 from collegium.train.step import DistillStep
 from collegium.types import IGNORE, Batch, LossSum
 
@@ -168,6 +171,11 @@ class DistillTrainer(Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        if self.is_fsdp_enabled and adapter_layers(student):
+            raise TrainingError(
+                "student: got adapters with FSDP2; must be trained as a whole; use DDP, since the "
+                "optimizer of adapters is small"
+            )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         # The step divides by the tokens of the whole optimizer step, so the trainer must not.
@@ -204,7 +212,6 @@ class DistillTrainer(Trainer):
         self._guard = NanGuard(self.step, names)
         self._evaluated: list[tuple[Tensor, LossSum]] = []
         self._num_bytes = 0
-        self._gathered: list[Any] = []
         self._labels_only = evaluates_labels_only
         self.best_step: int | None = None
         """Step of the checkpoint that `load_best_model_at_end` has loaded."""
@@ -265,10 +272,16 @@ class DistillTrainer(Trainer):
     def _without_repeats(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Leave out windows that Accelerate repeats to fill the last batch of each process."""
         loader = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+        if self.args.world_size == 1 or not loader.end_of_dataloader:
             return inputs
-        labels = inputs["labels"].clone()
-        labels[max(loader.remainder - self.args.process_index * len(labels), 0) :] = IGNORE
+        labels, remainder = inputs["labels"].clone(), loader.remainder
+        dataset = getattr(loader.active_dataloader, "dataset", None)
+        if isinstance(dataset, Sized):
+            # Accelerate's own remainder is wrong where a resumed run has skipped batches.
+            remainder = len(dataset) % (len(labels) * self.args.world_size)
+        if remainder <= 0:
+            return inputs
+        labels[max(remainder - self.args.process_index * len(labels), 0) :] = IGNORE
         return {**inputs, "labels": labels}
 
     def training_step(
@@ -370,10 +383,15 @@ class DistillTrainer(Trainer):
         self.step.eval()
         self._evaluated, self._num_bytes = [], 0
         generators = state.rng_state()
-        with self._meter.paused():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+        # The base trainer would shard the student by itself, without the losses.
+        is_fsdp_enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, is_sharded(self.step)
+        try:
+            with self._meter.paused():
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+        finally:
+            self.is_fsdp_enabled = is_fsdp_enabled
         state.load_rng_state(generators)
         ours: Counter[str] = Counter(num_bytes=self._num_bytes)
         for total, loss in self._evaluated:
@@ -416,9 +434,10 @@ class DistillTrainer(Trainer):
                 self._num_bytes += int(inputs["num_bytes"].flatten()[loss.rows.index + 1].sum())
             if prediction_loss_only:
                 return mean, None, None
-            logits = self.step.student(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            ).logits
+            with gathered_root(self.step):
+                logits = self.step.student(
+                    input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+                ).logits
         return mean, logits, batch.labels
 
     # Checkpoints
@@ -478,13 +497,14 @@ class DistillTrainer(Trainer):
         Raises:
             TrainingError: `path` holds something that this trainer did not write.
         """
+        weights = self._whole_weights()
         if self.args.should_save:
             path = Path(path)
             checkpoint.recover(path)
             is_ours = (path / checkpoint.MANIFEST).exists()
             if path.exists() and any(path.iterdir()) and not is_ours:
                 raise TrainingError(f"{path}: is in use; must be free for the student; use another")
-            checkpoint.write(path, self._write_student)
+            checkpoint.write(path, partial(self._write_student, weights=weights))
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -492,10 +512,11 @@ class DistillTrainer(Trainer):
 
         Unlike `save_student` it replaces single files, and an older student's weights.
         """
+        weights = self._whole_weights()
         if self.args.should_save:
             path = Path(output_dir or self.run_folder)
             temporary = checkpoint.temporary_folder(path.parent, path.name)
-            self._write_student(temporary)
+            self._write_student(temporary, weights=weights)
             checkpoint.move_files(temporary, path)
         self.accelerator.wait_for_everyone()
 
@@ -523,9 +544,14 @@ class DistillTrainer(Trainer):
         numbers = torch.as_tensor(dataset.sample_domains)
         return StepMeter(names, domains=dataset.domains, sample_domains=numbers)
 
-    def _write_student(self, folder: Path) -> None:
-        tokenizer = self.processing_class
-        state.save_student(folder, self.step.student, tokenizer, use_cache=self._use_cache)
+    def _write_student(self, folder: Path, *, weights: dict[str, Tensor] | None = None) -> None:
+        tokenizer, use_cache = self.processing_class, self._use_cache
+        student = self.step.student
+        state.save_student(folder, student, tokenizer, use_cache=use_cache, weights=weights)
+
+    def _whole_weights(self) -> dict[str, Tensor] | None:
+        """Gather the weights of a sharded student in rank 0. None for one that is not sharded."""
+        return whole(self.step.student.state_dict()) if is_sharded(self.step) else None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
@@ -535,10 +561,17 @@ class DistillTrainer(Trainer):
             # An evaluation without a save has no checkpoint to load.
             if best == step or folder.is_dir():
                 self.state.best_model_checkpoint = str(folder)
-        self._gathered = gather_object([(state.rng_state(), self._meter.state())])
+        gathered = gather_object([(state.rng_state(), self._meter.state())])
+        # Collectives, if the student is sharded: rank 0 writes what all of them hold.
+        write = partial(
+            self._write_checkpoint,
+            gathered=gathered,
+            weights=self._whole_weights(),
+            optimizer=state.optimizer_state(cast(Optimizer, self.optimizer)),
+            objective=whole(self.step.objective.state_dict()),
+        )
         if self.args.should_save:
-            best = best_step(self.state)
-            self._checkpointer.save(step, self._write_checkpoint, best=best)
+            self._checkpointer.save(step, write, best=best_step(self.state))
         self.accelerator.wait_for_everyone()
 
     def _load_best_model(self) -> None:
@@ -552,25 +585,32 @@ class DistillTrainer(Trainer):
             state.load_weights(self.step.student, self.step.objective, folder)
             self.best_step = best_step(self.state)
 
-    def _write_checkpoint(self, folder: Path) -> None:
-        self._write_student(folder / state.STUDENT)
+    def _write_checkpoint(
+        self,
+        folder: Path,
+        *,
+        gathered: Sequence[Any],
+        weights: dict[str, Tensor] | None,
+        optimizer: tuple[dict[str, Any], dict[str, Tensor]],
+        objective: dict[str, Tensor],
+    ) -> None:
+        self._write_student(folder / state.STUDENT, weights=weights)
         callbacks = [*self.callback_handler.callbacks, self.control]
         self.state.stateful_callbacks = cast(Any, callback_states(callbacks))
         self.state.save_to_json(str(folder / state.TRAINER_STATE))
         self._log.copy_to(folder)
-        generators, meters = zip(*self._gathered, strict=True)
-        optimizer, tensors = state.optimizer_state(cast(Optimizer, self.optimizer))
+        generators, meters = zip(*gathered, strict=True)
+        values, tensors = optimizer
         record = {
             "step": self.state.global_step,
             "identity": self.fingerprint(),
-            "optimizer": optimizer,
+            "optimizer": values,
             "scheduler": cast(LRScheduler, self.lr_scheduler).state_dict(),
             "rng": generators,
             "meter": merged_state(meters),
         }
-        # The adapters and running statistics of the terms, if any.
-        objective = self.step.objective.state_dict()
         files = {
+            # The adapters and running statistics of the terms, if any.
             state.OBJECTIVE: objective,
             state.TRAINED: state.trained_tensors(self.step.student),
         }
