@@ -22,16 +22,17 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def whole(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tensors with all their shards, gathered one at a time, in the CPU's memory of rank 0.
+def whole(tensors: Mapping[str, Any], *, keep: bool = True) -> dict[str, Any]:
+    """Return tensors with all their shards, gathered one at a time, in the memory of the CPU.
 
-    The other ranks get empty tensors in their place. Values that are not sharded stay as they are.
+    Values that are not sharded stay as they are. A process that does not `keep` the tensors takes
+    part in the gathers, and gets empty ones.
     """
     gathered = {}
     for name, value in tensors.items():
         if isinstance(value, DTensor):
             tensor = cast(DTensor, value.detach()).full_tensor()
-            gathered[name] = tensor.cpu() if dist.get_rank() == 0 else tensor.new_empty(0)
+            gathered[name] = tensor.cpu() if keep else tensor.new_empty(0)
         else:
             gathered[name] = value
     return gathered

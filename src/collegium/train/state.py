@@ -59,8 +59,10 @@ def save(folder: Path, record: Mapping[str, Any], files: Mapping[str, dict[str, 
     (folder / STATE).write_text(json.dumps(record), encoding="utf-8")
 
 
-def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Split an optimizer's state into JSON and whole tensors named `INDEX.KEY`."""
+def optimizer_state(
+    optimizer: Optimizer, *, keep: bool = True
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Split an optimizer's state into JSON and tensors named `INDEX.KEY`, as `whole` gathers."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -73,7 +75,7 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Ten
         {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items()}
         for group in state["param_groups"]
     ]
-    return {"scalars": scalars, "groups": groups}, whole(tensors)
+    return {"scalars": scalars, "groups": groups}, whole(tensors, keep=keep)
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:

@@ -550,8 +550,9 @@ class DistillTrainer(Trainer):
         state.save_student(folder, student, tokenizer, use_cache=use_cache, weights=weights)
 
     def _whole_weights(self) -> dict[str, Tensor] | None:
-        """Gather the weights of a sharded student in rank 0. None for one that is not sharded."""
-        return whole(self.step.student.state_dict()) if is_sharded(self.step) else None
+        """Gather the weights of a sharded student where it is saved. None for any other student."""
+        weights, keep = self.step.student.state_dict(), self.args.should_save
+        return whole(weights, keep=keep) if is_sharded(self.step) else None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
@@ -562,15 +563,16 @@ class DistillTrainer(Trainer):
             if best == step or folder.is_dir():
                 self.state.best_model_checkpoint = str(folder)
         gathered = gather_object([(state.rng_state(), self._meter.state())])
-        # Collectives, if the student is sharded: rank 0 writes what all of them hold.
+        # Collectives, if the student is sharded: one process writes what all of them hold.
+        optimizer, keep = cast(Optimizer, self.optimizer), self.args.should_save
         write = partial(
             self._write_checkpoint,
             gathered=gathered,
             weights=self._whole_weights(),
-            optimizer=state.optimizer_state(cast(Optimizer, self.optimizer)),
-            objective=whole(self.step.objective.state_dict()),
+            optimizer=state.optimizer_state(optimizer, keep=keep),
+            objective=whole(self.step.objective.state_dict(), keep=keep),
         )
-        if self.args.should_save:
+        if keep:
             self._checkpointer.save(step, write, best=best_step(self.state))
         self.accelerator.wait_for_everyone()
 
