@@ -1,10 +1,10 @@
 """Text for DistiLLM-2 (arXiv 2503.07067): what teachers and student write after the same prompts.
 
     collegium study recipes/paper/table1.yaml
-    python recipes/paper/generate_pairs.py runs/study/table1/runs/average-live-teachers_seed{0,1,2}
+    python recipes/paper/generate_pairs.py runs/study/table1/runs/average-live-teachers_seed{0,1}
     collegium study recipes/paper/distillm2.yaml
 
-The prompts are beginnings of training documents, as many of each domain. The fused target and the
+The prompts are pieces of training documents, as many of each domain. The fused target and the
 student of the run continue them, sampled at temperature 1. The held-out documents of the run are
 copied, so that a student of these texts is evaluated on the same ones:
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from collegium.data.corpus import flat_sources
@@ -42,7 +43,8 @@ def main() -> None:
     for run in options.runs:
         context = RunContext(recipe_of(run))
         folder = ROOT / f"seed{context.recipe.seed}"
-        prompts = [*first_tokens(context, options.prompts, options.prompt_tokens)]
+        lengths = options.prompt_tokens, options.new_tokens
+        prompts = [*prompts_of(context, options.prompts, *lengths)]
         results = generate_texts(
             run,
             prompts,
@@ -58,15 +60,20 @@ def main() -> None:
         copy_held_out(context, folder / "validation")
 
 
-def first_tokens(context: RunContext, number: int, num_tokens: int) -> Iterator[str]:
-    """Yield the beginnings of the first training documents of each domain that are long enough."""
+def prompts_of(
+    context: RunContext, number: int, num_tokens: int, num_new_tokens: int
+) -> Iterator[str]:
+    """Yield pieces of the first training documents of each domain, as far apart as texts are long."""
     layout = context.datasets["train"].layout
     documents = layout.documents[:]
     for domain in range(len(layout.domains)):
-        is_usable = (documents["domain"] == domain) & (documents["size"] > 2 * num_tokens)
-        for document in documents[is_usable][:number]:
-            start = int(document["offset"])
-            ids = layout.tokens[start : start + num_tokens]["id"]
+        places = (
+            int(document["offset"]) + start
+            for document in documents[documents["domain"] == domain]
+            for start in range(0, int(document["size"]) - num_tokens, num_tokens + num_new_tokens)
+        )
+        for place in islice(places, number):
+            ids = layout.tokens[place : place + num_tokens]["id"]
             yield context.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
 
