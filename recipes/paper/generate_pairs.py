@@ -63,7 +63,7 @@ def main() -> None:
 def prompts_of(
     context: RunContext, number: int, num_tokens: int, num_new_tokens: int
 ) -> Iterator[str]:
-    """Yield pieces of the first training documents of each domain, as far apart as texts are long."""
+    """Yield pieces of the first training documents of each domain, a text apart."""
     layout = context.datasets["train"].layout
     documents = layout.documents[:]
     for domain in range(len(layout.domains)):
