@@ -60,8 +60,8 @@ def test_a_wrapped_step_gives_the_gradients_of_one_process(wrapper: str, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("prefix", ["", distributed_case.SHARDED])
+# Four processes with shards are part of the test below.
+@pytest.mark.parametrize(("prefix", "count"), [("", 2), ("", 4), (distributed_case.SHARDED, 2)])
 @pytest.mark.parametrize("source", distributed_case.SOURCES)
 def test_several_trainers_give_the_gradients_and_weights_of_one(
     source: str, prefix: str, count: int, tmp_path: Path
