@@ -130,7 +130,7 @@ def test_an_actor_that_dies_costs_its_shard(
 def test_a_node_and_an_actor_die_in_mid_build(
     cluster: Any, nodes: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No finished shard is written again, and only the shards at hand are computed twice."""
+    """No finished shard is written again, and each loss costs the shard at hand only."""
     build(tmp_path / "one", TARGETS, encoder=Encoder(TARGETS, 12))
     asked = source(tmp_path / "calls", num_shards=12, seconds=0.5, processes=2)
     folder = tmp_path / "many"
@@ -150,8 +150,9 @@ def test_a_node_and_an_actor_die_in_mid_build(
     thread.join()
     assert content(folder) == content(tmp_path / "one")
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
-    assert {1} <= {*attempts(asked)} <= {1, 2}
-    assert attempts(asked).count(2) <= 2
+    # The same shard may be at hand both times.
+    assert min(attempts(asked)) == 1
+    assert sum(attempts(asked)) <= 12 + 2
     assert capsys.readouterr().err.count("lost an actor") == 2
 
 
