@@ -366,6 +366,24 @@ def test_a_config_of_accelerate_that_cannot_work_is_refused(
         check_accelerator(accelerator)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_of_a_sharded_student_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    create = DistillTrainer.create_accelerator_and_postprocess
+
+    def created(made: DistillTrainer) -> None:
+        create(made)
+        made.is_fsdp_enabled = True
+
+    monkeypatch.setattr(DistillTrainer, "create_accelerator_and_postprocess", created)
+    model = get_peft_model(small_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with refused(TrainingError, "student: "):
+        script(DistillTrainer, tmp_path, {}, model=model)
+
+
 def test_sharding_leaves_the_precision_to_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
     plugin = SimpleNamespace(
