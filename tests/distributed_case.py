@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import DistributedType, PartialState
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from collegium.cache.build import build_cache
@@ -32,6 +34,7 @@ from collegium.losses.pairing import AttentionOptions, FeatureOptions, RelationO
 from collegium.losses.row_terms import CrossEntropyTerm, DivergenceTerm
 from collegium.losses.schedule import ScheduleStage, Stages
 from collegium.models.forward import tap_names, tap_width
+from collegium.models.sharded import num_processes
 from collegium.storage.records import read_log
 from collegium.teachers.cached import CachedTargets
 from collegium.teachers.local import LocalTeacher
@@ -47,6 +50,8 @@ from training_runs import VOCAB, small_model, trainer
 V, LENGTH = 60, 12
 TIED = {"tie_word_embeddings": True}
 SOURCES = ("live", "features", "cache", "stages", "route")
+SHARDED_TEACHERS = "-sharded-teachers"
+"""Suffix of a source whose teachers are sharded."""
 WINDOWS_PER_STEP = 4
 SHARDED = "sharded-"
 """Prefix of a source whose student FSDP2 shards."""
@@ -140,9 +145,23 @@ def make_windows() -> PackedDataset:
     return PackedDataset(documents, max_length=12, packing=False, domains=domains)
 
 
-def make_teachers() -> list[LocalTeacher]:
+def make_teachers(*, shard: bool = False) -> list[LocalTeacher]:
     models = [small_model(1).double(), small_model(2, width=16).double()]
-    return [LocalTeacher(f"t{k}", model, vocab_size=VOCAB) for k, model in enumerate(models)]
+    return [
+        LocalTeacher(f"t{k}", model, vocab_size=VOCAB, shard=shard)
+        for k, model in enumerate(models)
+    ]
+
+
+def check_shares(teachers: Sequence[LocalTeacher]) -> None:
+    """Check that this process holds its share of the layers, and whole heads."""
+    for teacher in teachers:
+        layers = teacher.model.base_model.layers
+        for parameter in layers.parameters():
+            assert isinstance(parameter, DTensor)
+            share = parameter.to_local().numel() * dist.get_world_size()
+            assert share <= parameter.numel() + dist.get_world_size() * parameter[0].numel()
+        assert not isinstance(teacher.model.lm_head.weight, DTensor)
 
 
 def staged() -> Objective:
@@ -215,6 +234,8 @@ def train(
     source = source.removeprefix(SHARDED)
     if is_sharded:
         allow_sharding_on_cpu()
+    shard, source = source.endswith(SHARDED_TEACHERS), source.removesuffix(SHARDED_TEACHERS)
+    teachers = [] if source == "cache" else make_teachers(shard=shard)
     student, kept = small_model().double(), Gradients()
     objective, targets = Objective(ObjectiveOptions(kd_ratio=0.6), Fusion()), None
     if source == "features":
@@ -232,7 +253,7 @@ def train(
     made = trainer(
         folder,
         model=student,
-        teachers=[] if targets else make_teachers(),
+        teachers=teachers,
         objective=objective,
         targets=targets,
         train_dataset=make_windows(),
@@ -255,6 +276,8 @@ def train(
     metrics = made.evaluate()
     made.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     made.save_student(folder / "final")
+    if shard and num_processes() > 1:
+        check_shares(teachers)
     metrics |= {f"trained {name}": value for name, value in made.evaluate().items()}
     kept.tensors |= {
         name: torch.tensor(value, dtype=torch.float64)
@@ -278,7 +301,7 @@ def run_trainer(source: str, folder: Path) -> None:
 
 def main() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
-    if name.removeprefix(SHARDED) in SOURCES:
+    if name.removeprefix(SHARDED).removesuffix(SHARDED_TEACHERS) in SOURCES:
         run_trainer(name, folder)
     else:
         compare_step(name, folder)

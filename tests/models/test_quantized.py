@@ -151,7 +151,7 @@ def test_a_quantized_folder_names_its_package(
     assert not any("quantization_config" in line for line in options.warnings(HERE))
     other = integers(model, tmp_path / "n", quant_method=method, bits=4)
     assert LocalOptions(model=str(other)).identity() != options.identity()
-    for key in ("quantize", "offload"):
+    for key in ("quantize", "offload", "shard"):
         value: Any = "int8" if key == "quantize" else True
         with refused(ModelError, f"{HERE}.{key}"):
             LocalOptions(model=str(folder), **{key: value}).check(HERE)

@@ -102,14 +102,19 @@ def scores(folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["live", "per_teacher"])
+@pytest.mark.parametrize("kind", ["live", "per_teacher", "sharded teachers"])
 def test_two_processes_give_the_run_of_one(kind: str, zoo: Path, tmp_path: Path) -> None:
     """Weights, scores and log, with one report of the progress."""
-    cache = [] if kind == "live" else [f"cache={{enabled: true, kind: {kind}}}"]
+    kinds = {
+        "live": [],
+        "per_teacher": ["cache={enabled: true, kind: per_teacher}"],
+        "sharded teachers": ["teachers.scripture.shard=true", "teachers.code.shard=true"],
+    }
+    options = kinds[kind]
     one, two = (f"output_dir={tmp_path / name}" for name in ("one", "two"))
-    pipeline.run(load_recipe(zoo / "tiny.yaml", [one, *cache]))
+    pipeline.run(load_recipe(zoo / "tiny.yaml", [one, *options]))
     half = "train.per_device_train_batch_size=2"
-    first, second = ended(start(zoo, "run", two, half, *cache))
+    first, second = ended(start(zoo, "run", two, half, *options))
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert "report: " in first[1]
     assert first[2].splitlines().count("train ...") == 1

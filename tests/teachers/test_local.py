@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from collegium.models.loading import count_parameters
 from collegium.teachers.local import LocalTeacher, MovedRows
 from collegium.teachers.options import LocalOptions
 from collegium.types import Batch
+from refusals import refused
 from tiny import save_tiny, tiny_model
 
 V = 90
@@ -130,6 +133,26 @@ def test_load(tmp_path: Path, batch: Batch) -> None:
         atol=0,
         rtol=0,
     )
+
+
+@pytest.mark.parametrize("key", ["adapter", "quantize", "offload"])
+def test_a_teacher_to_shard_is_a_plain_model(key: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", seed=4)
+    values: dict[str, Any] = {"adapter": str(folder), "quantize": "int8", "offload": True}
+    options = LocalOptions(model=str(folder), shard=True)
+    options.check("teachers.a")
+    with refused(ModelError, "teachers.a.shard"):
+        replace(options, **{key: values[key]}).check("teachers.a")
+    assert options.identity() == LocalOptions(model=str(folder)).identity()
+
+
+def test_a_teacher_to_shard_stays_whole_in_one_process(batch: Batch) -> None:
+    teacher = LocalTeacher("t", tiny_model(96), vocab_size=V, shard=True)
+    before = teacher.score(batch, batch.rows()).distribution.logits(EVERYTHING)
+    teacher.shard_layers()
+    assert not teacher.is_sharded
+    after = teacher.score(batch, batch.rows()).distribution.logits(EVERYTHING)
+    assert torch.equal(before, after)
 
 
 def test_moved_rows_give_the_same_logits(batch: Batch) -> None:

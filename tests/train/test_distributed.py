@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,11 @@ def test_several_trainers_give_the_gradients_and_weights_of_one(
         source, tmp_path / "one", tmp_path / "cache", batch_size=2, accumulated=2
     )
     run_processes(prefix + source, tmp_path, count)
-    actual = load_file(tmp_path / "many.safetensors")
+    compare(load_file(tmp_path / "many.safetensors"), expected)
+
+
+def compare(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare what two runs of a case return."""
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         scale = tensor.abs().max()
@@ -81,6 +86,21 @@ def test_several_trainers_give_the_gradients_and_weights_of_one(
         # The meter of the log sums in float32.
         bound = 1e-6 if name == "log" else 1e-12
         assert (actual[name] - tensor).abs().max() <= bound * scale, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", ["", distributed_case.SHARDED])
+@pytest.mark.parametrize("source", ["live", "features", "stages", "route"])
+def test_sharded_teachers_give_the_gradients_and_weights_of_whole_ones(
+    source: str, prefix: str, tmp_path: Path
+) -> None:
+    """Of a whole student, and of a sharded one. A route may leave a rank without rows."""
+    source += distributed_case.SHARDED_TEACHERS
+    expected = distributed_case.train(
+        source, tmp_path / "one", tmp_path / "cache", batch_size=2, accumulated=2
+    )
+    run_processes(prefix + source, tmp_path, 2)
+    compare(load_file(tmp_path / "many.safetensors"), expected)
 
 
 @pytest.mark.slow

@@ -108,7 +108,8 @@ class ModelOptions(ModelSource):
     type; review them first."""
 
     WITHOUT_EFFECT: ClassVar = {
-        *("model", "revision", "adapter", "tokenizer", "device", "offload", "trust_remote_code")
+        *("model", "revision", "adapter", "tokenizer", "trust_remote_code"),
+        *("device", "offload", "shard"),
     }
     """Options that do not change the outputs. Model and adapter are identified by content."""
 

@@ -169,15 +169,23 @@ class RunContext:
         root = data.corpus or self.folder.path / "corpus"
         return CorpusFolder(data, self.whole_tokenizer, root, where="data", teachers=names)
 
-    def teachers(self, names: Sequence[str]) -> list[Teacher]:
-        """Load these teachers, keep those loaded before, and release all others."""
-        self._loaded = {name: one for name, one in self._loaded.items() if name in names}
+    def teachers(self, names: Sequence[str], *, in_step: bool = False) -> list[Teacher]:
+        """Load these teachers, keep those loaded before, and release all others.
+
+        `in_step` is whether all processes score as many batches, as sharded teachers require.
+        """
+        self._loaded = {
+            name: one
+            for name, one in self._loaded.items()
+            if name in names and (in_step or not _is_sharded(one))
+        }
         self._loaded |= {n: self.load_teacher(n) for n in names if n not in self._loaded}
         return [self._loaded[name] for name in names]
 
     def take_teacher(self, name: str) -> Teacher:
         """Return one teacher that the caller owns: loaded before, or now."""
-        return self._loaded.pop(name, None) or self.load_teacher(name)
+        loaded = self._loaded.pop(name, None)
+        return self.load_teacher(name) if loaded is None or _is_sharded(loaded) else loaded
 
     def load_teacher(self, name: str) -> Teacher:
         """Load a teacher, probed on windows as those of the data."""
@@ -269,3 +277,7 @@ class RunContext:
                     pairs = feature_map(term, student_taps, list(widths), origin=origins.get(name))
                     kept[name] = sorted({*kept.get(name, []), *(tap for _, tap in pairs)})
         return kept
+
+
+def _is_sharded(teacher: Teacher) -> bool:
+    return isinstance(teacher, LocalTeacher) and teacher.is_sharded

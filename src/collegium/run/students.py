@@ -241,7 +241,7 @@ class Student(Artifact[Path]):
         context, variant, recipe = self.context, self.variant, self.context.recipe
         opened = {cache: cache.open() for cache in self.dependencies()}
         teachers, targets = _cached_sources(opened, context.datasets["train"].sample_names)
-        live = context.teachers(() if opened else variant.teachers)
+        live = context.teachers(() if opened else variant.teachers, in_step=True)
         release_freed_memory()  # of the teachers that built the caches
         # A fused cache has no hidden states, so its students train without feature terms.
         cached = [c.teacher for c in opened if isinstance(c, HiddenCache)]

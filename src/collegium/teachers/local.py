@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from collegium.distributions import LIVE, Answer, Distribution, HiddenRows, WrappedRows
+from collegium.distributions import LIVE, Answer, Capability, Distribution, HiddenRows, WrappedRows
 from collegium.errors import ModelError, TrainingError, nearest
 from collegium.models.adapters import active_adapter, trained_adapters
 from collegium.models.forward import forward_rows, head_layer
@@ -19,6 +19,7 @@ from collegium.models.loading import count_parameters, load_base, load_model
 from collegium.models.lora import attach_adapter
 from collegium.models.probe import probe
 from collegium.models.quantized import quantize_
+from collegium.models.sharded import num_processes, shard_layers
 from collegium.models.used_vocabulary import cut_vocabulary
 from collegium.options import plain
 from collegium.storage.files import fingerprint
@@ -57,14 +58,17 @@ class LocalTeacher:
         *,
         vocab_size: int,
         offload: bool = False,
+        shard: bool = False,
         logit_scale: float = 1.0,
         student: nn.Module | None = None,
         adapter: str | None = None,
     ) -> None:
         """Freeze `model`.
 
-        `adapter` is the one that is active while it answers, for models that share a base. Raises
-        ModelError if it does not exist, or if the model shares a parameter with `student`.
+        With `offload` it is on the CPU between its turns. With `shard` and other processes it is
+        as well, until `shard_layers`. `adapter` is the one that is active while it answers, for
+        models that share a base. Raises ModelError if it does not exist, or if the model shares a
+        parameter with `student`.
         """
         adapters = list(getattr(model, "peft_config", {}))
         if adapter is not None and adapter not in adapters:
@@ -86,7 +90,9 @@ class LocalTeacher:
         self.num_parameters = count_parameters(model, without=[x for x in adapters if x != adapter])
         self.logit_scale = logit_scale
         self.device = head_layer(model).weight.device
-        self._is_offloaded = offload and self.device.type != "cpu"
+        self.shard = shard
+        waits = offload or (shard and num_processes() > 1)
+        self._is_offloaded = waits and self.device.type != "cpu"
         if self._is_offloaded:
             nn.Module.to(model, "cpu")
 
@@ -123,6 +129,7 @@ class LocalTeacher:
             model,
             vocab_size=vocab_size,
             offload=options.offload,
+            shard=options.shard,
             logit_scale=options.logit_scale,
             adapter=adapter,
         )
@@ -140,6 +147,22 @@ class LocalTeacher:
                 max_length=max_length,
             )
         self._is_probed = True
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process has to score as many batches as the others."""
+        return Capability.SUBSETS not in self.capabilities.supported
+
+    def shard_layers(self) -> None:
+        """Keep a share of each layer in each process, as `shard` asks. A collective.
+
+        Every process has to score as many batches as the others from then on. A no-op without
+        `shard`, or without other processes.
+        """
+        if self.shard and num_processes() > 1 and not self.is_sharded:
+            shard_layers(self.model, self.device)
+            self._is_offloaded = False
+            self.capabilities = replace(LIVE, supported=LIVE.supported - {Capability.SUBSETS})
 
     @contextmanager
     def placed(self) -> Iterator[None]:

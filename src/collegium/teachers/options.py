@@ -106,6 +106,9 @@ class LocalOptions(ModelOptions, TeacherOptions):
 
     offload: bool = False
     """Keep the teacher on the CPU between its turns: slower, but holds one on the GPU."""
+    shard: bool = False
+    """Keep a share of its layers in each of several processes that train, and gather a layer while
+    it runs. Before, the teacher is on the CPU between its turns. No effect in one process."""
     quantize: Quantization | None = None
     """Round the linear layers on load: `int8` or `int4`. Embeddings and head keep their type."""
     logit_scale: Annotated[float, Field(gt=0)] = 1.0
@@ -113,12 +116,19 @@ class LocalOptions(ModelOptions, TeacherOptions):
     tests."""
 
     def check(self, where: str) -> None:
+        excluded = {"adapter": self.adapter, "quantize": self.quantize, "offload": self.offload}
+        for key, value in excluded.items() if self.shard else ():
+            if value:
+                raise ModelError(
+                    f"{where}.shard: got true with `{key}`; must be that of a plain model; "
+                    f"remove `{key}` or `shard`"
+                )
         super().check(where)
         if self.quantize is not None:
             require_torchao(f"{where}.quantize")
         path = folder.resolve_folder(self.model, where=where)
         method = None if path is None else quantization_of(path, where=where)
-        given = {"quantize": self.quantize, "offload": self.offload}
+        given = {"quantize": self.quantize, "offload": self.offload, "shard": self.shard}
         for key, value in given.items() if method else ():
             if value:
                 raise ModelError(

@@ -33,12 +33,16 @@ _MAX_ROWS = 64
 
 
 def run_identity(
-    step: DistillStep, args: TrainingArguments, dataset: Any, identity: Mapping[str, str]
+    step: DistillStep,
+    args: TrainingArguments,
+    dataset: Any,
+    identity: Mapping[str, str],
+    weights: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """Return everything that a checkpoint and the run that resumes it must share.
 
     `identity` has digests of more, such as `teacher NAME` for the files of a teacher, whose weights
-    are not read again.
+    are not read again. `weights` are the identities of teachers that can no longer be read.
     """
     unknown = [t for t in step.teachers if f"teacher {t.name}" not in identity]
     return {
@@ -46,7 +50,10 @@ def run_identity(
         "seed": args.seed,
         "student": frozen_digest(step.student),
         "teachers": [teacher.name for teacher in step.teachers],
-        "weights": {teacher.name: teacher_identity(teacher) for teacher in unknown},
+        "weights": {
+            teacher.name: weights.get(teacher.name) or teacher_identity(teacher)
+            for teacher in unknown
+        },
         "vocab_size": step.vocab_size,
         "windows_per_step": args.per_device_train_batch_size
         * args.gradient_accumulation_steps

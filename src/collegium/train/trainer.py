@@ -54,7 +54,7 @@ from collegium.teachers.local import LocalTeacher
 from collegium.teachers.prefetch import PrefetchingCollator
 from collegium.train import checkpoint, options, state
 from collegium.train.arguments import adopt_arguments, check_accelerator
-from collegium.train.identity import run_identity
+from collegium.train.identity import run_identity, teacher_identity
 from collegium.train.live import (
     BatchCheck,
     LiveTeachers,
@@ -201,6 +201,7 @@ class DistillTrainer(Trainer):
             student, objective, vocab_size=vocab_size, teachers=named, targets=targets
         )
         self._identity = dict(identity or {})
+        self._shard_teachers()
         self._fingerprint: dict[str, Any] | None = None
         limit = args.save_total_limit
         keep = limit if limit is not None and limit > 0 else None
@@ -221,6 +222,16 @@ class DistillTrainer(Trainer):
         if args.torch_compile:
             how = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             student.base_model.compile(**{k: value for k, value in how.items() if value})
+
+    def _shard_teachers(self) -> None:
+        """Shard the layers of the teachers that ask for it."""
+        local = [teacher for teacher in self.step.teachers if isinstance(teacher, LocalTeacher)]
+        self._teacher_weights = dict[str, str | None]()
+        for teacher in local if self.args.world_size > 1 else ():
+            if teacher.shard and f"teacher {teacher.name}" not in self._identity:
+                # Rank 0 alone cannot read the shares of the others.
+                self._teacher_weights[teacher.name] = teacher_identity(teacher)
+            teacher.shard_layers()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and check the settings of `accelerate launch`."""
@@ -524,7 +535,7 @@ class DistillTrainer(Trainer):
         """Everything that a checkpoint and the run that resumes it must share."""
         if self._fingerprint is None:
             self._fingerprint = run_identity(
-                self.step, self.args, self.train_dataset, self._identity
+                self.step, self.args, self.train_dataset, self._identity, self._teacher_weights
             )
         return self._fingerprint
 
